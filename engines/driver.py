@@ -1,0 +1,124 @@
+"""What differs between engines: finding, installing, argv, environment, losses, progress. All else is shared.
+
+A driver is stateless; `engines.serving` starts, awaits and stops what it describes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from engines.errors import BadInput
+from engines.settings import Serve
+
+Form = Literal["auto", "binary", "hosted"]
+
+
+@dataclass(frozen=True)
+class Installation:
+    """One engine as found on this machine.
+
+    `program` is the argv prefix; `flags` are the long options its own `--help` lists, so that no flag is passed that
+    this build does not know; `libraries` goes in front of LD_LIBRARY_PATH.
+    """
+
+    engine: str
+    form: Literal["binary", "hosted"]
+    program: tuple[str, ...]
+    version: str
+    flags: frozenset[str] = frozenset()
+    libraries: Path | None = None
+    where: str = ""
+
+    def knows(self, flag: str) -> bool:
+        """True when this build's help lists `flag`."""
+        return flag in self.flags
+
+
+@dataclass(frozen=True)
+class Installer:
+    """How an engine gets onto this machine: pip packages by default, the vendor's script only when asked for.
+
+    `script_url` is pinned to `script_version`; `script_env` makes the script install that version without asking.
+    """
+
+    pip: tuple[str, ...]
+    script_url: str | None = None
+    script_version: str | None = None
+    script_env: Mapping[str, str] = field(default_factory=dict)
+
+
+class Driver(Protocol):
+    """The part of an engine that is its own."""
+
+    name: str
+    installer: Installer
+
+    def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
+        """The engine on this machine; raises EngineNotFound with how to install it."""
+        ...
+
+    def argv(self, installation: Installation, serve: Serve) -> list[str]:
+        """The command that serves: neutral words in, flags out. Pure; holds no secret."""
+        ...
+
+    def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
+        """The child's environment: `base` without stray engine variables, with what this engine needs."""
+        ...
+
+    def losses(self, installation: Installation, serve: Serve) -> list[str]:
+        """What was asked for and this engine cannot honour, one line each: named, never dropped quietly."""
+        ...
+
+    def neutral_body(self) -> dict[str, object]:
+        """Request fields that switch off this engine's own shortcuts while speed is measured (prompt cache reuse)."""
+        ...
+
+
+def drivers() -> dict[str, Driver]:
+    """Every driver by name, in the order they are shown."""
+    from engines.drivers.llama_cpp import LlamaCpp
+    from engines.drivers.mistral_rs import MistralRs
+
+    return {driver.name: driver for driver in (LlamaCpp(), MistralRs())}
+
+
+def driver(name: str) -> Driver:
+    """The driver called `name`; BadInput lists the known ones."""
+    known = drivers()
+    if name not in known:
+        raise BadInput(f"unknown engine '{name}': known are {', '.join(known)}")
+    return known[name]
+
+
+def help_flags(text: str) -> frozenset[str]:
+    """The long options that a `--help` text lists."""
+    return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+
+
+def probe(
+    program: list[str], *arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = 20
+) -> str | None:
+    """What a program prints (both streams) for `arguments`; None when it cannot be run or does not end in time."""
+    try:
+        done = subprocess.run(
+            [*program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(env) if env is not None else None,
+            timeout=timeout_s,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None
+
+
+def scrubbed(base: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """`base` without variables that would change an engine behind our back."""
+    return {key: value for key, value in base.items() if not key.startswith(prefixes)}

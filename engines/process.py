@@ -1,0 +1,334 @@
+"""The lifetime of every process we start: own session, dies with us, known by pid and start time, stopped for sure.
+
+    start -> (running) -> stop          stop: TERM, a second TERM, KILL, wait; safe twice
+
+Each process is written to a register (one small file) before anything waits for it. A later run reads the register and
+ends what a killed run left behind (`end_orphans`). Nothing is ever signalled whose pid *and* start time do not match.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+LOG_BYTES = 4 * 1024 * 1024
+TAIL_LINES = 40
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A process that cannot be mistaken for a later one with the same pid: pid and start time (s since the epoch)."""
+
+    pid: int
+    create_time: float
+
+    @classmethod
+    def of(cls, pid: int) -> Identity:
+        """The identity of a running process; raises psutil.NoSuchProcess."""
+        return cls(pid, psutil.Process(pid).create_time())
+
+    def process(self) -> psutil.Process | None:
+        """The process while it runs (a zombie does not), else None."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            # psutil derives the start time from clock ticks and boot time; the boot time may be re-read a tick apart
+            same = abs(process.create_time() - self.create_time) < 0.05
+            if same and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+class RotatingLog:
+    """A bounded log: `path` and its predecessor `path.1`, at most `max_bytes` each; the last lines in memory."""
+
+    def __init__(self, path: Path, max_bytes: int = LOG_BYTES) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.max_bytes = max_bytes
+        self.bytes_seen = 0
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._file = path.open("wb")
+
+    def write(self, line: bytes) -> None:
+        """Append one line. A full disk loses lines, never the engine."""
+        self.bytes_seen += len(line)
+        text = ANSI.sub("", line.decode("utf-8", "replace")).rstrip()
+        if text:
+            self._tail.append(text)
+        with contextlib.suppress(OSError):
+            if self._file.tell() + len(line) > self.max_bytes:
+                self._rotate()
+            self._file.write(text.encode() + b"\n")
+            self._file.flush()
+
+    def tail(self) -> tuple[str, ...]:
+        """The last lines, oldest first, without colours."""
+        return tuple(self._tail)
+
+    def close(self) -> None:
+        """Close the file; the tail stays readable."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _rotate(self) -> None:
+        self._file.close()
+        os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+        self._file = self.path.open("wb")
+
+
+class ManagedProcess:
+    """One started program. Made by `start`; ended by `stop`."""
+
+    def __init__(self, name: str, argv: Sequence[str], popen: subprocess.Popen[bytes], log: RotatingLog, entry: Path):
+        self.name = name
+        self.argv = list(argv)
+        self.log = log
+        self._popen = popen
+        self._entry = entry
+        self._known: dict[int, psutil.Process] = {}
+        self._pump = threading.Thread(target=self._pump_output, name=f"log of {name}", daemon=True)
+        self._pump.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is also its session and process group."""
+        return self._popen.pid
+
+    def poll(self) -> int | None:
+        """The exit status (negative: the signal), or None while it runs."""
+        return self._popen.poll()
+
+    def tree(self) -> list[psutil.Process]:
+        """The process and all its descendants that are alive now."""
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+    def listens_on(self, port: int) -> bool:
+        """True when this process or a descendant of it is the listener on `port`."""
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                for connection in process.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                        return True
+        return False
+
+    def log_tail(self) -> tuple[str, ...]:
+        """The last lines of its output; after its end, all that it still had to say."""
+        if self.poll() is not None:
+            self._pump.join(timeout=2)
+        return self.log.tail()
+
+    def stop(self, *, grace_s: float = 5.0) -> int:
+        """End it and all its descendants, and return its exit status.
+
+        TERM, after half the grace a second TERM (llama-server waits for its clients after the first one), then KILL.
+        """
+        for process in self.tree():
+            self._known[process.pid] = process
+        for _ in range(2):
+            if self._wait(0):
+                break
+            self._signal_leader(signal.SIGTERM)
+            self._signal_leader(signal.SIGCONT)  # a stopped process would not see the TERM
+            if self._wait(grace_s / 2):
+                break
+        for process in self._known.values():  # psutil checks the start time before it signals
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        returncode = self._popen.wait()
+        self._pump.join(timeout=2)
+        self.log.close()
+        self._entry.unlink(missing_ok=True)
+        return returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process alone (fault injection)."""
+        self._signal_leader(number)
+
+    def _signal_leader(self, number: int) -> None:
+        self._popen.send_signal(number)  # Popen does not signal a pid that it has reaped
+
+    def _wait(self, seconds: float) -> bool:
+        try:
+            self._popen.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _pump_output(self) -> None:
+        assert self._popen.stdout is not None
+        with self._popen.stdout as output:
+            # bounded reads: a server that prints without newlines must not fill our memory
+            while line := output.readline(64 * 1024):
+                self.log.write(line)
+
+
+def start(
+    name: str,
+    argv: Sequence[str],
+    *,
+    state_dir: Path,
+    log_path: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> ManagedProcess:
+    """A running process in its own session, registered under `state_dir`; its output goes to `log_path`.
+
+    Raises OSError when the register cannot be written (the process is ended first).
+    """
+    log = RotatingLog(log_path)
+    command = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *argv]
+    popen = _SPAWNER.run(
+        lambda: subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=dict(env) if env is not None else None,
+            cwd=cwd,
+        )
+    )
+    try:
+        entry = _register(state_dir, name, popen.pid)
+    except BaseException:
+        popen.kill()
+        popen.wait()
+        raise
+    return ManagedProcess(name, argv, popen, log, entry)
+
+
+def end_orphans(state_dir: Path) -> list[str]:
+    """Ends every registered process whose owner is gone, forgets the dead; returns what was ended: `name (pid N)`."""
+    ended: list[str] = []
+    for entry in sorted(_register_dir(state_dir).glob("*.json")):
+        record = _read_entry(entry)
+        if record is None:
+            entry.unlink(missing_ok=True)
+            continue
+        if Identity(**record["owner"]).process() is not None:
+            continue
+        if end_tree(Identity(**record["process"])):
+            ended.append(f"{record['name']} (pid {record['process']['pid']})")
+        entry.unlink(missing_ok=True)
+    return ended
+
+
+def end_tree(identity: Identity, *, grace_s: float = 3.0) -> bool:
+    """True when the process ran and was ended, together with everything in its session."""
+    root = identity.process()
+    if root is None:
+        return False
+    members = {process.pid: process for process in [root, *_session_members(identity.pid)]}
+    with contextlib.suppress(psutil.Error):
+        members |= {process.pid: process for process in root.children(recursive=True)}
+    for process in members.values():
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(members.values(), timeout=grace_s)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=grace_s)
+    return True
+
+
+def boot_id() -> str:
+    """This boot's id: a pid and start time recorded before a reboot means nothing after it. '' where unknown."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+class _Spawner:
+    """One thread that spawns all children and lives as long as the process.
+
+    The kernel's parent-death signal is tied to the *thread* that forked: children spawned from a worker thread would
+    die when that thread ends.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def run(self, job: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="spawner", daemon=True)
+                self._thread.start()
+        future: Future[subprocess.Popen[bytes]] = Future()
+        self._jobs.put((job, future))
+        return future.result()
+
+    def _work(self) -> None:
+        while True:
+            job, future = self._jobs.get()
+            try:
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+_SPAWNER = _Spawner()
+
+
+def _register_dir(state_dir: Path) -> Path:
+    return state_dir / "processes"
+
+
+def _register(state_dir: Path, name: str, pid: int) -> Path:
+    directory = _register_dir(state_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {
+        "name": name,
+        "boot_id": boot_id(),
+        "process": asdict(Identity.of(pid)),
+        "owner": asdict(Identity.of(os.getpid())),
+        "started_at": time.time(),
+    }
+    entry = directory / f"{pid}-{time.time_ns()}.json"
+    partial = entry.with_suffix(".part")
+    partial.write_text(json.dumps(record))
+    os.replace(partial, entry)
+    return entry
+
+
+def _read_entry(entry: Path) -> dict[str, Any] | None:
+    """The record, or None when it is unreadable or from an earlier boot."""
+    try:
+        record: dict[str, Any] = json.loads(entry.read_text())
+        Identity(**record["process"]), Identity(**record["owner"]), record["name"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return record if record.get("boot_id") == boot_id() else None
+
+
+def _session_members(session: int) -> list[psutil.Process]:
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == session:
+                members.append(process)
+    return members

@@ -1,0 +1,282 @@
+"""Launch an engine, wait until it gives one real token, and stop it whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+from engines import process
+from engines.driver import Driver, Installation
+from engines.errors import EngineError, EngineExited, EngineStalled, PortTaken, WrongListener
+from engines.process import ManagedProcess
+from engines.settings import Endpoint, Serve
+
+POLL_S = 0.05
+QUOTED_LINES = 8
+
+
+@dataclass
+class Served:
+    """One engine that serves: where, by which process and command, and how long it took to its first token."""
+
+    endpoint: Endpoint
+    process: ManagedProcess
+    installation: Installation
+    argv: list[str]
+    losses: list[str]
+    load_s: float
+    settings_seen: dict[str, object] = field(default_factory=dict)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(
+    driver: Driver,
+    installation: Installation,
+    serve: Serve,
+    *,
+    state_dir: Path,
+    log_path: Path,
+    stall_s: float = 120.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Served]:
+    """The engine, ready; ended when the block ends.
+
+    Ready means: our own child listens on the port and has produced one token. Loading may take as long as it likes
+    while it makes progress (log lines, memory, disk reads); it fails after `stall_s` without any.
+    Raises PortTaken, EngineExited, EngineStalled, WrongListener.
+    """
+    _require_free(serve, driver.name)
+    argv = driver.argv(installation, serve)
+    env = driver.environment(installation, serve, os.environ)
+    started_ns = time.monotonic_ns()
+    child = process.start(f"{driver.name} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env)
+    try:
+        seen = _wait_ready(driver.name, serve, child, stall_s, progress)
+        load_s = (time.monotonic_ns() - started_ns) / 1e9
+        context = seen.get("context_tokens")
+        endpoint = Endpoint(
+            base_url=serve.base_url,
+            model_id=serve.model_id,
+            engine=driver.name,
+            version=installation.version,
+            context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
+            api_key=serve.settings.api_key,
+        )
+        losses = driver.losses(installation, serve)
+        yield Served(endpoint, child, installation, argv, losses, load_s, settings_seen=seen)
+    finally:
+        with _signals_held():
+            child.stop()
+
+
+def exit_reason(child: ManagedProcess) -> str:
+    """`exit status 1` or `signal SIGKILL` of an ended child."""
+    returncode = child.poll()
+    if returncode is None:
+        return "still running"
+    if returncode < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-returncode).name}"
+    return f"exit status {returncode}"
+
+
+def _require_free(serve: Serve, engine: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serve.host, serve.port))
+        except OSError as error:
+            holder = listener_on(serve.port)
+            raise PortTaken(
+                f"port {serve.port} is taken by {holder or 'another process'}; stop it or choose another port",
+                engine=engine,
+            ) from error
+
+
+def listener_on(port: int) -> str | None:
+    """`name (pid N)` of whoever listens on a local port, None when that cannot be seen."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return None
+
+
+class _LoadClock:
+    """Seconds since loading last moved: log bytes, resident memory or bytes read."""
+
+    def __init__(self, child: ManagedProcess) -> None:
+        self._child = child
+        self._last: tuple[int, ...] = ()
+        self._moved_at = time.monotonic()
+
+    def stalled_s(self) -> float:
+        now = self._state()
+        if now != self._last:
+            self._last, self._moved_at = now, time.monotonic()
+        return time.monotonic() - self._moved_at
+
+    def _state(self) -> tuple[int, ...]:
+        resident = read = 0
+        for member in self._child.tree():
+            with contextlib.suppress(psutil.Error, AttributeError):
+                resident += member.memory_info().rss
+                read += member.io_counters().read_bytes
+        # in steps of 1 MiB: a few pages of bookkeeping are not progress
+        return self._child.log.bytes_seen, resident >> 20, read >> 20
+
+
+def _wait_ready(
+    engine: str, serve: Serve, child: ManagedProcess, stall_s: float, progress: Callable[[str], None]
+) -> dict[str, object]:
+    clock = _LoadClock(child)
+    progress(f"loading {serve.gguf.name}")
+    token: _FirstToken | None = None
+    with _client(serve) as http:
+        while True:
+            if child.poll() is not None:
+                raise _exited(engine, serve, child)
+            if token is None and _healthy(http) and _our_listener(engine, serve, child):
+                token = _FirstToken(serve)
+            if token is not None and token.done.is_set():
+                if token.arrived:
+                    return _metadata(http)
+                token = None  # refused or cut: the checks above say why, or it is tried again
+            stalled_s = clock.stalled_s()
+            if stalled_s > stall_s:
+                raise EngineStalled(
+                    f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s "
+                    f"(no log line, no memory growth, no disk read){_quoted(child)}",
+                    stalled_s=stalled_s,
+                    engine=engine,
+                    log_tail=child.log_tail(),
+                )
+            time.sleep(POLL_S)
+
+
+class _FirstToken:
+    """One completion of one token, asked in a thread of its own so that the wait can still see death and stall.
+
+    The thread is a daemon: an engine that never answers is stopped by the caller, which also ends the request.
+    """
+
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
+        self.arrived = False
+        self.done = threading.Event()
+        threading.Thread(target=self._ask, name="readiness", daemon=True).start()
+
+    def _ask(self) -> None:
+        body = {
+            "model": self._serve.model_id,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+            "temperature": 0,
+            "cache_prompt": False,
+        }
+        try:
+            with _client(self._serve) as http:
+                answer = http.post("/v1/chat/completions", json=body)
+                self.arrived = answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            self.arrived = False
+        finally:
+            self.done.set()
+
+
+def _client(serve: Serve) -> httpx.Client:
+    key = serve.settings.api_key
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    return httpx.Client(base_url=serve.base_url, headers=headers, timeout=httpx.Timeout(5, read=None), trust_env=False)
+
+
+def _healthy(http: httpx.Client) -> bool:
+    try:
+        return http.get("/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
+    """True when our child listens; raises WrongListener when the port answers and somebody else is seen listening."""
+    if child.listens_on(serve.port):
+        return True
+    holder = listener_on(serve.port)
+    if holder is None:
+        return False
+    raise WrongListener(
+        f"port {serve.port} is answered by {holder}, not by the {engine} that was started{_quoted(child)}",
+        engine=engine,
+        log_tail=child.log_tail(),
+    )
+
+
+def _metadata(http: httpx.Client) -> dict[str, object]:
+    """What the engine says of itself: usable context of one sequence, where it tells."""
+    seen: dict[str, object] = {}
+    with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
+        props = http.get("/props", timeout=5).json()
+        seen["context_tokens"] = int(props["default_generation_settings"]["n_ctx"])
+    return seen
+
+
+def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:
+    holder = listener_on(serve.port)
+    if holder is not None:
+        return WrongListener(
+            f"port {serve.port} is answered by {holder}; the {engine} that was started ended with "
+            f"{exit_reason(child)}{_quoted(child)}",
+            engine=engine,
+            log_tail=child.log_tail(),
+        )
+    return EngineExited(
+        f"{engine} ended with {exit_reason(child)} while loading {serve.gguf.name}{_quoted(child)}",
+        returncode=child.poll() or 0,
+        engine=engine,
+        log_tail=child.log_tail(),
+    )
+
+
+def _quoted(child: ManagedProcess) -> str:
+    lines = child.log_tail()[-QUOTED_LINES:]
+    if not lines:
+        return f"; it logged nothing (log: {child.log.path})"
+    return f"; its last lines (log: {child.log.path}):\n  " + "\n  ".join(lines)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the engine is stopped; a second Ctrl-C must not leave it behind."""
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda n, _: pending.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for held in dict.fromkeys(pending):
+            signal.raise_signal(held)

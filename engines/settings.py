@@ -1,0 +1,69 @@
+"""Neutral settings: what to serve, in words that belong to no engine. A driver turns them into flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f8e4m3"]
+
+
+class Settings(BaseModel):
+    """How a model is served. `None` means: the engine's own default; nothing is passed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    context_tokens: int | None = Field(None, ge=1, description="context for all sequences together, in tokens")
+    parallel: int = Field(1, ge=1, description="sequences served at the same time")
+    gpu_layers: int | None = Field(None, ge=0, description="layers on the GPU; 0 keeps all on the CPU")
+    threads: int | None = Field(None, ge=1, description="CPU threads that generate")
+    batch_tokens: int | None = Field(None, ge=1, description="logical prefill batch")
+    ubatch_tokens: int | None = Field(None, ge=1, description="physical prefill batch")
+    flash_attention: bool | None = Field(None, description="fused attention kernels on or off")
+    kv_type: KvType | None = Field(None, description="element type of the KV cache")
+    mlock: bool = Field(False, description="keep the weights in RAM")
+    cache_reuse_tokens: int | None = Field(None, ge=0, description="smallest chunk of cache to reuse by shifting")
+    host_cache_mib: int | None = Field(None, ge=0, description="budget of the prompt cache in host RAM")
+    jinja: bool = Field(True, description="render the model's own chat template")
+    prefill_assistant: bool = Field(True, description="a trailing assistant message is continued, not closed")
+    seed: int | None = Field(None, ge=0, description="seed of the engine's sampler")
+    api_key: SecretStr | None = Field(None, description="key that clients must send")
+    chat_template: Path | None = Field(None, description="a template file instead of the model's own")
+    tokenizer_json: Path | None = Field(None, description="a tokenizer.json instead of the GGUF's own")
+
+
+class Serve(BaseModel):
+    """One model on one loopback port with its settings: all that a driver needs to know to build an argv."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_id: str = Field(min_length=1, description="the name by which clients ask for the model")
+    gguf: Path
+    port: int = Field(ge=1, le=65535)
+    host: str = "127.0.0.1"
+    settings: Settings = Settings()
+
+    @property
+    def base_url(self) -> str:
+        """`http://host:port`, without `/v1`."""
+        return f"http://{self.host}:{self.port}"
+
+
+class Endpoint(BaseModel):
+    """Where a served model answers, and who answers there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_url: str = Field(description="http://host:port, without /v1")
+    model_id: str
+    engine: str = Field(description="driver name: llama.cpp, mistral.rs")
+    version: str = ""
+    context_tokens: int | None = Field(None, description="usable context of one sequence, where known")
+    api_key: SecretStr | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Request headers, with the key where one is set."""
+        return {"Authorization": f"Bearer {self.api_key.get_secret_value()}"} if self.api_key else {}

@@ -1,0 +1,1 @@
+"""Flows: the phases as tables of contents, and the `switchyard` command."""

@@ -1,0 +1,89 @@
+"""Verdicts: what a check returns, and how several become one. Nothing measured is INCONCLUSIVE, never PASS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+
+class Verdict(StrEnum):
+    """Best to worst; a gate opens on PASS alone."""
+
+    PASS = "PASS"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    ERROR = "ERROR"
+    FAIL = "FAIL"
+
+    @property
+    def badness(self) -> int:
+        """0 for PASS to 3 for FAIL."""
+        return list(Verdict).index(self)
+
+
+class CheckResult(BaseModel):
+    """One comparison of one number with one limit. Stored as returned.
+
+    `required` is False for what is reported but does not hold the gate (an optional API behaviour, say).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    check: str
+    verdict: Verdict
+    value: float | None = None
+    limit: float | None = None
+    unit: str = ""
+    why: str
+    required: bool = True
+
+    @field_validator("value", "limit")
+    @classmethod
+    def _finite(cls, number: float | None) -> float | None:
+        # NaN compares False with everything: it would slip through any later comparison
+        if number is not None and not math.isfinite(number):
+            raise ValueError("a check needs a finite number; use None for 'not measured'")
+        return number
+
+
+def at_most(check: str, value: float | None, *, limit: float, unit: str, why: str = "") -> CheckResult:
+    """PASS at or under `limit`, FAIL over it, INCONCLUSIVE when there is no value."""
+    if value is None:
+        return not_measured(check, why or "no samples", limit=limit, unit=unit)
+    verdict = Verdict.PASS if value <= limit else Verdict.FAIL
+    sign = "<=" if verdict is Verdict.PASS else ">"
+    return CheckResult(
+        check=check, verdict=verdict, value=value, limit=limit, unit=unit, why=why or f"{value:.4g} {sign} {limit:.4g}"
+    )
+
+
+def at_least(check: str, value: float | None, *, limit: float, unit: str, why: str = "") -> CheckResult:
+    """PASS at or over `limit`, FAIL under it, INCONCLUSIVE when there is no value."""
+    if value is None:
+        return not_measured(check, why or "no samples", limit=limit, unit=unit)
+    verdict = Verdict.PASS if value >= limit else Verdict.FAIL
+    sign = ">=" if verdict is Verdict.PASS else "<"
+    return CheckResult(
+        check=check, verdict=verdict, value=value, limit=limit, unit=unit, why=why or f"{value:.4g} {sign} {limit:.4g}"
+    )
+
+
+def not_measured(
+    check: str, why: str, *, limit: float | None = None, unit: str = "", required: bool = True
+) -> CheckResult:
+    """INCONCLUSIVE without a value: what was not measured is said, not guessed."""
+    return CheckResult(
+        check=check, verdict=Verdict.INCONCLUSIVE, limit=limit, unit=unit, why=why, required=required
+    )
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of `verdicts`; INCONCLUSIVE when there are none."""
+    return max(verdicts, key=lambda verdict: verdict.badness, default=Verdict.INCONCLUSIVE)
+
+
+def overall(results: Iterable[CheckResult]) -> Verdict:
+    """The worst required verdict of `results`; INCONCLUSIVE when nothing required was measured."""
+    return worst(result.verdict for result in results if result.required)

@@ -1,0 +1,155 @@
+"""Process lifetime: every process dies with its owner, is found again, and nothing else is ever signalled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+
+import psutil
+from waiting import until
+
+from engines import process
+from engines.process import Identity, end_orphans
+
+
+def start_python(code, tmp_path, name="sleeper"):
+    argv = [sys.executable, "-u", "-c", textwrap.dedent(code)]
+    return process.start(name, argv, state_dir=tmp_path, log_path=tmp_path / "log" / f"{name}.log")
+
+
+def registered(tmp_path):
+    return list((tmp_path / "processes").glob("*.json"))
+
+
+def test_stop_ends_the_process_and_its_descendants_and_is_safe_twice(tmp_path):
+    child = start_python(
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        "print('ready'); time.sleep(600)",
+        tmp_path,
+    )
+    until(lambda: "ready" in child.log_tail(), "the child to start its own child")
+    until(lambda: len(child.tree()) == 2, "two processes in the tree")
+    tree = child.tree()
+    child.stop()
+    child.stop()
+    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in tree)
+    assert registered(tmp_path) == []
+
+
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path):
+    child = start_python(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(600)", tmp_path
+    )
+    until(lambda: "deaf" in child.log_tail(), "the child to ignore SIGTERM")
+    assert child.stop(grace_s=0.4) == -signal.SIGKILL
+
+
+def test_a_stopped_process_is_ended_too(tmp_path):
+    child = start_python("import time; print('up'); time.sleep(600)", tmp_path)
+    until(lambda: "up" in child.log_tail(), "the child to run")
+    child.send_signal(signal.SIGSTOP)
+    assert child.stop() in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+def test_a_chatty_process_neither_blocks_nor_fills_the_disk(tmp_path):
+    log_path = tmp_path / "log" / "chatty.log"
+    code = "import sys\nfor i in range(60000): print('x' * 200)\nprint('done')"
+    child = process.start("chatty", [sys.executable, "-c", code], state_dir=tmp_path, log_path=log_path)
+    until(lambda: child.poll() is not None, "the chatty process to finish")
+    assert child.log_tail()[-1] == "done"
+    child.stop()
+    on_disk = sum(path.stat().st_size for path in log_path.parent.iterdir())
+    assert child.log.bytes_seen > 12_000_000
+    assert on_disk <= 2 * process.LOG_BYTES
+
+
+def test_a_program_that_does_not_exist_ends_with_a_reason(tmp_path):
+    child = process.start("ghost", ["/no/such/program"], state_dir=tmp_path, log_path=tmp_path / "ghost.log")
+    until(lambda: child.poll() is not None, "the launcher to give up")
+    assert "cannot run /no/such/program" in child.log_tail()[-1]
+    assert child.stop() == 127
+
+
+OWNER = """
+    import sys, time
+    from pathlib import Path
+    from engines import process
+    child = process.start("engine", [sys.executable, "-c", "import time; time.sleep(600)"],
+                          state_dir=Path(sys.argv[1]), log_path=Path(sys.argv[1]) / "e.log")
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_child_dies_when_its_owner_is_killed(tmp_path):
+    """SIGKILL leaves no chance to clean up: the kernel does it, and the register knows."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(OWNER), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    identity = Identity.of(int(owner.stdout.readline()))
+    owner.kill()
+    owner.wait()
+    if sys.platform == "linux":
+        until(lambda: identity.process() is None, "the child to die with its owner")
+    end_orphans(tmp_path)
+    until(lambda: identity.process() is None, "the orphan to be ended")
+    assert registered(tmp_path) == []
+
+
+def orphan_of_a_dead_owner(tmp_path, **changes):
+    """A process and a register entry that says its owner is dead; `changes` overwrite the entry's process."""
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    owner = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead_owner = Identity(owner.pid, time.time())
+    owner.wait()
+    entry = {
+        "name": "engine",
+        "boot_id": process.boot_id(),
+        "process": asdict(Identity.of(sleeper.pid)) | changes,
+        "owner": asdict(dead_owner),
+    }
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    (folder / "1.json").write_text(json.dumps(entry))
+    return sleeper
+
+
+def test_an_orphan_of_a_crashed_run_is_found_and_ended(tmp_path):
+    sleeper = orphan_of_a_dead_owner(tmp_path)
+    assert end_orphans(tmp_path) == [f"engine (pid {sleeper.pid})"]
+    assert not psutil.pid_exists(sleeper.pid)
+    assert registered(tmp_path) == []
+
+
+def test_a_reused_pid_is_never_signalled(tmp_path):
+    """Same pid, other start time: it is somebody else's process now."""
+    sleeper = orphan_of_a_dead_owner(tmp_path, create_time=time.time() - 5000)
+    assert end_orphans(tmp_path) == []
+    assert sleeper.poll() is None
+    sleeper.kill()
+    sleeper.wait()
+
+
+def test_the_child_of_a_living_owner_is_left_alone(tmp_path):
+    child = start_python("import time; time.sleep(600)", tmp_path)
+    assert end_orphans(tmp_path) == []
+    assert child.poll() is None
+    child.stop()
+
+
+def test_a_garbage_register_entry_is_dropped(tmp_path):
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    (folder / "x.json").write_text('{"process": {"pid": "one"}}')
+    assert end_orphans(tmp_path) == []
+    assert registered(tmp_path) == []
+
+
+def test_the_child_has_its_own_session(tmp_path):
+    child = start_python("import time; time.sleep(600)", tmp_path)
+    assert os.getsid(child.pid) == child.pid
+    child.stop()

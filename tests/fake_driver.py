@@ -1,0 +1,35 @@
+"""A driver for the fake engine: the seam at which process and serving tests plug it in."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from engines.driver import Installation, Installer
+from engines.settings import Serve
+
+FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+
+
+class FakeDriver:
+    """Serves with tests/fake_engine.py and the bad habits given."""
+
+    name = "fake"
+    installer = Installer(pip=())
+
+    def __init__(self, *habits: str) -> None:
+        self.habits = habits
+
+    def find(self, form: str = "auto", binary: Path | None = None) -> Installation:
+        return Installation("fake", "binary", (sys.executable, str(FAKE_ENGINE)), "1")
+
+    def argv(self, installation: Installation, serve: Serve) -> list[str]:
+        return [*installation.program, "--port", str(serve.port), "--model-id", serve.model_id, *self.habits]
+
+    def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
+        return dict(base)
+
+    def losses(self, installation: Installation, serve: Serve) -> list[str]:
+        return []
+
+    def neutral_body(self) -> dict[str, object]:
+        return {}
