@@ -1,0 +1,206 @@
+"""Telemetry on real child processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from engines.telemetry import Sampler, Telemetry, interval, peak_memory, peak_rss, process_tree
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+MIB = 1 << 20
+PARENT = f"""
+import subprocess, sys
+ballast = bytearray(b"x") * {32 * MIB}
+child = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); input()"], stdin=subprocess.PIPE)
+input()
+sum(i * i for i in range(3_000_000))
+print("worked", flush=True)
+input()
+"""
+
+
+@contextmanager
+def busy_tree() -> Iterator[subprocess.Popen[str]]:
+    """A parent with 32 MiB and one child; each line on its stdin lets it go one step further."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", PARENT], text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def say_go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_memory_is_summed_over_the_tree() -> None:
+    """The parent's 32 MiB and its child are both seen."""
+    with busy_tree() as process:
+        sample = Telemetry(process.pid).snapshot()
+        peak = peak_rss(process.pid)
+    assert sample["processes"] == 2
+    assert sample["rss_anon_bytes"] > 32 * MIB
+    assert sample["memory_bytes"] == sample["rss_anon_bytes"] + sample["swap_bytes"]
+    assert sample["pss_bytes"] > 32 * MIB
+    assert peak is not None
+    assert peak > 32 * MIB
+    assert (sample["threads"], sample["alive"]) == (2, True)
+    json.dumps(sample)
+
+
+def test_an_interval_gives_the_engines_cpu_to_the_engine() -> None:
+    """Work done by the tree between two snapshots is its CPU time, and fractions stay fractions."""
+    with busy_tree() as process:
+        telemetry = Telemetry(process.pid)
+        before = telemetry.snapshot()
+        say_go(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "worked\n"
+        found = interval(before, telemetry.snapshot())
+    assert found["engine_cpu_s"] is not None
+    assert found["engine_cpu_s"] > 0
+    assert found["foreign_cpu_fraction"] is not None
+    assert 0 <= found["foreign_cpu_fraction"] <= 1
+    assert found["client_cpu_s"] is not None
+
+
+def test_a_dead_process_leaves_none_not_zero() -> None:
+    """After the end the engine's fields are None, the machine's go on, and nothing is raised."""
+    with busy_tree() as process:
+        telemetry = Telemetry(process.pid)
+        before = telemetry.snapshot()
+        process.kill()
+        process.wait()
+        after = telemetry.snapshot()
+    assert after["alive"] is False
+    names = ("memory_bytes", "engine_cpu_s", "threads", "fds", "pss_bytes", "processes")
+    assert [after[name] for name in names] == [None] * len(names)
+    assert after["cpu_total_s"] is not None
+    found = interval(before, after)
+    assert found["engine_cpu_s"] is None
+    assert found["foreign_cpu_fraction"] is None
+    assert peak_rss(process.pid) is None
+    assert process_tree(process.pid) == []
+
+
+def test_a_child_that_lived_between_snapshots_is_ours() -> None:
+    """What a short-lived child of ours used is not foreign; what our stopped engine had used before is not counted."""
+    with busy_tree() as process:
+        say_go(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "worked\n"
+        telemetry = Telemetry(process.pid)
+        before = telemetry.snapshot()
+        reaped_s = children_cpu_s()
+        subprocess.run([sys.executable, "-c", "sum(i * i for i in range(2_000_000))"], check=True)
+        reaped_s = children_cpu_s() - reaped_s
+        ours_s = interval(before, telemetry.snapshot())["own_cpu_s"]
+        process.kill()
+        process.wait()
+        stopped_s = interval(before, telemetry.snapshot())["own_cpu_s"]
+    assert ours_s is not None
+    assert stopped_s is not None
+    assert ours_s >= reaped_s - 0.03  # ticks of 10 ms
+    assert stopped_s - ours_s < before["engine_cpu_s"]
+
+
+def children_cpu_s() -> float:
+    used = os.times()
+    return used.children_user + used.children_system
+
+
+def test_watching_ourselves_still_tells_what_others_used() -> None:
+    """An engine hosted by this very process leaves no tree of our own: 0 s, and a foreign share all the same."""
+    telemetry = Telemetry(os.getpid())
+    before = telemetry.snapshot()
+    while telemetry.snapshot()["cpu_total_s"] == before["cpu_total_s"]:
+        pass
+    found = interval(before, telemetry.snapshot())
+    assert found["own_cpu_s"] == 0
+    assert found["foreign_cpu_fraction"] is not None
+
+
+def test_foreign_time_is_what_neither_engine_nor_we_used() -> None:
+    """busy - engine - own over total, and None where one of them is missing."""
+    zero = {"t_ns": 0, "cpu_total_s": 0.0, "cpu_busy_s": 0.0, "cpu_steal_s": 0.0, "psi_cpu_some_us": 0}
+    before = {**zero, "engine_cpu_s": 1.0, "own_cpu_s": 0.5, "client_cpu_s": 0.5}
+    after = {
+        "t_ns": 10**10,
+        "cpu_total_s": 20.0,
+        "cpu_busy_s": 9.0,
+        "cpu_steal_s": 1.0,
+        "psi_cpu_some_us": 2_500_000,
+        "engine_cpu_s": 6.0,
+        "own_cpu_s": 1.5,
+        "client_cpu_s": 1.0,
+    }
+    found = interval(before, after)
+    assert found["foreign_cpu_fraction"] == pytest.approx(3 / 20)
+    assert found["steal_fraction"] == pytest.approx(0.05)
+    assert found["psi_cpu_some"] == pytest.approx(0.25)
+    assert interval(before, after | {"psi_cpu_some_us": None})["psi_cpu_some"] is None
+
+
+def test_without_nvml_the_gpu_is_not_measured() -> None:
+    """None on a machine without an NVIDIA driver; a list of devices on one that has it."""
+    gpus = Telemetry(os.getpid()).snapshot()["gpus"]
+    assert gpus is None or all(gpu["index"] == place for place, gpu in enumerate(gpus))
+
+
+def test_a_sampler_keeps_the_last_and_reports_each() -> None:
+    """Bounded in memory, whole in the callback, over the death of the process."""
+    told: list[dict[str, Any]] = []
+    seen_dead = threading.Event()
+
+    def keep(sample: dict[str, Any]) -> None:
+        told.append(sample)
+        if sample["alive"] is False:
+            seen_dead.set()
+
+    with busy_tree() as process, Sampler(process.pid, 0.01, keep=3, on_sample=keep) as sampler:
+        process.kill()
+        assert seen_dead.wait(10)
+    assert len(sampler.samples) <= 3
+    assert sampler.samples == told[-len(sampler.samples) :]
+    assert told[-1]["alive"] is False
+    peak = peak_memory(told)
+    assert peak is None or peak > 0
+    sampler.stop()  # twice is fine
+
+
+def test_an_error_while_storing_comes_out_at_the_end() -> None:
+    """A callback that fails is not lost in its thread."""
+    failed = threading.Event()
+
+    def broken(_: dict[str, Any]) -> None:
+        failed.set()
+        raise RuntimeError("disk full")
+
+    def watch(on_sample: Callable[[dict[str, Any]], None]) -> None:
+        with Sampler(os.getpid(), 0.01, on_sample=on_sample):
+            assert failed.wait(10)
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        watch(broken)
+
+
+def test_a_pid_that_never_was_is_not_alive() -> None:
+    """A process that ended before we looked raises nothing."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert Telemetry(process.pid).snapshot()["alive"] is False
