@@ -74,9 +74,7 @@ def not_measured(
     check: str, why: str, *, limit: float | None = None, unit: str = "", required: bool = True
 ) -> CheckResult:
     """INCONCLUSIVE without a value: what was not measured is said, not guessed."""
-    return CheckResult(
-        check=check, verdict=Verdict.INCONCLUSIVE, limit=limit, unit=unit, why=why, required=required
-    )
+    return CheckResult(check=check, verdict=Verdict.INCONCLUSIVE, limit=limit, unit=unit, why=why, required=required)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
