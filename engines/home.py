@@ -1,0 +1,22 @@
+"""Where Switchyard keeps its own files, and the only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from engines.errors import BadInput
+
+
+def home() -> Path:
+    """The absolute `$SWITCHYARD_HOME`, or `~/.switchyard`; it is not created here."""
+    named = os.environ.get("SWITCHYARD_HOME", "").strip()
+    try:
+        return Path(named or "~/.switchyard").expanduser().absolute()
+    except RuntimeError as problem:
+        raise BadInput(f"no home directory for {named or 'this user'}: set SWITCHYARD_HOME to a directory") from problem
+
+
+def database_url() -> str | None:
+    """`$SWITCHYARD_DATABASE_URL` (a fleet's PostgreSQL), or None: the records then live in `home()`."""
+    return os.environ.get("SWITCHYARD_DATABASE_URL", "").strip() or None

@@ -1,0 +1,1 @@
+"""One file a schema version; each changes the one before it without loss."""

@@ -1,0 +1,19 @@
+"""The circumstances of a run: complete, and storable as they are."""
+
+from __future__ import annotations
+
+import json
+
+from tasks.circumstances import machine_circumstances
+
+
+def test_circumstances_name_machine_software_and_clock() -> None:
+    """What a reader needs in order to believe, or to repeat, a measurement."""
+    told = machine_circumstances()
+    assert set(told) >= {"host", "cpu", "ram_bytes", "gpus", "kernel", "python", "packages", "clock"}
+    assert isinstance(told["ram_bytes"], int)
+    assert told["ram_bytes"] > 0
+    packages = told["packages"]
+    assert isinstance(packages, dict)
+    assert "psutil" in packages
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
