@@ -1,0 +1,117 @@
+"""From llama.cpp's server to mistral.rs: the built-in declaration. It does no I/O; a plan in TOML overrides it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from migrations.plan import EngineChoice, ModelPlan, Plan, Sampling, build_plan
+from tasks.risks import Phase, Risk
+
+NAME = "llama.cpp-to-mistral.rs"
+INCUMBENT = EngineChoice(engine="llama.cpp")
+CANDIDATE = EngineChoice(engine="mistral.rs")
+
+PHASES = (
+    Phase(
+        number=1,
+        name="evaluate",
+        to_do="run mistral.rs with every current model beside llama.cpp; compare answers, latency and memory; soak it",
+        question="Is the candidate at least as good, for every model?",
+    ),
+    Phase(
+        number=2,
+        name="subprocess",
+        to_do="serve the real port with a supervised mistral.rs process; fall back to llama.cpp when it cannot run",
+        question="Does it serve the real port as a supervised subprocess, and does the fallback work?",
+    ),
+    Phase(
+        number=3,
+        name="native",
+        to_do="run mistral.rs inside the program, without HTTP between; test every current model and its tool calls",
+        question="Is in-process as right and as stable as the subprocess, and faster?",
+    ),
+    Phase(
+        number=4,
+        name="deprecate",
+        to_do="retire llama.cpp: remove its routes, write the migration guide, keep the way back",
+        question="Does anything still need llama.cpp?",
+    ),
+)
+
+RISKS = (
+    Risk(
+        risk="mistral.rs misses features",
+        likelihood="medium",
+        impact="low",
+        mitigation="keep llama.cpp as fallback",
+        evidence=("compatibility.*", "parity.ignored_parameters"),
+    ),
+    Risk(
+        risk="performance regression",
+        likelihood="low",
+        impact="medium",
+        mitigation="benchmark before switching",
+        evidence=("performance.*", "memory.*"),
+    ),
+    Risk(
+        risk="model compatibility",
+        likelihood="low",
+        impact="high",
+        mitigation="test with all current models",
+        evidence=("preflight.*", "parity.*"),
+    ),
+    Risk(
+        # the wheel that hosts the candidate is the native SDK: what breaks there breaks in-process too
+        risk="native SDK bugs",
+        likelihood="medium",
+        impact="medium",
+        mitigation="start with subprocess mode",
+        evidence=("stability.*", "faults.*"),
+    ),
+)
+
+# Tuning that mistral.rs has no word for. Accepted, because its effect on speed and memory is measured. A loss of
+# behaviour or of safety (an ignored request parameter, an API key, the context limit) is never accepted unasked.
+ACCEPTED_LOSSES = {
+    "mlock": "the weights are a private copy; performance.* and memory.* show what paging costs",
+    "cache_reuse_tokens": "the prefix cache matches whole prefixes only; performance.* shows the time to first token",
+    "host_cache_mib": "the prefix cache is counted in entries, not in MiB; memory.* shows its size",
+    "batch_tokens": "only some builds size the prefill batch; performance.* shows the time to first token",
+    "ubatch_tokens": "there is no physical batch; performance.* shows the time to first token",
+    "flash_attention": "a build feature, not a flag; performance.* shows its effect",
+}
+
+DEMO = Sampling(
+    requests_per_block=4,
+    warmup_min=1,
+    warmup_max=2,
+    looks=(3, 6),
+    max_tokens=12,
+    parity_prompts=20,
+    parity_tokens=24,
+    soak_s=120,
+    calibration_blocks=6,
+)
+
+DEMO_CANNOT_PROVE = (
+    "p95 latency: 4 requests a block say little about the slowest twentieth; that needs 20 a block and up to 24 blocks",
+    "slow-downs near 10 %: 6 blocks settle a 10 % margin only where restarts differ by less than about 5 %; most "
+    "machines need 12 to 24 blocks, so an equal engine often stays INCONCLUSIVE here",
+    "long answers: 12 tokens a request do not show what a growing context costs",
+    "parity on rare tokens: fewer than 50 prompts x 64 tokens; the lower bound of the agreement is wide",
+    "leaks: a slope in bytes per day needs 48 hours; 2 minutes show only growth that a crash would show as well",
+    "failures per day: 2 clean minutes bound the rate at about 2160 a day (95 %); 3 clean days bound it at 1",
+    "failures per request: a few hundred clean requests bound the rate at about 1 %; 0.1 % needs 2995",
+)
+
+
+def plan_for(models: Sequence[ModelPlan], **overrides: object) -> Plan:
+    """The built-in plan for `models`; `overrides` replace whole fields of Plan (`sampling=DEMO`, `limits=...`)."""
+    declared = {
+        "name": NAME,
+        "incumbent": INCUMBENT,
+        "candidate": CANDIDATE,
+        "models": tuple(models),
+        "accepted_losses": tuple(ACCEPTED_LOSSES),
+    }
+    return build_plan({**declared, **overrides}, where=NAME)

@@ -1,0 +1,100 @@
+"""The built-in declaration: whole, consistent with itself, and a plan like any other."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from engines.errors import BadInput
+from engines.settings import Settings
+from migrations import llama_cpp_to_mistral_rs as migration
+from migrations.plan import Limits, ModelPlan, Plan, plan_to_toml
+from tasks.risks import Risk
+
+MODEL = ModelPlan(id="small", gguf=Path("/m/small.gguf"))
+
+
+def risk(name: str) -> Risk:
+    """The risk of the register called `name`."""
+    return next(entry for entry in migration.RISKS if entry.risk == name)
+
+
+def test_four_phases_each_ask_a_question() -> None:
+    """Numbered in order; a gate without a question decides nothing."""
+    assert [(phase.number, phase.name) for phase in migration.PHASES] == [
+        (1, "evaluate"),
+        (2, "subprocess"),
+        (3, "native"),
+        (4, "deprecate"),
+    ]
+    assert all(phase.question.endswith("?") and phase.to_do for phase in migration.PHASES)
+
+
+@pytest.mark.parametrize(
+    ("name", "likelihood", "impact", "check"),
+    [
+        ("mistral.rs misses features", "medium", "low", "compatibility.chat_stream"),
+        ("mistral.rs misses features", "medium", "low", "parity.ignored_parameters"),
+        ("performance regression", "low", "medium", "performance.ttft_p50_ratio"),
+        ("performance regression", "low", "medium", "memory.peak_ratio"),
+        ("model compatibility", "low", "high", "preflight.loads"),
+        ("model compatibility", "low", "high", "parity.prompt_tokens"),
+        ("native SDK bugs", "medium", "medium", "stability.failures_per_day"),
+        ("native SDK bugs", "medium", "medium", "faults.kill_detect_s"),
+    ],
+)
+def test_each_risk_has_evidence(name: str, likelihood: str, impact: str, check: str) -> None:
+    """The register's levels, and a check that speaks to the risk."""
+    entry = risk(name)
+    assert (entry.likelihood, entry.impact) == (likelihood, impact)
+    assert entry.covers(check)
+    assert entry.evidence_of(["nothing.else", check]) == [check]
+
+
+def test_risks_are_the_four_of_the_register() -> None:
+    """No risk is lost, each has its mitigation."""
+    assert len(migration.RISKS) == 4
+    assert all(entry.mitigation for entry in migration.RISKS)
+
+
+def test_accepted_losses_are_settings_with_a_reason() -> None:
+    """Only tuning is accepted unasked: nothing that changes behaviour or safety."""
+    assert set(migration.ACCEPTED_LOSSES) <= set(Settings.model_fields)
+    assert not {"api_key", "context_tokens", "seed", "prefill_assistant", "jinja"} & set(migration.ACCEPTED_LOSSES)
+    assert all(migration.ACCEPTED_LOSSES.values())
+
+
+def test_plan_for_models_is_a_whole_plan() -> None:
+    """Engines, models, default limits; it can be written as TOML and read back."""
+    plan = migration.plan_for([MODEL])
+    assert (plan.incumbent.engine, plan.candidate.engine) == ("llama.cpp", "mistral.rs")
+    assert plan.models == (MODEL,)
+    assert plan.limits == Limits()
+    assert Plan.model_validate(tomllib.loads(plan_to_toml(plan))) == plan
+
+
+def test_overrides_replace_fields() -> None:
+    """What is given wins; what is not stays as declared."""
+    plan = migration.plan_for([MODEL], sampling=migration.DEMO, name="demo", settings=Settings(threads=1))
+    assert (plan.name, plan.sampling, plan.settings.threads) == ("demo", migration.DEMO, 1)
+    assert plan.accepted_losses == tuple(migration.ACCEPTED_LOSSES)
+
+
+def test_wrong_override_is_bad_input() -> None:
+    """One line, as for a file."""
+    with pytest.raises(
+        BadInput, match=r"^llama\.cpp-to-mistral\.rs: smapling: unknown key; did you mean 'sampling'\?$"
+    ):
+        migration.plan_for([MODEL], smapling=migration.DEMO)
+    with pytest.raises(BadInput, match=r"^llama\.cpp-to-mistral\.rs: models: is empty: "):
+        migration.plan_for([])
+
+
+def test_demo_is_smaller_and_says_what_it_cannot_prove() -> None:
+    """A short run is honest about what it leaves open."""
+    assert migration.DEMO.looks == (3, 6)
+    assert migration.DEMO.soak_s == 120
+    said = " ".join(migration.DEMO_CANNOT_PROVE)
+    assert all(word in said for word in ("p95", "10 %", "leaks", "failures per day"))
