@@ -1,0 +1,261 @@
+"""Requests to an OpenAI-style server and what came back, unjudged: status, JSON, the chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import httpx
+
+from engines.settings import Endpoint
+
+Json = dict[str, Any]
+Messages = str | list[Json]
+
+DONE = "[DONE]"
+READ_TIMEOUT_S = 60.0
+
+
+class Refused(Exception):
+    """A request that had to be served was answered with another status than 200."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(f"HTTP {reply.status}: {reply.error_text}")
+        self.reply = reply
+
+
+class Malformed(Exception):
+    """A 200 whose body lacks what every client of the API reads."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One complete answer; `body` is None when it is not JSON."""
+
+    status: int
+    raw: str
+    body: Any
+
+    @property
+    def error(self) -> Json:
+        """The `error` object of an OpenAI error body; empty when there is none."""
+        error = self.body.get("error") if isinstance(self.body, dict) else None
+        return error if isinstance(error, dict) else {}
+
+    @property
+    def error_text(self) -> str:
+        """The server's own words, wherever it put them, on one line of at most 160 characters."""
+        message = self.error.get("message")
+        return " ".join(str(message or self.raw or "(empty body)").split())[:160]
+
+    def served(self) -> Reply:
+        """This reply; raises Refused unless it is a 200 and Malformed unless it is a JSON object."""
+        if self.status != 200:
+            raise Refused(self)
+        if not isinstance(self.body, dict):
+            raise Malformed(f"200 without a JSON object: {self.raw[:80]!r}")
+        return self
+
+    @property
+    def choice(self) -> Json:
+        """The first choice; Malformed without one."""
+        choices = self.served().body.get("choices")
+        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+            raise Malformed(f"no choices in {self.raw[:120]!r}")
+        return choices[0]
+
+    @property
+    def message(self) -> Json:
+        """The first choice's message; Malformed without one."""
+        message = self.choice.get("message")
+        if not isinstance(message, dict):
+            raise Malformed(f"no message in {self.raw[:120]!r}")
+        return message
+
+    @property
+    def text(self) -> str:
+        """The first choice's text; empty when its content is null."""
+        return self.message.get("content") or ""
+
+    @property
+    def finish(self) -> str | None:
+        """The first choice's finish_reason."""
+        return self.choice.get("finish_reason")
+
+    @property
+    def tool_calls(self) -> list[Json]:
+        """The first choice's tool calls; empty when there are none."""
+        return self.message.get("tool_calls") or []
+
+    def used(self, key: str) -> int:
+        """`usage[key]`, in tokens; Malformed when it is missing or no integer."""
+        return count(self.served().body.get("usage"), key)
+
+
+@dataclass
+class Streamed:
+    """One streamed answer as far as it was read; `refusal` holds a refusal that came instead of a stream."""
+
+    content_type: str = ""
+    chunks: list[Json] = field(default_factory=list)
+    done: bool = False
+    after_done: int = 0
+    undecodable: list[str] = field(default_factory=list)
+    arrivals_s: list[float] = field(default_factory=list)
+    refusal: Reply | None = None
+
+    def served(self) -> Streamed:
+        """This stream; raises Refused when the server refused it, before or after its 200."""
+        if self.refusal is not None:
+            raise Refused(self.refusal)
+        if self.error:
+            raise Refused(Reply(200, json.dumps(self.error), self.error))
+        return self
+
+    @property
+    def error(self) -> Json | None:
+        """The first event that carries an `error` instead of choices."""
+        return next((chunk for chunk in self.chunks if "error" in chunk), None)
+
+    @property
+    def choices(self) -> list[Json]:
+        """The first choice of every chunk that has one, in order."""
+        return [chunk["choices"][0] for chunk in self.chunks if chunk.get("choices")]
+
+    @property
+    def deltas(self) -> list[Json]:
+        """The delta of every such choice; an absent or null one counts as empty."""
+        return [choice.get("delta") or {} for choice in self.choices]
+
+    @property
+    def text(self) -> str:
+        """All content pieces, joined."""
+        return "".join(delta.get("content") or "" for delta in self.deltas)
+
+    @property
+    def finishes(self) -> list[str]:
+        """Every finish_reason that is not null, in order."""
+        return [choice["finish_reason"] for choice in self.choices if choice.get("finish_reason")]
+
+    @property
+    def usages(self) -> list[Json]:
+        """Every usage object that is not null, in order."""
+        return [chunk["usage"] for chunk in self.chunks if chunk.get("usage")]
+
+    @property
+    def tool_pieces(self) -> list[Json]:
+        """Every tool call piece, in order."""
+        return [piece for delta in self.deltas for piece in delta.get("tool_calls") or []]
+
+
+def count(usage: object, key: str) -> int:
+    """`usage[key]`, in tokens; Malformed when it is missing or no integer."""
+    value = usage.get(key) if isinstance(usage, dict) else None
+    if not isinstance(value, int):
+        raise Malformed(f"usage has no {key}: {usage!r}")
+    return value
+
+
+def user(text: str) -> Json:
+    """A user message."""
+    return {"role": "user", "content": text}
+
+
+def data_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The payload of each `data:` line of an event stream.
+
+    Split at line feeds only: httpx's own line reader also splits at U+2028 and U+0085, which JSON may hold.
+    """
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
+    if rest.startswith(b"data:"):
+        yield rest[5:].strip()
+
+
+class Caller:
+    """Speaks to one endpoint; every request has a limit on silence, none on its whole length."""
+
+    def __init__(self, endpoint: Endpoint, *, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+        self.endpoint = endpoint
+        # the read limit is for silence between two reads, not for the whole answer
+        self.timeout = httpx.Timeout(10.0, read=read_timeout_s)
+        # a fresh connection each time: llama-server closes one after a stream; a request sent into that close is lost
+        self.http = self.client(endpoint.headers, limits=httpx.Limits(max_keepalive_connections=0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+
+    def client(self, headers: dict[str, str], **options: Any) -> httpx.Client:
+        """A further client of the same server, ignoring proxies from the environment; the caller closes it."""
+        return httpx.Client(
+            base_url=self.endpoint.base_url, headers=headers, timeout=self.timeout, trust_env=False, **options
+        )
+
+    def get(self, path: str) -> Reply:
+        """The answer to GET `path`."""
+        return as_reply(self.http.get(path))
+
+    def post(self, path: str, body: Json | bytes) -> Reply:
+        """The answer to POST `path`; bytes go out as they are, labelled JSON."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return as_reply(self.http.post(path, content=content, headers={"Content-Type": "application/json"}))
+
+    def body(self, messages: Messages, **params: Any) -> Json:
+        """A greedy chat request of at most 8 tokens, unless `params` say otherwise; a None leaves a field out."""
+        turns = [user(messages)] if isinstance(messages, str) else messages
+        fields = {"model": self.endpoint.model_id, "messages": turns, "temperature": 0, "max_tokens": 8} | params
+        return {key: value for key, value in fields.items() if value is not None}
+
+    def chat(self, messages: Messages, **params: Any) -> Reply:
+        """The answer to one chat request."""
+        return self.post("/v1/chat/completions", self.body(messages, **params))
+
+    def stream(self, messages: Messages, *, leave_after: int | None = None, **params: Any) -> Streamed:
+        """One streamed chat answer, read to its end or until `leave_after` chunks with content have come."""
+        body = self.body(messages, stream=True, **params)
+        with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                return Streamed(refusal=as_reply(response))
+            streamed = Streamed(content_type=response.headers.get("content-type", ""))
+            for data in data_lines(response.iter_bytes()):
+                take(streamed, data)
+                if leave_after is not None and len(streamed.arrivals_s) >= leave_after:
+                    break
+            return streamed
+
+
+def as_reply(response: httpx.Response) -> Reply:
+    """`response`, read, with its JSON where it has any."""
+    try:
+        body = json.loads(response.content)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        body = None
+    return Reply(response.status_code, response.text, body)
+
+
+def take(streamed: Streamed, data: bytes) -> None:
+    """Add one event's payload to `streamed`."""
+    if data == DONE.encode():
+        streamed.done = True
+        return
+    streamed.after_done += streamed.done
+    try:
+        chunk = json.loads(data.decode("utf-8"))
+    except ValueError:
+        streamed.undecodable.append(data[:80].decode("utf-8", "replace"))
+        return
+    if not isinstance(chunk, dict):
+        streamed.undecodable.append(str(chunk)[:80])
+        return
+    streamed.chunks.append(chunk)
+    if chunk.get("choices") and (chunk["choices"][0].get("delta") or {}).get("content"):
+        streamed.arrivals_s.append(time.monotonic())

@@ -1,0 +1,93 @@
+"""Prompts for comparing engines: the shipped set, or the user's own transcripts."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engines.errors import BadInput
+
+SHIPPED = "prompts.jsonl"
+HOW_TO_MEND = 'each line is one JSON object: {"messages": [{"role": "user", "content": "..."}], "tools": [...]}'
+
+
+class Message(BaseModel):
+    """One turn; keys beyond role and content (`tool_calls`, `tool_call_id`, `name`) are sent on as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    role: str = Field(min_length=1)
+    content: str | list[dict[str, Any]] | None = None
+
+
+class Prompt(BaseModel):
+    """One conversation that ends where the engine has to answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    group: str = "transcript"
+    messages: list[Message] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`messages` and, where there are any, `tools`: the part of a chat request that the prompt decides."""
+        body: dict[str, Any] = {"messages": [message.model_dump(exclude_unset=True) for message in self.messages]}
+        return body | {"tools": self.tools} if self.tools else body
+
+    @property
+    def text(self) -> str:
+        """All that the turns say, joined by newlines; for showing and for looking at its script."""
+        return "\n".join(message.content for message in self.messages if isinstance(message.content, str))
+
+
+def load_prompts(limit: int | None = None) -> list[Prompt]:
+    """The first `limit` shipped prompts (all by default); they are ordered so that a prefix is diverse too."""
+    if limit is not None and limit < 1:
+        raise BadInput(f"prompts: a limit of {limit} leaves nothing to compare; use 1 or more")
+    lines = files("tasks").joinpath(SHIPPED).read_text(encoding="utf-8").split("\n")
+    prompts = [Prompt.model_validate_json(line) for line in lines if line]
+    return prompts[:limit]
+
+
+def load_transcripts(path: Path) -> list[Prompt]:
+    """The conversations of the JSONL file `path`, each cut before its last assistant turns; ids are `line-N`.
+
+    A line is `{"messages": [...], "tools"?: [...]}`; the body of an OpenAI chat request is one too (its other
+    keys are not used). Blank lines are skipped. Raises BadInput with file, line and the form that is wanted.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as UTF-8 text ({error}); give a JSONL file") from error
+    prompts = [_transcript(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise BadInput(f"{path}: no transcripts in it; {HOW_TO_MEND}")
+    return prompts
+
+
+def _transcript(path: Path, number: int, line: str) -> Prompt:
+    """The prompt on one line; `number` counts from 1."""
+    where = f"{path}:{number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not JSON ({error}); {HOW_TO_MEND}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise BadInput(f'{where}: no list "messages"; {HOW_TO_MEND}')
+    messages = row["messages"]
+    while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    if not any(isinstance(message, dict) and message.get("role") != "system" for message in messages):
+        raise BadInput(f"{where}: nothing to answer before the assistant's turn; add a user message")
+    try:
+        return Prompt(id=f"line-{number}", messages=messages, tools=row.get("tools") or None)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise BadInput(f"{where}: {key}: {first['msg']}; {HOW_TO_MEND}") from error

@@ -1,0 +1,474 @@
+"""Parity is judged on distributions up to the first difference; near ties pass, other tokenizers and garbage do not."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from engines.settings import Endpoint
+from tasks.parity import (
+    ParityLimits,
+    compare_answers,
+    degenerate,
+    fill_missing,
+    judge_answers,
+    judge_ignored_parameters,
+    judge_parity,
+    judge_prompt_tokens,
+    kld,
+    measure_answers,
+    measure_floor,
+    measure_ignored_parameters,
+    measure_prompt_tokens,
+)
+from tasks.prompts import load_prompts
+from tasks.verdict import CheckResult, Verdict
+
+Evidence = dict[str, Any]
+
+
+def token(text: str, p: float, token_id: int | None = None) -> list[Any]:
+    """One listed token of probability `p`."""
+    return [text, math.log(p), token_id]
+
+
+def position(*listed: list[Any], shown: str | None = None) -> list[Any]:
+    """One position at which the first of `listed` was generated, shown under another text where asked."""
+    text, logprob, token_id = listed[0]
+    return [text if shown is None else shown, logprob, token_id, [list(entry) for entry in listed]]
+
+
+def answer(name: str, *positions: list[Any], text: str | None = None, **more: Any) -> Evidence:
+    """One measured answer."""
+    said = "".join(p[0] for p in positions) if text is None else text
+    return {
+        "id": name,
+        "prompt": "Say something.",
+        "text": said,
+        "reasoning": "",
+        "tool_calls": [],
+        "finish_reason": "length",
+        "prompt_tokens": 9,
+        "completion_tokens": len(positions),
+        "cached_tokens": None,
+        "positions": list(positions),
+        "error": None,
+    } | more
+
+
+def answers(*given: Evidence) -> Evidence:
+    """What measure_answers returns, as far as it is compared."""
+    return {"answers": list(given)}
+
+
+def words(n: int, *, last: list[Any] | None = None, start: int = 0) -> list[list[Any]]:
+    """`n` positions of different words at 0.7 against 0.2; `last` replaces the last one."""
+    plain = [
+        position(token(f" w{start + i}", 0.7, 2 * (start + i)), token(f" x{start + i}", 0.2, 2 * (start + i) + 1))
+        for i in range(n)
+    ]
+    return plain if last is None else [*plain[:-1], last]
+
+
+def counts(**tokens: int | None) -> Evidence:
+    """What measure_prompt_tokens returns; None is a refused prompt."""
+    prompts = {
+        name: {"tokens": n, "error": None if n else "HTTP 400: no", "tools_shown": None, "preview": name}
+        for name, n in tokens.items()
+    }
+    return {"prompts": prompts, "raw": [{"text": t, "tokens": n, "ids": None} for t, n in (("France", 6), ("x", 4))]}
+
+
+def one(results: list[CheckResult], check: str) -> CheckResult:
+    """The result of that name."""
+    return next(result for result in results if result.check == check)
+
+
+# --- prompt tokens
+
+
+def test_equal_counts_pass() -> None:
+    """Every prompt as many tokens: the same reading."""
+    assert judge_prompt_tokens(counts(a=3, b=4), counts(a=3, b=4))[0].verdict is Verdict.PASS
+
+
+def test_one_other_count_fails_with_cause_and_example() -> None:
+    """The cause comes first, then prompts with both counts."""
+    theirs = counts(France=11, b=4)
+    theirs["raw"][0]["tokens"] = 11
+    result = judge_prompt_tokens(counts(France=6, b=4), theirs)[0]
+    assert result.verdict is Verdict.FAIL
+    assert result.value == 0.5
+    assert result.why.startswith("cause: tokenizer")
+    assert "'France': 6 vs 11 tokens" in result.why
+
+
+@pytest.mark.parametrize(("raw", "cause"), [((6, 4), "chat template"), ((7, 5), "start token"), ((7, 4), "tokenizer")])
+def test_raw_texts_tell_tokenizer_from_template(raw: tuple[int, int], cause: str) -> None:
+    """Equal raw counts leave the template; a constant is a start token; anything else is the tokenizer."""
+    theirs = counts(a=9)
+    for found, tokens in zip(theirs["raw"], raw, strict=True):
+        found["tokens"] = tokens
+    assert f"cause: {cause}" in judge_prompt_tokens(counts(a=8), theirs)[0].why
+
+
+def test_a_prompt_only_the_candidate_refuses_fails() -> None:
+    """It served before and would not any more."""
+    assert judge_prompt_tokens(counts(a=3, b=4), counts(a=3, b=None))[0].verdict is Verdict.FAIL
+
+
+def test_a_prompt_the_incumbent_refuses_is_left_out_and_said() -> None:
+    """It is no regression, but it was not compared."""
+    result = judge_prompt_tokens(counts(a=3, b=None), counts(a=3, b=None))[0]
+    assert result.verdict is Verdict.PASS
+    assert "1 that the incumbent refuses" in result.why
+
+
+def test_no_counts_are_inconclusive() -> None:
+    """Nothing measured is never a pass."""
+    assert judge_prompt_tokens(counts(a=None), counts(a=3))[0].verdict is Verdict.INCONCLUSIVE
+
+
+# --- KLD
+
+
+def test_kld_of_fully_listed_distributions_is_the_textbook_sum() -> None:
+    """0.5 ln(0.5/0.25) + 0.5 ln(0.5/0.75)."""
+    shown, other = {"a": 0.5, "b": 0.5}, {"a": 0.25, "b": 0.75}
+    filled, tail = fill_missing(shown, other)
+    assert kld(shown, filled, tail) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+
+
+def test_unlisted_mass_is_one_bucket() -> None:
+    """0.6 against 0.3 and the rest 0.4 against 0.7."""
+    filled, tail = fill_missing({"a": 0.6}, {"a": 0.3})
+    assert kld({"a": 0.6}, filled, tail) == pytest.approx(0.6 * math.log(2) + 0.4 * math.log(4 / 7))
+
+
+def test_a_token_missing_in_the_others_list_is_bounded_by_its_last() -> None:
+    """`b` cannot have more than 0.1 there, though 0.3 is unlisted: the bound keeps the difference visible."""
+    shown, other = {"a": 0.6, "b": 0.3}, {"a": 0.6, "c": 0.1}
+    filled, tail = fill_missing(shown, other)
+    assert filled["b"] == pytest.approx(0.1)
+    assert tail == pytest.approx(0.3)
+    assert kld(shown, filled, tail) > 0.2
+
+
+def test_kld_is_a_lower_bound_of_the_whole_vocabularys() -> None:
+    """Whatever the lists leave out, the number never overstates the difference."""
+    p = [0.4, 0.3, 0.15, 0.1, 0.05]
+    q = [0.2, 0.05, 0.25, 0.3, 0.2]
+    whole = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    for k in (1, 2, 3, 4, 5):
+        shown = dict(sorted(enumerate(p), key=lambda item: -item[1])[:k])
+        filled, tail = fill_missing(shown, dict(sorted(enumerate(q), key=lambda item: -item[1])[:k]))
+        assert 0 <= kld(shown, filled, tail) <= whole + 1e-9
+
+
+# --- comparison
+
+
+def test_equal_answers_agree_everywhere() -> None:
+    """No divergence, no KLD, all checks that gate pass."""
+    same = answers(*(answer(f"p{n}", *words(40, start=40 * n)) for n in range(4)))
+    comparison = compare_answers(same, same)
+    assert (comparison["top1_agreement"], comparison["mean_kld"], comparison["divergences"]) == (1.0, 0.0, [])
+    assert all(result.verdict is Verdict.PASS for result in judge_answers(comparison) if result.required)
+
+
+def near_tie(mine: float, other: float) -> tuple[list[Any], list[Any]]:
+    """One position at which two engines choose differently between the same two tokens."""
+    ours = position(token(" yes", mine, 900), token(" no", other, 901))
+    theirs = position(token(" no", mine, 901), token(" yes", other, 900))
+    return ours, theirs
+
+
+def test_positions_end_at_the_first_difference() -> None:
+    """What follows has another context: 5 alike and the different one are 6."""
+    ours, theirs = near_tie(0.46, 0.44)
+    a = answers(answer("p", *words(5), ours, *words(7, start=50)))
+    b = answers(answer("p", *words(5), theirs, *words(7, start=80)))
+    comparison = compare_answers(a, b)
+    assert (comparison["positions"], comparison["same_top1"]) == (6, 5)
+    assert comparison["divergences"][0]["position"] == 5
+
+
+def test_a_near_tie_is_explained_and_a_clear_choice_is_not() -> None:
+    """Under 0.5 nats rounding can turn it over; at 2 nats a person has to look, and is told where."""
+    for mine, other, explained in ((0.46, 0.44, True), (0.8, 0.1, False)):
+        ours, theirs = near_tie(mine, other)
+        comparison = compare_answers(answers(answer("p", *words(3), ours)), answers(answer("p", *words(3), theirs)))
+        assert comparison["divergences"][0]["explained"] is explained
+        result = one(judge_answers(comparison), "parity.explained_divergences")
+        assert result.verdict is (Verdict.PASS if explained else Verdict.FAIL)
+        assert explained or "p at 3: ' yes' vs ' no'" in result.why
+
+
+def test_a_tie_of_the_best_two_does_not_explain_a_far_third() -> None:
+    """The candidate's own choice has to be near, not just any other token."""
+    ours = position(token(" a", 0.45, 1), token(" b", 0.44, 2), token(" z", 0.01, 3))
+    theirs = position(token(" z", 0.6, 3), token(" a", 0.2, 1))
+    divergence = compare_answers(answers(answer("p", ours)), answers(answer("p", theirs)))["divergences"][0]
+    assert divergence["gap_nats"] < 0.5 < divergence["choice_gap_nats"]
+    assert divergence["explained"] is False
+
+
+def test_prompts_read_differently_are_left_out_and_said_first() -> None:
+    """Answers to other prompts say nothing about the engine."""
+    a = answers(answer("p", *words(4)), answer("q", *words(4)))
+    b = answers(answer("p", *words(4)), answer("q", *words(4), prompt_tokens=12))
+    comparison = compare_answers(a, b)
+    assert comparison["prompt_tokens_differ"] == ["q"]
+    assert one(judge_answers(comparison), "parity.mean_kld").why.startswith("1 prompts read as other tokens")
+
+
+def test_without_ids_tokens_match_by_text_and_all_ends_are_one() -> None:
+    """llama.cpp shows the end as an empty text, mistral.rs as its name."""
+    hi = position(token("hi", 0.9), token("yo", 0.05))
+    ours = answer("p", hi, position(token("", 0.9), token("!", 0.05)), text="hi", finish_reason="stop")
+    theirs = answer("p", hi, position(token("<|im_end|>", 0.9), token("!", 0.05)), text="hi", finish_reason="stop")
+    comparison = compare_answers(answers(ours), answers(theirs))
+    assert comparison["matched_by"] == "text"
+    assert (comparison["divergences"], comparison["positions"]) == ([], 2)
+
+
+def test_a_character_shown_whole_by_one_and_in_parts_by_the_other_is_no_divergence() -> None:
+    """llama.cpp joins the parts of a character into the entry of the last part; the walk goes on behind it."""
+    part, last = token("\ufffd", 0.8, 7365), token("\ufffd", 0.8, 247)
+    joined = position(last, token("\ufffd", 0.1, 233), shown="そ")
+    parts = [position(part, token("x", 0.1, 5)), position(last, token("\ufffd", 0.1, 233))]
+    comparison = compare_answers(
+        answers(answer("p", *words(3), joined, *words(2, start=9))),
+        answers(answer("p", *words(3), *parts, *words(2, start=9), text=" w0 w1 w2そ w9 w10")),
+    )
+    assert (comparison["divergences"], comparison["positions"], comparison["hidden_positions"]) == ([], 6, 1)
+
+
+def test_a_difference_within_a_joined_character_is_explained_by_the_engine_that_shows_it() -> None:
+    """The incumbent hides the position; the candidate's near tie there stands in, and no false KLD is counted."""
+    joined = position(token("\ufffd", 0.99, 247), token("\ufffd", 0.005, 233), shown="そ")
+    shown = position(token(" a", 0.41, 11), token("\ufffd", 0.40, 7365))
+    comparison = compare_answers(answers(answer("p", *words(3), joined)), answers(answer("p", *words(3), shown)))
+    assert comparison["divergences"][0]["explained"] is True
+    assert (comparison["positions"], comparison["mean_kld"], comparison["top1_agreement"]) == (3, 0.0, 0.75)
+
+
+def test_no_logprobs_are_inconclusive() -> None:
+    """An engine that returns none has shown nothing."""
+    bare = answers(answer("p", text="hello there"))
+    results = judge_answers(compare_answers(bare, bare))
+    for check in ("parity.top1_agreement", "parity.mean_kld", "parity.explained_divergences"):
+        assert one(results, check).verdict is Verdict.INCONCLUSIVE
+
+
+def test_few_positions_are_inconclusive() -> None:
+    """Ten equal tokens do not bound agreement from below."""
+    few = answers(answer("p", *words(10)))
+    results = judge_answers(compare_answers(few, few))
+    assert one(results, "parity.top1_agreement").verdict is Verdict.INCONCLUSIVE
+    assert one(results, "parity.p99_kld").verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_large_kld_fails_and_the_own_noise_raises_the_limit() -> None:
+    """0.7 against 0.6 is over 0.005 nats; an engine as far from itself makes it the measure."""
+    theirs = [position(token(p[0], 0.6, p[2]), token(p[3][1][0], 0.3, p[3][1][2])) for p in words(120)]
+    comparison = compare_answers(answers(answer("p", *words(120))), answers(answer("p", *theirs)))
+    assert one(judge_answers(comparison), "parity.mean_kld").verdict is Verdict.FAIL
+    noise = {"mean_kld": comparison["mean_kld"], "p99_kld": 0.0}
+    floor = {"repeat": noise, "cached": noise, "parallel": {"mean_kld": None, "p99_kld": None}}
+    raised = one(judge_answers(comparison, [floor]), "parity.mean_kld")
+    assert raised.verdict is Verdict.PASS
+    assert raised.limit == pytest.approx(3 * comparison["mean_kld"])
+
+
+def test_equal_text_that_ends_for_another_reason_fails() -> None:
+    """Clients branch on finish_reason."""
+    a, b = answer("p", *words(4)), answer("p", *words(4), finish_reason="stop")
+    assert one(judge_answers(compare_answers(answers(a), answers(b))), "parity.finish_reason").verdict is Verdict.FAIL
+
+
+def test_length_is_reported_and_gates_only_on_many_prompts() -> None:
+    """Twice as long is seen with few prompts, and holds the gate from the stated number on."""
+    a = answers(*(answer(f"p{n}", text="x y", completion_tokens=10) for n in range(5)))
+    b = answers(*(answer(f"p{n}", text="x y", completion_tokens=20) for n in range(5)))
+    comparison = compare_answers(a, b)
+    result = one(judge_answers(comparison), "parity.mean_length_ratio")
+    assert (result.verdict, result.value, result.required) == (Verdict.FAIL, 2.0, False)
+    strict = judge_answers(comparison, limits=ParityLimits(length_required_from=5))
+    assert one(strict, "parity.mean_length_ratio").required
+
+
+# --- degenerate text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("  \n", "empty"),
+        ("a\ufffd\ufffdb\ufffdc", "replacement"),
+        ("..,;;!! --- ...", "no letters"),
+        ("the cat sat " * 8, "loop"),
+        ("x" * 60, "one character"),
+        ("Привет мир 你好世界 שלום עולם สวัสดี", "mixed scripts"),
+    ],
+)
+def test_garbage_is_named(text: str, reason: str) -> None:
+    """Each kind of text that no reader would call an answer."""
+    assert reason in (degenerate(text) or "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "42",
+        "🌧️☂️🙂",
+        "The sea is wide, and the sea is deep.",
+        "今日は天気がいいので、公園まで散歩に行きましょう。",
+        "one\ntwo\nthree\nfour\nfive\nsix\nseven\neight",
+        "| a | b |\n|---|---|\n| 1 | 2 |",
+        "Tokyo (東京) and Seoul (서울)",
+        "これは途中で切れた文字\ufffd",
+    ],
+)
+def test_answers_are_not_called_garbage(text: str) -> None:
+    """Short, listed, tabular, foreign, or cut within a character: still answers."""
+    assert degenerate(text) is None
+
+
+def test_garbage_of_the_candidate_alone_fails_and_one_loop_does_not() -> None:
+    """One broken answer is one too many; small models loop by themselves, now here, now there."""
+    fine = answer("p", text="A fine answer.")
+    for text, verdict in (("\ufffd\ufffd\ufffd a", Verdict.FAIL), ("to and fro " * 9, Verdict.PASS)):
+        comparison = compare_answers(answers(fine), answers(answer("p", text=text)))
+        assert one(judge_answers(comparison), "parity.degenerate").verdict is verdict
+
+
+def test_many_more_loops_fail() -> None:
+    """Eight new loops and none gone are no chance."""
+    a = answers(*(answer(f"p{n}", text="A fine answer.") for n in range(8)))
+    b = answers(*(answer(f"p{n}", text="to and fro " * 9) for n in range(8)))
+    assert one(judge_answers(compare_answers(a, b)), "parity.degenerate").verdict is Verdict.FAIL
+
+
+# --- parameters
+
+
+def probed(**effects: bool | None) -> Evidence:
+    """What measure_ignored_parameters returns."""
+    return {"parameters": {k: {"sent": {}, "effect": v, "observed": f"{k} seen"} for k, v in effects.items()}}
+
+
+def test_a_lost_parameter_gates_only_when_relied_on() -> None:
+    """It is always listed."""
+    ours, theirs = probed(seed=True, stop=True, n=False), probed(seed=False, stop=True, n=False)
+    reported = judge_ignored_parameters(ours, theirs)[0]
+    assert (reported.verdict, reported.required) == (Verdict.FAIL, False)
+    assert "seed" in reported.why
+    assert judge_ignored_parameters(ours, theirs, ["seed"])[0].verdict is Verdict.FAIL
+    assert judge_ignored_parameters(ours, theirs, ["seed"])[0].required
+    assert judge_ignored_parameters(ours, theirs, ["stop"])[0].verdict is Verdict.PASS
+    assert judge_ignored_parameters(ours, theirs, ["n"])[0].verdict is Verdict.PASS
+
+
+def test_a_required_parameter_without_a_probe_is_inconclusive() -> None:
+    """What cannot be looked for is not assumed."""
+    assert judge_ignored_parameters(probed(seed=True), probed(seed=True), ["magic"])[0].verdict is Verdict.INCONCLUSIVE
+
+
+def test_only_what_was_measured_is_judged() -> None:
+    """The cheap gate alone, when the answers were not asked for."""
+    assert [r.check for r in judge_parity(counts(a=3), counts(a=4))] == ["parity.prompt_tokens"]
+
+
+# --- over HTTP
+
+
+class Mute(BaseHTTPRequestHandler):
+    """An engine in mistral.rs' shape: it honours max_tokens and nothing else, drops tools, and refuses `unicode`."""
+
+    def do_POST(self) -> None:
+        """Answer the same words to everything."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = json.dumps(body.get("messages", ""), ensure_ascii=False)
+        if self.path == "/v1/chat/completions" and "emoji" not in said:
+            self._reply(200, self._chat(body, len(said) // 4))
+        elif self.path == "/v1/completions":
+            self._reply(200, {"usage": {"prompt_tokens": len(body["prompt"])}})
+        else:
+            self._reply(422 if "chat" in self.path else 404, {"message": "not here"})
+
+    def _chat(self, body: Evidence, prompt_tokens: int) -> Evidence:
+        said = [" light", " house", " keeper", " story"] * 16
+        said = said[: body["max_tokens"]]
+        content = [self._entry(text, number) for number, text in enumerate(said)]
+        choice = {
+            "message": {"content": "".join(said)},
+            "finish_reason": "length",
+            "logprobs": {"content": content} if body.get("logprobs") else None,
+        }
+        return {"choices": [choice], "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": len(said)}}
+
+    def _entry(self, text: str, number: int) -> Evidence:
+        top = [{"token": number, "logprob": -0.1, "bytes": text}, {"token": 99, "logprob": -2.5, "bytes": "x"}]
+        return {"token": text, "logprob": -0.1, "bytes": list(text.encode()), "top_logprobs": top}
+
+    def _reply(self, status: int, body: Evidence) -> None:
+        raw = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def mute() -> Iterator[Endpoint]:
+    """A served `Mute`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mute)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Endpoint(base_url=f"http://127.0.0.1:{server.server_port}", model_id="m", engine="mute")
+    server.shutdown()
+    server.server_close()
+
+
+def test_prompt_tokens_keep_refusals_and_see_dropped_tools(mute: Endpoint) -> None:
+    """A refused prompt stays with its error; tools that leave the count alone are not shown to the model."""
+    found = measure_prompt_tokens(mute, load_prompts(10))
+    assert found["prompts"]["unicode-01"]["tokens"] is None
+    assert "HTTP 422" in found["prompts"]["unicode-01"]["error"]
+    assert found["prompts"]["tools-01"]["tools_shown"] is False
+    assert found["raw"][0] == {"text": "The capital of France is", "tokens": 24, "error": None, "ids": None}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_answers_read_mistral_rs_shape_and_keep_errors(mute: Endpoint) -> None:
+    """Ids come from the top tokens; an answer that failed is compared as an error, not dropped."""
+    found = measure_answers(mute, load_prompts(4), max_tokens=3)
+    assert found["answers"][0]["positions"][1][:3] == [" house", -0.1, 1]
+    comparison = compare_answers(found, found)
+    assert (comparison["matched_by"], comparison["positions"], comparison["prompts_compared"]) == ("id", 9, 3)
+    assert comparison["errors"][0].startswith("unicode-01: HTTP 422")
+
+
+def test_the_floor_of_a_deterministic_engine_is_zero(mute: Endpoint) -> None:
+    """Repeat, cached and parallel each have their numbers."""
+    floor = measure_floor(mute, load_prompts(2), max_tokens=3)
+    assert [floor[run]["mean_kld"] for run in ("repeat", "cached", "parallel")] == [0.0, 0.0, 0.0]
+
+
+def test_ignored_parameters_are_found_by_their_missing_effect(mute: Endpoint) -> None:
+    """All get a 200; only max_tokens does anything."""
+    found = measure_ignored_parameters(mute)["parameters"]
+    assert found["max_tokens"]["effect"] is True
+    for name in ("temperature", "stop", "logit_bias", "n", "frequency_penalty", "response_format.json_schema"):
+        assert found[name]["effect"] is False, name
+    assert found["seed"]["effect"] is None
+    assert "same text" in found["seed"]["observed"]

@@ -1,0 +1,119 @@
+"""Preflight: one report per model, and its checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_files import LLAMA, nemotron_keys, write_gguf
+
+from engines.errors import BadInput
+from engines.memory_fit import GIB, FreeMemory
+from engines.settings import Settings
+from tasks.preflight import judge_preflight, preflight
+from tasks.verdict import Verdict, overall
+
+PLENTY = FreeMemory(ram_bytes=512 * GIB)
+
+
+def report(path: Path, memory: FreeMemory = PLENTY, **options: Any) -> dict[str, Any]:
+    """The report of the one model at `path`."""
+    models = preflight([("m", path)], memory=memory, **options)["models"]
+    assert len(models) == 1
+    return dict(models[0])
+
+
+def verdicts(path: Path, memory: FreeMemory = PLENTY) -> dict[str, Verdict]:
+    results = judge_preflight(report(path, memory, context=4096), "llama.cpp", "mistral.rs")
+    return {result.check: result.verdict for result in results}
+
+
+def test_a_report_is_plain_and_complete(tmp_path: Path) -> None:
+    """It survives JSON unchanged."""
+    entry = report(write_gguf(tmp_path / "m.gguf"), versions={"mistral.rs": "0.9.2"})
+    assert json.loads(json.dumps(entry)) == entry
+    assert (entry["model"], entry["architecture"], entry["alternatives"]) == ("m", "llama", [])
+    assert [engine["engine"] for engine in entry["engines"]] == ["llama.cpp", "mistral.rs"]
+    assert {engine["loads"] for engine in entry["engines"]} == {"yes"}
+    assert entry["memory"]["kv_bytes"] == 4096 * 256
+    assert entry["elapsed_ms"] >= 0
+
+
+def test_several_models_keep_their_order_and_settings(tmp_path: Path) -> None:
+    """Each is read with its own settings."""
+    paths = [(name, write_gguf(tmp_path / f"{name}.gguf")) for name in ("b", "a")]
+    steps: list[str] = []
+    settings = {"a": Settings(context_tokens=1024, kv_type="q8_0")}
+    found = preflight(paths, settings_by_model=settings, memory=PLENTY, progress=steps.append)["models"]
+    assert [entry["model"] for entry in found] == ["b", "a"]
+    assert [entry["memory"]["context_tokens"] for entry in found] == [4096, 1024]
+    assert found[1]["memory"]["kv_bytes_per_token"] == 136
+    assert len(steps) == 2
+
+
+def test_a_bad_file_among_good_ones_is_named(tmp_path: Path) -> None:
+    """Model and path are in the one line."""
+    good, bad = write_gguf(tmp_path / "good.gguf"), tmp_path / "bad.gguf"
+    bad.write_bytes(good.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"model 'second': .*bad\.gguf"):
+        preflight([("first", good), ("second", bad)], memory=PLENTY)
+
+
+def test_a_loadable_model_that_fits_passes(tmp_path: Path) -> None:
+    """All checks pass."""
+    assert set(verdicts(write_gguf(tmp_path / "m.gguf")).values()) == {Verdict.PASS}
+
+
+def test_nemotron_fails_to_load_and_gets_alternatives(tmp_path: Path) -> None:
+    """It fits, but the candidate does not know it."""
+    path = write_gguf(tmp_path / "m.gguf", "nemotron_h_moe", keys=nemotron_keys())
+    found = verdicts(path)
+    assert (found["preflight.loads"], found["preflight.fit"]) == (Verdict.FAIL, Verdict.PASS)
+    assert found["preflight.incumbent.loads"] is Verdict.PASS
+    entry = report(path, context=512 << 10)
+    assert any("Qwen3-30B-A3B" in choice for choice in entry["alternatives"])
+    assert entry["memory"]["kv_bytes"] == 3 * GIB
+
+
+def test_an_unknown_architecture_is_inconclusive_on_the_incumbent(tmp_path: Path) -> None:
+    """And its memory is unknown, not zero."""
+    path = write_gguf(tmp_path / "m.gguf", "quetzal")
+    found = verdicts(path)
+    assert found["preflight.fit"] is found["preflight.incumbent.loads"] is Verdict.INCONCLUSIVE
+    memory = report(path)["memory"]
+    assert memory["kv_bytes"] is None
+    assert memory["state_bytes_per_sequence"] is None
+    assert "quetzal" in memory["why_unknown"]
+
+
+def test_too_little_memory_fails_with_both_numbers(tmp_path: Path) -> None:
+    """Value and limit are the fullest device's."""
+    entry = report(write_gguf(tmp_path / "m.gguf"), FreeMemory(ram_bytes=1 << 20))
+    fit = next(
+        result for result in judge_preflight(entry, "llama.cpp", "mistral.rs") if result.check == "preflight.fit"
+    )
+    assert fit.verdict is Verdict.FAIL
+    assert fit.value is not None
+    assert fit.limit == 1 << 20
+    assert fit.value > fit.limit
+    assert "smaller quantization" in entry["alternatives"][0]
+
+
+def test_two_engines_that_fit_alone_may_not_fit_together(tmp_path: Path) -> None:
+    """That is told, but does not hold the gate: the switch can stop one first."""
+    path = write_gguf(tmp_path / "m.gguf", keys={**LLAMA, "context_length": 1 << 22})
+    together = report(path)
+    largest = max(engine["fit"]["needs"][0]["expected"] for engine in together["engines"])
+    results = judge_preflight(report(path, FreeMemory(ram_bytes=largest)), "llama.cpp", "mistral.rs")
+    pair = next(result for result in results if result.check == "preflight.side_by_side")
+    assert (pair.verdict, pair.required) == (Verdict.FAIL, False)
+    assert overall(results) is Verdict.PASS
+
+
+def test_an_engine_that_was_not_looked_at_is_inconclusive(tmp_path: Path) -> None:
+    """Absent is not a pass."""
+    entry = report(write_gguf(tmp_path / "m.gguf"), engines=("llama.cpp",))
+    results = judge_preflight(entry, "llama.cpp", "mistral.rs")
+    assert overall(results) is Verdict.INCONCLUSIVE
