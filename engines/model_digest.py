@@ -1,0 +1,68 @@
+"""Who a model file is, whatever it is called and wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+from engines.errors import BadInput
+
+EDGE_BYTES = 16 * 1024 * 1024
+SAMPLE_BYTES = 64 * 1024
+SAMPLES = 256
+WHOLE_UP_TO_BYTES = 2 * EDGE_BYTES + SAMPLES * SAMPLE_BYTES
+SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+def model_digest(path: Path, *, full: bool = False) -> str:
+    """`sha256:...` of the whole file, or `sampled-sha256:...` of a large one; of all shards for a split GGUF.
+
+    A sampled digest covers the size, the first and last 16 MiB (the GGUF header with its tokenizer and template lies
+    in the first) and 256 evenly spaced pieces of 64 KiB: 48 MiB read, whatever the size. It tells apart other models,
+    other quants, other fine-tunes, edited templates and truncated files. It does not prove that every byte between the
+    samples is intact: for that, `full=True` reads the whole file. The prefix keeps the two kinds from comparing equal.
+    """
+    digests = [_file_digest(shard, full=full) for shard in shards(path)]
+    if len(digests) == 1:
+        return digests[0]
+    kind = max(digests).partition(":")[0]  # one sampled shard makes the whole sampled
+    return f"{kind}:{hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a split GGUF (`name-00001-of-00003.gguf`) in order, or just `path`; all of them must exist."""
+    match = SHARD.match(path.name)
+    count = int(match["count"]) if match else 1
+    if match is None or count < 2:
+        return [path]
+    files = [path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf") for number in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise BadInput(f"{path}: {len(missing)} of {count} shards are missing; fetch {missing[0]}")
+    return files
+
+
+def _file_digest(path: Path, *, full: bool) -> str:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if full or size <= WHOLE_UP_TO_BYTES:
+                return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            return f"sampled-sha256:{_sampled(file, size)}"
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _sampled(file: BinaryIO, size: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    digest.update(file.read(EDGE_BYTES))
+    inner = size - 2 * EDGE_BYTES - SAMPLE_BYTES
+    for index in range(SAMPLES):
+        file.seek(EDGE_BYTES + inner * index // (SAMPLES - 1))
+        digest.update(file.read(SAMPLE_BYTES))
+    file.seek(size - EDGE_BYTES)
+    digest.update(file.read(EDGE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""Small synthetic GGUF files for tests, written with the gguf package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
+
+TOKENS = ["<s>", "</s>", "hello", "world"]
+LLAMA = {
+    "block_count": 2,
+    "context_length": 4096,
+    "embedding_length": 64,
+    "feed_forward_length": 128,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+}
+
+
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    keys: Mapping[str, Any] = LLAMA,
+    general: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, str] | None = None,
+    tokens: Sequence[str] = TOKENS,
+    tokenizer: str = "gpt2",
+    template: str | None = "{{ messages }}{% if tools %}{{ tools }}{% endif %}",
+    endian: GGUFEndian = GGUFEndian.LITTLE,
+) -> Path:
+    """Writes a model with `keys` under `ARCHITECTURE.` and `general` verbatim; `tensors` maps names to ggml types."""
+    writer = GGUFWriter(path, architecture, endianess=endian)
+    for key, value in {**{f"{architecture}.{key}": value for key, value in keys.items()}, **(general or {})}.items():
+        _add(writer, key, value)
+    writer.add_tokenizer_model(tokenizer)
+    writer.add_token_list(list(tokens))
+    if template is not None:
+        writer.add_chat_template(template)
+    for name, kind in (tensors or {"token_embd.weight": "F32", "blk.0.attn_q.weight": "Q8_0"}).items():
+        _add_tensor(writer, name, GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _add_tensor(writer: GGUFWriter, name: str, kind: GGMLQuantizationType) -> None:
+    """A tensor of four rows of 256 zeros: a multiple of every block size."""
+    items, n_bytes = GGML_QUANT_SIZES[kind]
+    if kind is GGMLQuantizationType.F32:
+        writer.add_tensor(name, np.zeros((4, 256), dtype=np.float32))
+        return
+    writer.add_tensor(name, np.zeros((4, 256 // items * n_bytes), dtype=np.uint8), raw_dtype=kind)
+
+
+def write_split(folder: Path, n_shards: int) -> list[Path]:
+    """A split set of `n_shards` files, one tensor in each; the first holds the metadata."""
+    paths = [folder / f"model-{number:05d}-of-{n_shards:05d}.gguf" for number in range(1, n_shards + 1)]
+    for number, path in enumerate(paths):
+        split = {"split.no": number, "split.count": n_shards, "split.tensors.count": n_shards}
+        write_gguf(path, general=split, tensors={f"blk.{number}.attn_q.weight": "F32"})
+    return paths
+
+
+def nemotron_keys() -> dict[str, Any]:
+    """The sizes of Nemotron-3-Nano-30B-A3B: 52 layers, 23 Mamba-2, 23 mixture-of-experts, 6 attention."""
+    # the order of the kinds changes no sum: what matters is which layers have KV heads and which a feed-forward part
+    kinds = ["mamba", "moe"] * 23 + ["attention"] * 6
+    return {
+        "block_count": len(kinds),
+        "context_length": 1 << 20,
+        "embedding_length": 2688,
+        "feed_forward_length": [1856 if kind == "moe" else 0 for kind in kinds],
+        "attention.head_count": [32 if kind == "attention" else 0 for kind in kinds],
+        "attention.head_count_kv": [2 if kind == "attention" else 0 for kind in kinds],
+        "attention.key_length": 128,
+        "attention.value_length": 128,
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 4096,
+        "ssm.state_size": 128,
+        "ssm.group_count": 8,
+        "ssm.time_step_rank": 64,
+        "expert_count": 128,
+    }
