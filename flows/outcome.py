@@ -1,0 +1,69 @@
+"""What a run came to: stored verdicts, the report, Prefect's artifacts, and the next step for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.report import write_report
+
+from flows.bench import Bench
+from flows.trial import Trial
+from migrations.llama_cpp_to_mistral_rs import RISKS
+from tasks.gate import gate, reasons, risks, run_verdict
+from tasks.records import Run
+from tasks.verdict import CheckResult, Verdict
+
+
+def conclude(bench: Bench, run: Run, trials: Sequence[Trial], *, report_path: Path | None = None) -> dict[str, Any]:
+    """Judge every model from the records, store the verdicts, write the report; the run's JSON form."""
+    models = []
+    for trial in trials:
+        results = trial.judged()
+        bench.records.drop_checks(run.id, trial.model.id)
+        bench.records.put_checks(run.id, trial.model.id, results)
+        models.append(_model_outcome(trial, results))
+    verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
+    bench.records.finish_run(run.id, "done", verdict=verdict)
+    outcome = {"run_id": run.id, "plan": bench.plan.name, "verdict": verdict.value, "models": models}
+    path = write_report(bench.records, run.id, outcome, report_path or bench.home / "reports" / f"{run.id}.html")
+    bench.records.note_run(run.id, report_path=path)
+    return {**outcome, "report": str(path)}
+
+
+def publish(outcome: dict[str, Any]) -> None:
+    """The verdict table as a Prefect artifact of the run."""
+    from prefect.artifacts import create_table_artifact
+
+    rows = [
+        {"model": model["model"], **{key: check[key] for key in ("check", "verdict", "value", "limit", "unit", "why")}}
+        for model in outcome["models"]
+        for check in model["checks"]
+        if check["required"]
+    ]
+    create_table_artifact(
+        key="switchyard-verdict",
+        table=rows,
+        description=f"Run {outcome['run_id']}: {outcome['verdict']}. Report: {outcome['report']}",
+    )
+
+
+def _model_outcome(trial: Trial, results: Sequence[CheckResult]) -> dict[str, Any]:
+    return {
+        "model": trial.model.id,
+        "verdict": gate(results).value,
+        "checks": [result.model_dump(mode="json") for result in results],
+        "closed_by": [result.check for result in reasons(results)],
+        "risks": [
+            {
+                "risk": judged.risk.risk,
+                "likelihood": judged.risk.likelihood,
+                "impact": judged.risk.impact,
+                "mitigation": judged.risk.mitigation,
+                "verdict": judged.verdict.value,
+                "decided_by": [result.check for result in judged.decided_by],
+            }
+            for judged in risks(RISKS, results)
+        ],
+    }

@@ -1,0 +1,108 @@
+"""Prefect's API for one command: the user's own server where one is set, else one that lives as long as the command.
+
+Prefect's own temporary server shares our process group (Ctrl-C would end it before the run can report its state) and
+survives a SIGKILL of ours. So it is started like an engine: own session, dies with us, known to the register.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+
+from engines import process
+from engines.errors import SwitchyardError
+from engines.serving import free_port
+
+START_S = 120.0
+OFFLINE = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "switchyard",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+}
+
+
+def prepare_environment(home: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The settings Prefect has to find at its import, as far as the user has not set them: offline, quiet, own home."""
+    wanted = {**OFFLINE, "PREFECT_HOME": str(home / "prefect"), "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore"}
+    # what went wrong is one line of ours; Prefect's traceback would stand above it
+    wanted["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+class TemporaryServer:
+    """A Prefect API server of our own; `start` returns at once, `ready` waits for it."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._port = free_port()
+        self._child: process.ManagedProcess | None = None
+
+    @property
+    def api_url(self) -> str:
+        """Where its API answers."""
+        return f"http://127.0.0.1:{self._port}/api"
+
+    def start(self) -> None:
+        """Begin starting it; about 10 s with a fresh home, half of it later on."""
+        argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        argv += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error"]
+        env = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT_API_URL": ""}
+        self._child = process.start(
+            "prefect server", argv, state_dir=self._home, log_path=self._home / "logs" / "prefect-server.log", env=env
+        )
+
+    def ready(self) -> None:
+        """Return when it answers; SwitchyardError with its last words when it died or took too long."""
+        assert self._child is not None
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if self._child.poll() is not None:
+                break
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.api_url}/health", timeout=2, trust_env=False).status_code == 200:
+                    return
+            time.sleep(0.1)
+        words = "\n  ".join(self._child.log_tail()[-5:])
+        raise SwitchyardError(f"Prefect's API server did not start (log: {self._child.log.path}):\n  {words}")
+
+    def stop(self) -> None:
+        """End it; safe twice."""
+        if self._child is not None:
+            self._child.stop(grace_s=4)
+
+
+@contextlib.contextmanager
+def prefect_api(home: Path) -> Iterator[TemporaryServer | None]:
+    """None where PREFECT_API_URL names a server, else a temporary one that is starting; ended with the block."""
+    os.environ.update(prepare_environment(home))
+    if os.environ.get("PREFECT_API_URL"):
+        _require_reachable(os.environ["PREFECT_API_URL"])
+        yield None
+        return
+    server = TemporaryServer(home)
+    server.start()
+    os.environ["PREFECT_API_URL"] = server.api_url
+    try:
+        yield server
+    finally:
+        server.stop()
+        os.environ.pop("PREFECT_API_URL", None)
+
+
+def _require_reachable(api_url: str) -> None:
+    try:
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=5).raise_for_status()
+    except httpx.HTTPError as error:
+        raise SwitchyardError(
+            f"PREFECT_API_URL is {api_url}, but no Prefect server answers there: start it or unset it ({error})"
+        ) from error

@@ -1,0 +1,93 @@
+"""What is recorded: runs in the past and at this moment, and verdicts made again from stored evidence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from engines.driver import driver
+from engines.errors import BadInput
+from engines.process import end_orphans, registered
+from flows.outcome import conclude
+from flows.trial import ARMS, Bench, Trial
+from migrations.plan import Plan
+from tasks.records import Records, Run, open_records
+
+
+def past(home: Path, limit: int) -> list[dict[str, Any]]:
+    """The latest runs, newest first."""
+    with open_records() as records:
+        return [_run(run) for run in records.history(limit)]
+
+
+def current(home: Path) -> dict[str, Any]:
+    """Runs and processes that are alive, what was left behind and ended just now, and the last run."""
+    ended = end_orphans(home)
+    with open_records() as records:
+        runs = records.history(50)
+        running = [
+            {**_run(run), "pid": run.owner_pid, "evidence": len(records.list_evidence(run.id))}
+            for run in runs
+            if run.shown_status == "running"
+        ]
+    return {
+        "running": running,
+        "processes": [
+            {"name": name, "pid": process.pid, "memory_bytes": _memory(process)} for name, process in registered(home)
+        ],
+        "ended": ended,
+        "last": _run(runs[0]) if runs else None,
+    }
+
+
+def plan_of(home: Path, reference: str) -> tuple[str, Plan]:
+    """The id and the plan of a recorded run that did not get done."""
+    with open_records() as records:
+        run = records.find_run(reference)
+    if run.shown_status == "done":
+        raise BadInput(f"run {run.id} is done; read it with `switchyard report {run.id}`, or start a new one")
+    return run.id, Plan.model_validate_json(json.dumps(run.plan))
+
+
+def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
+    """Every verdict of a run made again from its raw evidence, and its report written."""
+    with open_records() as records:
+        run = records.find_run(reference)
+        bench = _bench_of(records, run, home)
+        trials = [Trial(bench, model) for model in bench.plan.models]
+        return conclude(bench, run, trials, report_path=output)
+
+
+def _bench_of(records: Records, run: Run, home: Path) -> Bench:
+    plan = Plan.model_validate_json(json.dumps(run.plan))
+    budget = records.get_evidence(run.id, "-", "-", "self_test")
+    if budget is None:
+        raise BadInput(f"run {run.id} ended before anything was measured; there is nothing to report")
+    installations = {arm: driver(getattr(plan, arm).engine).find() for arm in ARMS}
+    return Bench(
+        plan=plan, records=records, run_id=run.id, home=home, installations=installations, error_budget=budget.payload
+    )
+
+
+def _run(run: Run) -> dict[str, Any]:
+    took = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
+    return {
+        "run_id": run.id,
+        "plan": run.name,
+        "status": run.shown_status,
+        "verdict": run.verdict,
+        "started_at": run.started_at.isoformat(),
+        "took_s": took,
+        "error": run.error,
+        "report": run.report_path,
+    }
+
+
+def _memory(process: psutil.Process) -> int | None:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return None
