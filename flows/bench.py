@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from engines.driver import driver
+from engines.driver import Installation, driver
 from engines.errors import BadInput, SwitchyardError
+from engines.gguf_header import read_header
 from engines.home import home as default_home
 from engines.known_truth import self_test
 from engines.process import end_orphans
@@ -17,6 +18,8 @@ from flows.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
 from migrations.plan import Plan
 from tasks import compatibility
 from tasks.circumstances import machine_circumstances
+from tasks.contender import Arm
+from tasks.prompts import load_transcripts
 from tasks.records import Records, Run, open_records
 
 
@@ -25,8 +28,7 @@ def opened(plan: Plan, resume: str | None) -> Iterator[tuple[Bench, Run]]:
     """The bench and its run, recorded as running; recorded as failed or interrupted if the block breaks off."""
     home = default_home()
     end_orphans(home)
-    compatibility.known(list(required_behaviours(plan)), "client.requires in the plan")
-    installations = {arm: _installed(plan, arm) for arm in ARMS}
+    installations = checked(plan)
     with open_records() as records:
         run = _resumed(records, plan, resume) if resume else _started(records, plan)
         try:
@@ -48,9 +50,20 @@ def opened(plan: Plan, resume: str | None) -> Iterator[tuple[Bench, Run]]:
             raise
 
 
-def _installed(plan: Plan, arm: str) -> Any:
-    choice = getattr(plan, arm)
-    return driver(choice.engine).find(choice.form, choice.binary)
+def checked(plan: Plan) -> dict[Arm, Installation]:
+    """Both engines as found here. All that can be known to be wrong before anything starts is said now.
+
+    Raises BadInput for a model file that cannot be read, a behaviour that does not exist or a key that is not set;
+    EngineNotFound for an engine that is not here.
+    """
+    for model in plan.models:
+        read_header(model.gguf)
+        if model.transcripts is not None:
+            load_transcripts(model.transcripts)
+    compatibility.known(list(required_behaviours(plan)), "client.requires in the plan")
+    plan.api_key(os.environ)
+    choices = {arm: getattr(plan, arm) for arm in ARMS}
+    return {arm: driver(choice.engine).find(choice.form, choice.binary) for arm, choice in choices.items()}
 
 
 def _started(records: Records, plan: Plan) -> Run:

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from engines.errors import BadInput, EngineError, SwitchyardError
+from engines.errors import BadInput, SwitchyardError
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
+
+class Commands(TyperGroup):
+    """Every error of ours is one line on standard error, and an exit code that means something."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command that was named."""
+        errors = Console(stderr=True)
+        try:
+            with _terminated_like_ctrl_c():
+                return super().invoke(ctx)
+        except BadInput as error:
+            code = EXIT_BAD_INPUT
+            errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        except SwitchyardError as error:
+            code = EXIT_ENGINE
+            errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+            errors.print("interrupted; what was measured is kept: [bold]switchyard evaluate --resume latest[/bold]")
+        raise typer.Exit(code)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -231,28 +253,9 @@ def report(
     Console().print(f"\nreport: {outcome['report']}", highlight=False, soft_wrap=True)
 
 
-def main() -> NoReturn:
-    """Run the command line; every error of ours is one line on standard error and an exit code that means something."""
-    errors = Console(stderr=True)
-    code = 0
-    try:
-        with _terminated_like_ctrl_c():
-            code = app(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except BadInput as error:
-        errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
-        code = EXIT_BAD_INPUT
-    except (SwitchyardError, EngineError) as error:
-        errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
-        code = EXIT_ENGINE
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        errors.print("interrupted; what was measured is kept: [bold]switchyard evaluate --resume latest[/bold]")
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # `switchyard history | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+def main() -> None:
+    """Run the command line."""
+    app()
 
 
 @contextlib.contextmanager
@@ -307,9 +310,11 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
 
 def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
+    from flows.bench import checked
     from flows.prefect_server import prefect_api
     from flows.progress import ConsoleProgress, progress
 
+    checked(plan)
     shown = ConsoleProgress(Console(stderr=True))
     progress.set(shown)
     with prefect_api(home) as server:

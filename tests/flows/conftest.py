@@ -1,0 +1,43 @@
+"""Flow tests: the real command in a process of its own, in a home of its own."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from switchyard_command import command
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """An empty $SWITCHYARD_HOME."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def environment(home: Path) -> dict[str, str]:
+    """The environment of a user who has set nothing but SWITCHYARD_HOME."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
+    return {**kept, "SWITCHYARD_HOME": str(home), "COLUMNS": "200"}
+
+
+Switchyard = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def switchyard(environment: dict[str, str], tmp_path: Path) -> Switchyard:
+    """`switchyard ARG ...` run to its end; text of both streams and the exit code."""
+
+    def run(*arguments: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments),
+            env=environment,
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run

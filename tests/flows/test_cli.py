@@ -1,0 +1,181 @@
+"""The command line: one clear line and the right exit code for everything a user can get wrong."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from gguf_files import nemotron_keys, write_gguf
+from switchyard_command import json_of
+
+TWELVE_FLAGS = (
+    "--port 8080 --ctx-size 524288 --parallel 1 --n-gpu-layers 40 --threads 14 --batch-size 256 --ubatch-size 128 "
+    "--flash-attn on --jinja --no-prefill-assistant --mlock --cache-reuse 256"
+)
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    return path
+
+
+def plan_toml(tmp_path, gguf, **replaced):
+    """A plan with one thing wrong: keys of `replaced` overwrite lines of the good one."""
+    lines = {
+        "name": 'name = "test"',
+        "incumbent": '[incumbent]\nengine = "llama.cpp"',
+        "candidate": '[candidate]\nengine = "mistral.rs"',
+        "models": f'[[models]]\nid = "m"\ngguf = "{gguf}"',
+        "limits": "",
+    }
+    path = tmp_path / "plan.toml"
+    path.write_text("\n".join({**lines, **replaced}.values()) + "\n")
+    return path
+
+
+def assert_one_clear_line(done, exit_code, *words):
+    assert done.returncode == exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("replaced", "words"),
+    [
+        ({"candidate": '[candidate]\nengine = "vulcan"'}, ("candidate.engine", "vulcan", "mistral.rs")),
+        ({"limits": "[limits]\nttft_p50_ratio = 0.5"}, ("limits.ttft_p50_ratio", "0.5", "1.0")),
+        ({"limits": "[limits]\nttft_p50_ration = 1.2"}, ("ttft_p50_ration", "ttft_p50_ratio")),
+        ({"models": '[[models]]\nid = "m"\ngguf = "nowhere.gguf"'}, ("nowhere.gguf",)),
+        ({"limits": "[limits"}, ("plan.toml",)),
+        ({"limits": '[client]\nrequires = ["stop_strin"]'}, ("stop_strin", "stop_string")),
+        ({"name": 'name = "x"\napi_key_env = "NO_SUCH_VARIABLE"'}, ("NO_SUCH_VARIABLE",)),
+    ],
+)
+def test_a_bad_plan_is_one_line_and_exit_2(switchyard, tmp_path, home, gguf, replaced, words):
+    done = switchyard("evaluate", plan_toml(tmp_path, gguf, **replaced))
+    assert_one_clear_line(done, 2, *words)
+    assert not (home / "switchyard.db").exists()
+
+
+def test_a_truncated_model_is_refused_before_anything_starts(switchyard, tmp_path, home, gguf):
+    whole = gguf.read_bytes()
+    gguf.write_bytes(whole[: len(whole) * 2 // 3])
+    assert_one_clear_line(switchyard("evaluate", plan_toml(tmp_path, gguf)), 2, "model.gguf")
+    assert not (home / "switchyard.db").exists()
+
+
+def test_an_engine_that_is_not_there_is_exit_5(switchyard, tmp_path, gguf):
+    """The binary named in the plan exists and is no engine."""
+    binary = tmp_path / "mistralrs"
+    binary.write_text("#!/bin/sh\nexit 3\n")
+    binary.chmod(0o755)
+    plan = plan_toml(tmp_path, gguf, candidate=f'[candidate]\nengine = "mistral.rs"\nbinary = "{binary}"')
+    assert_one_clear_line(switchyard("evaluate", plan), 5, "mistralrs", "--version")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("evaluate", "no-such-plan.toml"), ("no-such-plan.toml",)),
+        (("evaluate",), ("demo",)),
+        (("evaluate", "--resume", "latest"), ("no run",)),
+        (("evaluate", "demo", "--soak", "soon"), ("--soak", "90s")),
+        (("report",), ("no run",)),
+        (("init",), ("--from-port",)),
+        (("init", "--from-port", "1", "--from-command", "x"), ("exclude",)),
+        (("init", "--from-command", "llama-server -m nowhere.gguf"), ("nowhere.gguf",)),
+        (("init", "--from-port", "1"), ("port 1",)),
+        (("preflight", "nowhere.gguf"), ("nowhere.gguf",)),
+        (("install", "vulcan"), ("vulcan", "mistral.rs")),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(switchyard, arguments, words):
+    assert_one_clear_line(switchyard(*arguments), 2, *words)
+
+
+def test_an_unknown_command_is_exit_2(switchyard):
+    done = switchyard("evalute")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_preflight_says_no_to_the_users_model(switchyard, tmp_path):
+    """Nemotron-3-Nano: mistral.rs has no nemotron_h_moe; 512K of context would have cost 3 GiB."""
+    path = tmp_path / "nemotron.gguf"
+    write_gguf(path, "nemotron_h_moe", keys=nemotron_keys())
+    done = switchyard("preflight", path, "--context", 524288, "--json")
+    assert done.returncode == 3
+    (model,) = json_of(done)["models"]
+    answers = {entry["engine"]: entry for entry in model["engines"]}
+    assert answers["mistral.rs"]["loads"] == "no"
+    assert "nemotron_h_moe" in answers["mistral.rs"]["why"]
+    assert model["memory"]["kv_bytes_per_token"] == 6144
+    assert model["memory"]["kv_bytes"] == 3 * 2**30
+    assert model["memory"]["state_bytes_per_sequence"] / 2**20 == pytest.approx(47.6, abs=0.1)
+    assert model["alternatives"]
+
+
+def test_init_reads_the_twelve_flags_whole(switchyard, tmp_path, gguf):
+    output = tmp_path / "switchyard.toml"
+    done = switchyard("init", "--from-command", f"llama-server -m {gguf} {TWELVE_FLAGS}", "-o", output, "--json")
+    written = json_of(done)
+    assert written["settings"] == {
+        "context_tokens": 524288,
+        "parallel": 1,
+        "gpu_layers": 40,
+        "threads": 14,
+        "batch_tokens": 256,
+        "ubatch_tokens": 128,
+        "flash_attention": True,
+        "jinja": True,
+        "prefill_assistant": False,
+        "mlock": True,
+        "cache_reuse_tokens": 256,
+    }
+    assert written["unknown"] == []
+    lost = {line.partition(":")[0] for line in written["losses"]}
+    assert {"mlock", "cache_reuse_tokens", "flash_attention", "ubatch_tokens"} <= lost
+    assert switchyard("preflight", output).returncode == 0
+    assert_one_clear_line(switchyard("init", "--from-command", f"llama-server -m {gguf}", "-o", output), 2, "--force")
+
+
+def test_status_and_history_work_before_the_first_run(switchyard):
+    assert json_of(switchyard("status", "--json"))["running"] == []
+    assert json_of(switchyard("history", "--json"))["runs"] == []
+    assert "switchyard evaluate demo" in switchyard("history").stdout
+
+
+def test_help_teaches_every_command(switchyard):
+    for command in ("doctor", "install", "init", "preflight", "evaluate", "status", "history", "report"):
+        done = switchyard(command, "--help")
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+
+
+def test_domain_code_does_not_import_prefect():
+    """A check or an engine has to work when Prefect is broken or gone."""
+    code = """
+        import pkgutil, sys, importlib
+        for package in ("engines", "tasks", "migrations"):
+            for module in pkgutil.walk_packages([package], package + "."):
+                if "versions" not in module.name and not module.name.endswith(".env"):
+                    importlib.import_module(module.name)
+        print("prefect" in sys.modules)
+    """
+    import engines
+
+    root = engines.__path__[0].removesuffix("engines")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=root, text=True, capture_output=True, check=True
+    )
+    assert done.stdout.strip().splitlines()[-1] == "False"
+
+
+def test_json_output_is_nothing_but_json(switchyard):
+    json.loads(switchyard("doctor", "--json").stdout)
