@@ -30,6 +30,7 @@ import psutil
 LAUNCHER = Path(__file__).with_name("launcher.py")
 LOG_BYTES = 4 * 1024 * 1024
 TAIL_LINES = 40
+KILLED_S = 5.0
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -151,7 +152,7 @@ class ManagedProcess:
 
     def _stop(self, grace_s: float) -> int:
         _RUNNING.discard(self)
-        for process in self.tree():
+        for process in [*self.tree(), *self._left_behind()]:
             self._known[process.pid] = process
         for _ in range(2):
             if self._wait(0):
@@ -164,10 +165,20 @@ class ManagedProcess:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         returncode = self._popen.wait()
+        psutil.wait_procs(self._known.values(), timeout=KILLED_S)
         self._pump.join(timeout=2)
         self.log.close()
         self._entry.unlink(missing_ok=True)
         return returncode
+
+    def _left_behind(self) -> list[psutil.Process]:
+        """Members of its session when it has died by itself: its children are nobody's descendants then.
+
+        None once the register let go of it, or when its pid lives again: the pid may be somebody else's by now.
+        """
+        if self.poll() is None or not self._entry.exists() or psutil.pid_exists(self.pid):
+            return []
+        return _session_members(self.pid)
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the process alone (fault injection)."""
@@ -256,13 +267,18 @@ def registered(state_dir: Path) -> list[tuple[str, psutil.Process]]:
 
 
 def end_tree(identity: Identity, *, grace_s: float = 3.0) -> bool:
-    """True when the process ran and was ended, together with everything in its session."""
+    """True when the process, or what it left behind in its session, ran and was ended."""
     root = identity.process()
-    if root is None:
+    if root is None and psutil.pid_exists(identity.pid):
+        return False  # the pid is somebody else's by now
+    members = {process.pid: process for process in _session_members(identity.pid)}
+    if root is not None:
+        with contextlib.suppress(psutil.Error):
+            members |= {process.pid: process for process in [root, *root.children(recursive=True)]}
+    # a session with this number that began before our process did is not ours
+    members = {pid: process for pid, process in members.items() if _began(process) >= identity.create_time - 0.05}
+    if not members:
         return False
-    members = {process.pid: process for process in [root, *_session_members(identity.pid)]}
-    with contextlib.suppress(psutil.Error):
-        members |= {process.pid: process for process in root.children(recursive=True)}
     for process in members.values():
         with contextlib.suppress(psutil.Error):
             process.terminate()
@@ -344,6 +360,12 @@ def _read_entry(entry: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return record if record.get("boot_id") == boot_id() else None
+
+
+def _began(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.Error):
+        return float(process.create_time())
+    return 0.0
 
 
 def _session_members(session: int) -> list[psutil.Process]:

@@ -184,7 +184,7 @@ def evaluate(
     if json_:
         _print_json(outcome)
     else:
-        _show_outcome(outcome, demo=plan.name == "demo")
+        _show_outcome(outcome)
     raise typer.Exit(EXIT_CODES[outcome["verdict"]])
 
 
@@ -327,26 +327,25 @@ def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
     return outcome
 
 
-def _show_outcome(outcome: dict[str, Any], *, demo: bool) -> None:
+def _show_outcome(outcome: dict[str, Any]) -> None:
     from flows import tables
-    from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE
 
     out = Console()
     out.print(tables.evaluation(outcome))
-    if demo:
+    if outcome["cannot_prove"]:
         out.print("\n[bold]what these small samples cannot prove[/bold]")
-        for line in DEMO_CANNOT_PROVE:
+        for line in outcome["cannot_prove"]:
             out.print(f"  - {line}", highlight=False)
     out.print(f"\nrun {outcome['run_id']}: ", tables.verdict_text(outcome["verdict"]), sep="")
     out.print(f"report: {outcome['report']}", highlight=False, soft_wrap=True)
-    out.print(next_step(outcome, demo=demo))
+    out.print(next_step(outcome))
 
 
-def next_step(outcome: dict[str, Any], *, demo: bool) -> str:
+def next_step(outcome: dict[str, Any]) -> str:
     """The last line of an evaluation: what to do now."""
     verdict = outcome["verdict"]
     held = [model["model"] for model in outcome["models"] if model["verdict"] in ("FAIL", "ERROR")]
-    if demo:
+    if outcome["cannot_prove"]:  # the demo's small samples
         return _next("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
     if verdict == "PASS":
         return "every model may move; keep the report as evidence"

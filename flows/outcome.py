@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.report import write_report
-
 from flows.bench import Bench
+from flows.demo import DEMO_NAME
 from flows.trial import Trial
-from migrations.llama_cpp_to_mistral_rs import RISKS
+from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE, RISKS
 from tasks.gate import gate, reasons, risks, run_verdict
 from tasks.records import Run
+from tasks.report import write_report
 from tasks.verdict import CheckResult, Verdict
 
 
@@ -26,7 +26,13 @@ def conclude(bench: Bench, run: Run, trials: Sequence[Trial], *, report_path: Pa
         models.append(_model_outcome(trial, results))
     verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
     bench.records.finish_run(run.id, "done", verdict=verdict)
-    outcome = {"run_id": run.id, "plan": bench.plan.name, "verdict": verdict.value, "models": models}
+    outcome: dict[str, Any] = {
+        "run_id": run.id,
+        "plan": bench.plan.name,
+        "verdict": verdict.value,
+        "models": models,
+        "cannot_prove": DEMO_CANNOT_PROVE if bench.plan.name == DEMO_NAME else (),
+    }
     path = write_report(bench.records, run.id, outcome, report_path or bench.home / "reports" / f"{run.id}.html")
     bench.records.note_run(run.id, report_path=path)
     return {**outcome, "report": str(path)}

@@ -1130,7 +1130,7 @@ def metrics_route(ask: Asker) -> Outcome:
 
 
 @behaviour("security", "without the key, or with a wrong one, nothing is generated: 401", required=True)
-def api_key(ask: Asker) -> Outcome:
+def key_enforced(ask: Asker) -> Outcome:
     if ask.endpoint.api_key is None:
         return not_applicable("no key is set")
     statuses = []

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.client import measure, reconcile
+from engines.client import StreamRecord, measure, reconcile
 from engines.errors import EngineError
 from engines.serving import Served
 from engines.settings import Endpoint
@@ -198,8 +198,17 @@ def _measure_served(served: Served, contender: Contender, workload: Workload, in
     }
     arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if level > 1 and rate}
     for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s"):
-        arm[name] = [value for record in records if record.ok and (value := record.metrics()[name]) is not None]
+        arm[name] = _samples(records, name)
     return arm
+
+
+def _samples(records: Sequence[StreamRecord], name: str) -> list[float]:
+    """One number per request that has it.
+
+    A stream read in one go has a TPOT of 0: the client was held up, or the engine buffers. That is no measurement.
+    """
+    values = [record.metrics()[name] for record in records if record.ok]
+    return [value for value in values if value is not None and value > 0]
 
 
 def _bodies(workload: Workload, extra: Mapping[str, object], index: int, what: str) -> list[dict[str, Any]]:

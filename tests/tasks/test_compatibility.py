@@ -99,7 +99,7 @@ HABITS = {
     "props_route": "no props",
     "health_route": "no health",
     "metrics_route": "no metrics",
-    "api_key": "needs no key",
+    "key_enforced": "needs no key",
 }
 
 
@@ -160,8 +160,8 @@ def test_the_context_is_found_where_the_endpoint_does_not_state_it() -> None:
 def test_no_key_means_no_key_check() -> None:
     """Enforcement of a key that was not set is not judged."""
     with stub("needs no key") as base_url:
-        seen = measure_compatibility(endpoint(base_url, api_key=None), names=["api_key"])["behaviours"]
-    assert seen["api_key"]["outcome"] == "not_applicable"
+        seen = measure_compatibility(endpoint(base_url, api_key=None), names=["key_enforced"])["behaviours"]
+    assert seen["key_enforced"]["outcome"] == "not_applicable"
 
 
 def test_a_dead_server_errors_and_the_rest_is_not_tried() -> None:

