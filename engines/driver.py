@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from engines.errors import BadInput
-from engines.settings import Serve
+from engines.settings import Serve, Settings
 
 Form = Literal["auto", "binary", "hosted"]
 
@@ -72,6 +72,10 @@ class Driver(Protocol):
 
     def losses(self, installation: Installation, serve: Serve) -> list[str]:
         """What was asked for and this engine cannot honour, one line each: named, never dropped quietly."""
+        ...
+
+    def cache_budget(self, settings: Settings) -> str:
+        """How much host memory this engine may fill with cached prompts: growth up to there is no leak."""
         ...
 
     def neutral_body(self) -> dict[str, object]:

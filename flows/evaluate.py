@@ -30,7 +30,7 @@ def evaluate(plan: Plan, resume: str | None = None) -> dict[str, Any]:
         for trial in trials:
             try_model(trial)
         outcome = conclude(bench, run, trials)
-    publish(outcome)
+        publish(bench, outcome)
     return outcome
 
 

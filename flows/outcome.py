@@ -12,7 +12,7 @@ from flows.trial import Trial
 from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE, RISKS
 from tasks.gate import gate, reasons, risks, run_verdict
 from tasks.records import Run
-from tasks.report import write_report
+from tasks.report import latency_images, write_report
 from tasks.verdict import CheckResult, Verdict
 
 
@@ -38,9 +38,9 @@ def conclude(bench: Bench, run: Run, trials: Sequence[Trial], *, report_path: Pa
     return {**outcome, "report": str(path)}
 
 
-def publish(outcome: dict[str, Any]) -> None:
-    """The verdict table as a Prefect artifact of the run."""
-    from prefect.artifacts import create_table_artifact
+def publish(bench: Bench, outcome: dict[str, Any]) -> None:
+    """The verdict table and a latency plot per model, as Prefect artifacts of the run."""
+    from prefect.artifacts import create_image_artifact, create_table_artifact
 
     rows = [
         {"model": model["model"], **{key: check[key] for key in ("check", "verdict", "value", "limit", "unit", "why")}}
@@ -53,6 +53,10 @@ def publish(outcome: dict[str, Any]) -> None:
         table=rows,
         description=f"Run {outcome['run_id']}: {outcome['verdict']}. Report: {outcome['report']}",
     )
+    for number, (model, image) in enumerate(latency_images(bench.records, outcome["run_id"], outcome).items(), 1):
+        create_image_artifact(
+            key=f"switchyard-latency-{number}", image_url=image, description=f"{model}: time to first token"
+        )
 
 
 def _model_outcome(trial: Trial, results: Sequence[CheckResult]) -> dict[str, Any]:

@@ -259,7 +259,10 @@ class Trial:
             key: error for key in ("ttft_ms", "tpot_ms", "e2e_ms") if (error := self._client_error(key)) is not None
         }
         results = performance.judge_performance(blocks, limits, workload, sampling.looks, client_error_ms=errors)
+        results.append(performance.judge_client(self.bench.error_budget, self.bench.plan.limits.client_cpu))
         results.append(performance.judge_memory(blocks, limits, sampling.looks))
+        budgets: dict[str, str] = {arm: c.driver.cache_budget(c.settings) for arm, c in self.contenders.items()}
+        results.append(performance.memory_figures(blocks, budgets))
         calibration = self._payloads(BOTH, "calibration")
         if calibration:
             results += performance.judge_noise(calibration, limits, workload, sampling.looks, client_error_ms=errors)

@@ -316,6 +316,13 @@ def _latency_plots(model: ModelRecord) -> list[Html]:
     ]
 
 
+def latency_figure(model: ModelRecord) -> Html | None:
+    """Time to first token of both engines, every request a mark; None where nothing was measured."""
+    (key, title), *_ = LATENCIES
+    samples = pooled(model, key)
+    return plots.strips(title, "ms", samples, model.names) if any(samples.values()) else None
+
+
 def pooled(model: ModelRecord, key: str) -> dict[str, list[float]]:
     """By arm: every sample called `key` of the blocks that count."""
     counted = [block for block in model.blocks() if block.get("void") is None]

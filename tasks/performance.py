@@ -139,6 +139,27 @@ def judge_memory(blocks: Sequence[Mapping[str, Any]], limits: PerformanceLimits,
     return result.model_copy(update={"check": "memory.peak_ratio"})
 
 
+def judge_client(budget: Mapping[str, Any], limit: float) -> CheckResult:
+    """Whether our own client was light enough to measure at all: its share of one core in the self-test."""
+    share = budget["client_cpu_share"]
+    if share is None:
+        return not_measured("performance.client", "the self-test gave no CPU figure", limit=limit, unit="core")
+    why = f"the measuring client used {share:.1%} of a core in its self-test; chunks were stamped up to "
+    why += f"{budget['lateness_p99_ms']:.2g} ms late (p99)" if budget["lateness_p99_ms"] is not None else "? ms late"
+    verdict = Verdict.PASS if share <= limit else Verdict.INCONCLUSIVE
+    return CheckResult(check="performance.client", verdict=verdict, value=share, limit=limit, unit="core", why=why)
+
+
+def memory_figures(blocks: Sequence[Mapping[str, Any]], budgets: Mapping[str, str]) -> CheckResult:
+    """`memory.steady`: what each engine holds at the end of a block, beside the cache it was allowed to fill."""
+    counted = [block for block in blocks if block["void"] is None]
+    values = {arm: _median_over(counted, arm, "memory_steady_bytes") for arm in ARMS}
+    in_mib = {arm: None if value is None else value / 2**20 for arm, value in values.items()}
+    figure = _figure("memory.steady", in_mib, "MiB", "private memory at the end of a block")
+    allowed = "; ".join(f"{arm}'s cache budget: {budgets[arm]}" for arm in ARMS)
+    return figure.model_copy(update={"why": f"{figure.why} ({allowed})"})
+
+
 def judge_noise(
     blocks: Sequence[Mapping[str, Any]],
     limits: PerformanceLimits,
@@ -197,6 +218,7 @@ def _measure_served(served: Served, contender: Contender, workload: Workload, in
         "errors": [record.error_type for record in records if not record.ok],
     }
     arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if level > 1 and rate}
+    arm["icl_ms"] = [gap for record in records if record.ok for gap in record.metrics()["icl_ms"] or ()]
     for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s"):
         arm[name] = _samples(records, name)
     return arm
@@ -315,6 +337,7 @@ def _reported(blocks: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
         ("load_s", "s", "load to first token"),
         ("prefill_tok_s", "tok/s", "prefill"),
         ("decode_tok_s", "tok/s", "decode"),
+        ("icl_ms", "ms", "gap between chunks"),
     ):
         values = {arm: _median_over(counted, arm, name) for arm in ARMS}
         results.append(_figure(f"performance.{name}", values, unit, what))

@@ -6,8 +6,10 @@ the page is put together, in `tasks.markup`; a figure that was not measured is s
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from typing import Any
 
 from engines.errors import BadInput
 from tasks.markup import NOT_MEASURED, Html, duration, el, joined, memory, quantity
-from tasks.model_report import ARMS, ModelRecord, model_section, named, row, table, verdict_mark
+from tasks.model_report import ARMS, ModelRecord, latency_figure, model_section, named, row, table, verdict_mark
 from tasks.records import Records, Run
 
 SAYS = {
@@ -45,6 +47,22 @@ def write_report(records: Records, run_id: str, outcome: Mapping[str, Any], path
         reason = error.strerror or type(error).__name__
         raise BadInput(f"the report cannot be written to {path}: {reason}; name another place with --output") from error
     return path
+
+
+def latency_images(records: Records, run_id: str, outcome: Mapping[str, Any]) -> dict[str, str]:
+    """By model: the latency plot as an SVG data URI that needs nothing beside it; models without one are left out."""
+    run = records.find_run(run_id)
+    style = re.search(r"<style>.*?</style>", _template().template, re.DOTALL)
+    images = {}
+    for model in outcome.get("models", []):
+        drawn = latency_figure(ModelRecord.read(records, run, model))
+        svg = re.search(r"<svg .*</svg>", drawn or "", re.DOTALL)
+        if svg is None:
+            continue
+        opening, rest = svg[0].split(">", 1)
+        whole = f'{opening} xmlns="http://www.w3.org/2000/svg">{style[0] if style else ""}{rest}'
+        images[str(model["model"])] = f"data:image/svg+xml;base64,{base64.b64encode(whole.encode()).decode()}"
+    return images
 
 
 def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:

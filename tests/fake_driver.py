@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.driver import Installation, Installer
-from engines.settings import Serve
+from engines.settings import Serve, Settings
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
@@ -30,6 +30,9 @@ class FakeDriver:
 
     def losses(self, installation: Installation, serve: Serve) -> list[str]:
         return []
+
+    def cache_budget(self, settings: Settings) -> str:
+        return "none"
 
     def neutral_body(self) -> dict[str, object]:
         return {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
-from engines.settings import Serve
+from engines.settings import Serve, Settings
 
 COMMON_PLACES = (
     "~/.local/bin/llama-server",
@@ -106,6 +106,10 @@ class LlamaCpp:
         if settings.kv_type == "f8e4m3":
             losses.append("kv_type: llama.cpp has no f8e4m3 KV cache; its default f16 is used")
         return losses
+
+    def cache_budget(self, settings: Settings) -> str:
+        """`--cache-ram`, 8192 MiB by default (llama.cpp `common/common.h`)."""
+        return f"{8192 if settings.host_cache_mib is None else settings.host_cache_mib} MiB of host RAM (--cache-ram)"
 
     def neutral_body(self) -> dict[str, object]:
         """Prompt cache off per request: cached prefixes would make a prefill look free."""

@@ -82,6 +82,10 @@ class MistralRs:
             *(_hosted_losses(serve) if installation.form == "hosted" else _binary_losses(installation, serve)),
         ]
 
+    def cache_budget(self, settings: Settings) -> str:
+        """`--prefix-cache-n`, 16 by default: counted in sequences, whatever they weigh."""
+        return "16 sequences (prefix cache), no limit in bytes"
+
     def neutral_body(self) -> dict[str, object]:
         """Nothing: its prefix cache matches whole prefixes only, so unique prompt openings are enough."""
         return {}
