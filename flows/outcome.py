@@ -16,8 +16,15 @@ from tasks.report import latency_images, write_report
 from tasks.verdict import CheckResult, Verdict
 
 
-def conclude(bench: Bench, run: Run, trials: Sequence[Trial], *, report_path: Path | None = None) -> dict[str, Any]:
-    """Judge every model from the records, store the verdicts, write the report; the run's JSON form."""
+def conclude(bench: Bench, run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The run's JSON form, judged, stored, reported, and the run recorded as done."""
+    outcome = judge(bench, run, trials)
+    bench.records.finish_run(run.id, "done", verdict=Verdict(outcome["verdict"]))
+    return report(bench, run, outcome)
+
+
+def judge(bench: Bench, run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Every verdict from the raw evidence, stored in place of earlier ones."""
     models = []
     for trial in trials:
         results = trial.judged()
@@ -25,17 +32,20 @@ def conclude(bench: Bench, run: Run, trials: Sequence[Trial], *, report_path: Pa
         bench.records.put_checks(run.id, trial.model.id, results)
         models.append(_model_outcome(trial, results))
     verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
-    bench.records.finish_run(run.id, "done", verdict=verdict)
-    outcome: dict[str, Any] = {
+    return {
         "run_id": run.id,
         "plan": bench.plan.name,
         "verdict": verdict.value,
         "models": models,
         "cannot_prove": DEMO_CANNOT_PROVE if bench.plan.name == DEMO_NAME else (),
     }
-    path = write_report(bench.records, run.id, outcome, report_path or bench.home / "reports" / f"{run.id}.html")
-    bench.records.note_run(run.id, report_path=path)
-    return {**outcome, "report": str(path)}
+
+
+def report(bench: Bench, run: Run, outcome: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+    """`outcome` with the path of its HTML report, which is written."""
+    written = write_report(bench.records, run.id, outcome, path or bench.home / "reports" / f"{run.id}.html")
+    bench.records.note_run(run.id, report_path=written)
+    return {**outcome, "report": str(written)}
 
 
 def publish(bench: Bench, outcome: dict[str, Any]) -> None:

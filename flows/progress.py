@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.status import Status
 
 logger = logging.getLogger("switchyard")
+logger.setLevel(logging.INFO)  # Prefect forwards it, but leaves its level unset, which drops INFO
 
 
 class Progress:

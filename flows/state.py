@@ -11,7 +11,7 @@ import psutil
 from engines.driver import driver
 from engines.errors import BadInput
 from engines.process import end_orphans, registered
-from flows.outcome import conclude
+from flows.outcome import judge, report
 from flows.trial import ARMS, Bench, Trial
 from migrations.plan import Plan
 from tasks.records import Records, Run, open_records
@@ -53,12 +53,12 @@ def plan_of(home: Path, reference: str) -> tuple[str, Plan]:
 
 
 def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
-    """Every verdict of a run made again from its raw evidence, and its report written."""
+    """Every verdict of a run made again from its raw evidence, and its report written; a broken-off run stays so."""
     with open_records() as records:
         run = records.find_run(reference)
         bench = _bench_of(records, run, home)
         trials = [Trial(bench, model) for model in bench.plan.models]
-        return conclude(bench, run, trials, report_path=output)
+        return report(bench, run, judge(bench, run, trials), output)
 
 
 def _bench_of(records: Records, run: Run, home: Path) -> Bench:

@@ -87,8 +87,8 @@ DEMO = Sampling(
     warmup_max=2,
     looks=(3, 6),
     max_tokens=12,
-    parity_prompts=20,
-    parity_tokens=24,
+    parity_prompts=24,
+    parity_tokens=32,
     soak_s=120,
     calibration_blocks=6,
 )
