@@ -1,0 +1,697 @@
+"""The OpenAI wire format as plain functions: request bodies in, response bodies and SSE frames out.
+
+Nothing here knows an engine. Requests are refused with `ApiError`, which carries the HTTP status and OpenAI's error
+object. Shapes: platform.openai.com/docs/api-reference (chat, completions); `timings`, `id` beside a log-probability and
+`exceed_context_size_error` as llama.cpp's server has them, so that one client reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Json = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_CHOICES = 128
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class ApiError(Exception):
+    """A request that is answered with an error: HTTP *status* and OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        code: str | int | None = None,
+        param: str | None = None,
+        **extra: Any,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.error: Json = {"message": message, "type": type, "param": param, "code": code, **extra}
+
+    @property
+    def body(self) -> Json:
+        """The response body."""
+        return {"error": self.error}
+
+
+def bad(param: str, message: str) -> ApiError:
+    """A 400 that names the parameter."""
+    return ApiError(400, f"'{param}': {message}", param=param)
+
+
+def context_exceeded(prompt_tokens: int, context: int) -> ApiError:
+    """The 400 for a prompt that leaves no room, with both numbers."""
+    return ApiError(
+        400,
+        f"the request exceeds the available context size: {prompt_tokens} prompt tokens, {context} of context",
+        type="exceed_context_size_error",
+        code="context_length_exceeded",
+        n_prompt_tokens=prompt_tokens,
+        n_ctx=context,
+    )
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; None = not asked for."""
+
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
+    schema: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCall:
+    """A checked body of POST /v1/chat/completions; `forced_tools` names the tools of which one must be called."""
+
+    messages: list[Json]
+    sampling: Sampling
+    tools: list[Json] = field(default_factory=list)
+    forced_tools: tuple[str, ...] = ()
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    template_arguments: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionCall:
+    """A checked body of POST /v1/completions; a prompt is text or token ids."""
+
+    prompts: list[str | list[int]]
+    sampling: Sampling
+    n: int = 1
+    echo: bool = False
+    stream: bool = False
+    include_usage: bool = False
+
+
+def _number(body: Json, name: str, low: float, high: float = math.inf) -> float | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise bad(name, f"must be a number, not {value!r}")
+    if not low <= value <= high:
+        limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise bad(name, f"must be {limits}, not {value!r}")
+    return float(value)
+
+
+def _integer(body: Json, name: str, low: int, high: float = math.inf) -> int | None:
+    value = body.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise bad(name, f"must be an integer, not {value!r}")
+    _number(body, name, low, high)
+    return value
+
+
+def _flag(body: Json, name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise bad(name, f"must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _object(body: Json, name: str) -> Json:
+    value = body.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise bad(name, f"must be an object, not {value!r}")
+    return value or {}
+
+
+def _stop(body: Json) -> tuple[str, ...]:
+    value = body.get("stop")
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(one, str) for one in stops):
+        raise bad("stop", "must be a string or a list of strings")
+    return tuple(one for one in stops if one)
+
+
+def _logit_bias(body: Json) -> dict[int, float] | None:
+    biases = _object(body, "logit_bias")
+    try:
+        return {int(token): float(bias) for token, bias in biases.items()} or None
+    except (TypeError, ValueError):
+        raise bad("logit_bias", "must map token ids to numbers") from None
+
+
+def parse_sampling(body: Json, *, schema: str | None = None, logprobs: tuple[bool, int] = (False, 0)) -> Sampling:
+    """The sampling part of a body. Temperature is OpenAI's default of 1 where it is missing; 0 is greedy."""
+    limit = _integer(body, "max_completion_tokens", 1)
+    if limit is None:
+        limit = _integer(body, "max_tokens", 1)
+    temperature = _number(body, "temperature", 0)
+    _integer(body, "seed", -(2**63))
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_p=_number(body, "top_p", 0, 1),
+        top_k=_integer(body, "top_k", 0) or None,
+        min_p=_number(body, "min_p", 0, 1),
+        presence_penalty=_number(body, "presence_penalty", -2, 2),
+        frequency_penalty=_number(body, "frequency_penalty", -2, 2),
+        repetition_penalty=_number(body, "repetition_penalty", 0) or _number(body, "repeat_penalty", 0),
+        logit_bias=_logit_bias(body),
+        stop=_stop(body),
+        max_tokens=limit,
+        ignore_eos=_flag(body, "ignore_eos"),
+        logprobs=logprobs[0],
+        top_logprobs=logprobs[1],
+        schema=schema,
+    )
+
+
+def check_model(body: Json, model_id: str) -> None:
+    """404 unless the body asks for *model_id*, "default", or no model by name."""
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise bad("model", "must be a string")
+    if model not in (None, "", "default", model_id):
+        message = f"The model '{model}' does not exist; this server serves '{model_id}'"
+        raise ApiError(404, message, code="model_not_found", param="model")
+
+
+def _text(content: Any, where: str) -> str:
+    """Message content as one string: text parts are joined by a newline, as llama.cpp does."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad(where, "must be a string or a list of text parts")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise bad(where, f"only text parts are supported, not {kind!r}")
+    return "\n".join(part["text"] for part in content)
+
+
+def _past_calls(calls: Any, where: str) -> list[Json]:
+    """Tool calls of an earlier turn, arguments as a mapping where they are one: what chat templates expect."""
+    if not isinstance(calls, list):
+        raise bad(where, "must be a list")
+    return [_past_call(call, where) for call in calls]
+
+
+def _past_call(call: Any, where: str) -> Json:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise bad(where, "each call needs function.name")
+    arguments = function.get("arguments", "")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments) if arguments else {}
+        except ValueError:
+            parsed = arguments
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def parse_messages(body: Json) -> list[Json]:
+    """The messages, each with a role and content as one string; 400 where one is missing or unknown."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise bad("messages", "must be a list of at least one message")
+    return [_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> Json:
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ROLES:
+        raise bad(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {role!r}")
+    if message.get("content") is None and not message.get("tool_calls") and role != "assistant":
+        raise bad(f"{where}.content", "is missing")
+    plain: Json = {
+        "role": "system" if role == "developer" else role,
+        "content": _text(message.get("content"), f"{where}.content"),
+    }
+    if message.get("tool_calls"):
+        plain["tool_calls"] = _past_calls(message["tool_calls"], f"{where}.tool_calls")
+    return plain | {name: message[name] for name in ("tool_call_id", "name", "reasoning_content") if message.get(name)}
+
+
+def parse_tools(body: Json) -> list[Json]:
+    """The function tools of a body; 400 for a tool that is no function."""
+    tools = body.get("tools") or []
+    if not isinstance(tools, list):
+        raise bad("tools", "must be a list")
+    for at, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type", "function") != "function":
+            raise bad(f"tools[{at}]", 'must be {"type": "function", "function": {...}}')
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            raise bad(f"tools[{at}].function.name", "must be a name")
+        if not isinstance(function.get("parameters", {}), dict):
+            raise bad(f"tools[{at}].function.parameters", "must be a JSON schema")
+    return tools
+
+
+def forced_tools(body: Json, tools: list[Json]) -> tuple[str, ...]:
+    """Names of the tools of which one must be called: none for "auto" and "none", all for "required", one if named."""
+    choice = body.get("tool_choice")
+    names = tuple(tool["function"]["name"] for tool in tools)
+    if choice in (None, "auto", "none"):
+        return ()
+    if choice == "required":
+        if not names:
+            raise bad("tool_choice", "is 'required' but there are no tools")
+        return names
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if name is None:
+        raise bad("tool_choice", f"must be auto, none, required or a named function, not {choice!r}")
+    if name not in names:
+        raise bad("tool_choice", f"names the function {name!r}, which is not among the tools")
+    return (name,)
+
+
+def forced_schema(tools: list[Json], names: tuple[str, ...]) -> Json:
+    """The JSON schema of one call `{"name": ..., "arguments": {...}}` to one of the named tools."""
+    calls = [_call_schema(tool["function"]) for tool in tools if tool["function"]["name"] in names]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def _call_schema(function: Json) -> Json:
+    parameters = function.get("parameters") or {"type": "object"}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": {"type": "object"} | parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def response_schema(body: Json) -> str | None:
+    """The JSON schema that `response_format` (or llama.cpp's `json_schema`) asks for, as text; None for plain text."""
+    wanted = _object(body, "response_format")
+    kind = wanted.get("type", "text" if not wanted else None)
+    if kind == "text":
+        return json.dumps(body["json_schema"]) if isinstance(body.get("json_schema"), dict) else None
+    if kind == "json_object":
+        return json.dumps(wanted.get("schema") or {"type": "object"})
+    if kind != "json_schema":
+        raise bad("response_format.type", f"must be text, json_object or json_schema, not {kind!r}")
+    described = wanted.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise bad("response_format.json_schema.schema", "must be a JSON schema")
+    return json.dumps(schema)
+
+
+def _chat_logprobs(body: Json) -> tuple[bool, int]:
+    wanted = _flag(body, "logprobs")
+    top = _integer(body, "top_logprobs", 0)
+    if top and not wanted:
+        raise bad("top_logprobs", "needs logprobs: true")
+    return wanted, top or 0
+
+
+def _include_usage(body: Json, stream: bool) -> bool:
+    if body.get("stream_options") is not None and not stream:
+        raise bad("stream_options", "is only allowed when stream is true")
+    return _flag(_object(body, "stream_options"), "include_usage")
+
+
+def parse_chat(body: Json) -> ChatCall:
+    """A checked chat call; ApiError 400 that names the parameter otherwise."""
+    tools = parse_tools(body)
+    forced = forced_tools(body, tools)
+    schema = response_schema(body)
+    if forced:
+        schema = json.dumps(forced_schema(tools, forced))
+    sampling = parse_sampling(body, schema=schema, logprobs=_chat_logprobs(body))
+    stream = _flag(body, "stream")
+    return ChatCall(
+        messages=parse_messages(body),
+        sampling=replace(sampling, stop=()) if forced else sampling,  # a forced call has no text that could stop
+        tools=[] if body.get("tool_choice") == "none" else tools,
+        forced_tools=forced,
+        n=_integer(body, "n", 1, MAX_CHOICES) or 1,
+        stream=stream,
+        include_usage=_include_usage(body, stream),
+        template_arguments=_object(body, "chat_template_kwargs"),
+    )
+
+
+def _prompts(body: Json) -> list[str | list[int]]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(type(one) is int for one in prompt):
+            return [prompt]
+        if all(isinstance(one, str) or _token_ids(one) for one in prompt):
+            return prompt
+    raise bad("prompt", "must be a string, a list of strings, or token ids")
+
+
+def _token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def parse_completion(body: Json) -> CompletionCall:
+    """A checked text completion call; `logprobs` is the legacy number of alternatives."""
+    if body.get("suffix"):
+        raise bad("suffix", "is not supported by this engine")
+    top = (
+        None if body.get("logprobs") is False else 0 if body.get("logprobs") is True else _integer(body, "logprobs", 0)
+    )
+    stream = _flag(body, "stream")
+    return CompletionCall(
+        prompts=_prompts(body),
+        sampling=parse_sampling(body, schema=response_schema(body), logprobs=(top is not None, top or 0)),
+        n=_integer(body, "n", 1, MAX_CHOICES) or 1,
+        echo=_flag(body, "echo"),
+        stream=stream,
+        include_usage=_include_usage(body, stream),
+    )
+
+
+# --- pieces of a generation -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts of one generation, and the engine's own clock in ms where it told one."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None = None
+    prompt_ms: float | None = None
+    predicted_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One step of a generation, whatever engine it comes from; `finish` only on the last.
+
+    `starts` says for each of `logprobs` at which UTF-8 byte of the text so far its token begins, -1 for reasoning.
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    logprobs: tuple[Json, ...] = ()
+    starts: tuple[int, ...] = ()
+    tool_calls: tuple[Json, ...] = ()
+    finish: str | None = None
+    usage: Usage | None = None
+
+
+def _finite(value: float | None, scale: float = 1.0) -> float | None:
+    return value * scale if value is not None and math.isfinite(value) and value >= 0 else None
+
+
+def usage_body(usages: list[Usage], n: int = 1) -> Json:
+    """OpenAI's usage over all generations of one request; a prompt with *n* choices is counted once."""
+    prompt = sum(usage.prompt_tokens for usage in usages[::n])
+    completion = sum(usage.completion_tokens for usage in usages)
+    body: Json = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    cached = [usage.cached_tokens for usage in usages if usage.cached_tokens is not None]
+    return body | ({"prompt_tokens_details": {"cached_tokens": sum(cached)}} if cached else {})
+
+
+def timings_body(usages: list[Usage]) -> Json:
+    """The engine's clock under llama.cpp's names; what the engine did not tell, or told as inf or NaN, is left out."""
+    body: Json = {
+        "prompt_n": sum(usage.prompt_tokens - (usage.cached_tokens or 0) for usage in usages),
+        "predicted_n": sum(usage.completion_tokens for usage in usages),
+    }
+    for phase in ("prompt", "predicted"):
+        times = [_finite(getattr(usage, f"{phase}_ms")) for usage in usages]
+        known = [time for time in times if time is not None]
+        if len(known) == len(times) and known:
+            body[f"{phase}_ms"] = total = sum(known)
+            if total > 0:
+                body[f"{phase}_per_second"] = 1000 * body[f"{phase}_n"] / total
+    return body
+
+
+def token_entry(token: bytes, logprob: float, *, id: int | None = None) -> Json:
+    """One token with its log-probability; text leaves out the bytes that are no whole code point, as llama.cpp does."""
+    entry: Json = {"token": token.decode("utf-8", "ignore"), "logprob": logprob, "bytes": list(token)}
+    return entry if id is None else {"id": id, **entry}
+
+
+def legacy_logprobs(entries: list[Json], offset: int = 0) -> Json:
+    """The log-probabilities of /v1/completions; llama.cpp's `content` list rides along."""
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry["token"])
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+        "text_offset": offsets,
+        "content": entries,
+    }
+
+
+_MARKUP = ("<tool", "<|tool", "<function", "<|python_tag|>", "[TOOL_CALLS]", "<｜tool")
+
+
+class TokenPlaces:
+    """Finds where in the text each token begins, from pieces of one token each.
+
+    An engine shows a code point with its last token; the tokens before it in the same code point come with no text.
+    """
+
+    def __init__(self) -> None:
+        self._shown_bytes = 0
+        self._unshown = b""
+
+    def place(self, piece: Piece) -> Piece:
+        """The piece with its `starts`."""
+        start = -1 if piece.reasoning else self._shown_bytes + len(self._unshown)
+        self._unshown += b"".join(bytes(entry["bytes"]) for entry in piece.logprobs)
+        self._shown_bytes += len(piece.content.encode())
+        if piece.content or _is_text(self._unshown):  # whole, yet not shown: a control token
+            self._unshown = b""
+        return replace(piece, starts=(start,) * len(piece.logprobs))
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class StopMatcher:
+    """Finds the first stop string to be complete in a text that arrives in chunks, however it is split.
+
+    Of two that are complete at the same character the longer counts. Text that may be the beginning of a stop string
+    is held back.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def pass_on(self, text: str) -> tuple[str, bool]:
+        """What may be told of the held text and *text*, and whether a stop string was found behind it."""
+        text, self._held = self._held + text, ""
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            return text[: min(found)[1]], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        told = len(text) - keep
+        self._held = text[told:]
+        return text[:told], False
+
+    def rest(self) -> str:
+        """The text still held, for a generation that ended by itself."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of *text* that is a beginning of *stop*."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class StopCutter:
+    """Ends the pieces of a generation before the first stop string, log-probabilities too.
+
+    A log-probability is told with the first text that its token is part of.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._matcher = StopMatcher(stops)
+        self._told_bytes = 0
+        self._held: list[tuple[int, Json]] = []
+
+    def pass_on(self, piece: Piece) -> Piece:
+        """The piece with what may be told by now; its finish is "stop" when a stop string was found."""
+        text, found = self._matcher.pass_on(piece.content)
+        over = bool(piece.finish) and not found
+        text += self._matcher.rest() if over else ""
+        self._told_bytes += len(text.encode())
+        entries = [*self._held, *zip(piece.starts, piece.logprobs, strict=True)]
+        told = [entry for entry in entries if over or entry[0] < self._told_bytes]
+        self._held = entries[len(told) :]
+        piece = replace(
+            piece,
+            content=text,
+            starts=tuple(start for start, _ in told),
+            logprobs=tuple(logprob for _, logprob in told),
+        )
+        return replace(piece, finish="stop", tool_calls=()) if found else piece
+
+
+class ToolTextGate:
+    """Holds text back that may be a tool call's markup, until it is known to be one or not.
+
+    The engine parses calls only at the end and lets their markup through as text before (mistral.rs#2455).
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._begun = False
+
+    def pass_on(self, text: str) -> str:
+        """What of the held text and *text* is certainly no markup."""
+        text, self._held = self._held + text, ""
+        if not self._begun and text.lstrip()[:1] in ("", "{", "["):
+            self._held = text
+            return ""
+        self._begun = True
+        at = self._opening(text)
+        self._held = text[at:]
+        return text[:at]
+
+    def rest(self) -> str:
+        """The text still held, for a generation that turned out to hold no call."""
+        rest, self._held = self._held, ""
+        return rest
+
+    @staticmethod
+    def _opening(text: str) -> int:
+        """Where the first markup begins, or a tail that may become one; the length of *text* if there is none."""
+        found = [at for mark in _MARKUP if (at := text.find(mark)) >= 0]
+        tails = [len(text) - size for mark in _MARKUP for size in range(1, len(mark)) if text.endswith(mark[:size])]
+        return min([*found, *tails, len(text)])
+
+
+_FORCED = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL)
+
+
+def forced_call(text: str, call_id: str) -> Json | None:
+    """The tool call that grammar-forced *text* holds, arguments as a JSON string; None if it ends before them.
+
+    Text that was cut by the token limit gives the arguments so far, as OpenAI's API does.
+    """
+    try:
+        parsed = json.loads(text)
+        name, arguments = parsed["name"], json.dumps(parsed["arguments"], ensure_ascii=False, separators=(",", ":"))
+    except (ValueError, KeyError, TypeError):
+        match = _FORCED.match(text)
+        if match is None:
+            return None
+        name, arguments = json.loads(match[1]), match[2]
+    return {"index": 0, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+# --- responses ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What all chunks of one response share."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+
+    def body(self, *, stream: bool, choices: list[Json]) -> Json:
+        """A response or chunk with these choices."""
+        kind = "text_completion" if not self.chat else "chat.completion.chunk" if stream else "chat.completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def sse(body: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def chunk_choice(index: int, delta: Json, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
+    """One choice of a chat chunk."""
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+
+def text_choice(index: int, text: str, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
+    """One choice of a text completion, whole or chunk."""
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def opening_choice(head: Head, index: int) -> Json | None:
+    """The first chunk's choice: the role, once, with empty content. Text completions have none."""
+    return chunk_choice(index, {"role": "assistant", "content": ""}) if head.chat else None
+
+
+def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json | None:
+    """The choice that carries a piece's content; None for a piece that has nothing to say but its end."""
+    if not (piece.content or piece.reasoning or piece.logprobs or piece.tool_calls):
+        return None
+    entries = list(piece.logprobs)
+    if not head.chat:
+        return text_choice(index, piece.content, logprobs=legacy_logprobs(entries, offset) if entries else None)
+    delta: Json = {}
+    if piece.reasoning:
+        delta["reasoning_content"] = piece.reasoning
+    if piece.content or (entries and not delta):
+        delta["content"] = piece.content
+    if piece.tool_calls:
+        delta["tool_calls"] = list(piece.tool_calls)
+    return chunk_choice(index, delta, logprobs={"content": entries} if entries else None)
+
+
+def closing_choice(head: Head, index: int, finish: str) -> Json:
+    """The choice with the finish reason and nothing else."""
+    return chunk_choice(index, {}, finish=finish) if head.chat else text_choice(index, "", finish=finish)
+
+
+def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") -> Json:
+    """One choice of a response that is not streamed, put together from its pieces."""
+    content = "".join(piece.content for piece in pieces)
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    finish = next((piece.finish for piece in reversed(pieces) if piece.finish), None)
+    if not head.chat:
+        logprobs = legacy_logprobs(entries, len(echo)) if entries else None
+        return text_choice(index, echo + content, finish=finish, logprobs=logprobs)
+    calls = [call for piece in pieces for call in piece.tool_calls]
+    message: Json = {"role": "assistant", "content": None if calls and not content else content}
+    reasoning = "".join(piece.reasoning for piece in pieces)
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
+    logprobs = {"content": entries} if entries else None
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
