@@ -164,7 +164,7 @@ def _common_losses(serve: Serve) -> list[str]:
 
 
 def _hosted_losses(serve: Serve) -> list[str]:
-    losses = ["prefix_cache: off; the wheel's own keeps every prompt for ever (0.9.5), so each turn is prefilled anew"]
+    losses = ["prefix cache: off; the wheel's own keeps every prompt for ever (0.9.5), so each turn is prefilled anew"]
     if serve.settings.batch_tokens is not None:
         losses.append("batch_tokens: the wheel has no prefill batch setting")
     if serve.settings.kv_type == "f8e4m3":
