@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,33 +89,35 @@ class Trial:
     def prompt_tokens(self, arm: Arm) -> None:
         """How many tokens each prompt is to this engine: the cheapest way to see another tokenizer or template."""
         self._gather_served(
-            arm, "parity.tokens", lambda e: parity.measure_prompt_tokens(e, self._prompts(), progress=self.say)
+            arm, {"parity.tokens": lambda e: parity.measure_prompt_tokens(e, self._prompts(), progress=self.say)}
         )
 
     def compatibility(self, arm: Arm) -> None:
-        """The battery of API behaviours."""
-        self._gather_served(arm, "compatibility", lambda e: compatibility.measure_compatibility(e, progress=self.say))
-
-    def answers(self, arm: Arm) -> None:
-        """Greedy answers with logprobs, the engine's own noise, and parameters that it ignores."""
-        sampling = self.bench.plan.sampling
-        prompts = self._prompts()
-        if self.turned_down():
-            self._answers(arm, prompts[:GLIMPSE_PROMPTS])
-            return
-        self._answers(arm, prompts)
+        """The battery of API behaviours, and the effect of parameters beyond OpenAI's."""
         self._gather_served(
             arm,
-            "parity.floor",
-            lambda e: parity.measure_floor(
-                e,
-                prompts[: max(2, len(prompts) // FLOOR_SHARE)],
-                max_tokens=sampling.parity_tokens,
-                top_logprobs=sampling.top_logprobs,
-                progress=self.say,
-            ),
+            {
+                "compatibility": lambda e: compatibility.measure_compatibility(e, progress=self.say),
+                "parity.parameters": lambda e: parity.measure_ignored_parameters(e, progress=self.say),
+            },
         )
-        self._gather_served(arm, "parity.parameters", lambda e: parity.measure_ignored_parameters(e, progress=self.say))
+
+    def answers(self, arm: Arm) -> None:
+        """Greedy answers with logprobs and the engine's own noise; of a model turned down already, a glimpse."""
+        sampling, prompts = self.bench.plan.sampling, self._prompts()
+        asked: dict[str, Any] = {"max_tokens": sampling.parity_tokens, "top_logprobs": sampling.top_logprobs, "progress": self.say}
+        noisy = prompts[: max(2, len(prompts) // FLOOR_SHARE)]
+        if self.turned_down():
+            glimpse = prompts[:GLIMPSE_PROMPTS]
+            self._gather_served(arm, {"parity.answers": lambda e: parity.measure_answers(e, glimpse, **asked)})
+            return
+        self._gather_served(
+            arm,
+            {
+                "parity.answers": lambda e: parity.measure_answers(e, prompts, **asked),
+                "parity.floor": lambda e: parity.measure_floor(e, noisy, **asked),
+            },
+        )
 
     def calibration(self) -> None:
         """The incumbent against itself: this machine's own noise."""
@@ -230,9 +232,7 @@ class Trial:
 
     def _judge_parity(self) -> list[CheckResult]:
         found = {
-            (arm, kind): self._payload(arm, f"parity.{kind}")
-            for arm in ARMS
-            for kind in ("tokens", "answers", "floor", "parameters")
+            (arm, kind): self._payload(arm, f"parity.{kind}") for arm in ARMS for kind in ("tokens", "answers", "floor")
         }
         ours, theirs = found["incumbent", "tokens"], found["candidate", "tokens"]
         if ours is None or theirs is None:
@@ -243,12 +243,16 @@ class Trial:
             found["incumbent", "answers"],
             found["candidate", "answers"],
             floors=[floor for arm in ARMS if (floor := found[arm, "floor"]) is not None],
-            ignored_incumbent=found["incumbent", "parameters"],
-            ignored_candidate=found["candidate", "parameters"],
+            ignored_incumbent=self._parameters("incumbent"),
+            ignored_candidate=self._parameters("candidate"),
             required_parameters=self.bench.plan.client.required_parameters,
             limits=self._parity_limits(),
         )
         return results
+
+    def _parameters(self, arm: Arm) -> dict[str, Any] | None:
+        probed, behaviours = self._payload(arm, "parity.parameters"), self._payload(arm, "compatibility")
+        return None if probed is None or behaviours is None else parity.with_behaviours(probed, behaviours)
 
     def _judge_performance(self) -> list[CheckResult]:
         sampling, workload, limits = self.bench.plan.sampling, self._workload(), self._limits()
@@ -414,31 +418,18 @@ class Trial:
             key=f"{index:05d}",
         )
 
-    def _answers(self, arm: Arm, prompts: Sequence[Prompt]) -> None:
-        sampling = self.bench.plan.sampling
-        self._gather_served(
-            arm,
-            "parity.answers",
-            lambda e: parity.measure_answers(
-                e,
-                prompts,
-                max_tokens=sampling.parity_tokens,
-                top_logprobs=sampling.top_logprobs,
-                progress=self.say,
-            ),
-        )
-
-    def _gather_served(self, arm: Arm, kind: str, measure: Callable[[Endpoint], Any]) -> None:
+    def _gather_served(self, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]]) -> None:
+        """Several kinds of evidence from one launch; none where the records have them all."""
+        missing = {kind: measure for kind, measure in measures.items() if self._payload(arm, kind) is None}
+        if not missing:
+            return
         # behaviour and answers are not timed: all cores
         contender = self.contenders[arm]
         threads = self.bench.plan.settings_for(self.model.id).threads or os.cpu_count()
         eager = replace(contender, settings=contender.settings.model_copy(update={"threads": threads}))
-
-        def launched() -> Any:
-            with eager.up(self.say) as served:
-                return measure(served.endpoint)
-
-        self._gather(arm, kind, launched, contenders=(eager,))
+        with eager.up(self.say) as served:
+            for kind, measure in missing.items():
+                self._gather(arm, kind, partial(measure, served.endpoint), contenders=(eager,))
 
     def _gather(
         self,

@@ -739,11 +739,12 @@ SCHEMA = {
 def measure_ignored_parameters(
     endpoint: Endpoint, *, timeout_s: float = TIMEOUT_S, progress: Progress = lambda _: None
 ) -> Evidence:
-    """For each request parameter what was sent, whether it had its effect (None: cannot tell), and what was seen.
+    """For parameters beyond OpenAI's: what was sent, whether it had its effect (None: cannot tell), and what was seen.
 
-    A 200 proves nothing: engines drop parameters they do not know. So each probe sends one parameter and looks for what
-    it must change. A refusal is no silence: effect None, and its text. Whether a probe can show an effect depends on
-    the model, so the incumbent's result is the yardstick.
+    OpenAI's own are among the compatibility battery's behaviours: `with_behaviours` adds them. A 200 proves nothing:
+    engines drop parameters they do not know. So each probe sends one parameter and looks for what it must change. A
+    refusal is no silence: effect None, and its text. Whether a probe can show an effect depends on the model, so the
+    incumbent's result is the yardstick.
     """
     with _client(endpoint, timeout_s) as http:
         probe = _Probe(http, endpoint)
@@ -807,53 +808,6 @@ def _seen(sent: Evidence, effect: bool | None, observed: str) -> Evidence:
     return {"sent": sent, "effect": effect, "observed": observed}
 
 
-def _probe_max_tokens(probe: _Probe) -> Evidence:
-    sent: Evidence = {"max_tokens": 5}
-    answer = probe.ask(**sent)
-    tokens, finish = _usage(answer, "completion_tokens"), answer["choices"][0].get("finish_reason")
-    return _seen(sent, None if tokens is None else tokens <= 5, f"{tokens} tokens, finish_reason {finish}")
-
-
-def _probe_temperature(probe: _Probe) -> Evidence:
-    sent: Evidence = {"temperature": 2.0, "seed": 11}
-    text = probe.text(**sent)
-    return _seen(sent, text != probe.greedy_text, f"greedy {probe.greedy_text[:40]!r}, hot {text[:40]!r}")
-
-
-def _probe_seed(probe: _Probe) -> Evidence:
-    sent: Evidence = {"temperature": 1.5, "seed": 11}
-    first, again, other = probe.text(**sent), probe.text(**sent), probe.text(**sent | {"seed": 12})
-    if first != again:
-        return _seen(sent, False, f"the same seed twice gave {first[:40]!r} and {again[:40]!r}")
-    if first == other:
-        return _seen(sent, None, "two different seeds gave the same text: nothing was drawn")
-    return _seen(sent, True, "the same seed gave the same text, another seed another")
-
-
-def _probe_stop(probe: _Probe) -> Evidence:
-    words = re.findall(r"[A-Za-z]{3,}", probe.greedy_text)
-    if len(words) < 3:
-        return _seen({}, None, "the greedy answer is too short to be stopped")
-    word = words[len(words) // 2]
-    text = probe.text(stop=[word])
-    return _seen({"stop": [word]}, word not in text, f"{text[:60]!r}")
-
-
-def _probe_logit_bias(probe: _Probe) -> Evidence:
-    positions = _positions(probe.greedy["choices"][0].get("logprobs"))
-    if not positions or positions[0][2] is None:
-        return _seen({}, None, "the engine shows no token ids to bias")
-    token, _, token_id, _ = positions[0]
-    sent: Evidence = {"logit_bias": {str(token_id): -100}}
-    text = probe.text(**sent)
-    return _seen(sent, not text.startswith(token), f"first token {token!r} forbidden: {text[:40]!r}")
-
-
-def _probe_n(probe: _Probe) -> Evidence:
-    answer = probe.ask(n=2, temperature=1.0, max_tokens=4)
-    return _seen({"n": 2}, len(answer["choices"]) == 2, f"{len(answer['choices'])} choices")
-
-
 def _changes_greedy(**sent: Any) -> Callable[[_Probe], Evidence]:
     """A probe for what must change a greedy text in which words come again."""
 
@@ -877,75 +831,42 @@ def _makes_greedy(**sent: Any) -> Callable[[_Probe], Evidence]:
     return look
 
 
-def _probe_include_usage(probe: _Probe) -> Evidence:
-    sent: Evidence = {"stream": True, "stream_options": {"include_usage": True}}
-    messages = [{"role": "user", "content": WISH}]
-    body = {"model": probe.endpoint.model_id, "messages": messages, "max_tokens": 4, "temperature": 0} | sent
-    chunks = []
-    try:
-        with probe.http.stream("POST", "/v1/chat/completions", json=body) as reply:
-            for line in reply.iter_lines():
-                if line.startswith("data:") and "[DONE]" not in line:
-                    chunks.append(json.loads(line[5:]))
-    except (httpx.HTTPError, ValueError) as error:
-        raise _NoAnswerError(f"{type(error).__name__}: {error}", sent) from error
-    if not chunks:
-        raise _NoAnswerError("no chunks", sent)
-    found = [chunk for chunk in chunks if isinstance(chunk, dict) and chunk.get("usage")]
-    return _seen(sent, bool(found), f"{len(chunks)} chunks, {len(found)} with usage")
-
-
-def _probe_logprobs(probe: _Probe) -> Evidence:
-    positions = _positions(probe.greedy["choices"][0].get("logprobs"))
-    listed = min((len(position[3]) for position in positions), default=0)
-    return _seen(
-        {"logprobs": True, "top_logprobs": 5}, listed >= 5, f"{len(positions)} positions, {listed} tokens each"
-    )
-
-
-def _probe_json_object(probe: _Probe) -> Evidence:
-    sent: Evidence = {"response_format": {"type": "json_object"}}
-    text = probe.text(**sent)
-    return _seen(sent, text.lstrip().startswith("{"), f"{text[:60]!r}")
-
-
-def _probe_json_schema(probe: _Probe) -> Evidence:
-    schema = {"name": "probe", "strict": True, "schema": SCHEMA}
-    sent: Evidence = {"response_format": {"type": "json_schema", "json_schema": schema}}
-    text = probe.text(max_tokens=48, **sent)
-    return _seen(sent, re.match(r'\s*\{\s*"zq"\s*:\s*-?\d', text) is not None, f"{text[:60]!r}")
-
-
-def _probe_ignore_eos(probe: _Probe) -> Evidence:
-    sent: Evidence = {"ignore_eos": True}
-    wish = "Answer with the word yes and nothing else."
-    plain, forced = probe.ask(wish, max_tokens=48), probe.ask(wish, max_tokens=48, **sent)
-    if plain["choices"][0].get("finish_reason") == "length":
-        return _seen(sent, None, "the answer does not end by itself within 48 tokens")
-    tokens = _usage(forced, "completion_tokens")
-    return _seen(sent, tokens == 48, f"{tokens} of 48 tokens")
-
-
 _PROBES: dict[str, Callable[[_Probe], Evidence]] = {
-    "max_tokens": _probe_max_tokens,
-    "temperature": _probe_temperature,
-    "seed": _probe_seed,
-    "stop": _probe_stop,
-    "logit_bias": _probe_logit_bias,
-    "n": _probe_n,
-    "presence_penalty": _changes_greedy(presence_penalty=2.0),
-    "frequency_penalty": _changes_greedy(frequency_penalty=2.0),
     "repeat_penalty": _changes_greedy(repeat_penalty=1.8),
     "repetition_penalty": _changes_greedy(repetition_penalty=1.8),
-    "top_p": _makes_greedy(top_p=0.0001),
-    "top_k": _makes_greedy(top_k=1),
     "min_p": _makes_greedy(min_p=0.999),
-    "stream_options.include_usage": _probe_include_usage,
-    "logprobs": _probe_logprobs,
-    "response_format.json_object": _probe_json_object,
-    "response_format.json_schema": _probe_json_schema,
-    "ignore_eos": _probe_ignore_eos,
 }
+
+BEHAVIOUR_OF = {
+    "max_tokens": "max_tokens",
+    "temperature": "temperature_varies",
+    "seed": "seed",
+    "stop": "stop_string",
+    "logit_bias": "logit_bias",
+    "n": "two_choices",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "stream_options.include_usage": "usage_in_stream",
+    "logprobs": "logprobs",
+    "response_format.json_object": "json_object",
+    "response_format.json_schema": "json_schema",
+    "ignore_eos": "ignore_eos",
+}
+"""OpenAI's own parameters and the API behaviour that proves each one's effect."""
+
+
+def with_behaviours(parameters: Evidence, compatibility: Evidence) -> Evidence:
+    """What `measure_ignored_parameters` found, and what the compatibility battery's behaviours prove beside it."""
+    found = dict(parameters["parameters"])
+    for name, behaviour in BEHAVIOUR_OF.items():
+        seen = compatibility["behaviours"].get(behaviour)
+        if seen is not None:
+            refused = seen["observed"].startswith("HTTP ")
+            effect = {"passed": True, "failed": None if refused else False}.get(seen["outcome"])
+            found[name] = {"sent": {}, "effect": effect, "observed": seen["observed"]}
+    return parameters | {"parameters": found}
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------

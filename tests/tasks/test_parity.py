@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from engines.settings import Endpoint
+from tasks.compatibility import BEHAVIOURS
 from tasks.parity import (
+    BEHAVIOUR_OF,
     ParityLimits,
     compare_answers,
     degenerate,
@@ -26,6 +28,7 @@ from tasks.parity import (
     measure_floor,
     measure_ignored_parameters,
     measure_prompt_tokens,
+    with_behaviours,
 )
 from tasks.prompts import load_prompts
 from tasks.verdict import CheckResult, Verdict
@@ -465,10 +468,23 @@ def test_the_floor_of_a_deterministic_engine_is_zero(mute: Endpoint) -> None:
 
 
 def test_ignored_parameters_are_found_by_their_missing_effect(mute: Endpoint) -> None:
-    """All get a 200; only max_tokens does anything."""
+    """All get a 200; none does anything, and a min_p cannot show where temperature does nothing either."""
     found = measure_ignored_parameters(mute)["parameters"]
-    assert found["max_tokens"]["effect"] is True
-    for name in ("temperature", "stop", "logit_bias", "n", "frequency_penalty", "response_format.json_schema"):
-        assert found[name]["effect"] is False, name
-    assert found["seed"]["effect"] is None
-    assert "same text" in found["seed"]["observed"]
+    assert [found[name]["effect"] for name in ("repeat_penalty", "repetition_penalty", "min_p")] == [False, False, None]
+
+
+def test_what_the_compatibility_battery_saw_counts_as_well() -> None:
+    """A refusal is not silence; a behaviour that was not tried says nothing."""
+    seen = {
+        "stop_string": {"outcome": "passed", "observed": "cut"},
+        "seed": {"outcome": "failed", "observed": "seed 7 twice: two texts"},
+        "two_choices": {"outcome": "failed", "observed": "HTTP 400: n must be 1"},
+        "top_k": {"outcome": "not_applicable", "observed": "nothing was drawn"},
+    }
+    found = with_behaviours(probed(min_p=True), {"behaviours": seen})["parameters"]
+    effects = {name: parameter["effect"] for name, parameter in found.items()}
+    assert effects == {"min_p": True, "stop": True, "seed": False, "n": None, "top_k": None}
+
+
+def test_every_behaviour_that_stands_for_a_parameter_exists() -> None:
+    assert set(BEHAVIOUR_OF.values()) <= set(BEHAVIOURS)
