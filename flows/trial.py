@@ -94,10 +94,12 @@ class Trial:
 
     def compatibility(self, arm: Arm) -> None:
         """The battery of API behaviours, and the effect of parameters beyond OpenAI's."""
+        plan = self.bench.plan
+        names = None if plan.sampling.every_behaviour else sorted(required_behaviours(plan))
         self._gather_served(
             arm,
             {
-                "compatibility": lambda e: compatibility.measure_compatibility(e, progress=self.say),
+                "compatibility": lambda e: compatibility.measure_compatibility(e, names=names, progress=self.say),
                 "parity.parameters": lambda e: parity.measure_ignored_parameters(e, progress=self.say),
             },
         )
@@ -105,7 +107,11 @@ class Trial:
     def answers(self, arm: Arm) -> None:
         """Greedy answers with logprobs and the engine's own noise; of a model turned down already, a glimpse."""
         sampling, prompts = self.bench.plan.sampling, self._prompts()
-        asked: dict[str, Any] = {"max_tokens": sampling.parity_tokens, "top_logprobs": sampling.top_logprobs, "progress": self.say}
+        asked: dict[str, Any] = {
+            "max_tokens": sampling.parity_tokens,
+            "top_logprobs": sampling.top_logprobs,
+            "progress": self.say,
+        }
         noisy = prompts[: max(2, len(prompts) // FLOOR_SHARE)]
         if self.turned_down():
             glimpse = prompts[:GLIMPSE_PROMPTS]

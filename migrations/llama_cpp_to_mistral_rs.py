@@ -89,6 +89,7 @@ DEMO = Sampling(
     max_tokens=12,
     parity_prompts=24,
     parity_tokens=32,
+    every_behaviour=False,
     soak_s=120,
     calibration_blocks=6,
 )

@@ -128,6 +128,9 @@ class Sampling(_Part):
     )
     parity_tokens: int = Field(64, ge=1, le=4096, description="tokens compared for each of those prompts")
     top_logprobs: int = Field(20, ge=1, le=20, description="alternatives asked for at each token; OpenAI allows 20")
+    every_behaviour: bool = Field(
+        True, description="try the API behaviours that hold no gate as well; false tries the required ones only"
+    )
     soak_s: float = Field(
         259_200, gt=0, le=31 * 86_400, description="seconds under load; 3 clean days just prove at most 1 failure a day"
     )
