@@ -36,6 +36,7 @@ ARMS: tuple[Arm, Arm] = ("incumbent", "candidate")
 BOTH: Literal["both"] = "both"
 GLIMPSE_PROMPTS = 4  # answers still shown of a model that a cheap check has turned down
 FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
+FLOOR_TOKENS = 16
 SELF_TEST_ITL_MS = 10.0
 SEGMENTS_IN_A_SOAK = 6
 Say = Callable[[str], None]
@@ -121,7 +122,7 @@ class Trial:
             arm,
             {
                 "parity.answers": lambda e: parity.measure_answers(e, prompts, **asked),
-                "parity.floor": lambda e: parity.measure_floor(e, noisy, **asked),
+                "parity.floor": lambda e: parity.measure_floor(e, noisy, **{**asked, "max_tokens": FLOOR_TOKENS}),
             },
         )
 

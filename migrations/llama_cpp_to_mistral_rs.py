@@ -82,7 +82,7 @@ ACCEPTED_LOSSES = {
 }
 
 DEMO = Sampling(
-    requests_per_block=4,
+    requests_per_block=3,
     warmup_min=1,
     warmup_max=2,
     looks=(3, 6),
@@ -95,7 +95,7 @@ DEMO = Sampling(
 )
 
 DEMO_CANNOT_PROVE = (
-    "p95 latency: 4 requests a block say little about the slowest twentieth; that needs 20 a block and up to 24 blocks",
+    "p95 latency: 3 requests a block say little about the slowest twentieth; that needs 20 a block and up to 24 blocks",
     "slow-downs near 10 %: 6 blocks settle a 10 % margin only where restarts differ by less than about 5 %; most "
     "machines need 12 to 24 blocks, so an equal engine often stays INCONCLUSIVE here",
     "long answers: 12 tokens a request do not show what a growing context costs",

@@ -213,8 +213,8 @@ def _measure_served(served: Served, contender: Contender, workload: Workload, in
         "memory_peak_mib": _mib(peak_memory(sampler.samples)),
         "memory_steady_bytes": after["memory_bytes"],
         "pss_bytes": resident,
-        # a figure, not a gate: twice is enough
-        "prefix_cache": _prefix_cache(served.endpoint, workload, index) if index < 2 else None,
+        # a figure, not a gate: once is enough
+        "prefix_cache": _prefix_cache(served.endpoint, workload, index) if index == 0 else None,
         "errors": [record.error_type for record in records if not record.ok],
     }
     arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if level > 1 and rate}
