@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engines.driver import Installation, driver
@@ -13,6 +13,7 @@ from engines.gguf_header import read_header
 from engines.home import home as default_home
 from engines.known_truth import self_test
 from engines.process import end_orphans
+from engines.settings import Serve
 from flows.progress import progress
 from flows.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
 from migrations.plan import Plan
@@ -64,6 +65,21 @@ def checked(plan: Plan) -> dict[Arm, Installation]:
     plan.api_key(os.environ)
     choices = {arm: getattr(plan, arm) for arm in ARMS}
     return {arm: driver(choice.engine).find(choice.form, choice.binary) for arm, choice in choices.items()}
+
+
+def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[str]:
+    """Who meets whom over which models, and what the candidate cannot honour: said before anything is launched."""
+    lines = [
+        f"{arm}: {found.engine} {found.version} ({found.form}: {found.where})" for arm, found in installations.items()
+    ]
+    lines.append(f"models: {', '.join(model.id for model in plan.models)}")
+    candidate = installations["candidate"]
+    lost: dict[str, None] = {}
+    for model in plan.models:
+        serve = Serve(model_id=model.id, gguf=model.gguf, port=1, settings=plan.settings_for(model.id))
+        lost |= dict.fromkeys(driver(candidate.engine).losses(candidate, serve))
+    accepted = set(plan.accepted_losses)
+    return lines + [f"lost on the candidate: {loss}" for loss in lost if loss.partition(":")[0] not in accepted]
 
 
 def _started(records: Records, plan: Plan) -> Run:

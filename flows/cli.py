@@ -310,12 +310,14 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
 
 def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
-    from flows.bench import checked
+    from flows.bench import checked, introduction
     from flows.prefect_server import prefect_api
     from flows.progress import ConsoleProgress, progress
 
-    checked(plan)
-    shown = ConsoleProgress(Console(stderr=True))
+    errors = Console(stderr=True)
+    for line in introduction(plan, checked(plan)):
+        errors.print(line, highlight=False, style="dim")
+    shown = ConsoleProgress(errors)
     progress.set(shown)
     with prefect_api(home) as server:
         with shown.step("Prefect starts"):

@@ -36,7 +36,9 @@ def evaluation(outcome: Mapping[str, Any]) -> Group:
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per area where all passed, one row per required check that did not."""
+    """One row per area where all passed, one row per required check that did not; what a FAIL made pointless is one."""
+    failed = any(check["required"] and check["verdict"] == "FAIL" for check in checks)
+    pointless: list[str] = []
     table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -47,7 +49,13 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
         if required and not shut:
             table.add_row(area, verdict_text("PASS"), f"{len(required)} of {len(required)} required checks")
         for check in sorted(shut, key=lambda c: list(STYLES).index(c["verdict"]), reverse=True):
+            if failed and check["verdict"] == "INCONCLUSIVE" and check["value"] is None:
+                pointless.append(check["check"].split(".")[0])
+                continue
             table.add_row(check["check"], verdict_text(check["verdict"]), check["why"])
+    if pointless:
+        areas = ", ".join(dict.fromkeys(pointless))
+        table.add_row("not measured", "", Text(f"{areas}: the gate could not open any more", style="dim"))
     return table
 
 

@@ -156,6 +156,11 @@ def memory_figures(blocks: Sequence[Mapping[str, Any]], budgets: Mapping[str, st
     values = {arm: _median_over(counted, arm, "memory_steady_bytes") for arm in ARMS}
     in_mib = {arm: None if value is None else value / 2**20 for arm, value in values.items()}
     figure = _figure("memory.steady", in_mib, "MiB", "private memory at the end of a block")
+    shared = {arm: _median_over(counted, arm, "pss_bytes") for arm in ARMS}
+    if shared["incumbent"] is not None and shared["candidate"] is not None:
+        # llama.cpp maps the model file: its weights are page cache, which private memory leaves out
+        mapped = f"; with mapped files {shared['candidate'] / 2**20:.4g} against {shared['incumbent'] / 2**20:.4g} MiB"
+        figure = figure.model_copy(update={"why": figure.why + mapped})
     allowed = "; ".join(f"{arm}'s cache budget: {budgets[arm]}" for arm in ARMS)
     return figure.model_copy(update={"why": f"{figure.why} ({allowed})"})
 
