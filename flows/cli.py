@@ -132,9 +132,9 @@ def init(
         return
     out = Console()
     out.print(f"{output} written: {', '.join(written['models'])}", highlight=False)
-    for title in ("losses", "notes", "unknown"):
+    for title, word in (("losses", "lost"), ("notes", "note"), ("unknown", "not understood")):
         for line in written[title]:
-            out.print(f"  {title.rstrip('s')}: {line}", highlight=False)
+            out.print(f"  {word}: {line}", highlight=False, soft_wrap=True)
     out.print(_next(f"switchyard preflight {output}") + ", then " + f"[bold]switchyard evaluate {output}[/bold]")
 
 
@@ -313,10 +313,12 @@ def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
     from flows.bench import checked, introduction
     from flows.prefect_server import prefect_api
     from flows.progress import ConsoleProgress, progress
+    from tasks.records import open_records
 
     errors = Console(stderr=True)
     for line in introduction(plan, checked(plan)):
-        errors.print(line, highlight=False, style="dim")
+        errors.print(line, highlight=False, style="dim", soft_wrap=True)
+    open_records().close()  # records that cannot be written are better known before 10 minutes of work
     shown = ConsoleProgress(errors)
     progress.set(shown)
     with prefect_api(home) as server:
@@ -350,10 +352,10 @@ def next_step(outcome: dict[str, Any]) -> str:
     if outcome["cannot_prove"]:  # the demo's small samples
         return _next("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
     if verdict == "PASS":
-        return "every model may move; keep the report as evidence"
+        return "next: keep the report as evidence; every model of this plan may move"
     if held:
-        return f"stay on the incumbent for {', '.join(held)}; the report says why and what would change it"
-    return "more blocks, prompts or soak time would settle it: raise them in the plan and evaluate again"
+        return f"next: stay on the incumbent for {', '.join(held)}; the report says why and what would change it"
+    return "next: more blocks, prompts or soak time would settle it: raise them in the plan and evaluate again"
 
 
 def _seconds(text: str) -> float:

@@ -48,7 +48,8 @@ def try_model(trial: Trial) -> None:
         return
     for arm in ARMS:
         gather(name, arm, "compatibility", lambda arm=arm: trial.compatibility(arm))
-    gather(name, "incumbent", "calibration", trial.calibration)
+    if trial.bench.plan.sampling.calibration_blocks:
+        gather(name, "incumbent", "calibration", trial.calibration)
     gather(name, "both", "performance", trial.performance)
     gather(name, "both", "soak", trial.soak)
     gather(name, "candidate", "faults", trial.faults)

@@ -17,7 +17,7 @@ import httpx
 
 from engines import process
 from engines.errors import SwitchyardError
-from engines.serving import free_port
+from engines.serving import exit_reason, free_port
 
 START_S = 120.0
 OFFLINE = {
@@ -72,8 +72,9 @@ class TemporaryServer:
                 if httpx.get(f"{self.api_url}/health", timeout=2, trust_env=False).status_code == 200:
                     return
             time.sleep(0.1)
-        words = "\n  ".join(self._child.log_tail()[-5:])
-        raise SwitchyardError(f"Prefect's API server did not start (log: {self._child.log.path}):\n  {words}")
+        words = "\n  ".join(self._child.log_tail()[-5:]) or "it said nothing; is the disk full?"
+        state = exit_reason(self._child)
+        raise SwitchyardError(f"Prefect's API server did not start ({state}, log: {self._child.log.path}):\n  {words}")
 
     def stop(self) -> None:
         """End it; safe twice."""
