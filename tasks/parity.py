@@ -449,8 +449,11 @@ def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
             i, j = passed
         steps.append(_step(match, ours[i], theirs[j]))
         i, j = i + 1, j + 1
-    ended_early = (i < len(ours) and candidate["finish_reason"] != "length") or (
-        j < len(theirs) and incumbent["finish_reason"] != "length"
+    # llama.cpp lists the end of the answer as a position of its own, our host of mistral.rs does not: no difference
+    left = [position for position in ours[i:] if position[0] not in match.ends]
+    left_there = [position for position in theirs[j:] if position[0] not in match.ends]
+    ended_early = (left and candidate["finish_reason"] != "length") or (
+        left_there and incumbent["finish_reason"] != "length"
     )
     end = _Walk(steps, hidden)
     return replace(end, diverged=(i, j), unseen=True) if ended_early and ours and theirs else end

@@ -488,3 +488,12 @@ def test_what_the_compatibility_battery_saw_counts_as_well() -> None:
 
 def test_every_behaviour_that_stands_for_a_parameter_exists() -> None:
     assert set(BEHAVIOUR_OF.values()) <= set(BEHAVIOURS)
+
+
+def test_an_end_of_answer_that_only_one_engine_lists_is_no_difference() -> None:
+    """llama.cpp has a position for it (empty text), our host of mistral.rs has none; an early end still is one."""
+    end = position(token("", 0.7, 2), token("\n", 0.2, 3))
+    ours = answers(answer("a", *words(3), end, finish_reason="stop"))
+    assert compare_answers(ours, answers(answer("a", *words(3), finish_reason="stop")))["divergences"] == []
+    (early,) = compare_answers(ours, answers(answer("a", *words(2), finish_reason="stop")))["divergences"]
+    assert early["position"] == 2
