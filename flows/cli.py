@@ -40,7 +40,7 @@ class Commands(TyperGroup):
             errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             code = EXIT_INTERRUPTED
-            errors.print("interrupted; what was measured is kept: [bold]switchyard evaluate --resume latest[/bold]")
+            errors.print("interrupted; a run that had begun goes on with [bold]switchyard evaluate --resume latest[/bold]")
         raise typer.Exit(code)
 
 
@@ -318,7 +318,10 @@ def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
     errors = Console(stderr=True)
     for line in introduction(plan, checked(plan)):
         errors.print(line, highlight=False, style="dim", soft_wrap=True)
-    open_records().close()  # records that cannot be written are better known before 10 minutes of work
+    with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
+        earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
+    if earlier is not None:
+        errors.print(f"run {earlier.id} of this plan did not get done; to go on with it: --resume {earlier.id}")
     shown = ConsoleProgress(errors)
     progress.set(shown)
     with prefect_api(home) as server:
