@@ -40,7 +40,7 @@ class Commands(TyperGroup):
             errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             code = EXIT_INTERRUPTED
-            errors.print("interrupted; a run that had begun goes on with [bold]switchyard evaluate --resume latest[/bold]")
+            errors.print("interrupted; a run goes on with [bold]switchyard evaluate --resume latest[/bold]")
         raise typer.Exit(code)
 
 
