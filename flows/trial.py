@@ -35,6 +35,7 @@ from tasks.verdict import CheckResult, Verdict, not_measured, overall
 ARMS: tuple[Arm, Arm] = ("incumbent", "candidate")
 BOTH: Literal["both"] = "both"
 GLIMPSE_PROMPTS = 4  # answers still shown of a model that a cheap check has turned down
+GLIMPSE_TOKENS = 24
 FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
 FLOOR_TOKENS = 16
 SELF_TEST_ITL_MS = 10.0
@@ -116,6 +117,7 @@ class Trial:
         noisy = prompts[: max(2, len(prompts) // FLOOR_SHARE)]
         if self.turned_down():
             glimpse = prompts[:GLIMPSE_PROMPTS]
+            asked["max_tokens"] = GLIMPSE_TOKENS
             self._gather_served(arm, {"parity.answers": lambda e: parity.measure_answers(e, glimpse, **asked)})
             return
         self._gather_served(
@@ -352,7 +354,7 @@ class Trial:
             requests=sampling.requests_per_block,
             max_tokens=sampling.max_tokens,
             # "long" is half of the context, at about 1.4 tokens a word
-            prompt_words=24 if sampling.prompt_set == "short" else int(context / 2 / 1.4),
+            prompt_words=20 if sampling.prompt_set == "short" else int(context / 2 / 1.4),
             warmup_min=sampling.warmup_min,
             warmup_max=sampling.warmup_max,
             concurrency=sampling.concurrency,

@@ -36,7 +36,7 @@ class Workload:
 
     requests: int
     max_tokens: int
-    prompt_words: int = 24
+    prompt_words: int = 20
     warmup_min: int = 3
     warmup_max: int = 10
     concurrency: tuple[int, ...] = (1,)
