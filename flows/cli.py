@@ -324,13 +324,13 @@ def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
         errors.print(f"run {earlier.id} of this plan did not get done; to go on with it: --resume {earlier.id}")
     shown = ConsoleProgress(errors)
     progress.set(shown)
-    with prefect_api(home) as server:
-        with shown.step("Prefect starts"):
-            from flows.evaluate import evaluate as flow
+    with shown.step("Prefect starts"):
+        server = prefect_api(home)
+        from flows.evaluate import evaluate as flow
 
-            if server is not None:
-                server.ready()
-        outcome: dict[str, Any] = flow(plan, run_id)
+        if server is not None:
+            server.ready()
+    outcome: dict[str, Any] = flow(plan, run_id)
     return outcome
 
 

@@ -6,11 +6,12 @@ survives a SIGKILL of ours. So it is started like an engine: own session, dies w
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -82,22 +83,22 @@ class TemporaryServer:
             self._child.stop(grace_s=4)
 
 
-@contextlib.contextmanager
-def prefect_api(home: Path) -> Iterator[TemporaryServer | None]:
-    """None where PREFECT_API_URL names a server, else a temporary one that is starting; ended with the block."""
+def prefect_api(home: Path) -> TemporaryServer | None:
+    """None where PREFECT_API_URL names a server, else a temporary one that is starting and ends with this process.
+
+    To be called before Prefect is imported: it reads its settings then. And exit handlers run last in, first out:
+    Prefect, which registers its own later, still sends its last events to a server that answers. Stopped any earlier,
+    the server would be missed for more than a minute at the end of every command.
+    """
     os.environ.update(prepare_environment(home))
     if os.environ.get("PREFECT_API_URL"):
         _require_reachable(os.environ["PREFECT_API_URL"])
-        yield None
-        return
+        return None
     server = TemporaryServer(home)
+    atexit.register(server.stop)
     server.start()
     os.environ["PREFECT_API_URL"] = server.api_url
-    try:
-        yield server
-    finally:
-        server.stop()
-        os.environ.pop("PREFECT_API_URL", None)
+    return server
 
 
 def _require_reachable(api_url: str) -> None:

@@ -55,6 +55,9 @@ max_tokens = 8
 parity_prompts = 8
 parity_tokens = 16
 soak_s = 5
+every_behaviour = false
+[client]
+requires = ["chat_answer", "stream_shape", "stop_string", "max_tokens", "error_body"]
 [limits]
 ttft_p50_ratio = {MARGIN}
 ttft_p95_ratio = {MARGIN}
@@ -106,7 +109,7 @@ def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     outcome = json_of(done)
     assert (done.returncode, outcome["verdict"]) == (0, "PASS"), outcome["models"][0]["closed_by"]
     assert left_over(home) == []
-    assert Path(outcome["report"]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert Path(outcome["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 
     again = json_of(switchyard("report", outcome["run_id"], "--json"))
     assert again["models"] == outcome["models"], "the verdicts are not a function of the records"
