@@ -29,8 +29,18 @@ def smollm2() -> Path:
 
 @pytest.fixture
 def plan(tmp_path):
-    """llama.cpp against itself, as small as a whole evaluation can be."""
-    path = tmp_path / "plan.toml"
+    """llama.cpp against itself, as small as a whole evaluation can be that still proves parity."""
+    return written_plan(tmp_path, parity_prompts=8, parity_tokens=16)
+
+
+@pytest.fixture
+def quick_plan(tmp_path):
+    """The same with one prompt: its verdict means nothing, its stages come fast."""
+    return written_plan(tmp_path, parity_prompts=1, parity_tokens=4)
+
+
+def written_plan(folder, *, parity_prompts, parity_tokens):
+    path = folder / "plan.toml"
     path.write_text(f"""
 name = "same engine"
 [incumbent]
@@ -52,8 +62,8 @@ warmup_max = 1
 looks = [3]
 calibration_blocks = 0
 max_tokens = 8
-parity_prompts = 8
-parity_tokens = 16
+parity_prompts = {parity_prompts}
+parity_tokens = {parity_tokens}
 soak_s = 5
 every_behaviour = false
 [client]
@@ -120,9 +130,9 @@ def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     assert sorted(stored, key=str) == sorted(shown, key=str)
 
 
-def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, environment, tmp_path, plan, home):
+def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, environment, tmp_path, quick_plan, home):
     """SIGKILL while blocks are measured; any later command cleans up; what is recorded is not measured again."""
-    run = started(environment, tmp_path, "evaluate", plan)
+    run = started(environment, tmp_path, "evaluate", quick_plan)
     until(lambda: ("both", "performance", "00001") in evidence(home), "two blocks", deadline_s=180)
     run.kill()
     run.wait()
@@ -148,10 +158,10 @@ STAGES = {
 
 @pytest.mark.parametrize(
     ("stage", "number"),
-    [*((stage, signal.SIGINT) for stage in STAGES), ("blocks", signal.SIGTERM)],
+    [*((stage, signal.SIGINT) for stage in STAGES), ("first evidence", signal.SIGTERM)],
 )
-def test_an_interrupt_ends_everything(environment, tmp_path, plan, home, stage, number):
-    run = started(environment, tmp_path, "evaluate", plan)
+def test_an_interrupt_ends_everything(environment, tmp_path, quick_plan, home, stage, number):
+    run = started(environment, tmp_path, "evaluate", quick_plan)
     until(lambda: STAGES[stage](home) or run.poll() is not None, stage, deadline_s=180)
     os.killpg(run.pid, number)
     code = run.wait(timeout=60)
