@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from engines.errors import BadInput, SwitchyardError
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
+INTERRUPT_S = 20.0
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -260,16 +263,29 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _terminated_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `finally` ends its engine."""
+    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `finally` ends its engine.
+
+    An interrupt that hits a library at a bad moment may hang there; INTERRUPT_S later the engines are ended all the same.
+    """
+    last_resort = threading.Timer(INTERRUPT_S, _leave_at_once)
+    last_resort.daemon = True
 
     def interrupt(*_: object) -> None:
+        if last_resort.ident is None:
+            last_resort.start()
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
     # started in the background by a script, SIGINT may be ignored; it must not be
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     yield
+
+
+def _leave_at_once() -> None:
+    from engines.process import stop_all
+
+    stop_all()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _prepared_home() -> Path:

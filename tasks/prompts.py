@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def load_prompts(limit: int | None = None) -> list[Prompt]:
     """The first `limit` shipped prompts (all by default); they are ordered so that a prefix is diverse too."""
     if limit is not None and limit < 1:
         raise BadInput(f"prompts: a limit of {limit} leaves nothing to compare; use 1 or more")
-    lines = files("tasks").joinpath(SHIPPED).read_text(encoding="utf-8").split("\n")
+    lines = Path(__file__).with_name(SHIPPED).read_text(encoding="utf-8").split("\n")
     prompts = [Prompt.model_validate_json(line) for line in lines if line]
     return prompts[:limit]
 

@@ -14,7 +14,6 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -82,7 +81,7 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
 
 @cache
 def _template() -> Template:
-    return Template(files("tasks").joinpath("report_template.html").read_text("utf-8"))
+    return Template(Path(__file__).with_name("report_template.html").read_text("utf-8"))
 
 
 def _replace(path: Path, page: str) -> None:
