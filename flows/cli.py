@@ -265,7 +265,8 @@ def main() -> None:
 def _terminated_like_ctrl_c() -> Iterator[None]:
     """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `finally` ends its engine.
 
-    An interrupt that hits a library at a bad moment may hang there; INTERRUPT_S later the engines are ended all the same.
+    An interrupt that hits a library at a bad moment may hang there: INTERRUPT_S later the engines are ended all the
+    same.
     """
     last_resort = threading.Timer(INTERRUPT_S, _leave_at_once)
     last_resort.daemon = True
@@ -284,7 +285,9 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
 def _leave_at_once() -> None:
     from engines.process import stop_all
 
-    stop_all()
+    ending = threading.Thread(target=stop_all, daemon=True)
+    ending.start()
+    ending.join(INTERRUPT_S)  # what it does not get done, the kernel does when we are gone
     os._exit(EXIT_INTERRUPTED)
 
 
