@@ -32,19 +32,25 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command that was named."""
         errors = Console(stderr=True)
+        interrupted = threading.Event()
         try:
-            with _terminated_like_ctrl_c():
+            with _terminated_like_ctrl_c(interrupted):
                 return super().invoke(ctx)
-        except BadInput as error:
-            code = EXIT_BAD_INPUT
-            errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
-        except SwitchyardError as error:
-            code = EXIT_ENGINE
-            errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
-        except KeyboardInterrupt:
-            code = EXIT_INTERRUPTED
-            errors.print("interrupted; a run goes on with [bold]switchyard evaluate --resume latest[/bold]")
+        except BaseException as error:
+            # an interrupt may come out of a library as an error of the library's own
+            if not interrupted.is_set() and not isinstance(error, SwitchyardError):
+                raise
+            code = self._say(error, errors, interrupted=interrupted.is_set())
         raise typer.Exit(code)
+
+    @staticmethod
+    def _say(error: BaseException, errors: Console, *, interrupted: bool) -> int:
+        """The one line, and the exit code."""
+        if interrupted:
+            errors.print("interrupted; a run goes on with [bold]switchyard evaluate --resume latest[/bold]")
+            return EXIT_INTERRUPTED
+        errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        return EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_ENGINE
 
 
 app = typer.Typer(
@@ -262,7 +268,7 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
+def _terminated_like_ctrl_c(interrupted: threading.Event) -> Iterator[None]:
     """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `finally` ends its engine.
 
     An interrupt that hits a library at a bad moment may hang there: INTERRUPT_S later the engines are ended all the
@@ -272,6 +278,7 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
     last_resort.daemon = True
 
     def interrupt(*_: object) -> None:
+        interrupted.set()
         if last_resort.ident is None:
             last_resort.start()
         raise KeyboardInterrupt
