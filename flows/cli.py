@@ -74,7 +74,7 @@ def doctor(
     json_: Json = False,
     prefect: Annotated[
         bool,
-        typer.Option("--prefect", help="Also start Prefect and see that a schedule creates runs (about a minute)."),
+        typer.Option("--prefect", help="Also start Prefect's API server and see that it answers (about 10 s)."),
     ] = False,
 ) -> None:
     """Check this machine: Python, packages, engines, models, records, memory; and say how to mend what is missing."""
