@@ -234,7 +234,8 @@ def history(
     from flows import tables
     from flows.state import past
 
-    runs = past(_prepared_home(), limit)
+    _prepared_home()
+    runs = past(limit)
     if json_:
         _print_json({"runs": runs})
     elif not runs:
@@ -319,7 +320,7 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
     if resume:
         if soak_s is not None:
             raise BadInput("--soak: a resumed run keeps the plan it was started with; leave --soak away")
-        run_id, plan = plan_of(home, resume)
+        run_id, plan = plan_of(resume)
         if target not in (None, "demo") and load_plan(Path(target or "")) != plan:
             raise BadInput(f"{target} is not the plan of run {run_id}; leave the plan away to go on with that run")
         return plan, run_id

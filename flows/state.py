@@ -17,7 +17,7 @@ from migrations.plan import Plan
 from tasks.records import Records, Run, open_records
 
 
-def past(home: Path, limit: int) -> list[dict[str, Any]]:
+def past(limit: int) -> list[dict[str, Any]]:
     """The latest runs, newest first."""
     with open_records() as records:
         return [_run(run) for run in records.history(limit)]
@@ -43,7 +43,7 @@ def current(home: Path) -> dict[str, Any]:
     }
 
 
-def plan_of(home: Path, reference: str) -> tuple[str, Plan]:
+def plan_of(reference: str) -> tuple[str, Plan]:
     """The id and the plan of a recorded run that did not get done."""
     with open_records() as records:
         run = records.find_run(reference)

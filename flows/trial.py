@@ -429,7 +429,8 @@ class Trial:
 
     def _gather_served(self, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]]) -> None:
         """Several kinds of evidence from one launch; none where the records have them all."""
-        missing = {kind: measure for kind, measure in measures.items() if self._payload(arm, kind) is None}
+        recorded, run_id = self.bench.records.has_evidence, self.bench.run_id
+        missing = {kind: what for kind, what in measures.items() if not recorded(run_id, self.model.id, arm, kind)}
         if not missing:
             return
         # behaviour and answers are not timed: all cores
