@@ -125,8 +125,7 @@ class _Connection(asyncio.Protocol):
         usage = {"prompt_tokens": 1, "completion_tokens": self._tokens, "total_tokens": 1 + self._tokens}
         end = _framed(_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}))
         end += _framed(_event({"choices": [], "usage": usage, "timings": timings})) + _framed(b"data: [DONE]\n\n")
-        self._transport.write(end + b"0\r\n\r\n")
-        self._transport.close()
+        self._transport.write(end + b"0\r\n\r\n")  # the connection stays open, as an engine's does
 
 
 def _content_length(head: bytes) -> int:
@@ -152,7 +151,7 @@ def _content_event() -> bytes:
     return _event({"choices": [delta], "system_fingerprint": "x" * (CHUNK_BYTES - len(bare))})
 
 
-_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _ROLE = _event({"choices": [{"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": None}}]})
 _BEFORE, _AFTER = _framed(_content_event()).split(b"0" * STAMP_DIGITS)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
+
+import httpx
 
 from engines.driver import drivers
 from engines.errors import SwitchyardError
@@ -22,6 +26,7 @@ from tasks.records import open_records
 
 PINS = {"prefect": ("3.8.8", "3.8.9"), "fastapi": ("0.139", "0.151"), "sqlalchemy": ("2.0", "2.1")}
 FREE_DISK = 2 * 2**30
+SCHEDULED_S = 90.0  # the scheduler looks every 5 s for new deployments and every 60 s for all
 
 
 @dataclass(frozen=True)
@@ -110,19 +115,62 @@ def _memory() -> Iterator[Finding]:
 
 
 def _prefect() -> Iterator[Finding]:
-    """A real server: the pins above are right when it answers."""
-    import os
-
+    """A real server, and a schedule on it: with a wrong SQLAlchemy it answers, and no schedule ever fires."""
     os.environ.update(prepare_environment(home()))
-    server = TemporaryServer(home())
+    server = TemporaryServer(home(), services=True)
     server.start()
     try:
         server.ready()
         yield Finding("Prefect's API server", "ok", f"started and answered on {server.api_url}")
+        yield _schedule(server.api_url)
     except SwitchyardError as error:
         yield Finding("Prefect's API server", "broken", str(error), "see the packages above")
     finally:
         server.stop()
+
+
+def _schedule(api_url: str) -> Finding:
+    """A deployment with an interval schedule, until its first run is planned; both are deleted again."""
+    what, mend = "Prefect's schedules", "see the packages above: SQLAlchemy 2.1 stops every schedule"
+    every_minute = {"active": True, "schedule": {"interval": 60.0}}
+    try:
+        with httpx.Client(base_url=api_url, timeout=10, trust_env=False) as api:
+            flow = _created(api, "/flows/", {"name": "switchyard-doctor"})
+            body = {"name": "doctor", "flow_id": flow, "schedules": [every_minute]}
+            deployment = _created(api, "/deployments/", body)
+            try:
+                planned = _planned_runs(api, deployment)
+            finally:
+                api.delete(f"/flows/{flow}")
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        return Finding(what, "broken", f"the server refused a deployment: {_first_line(error)}", mend)
+    if not planned:
+        return Finding(what, "broken", f"no run was planned within {SCHEDULED_S:.0f} s", mend)
+    return Finding(what, "ok", f"a schedule of one minute has {planned} runs planned")
+
+
+def _created(api: httpx.Client, path: str, body: dict[str, Any]) -> str:
+    deadline = time.monotonic() + SCHEDULED_S
+    while True:
+        answer = api.post(path, json=body)
+        # its services write to the same new database: for some seconds it is busy
+        if answer.status_code != 503 or time.monotonic() > deadline:
+            return str(answer.raise_for_status().json()["id"])
+        time.sleep(0.5)
+
+
+def _planned_runs(api: httpx.Client, deployment: str) -> int:
+    wanted = {"deployments": {"id": {"any_": [deployment]}}}
+    deadline = time.monotonic() + SCHEDULED_S
+    while time.monotonic() < deadline:
+        if planned := int(api.post("/flow_runs/count", json=wanted).raise_for_status().json()):
+            return planned
+        time.sleep(0.5)
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -41,10 +41,14 @@ def prepare_environment(home: Path, environ: Mapping[str, str] = os.environ) -> 
 
 
 class TemporaryServer:
-    """A Prefect API server of our own; `start` returns at once, `ready` waits for it."""
+    """A Prefect API server of our own; `start` returns at once, `ready` waits for it.
 
-    def __init__(self, home: Path) -> None:
+    `services` also runs its background services (the scheduler), which a single command has no use for.
+    """
+
+    def __init__(self, home: Path, *, services: bool = False) -> None:
         self._home = home
+        self._services = services
         self._port = free_port()
         self._child: process.ManagedProcess | None = None
 
@@ -57,7 +61,9 @@ class TemporaryServer:
         """Begin starting it; about 10 s with a fresh home, half of it later on."""
         argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         argv += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error"]
-        env = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT_API_URL": ""}
+        env = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT_API_URL": ""}
+        if not self._services:
+            env["PREFECT__SERVER_EPHEMERAL"] = "1"
         self._child = process.start(
             "prefect server", argv, state_dir=self._home, log_path=self._home / "logs" / "prefect-server.log", env=env
         )

@@ -179,3 +179,11 @@ def test_domain_code_does_not_import_prefect():
 
 def test_json_output_is_nothing_but_json(switchyard):
     json.loads(switchyard("doctor", "--json").stdout)
+
+
+@pytest.mark.engine
+def test_doctor_sees_a_schedule_make_runs(switchyard):
+    """With a wrong SQLAlchemy Prefect's server answers, and no schedule ever fires."""
+    findings = {f["what"]: f for f in json_of(switchyard("doctor", "--prefect", "--json"))["findings"]}
+    assert findings["Prefect's API server"]["state"] == "ok"
+    assert findings["Prefect's schedules"]["state"] == "ok", findings["Prefect's schedules"]
