@@ -57,6 +57,9 @@ class Driver(Protocol):
 
     name: str
     installer: Installer
+    progress_path: str  # GET: how far the requests in flight are; answered by the engine's own loop
+    sees_prompt_progress: bool  # that moves while a prompt is read, before the first token
+    probe_is_neutral: bool  # a one-token completion takes no client's prompt out of the engine's cache
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The engine on this machine; raises EngineNotFound with how to install it."""
@@ -76,6 +79,17 @@ class Driver(Protocol):
 
     def cache_budget(self, settings: Settings) -> str:
         """How much host memory this engine may fill with cached prompts: growth up to there is no leak."""
+        ...
+
+    def progress(self, answer: bytes) -> tuple[int, ...]:
+        """Counters out of an answer from `progress_path`: they change when a prompt or tokens move.
+
+        () where it has none. Raises ValueError when the answer is not what this engine says.
+        """
+        ...
+
+    def served_name(self, installation: Installation, model_id: str) -> str:
+        """The model's name that this engine answers to."""
         ...
 
     def neutral_body(self) -> dict[str, object]:

@@ -119,6 +119,10 @@ class ManagedProcess:
         """The exit status (negative: the signal), or None while it runs."""
         return self._popen.poll()
 
+    def wait(self) -> int:
+        """Its exit status, once it has ended by whatever cause."""
+        return self._popen.wait()
+
     def tree(self) -> list[psutil.Process]:
         """The process and all its descendants that are alive now."""
         try:

@@ -62,13 +62,10 @@ def serving(
     while it makes progress (log lines, memory, disk reads); it fails after `stall_s` without any.
     Raises PortTaken, EngineExited, EngineStalled, WrongListener.
     """
-    _require_free(serve, driver.name)
-    argv = driver.argv(installation, serve)
-    env = driver.environment(installation, serve, os.environ)
     started_ns = time.monotonic_ns()
-    child = process.start(f"{driver.name} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env)
+    child = launch(driver, installation, serve, state_dir=state_dir, log_path=log_path)
     try:
-        seen = _wait_ready(driver.name, serve, child, stall_s, progress)
+        seen = wait_ready(driver.name, serve, child, stall_s=stall_s, progress=progress)
         load_s = (time.monotonic_ns() - started_ns) / 1e9
         context = seen.get("context_tokens")
         endpoint = Endpoint(
@@ -80,10 +77,20 @@ def serving(
             api_key=serve.settings.api_key,
         )
         losses = driver.losses(installation, serve)
-        yield Served(endpoint, child, installation, argv, losses, load_s, settings_seen=seen)
+        yield Served(endpoint, child, installation, child.argv, losses, load_s, settings_seen=seen)
     finally:
         with _signals_held():
             child.stop()
+
+
+def launch(
+    driver: Driver, installation: Installation, serve: Serve, *, state_dir: Path, log_path: Path
+) -> ManagedProcess:
+    """The engine's process, just started. Raises PortTaken."""
+    _require_free(serve, driver.name)
+    argv = driver.argv(installation, serve)
+    env = driver.environment(installation, serve, os.environ)
+    return process.start(f"{driver.name} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env)
 
 
 def exit_reason(child: ManagedProcess) -> str:
@@ -143,9 +150,15 @@ class _LoadClock:
         return self._child.log.bytes_seen, resident >> 20, read >> 20
 
 
-def _wait_ready(
-    engine: str, serve: Serve, child: ManagedProcess, stall_s: float, progress: Callable[[str], None]
+def wait_ready(
+    engine: str,
+    serve: Serve,
+    child: ManagedProcess,
+    *,
+    stall_s: float = 120.0,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, object]:
+    """What the engine says of itself, once our own child has produced one token; errors as in `serving`."""
     clock = _LoadClock(child)
     progress(f"loading {serve.gguf.name}")
     token: _FirstToken | None = None

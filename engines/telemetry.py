@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -346,6 +347,21 @@ def _cpu_sensor() -> Path | None:
 
 
 # --- GPU ----------------------------------------------------------------------------------------------------------
+
+
+def private_bytes(pids: Iterable[int]) -> int | None:
+    """RssAnon + swap of these processes together; None where there is none to ask."""
+    return _tree_memory(list(pids))["memory_bytes"]
+
+
+def vram_bytes(pids: Iterable[int]) -> int | None:
+    """GPU memory that these processes hold together; None without NVML, or where it does not see them."""
+    return _total(gpu["process_bytes"] for gpu in _gpus().read(list(pids)) or ())
+
+
+@cache
+def _gpus() -> _Gpus:
+    return _Gpus()
 
 
 class _Gpus:

@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from engines.errors import BadInput, SwitchyardError
+from flows import yard_commands
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
@@ -74,7 +75,7 @@ def doctor(
     json_: Json = False,
     prefect: Annotated[
         bool,
-        typer.Option("--prefect", help="Also start Prefect's API server and see that it answers (about 10 s)."),
+        typer.Option("--prefect", help="Also start Prefect's server and see that a schedule makes runs (about 20 s)."),
     ] = False,
 ) -> None:
     """Check this machine: Python, packages, engines, models, records, memory; and say how to mend what is missing."""
@@ -261,6 +262,9 @@ def report(
         return
     Console().print(tables.evaluation(outcome))
     Console().print(f"\nreport: {outcome['report']}", highlight=False, soft_wrap=True)
+
+
+app.add_typer(yard_commands.app)
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from engines.driver import Form
 from engines.errors import BadInput
 from engines.model_digest import model_digest, shards
 from engines.settings import Settings
+from engines.yard.settings import YardSettings
 
 EngineName = Literal["llama.cpp", "mistral.rs"]
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
@@ -84,6 +85,11 @@ class ModelPlan(_Part):
     gguf: Path = Field(description="the model file; the first one of a split set")
     transcripts: Path | None = Field(
         None, description="JSONL of the user's own chat requests (messages, tools), replayed by the parity checks"
+    )
+    aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
+    engine: Literal["auto", "llama.cpp", "mistral.rs"] = Field(
+        "auto",
+        description="who serves it: auto leaves that to promote and rollback; an engine's name is a choice by hand",
     )
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
 
@@ -261,6 +267,7 @@ class Plan(_Part):
     sampling: Sampling = Field(Sampling(), description="how much is measured")
     limits: Limits = Field(Limits(), description="where a difference stops being acceptable, and why there")
     client: Client = Field(Client(), description="what the programs in front of the engine need")
+    yard: YardSettings = Field(YardSettings(), description="the public port: where it is and what it takes")
 
     _no_key = field_validator("settings")(_keyless)
 
@@ -270,7 +277,18 @@ class Plan(_Part):
         twice = [name for name, count in Counter(model.id for model in models).items() if count > 1]
         if twice:
             raise ValueError(f"id '{twice[0]}' is given twice; give each model an id of its own")
+        names = Counter(name for model in models for name in (model.id, *model.aliases))
+        shared = [name for name, count in names.items() if count > 1]
+        if shared:
+            raise ValueError(f"the name '{shared[0]}' is given to two models; an alias belongs to one")
         return models
+
+    @model_validator(mode="after")
+    def _known_default(self) -> Plan:
+        default = self.yard.default_model
+        if default is not None and default not in {model.id for model in self.models}:
+            raise ValueError(f"yard.default_model '{default}' is no model of this plan")
+        return self
 
     def model(self, model_id: str) -> ModelPlan:
         """The model called `model_id`; BadInput lists the known ones."""
@@ -340,7 +358,7 @@ def plan_hash(plan: Plan) -> str:
     moved or renamed file, another order of keys or a default written out leave the hash alone; another file changes it.
     Engines that are found by search enter by name only: their version is recorded with every result.
     """
-    identity = plan.model_dump(mode="json", exclude={"incumbent", "candidate", "settings", "models"})
+    identity = plan.model_dump(mode="json", exclude={"incumbent", "candidate", "settings", "models", "yard"})
     identity["engines"] = [_engine_identity(choice) for choice in (plan.incumbent, plan.candidate)]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -361,7 +379,7 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", losses: Sequence[str] 
         blocks.append(_table("[[models]]", model))
         if _fields(model.settings, only_set=True):
             blocks.append(_table("[models.settings]", model.settings, only_set=True))
-    for name in ("sampling", "limits", "client"):
+    for name in ("sampling", "limits", "client", "yard"):
         blocks.append(_section(plan, name))
     return "\n\n".join(block for block in blocks if block) + "\n"
 

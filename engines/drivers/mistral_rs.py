@@ -23,6 +23,9 @@ COMMON_PLACES = (
 )
 HOST_MODULE = "engines.hosts.mistral_rs"
 PINNED = "0.9.2"
+MOVING = re.compile(
+    r"^mistralrs_(?:tokens_processed_total|sequences_completed_total)(?:{[^}]*})? ([0-9.e+]+)$", re.MULTILINE
+)
 
 
 class MistralRs:
@@ -42,6 +45,11 @@ class MistralRs:
     )
     places: tuple[str, ...] = COMMON_PLACES
     wheel = "mistralrs"
+    progress_path = "/metrics"
+    sees_prompt_progress = False  # prompt tokens are counted once the whole prompt is read
+    probe_is_neutral = (
+        True  # no prefix cache (hosted), or one of 16 entries of which the probe takes the same each time
+    )
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The configured binary, else PATH and the installer's places, else the hosted wheel."""
@@ -85,6 +93,14 @@ class MistralRs:
     def cache_budget(self, settings: Settings) -> str:
         """None for the hosted wheel, whose prefix cache is off; the binary's default is 16 sequences of any size."""
         return "none (hosted wheel) or 16 sequences of any size (binary)"
+
+    def progress(self, answer: bytes) -> tuple[int, ...]:
+        """Tokens processed and generations ended, from `/metrics` (the binary has it since 0.8.11)."""
+        return tuple(int(float(value)) for value in MOVING.findall(answer.decode("utf-8", "replace")))
+
+    def served_name(self, installation: Installation, model_id: str) -> str:
+        """The binary answers to its own id or `default` only."""
+        return model_id if installation.form == "hosted" else "default"
 
     def neutral_body(self) -> dict[str, object]:
         """Nothing: its prefix cache matches whole prefixes only, so unique prompt openings are enough."""

@@ -1,0 +1,215 @@
+"""Orders to the yard: a small HTTP service on a unix socket that only its owner can open, and its client.
+
+A move answers with one JSON line for each step and a last one with the result, so that a person can watch it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from aiohttp import web
+
+from engines.errors import BadInput, SwitchyardError
+from engines.yard.moves import Moves, Say
+from engines.yard.yard import Yard
+
+Order = Callable[[Say], Awaitable[str]]
+
+
+def socket_path(home: Path) -> Path:
+    """Where the yard of this home listens for orders."""
+    return home / "yard" / "control.sock"
+
+
+class Control:
+    """The service."""
+
+    def __init__(
+        self, yard: Yard, moves: Moves, *, stop: Callable[[], None], reload: Callable[[], Awaitable[str]]
+    ) -> None:
+        self._yard = yard
+        self._moves = moves
+        self._stop = stop
+        self._reload = reload
+        self._running: set[asyncio.Task[None]] = set()
+
+    def application(self) -> web.Application:
+        """Its routes."""
+        app = web.Application()
+        app.router.add_get("/status", self._status)
+        app.router.add_get("/samples", self._samples)
+        for name, order in {
+            "promote": self._promote,
+            "rollback": self._rollback,
+            "canary": self._canary,
+            "use": self._use,
+            "drain": self._drain,
+            "stop": self._stopped,
+            "reload": self._reloaded,
+        }.items():
+            app.router.add_post(f"/{name}", self._ordered(order))
+        return app
+
+    def _ordered(
+        self, order: Callable[[dict[str, Any]], Order]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            body = await request.json() if request.can_read_body else {}
+            lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+            async def carry_out() -> None:
+                # a move goes on when the person who ordered it closes the terminal
+                try:
+                    lines.put_nowait({"done": await order(body)(lambda step: lines.put_nowait({"step": step}))})
+                except BadInput as error:
+                    lines.put_nowait({"error": str(error), "bad_input": True})
+                except SwitchyardError as error:
+                    lines.put_nowait({"error": str(error)})
+                except Exception as error:
+                    self._yard.log.exception("an order failed")
+                    lines.put_nowait({"error": f"{type(error).__name__}: {error} (a bug; see the yard's log)"})
+                finally:
+                    lines.put_nowait(None)
+
+            task = asyncio.create_task(carry_out())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+            await response.prepare(request)
+            with contextlib.suppress(ConnectionError):
+                while (line := await lines.get()) is not None:
+                    await response.write(json.dumps(line).encode() + b"\n")
+                await response.write_eof()
+            return response
+
+        return handle
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.json_response(self._yard.status())
+
+    async def _samples(self, request: web.Request) -> web.Response:
+        route = self._yard.route_of(request.query.get("model"))
+        return web.json_response({"samples": [vars(sample) for sample in self._yard.samples[route.model_id]]})
+
+    def _promote(self, body: dict[str, Any]) -> Order:
+        return lambda say: self._moves.promote(body.get("model"), body.get("to"), say, form=body.get("form", "auto"))
+
+    def _rollback(self, body: dict[str, Any]) -> Order:
+        return lambda say: self._moves.rollback(body.get("model"), say, form=body.get("form", "auto"))
+
+    def _canary(self, body: dict[str, Any]) -> Order:
+        return lambda say: self._moves.canary(body.get("model"), body.get("to"), float(body.get("weight", 0)), say)
+
+    def _use(self, body: dict[str, Any]) -> Order:
+        return lambda say: self._moves.use(body.get("model"), str(body.get("engine")), say)
+
+    def _drain(self, body: dict[str, Any]) -> Order:
+        return lambda say: self._moves.drain(body.get("model"), say, on=bool(body.get("on", True)))
+
+    def _stopped(self, _: dict[str, Any]) -> Order:
+        async def order(say: Say) -> str:
+            say("stopping")
+            self._stop()
+            return "the yard stops; requests in flight are finished first"
+
+        return order
+
+    def _reloaded(self, _: dict[str, Any]) -> Order:
+        async def order(_: Say) -> str:
+            return await self._reload()
+
+        return order
+
+
+def listening(path: Path) -> socket.socket:
+    """The control socket, which only its owner can open from its first moment on."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()  # the yard's lock is held: a socket that is there is a dead yard's
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        with _short(path) as name:
+            listener.bind(name)
+    finally:
+        os.umask(before)
+    listener.listen(16)
+    listener.setblocking(False)
+    return listener
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name for `path` that fits into the 107 bytes of a socket's address, however deep the home lies."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+class YardClient:
+    """The yard of a home, as the command line and the flows see it."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = socket_path(home)
+
+    def runs(self) -> bool:
+        """True when it answers."""
+        try:
+            self.status()
+        except SwitchyardError:
+            return False
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """Everything it tells of itself."""
+        return self._get("/status")
+
+    def samples(self, model: str | None = None) -> list[dict[str, Any]]:
+        """Its latest live requests of a model, oldest first."""
+        found: list[dict[str, Any]] = self._get("/samples", **({"model": model} if model else {}))["samples"]
+        return found
+
+    def order(self, name: str, say: Say = lambda _: None, **body: Any) -> str:
+        """Carry out an order; `say` gets each step. Raises BadInput, or SwitchyardError with the yard's own words."""
+        with self._http() as http, self._reachable(), http.stream("POST", f"/{name}", json=body) as answer:
+            for line in answer.iter_lines():
+                event = json.loads(line)
+                if "error" in event:
+                    raise (BadInput if event.get("bad_input") else SwitchyardError)(event["error"])
+                if "done" in event:
+                    return str(event["done"])
+                say(event["step"])
+        raise SwitchyardError(f"the yard went away while it carried out `{name}`: see `switchyard status`")
+
+    def _get(self, path: str, **query: str) -> dict[str, Any]:
+        with self._http() as http, self._reachable():
+            found: dict[str, Any] = http.get(path, params=query, timeout=10).raise_for_status().json()
+            return found
+
+    @contextlib.contextmanager
+    def _http(self) -> Iterator[httpx.Client]:
+        if not self._path.parent.is_dir():
+            raise SwitchyardError(f"no yard runs here ({self._path}): start one with `switchyard serve`")
+        with (
+            _short(self._path) as name,
+            httpx.Client(transport=httpx.HTTPTransport(uds=name), base_url="http://yard", timeout=None) as http,
+        ):
+            yield http
+
+    @contextlib.contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, FileNotFoundError) as error:
+            raise SwitchyardError(f"no yard runs here ({self._path}): start one with `switchyard serve`") from error
+        except httpx.HTTPError as error:
+            raise SwitchyardError(f"the yard did not answer: {error or type(error).__name__}") from error

@@ -1,0 +1,296 @@
+"""The public port: each request goes to the engine of its model, its answer comes back chunk by chunk.
+
+A request is handed to an engine only when that has room, so it waits here, where a dying engine cannot take it along.
+What has not reached the client yet is asked again, once, of the engine that is there then; a stream that has begun
+ends with an error event. A client that leaves ends its request on the engine at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp import web
+
+from engines.yard import shims
+from engines.yard.openai import GENERATING, Call, Refusal, parse
+from engines.yard.page import page
+from engines.yard.route import Full, Route, Unservable, Waiting
+from engines.yard.unit import Flight, Unit
+
+if TYPE_CHECKING:
+    from engines.yard.yard import Yard
+
+# answered beside the requests in flight: they take no slot
+LIGHT = frozenset({"/v1/chat/completions/input_tokens", "/tokenize", "/detokenize"})
+NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+TRIES = 2
+HIGH_WATER = 64 * 1024
+SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\s*"[^"]')
+BROKEN = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
+
+
+class Unanswered(Exception):
+    """The engine went away before anything of its answer was passed on."""
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Gateway:
+    """The aiohttp application in front of a yard."""
+
+    def __init__(self, yard: Yard) -> None:
+        self._yard = yard
+        self._settings = yard.settings
+
+    def application(self) -> web.Application:
+        """Its routes. Every error, the router's own too, is an OpenAI error object."""
+        app = web.Application(
+            middlewares=[self._guarded], client_max_size=self._settings.max_body_mib * 2**20, logger=self._yard.log
+        )
+        for path in sorted(GENERATING | LIGHT | {"/v1/embeddings"}):
+            app.router.add_post(path, self._served)
+        for alias in ("/chat/completions", "/completions", "/embeddings"):
+            app.router.add_post(alias, self._served)
+        app.router.add_get("/props", self._props)
+        for path in ("/v1/models", "/models"):
+            app.router.add_get(path, self._models)
+        app.router.add_get("/v1/models/{model:.+}", self._model)
+        for path in ("/health", "/v1/health"):
+            app.router.add_get(path, self._health)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/yard", self._page)
+        return app
+
+    # --- what guards every request
+
+    @web.middleware
+    async def _guarded(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            self._authorize(request)
+            return await handler(request)
+        except Refusal as refusal:
+            self._yard.metrics.refused(refusal.status)
+            return refusal.response()
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._settings.max_body_mib
+            return Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large").response()
+        except web.HTTPNotFound:
+            return Refusal(404, f"there is no {request.path} here", code="not_found").response()
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            return Refusal(405, f"{request.path} takes {allowed}, not {request.method}").response()
+
+    def _authorize(self, request: web.Request) -> None:
+        key = self._yard.api_key
+        if key is None or request.path in ("/health", "/v1/health"):
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        offered = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
+        if not hmac.compare_digest(offered.encode("utf-8", "surrogateescape"), key.get_secret_value().encode()):
+            raise Refusal(401, "Invalid API key", kind="authentication_error", code="invalid_api_key")
+
+    # --- requests that an engine answers
+
+    async def _served(self, request: web.Request) -> web.StreamResponse:
+        began = time.monotonic()
+        path = request.path if request.path.startswith(("/v1/", "/tokenize", "/detokenize")) else f"/v1{request.path}"
+        call = parse(path, await request.read())
+        route = self._yard.route_for(call.model)
+        reply = Reply(request, call)
+        try:
+            for attempt in range(1, TRIES + 1):
+                unit, flight = await self._turn(route, self._enter(route, call), reply, began)
+                try:
+                    answer = await self._exchange(unit, flight, call, reply)
+                except Unanswered as gone:
+                    self._yard.note_loss(route, unit, str(gone), retried=attempt < TRIES)
+                    await unit.settle()
+                    continue
+                finally:
+                    unit.give_back(flight)
+                self._yard.served(route, unit, call, flight, reply.error)
+                return answer
+            raise Refusal(502, "the engine went away twice while it had this request", code="engine_died")
+        except Refusal as refusal:
+            self._yard.metrics.refused(refusal.status)
+            return await reply.refuse(refusal)
+        except ClientLeft:
+            return reply.response
+
+    def _enter(self, route: Route, call: Call) -> Waiting:
+        try:
+            conversation = call.conversation() if route.state.canary else ""
+            return route.enter(conversation, call.prompt_tokens, light=call.path in LIGHT)
+        except Full as full:
+            raise Refusal(429, f"{full}; try again later", kind="rate_limit_error", retry_after_s=5) from None
+        except Unservable as why:
+            raise Refusal(503, str(why), code="model_unavailable", retry_after_s=30) from None
+
+    async def _turn(self, route: Route, place: Waiting, reply: Reply, began: float) -> tuple[Unit, Flight]:
+        """The engine and the place on it; a stream that waits long is kept alive with comments."""
+        try:
+            while not place.turn.done():
+                left = began + self._settings.wait_s - time.monotonic()
+                if left <= 0:
+                    why = f"waited {self._settings.wait_s:.0f} s for {route.model_id}: {self._yard.explain(route)}"
+                    raise Refusal(503, why, code="wait_timeout", retry_after_s=10)
+                await asyncio.wait([place.turn], timeout=min(left, self._settings.keepalive_s))
+                if not place.turn.done():
+                    await reply.keep_alive()
+            return place.turn.result()
+        except Unservable as why:
+            raise Refusal(503, str(why), code="model_unavailable", retry_after_s=30) from None
+        except BaseException:  # the client left, or waited too long: its turn goes to the next one
+            route.leave(place)
+            raise
+
+    async def _exchange(self, unit: Unit, flight: Flight, call: Call, reply: Reply) -> web.StreamResponse:
+        shim = shims.shim_for(unit, call)
+        try:
+            async with self._yard.http.post(
+                unit.base_url + call.path,
+                data=shim.request(),
+                headers={"Content-Type": "application/json", **unit.headers},
+                timeout=NO_TIMEOUT,
+            ) as upstream:
+                if call.stream and upstream.status == 200:
+                    return await self._stream(upstream, flight, shim, reply)
+                data = await upstream.read()
+                flight.chunk(content=True)
+                return await reply.whole(*shim.whole(upstream.status, data))
+        except BROKEN as error:
+            if reply.begun_with_content:
+                return await reply.cut(Refusal(502, f"{unit.engine} went away: {unit.why}", code="engine_died"))
+            raise Unanswered(_words(error)) from error
+
+    async def _stream(
+        self, upstream: aiohttp.ClientResponse, flight: Flight, shim: shims.Shim, reply: Reply
+    ) -> web.StreamResponse:
+        tail = b""
+        async for chunk, _ in upstream.content.iter_chunks():
+            if chunk:
+                tail = (tail + chunk)[-64:]
+                if not chunk.startswith(b":"):  # an engine's own keep-alive is no progress
+                    flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
+                await reply.pass_on(shim.event(chunk) if shim.changes_streams else chunk)
+        if b"[DONE]" not in tail:
+            raise aiohttp.ClientPayloadError("the stream ended without its end")
+        return await reply.end()
+
+    # --- what the yard answers itself
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """The truth: 200 only when a request would be served now."""
+        route = self._yard.route_for(request.query.get("model"))
+        unit = route.serving
+        detail = self._yard.health_of(route)
+        if unit.state.serves and not route.holding and route.unservable is None:
+            return web.json_response({"status": "ok", **detail})
+        refusal = Refusal(503, self._yard.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
+        return web.json_response({**refusal.body(), **detail}, status=503, headers={"Retry-After": "2"})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": self._yard.models()})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        for entry in self._yard.models():
+            if entry["id"] == name:
+                return web.json_response(entry)
+        raise Refusal(404, f"the model '{name}' does not exist", code="model_not_found")
+
+    async def _props(self, request: web.Request) -> web.Response:
+        """As llama.cpp has it: clients read the context size here, whichever engine serves."""
+        route = self._yard.route_for(request.query.get("model"))
+        unit = route.serving
+        if not unit.state.serves:
+            raise Refusal(503, self._yard.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
+        return web.json_response(await shims.props(unit, self._yard.http))
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = self._yard.metrics.text(self._yard)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _page(self, _: web.Request) -> web.Response:
+        return web.Response(text=page(self._yard.status()), content_type="text/html", charset="utf-8")
+
+
+class Reply:
+    """What goes back to the client: a whole answer, or a stream that may begin before an engine has it."""
+
+    def __init__(self, request: web.Request, call: Call) -> None:
+        self._request = request
+        self._stream = call.stream
+        self._response: web.StreamResponse | None = None
+        self.begun_with_content = False
+        self.error: str | None = None
+
+    @property
+    def response(self) -> web.StreamResponse:
+        """What was sent so far, to a client that left."""
+        return self._response or web.Response(status=499)
+
+    async def keep_alive(self) -> None:
+        """A comment in a stream; nothing in a plain answer, whose client has no way to see it."""
+        if self._stream:
+            await self._write(b": waiting for the model\n\n")
+
+    async def pass_on(self, chunk: bytes) -> None:
+        """A piece of the stream, as it came."""
+        self.begun_with_content = True
+        await self._write(chunk)
+
+    async def end(self) -> web.StreamResponse:
+        """The stream is complete."""
+        response = await self._begun()
+        with contextlib.suppress(ConnectionError):
+            await response.write_eof()
+        return response
+
+    async def cut(self, refusal: Refusal) -> web.StreamResponse:
+        """The stream had begun and cannot go on: an error event, and a proper end."""
+        self.error = str(refusal)
+        await self._write(b"\n\n" + refusal.event())
+        return await self.end()
+
+    async def whole(self, status: int, data: bytes) -> web.StreamResponse:
+        """An answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
+        if status >= 400:
+            self.error = f"HTTP {status}"
+        if self._response is None:
+            return web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
+        await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n")
+        return await self.end()
+
+    async def refuse(self, refusal: Refusal) -> web.StreamResponse:
+        """An error of ours."""
+        self.error = str(refusal)
+        return refusal.response() if self._response is None else await self.cut(refusal)
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            await (self._response or await self._begun()).write(data)
+        except ConnectionError as error:
+            raise ClientLeft from error
+
+    async def _begun(self) -> web.StreamResponse:
+        if self._response is None:
+            self._response = web.StreamResponse(headers=SSE)
+            await self._response.prepare(self._request)
+        return self._response
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__} {str(error).partition(chr(10))[0]}".rstrip()

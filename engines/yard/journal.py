@@ -1,0 +1,44 @@
+"""What happened, in order: transitions, moves and incidents, one JSON line each, in memory and in a bounded file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+FILE_BYTES = 4 * 1024 * 1024
+REMEMBERED = 200
+
+
+class Journal:
+    """`events.jsonl` and its predecessor `events.jsonl.1`. A full disk loses lines, never the yard."""
+
+    def __init__(self, folder: Path, log: logging.Logger) -> None:
+        self._path = folder / "events.jsonl"
+        self._log = log
+        self.recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+        self.incidents: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+
+    def note(self, kind: str, model: str, what: str, **more: Any) -> None:
+        """Remember, write and log one event; `kind` is state, move, incident or yard."""
+        event = {"at": time.time(), "kind": kind, "model": model, "what": what, **more}
+        self.recent.append(event)
+        if kind == "incident":
+            self.incidents.append(event)
+        engine = f" {more['engine']}" if "engine" in more else ""
+        level = logging.WARNING if kind == "incident" else logging.INFO
+        self._log.log(level, "%s%s: %s", model, engine, what)
+        with contextlib.suppress(OSError):
+            self._write(json.dumps(event, default=str))
+
+    def _write(self, line: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            size = file.tell()
+        if size > FILE_BYTES:
+            os.replace(self._path, self._path.with_name(self._path.name + ".1"))

@@ -1,0 +1,101 @@
+"""`/metrics`: what the yard counts, for Prometheus. Gauges are read from the yard when it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from engines.yard.health import Health
+
+if TYPE_CHECKING:
+    from engines.yard.yard import Sample, Yard
+
+TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
+GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+
+
+class Metrics:
+    """One registry for one yard."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        by_engine = ["model", "engine"]
+        self._requests = self._counter(
+            "requests", "Requests that an engine answered, by outcome.", [*by_engine, "outcome"]
+        )
+        self._chunks = self._counter(
+            "tokens", "Content chunks passed on; an engine's chunk is a token, mostly.", by_engine
+        )
+        self._lost = self._counter("requests_lost", "Requests an engine took with it before its first byte.", by_engine)
+        self._refused = self._counter("refused", "Requests the yard refused, by status.", ["status"])
+        self._restarts = self._gauge("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
+        self._state = self._gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
+        self._memory = self._gauge("engine_memory_bytes", "Private memory of the engine, swap included.", by_engine)
+        self._vram = self._gauge("engine_vram_bytes", "GPU memory of the engine's processes.", by_engine)
+        self._in_flight = self._gauge("engine_in_flight", "Requests on the engine now.", by_engine)
+        self._weight = self._gauge("route_weight", "Share of conversations the engine gets.", by_engine)
+        self._waiting = self._gauge("waiting", "Requests that wait for their turn.", ["model"])
+        self._fallback = self._gauge("fallback", "1 while the committed engine is out of order.", ["model"])
+        self._incidents = self._gauge("incidents", "Incidents remembered.", [])
+        self._ttft = self._histogram("ttft_seconds", "Request to first content chunk.", by_engine, TTFT_S)
+        self._gap = self._histogram("itl_seconds", "Gap between content chunks.", by_engine, GAP_S)
+
+    def gap(self, model: str, engine: str) -> Callable[[float], None]:
+        """Takes the seconds between two chunks of one stream."""
+        observe: Callable[[float], None] = self._gap.labels(model, engine).observe
+        return observe
+
+    def served(self, model: str, sample: Sample, chunks: int) -> None:
+        """An answered request."""
+        outcome = "error" if not sample.ok else "empty" if sample.empty else "ok"
+        self._requests.labels(model, sample.engine, outcome).inc()
+        self._chunks.labels(model, sample.engine).inc(chunks)
+        if sample.ttft_ms is not None:
+            self._ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
+
+    def lost(self, model: str, engine: str) -> None:
+        """A request that an engine took with it."""
+        self._lost.labels(model, engine).inc()
+
+    def refused(self, status: int) -> None:
+        """An error of the yard's own."""
+        self._refused.labels(str(status)).inc()
+
+    def text(self, yard: Yard) -> bytes:
+        """Everything now, in Prometheus' text format."""
+        for route in yard.routes.values():
+            self._waiting.labels(route.model_id).set(route.waiting)
+            self._fallback.labels(route.model_id).set(route.fallback is not None)
+            canary = route.state.canary
+            for unit in route.units.values():
+                labels = (route.model_id, unit.engine)
+                of_canary = canary.weight if canary and canary.engine == unit.engine else 0.0
+                rest = 1.0 - (canary.weight if canary else 0.0)
+                self._weight.labels(*labels).set(rest if unit is route.serving else of_canary)
+                self._in_flight.labels(*labels).set(len(unit.flights))
+                self._restarts.labels(*labels).set(unit.restarts)
+                for state in Health:
+                    self._state.labels(*labels, str(state)).set(state is unit.state)
+                _set_or_drop(self._memory, labels, unit.memory_bytes)
+                _set_or_drop(self._vram, labels, unit.vram_bytes)
+        self._incidents.set(len(yard.journal.incidents))
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, meaning: str, labels: list[str]) -> Counter:
+        return Counter(f"switchyard_{name}", meaning, labels, registry=self._registry)
+
+    def _gauge(self, name: str, meaning: str, labels: list[str]) -> Gauge:
+        return Gauge(f"switchyard_{name}", meaning, labels, registry=self._registry)
+
+    def _histogram(self, name: str, meaning: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"switchyard_{name}", meaning, labels, registry=self._registry, buckets=buckets)
+
+
+def _set_or_drop(gauge: Gauge, labels: tuple[str, str], value: int | None) -> None:
+    """Not measured is absent, not 0."""
+    if value is not None:
+        gauge.labels(*labels).set(value)
+    else:
+        gauge.remove(*labels)

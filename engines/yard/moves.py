@@ -1,0 +1,282 @@
+"""Moves: one model goes from one engine to another, and back, without a request failing.
+
+    side by side    candidate up and ready -> commit -> requests in flight end on the old engine -> it stops
+    one at a time   hold new requests -> drain -> stop -> memory seen back -> candidate up -> commit -> release
+
+What undoes a move is on the disk before anything changes, and the commit is one rename: killed at any line, the yard
+comes back on the last committed route. A candidate that does not come up leaves, or puts back, the old engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Literal
+
+from engines.errors import BadInput, EngineError, SwitchyardError
+from engines.gguf_header import read_header
+from engines.memory_fit import estimate, free_memory
+from engines.yard.recipe import Recipe
+from engines.yard.route import Route
+from engines.yard.state import Canary
+from engines.yard.unit import Unit
+from engines.yard.yard import ModelConfig, Yard, YardConfig, loopback_or_key
+
+Form = Literal["auto", "side-by-side", "one-at-a-time"]
+Say = Callable[[str], None]
+MEMORY_SHARE = 0.75  # of what the stopped engine held: the rest is page cache and the allocator's own business
+POLL_S = 0.25
+
+
+class MoveFailed(SwitchyardError):
+    """The move was given up; the text says why and which engine serves now."""
+
+
+class Moves:
+    """The moves of one yard; one at a time for each model."""
+
+    def __init__(self, yard: Yard) -> None:
+        self._yard = yard
+
+    async def promote(self, model: str | None, to: str | None, say: Say, *, form: Form = "auto") -> str:
+        """Serve `model` by the engine `to` (the candidate where none is named). Raises BadInput, MoveFailed."""
+        route = self._yard.route_of(model)
+        target = self._unit(route, to or route.candidate)
+        async with self._alone(route, f"promote to {target.engine}", say) as tell:
+            return await self._move(route, target, tell, form, undo=route.state.serving)
+
+    async def rollback(self, model: str | None, say: Say, *, form: Form = "auto") -> str:
+        """Back to the last good route: the canary taken out, or the engine before the last move."""
+        route = self._yard.route_of(model)
+        if route.state.canary is not None:
+            return await self.canary(model, route.state.canary.engine, 0.0, say)
+        if route.state.undo is None:
+            raise BadInput(f"nothing to roll back: {route.model_id} was not moved; {route.state.serving} serves it")
+        target = self._unit(route, route.state.undo)
+        async with self._alone(route, f"roll back to {target.engine}", say) as tell:
+            return await self._move(route, target, tell, form, undo=None)
+
+    async def use(self, model: str | None, engine: str, say: Say) -> str:
+        """Choose an engine by hand, or leave the choice to the moves again (`auto`)."""
+        route = self._yard.route_of(model)
+        if engine != "auto":
+            self._unit(route, engine)
+        self._yard.commit(route, selected=engine)
+        if engine == "auto":
+            return f"{route.model_id}: promote and rollback decide; {route.state.serving} serves"
+        return await self.promote(model, engine, say)
+
+    async def canary(self, model: str | None, to: str | None, weight: float, say: Say) -> str:
+        """Let `to` answer a share of the conversations; 0 takes it out again."""
+        route = self._yard.route_of(model)
+        target = self._unit(route, to or route.candidate)
+        if not 0 <= weight < 1:
+            raise BadInput(f"weight {weight} must be at least 0 and below 1; `promote` moves all of it")
+        if target.engine == route.state.serving:
+            raise BadInput(f"{target.engine} serves {route.model_id} already; a canary is another engine")
+        if weight == 0 and route.state.canary is None:
+            return f"no canary on {route.model_id}"
+        async with self._alone(route, f"canary {target.engine} {weight:g}", say) as tell:
+            if weight == 0:
+                self._yard.commit(route, canary=None)
+                tell(f"canary out; {target.engine} finishes {len(target.flights)} request(s)")
+                await target.idle()
+                await target.stop()
+                return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
+            if not target.state.serves:
+                self._require_room(target.recipe)
+                await self._bring_up(route, target, tell)
+            self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight))
+            return f"{route.model_id}: {target.engine} answers {weight:.0%} of the conversations"
+
+    async def drain(self, model: str | None, say: Say, *, on: bool) -> str:
+        """Hold new requests and return when none is in flight (`on`), or let them go on again."""
+        route = self._yard.route_of(model)
+        if not on:
+            route.holding = False
+            route.hand_over()
+            return f"{route.model_id} takes requests again"
+        async with self._alone(route, "drain", say) as tell:
+            route.holding = True
+            tell(f"holding new requests; {sum(len(unit.flights) for unit in route.units.values())} in flight")
+            await asyncio.gather(*(unit.idle() for unit in route.units.values()))
+            return f"{route.model_id} is drained; new requests wait until `switchyard drain --off`"
+
+    async def reload(self, config: YardConfig) -> str:
+        """Take over another plan without losing a request. Raises BadInput, with the old plan in force."""
+        loopback_or_key(config)
+        old = self._yard.settings
+        if (old.host, old.port) != (config.settings.host, config.settings.port):
+            raise BadInput("yard.host and yard.port need a restart of the yard; the old plan stays")
+        busy = [route for route in self._yard.routes.values() if route.moving]
+        if busy:
+            raise BadInput(f"{busy[0].model_id} is being moved ({busy[0].moving}); reload when that is done")
+        self._yard.rename(config)
+        changes = [await self._reload_model(model) for model in config.models]
+        kept = {model.id for model in config.models}
+        for route in [route for route in self._yard.routes.values() if route.model_id not in kept]:
+            del self._yard.routes[route.model_id]
+            await self._retire(route.units.values(), lambda _: None)
+            changes.append(f"{route.model_id} is gone")
+        return "plan reloaded: " + ("; ".join(filter(None, changes)) or "limits and names only")
+
+    async def _reload_model(self, model: ModelConfig) -> str:
+        route = self._yard.routes.get(model.id)
+        if route is None:
+            self._yard.bring_up(self._yard.add(model))
+            return f"{model.id} is new"
+        route.incumbent, route.candidate = model.incumbent, model.candidate
+        changed = []
+        for engine, recipe in model.recipes.items():
+            if engine in route.units and route.units[engine].recipe == recipe:
+                continue
+            unit = self._yard.unit(recipe)
+            if engine in route.units and route.units[engine].child is not None:
+                async with self._alone(route, f"{engine} with its new settings", lambda _: None) as tell:
+                    await self._move(route, unit, tell, "auto", undo=route.state.undo)
+            else:
+                route.units[engine] = unit
+            changed.append(f"{model.id}: {engine} has new settings")
+        return "; ".join(changed)
+
+    # --- how
+
+    async def _move(self, route: Route, target: Unit, tell: Say, form: Form, *, undo: str | None) -> str:
+        old = route.serving
+        if old is target:
+            if route.state.serving != target.engine:  # the fallback is made the choice
+                self._settle(route, target, undo=route.state.undo)
+            await self._bring_up(route, target, tell)
+            return f"{route.model_id} is served by {target.engine} already"
+        self._yard.commit(route)  # both recipes on the disk before anything changes
+        tell(f"way back saved: {old.engine} {old.recipe.version}")
+        if form == "auto":
+            form = "side-by-side" if target.state.serves or self._fits(target.recipe) else "one-at-a-time"
+        tell(f"moving {form.replace('-', ' ')}")
+        if form == "side-by-side":
+            await self._side_by_side(route, old, target, tell, undo)
+        else:
+            await self._one_at_a_time(route, old, target, tell, undo)
+        return f"{route.model_id} is served by {target.engine}"
+
+    async def _side_by_side(self, route: Route, old: Unit, target: Unit, tell: Say, undo: str | None) -> None:
+        await self._bring_up(route, target, tell)
+        self._settle(route, target, undo=undo)
+        tell(f"new requests go to {target.engine}; {old.engine} finishes {len(old.flights)}")
+        await self._retire([unit for unit in {*route.units.values(), old} if unit is not target], tell)
+
+    async def _one_at_a_time(self, route: Route, old: Unit, target: Unit, tell: Say, undo: str | None) -> None:
+        route.holding = True
+        try:
+            tell(f"holding new requests; {len(old.flights)} in flight on {old.engine}")
+            await old.idle()
+            held = old.memory_bytes or 0
+            free_before = free_memory()
+            tell(f"stopping {old.engine}")
+            await old.stop()
+            try:
+                tell(await self._memory_back(held, free_before.ram_bytes, free_before.vram_bytes))
+                await self._bring_up(route, target, tell)
+                self._settle(route, target, undo=undo)
+            except (SwitchyardError, asyncio.CancelledError):
+                tell(f"putting {old.engine} back")
+                await target.stop()
+                await old.ready()
+                raise
+        finally:
+            route.holding = False
+            route.hand_over()
+        tell(f"new requests go to {target.engine}")
+
+    def _settle(self, route: Route, target: Unit, *, undo: str | None) -> None:
+        """The commit: from here on the target serves, after a crash as well."""
+        route.units[target.engine] = target
+        self._yard.commit(route, serving=target.engine, undo=undo, canary=None, moved_at=time.time())
+        route.fallback = route.unservable = None
+        route.hand_over()
+
+    async def _bring_up(self, route: Route, target: Unit, tell: Say) -> None:
+        """One real token from the target, or MoveFailed with it stopped again."""
+        if target.state.serves:
+            return
+        tell(f"starting {target.engine} {target.recipe.version}")
+        try:
+            await target.ready(self._yard.settings.move_s)
+        except EngineError as error:
+            if target is not route.serving:
+                await target.stop()
+            raise MoveFailed(f"{route.model_id} stays on {route.state.serving}: {error}") from error
+        tell(f"{target.engine} gave its first token after {target.load_s or 0:.1f} s")
+
+    async def _retire(self, units: Iterable[Unit], tell: Say) -> None:
+        """End engines that no new request goes to, once their requests are done."""
+        for unit in units:
+            running = unit.child is not None
+            await unit.idle()
+            await unit.stop()
+            if running:
+                tell(f"{unit.engine} stopped")
+
+    async def _memory_back(self, held: int, ram_before: int | None, vram_before: int | None) -> str:
+        """How much of a stopped engine's memory was seen to come back; VRAM may take a while."""
+        began, settings = time.monotonic(), self._yard.settings
+        while True:
+            now = free_memory()
+            ram = None if now.ram_bytes is None or ram_before is None else now.ram_bytes - ram_before
+            vram = None if now.vram_bytes is None or vram_before is None else now.vram_bytes - vram_before
+            seen = max(ram or 0, 0) + max(vram or 0, 0)
+            waited = time.monotonic() - began
+            if seen >= MEMORY_SHARE * held:
+                return f"memory is back: {seen / 2**20:.0f} of {held / 2**20:.0f} MiB after {waited:.1f} s"
+            if vram is None and waited > 2:  # RAM is back when the process is gone; neighbours blur the figure
+                return f"memory: {seen / 2**20:.0f} of {held / 2**20:.0f} MiB seen back; the process is gone"
+            if waited > settings.memory_back_s:
+                raise MoveFailed(
+                    f"only {seen / 2**20:.0f} of {held / 2**20:.0f} MiB came back within {settings.memory_back_s:.0f} s"
+                )
+            await asyncio.sleep(POLL_S)
+
+    def _fits(self, recipe: Recipe) -> bool:
+        try:
+            fit = estimate(read_header(recipe.gguf), recipe.settings, recipe.engine, memory=free_memory())
+        except SwitchyardError:
+            return False
+        return fit.verdict == "fits"
+
+    def _require_room(self, recipe: Recipe) -> None:
+        if not self._fits(recipe):
+            raise MoveFailed(
+                f"a canary runs both engines at once, and {recipe.engine} does not fit beside the one that serves; "
+                "`promote` moves one at a time"
+            )
+
+    def _unit(self, route: Route, engine: str) -> Unit:
+        if engine not in route.units:
+            raise BadInput(
+                f"{engine} cannot serve {route.model_id} here: there is {', '.join(route.units)}; "
+                f"see `switchyard doctor` for what is missing"
+            )
+        return route.units[engine]
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, route: Route, what: str, say: Say) -> AsyncIterator[Say]:
+        """One move of a model at a time; every step in the journal."""
+        if route.moving is not None:
+            raise BadInput(f"{route.model_id} is being moved already ({route.moving}); wait until that is done")
+        route.moving = what
+
+        def tell(step: str) -> None:
+            self._yard.journal.note("move", route.model_id, step)
+            say(step)
+
+        self._yard.journal.note("move", route.model_id, f"begin: {what}")
+        try:
+            yield tell
+            self._yard.journal.note("move", route.model_id, f"done: {what}")
+        except BaseException as error:
+            self._yard.journal.note("incident", route.model_id, f"{what} failed: {error or type(error).__name__}")
+            raise
+        finally:
+            route.moving = None

@@ -1,0 +1,91 @@
+"""The OpenAI side of a request: what the yard has to know of it, and how it says no."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+BYTES_PER_TOKEN = 3  # of a request's JSON; only to guess how long a prompt may take
+GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+
+
+class Refusal(Exception):
+    """An answer that is an error, as OpenAI's API words it."""
+
+    def __init__(
+        self, status: int, message: str, *, kind: str = "", code: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """`{"error": {...}}`."""
+        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
+
+    def response(self) -> web.Response:
+        """The whole answer."""
+        headers = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+        return web.json_response(self.body(), status=self.status, headers=headers)
+
+    def event(self) -> bytes:
+        """The same inside a stream that has begun, and its end: clients raise it as an error."""
+        return b"data: " + json.dumps(self.body()).encode() + b"\n\ndata: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request: where to, its JSON, and what of it steers the yard."""
+
+    path: str
+    raw: bytes
+    body: dict[str, Any]
+
+    @property
+    def model(self) -> str | None:
+        """The model it names."""
+        name = self.body.get("model")
+        return name if isinstance(name, str) else None
+
+    @property
+    def stream(self) -> bool:
+        """Whether the client wants server-sent events."""
+        return self.path in GENERATING and self.body.get("stream") is True
+
+    @property
+    def prompt_tokens(self) -> int:
+        """A guess from its size."""
+        return len(self.raw) // BYTES_PER_TOKEN + 1
+
+    def conversation(self) -> str:
+        """What stays the same while a conversation goes on: its key or user where given, else how it begins."""
+        for key in ("prompt_cache_key", "conversation", "user"):
+            value = self.body.get(key)
+            if isinstance(value, str) and value:
+                return f"{key}:{value}"
+        messages = self.body.get("messages")
+        if isinstance(messages, list):
+            beginning = [m for m in messages if isinstance(m, dict) and m.get("role") in ("system", "developer")][:1]
+            beginning += [m for m in messages if isinstance(m, dict) and m.get("role") == "user"][:1]
+            return json.dumps([message.get("content") for message in beginning], sort_keys=True, default=str)
+        return json.dumps(self.body.get("prompt"), default=str)[:512]
+
+
+def parse(path: str, raw: bytes) -> Call:
+    """The request; Refusal 400 when its body is not a JSON object."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the request body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, "the request body must be a JSON object")
+    if "model" in body and not isinstance(body["model"], str | None):
+        raise Refusal(400, "model must be a string")
+    if "stream" in body and not isinstance(body["stream"], bool | None):
+        raise Refusal(400, "stream must be true or false")
+    return Call(path, raw, body)

@@ -1,0 +1,120 @@
+"""The yard as a process: both of its doors opened, signals understood, everything closed again.
+
+SIGTERM and Ctrl-C drain and stop within `stop_s`, a second one at once; SIGHUP reloads the plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from aiohttp import web
+
+from engines.driver import Driver
+from engines.errors import PortTaken, SwitchyardError
+from engines.process import stop_all
+from engines.serving import listener_on
+from engines.yard.control import Control, listening, socket_path
+from engines.yard.gateway import Gateway
+from engines.yard.moves import Moves
+from engines.yard.yard import Yard, YardConfig, loopback_or_key
+
+try:
+    import uvloop
+except ImportError:  # not built for Windows
+    uvloop = None  # type: ignore[assignment, unused-ignore]
+
+THREADS = 64  # each engine that loads or stops holds one
+CLOSE_S = 2.0
+
+
+def run(
+    read_config: Callable[[], YardConfig],
+    *,
+    home: Path,
+    opened: Callable[[Yard], None] = lambda _: None,
+    drivers: Mapping[str, Driver] | None = None,
+) -> None:
+    """Serve until told to stop. `read_config` is asked again at each reload; `opened` is called once the port is ours.
+
+    Raises BadInput (a second yard, an address without a key), PortTaken.
+    """
+    config = read_config()
+    loopback_or_key(config)
+    yard = Yard(config, home=home, drivers=drivers)
+    with yard.alone(), asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
+        runner.get_loop().set_default_executor(ThreadPoolExecutor(THREADS))
+        runner.run(_serve(yard, read_config, opened))
+
+
+async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Callable[[Yard], None]) -> None:
+    stop = asyncio.Event()
+    moves = Moves(yard)
+    reloads: set[asyncio.Task[object]] = set()
+
+    async def reload() -> str:
+        return await moves.reload(await asyncio.to_thread(read_config))
+
+    async def reload_and_log() -> None:
+        try:
+            yard.log.info(await reload())
+        except SwitchyardError as error:
+            yard.log.warning("the new plan is refused, the old one stays: %s", error)
+
+    def on_hangup() -> None:
+        task = asyncio.create_task(reload_and_log())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    def on_stop() -> None:
+        if stop.is_set():
+            yard.log.warning("stopping at once")
+            stop_all()
+            raise SystemExit(130)
+        yard.log.info("stopping; requests in flight have %.0f s", yard.settings.stop_s)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    limit = yard.settings.max_header_kib * 1024
+    public = web.AppRunner(
+        Gateway(yard).application(),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=CLOSE_S,
+        max_line_size=limit,
+        max_field_size=limit,
+    )
+    control = web.AppRunner(Control(yard, moves, stop=stop.set, reload=reload).application(), access_log=None)
+    try:
+        await public.setup()
+        await control.setup()
+        await yard.open()
+        await _listen(public, yard)
+        await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
+        yard.start()
+        opened(yard)
+        await stop.wait()
+    finally:
+        await yard.stop()
+        await public.cleanup()
+        await control.cleanup()
+        with contextlib.suppress(OSError):
+            socket_path(yard.home).unlink()
+
+
+async def _listen(public: web.AppRunner, yard: Yard) -> None:
+    host, port = yard.settings.host, yard.settings.port
+    try:
+        await web.TCPSite(public, host, port, shutdown_timeout=CLOSE_S).start()
+    except OSError as error:
+        holder = listener_on(port) or "another process"
+        raise PortTaken(
+            f"port {port} is taken by {holder}: stop it first (the yard takes its place), or set yard.port in the plan"
+        ) from error

@@ -1,0 +1,53 @@
+"""What the yard is told: where it listens, how much it takes, when it gives up. The `[yard]` table of a plan."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class YardSettings(BaseModel):
+    """The public port and its limits. Times are seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    host: str = Field("127.0.0.1", description="address that clients use; anything but loopback needs api_key_env")
+    port: int = Field(8080, ge=1, le=65535, description="port that clients use; the incumbent's own port before")
+    default_model: str | None = Field(None, description="model for requests that name none; the plan's first otherwise")
+    unknown_model: Literal["default", "refuse"] = Field(
+        "default", description="a name nobody knows: serve the default model, as llama.cpp does, or answer 404"
+    )
+    max_body_mib: int = Field(32, ge=1, le=1024, description="largest request body; beyond it 413")
+    max_header_kib: int = Field(16, ge=1, le=1024, description="longest request line or header field; beyond it 400")
+    max_waiting: int = Field(128, ge=0, description="requests that may wait for a model; beyond it 429")
+    wait_s: float = Field(600, gt=0, description="how long a request waits for its turn; beyond it 503")
+    keepalive_s: float = Field(10, gt=0, description="a waiting stream gets an SSE comment so often; clients time out")
+    stop_s: float = Field(30, gt=0, description="on SIGTERM, how long requests in flight may still take")
+    load_stall_s: float = Field(120, gt=0, description="loading without any progress for so long has failed")
+    wedged_after_s: float = Field(
+        20, gt=0, description="least time without token or prompt progress before a working engine counts as wedged"
+    )
+    probe_every_s: float = Field(60, gt=0, description="an idle engine is asked for a sign of life so often")
+    failed_probes: int = Field(3, ge=1, description="signs of life missed in a row before an idle engine is restarted")
+    restarts: int = Field(3, ge=0, description="restarts within restart_window_s before the fallback takes over")
+    restart_window_s: float = Field(1800, gt=0, description="window of the restart budget")
+    memory_back_s: float = Field(30, gt=0, description="how long a stopped engine's memory may take to come back")
+    move_s: float = Field(
+        600, gt=0, description="how long a candidate may take to come up in a move before the incumbent is put back"
+    )
+
+    @model_validator(mode="after")
+    def _an_address(self) -> YardSettings:
+        if self.host != "localhost":
+            try:
+                ipaddress.ip_address(self.host)
+            except ValueError:
+                raise ValueError(f"host '{self.host}' is no address; write 127.0.0.1, or 0.0.0.0 for all") from None
+        return self
+
+    @property
+    def on_loopback(self) -> bool:
+        """True when only this machine can reach the port."""
+        return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback

@@ -1,0 +1,436 @@
+"""One engine with one model under supervision: started, watched, restarted, stopped, by one task that owns it all.
+
+Others ask for an outcome (`ready`, `stop`) and never act on a state they read: the state moves while one looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+from pydantic import SecretStr
+
+from engines.driver import Driver
+from engines.errors import EngineError
+from engines.process import ManagedProcess
+from engines.serving import exit_reason, free_port, launch, wait_ready
+from engines.telemetry import private_bytes, vram_bytes
+from engines.yard.health import Health, Rate, RestartBudget, Transition, stall_limit_s, token_limit_s
+from engines.yard.recipe import Recipe
+from engines.yard.settings import YardSettings
+
+TICK_S = 0.25
+SETTLE_S = 0.5
+ASK_PROGRESS_S = 2.0  # polled faster than once a second, llama-server keeps the requests of clients that left
+ASK_TIMEOUT_S = 5.0
+MEMORY_EVERY_S = 5.0
+DEFAULT_BATCH_TOKENS = 2048
+REMEMBERED = 50
+SERIES = 240  # 20 minutes of memory, the last 240 first tokens
+
+
+class Flight:
+    """One request on an engine. Times are monotonic seconds; `gap` takes the seconds between successive chunks."""
+
+    def __init__(self, prompt_tokens: int, gap: Callable[[float], None] | None = None) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.sent = self.moved = time.monotonic()
+        self.first: float | None = None  # first chunk with content
+        self.chunks = 0  # chunks with content, and those after the first of them
+        self._gap = gap
+
+    def chunk(self, *, content: bool) -> None:
+        """A piece of the answer arrived; `content` once it holds anything to show (all pieces behind it count)."""
+        now = time.monotonic()
+        if self.first is not None:
+            self.chunks += 1
+            if self._gap is not None:
+                self._gap(now - self.moved)
+        elif content:
+            self.first, self.chunks = now, 1
+        self.moved = now
+
+
+class Unit:
+    """An engine with its model. `changed` is called, in the event loop, after every change that may free a request."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        driver: Driver,
+        settings: YardSettings,
+        *,
+        home: Path,
+        key: SecretStr | None,
+        http: aiohttp.ClientSession,
+        changed: Callable[[Unit], None] = lambda _: None,
+        transition: Callable[[Unit, Transition], None] = lambda _, __: None,
+        incident: Callable[[Unit, str], None] = lambda _, __: None,
+    ) -> None:
+        self.recipe = recipe
+        self.driver = driver
+        self.state = Health.STOPPED
+        self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
+        self.flights: set[Flight] = set()
+        self.child: ManagedProcess | None = None
+        self.base_url = ""
+        self.context_tokens: int | None = None
+        self.load_s: float | None = None
+        self.loading = ""
+        self.restarts = 0
+        self.out_of_budget = False
+        self.memory_bytes: int | None = None
+        self.vram_bytes: int | None = None
+        self.memory_series: deque[int] = deque(maxlen=SERIES)
+        self.ttft_series: deque[float] = deque(maxlen=SERIES)
+        self.tokens = 0
+        self.tokens_per_s: float | None = None
+        self.gap: Callable[[float], None] | None = None
+        self.prefill = Rate()
+        self.token_gap = Rate()
+        self._settings = settings
+        self._home = home
+        self._key = key
+        self._http = http
+        self._changed = changed
+        self._transition = transition
+        self._incident = incident
+        self._budget = RestartBudget(settings.restarts, settings.restart_window_s)
+        self._wanted = False
+        self._wake = asyncio.Event()
+        self._moved = asyncio.Event()  # replaced at each change of state: whoever waits holds the current one
+        self._owner: asyncio.Task[None] | None = None
+        self._counters: tuple[int, ...] = ()
+        self._progressed = time.monotonic()
+        self._asked = self._probed = self._weighed = 0.0
+        self._missed = self._counted = 0
+        self._cached = False  # a client's prompt may lie in the engine's cache
+
+    # --- what others ask for
+
+    @property
+    def engine(self) -> str:
+        """The driver's name."""
+        return self.recipe.engine
+
+    @property
+    def slots(self) -> int:
+        """Requests it takes at a time."""
+        return self.recipe.settings.parallel
+
+    @property
+    def why(self) -> str:
+        """The evidence for the state it is in."""
+        return self.transitions[-1].why if self.transitions else "never started"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What it wants to see before it answers: the yard's own key."""
+        return {"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else {}
+
+    def want(self) -> None:
+        """Have it up from now on; returns at once. A spent restart budget is given back."""
+        self._budget.reset()
+        self.out_of_budget = False
+        self._wanted = True
+        self._wake.set()
+        if self._owner is None or self._owner.done():
+            self._owner = asyncio.create_task(self._own(), name=f"owner of {self.recipe.model_id} on {self.engine}")
+
+    async def ready(self, within_s: float | None = None) -> None:
+        """Return once it serves. Raises EngineError with its last evidence when it cannot, or not in time."""
+        self.want()
+        deadline = None if within_s is None else time.monotonic() + within_s
+        while not self.state.serves:
+            if self.out_of_budget or not self._wanted:
+                raise EngineError(f"{self.engine} does not come up: {self.why}", engine=self.engine)
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise EngineError(
+                    f"{self.engine} was not ready within {within_s:.0f} s: {self.why}", engine=self.engine
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), left)
+
+    async def stop(self) -> None:
+        """End it and return when its process is gone; safe twice."""
+        self._wanted = False
+        self._wake.set()
+        child = self.child
+        if self.state is Health.LOADING and child is not None:
+            await asyncio.to_thread(child.stop)  # the wait for its first token ends with it
+        if self._owner is not None:
+            await asyncio.gather(self._owner, return_exceptions=True)
+            self._owner = None
+
+    async def idle(self) -> None:
+        """Return when no request is in flight on it."""
+        while self.flights:
+            await self._moved.wait()
+
+    async def settle(self) -> None:
+        """Return once its death would be known: a broken connection is seen a moment before the end of the process."""
+        deadline = time.monotonic() + SETTLE_S
+        while self.state.serves and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), left)
+
+    # --- requests
+
+    @property
+    def accepts(self) -> bool:
+        """True when it serves and is to go on doing so."""
+        return self.state.serves and self._wanted
+
+    @property
+    def has_room(self) -> bool:
+        """True when a request can be handed to it now."""
+        return self.accepts and len(self.flights) < self.slots
+
+    def take(self, prompt_tokens: int) -> Flight:
+        """Count a request in; the caller has seen `has_room`."""
+        flight = Flight(prompt_tokens, self.gap)
+        self.flights.add(flight)
+        self._cached = True
+        if self.state is Health.READY:
+            self._change(Health.BUSY, "a request is in flight")
+        return flight
+
+    def give_back(self, flight: Flight) -> None:
+        """Count a request out, and learn its speed."""
+        self.flights.discard(flight)
+        if flight.first is not None:
+            self.tokens += flight.chunks
+            self.ttft_series.append((flight.first - flight.sent) * 1000)
+            self.prefill.learn(flight.prompt_tokens / max(flight.first - flight.sent, 1e-3))
+            if flight.chunks > 1:
+                self.token_gap.learn((flight.moved - flight.first) / (flight.chunks - 1))
+        self._progressed = time.monotonic()
+        if self.state is Health.BUSY and not self.flights:
+            self._change(Health.READY, "its last request is done")
+        else:
+            self._announce()
+
+    # --- the owner
+
+    async def _own(self) -> None:
+        while self._wanted:
+            await self._life()
+            if not self._wanted:
+                break
+            pause = self._budget.spend(time.monotonic())
+            if pause is None:
+                self.out_of_budget = True
+                self._incident(self, f"out of restarts ({self._settings.restarts}): {self.why}")
+                self._announce()
+                break
+            self.restarts += 1
+            await self._pause(pause)
+        self._wanted = False
+        if self.state is not Health.STOPPED and not self.out_of_budget:
+            self._change(Health.STOPPED, "asked to stop")
+
+    async def _life(self) -> None:
+        """One process, from its start until it is gone."""
+        try:
+            await self._start()
+            if self._wanted:
+                state, why = await self._watch()
+                if state is not Health.STOPPED:
+                    self._change(state, why)
+                    self._incident(self, why)
+        except EngineError as error:
+            if self._wanted:
+                self._change(Health.DEAD, str(error))
+                self._incident(self, str(error))
+        finally:
+            if self.child is not None:
+                await asyncio.to_thread(self.child.stop)
+            self.child = None
+            self.memory_bytes = self.vram_bytes = None
+
+    async def _start(self) -> None:
+        self._change(Health.LOADING, f"starting {self.engine} {self.recipe.version}")
+        serve = self.recipe.serve(free_port(), self._key)
+        log = self._home / "logs" / f"yard-{self.engine}-{self.recipe.model_id}.log"
+        began = time.monotonic()
+        try:
+            self.child = await asyncio.to_thread(
+                launch, self.driver, self.recipe.installation, serve, state_dir=self._home, log_path=log
+            )
+        except OSError as error:
+            raise EngineError(f"{self.engine} cannot be started: {error}", engine=self.engine) from error
+        if not self._wanted:
+            return
+        seen = await asyncio.to_thread(
+            wait_ready,
+            self.engine,
+            serve,
+            self.child,
+            stall_s=self._settings.load_stall_s,
+            progress=self._note_loading,
+        )
+        self.load_s = time.monotonic() - began
+        self.base_url = serve.base_url
+        context = seen.get("context_tokens")
+        self.context_tokens = context if isinstance(context, int) else serve.settings.context_tokens
+        self._counters, self._cached, self._missed = (), False, 0
+        self._progressed = self._probed = time.monotonic()
+        if self._wanted:
+            self._change(Health.READY, f"one real token after {self.load_s:.1f} s (pid {self.child.pid})")
+
+    async def _watch(self) -> tuple[Health, str]:
+        """How its life ended: dead, wedged or failing with the evidence, or stopped because it was asked to."""
+        assert self.child is not None
+        child, loop, died = self.child, asyncio.get_running_loop(), asyncio.Event()
+
+        def wait_for_death() -> None:
+            child.wait()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(died.set)
+                loop.call_soon_threadsafe(self._wake.set)
+
+        threading.Thread(target=wait_for_death, name=f"death of {child.name}", daemon=True).start()
+        while True:
+            if not self._wanted:
+                return Health.STOPPED, "asked to stop"
+            if died.is_set():
+                return Health.DEAD, f"its process ended: {exit_reason(child)}"
+            ended = await (self._look_at_work() if self.flights else self._look_at_idle())
+            if ended is not None and not died.is_set():
+                return ended
+            if time.monotonic() - self._weighed > MEMORY_EVERY_S:
+                await self._weigh(child)
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_S)
+
+    async def _weigh(self, child: ManagedProcess) -> None:
+        """Memory of the process tree, and tokens/s since the last time (in flight included)."""
+        now, tokens = time.monotonic(), self.tokens + sum(flight.chunks for flight in self.flights)
+        if self._weighed:
+            self.tokens_per_s = max(tokens - self._counted, 0) / (now - self._weighed)
+        self._weighed, self._counted = now, tokens
+        self.memory_bytes, self.vram_bytes = await asyncio.to_thread(_memory, child)
+        if self.memory_bytes is not None:
+            self.memory_series.append(self.memory_bytes)
+
+    async def _look_at_work(self) -> tuple[Health, str] | None:
+        """Wedged, when the engine works without any progress for longer than the work at hand explains."""
+        now = time.monotonic()
+        flights = list(self.flights)
+        moved = max([self._progressed, *(flight.moved for flight in flights)])
+        limit = max(self._limit_s(flight) for flight in flights)
+        if now - moved > min(ASK_PROGRESS_S, limit / 4) <= now - self._asked:
+            self._asked = now
+            counters = await self._ask_progress()
+            if counters and counters != self._counters:
+                self._counters, self._progressed = counters, time.monotonic()
+                return None
+        if now - moved <= limit or not self.flights:
+            return None
+        return Health.WEDGED, (
+            f"{len(flights)} request(s) in flight and no token, no prompt progress for {now - moved:.1f} s "
+            f"(limit {limit:.1f} s)"
+        )
+
+    async def _look_at_idle(self) -> tuple[Health, str] | None:
+        """Failing, when an idle engine misses several signs of life in a row."""
+        now = time.monotonic()
+        every = self._settings.probe_every_s if not self._missed else min(self._settings.probe_every_s, ASK_TIMEOUT_S)
+        if now - max(self._progressed, self._probed) < every:
+            return None
+        self._probed = now
+        # a completion would push the client's prompt out of an engine with a single slot: its own loop answers instead
+        neutral = self.driver.probe_is_neutral or not self._cached
+        alive = await (self._one_token() if neutral else self._answers())
+        if self.flights:  # a client came meanwhile: its tokens are the better evidence
+            return None
+        self._missed = 0 if alive else self._missed + 1
+        if self._missed < self._settings.failed_probes:
+            return None
+        what = "one-token probes" if neutral else "questions after its progress"
+        return Health.FAILING, f"idle, and {self._missed} {what} in a row were not answered"
+
+    def _limit_s(self, flight: Flight) -> float:
+        least = self._settings.wedged_after_s
+        if flight.first is not None:
+            return token_limit_s(least_s=least, token_s=self.token_gap.value)
+        return stall_limit_s(
+            least_s=least,
+            prompt_tokens=flight.prompt_tokens,
+            prefill_rate=self.prefill.value,
+            sees_prompt_progress=self.driver.sees_prompt_progress,
+            batch_tokens=self.recipe.settings.batch_tokens or DEFAULT_BATCH_TOKENS,
+        )
+
+    async def _ask_progress(self) -> tuple[int, ...]:
+        try:
+            async with self._get(self.driver.progress_path) as answer:
+                return self.driver.progress(await answer.read()) if answer.status == 200 else ()
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return ()
+
+    async def _answers(self) -> bool:
+        try:
+            async with self._get(self.driver.progress_path) as answer:
+                await answer.read()
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def _one_token(self) -> bool:
+        body = {
+            "model": self.driver.served_name(self.recipe.installation, self.recipe.model_id),
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+        limit = self._limit_s(Flight(prompt_tokens=16))
+        try:
+            async with self._http.post(
+                f"{self.base_url}/v1/chat/completions",
+                json=body,
+                headers=self.headers,
+                timeout=aiohttp.ClientTimeout(total=limit),
+            ) as answer:
+                return answer.status == 200 and int((await answer.json())["usage"]["completion_tokens"]) >= 1
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+            return False
+
+    def _get(self, path: str) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
+        return self._http.get(self.base_url + path, headers=self.headers, timeout=timeout)
+
+    async def _pause(self, seconds: float) -> None:
+        self._wake.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), seconds)
+
+    def _note_loading(self, what: str) -> None:
+        self.loading = what
+
+    def _change(self, state: Health, why: str) -> None:
+        # requests that come and go are no event: only what changes its health is remembered
+        if {self.state, state} != {Health.READY, Health.BUSY}:
+            self.transitions.append(Transition(time.time(), state, why))
+            self._transition(self, self.transitions[-1])
+        self.state = state
+        self._announce()
+
+    def _announce(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+        self._changed(self)
+
+
+def _memory(child: ManagedProcess) -> tuple[int | None, int | None]:
+    """Private memory (with swap) and GPU memory of the process tree, in bytes; None for what is not measured."""
+    pids = [member.pid for member in child.tree()]
+    return private_bytes(pids), vram_bytes(pids)

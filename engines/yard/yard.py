@@ -1,0 +1,378 @@
+"""The yard: all models, their routes and engines, and what it tells of them.
+
+It owns the public port and the control socket, keeps engines up, and falls back to the other engine when one cannot be
+kept up. It imports neither Prefect nor a database: it works when both are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from pydantic import SecretStr
+
+from engines.driver import Driver, driver
+from engines.errors import BadInput
+from engines.process import end_orphans
+from engines.yard.health import Transition
+from engines.yard.journal import Journal
+from engines.yard.metrics import Metrics
+from engines.yard.openai import Call, Refusal
+from engines.yard.recipe import Recipe
+from engines.yard.route import Route
+from engines.yard.settings import YardSettings
+from engines.yard.state import ModelState, StateFile
+from engines.yard.unit import Flight, Unit
+
+SAMPLES = 5000  # live requests remembered for the judgement of a canary
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model: the engines that may serve it, as found on this machine, and why one was not."""
+
+    id: str
+    incumbent: str
+    candidate: str
+    recipes: Mapping[str, Recipe]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    engine: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class YardConfig:
+    """All that the yard is told at its start, and again when the plan is reloaded."""
+
+    settings: YardSettings
+    models: tuple[ModelConfig, ...]
+    api_key: SecretStr | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One live request that an engine answered. Times in ms, as the yard saw them; None where there is none."""
+
+    at: float
+    engine: str
+    conversation: str
+    prompt_tokens: int
+    ok: bool
+    error: str | None
+    empty: bool
+    ttft_ms: float | None
+    tpot_ms: float | None
+
+
+class Yard:
+    """Everything between the public port and the engines."""
+
+    def __init__(self, config: YardConfig, *, home: Path, drivers: Mapping[str, Driver] | None = None) -> None:
+        self.settings = config.settings
+        self.api_key = config.api_key
+        self.home = home
+        self.folder = home / "yard"
+        self.log = logging.getLogger("switchyard.yard")
+        self.metrics = Metrics()
+        self.routes: dict[str, Route] = {}
+        self.samples: dict[str, deque[Sample]] = {}
+        self.started_at = time.time()
+        self.stopping = False
+        self.http: aiohttp.ClientSession
+        self.config = config
+        self._drivers = drivers
+        self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
+        self._names: dict[str, str] = {}
+
+    # --- from start to stop
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """The only yard of this home: a second one would fight over its engines and its state."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.folder / "lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise BadInput(
+                    f"a yard runs here already (pid {lock.read().strip() or 'unknown'}): see `switchyard status`"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    async def open(self) -> None:
+        """Routes as last committed; no engine is started yet."""
+        self.journal = Journal(self.folder, self.log)
+        for ended in await asyncio.to_thread(end_orphans, self.home):
+            self.journal.note("yard", "-", f"ended, left behind by a yard that was killed: {ended}")
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2), auto_decompress=False, trust_env=False
+        )
+        self._file = StateFile(self.folder)
+        self.state, problem = self._file.load()
+        if problem:
+            self.journal.note("incident", "-", problem)
+        for model in self.config.models:
+            self.add(model)
+
+    def start(self) -> None:
+        """Every route's engine on its way up."""
+        for route in self.routes.values():
+            self.bring_up(route)
+
+    def bring_up(self, route: Route) -> None:
+        """The engines that the route needs, on their way up."""
+        if route.units:
+            route.serving.want()
+        if (canary := route.state.canary) is not None and canary.engine in route.units:
+            route.units[canary.engine].want()
+
+    async def stop(self) -> None:
+        """Requests in flight get `stop_s`; then every engine is ended."""
+        self.stopping = True
+        units = [unit for route in self.routes.values() for unit in route.units.values()]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(unit.idle() for unit in units)), self.settings.stop_s)
+        await asyncio.gather(*(unit.stop() for unit in units))
+        await self.http.close()
+
+    def add(self, model: ModelConfig) -> Route:
+        """A model with its route and engines. One whose engine is not here is served by the other one."""
+        route = Route(model.id, self._restored(model), {}, max_waiting=self.settings.max_waiting)
+        route.incumbent, route.candidate = model.incumbent, model.candidate
+        for engine, recipe in {**route.state.recipes, **model.recipes}.items():
+            route.units[engine] = self.unit(recipe)
+        self.routes[model.id] = route
+        self.samples[model.id] = deque(maxlen=SAMPLES)
+        self._names |= {name: model.id for name in (model.id, *model.aliases)}
+        for engine, why in model.missing.items():
+            if engine not in route.units:
+                self.journal.note("incident", model.id, why, engine=engine)
+        if route.state.serving not in route.units:
+            self._fall_back(route, route.state.serving, "is not on this machine")
+        return route
+
+    def _restored(self, model: ModelConfig) -> ModelState:
+        """The route as last committed; a model that is new here is served by its incumbent, or the engine chosen."""
+        known = self.state.models.get(model.id)
+        if known is not None:
+            return known
+        chosen = model.incumbent if model.engine == "auto" else model.engine
+        return ModelState(serving=chosen, selected=model.engine, recipes=dict(model.recipes))
+
+    def unit(self, recipe: Recipe) -> Unit:
+        """An engine of this yard, not started."""
+        unit = Unit(
+            recipe,
+            self._drivers[recipe.engine] if self._drivers else driver(recipe.engine),
+            self.settings,
+            home=self.home,
+            key=self._engine_key,
+            http=self.http,
+            changed=self._on_change,
+            transition=self._on_transition,
+            incident=lambda unit, why: self.journal.note("incident", unit.recipe.model_id, why, engine=unit.engine),
+        )
+        unit.gap = self.metrics.gap(recipe.model_id, recipe.engine)
+        return unit
+
+    # --- what changes by itself
+
+    def _on_transition(self, unit: Unit, transition: Transition) -> None:
+        self.journal.note("state", unit.recipe.model_id, f"{transition.state}: {transition.why}", engine=unit.engine)
+
+    def _on_change(self, unit: Unit) -> None:
+        route = self.routes.get(unit.recipe.model_id)
+        if route is None or self.stopping:
+            return
+        if unit.out_of_budget and not route.moving:
+            if unit.engine == route.state.serving and route.fallback is None:
+                self._fall_back(route, unit.engine, unit.why)
+            elif unit.engine == route.fallback:
+                route.unservable = f"no engine can serve {route.model_id}: {unit.engine} {unit.why}"
+        elif unit.state.serves and unit is route.serving:
+            route.unservable = None
+        route.hand_over()
+
+    def _fall_back(self, route: Route, engine: str, why: str) -> None:
+        """The other engine serves until a person, or a move, says otherwise. The committed route stays as it is."""
+        others = [name for name in (route.incumbent, route.candidate, *route.units) if name != engine]
+        other = next((name for name in others if name in route.units), None)
+        if other is None:
+            route.unservable = f"no engine can serve {route.model_id}: {engine} {why}"
+            self.journal.note("incident", route.model_id, route.unservable, engine=engine)
+            return
+        route.fallback = other
+        self.journal.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)
+        route.units[other].want()
+
+    def commit(self, route: Route, **changes: Any) -> None:
+        """Change a route, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
+        recipes = {engine: unit.recipe for engine, unit in route.units.items()}
+        state = route.state.model_copy(update={"recipes": recipes, **changes})
+        everything = self.state.with_model(route.model_id, state)
+        self._file.save(everything)
+        self.state, route.state = everything, state
+        route.hand_over()
+
+    # --- what requests ask
+
+    def route_for(self, name: str | None) -> Route:
+        """The route of a model by any of its names. Refusal 404 where the plan wants unknown names refused."""
+        if name is not None and name in self._names:
+            return self.routes[self._names[name]]
+        if name is not None and self.settings.unknown_model == "refuse":
+            known = ", ".join(self.routes)
+            raise Refusal(404, f"the model '{name}' does not exist; there are: {known}", code="model_not_found")
+        return self.routes[self.settings.default_model or next(iter(self.routes))]
+
+    def route_of(self, model_id: str | None) -> Route:
+        """The route that an order names; the only one where it names none. BadInput lists the models."""
+        if model_id is None and len(self.routes) == 1:
+            return next(iter(self.routes.values()))
+        if model_id not in self._names:
+            what = "name the model" if model_id is None else f"no model '{model_id}' here"
+            raise BadInput(f"{what}: there are {', '.join(self.routes)}")
+        return self.routes[self._names[model_id]]
+
+    def rename(self, config: YardConfig) -> None:
+        """Take over what changes without any engine: limits, names, the key."""
+        self.config, self.settings, self.api_key = config, config.settings, config.api_key
+        self._names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
+
+    def explain(self, route: Route) -> str:
+        """Why a request would not be served now, in one line."""
+        if self.stopping:
+            return "Switchyard is stopping"
+        if route.unservable is not None:
+            return route.unservable
+        unit = route.serving
+        if route.holding:
+            return f"{route.model_id} is moving to another engine; requests wait"
+        detail = f" ({unit.loading})" if unit.state == "loading" and unit.loading else ""
+        return f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " ")
+
+    def served(self, route: Route, unit: Unit, call: Call, flight: Flight, error: str | None) -> None:
+        """Count an answered request, and remember it for the judgement of a canary."""
+        ttft = None if flight.first is None else (flight.first - flight.sent) * 1000
+        gaps = flight.chunks - 1
+        sample = Sample(
+            at=time.time(),
+            engine=unit.engine,
+            conversation=call.conversation() if route.state.canary else "",
+            prompt_tokens=flight.prompt_tokens,
+            ok=error is None,
+            error=error,
+            empty=error is None and flight.first is None and call.stream,
+            ttft_ms=ttft if call.stream else None,
+            tpot_ms=(flight.moved - flight.first) * 1000 / gaps if call.stream and flight.first and gaps > 0 else None,
+        )
+        self.samples[route.model_id].append(sample)
+        self.metrics.served(route.model_id, sample, flight.chunks)
+
+    def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
+        """An engine went away with a request of which nothing had reached the client."""
+        self.metrics.lost(route.model_id, unit.engine)
+        what = "is asked again" if retried else "is given up"
+        self.journal.note("incident", route.model_id, f"a request was lost and {what}: {why}", engine=unit.engine)
+
+    # --- what it tells
+
+    def models(self) -> list[dict[str, Any]]:
+        """The entries of `/v1/models`: every name that is served."""
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": int(self.started_at),
+                "owned_by": "switchyard",
+                "meta": {"n_ctx": self.routes[model_id].serving.context_tokens},
+            }
+            for name, model_id in self._names.items()
+        ]
+
+    def health_of(self, route: Route) -> dict[str, Any]:
+        """What `/health` adds to its status."""
+        unit = route.serving
+        return {
+            "model": route.model_id,
+            "engine": unit.engine,
+            "state": str(unit.state),
+            "why": unit.why,
+            "fallback": route.fallback is not None,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Everything, for `switchyard status` and the page."""
+        return {
+            "pid": os.getpid(),
+            "since": self.started_at,
+            "address": f"http://{self.settings.host}:{self.settings.port}",
+            "models": [self._route_status(route) for route in self.routes.values()],
+            "incidents": list(self.journal.incidents),
+            "events": list(self.journal.recent),
+        }
+
+    def _route_status(self, route: Route) -> dict[str, Any]:
+        canary = route.state.canary
+        return {
+            "id": route.model_id,
+            "serving": route.serving.engine if route.units else None,
+            "committed": route.state.serving,
+            "selected": route.state.selected,
+            "fallback": route.fallback,
+            "undo": route.state.undo,
+            "canary": canary.model_dump() if canary else None,
+            "waiting": route.waiting,
+            "holding": route.holding,
+            "moving": route.moving,
+            "unservable": route.unservable,
+            "engines": [self._unit_status(unit) for unit in route.units.values()],
+        }
+
+    def _unit_status(self, unit: Unit) -> dict[str, Any]:
+        child, last = unit.child, unit.transitions[-1] if unit.transitions else None
+        return {
+            "engine": unit.engine,
+            "version": unit.recipe.version,
+            "form": unit.recipe.form,
+            "state": str(unit.state),
+            "why": unit.why,
+            "since": last.at if last else None,
+            "loading": unit.loading if unit.state == "loading" else "",
+            "pid": child.pid if child else None,
+            "argv": child.argv if child else None,
+            "log": str(child.log.path) if child else None,
+            "memory_bytes": unit.memory_bytes,
+            "vram_bytes": unit.vram_bytes,
+            "memory_series": list(unit.memory_series),
+            "ttft_ms_series": list(unit.ttft_series),
+            "tokens_per_s": unit.tokens_per_s,
+            "in_flight": len(unit.flights),
+            "load_s": unit.load_s,
+            "restarts": unit.restarts,
+            "context_tokens": unit.context_tokens,
+        }
+
+
+def loopback_or_key(config: YardConfig) -> None:
+    """Refuse to be reachable from elsewhere without a key. Raises BadInput."""
+    if not config.settings.on_loopback and config.api_key is None:
+        raise BadInput(
+            f"yard.host {config.settings.host} can be reached from other machines: set api_key_env in the plan, "
+            "or listen on 127.0.0.1"
+        )

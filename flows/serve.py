@@ -1,0 +1,85 @@
+"""`switchyard serve`: the plan's models and engines as the yard takes them, and the yard itself in the foreground."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from engines.driver import Installation, driver
+from engines.errors import EngineNotFound
+from engines.yard.recipe import Recipe
+from engines.yard.yard import ModelConfig, YardConfig
+from migrations.plan import EngineChoice, Plan
+
+
+def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> YardConfig:
+    """What `plan` tells the yard; engines are looked for now. One that is not here is no error: the other one serves.
+
+    Raises BadInput when the key's variable is not set, EngineNotFound when there is no engine at all.
+    """
+    found: dict[str, Installation] = {}
+    missing: dict[str, str] = {}
+    for choice in (plan.incumbent, plan.candidate):
+        try:
+            found[choice.engine] = _found(choice)
+        except EngineNotFound as error:
+            missing[choice.engine] = str(error)
+    if not found:
+        raise EngineNotFound("; ".join(missing.values()))
+    models = tuple(
+        ModelConfig(
+            id=model.id,
+            incumbent=plan.incumbent.engine,
+            candidate=plan.candidate.engine,
+            recipes={
+                engine: Recipe.of(installation, model.id, model.gguf, plan.settings_for(model.id))
+                for engine, installation in found.items()
+            },
+            missing=missing,
+            aliases=model.aliases,
+            engine=model.engine,
+        )
+        for model in plan.models
+    )
+    return YardConfig(settings=plan.yard, models=models, api_key=plan.api_key(environment))
+
+
+def _found(choice: EngineChoice) -> Installation:
+    return driver(choice.engine).find(choice.form, choice.binary)
+
+
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """One readable line an event, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("switchyard")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def losses(plan: Plan, config: YardConfig) -> list[str]:
+    """What each engine cannot honour, one line each, without what the plan accepts; said before anything starts."""
+    lines: dict[str, None] = {}
+    for model in config.models:
+        for engine, recipe in model.recipes.items():
+            for loss in driver(engine).losses(recipe.installation, recipe.serve(1, None)):
+                if loss.partition(":")[0] not in plan.accepted_losses:
+                    lines[f"{engine}: {loss}"] = None
+    return list(lines)
+
+
+def plan_path(named: Path | None, home: Path) -> Path:
+    """The plan that was named, else the one the yard served last, else ./switchyard.toml."""
+    remembered = home / "yard" / "plan"
+    if named is None:
+        last = remembered.read_text().strip() if remembered.is_file() else ""
+        return Path(last) if last else Path("switchyard.toml")
+    return named.absolute()
+
+
+def remember_plan(path: Path, home: Path) -> None:
+    """So that `switchyard serve` finds it the next time."""
+    (home / "yard" / "plan").write_text(f"{path.absolute()}\n")

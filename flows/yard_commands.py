@@ -1,0 +1,130 @@
+"""The commands around the yard: `serve`, and the orders that a person gives it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from engines.home import home
+from engines.yard.control import YardClient
+from engines.yard.yard import Yard, YardConfig
+
+app = typer.Typer()
+
+Model = Annotated[str | None, typer.Argument(help="The model; may be left out where there is only one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+FormOption = Annotated[
+    str,
+    typer.Option(
+        help="auto, side-by-side (both engines at once) or one-at-a-time (where both do not fit into memory)."
+    ),
+]
+
+
+@app.command()
+def serve(
+    plan: Annotated[
+        Path | None, typer.Argument(help="The plan (.toml); the one served last, else ./switchyard.toml.")
+    ] = None,
+) -> None:
+    """Own the public port: serve every model of the plan, supervise its engines, take orders. In the foreground.
+
+    Ctrl-C or SIGTERM finishes the requests in flight and stops (a second one stops at once); SIGHUP reloads the plan.
+    """
+    from engines.yard.serve import run
+    from flows.serve import log_to_terminal, losses, plan_path, remember_plan, yard_config
+    from migrations.plan import load_plan
+
+    folder = home()
+    path = plan_path(plan, folder)
+    log_to_terminal()
+    errors = Console(stderr=True)
+
+    def read_config() -> YardConfig:
+        return yard_config(load_plan(path))
+
+    def opened(yard: Yard) -> None:
+        remember_plan(path, folder)
+        errors.print(
+            f"serving {', '.join(yard.routes)} on [bold]http://{yard.settings.host}:{yard.settings.port}/v1[/bold]"
+        )
+        for loss in losses(load_plan(path), yard.config):
+            errors.print(f"lost on {loss}", style="dim", highlight=False, soft_wrap=True)
+
+    run(read_config, home=folder, opened=opened)
+
+
+@app.command()
+def promote(
+    model: Model = None,
+    to: Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")] = None,
+    form: FormOption = "auto",
+    json_: Json = False,
+) -> None:
+    """Move a model to another engine; no request fails, and the way back is saved first."""
+    _order("promote", json_, model=model, to=to, form=form)
+
+
+@app.command()
+def rollback(model: Model = None, form: FormOption = "auto", json_: Json = False) -> None:
+    """Back to the last good route of a model; a canary is taken out first."""
+    _order("rollback", json_, model=model, form=form)
+
+
+@app.command()
+def canary(
+    model: Model = None,
+    weight: Annotated[float, typer.Option(min=0, max=0.99, help="Share of conversations; 0 takes it out.")] = 0.1,
+    to: Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")] = None,
+    json_: Json = False,
+) -> None:
+    """Let another engine answer a share of a model's conversations; each conversation stays where it is."""
+    _order("canary", json_, model=model, to=to, weight=weight)
+
+
+@app.command()
+def use(
+    engine: Annotated[str, typer.Argument(help="auto, or an engine's name.")],
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Choose the engine of a model by hand; `auto` leaves it to promote and rollback."""
+    _order("use", json_, model=model, engine=engine)
+
+
+@app.command()
+def drain(
+    model: Model = None,
+    off: Annotated[bool, typer.Option("--off", help="Let requests go on again.")] = False,
+    json_: Json = False,
+) -> None:
+    """Hold new requests of a model and return when none is in flight."""
+    _order("drain", json_, model=model, on=not off)
+
+
+@app.command()
+def stop(json_: Json = False) -> None:
+    """Stop the yard; requests in flight are finished first."""
+    _order("stop", json_)
+
+
+@app.command()
+def reload(json_: Json = False) -> None:
+    """Have the yard read its plan again, without dropping a request; a bad plan is refused and the old one stays."""
+    _order("reload", json_)
+
+
+def _order(name: str, json_: bool, **body: Any) -> None:
+    errors = Console(stderr=True)
+    given = {key: value for key, value in body.items() if value is not None}
+    done = YardClient(home()).order(name, lambda step: errors.print(step, style="dim", highlight=False), **given)
+    if json_:
+        json.dump({"done": done}, sys.stdout)
+        print()
+    else:
+        Console().print(done, highlight=False, soft_wrap=True)
