@@ -170,7 +170,7 @@ def wait_ready(
                 token = _FirstToken(serve)
             if token is not None and token.done.is_set():
                 if token.arrived:
-                    return _metadata(http)
+                    return {"prefill_tokens_per_s": token.prefill_rate, **_metadata(http)}
                 token = None  # refused or cut: the checks above say why, or it is tried again
             stalled_s = clock.stalled_s()
             if stalled_s > stall_s:
@@ -193,6 +193,7 @@ class _FirstToken:
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
         self.arrived = False
+        self.prefill_rate: float | None = None  # tokens/s; cautious, for the prompt is tiny and the engine cold
         self.done = threading.Event()
         threading.Thread(target=self._ask, name="readiness", daemon=True).start()
 
@@ -211,8 +212,12 @@ class _FirstToken:
 
     def _answers(self, http: httpx.Client, path: str, what: Mapping[str, object]) -> bool:
         body = {"model": self._serve.model_id, **what, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
+        asked = time.monotonic()
         answer = http.post(path, json=body)
-        return answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
+        if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] < 1:
+            return False
+        self.prefill_rate = answer.json()["usage"]["prompt_tokens"] / (time.monotonic() - asked)
+        return True
 
 
 def _client(serve: Serve) -> httpx.Client:

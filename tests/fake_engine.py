@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--silent-empty", action="store_true", help="streams end well, without a token")
     parser.add_argument("--one-write", action="store_true", help="a stream leaves as a whole, at its end")
     parser.add_argument("--silent-prefill", action="store_true", help="/slots does not move while a prompt is read")
+    parser.add_argument("--exit-while", type=Path, help="leave at once while this file is there")
     parser.add_argument("--gguf", type=Path, help="the file that --checks-gguf looks at")
     parser.add_argument("--checks-gguf", type=int, default=0, help="refuses a file of fewer bytes")
     return parser.parse_args()
@@ -81,27 +82,27 @@ class Handler(BaseHTTPRequestHandler):
         n = body.get("max_tokens") or 16
         usage = {"prompt_tokens": 5, "completion_tokens": n, "total_tokens": 5 + n}
         if body.get("stream"):
-            self.stream(0 if self.options.silent_empty else n, usage)
+            self.stream(0 if self.options.silent_empty else n, usage, body)
         else:
-            self.read_prompt()
+            self.read_prompt(body)
             time.sleep(n * self.options.itl_ms / 1000)
             message = {"role": "assistant", "content": " word" * n}
             self.reply(200, {"choices": [{"index": 0, "message": message, "finish_reason": "length"}], "usage": usage})
 
-    def read_prompt(self) -> None:
+    def read_prompt(self, body: dict) -> None:
         """The time to the first token; seen in /slots as it goes on."""
-        until = time.monotonic() + self.options.ttft_ms / 1000
+        until = time.monotonic() + body.get("fake_ttft_ms", self.options.ttft_ms) / 1000
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
             PROGRESS[0] += not self.options.silent_prefill
 
-    def stream(self, n: int, usage: dict) -> None:
+    def stream(self, n: int, usage: dict, body: dict) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
         self.event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}]})
-        self.read_prompt()
+        self.read_prompt(body)
         for _ in range(n):
             PROGRESS[0] += 1
             self.event({"choices": [{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]})
@@ -125,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     options = parse()
+    if options.exit_while is not None and options.exit_while.exists():
+        sys.exit(1)
     if options.exit_code is not None:
         print("error: invalid argument: --mlock", file=sys.stderr)
         sys.exit(options.exit_code)

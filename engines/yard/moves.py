@@ -86,7 +86,7 @@ class Moves:
                 await target.stop()
                 return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
             if not target.state.serves:
-                self._require_room(target.recipe)
+                self._require_room(target.recipe, route.serving)
                 await self._bring_up(route, target, tell)
             self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight))
             return f"{route.model_id}: {target.engine} answers {weight:.0%} of the conversations"
@@ -153,7 +153,7 @@ class Moves:
         self._yard.commit(route)  # both recipes on the disk before anything changes
         tell(f"way back saved: {old.engine} {old.recipe.version}")
         if form == "auto":
-            form = "side-by-side" if target.state.serves or self._fits(target.recipe) else "one-at-a-time"
+            form = "side-by-side" if target.state.serves or self._fits(target.recipe, old) else "one-at-a-time"
         tell(f"moving {form.replace('-', ' ')}")
         if form == "side-by-side":
             await self._side_by_side(route, old, target, tell, undo)
@@ -203,7 +203,7 @@ class Moves:
             return
         tell(f"starting {target.engine} {target.recipe.version}")
         try:
-            await target.ready(self._yard.settings.move_s)
+            await target.ready(self._yard.settings.move_s, first_try=True)
         except EngineError as error:
             if target is not route.serving:
                 await target.stop()
@@ -238,15 +238,19 @@ class Moves:
                 )
             await asyncio.sleep(POLL_S)
 
-    def _fits(self, recipe: Recipe) -> bool:
-        try:
-            fit = estimate(read_header(recipe.gguf), recipe.settings, recipe.engine, memory=free_memory())
-        except SwitchyardError:
-            return False
-        return fit.verdict == "fits"
+    def _fits(self, recipe: Recipe, beside: Unit) -> bool:
+        """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
+        free = free_memory()
+        with contextlib.suppress(SwitchyardError):
+            fit = estimate(read_header(recipe.gguf), recipe.settings, recipe.engine, memory=free)
+            if fit.verdict != "unknown":
+                return fit.verdict == "fits"
+        return _holds(free.ram_bytes, beside.memory_bytes) and (
+            beside.vram_bytes is None or _holds(free.vram_bytes, beside.vram_bytes)
+        )
 
-    def _require_room(self, recipe: Recipe) -> None:
-        if not self._fits(recipe):
+    def _require_room(self, recipe: Recipe, beside: Unit) -> None:
+        if not self._fits(recipe, beside):
             raise MoveFailed(
                 f"a canary runs both engines at once, and {recipe.engine} does not fit beside the one that serves; "
                 "`promote` moves one at a time"
@@ -280,3 +284,8 @@ class Moves:
             raise
         finally:
             route.moving = None
+            self._yard.reconsider(route)
+
+
+def _holds(free: int | None, held: int | None) -> bool:
+    return free is not None and held is not None and free > 2 * held

@@ -111,4 +111,6 @@ class Route:
 
 def _share(conversation: str) -> float:
     """A number in [0, 1) that a conversation keeps."""
-    return int.from_bytes(hashlib.blake2b(conversation.encode(), digest_size=7).digest()) / 2**56
+    return (
+        int.from_bytes(hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=7).digest()) / 2**56
+    )

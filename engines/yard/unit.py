@@ -27,6 +27,7 @@ from engines.yard.settings import YardSettings
 
 TICK_S = 0.25
 SETTLE_S = 0.5
+STOP_S = 5.0
 ASK_PROGRESS_S = 2.0  # polled faster than once a second, llama-server keeps the requests of clients that left
 ASK_TIMEOUT_S = 5.0
 MEMORY_EVERY_S = 5.0
@@ -102,14 +103,14 @@ class Unit:
         self._transition = transition
         self._incident = incident
         self._budget = RestartBudget(settings.restarts, settings.restart_window_s)
-        self._wanted = False
+        self._wanted = self._living = False
         self._wake = asyncio.Event()
         self._moved = asyncio.Event()  # replaced at each change of state: whoever waits holds the current one
         self._owner: asyncio.Task[None] | None = None
         self._counters: tuple[int, ...] = ()
         self._progressed = time.monotonic()
         self._asked = self._probed = self._weighed = 0.0
-        self._missed = self._counted = 0
+        self._missed = self._counted = self._deaths = 0
         self._cached = False  # a client's prompt may lie in the engine's cache
 
     # --- what others ask for
@@ -140,15 +141,20 @@ class Unit:
         self.out_of_budget = False
         self._wanted = True
         self._wake.set()
-        if self._owner is None or self._owner.done():
+        if self._owner is None:
             self._owner = asyncio.create_task(self._own(), name=f"owner of {self.recipe.model_id} on {self.engine}")
 
-    async def ready(self, within_s: float | None = None) -> None:
-        """Return once it serves. Raises EngineError with its last evidence when it cannot, or not in time."""
+    async def ready(self, within_s: float | None = None, *, first_try: bool = False) -> None:
+        """Return once it serves. Raises EngineError with its last evidence when it cannot, or not in time.
+
+        `first_try` gives up when it ends or stalls once; otherwise it may use its restarts.
+        """
         self.want()
+        deaths = self._deaths
         deadline = None if within_s is None else time.monotonic() + within_s
         while not self.state.serves:
-            if self.out_of_budget or not self._wanted:
+            given_up = first_try and self._deaths > deaths
+            if self.out_of_budget or not self._wanted or given_up:
                 raise EngineError(f"{self.engine} does not come up: {self.why}", engine=self.engine)
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
@@ -165,9 +171,8 @@ class Unit:
         child = self.child
         if self.state is Health.LOADING and child is not None:
             await asyncio.to_thread(child.stop)  # the wait for its first token ends with it
-        if self._owner is not None:
-            await asyncio.gather(self._owner, return_exceptions=True)
-            self._owner = None
+        while self._living and not self._wanted:
+            await self._moved.wait()
 
     async def idle(self) -> None:
         """Return when no request is in flight on it."""
@@ -197,7 +202,7 @@ class Unit:
         """Count a request in; the caller has seen `has_room`."""
         flight = Flight(prompt_tokens, self.gap)
         self.flights.add(flight)
-        self._cached = True
+        self._cached, self._missed = True, 0
         if self.state is Health.READY:
             self._change(Health.BUSY, "a request is in flight")
         return flight
@@ -220,40 +225,52 @@ class Unit:
     # --- the owner
 
     async def _own(self) -> None:
-        while self._wanted:
-            await self._life()
+        """Lives, one after the other, whenever it is wanted."""
+        while True:
             if not self._wanted:
-                break
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._living = True
+            await self._life()
+            self._living = False
+            if not self._wanted:
+                self._change(Health.STOPPED, "asked to stop")
+                continue
             pause = self._budget.spend(time.monotonic())
             if pause is None:
-                self.out_of_budget = True
+                self._wanted, self.out_of_budget = False, True
                 self._incident(self, f"out of restarts ({self._settings.restarts}): {self.why}")
                 self._announce()
-                break
+                continue
             self.restarts += 1
+            self._announce()
             await self._pause(pause)
-        self._wanted = False
-        if self.state is not Health.STOPPED and not self.out_of_budget:
-            self._change(Health.STOPPED, "asked to stop")
 
     async def _life(self) -> None:
         """One process, from its start until it is gone."""
+        grace_s = STOP_S
         try:
             await self._start()
             if self._wanted:
                 state, why = await self._watch()
                 if state is not Health.STOPPED:
+                    grace_s = 0  # it had its chance
+                    self._deaths += 1
                     self._change(state, why)
                     self._incident(self, why)
-        except EngineError as error:
+        except Exception as error:  # a bug of ours must end in a restart, not in an engine that nobody watches
+            grace_s = 0
             if self._wanted:
-                self._change(Health.DEAD, str(error))
-                self._incident(self, str(error))
+                what = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+                self._deaths += 1
+                self._change(Health.DEAD, what)
+                self._incident(self, what)
         finally:
             if self.child is not None:
-                await asyncio.to_thread(self.child.stop)
+                await asyncio.to_thread(self.child.stop, grace_s=grace_s)
             self.child = None
-            self.memory_bytes = self.vram_bytes = None
+            self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
 
     async def _start(self) -> None:
         self._change(Health.LOADING, f"starting {self.engine} {self.recipe.version}")
@@ -280,15 +297,45 @@ class Unit:
         self.base_url = serve.base_url
         context = seen.get("context_tokens")
         self.context_tokens = context if isinstance(context, int) else serve.settings.context_tokens
-        self._counters, self._cached, self._missed = (), False, 0
+        rate = seen.get("prefill_tokens_per_s")
+        if isinstance(rate, float) and self.prefill.value is None:
+            self.prefill.learn(rate)
+        self._counters, self._cached, self._missed, self._counted = (), False, 0, 0
         self._progressed = self._probed = time.monotonic()
+        self._asked = self._weighed = 0.0
         if self._wanted:
             self._change(Health.READY, f"one real token after {self.load_s:.1f} s (pid {self.child.pid})")
 
     async def _watch(self) -> tuple[Health, str]:
-        """How its life ended: dead, wedged or failing with the evidence, or stopped because it was asked to."""
+        """How its life ended: dead, wedged or failing with the evidence, or stopped because it was asked to.
+
+        Questions to the engine are asked beside this loop: one that hangs must not hide its death.
+        """
         assert self.child is not None
-        child, loop, died = self.child, asyncio.get_running_loop(), asyncio.Event()
+        child, died = self.child, self._death_of(self.child)
+        asking: asyncio.Task[None] | None = None
+        try:
+            while True:
+                self._wake.clear()
+                if not self._wanted:
+                    return Health.STOPPED, "asked to stop"
+                if died.is_set():
+                    return Health.DEAD, f"its process ended: {exit_reason(child)}"
+                if (ended := self._look()) is not None:
+                    return ended
+                if asking is None or asking.done():
+                    asking = self._next_question()
+                if time.monotonic() - self._weighed > MEMORY_EVERY_S:
+                    await self._weigh(child)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), TICK_S)
+        finally:
+            if asking is not None:
+                asking.cancel()
+
+    def _death_of(self, child: ManagedProcess) -> asyncio.Event:
+        """Set, and the owner woken, as soon as the process has ended."""
+        loop, died = asyncio.get_running_loop(), asyncio.Event()
 
         def wait_for_death() -> None:
             child.wait()
@@ -297,19 +344,41 @@ class Unit:
                 loop.call_soon_threadsafe(self._wake.set)
 
         threading.Thread(target=wait_for_death, name=f"death of {child.name}", daemon=True).start()
-        while True:
-            if not self._wanted:
-                return Health.STOPPED, "asked to stop"
-            if died.is_set():
-                return Health.DEAD, f"its process ended: {exit_reason(child)}"
-            ended = await (self._look_at_work() if self.flights else self._look_at_idle())
-            if ended is not None and not died.is_set():
-                return ended
-            if time.monotonic() - self._weighed > MEMORY_EVERY_S:
-                await self._weigh(child)
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
+        return died
+
+    def _look(self) -> tuple[Health, str] | None:
+        """Wedged or failing, when the evidence at hand says so."""
+        if not self.flights:
+            if self._missed < self._settings.failed_probes:
+                return None
+            return Health.FAILING, f"idle, and {self._missed} questions for a sign of life in a row were not answered"
+        still, limit = self._stillness_s()
+        if still <= limit:
+            return None
+        return Health.WEDGED, (
+            f"{len(self.flights)} request(s) in flight and no token, no prompt progress for {still:.1f} s "
+            f"(limit {limit:.1f} s)"
+        )
+
+    def _stillness_s(self) -> tuple[float, float]:
+        """Seconds without any progress while it works, and how many the work at hand explains."""
+        moved = max(self._progressed, *(flight.moved for flight in self.flights))
+        return time.monotonic() - moved, max(self._limit_s(flight) for flight in self.flights)
+
+    def _next_question(self) -> asyncio.Task[None] | None:
+        """How far it is, when it works in silence; whether it lives, when it has been idle for long."""
+        now = time.monotonic()
+        if self.flights:
+            still, limit = self._stillness_s()
+            if still <= min(ASK_PROGRESS_S, limit / 4) or now - self._asked < min(ASK_PROGRESS_S, limit / 4):
+                return None
+            self._asked = now
+            return asyncio.create_task(self._ask_progress())
+        every = self._settings.probe_every_s if not self._missed else min(self._settings.probe_every_s, ASK_TIMEOUT_S)
+        if now - max(self._progressed, self._probed) < every:
+            return None
+        self._probed = now
+        return asyncio.create_task(self._ask_for_life())
 
     async def _weigh(self, child: ManagedProcess) -> None:
         """Memory of the process tree, and tokens/s since the last time (in flight included)."""
@@ -320,43 +389,6 @@ class Unit:
         self.memory_bytes, self.vram_bytes = await asyncio.to_thread(_memory, child)
         if self.memory_bytes is not None:
             self.memory_series.append(self.memory_bytes)
-
-    async def _look_at_work(self) -> tuple[Health, str] | None:
-        """Wedged, when the engine works without any progress for longer than the work at hand explains."""
-        now = time.monotonic()
-        flights = list(self.flights)
-        moved = max([self._progressed, *(flight.moved for flight in flights)])
-        limit = max(self._limit_s(flight) for flight in flights)
-        if now - moved > min(ASK_PROGRESS_S, limit / 4) <= now - self._asked:
-            self._asked = now
-            counters = await self._ask_progress()
-            if counters and counters != self._counters:
-                self._counters, self._progressed = counters, time.monotonic()
-                return None
-        if now - moved <= limit or not self.flights:
-            return None
-        return Health.WEDGED, (
-            f"{len(flights)} request(s) in flight and no token, no prompt progress for {now - moved:.1f} s "
-            f"(limit {limit:.1f} s)"
-        )
-
-    async def _look_at_idle(self) -> tuple[Health, str] | None:
-        """Failing, when an idle engine misses several signs of life in a row."""
-        now = time.monotonic()
-        every = self._settings.probe_every_s if not self._missed else min(self._settings.probe_every_s, ASK_TIMEOUT_S)
-        if now - max(self._progressed, self._probed) < every:
-            return None
-        self._probed = now
-        # a completion would push the client's prompt out of an engine with a single slot: its own loop answers instead
-        neutral = self.driver.probe_is_neutral or not self._cached
-        alive = await (self._one_token() if neutral else self._answers())
-        if self.flights:  # a client came meanwhile: its tokens are the better evidence
-            return None
-        self._missed = 0 if alive else self._missed + 1
-        if self._missed < self._settings.failed_probes:
-            return None
-        what = "one-token probes" if neutral else "questions after its progress"
-        return Health.FAILING, f"idle, and {self._missed} {what} in a row were not answered"
 
     def _limit_s(self, flight: Flight) -> float:
         least = self._settings.wedged_after_s
@@ -370,12 +402,20 @@ class Unit:
             batch_tokens=self.recipe.settings.batch_tokens or DEFAULT_BATCH_TOKENS,
         )
 
-    async def _ask_progress(self) -> tuple[int, ...]:
-        try:
+    async def _ask_progress(self) -> None:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
             async with self._get(self.driver.progress_path) as answer:
-                return self.driver.progress(await answer.read()) if answer.status == 200 else ()
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            return ()
+                counters = self.driver.progress(await answer.read()) if answer.status == 200 else ()
+            if counters and counters != self._counters:
+                self._counters, self._progressed = counters, time.monotonic()
+
+    async def _ask_for_life(self) -> None:
+        # a completion would push the client's prompt out of an engine with a single slot: its own loop answers instead
+        neutral = self.driver.probe_is_neutral or not self._cached
+        alive = await (self._one_token() if neutral else self._answers())
+        if not self.flights:  # a client that came meanwhile is the better evidence
+            self._missed = 0 if alive else self._missed + 1
+            self._wake.set()
 
     async def _answers(self) -> bool:
         try:
@@ -392,13 +432,12 @@ class Unit:
             "max_tokens": 1,
             "temperature": 0,
         }
-        limit = self._limit_s(Flight(prompt_tokens=16))
         try:
             async with self._http.post(
                 f"{self.base_url}/v1/chat/completions",
                 json=body,
                 headers=self.headers,
-                timeout=aiohttp.ClientTimeout(total=limit),
+                timeout=aiohttp.ClientTimeout(total=self._settings.wedged_after_s),
             ) as answer:
                 return answer.status == 200 and int((await answer.json())["usage"]["completion_tokens"]) >= 1
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):

@@ -144,6 +144,9 @@ class Yard:
     async def stop(self) -> None:
         """Requests in flight get `stop_s`; then every engine is ended."""
         self.stopping = True
+        for route in self.routes.values():
+            route.unservable = "Switchyard is stopping"
+            route.hand_over()
         units = [unit for route in self.routes.values() for unit in route.units.values()]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(unit.idle() for unit in units)), self.settings.stop_s)
@@ -169,8 +172,10 @@ class Yard:
     def _restored(self, model: ModelConfig) -> ModelState:
         """The route as last committed; a model that is new here is served by its incumbent, or the engine chosen."""
         known = self.state.models.get(model.id)
-        if known is not None:
+        if known is not None and model.engine in ("auto", known.serving):
             return known
+        if known is not None:
+            return known.model_copy(update={"serving": model.engine, "undo": known.serving, "selected": model.engine})
         chosen = model.incumbent if model.engine == "auto" else model.engine
         return ModelState(serving=chosen, selected=model.engine, recipes=dict(model.recipes))
 
@@ -197,24 +202,41 @@ class Yard:
 
     def _on_change(self, unit: Unit) -> None:
         route = self.routes.get(unit.recipe.model_id)
-        if route is None or self.stopping:
+        if route is not None:
+            self.reconsider(route)
+
+    def reconsider(self, route: Route) -> None:
+        """Fall back from an engine that cannot be kept up (a move under way decides for itself); then hand over."""
+        if self.stopping:
             return
-        if unit.out_of_budget and not route.moving:
-            if unit.engine == route.state.serving and route.fallback is None:
-                self._fall_back(route, unit.engine, unit.why)
-            elif unit.engine == route.fallback:
-                route.unservable = f"no engine can serve {route.model_id}: {unit.engine} {unit.why}"
-        elif unit.state.serves and unit is route.serving:
+        unit = route.serving
+        if unit.state.serves:
             route.unservable = None
+        elif unit.out_of_budget and route.moving is None and route.unservable is None:
+            if route.fallback is None:
+                self._fall_back(route, unit.engine, unit.why)
+            else:
+                self._give_up(route, unit)
         route.hand_over()
+
+    def _give_up(self, route: Route, unit: Unit) -> None:
+        """No engine can be kept up. Requests are refused with the reason, and all are tried again in a while."""
+        route.unservable = f"no engine can serve {route.model_id}: {unit.engine}: {unit.why}".replace("\n", " ")
+        self.journal.note("incident", route.model_id, route.unservable, engine=unit.engine)
+
+        def try_again() -> None:
+            if self.routes.get(route.model_id) is route and route.unservable is not None and not self.stopping:
+                route.fallback = route.unservable = None
+                route.serving.want()
+
+        asyncio.get_running_loop().call_later(self.settings.try_again_s, try_again)
 
     def _fall_back(self, route: Route, engine: str, why: str) -> None:
         """The other engine serves until a person, or a move, says otherwise. The committed route stays as it is."""
         others = [name for name in (route.incumbent, route.candidate, *route.units) if name != engine]
         other = next((name for name in others if name in route.units), None)
         if other is None:
-            route.unservable = f"no engine can serve {route.model_id}: {engine} {why}"
-            self.journal.note("incident", route.model_id, route.unservable, engine=engine)
+            self._give_up(route, route.units[engine])
             return
         route.fallback = other
         self.journal.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)

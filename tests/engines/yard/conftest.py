@@ -1,0 +1,130 @@
+"""A yard in a process of its own over two fake engines, with a client and its orders."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from gguf_files import write_gguf
+from waiting import until
+
+from engines.serving import free_port
+from engines.yard.control import YardClient
+
+ROOT = Path(__file__).parents[3]
+
+
+@dataclasses.dataclass
+class FakeYard:
+    """The process, its port and its home; `again` starts another one on the same home and port."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    home: Path
+    argv: list[str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def orders(self) -> YardClient:
+        return YardClient(self.home)
+
+    def http(self, **how: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **how)
+
+    def health(self) -> int:
+        with self.http() as http:
+            return http.get("/health").status_code
+
+    def ready(self) -> "FakeYard":
+        until(lambda: self.process.poll() is not None or self._answers(), f"a yard that serves: {self.said()}")
+        assert self.process.poll() is None, self.said()
+        return self
+
+    def _answers(self) -> bool:
+        try:
+            return self.health() == 200
+        except httpx.HTTPError:
+            return False
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def engine(self, name: str, model: str = "m") -> dict[str, Any]:
+        (route,) = [m for m in self.orders.status()["models"] if m["id"] == model]
+        (engine,) = [e for e in route["engines"] if e["engine"] == name]
+        return engine
+
+    def route(self, model: str = "m") -> dict[str, Any]:
+        (route,) = [m for m in self.orders.status()["models"] if m["id"] == model]
+        return route
+
+    def again(self) -> "FakeYard":
+        self.process = _start(self.argv, self.log)
+        return self
+
+    def engines_left(self) -> list[psutil.Process]:
+        """Fake engines that carry this yard's home in their log path or environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("FAKE_YARD_HOME") == str(self.home) and process.pid != self.process.pid
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+
+
+def _start(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
+    home = argv[argv.index("--home") + 1]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_YARD_HOME": home}
+    with log.open("ab") as output:
+        return subprocess.Popen(argv, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+StartYard = Callable[..., FakeYard]
+
+
+@pytest.fixture
+def start_yard(tmp_path: Path) -> Iterator[StartYard]:
+    """Starts a yard; keyword arguments are fake_yard.py's options, `settings` a dict of YardSettings."""
+    gguf = tmp_path / "model.gguf"
+    write_gguf(gguf)
+    started: list[FakeYard] = []
+
+    def start(*, settings: dict[str, Any] | None = None, **options: Any) -> FakeYard:
+        home, port = tmp_path / f"home{len(started)}", free_port()
+        home.mkdir()
+        quick = {"restart_window_s": 60, "load_stall_s": 20, "memory_back_s": 2}
+        argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(home), "--port", str(port)]
+        argv += ["--gguf", str(gguf), f"--settings={json.dumps({**quick, **(settings or {})})}"]
+        argv += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        yard = FakeYard(_start(argv, home / "yard.log"), port, home, argv, home / "yard.log")
+        started.append(yard)
+        return yard
+
+    yield start
+    for yard in started:
+        yard.end()
+        until(lambda yard=yard: not yard.engines_left(), "every engine to be gone")

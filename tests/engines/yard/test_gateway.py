@@ -1,0 +1,190 @@
+"""The public port: what it passes on, what it refuses, and how it says so."""
+
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from waiting import until
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+
+def events(text):
+    return [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+
+
+@pytest.fixture
+def yard(start_yard):
+    return start_yard().ready()
+
+
+def test_a_chat_and_a_stream_pass_through(yard):
+    with yard.http() as http:
+        whole = http.post("/v1/chat/completions", json=CHAT)
+        assert whole.json()["choices"][0]["message"]["content"] == " word" * 4
+        stream = http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert events(stream.text)[-1] == "[DONE]"
+        assert sum('"content": " word"' in event for event in events(stream.text)) == 4
+
+
+def test_every_name_that_was_used_keeps_working(yard):
+    with yard.http() as http:
+        assert {entry["id"] for entry in http.get("/v1/models").json()["data"]} == {"m", "m-alias"}
+        for name in ("m", "m-alias", "gpt-4o", None):
+            assert http.post("/v1/chat/completions", json={**CHAT, "model": name}).status_code == 200, name
+
+
+def test_an_unknown_name_is_refused_where_the_plan_says_so(start_yard):
+    yard = start_yard(settings={"unknown_model": "refuse"}).ready()
+    with yard.http() as http:
+        answer = http.post("/v1/chat/completions", json={**CHAT, "model": "gpt-4o"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert "gpt-4o" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"", 400),
+        ("POST", "/v1/chat/completions", b"[]", 400),
+        ("POST", "/v1/chat/completions", b"[" * 100_000, 400),
+        ("POST", "/v1/chat/completions", b'{"model": 3}', 400),
+        ("POST", "/v1/chat/completions", b'{"stream": "yes"}', 400),
+        ("POST", "/v1/chat/completions", b"\xff\xfe", 400),
+        ("GET", "/v1/chat/completions", b"", 405),
+        ("GET", "/nothing/here", b"", 404),
+        ("GET", "/v1/models/unknown", b"", 404),
+    ],
+)
+def test_what_is_wrong_is_said_as_openai_says_it(yard, method, path, body, status):
+    with yard.http() as http:
+        answer = http.request(method, path, content=body)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_too_large_is_413(start_yard):
+    yard = start_yard(settings={"max_body_mib": 1}).ready()
+    with yard.http() as http:
+        answer = http.post("/v1/chat/completions", content=b" " * (2 << 20))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_queue_that_is_full_is_429_and_says_when_to_come_back(start_yard):
+    yard = start_yard(old="--ttft-ms 3000", parallel=1, settings={"max_waiting": 1}).ready()
+    with yard.http() as http, socket_post(yard), socket_post(yard):
+        until(lambda: yard.route()["waiting"] == 1, "one request to wait")
+        answer = http.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 429
+        assert int(answer.headers["Retry-After"]) >= 1
+
+
+def socket_post(yard):
+    """A request whose answer nobody has read yet; leaving the block hangs up."""
+    connection = socket.create_connection(("127.0.0.1", yard.port))
+    body = json.dumps({**CHAT, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_waiting_too_long_is_503(start_yard):
+    yard = start_yard(old="--ttft-ms 5000", parallel=1, settings={"wait_s": 0.5}).ready()
+    with socket_post(yard), yard.http() as http:
+        until(lambda: yard.engine("old")["in_flight"] == 1, "the first request on the engine")
+        answer = http.post("/v1/chat/completions", json=CHAT)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "wait_timeout")
+
+
+def test_a_stream_that_waits_is_kept_alive(start_yard):
+    yard = start_yard(old="--ttft-ms 1500", parallel=1, settings={"keepalive_s": 0.3}).ready()
+    with socket_post(yard), yard.http() as http:
+        until(lambda: yard.engine("old")["in_flight"] == 1, "the first request on the engine")
+        text = http.post("/v1/chat/completions", json={**CHAT, "stream": True}).text
+        assert text.startswith(": waiting")
+        assert events(text)[-1] == "[DONE]"
+
+
+def test_a_client_that_leaves_frees_the_engine_at_once(start_yard):
+    yard = start_yard(old="--itl-ms 50", parallel=1).ready()
+    connection = socket_post(yard)
+    until(lambda: yard.engine("old")["in_flight"] == 1, "the request on the engine")
+    connection.close()
+    until(lambda: yard.engine("old")["in_flight"] == 0, "the place to be free", deadline_s=5)
+    with yard.http() as http:
+        assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_chunks_are_not_held_back(start_yard):
+    """Each chunk arrives before the next one is sent: 100 ms lie between them."""
+    yard = start_yard(old="--itl-ms 100").ready()
+    arrivals = []
+    with yard.http() as http, http.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as stream:
+        for chunk in stream.iter_raw():
+            arrivals.append((time.monotonic(), chunk.count(b" word")))
+    assert [words for _, words in arrivals if words] == [1, 1, 1, 1]
+
+
+def test_the_key_is_asked_for_everywhere_but_on_health(start_yard):
+    yard = start_yard(api_key="hunter2").ready()
+    with yard.http() as http:
+        for path in ("/v1/models", "/props", "/metrics", "/yard"):
+            assert http.get(path).status_code == 401, path
+        assert http.get("/health").status_code == 200
+        refused = http.post("/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer hunter"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        for headers in ({"Authorization": "Bearer hunter2"}, {"X-Api-Key": "hunter2"}):
+            assert http.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+    assert "hunter2" not in yard.said()
+    assert "hunter2" not in json.dumps(yard.orders.status())
+
+
+def test_another_machine_needs_a_key(start_yard):
+    yard = start_yard(settings={"host": "0.0.0.0"})
+    assert yard.process.wait(20) != 0
+    assert "set api_key_env" in yard.said()
+
+
+def test_a_taken_port_is_said_before_any_engine_starts(start_yard):
+    first = start_yard().ready()
+    second = start_yard(port=first.port)
+    assert second.process.wait(20) != 0
+    assert f"port {first.port} is taken by" in second.said()
+    assert "loading" not in second.said()
+
+
+def test_health_tells_the_truth_while_loading(start_yard):
+    yard = start_yard(old="--load-s 2")
+    until(lambda: _answer(yard) is not None, "the port")
+    answer = _answer(yard)
+    assert answer.status_code == 503
+    assert "loading" in answer.json()["error"]["message"]
+    yard.ready()
+
+
+def _answer(yard):
+    with yard.http() as http:
+        try:
+            return http.get("/health")
+        except httpx.HTTPError:
+            return None
+
+
+def test_props_and_metrics(yard):
+    with yard.http() as http:
+        http.post("/v1/chat/completions", json=CHAT)
+        assert http.get("/props").json()["default_generation_settings"]["n_ctx"] == 4096
+        text = http.get("/metrics").text
+        assert 'switchyard_requests_total{engine="old",model="m",outcome="ok"} 1.0' in text
+        assert 'switchyard_engine_state{engine="old",model="m",state="ready"} 1.0' in text
+        assert "switchyard_engine_vram_bytes{" not in text, "not measured is absent, not 0"
+
+
+def test_cors_is_off(yard):
+    with yard.http() as http:
+        answer = http.get("/v1/models", headers={"Origin": "http://evil.example"})
+        assert not [name for name in answer.headers if name.startswith("access-control")]

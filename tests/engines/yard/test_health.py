@@ -1,0 +1,56 @@
+"""The arithmetic of health: limits, budget, rates."""
+
+from engines.yard.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
+
+
+def limit(**changes):
+    known = {
+        "least_s": 20,
+        "prompt_tokens": 1000,
+        "prefill_rate": 100,
+        "sees_prompt_progress": False,
+        "batch_tokens": 256,
+    }
+    return stall_limit_s(**{**known, **changes})
+
+
+def test_a_long_prompt_may_take_as_long_as_its_measured_speed_explains():
+    assert limit(prompt_tokens=100_000) == PATIENCE * 1000
+    assert limit(prompt_tokens=10) == 20
+
+
+def test_where_prompt_progress_is_seen_the_wait_is_for_one_batch():
+    assert limit(prompt_tokens=100_000, sees_prompt_progress=True, prefill_rate=10) == PATIENCE * 25.6
+
+
+def test_an_unknown_speed_is_taken_as_slow():
+    """The first prompt of a slow engine must not look like a hang: 900 tokens at 15 per second are 60 s."""
+    assert limit(prompt_tokens=900, prefill_rate=None) > 60
+
+
+def test_a_token_may_take_many_times_the_usual_gap_and_never_less_than_the_least():
+    assert token_limit_s(least_s=20, token_s=5.0) == 200
+    assert token_limit_s(least_s=20, token_s=0.01) == 20
+    assert token_limit_s(least_s=1, token_s=None) > 1
+
+
+def test_the_budget_is_spent_backs_off_and_comes_back_with_time():
+    budget = RestartBudget(3, 100)
+    assert [budget.spend(0), budget.spend(10), budget.spend(20)] == list(BACK_OFF_S[:3])
+    assert budget.spend(30) is None
+    assert budget.spend(101) is not None
+    budget.reset()
+    assert budget.spend(102) == 0
+
+
+def test_no_restarts_at_all_is_a_budget_too():
+    assert RestartBudget(0, 100).spend(0) is None
+
+
+def test_a_rate_forgets():
+    rate = Rate()
+    assert rate.value is None
+    rate.learn(10)
+    for _ in range(50):
+        rate.learn(1)
+    assert 1 <= rate.value < 1.01
