@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -33,10 +34,31 @@ class YardSettings(BaseModel):
     failed_probes: int = Field(3, ge=1, description="signs of life missed in a row before an idle engine is restarted")
     restarts: int = Field(3, ge=0, description="restarts within restart_window_s before the fallback takes over")
     restart_window_s: float = Field(1800, gt=0, description="window of the restart budget")
+    try_again_s: float = Field(
+        60, gt=0, description="where no engine can be kept up, they get their restarts back after so long"
+    )
     memory_back_s: float = Field(30, gt=0, description="how long a stopped engine's memory may take to come back")
     move_s: float = Field(
         600, gt=0, description="how long a candidate may take to come up in a move before the incumbent is put back"
     )
+
+    canary_judge_s: float = Field(5, gt=0, description="a canary is judged so often; one that fails rolls itself back")
+    shadow_share: float = Field(
+        0, ge=0, le=1, description="share of chat requests copied to the candidate while it is up; 0 copies none"
+    )
+    shadow_when: Literal["idle", "slot"] = Field(
+        "idle",
+        description="a copy is sent while no user's request is in the yard, or (slot) none is on the candidate: for "
+        "machines where engines do not slow each other",
+    )
+    shadow_waiting: int = Field(8, ge=1, le=1000, description="copies that may wait; beyond it they are dropped")
+    shadow_pairs: Path | None = Field(
+        None, description="JSONL file of copied answers, both engines', redacted; relative to the yard's folder"
+    )
+    capture: Path | None = Field(
+        None, description="JSONL file of chat requests for parity to replay, redacted; relative to the yard's folder"
+    )
+    capture_mib: int = Field(64, ge=1, le=65536, description="most that each of these files may hold; the oldest go")
 
     @model_validator(mode="after")
     def _an_address(self) -> YardSettings:
