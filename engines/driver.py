@@ -16,6 +16,7 @@ from engines.errors import BadInput
 from engines.settings import Serve, Settings
 
 Form = Literal["auto", "binary", "hosted"]
+Dialect = Literal["llama.cpp", "switchyard", "mistralrs"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class Driver(Protocol):
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The model's name that this engine answers to."""
+        ...
+
+    def dialect(self, installation: Installation) -> Dialect:
+        """How it speaks over HTTP; clients of llama.cpp's server are served in theirs whichever it is."""
         ...
 
     def neutral_body(self) -> dict[str, object]:

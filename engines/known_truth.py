@@ -4,8 +4,9 @@
 
 prints `listening PORT` and streams chunks shaped like llama.cpp's. The content of every chunk is the monotonic time,
 in ns, at which it was handed to the kernel; client and server share that clock on one host, so receive minus send is
-the client's lateness, with nothing estimated. It ends when its stdin closes: so it dies with its parent, even when that
-one is killed.
+the client's lateness, with nothing estimated. A request that asks for no stream is answered at once: what a call takes
+then is all its way. It ends when its stdin closes: so it dies with its parent, even when that one is killed; with
+`--forever` somebody else ends it.
 """
 
 from __future__ import annotations
@@ -81,19 +82,28 @@ class _Connection(asyncio.Protocol):
         if not blank or len(body) < _content_length(head):
             return
         self._arrived_ns, self._received = time.monotonic_ns(), b""
+        if head.startswith(b"GET /health "):
+            return self._answer({"status": "ok"})
+        if head.startswith(b"GET /v1/models "):
+            return self._answer({"object": "list", "data": [{"id": "known-truth", "object": "model"}]})
+        if not head.startswith(b"POST /v1/chat/completions "):
+            return self._refuse(404, "only POST /v1/chat/completions is served")
         try:
             request = json.loads(body)
             self._tokens = int(request.get("max_tokens") or self._default_tokens)
         except (ValueError, AttributeError):
             return self._refuse(400, "the body is no JSON object")
-        if not head.startswith(b"POST /v1/chat/completions "):
-            return self._refuse(404, "only POST /v1/chat/completions is served")
-        self._start()
+        if request.get("stream"):
+            self._start()
+        else:
+            self._answer(_completion(self._tokens))
+
+    def _answer(self, fields: dict[str, object]) -> None:
+        self._transport.write(_whole("200 OK", fields))
 
     def _refuse(self, status: int, message: str) -> None:
-        body = json.dumps({"error": {"code": status, "message": message, "type": "invalid_request_error"}}).encode()
-        head = f"HTTP/1.1 {status} Refused\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        self._transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        error: dict[str, object] = {"code": status, "message": message, "type": "invalid_request_error"}
+        self._transport.write(_whole(f"{status} Refused", {"error": error}, "Connection: close\r\n"))
         self._transport.close()
 
     def _start(self) -> None:
@@ -122,7 +132,7 @@ class _Connection(asyncio.Protocol):
             "predicted_n": self._tokens,
             "predicted_ms": (last_ns - first_ns) / 1e6,
         }
-        usage = {"prompt_tokens": 1, "completion_tokens": self._tokens, "total_tokens": 1 + self._tokens}
+        usage = _usage(self._tokens)
         end = _framed(_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}))
         end += _framed(_event({"choices": [], "usage": usage, "timings": timings})) + _framed(b"data: [DONE]\n\n")
         self._transport.write(end + b"0\r\n\r\n")  # the connection stays open, as an engine's does
@@ -134,6 +144,23 @@ def _content_length(head: bytes) -> int:
         if name.lower() == b"content-length":
             return int(value)
     return 0
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+
+
+def _completion(tokens: int) -> dict[str, object]:
+    message = {"role": "assistant", "content": f"{time.monotonic_ns():0{STAMP_DIGITS}d}"}
+    choice = {"index": 0, "message": message, "finish_reason": "length"}
+    common = {"id": "chatcmpl-known-truth", "object": "chat.completion", "created": 0, "model": "known-truth"}
+    return {**common, "choices": [choice], "usage": _usage(tokens)}
+
+
+def _whole(status: str, fields: dict[str, object], more_headers: str = "") -> bytes:
+    body = json.dumps(fields).encode()
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{more_headers}\r\n"
+    return head.encode() + body
 
 
 def _event(fields: dict[str, object]) -> bytes:
@@ -156,7 +183,7 @@ _ROLE = _event({"choices": [{"index": 0, "finish_reason": None, "delta": {"role"
 _BEFORE, _AFTER = _framed(_content_event()).split(b"0" * STAMP_DIGITS)
 
 
-async def _serve(port: int, ttft_ms: float, itl_ms: float, tokens: int) -> None:
+async def _serve(port: int, ttft_ms: float, itl_ms: float, tokens: int, *, forever: bool = False) -> None:
     # The plain loop on purpose: its transport writes at once, uvloop's waits for the end of the turn, after the stamp.
     loop, parent_gone = asyncio.get_running_loop(), asyncio.Event()
     server = await loop.create_server(lambda: _Connection(ttft_ms / 1e3, itl_ms / 1e3, tokens), "127.0.0.1", port)
@@ -169,7 +196,8 @@ async def _serve(port: int, ttft_ms: float, itl_ms: float, tokens: int) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has already ended
             loop.call_soon_threadsafe(parent_gone.set)
 
-    threading.Thread(target=wait_for_stdin, daemon=True).start()
+    if not forever:
+        threading.Thread(target=wait_for_stdin, daemon=True).start()
     await parent_gone.wait()
     server.close()
 
@@ -330,15 +358,16 @@ def _quantile(values: list[float], share: float) -> float | None:
 
 
 def main() -> None:
-    """Serves until stdin closes."""
+    """Serves until stdin closes, or for ever."""
     parser = argparse.ArgumentParser(description="An OpenAI-like stream whose timing is known exactly.")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--ttft-ms", type=float, default=50)
     parser.add_argument("--itl-ms", type=float, default=10)
     parser.add_argument("--tokens", type=int, default=32, help="of a reply whose request names no max_tokens")
+    parser.add_argument("--forever", action="store_true", help="stay when stdin closes")
     chosen = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(chosen.port, chosen.ttft_ms, chosen.itl_ms, chosen.tokens))
+        asyncio.run(_serve(chosen.port, chosen.ttft_ms, chosen.itl_ms, chosen.tokens, forever=chosen.forever))
 
 
 if __name__ == "__main__":

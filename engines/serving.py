@@ -65,12 +65,13 @@ def serving(
     started_ns = time.monotonic_ns()
     child = launch(driver, installation, serve, state_dir=state_dir, log_path=log_path)
     try:
-        seen = wait_ready(driver.name, serve, child, stall_s=stall_s, progress=progress)
+        name = driver.served_name(installation, serve.model_id)
+        seen = wait_ready(driver.name, serve, child, served_name=name, stall_s=stall_s, progress=progress)
         load_s = (time.monotonic_ns() - started_ns) / 1e9
         context = seen.get("context_tokens")
         endpoint = Endpoint(
             base_url=serve.base_url,
-            model_id=serve.model_id,
+            model_id=name,
             engine=driver.name,
             version=installation.version,
             context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
@@ -155,6 +156,7 @@ def wait_ready(
     serve: Serve,
     child: ManagedProcess,
     *,
+    served_name: str,
     stall_s: float = 120.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, object]:
@@ -167,7 +169,7 @@ def wait_ready(
             if child.poll() is not None:
                 raise _exited(engine, serve, child)
             if token is None and _healthy(http) and _our_listener(engine, serve, child):
-                token = _FirstToken(serve)
+                token = _FirstToken(serve, served_name)
             if token is not None and token.done.is_set():
                 if token.arrived:
                     return {"prefill_tokens_per_s": token.prefill_rate, **_metadata(http)}
@@ -190,8 +192,9 @@ class _FirstToken:
     The thread is a daemon: an engine that never answers is stopped by the caller, which also ends the request.
     """
 
-    def __init__(self, serve: Serve) -> None:
+    def __init__(self, serve: Serve, served_name: str) -> None:
         self._serve = serve
+        self._served_name = served_name
         self.arrived = False
         self.prefill_rate: float | None = None  # tokens/s; cautious, for the prompt is tiny and the engine cold
         self.done = threading.Event()
@@ -211,7 +214,7 @@ class _FirstToken:
             self.done.set()
 
     def _answers(self, http: httpx.Client, path: str, what: Mapping[str, object]) -> bool:
-        body = {"model": self._serve.model_id, **what, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
+        body = {"model": self._served_name, **what, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
         asked = time.monotonic()
         answer = http.post(path, json=body)
         if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] < 1:

@@ -18,11 +18,15 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from engines.errors import BadInput, SwitchyardError
-from flows import yard_commands
+from flows import migrate_command, service, yard_commands
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
 INTERRUPT_S = 20.0
+GO_ON = {
+    "evaluate": "; a run goes on with [bold]switchyard evaluate --resume latest[/bold]",
+    "migrate": "; the yard goes on serving, and the same command goes on where this one stopped",
+}
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -41,14 +45,15 @@ class Commands(TyperGroup):
             # an interrupt may come out of a library as an error of the library's own
             if not interrupted.is_set() and not isinstance(error, SwitchyardError):
                 raise
-            code = self._say(error, errors, interrupted=interrupted.is_set())
+            go_on = GO_ON.get(ctx.invoked_subcommand or "", "") if interrupted.is_set() else None
+            code = self._say(error, errors, go_on)
         raise typer.Exit(code)
 
     @staticmethod
-    def _say(error: BaseException, errors: Console, *, interrupted: bool) -> int:
-        """The one line, and the exit code."""
-        if interrupted:
-            errors.print("interrupted; a run goes on with [bold]switchyard evaluate --resume latest[/bold]")
+    def _say(error: BaseException, errors: Console, go_on: str | None) -> int:
+        """The one line, and the exit code; `go_on` says what to do after an interrupt, None when there was none."""
+        if go_on is not None:
+            errors.print(f"interrupted{go_on}", highlight=False, soft_wrap=True)
             return EXIT_INTERRUPTED
         errors.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
         return EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_ENGINE
@@ -199,16 +204,35 @@ def evaluate(
 
 
 @app.command()
-def status(json_: Json = False) -> None:
-    """What runs now: evaluations and the engines they started; and how the last run ended."""
-    from flows import tables
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show the yard live, once a second, until Ctrl-C.")] = False,
+    json_: Json = False,
+) -> None:
+    """What runs now: the yard with its routes and engines, evaluations; and how the last evaluation ended."""
+    from engines.home import home
+    from engines.yard.control import YardClient
+    from flows import status_view
     from flows.state import current
 
+    yard = YardClient(home())
+    if watch:
+        if json_:
+            raise BadInput("--watch is for people, --json for programs: leave one of them away")
+        status_view.watch(yard, Console())
+        return
     state = current(_prepared_home())
+    asked = status_view.ask(yard)
     if json_:
-        _print_json(state)
+        _print_json({**state, "yard": asked[0]})
         return
     out = Console()
+    out.print(status_view.shown(asked), "", soft_wrap=asked[0] is None)
+    _show_evaluations(state, out, skip=status_view.pids(asked[0]))
+
+
+def _show_evaluations(state: dict[str, Any], out: Console, *, skip: frozenset[int]) -> None:
+    from flows import tables
+
     if not state["running"]:
         out.print("no evaluation is running", highlight=False)
     for run in state["running"]:
@@ -217,13 +241,16 @@ def status(json_: Json = False) -> None:
             highlight=False,
         )
     for engine in state["processes"]:
+        if engine["pid"] in skip:
+            continue
         out.print(f"  {engine['name']} (pid {engine['pid']}), {tables.size(engine['memory_bytes'])}", highlight=False)
     for ended in state["ended"]:
         out.print(f"  ended, left behind by a killed run: {ended}", highlight=False)
     if state["last"]:
         out.print(tables.history([state["last"]]))
         if state["last"]["status"] in ("killed", "interrupted", "failed"):
-            out.print(_next(f"switchyard evaluate --resume {state['last']['run_id']}"))
+            goes_on = f"switchyard evaluate --resume {state['last']['run_id']}"
+            out.print(_next("switchyard migrate" if state["last"]["kind"] == "migrate" else goes_on))
 
 
 @app.command()
@@ -243,7 +270,8 @@ def history(
         Console().print("no run yet; " + _next("switchyard evaluate demo"))
     else:
         Console().print(tables.history(runs))
-        Console().print(_next(f"switchyard report {runs[0]['run_id']}"))
+        evaluations = [run["run_id"] for run in runs if run["kind"] == "evaluate"]
+        Console().print(_next(f"switchyard report {evaluations[0]}" if evaluations else "switchyard status"))
 
 
 @app.command()
@@ -265,6 +293,8 @@ def report(
 
 
 app.add_typer(yard_commands.app)
+app.add_typer(migrate_command.app)
+app.add_typer(service.app, name="service")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from engines.errors import EngineNotFound
 from engines.yard.recipe import Recipe
 from engines.yard.yard import ModelConfig, YardConfig
 from migrations.plan import EngineChoice, Plan
+from tasks.canary import CanaryLimits, canary_judge, shadow_judge
 
 
 def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> YardConfig:
@@ -43,7 +44,23 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
         )
         for model in plan.models
     )
-    return YardConfig(settings=plan.yard, models=models, api_key=plan.api_key(environment))
+    return YardConfig(
+        settings=plan.yard,
+        models=models,
+        api_key=plan.api_key(environment),
+        judge_canary=canary_judge(canary_limits(plan)),
+        judge_shadow=shadow_judge(),
+    )
+
+
+def canary_limits(plan: Plan) -> CanaryLimits:
+    """The plan's limits and looks as they hold for live traffic."""
+    return CanaryLimits(
+        failure_rate_margin=plan.limits.failure_rate_margin,
+        ttft_p50_ratio=plan.limits.ttft_p50_ratio,
+        tpot_p50_ratio=plan.limits.tpot_p50_ratio,
+        looks=plan.sampling.looks,
+    )
 
 
 def _found(choice: EngineChoice) -> Installation:

@@ -46,7 +46,7 @@ def current(home: Path) -> dict[str, Any]:
 def plan_of(reference: str) -> tuple[str, Plan]:
     """The id and the plan of a recorded run that did not get done."""
     with open_records() as records:
-        run = records.find_run(reference)
+        run = _evaluation(records, reference)
     if run.shown_status == "done":
         raise BadInput(f"run {run.id} is done; read it with `switchyard report {run.id}`, or start a new one")
     return run.id, Plan.model_validate_json(json.dumps(run.plan))
@@ -55,10 +55,17 @@ def plan_of(reference: str) -> tuple[str, Plan]:
 def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
     """Every verdict of a run made again from its raw evidence, and its report written; a broken-off run stays so."""
     with open_records() as records:
-        run = records.find_run(reference)
+        run = _evaluation(records, reference)
         bench = _bench_of(records, run, home)
         trials = [Trial(bench, model) for model in bench.plan.models]
         return report(bench, run, judge(bench, run, trials), output)
+
+
+def _evaluation(records: Records, reference: str) -> Run:
+    run = records.find_run(reference, kind="evaluate")
+    if run.kind != "evaluate":
+        raise BadInput(f"run {run.id} is a migration, not an evaluation; `switchyard migrate` goes on with it")
+    return run
 
 
 def _bench_of(records: Records, run: Run, home: Path) -> Bench:
@@ -76,6 +83,7 @@ def _run(run: Run) -> dict[str, Any]:
     took = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
     return {
         "run_id": run.id,
+        "kind": run.kind,
         "plan": run.name,
         "status": run.shown_status,
         "verdict": run.verdict,

@@ -88,6 +88,17 @@ def canary(
 
 
 @app.command()
+def shadow(
+    model: Model = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of chat requests; 0 takes it out.")] = 0.1,
+    to: Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")] = None,
+    json_: Json = False,
+) -> None:
+    """Copy a share of a model's chat requests to another engine when nobody waits; its answers are compared only."""
+    _order("shadow", json_, model=model, to=to, share=share)
+
+
+@app.command()
 def use(
     engine: Annotated[str, typer.Argument(help="auto, or an engine's name.")],
     model: Model = None,

@@ -250,6 +250,35 @@ class Client(_Part):
     )
 
 
+class Canary(_Part):
+    """Live traffic in growing shares before all of it moves. Each step is judged; one that fails is rolled back."""
+
+    steps: tuple[Annotated[float, Field(gt=0, le=0.99)], ...] = Field(
+        (0.05, 0.25, 0.5),
+        min_length=1,
+        max_length=8,
+        description="shares of the conversations that the candidate answers, one step after the other",
+    )
+    min_requests: int = Field(
+        20,
+        ge=1,
+        le=5000,
+        description="requests the candidate has answered before the next share; the last one also needs a verdict",
+    )
+    max_minutes: float = Field(
+        120,
+        gt=0,
+        le=10_080,
+        description="minutes after which a share is judged on what it has; too little for a verdict goes back",
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> Canary:
+        if list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"steps {list(self.steps)} must rise, each share once; write [0.05, 0.25, 0.5]")
+        return self
+
+
 class Plan(_Part):
     """One migration: incumbent to candidate, for every model, within limits."""
 
@@ -267,6 +296,7 @@ class Plan(_Part):
     sampling: Sampling = Field(Sampling(), description="how much is measured")
     limits: Limits = Field(Limits(), description="where a difference stops being acceptable, and why there")
     client: Client = Field(Client(), description="what the programs in front of the engine need")
+    canary: Canary = Field(Canary(), description="how live traffic moves: in which shares, and how much decides each")
     yard: YardSettings = Field(YardSettings(), description="the public port: where it is and what it takes")
 
     _no_key = field_validator("settings")(_keyless)
@@ -358,7 +388,7 @@ def plan_hash(plan: Plan) -> str:
     moved or renamed file, another order of keys or a default written out leave the hash alone; another file changes it.
     Engines that are found by search enter by name only: their version is recorded with every result.
     """
-    identity = plan.model_dump(mode="json", exclude={"incumbent", "candidate", "settings", "models", "yard"})
+    identity = plan.model_dump(mode="json", exclude={"incumbent", "candidate", "settings", "models", "canary", "yard"})
     identity["engines"] = [_engine_identity(choice) for choice in (plan.incumbent, plan.candidate)]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -379,7 +409,7 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", losses: Sequence[str] 
         blocks.append(_table("[[models]]", model))
         if _fields(model.settings, only_set=True):
             blocks.append(_table("[models.settings]", model.settings, only_set=True))
-    for name in ("sampling", "limits", "client", "yard"):
+    for name in ("sampling", "limits", "client", "canary", "yard"):
         blocks.append(_section(plan, name))
     return "\n\n".join(block for block in blocks if block) + "\n"
 

@@ -1,4 +1,4 @@
-"""What was measured, judged and learned, kept as it happens: runs, evidence, checks, long series, corrections.
+"""What was measured, judged, learned, done and decided, kept as it happens.
 
 SQLite at `home()/switchyard.db`, or PostgreSQL by URL. A `Records` is cheap to open and is opened per unit of work;
 every call is one short transaction, so that several processes write at once and a killed run keeps what it stored.
@@ -50,6 +50,7 @@ from tasks.verdict import CheckResult, Verdict
 
 Arm = Literal["incumbent", "candidate", "both", "-"]
 Status = Literal["running", "done", "interrupted", "failed"]
+StepState = Literal["intent", "done", "failed"]
 
 CHUNK_POINTS = 3600
 
@@ -209,6 +210,35 @@ class Correction(_Table, table=True):
     ratio: float = Field(sa_column=Column(Float(), nullable=False))
     samples: int
     updated_at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+
+
+class Step(_Table, table=True):
+    """One step of a migration: "intent" before it acts, "done" or "failed" after; a killed run leaves the intent."""
+
+    __tablename__ = "step"
+    __table_args__ = (UniqueConstraint("run_id", "model_id", "step", name="uq_step"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
+    model_id: str
+    step: str
+    state: str
+    detail: Any = Field(sa_column=Column(JsonText(), nullable=False))
+    at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+
+
+class Decision(_Table, table=True):
+    """What a person decided against, or instead of, the evidence: who, why and when. Never changed or removed."""
+
+    __tablename__ = "decision"
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
+    model_id: str
+    kind: str
+    who: str = Field(sa_column=Column(Text(), nullable=False))
+    why: str = Field(sa_column=Column(Text(), nullable=False))
+    at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
 
 
 METADATA = _Table.metadata
@@ -414,6 +444,12 @@ class Records:
         with self._read() as session:
             return list(session.scalars(query))
 
+    def evidence_circumstances(self, run_id: str, model_id: str) -> list[dict[str, Any]]:
+        """Under which circumstances each piece of evidence of a model was measured. No payload is read."""
+        query = select(col(Evidence.circumstances)).filter_by(run_id=run_id, model_id=model_id)
+        with self._read() as session:
+            return list(session.scalars(query))
+
     # checks
 
     def put_checks(self, run_id: str, model_id: str, results: Iterable[CheckResult]) -> None:
@@ -446,6 +482,40 @@ class Records:
             for row in session.scalars(query):
                 by_model.setdefault(row.model_id, []).append(row.result)
         return by_model
+
+    # steps and decisions
+
+    def put_step(self, run_id: str, model_id: str, step: str, state: StepState, detail: Any = None) -> None:
+        """Stores where a step stands, in place of where it stood; it is on the disk when this returns."""
+        row = {"run_id": run_id, "model_id": model_id, "step": step, "state": state}
+        self._put(Step, [{**row, "detail": detail or {}, "at": _now()}], on=("run_id", "model_id", "step"))
+
+    def steps(self, run_id: str, model_id: str | None = None) -> list[Step]:
+        """The steps of a run, or of one model in it, in the order in which they were first begun."""
+        query = select(Step).filter_by(**_given(run_id=run_id, model_id=model_id)).order_by(col(Step.id))
+        with self._read() as session:
+            return list(session.scalars(query))
+
+    def put_decision(self, run_id: str, model_id: str, kind: str, *, who: str, why: str) -> Decision:
+        """The decision as recorded; the same one said again (a run that is gone on with) stays one row."""
+        same = {
+            "run_id": run_id,
+            "model_id": model_id,
+            "kind": kind,
+            "who": storable_text(who),
+            "why": storable_text(why),
+        }
+        with self._write() as session:
+            found = session.scalar(select(Decision).filter_by(**same))
+            decision = found or Decision(id=None, **same, at=_now())
+            session.add(decision)
+        return decision
+
+    def decisions(self, run_id: str, model_id: str | None = None) -> list[Decision]:
+        """What was decided in a run, or about one model in it, oldest first."""
+        query = select(Decision).filter_by(**_given(run_id=run_id, model_id=model_id)).order_by(col(Decision.id))
+        with self._read() as session:
+            return list(session.scalars(query))
 
     # samples
 

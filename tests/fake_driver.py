@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.driver import Installation, Installer
+from engines.driver import Dialect, Installation, Installer
 from engines.settings import Serve, Settings
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -43,6 +43,9 @@ class FakeDriver:
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
         return tuple(json.loads(answer))
+
+    def dialect(self, installation: Installation) -> Dialect:
+        return "llama.cpp"
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         return model_id

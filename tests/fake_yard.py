@@ -12,6 +12,7 @@ from pathlib import Path
 from fake_driver import FakeDriver
 from pydantic import SecretStr
 
+from engines.driver import Driver, driver
 from engines.errors import SwitchyardError
 from engines.settings import Settings
 from engines.yard.recipe import Recipe
@@ -19,6 +20,7 @@ from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from engines.yard.yard import ModelConfig, YardConfig
 from flows.serve import log_to_terminal
+from tasks.canary import CanaryLimits, canary_judge, shadow_judge
 
 
 def main() -> None:
@@ -27,19 +29,26 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--old", default="")
     parser.add_argument("--new", default="")
+    parser.add_argument("--old-driver", help="a real engine as `old`")
+    parser.add_argument("--old-form", default="auto")
+    parser.add_argument("--old-binary", type=Path)
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--models", default="m")
     parser.add_argument("--missing", default=None, help="an engine that is not on this machine")
     parser.add_argument("--settings", type=json.loads, default={}, help="YardSettings as JSON, or @file")
     parser.add_argument("--api-key", default=None)
+    parser.add_argument("--canary-limits", type=json.loads, default={}, help="CanaryLimits as JSON")
     options = parser.parse_args()
-    drivers = {name: FakeDriver(*shlex.split(getattr(options, name))) for name in ("old", "new")}
-    for name, driver in drivers.items():
-        driver.name = name
+    drivers: dict[str, Driver] = {name: FakeDriver(*shlex.split(getattr(options, name))) for name in ("old", "new")}
+    if options.old_driver:
+        drivers["old"] = driver(options.old_driver)
+    how = {"old": (options.old_form, options.old_binary)} if options.old_driver else {}
+    for name, engine in drivers.items():
+        engine.name = name
 
     def config() -> YardConfig:
-        found = {name: driver.find() for name, driver in drivers.items() if name != options.missing}
+        found = {name: engine.find(*how.get(name, ())) for name, engine in drivers.items() if name != options.missing}
         models = tuple(
             ModelConfig(
                 id=model,
@@ -57,7 +66,13 @@ def main() -> None:
             for model in options.models.split(",")
         )
         settings = YardSettings(port=options.port, **options.settings)
-        return YardConfig(settings=settings, models=models, api_key=options.api_key and SecretStr(options.api_key))
+        return YardConfig(
+            settings=settings,
+            models=models,
+            api_key=options.api_key and SecretStr(options.api_key),
+            judge_canary=canary_judge(CanaryLimits(**options.canary_limits)),
+            judge_shadow=shadow_judge(),
+        )
 
     log_to_terminal()
     try:

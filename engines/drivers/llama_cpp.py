@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
+from engines.driver import Dialect, Form, Installation, Installer, help_flags, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
 from engines.settings import Serve, Settings
 
@@ -126,6 +126,10 @@ class LlamaCpp:
     def served_name(self, installation: Installation, model_id: str) -> str:
         """Any: llama-server answers to every name."""
         return model_id
+
+    def dialect(self, installation: Installation) -> Dialect:
+        """llama.cpp's own, hosted or not."""
+        return "llama.cpp"
 
     def neutral_body(self) -> dict[str, object]:
         """Prompt cache off per request: cached prefixes would make a prefill look free."""

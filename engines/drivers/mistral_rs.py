@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
+from engines.driver import Dialect, Form, Installation, Installer, help_flags, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
 from engines.settings import Serve, Settings
 
@@ -101,6 +101,10 @@ class MistralRs:
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The binary answers to its own id or `default` only."""
         return model_id if installation.form == "hosted" else "default"
+
+    def dialect(self, installation: Installation) -> Dialect:
+        """Our host's, which is close to llama.cpp's, or the binary's own."""
+        return "switchyard" if installation.form == "hosted" else "mistralrs"
 
     def neutral_body(self) -> dict[str, object]:
         """Nothing: its prefix cache matches whole prefixes only, so unique prompt openings are enough."""

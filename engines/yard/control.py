@@ -50,6 +50,7 @@ class Control:
             "promote": self._promote,
             "rollback": self._rollback,
             "canary": self._canary,
+            "shadow": self._shadow,
             "use": self._use,
             "drain": self._drain,
             "stop": self._stopped,
@@ -107,6 +108,9 @@ class Control:
 
     def _canary(self, body: dict[str, Any]) -> Order:
         return lambda say: self._moves.canary(body.get("model"), body.get("to"), float(body.get("weight", 0)), say)
+
+    def _shadow(self, body: dict[str, Any]) -> Order:
+        return lambda say: self._moves.shadow(body.get("model"), body.get("to"), float(body.get("share", 0)), say)
 
     def _use(self, body: dict[str, Any]) -> Order:
         return lambda say: self._moves.use(body.get("model"), str(body.get("engine")), say)

@@ -22,6 +22,7 @@ from engines.yard import shims
 from engines.yard.openai import GENERATING, Call, Refusal, parse
 from engines.yard.page import page
 from engines.yard.route import Full, Route, Unservable, Waiting
+from engines.yard.shadow import Tape
 from engines.yard.unit import Flight, Unit
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Gateway:
         call = parse(path, await request.read())
         route = self._yard.route_for(call.model)
         reply = Reply(request, call)
+        self._yard.shadow.make_way(route)
+        reply.tape = self._yard.shadow.tape(route, call)
         try:
             for attempt in range(1, TRIES + 1):
                 unit, flight = await self._turn(route, self._enter(route, call), reply, began)
@@ -121,6 +124,8 @@ class Gateway:
                 finally:
                     unit.give_back(flight)
                 self._yard.served(route, unit, call, flight, reply.error)
+                if reply.error is None:
+                    self._yard.answered(route, unit, call, reply.tape)
                 return answer
             raise Refusal(502, "the engine went away twice while it had this request", code="engine_died")
         except Refusal as refusal:
@@ -184,9 +189,16 @@ class Gateway:
                 tail = (tail + chunk)[-64:]
                 if not chunk.startswith(b":"):  # an engine's own keep-alive is no progress
                     flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
-                await reply.pass_on(shim.event(chunk) if shim.changes_streams else chunk)
+                told = shim.event(chunk) if shim.changes_streams else chunk
+                if shim.early_error is not None:
+                    return await reply.whole(*shim.early_error)
+                if told:
+                    await reply.pass_on(told)
         if b"[DONE]" not in tail:
             raise aiohttp.ClientPayloadError("the stream ended without its end")
+        if told := shim.rest():
+            await reply.pass_on(told)
+        reply.error = shim.error
         return await reply.end()
 
     # --- what the yard answers itself
@@ -236,6 +248,7 @@ class Reply:
         self._response: web.StreamResponse | None = None
         self.begun_with_content = False
         self.error: str | None = None
+        self.tape: Tape | None = None
 
     @property
     def response(self) -> web.StreamResponse:
@@ -250,6 +263,8 @@ class Reply:
     async def pass_on(self, chunk: bytes) -> None:
         """A piece of the stream, as it came."""
         self.begun_with_content = True
+        if self.tape is not None:
+            self.tape.add(chunk)
         await self._write(chunk)
 
     async def end(self) -> web.StreamResponse:
@@ -269,6 +284,8 @@ class Reply:
         """An answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
         if status >= 400:
             self.error = f"HTTP {status}"
+        if self.tape is not None:
+            self.tape.add(data)
         if self._response is None:
             return web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
         await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n")

@@ -25,7 +25,7 @@ class Journal:
         self.incidents: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
     def note(self, kind: str, model: str, what: str, **more: Any) -> None:
-        """Remember, write and log one event; `kind` is state, move, incident or yard."""
+        """Remember, write and log one event; `kind` is state, move, canary, incident or yard."""
         event = {"at": time.time(), "kind": kind, "model": model, "what": what, **more}
         self.recent.append(event)
         if kind == "incident":

@@ -29,6 +29,7 @@ class Metrics:
             "tokens", "Content chunks passed on; an engine's chunk is a token, mostly.", by_engine
         )
         self._lost = self._counter("requests_lost", "Requests an engine took with it before its first byte.", by_engine)
+        self._shadowed = self._counter("shadow", "Copies of requests, by what came of them.", [*by_engine, "outcome"])
         self._refused = self._counter("refused", "Requests the yard refused, by status.", ["status"])
         self._restarts = self._gauge("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
         self._state = self._gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
@@ -58,6 +59,10 @@ class Metrics:
     def lost(self, model: str, engine: str) -> None:
         """A request that an engine took with it."""
         self._lost.labels(model, engine).inc()
+
+    def shadowed(self, model: str, engine: str, outcome: str) -> None:
+        """A copy of a live request: sent, compared, or dropped."""
+        self._shadowed.labels(model, engine, outcome).inc()
 
     def refused(self, status: int) -> None:
         """An error of the yard's own."""

@@ -82,14 +82,32 @@ class Moves:
             if weight == 0:
                 self._yard.commit(route, canary=None)
                 tell(f"canary out; {target.engine} finishes {len(target.flights)} request(s)")
-                await target.idle()
-                await target.stop()
+                if target is not route.serving:  # the fallback stays up
+                    await target.idle()
+                    await target.stop()
                 return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
             if not target.state.serves:
                 self._require_room(target.recipe, route.serving)
                 await self._bring_up(route, target, tell)
-            self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight))
+            self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight, since=time.time()))
             return f"{route.model_id}: {target.engine} answers {weight:.0%} of the conversations"
+
+    async def shadow(self, model: str | None, to: str | None, share: float, say: Say) -> str:
+        """Copy a share of the chat requests to `to` (the candidate), brought up beside; 0 ends that, and the engine."""
+        route = self._yard.route_of(model)
+        target = self._unit(route, to or route.candidate)
+        if target is route.serving:
+            raise BadInput(f"{target.engine} serves {route.model_id}; copies go to another engine")
+        self._yard.shadow.set_share(route, target.engine, share)
+        async with self._alone(route, f"shadow on {target.engine} {share:g}", say) as tell:
+            if share == 0:
+                if route.state.canary is None or route.state.canary.engine != target.engine:
+                    await self._retire([target], tell)
+                return f"{route.model_id}: nothing is copied any more"
+            if not target.state.serves:
+                self._require_room(target.recipe, route.serving)
+                await self._bring_up(route, target, tell)
+        return f"{route.model_id}: {target.engine} gets copies of {share:.0%} of the chat requests"
 
     async def drain(self, model: str | None, say: Say, *, on: bool) -> str:
         """Hold new requests and return when none is in flight (`on`), or let them go on again."""

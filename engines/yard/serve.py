@@ -21,6 +21,7 @@ from engines.serving import listener_on
 from engines.yard.control import Control, listening, socket_path
 from engines.yard.gateway import Gateway
 from engines.yard.moves import Moves
+from engines.yard.watch import CanaryWatch
 from engines.yard.yard import Yard, YardConfig, loopback_or_key
 
 try:
@@ -55,6 +56,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
     stop = asyncio.Event()
     moves = Moves(yard)
     reloads: set[asyncio.Task[object]] = set()
+    background: list[asyncio.Task[None]] = []
 
     async def reload() -> str:
         return await moves.reload(await asyncio.to_thread(read_config))
@@ -99,9 +101,13 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await _listen(public, yard)
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
         yard.start()
+        background += [asyncio.create_task(CanaryWatch(yard, moves).run()), asyncio.create_task(yard.shadow.run())]
         opened(yard)
         await stop.wait()
     finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         await yard.stop()
         await public.cleanup()
         await control.cleanup()

@@ -1,31 +1,91 @@
 """What makes each engine look as the incumbent did: small changes to requests, answers and streams.
 
-llama.cpp's server is the reference, for its clients must not notice a move. An engine whose answers need no change gets
-a `Shim` that passes everything on untouched.
+llama.cpp's server is the reference, for its clients must not notice a move. What it sent or took itself is passed on
+untouched; the other two dialects are brought to its shapes. Shapes were read off llama-server b10434 and, for the
+`mistralrs` binary, at mistral.rs v0.9.2 (`mistralrs-server-core/src/{openai,chat_completion,completions}.rs`,
+`mistralrs-core/src/response.rs`).
+
+What stays different, because the engine does not tell or cannot do it:
+
+- no `timings` before the last chunk, no `return_progress`, no `cache_n`; what the engine did not measure is left out;
+- the binary's /v1/completions streams hold no usage at all, so there is none even when asked for;
+- our own host writes OpenAI's `content: ""` in the role chunk (llama.cpp: null), `logprobs: null` in every choice, no
+  `system_fingerprint`, and usage of a streamed text completion only when asked, in a chunk of its own;
+- a GBNF `grammar` is refused, for an answer that ignores it would look like one that obeys.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any
+import math
+import re
+import uuid
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeGuard
 
 import aiohttp
 
-from engines.yard.openai import Call
+from engines.errors import BadInput
+from engines.gguf_header import read_header
+from engines.yard.openai import GENERATING, Call, Refusal
 from engines.yard.unit import Unit
+
+Json = dict[str, Any]
+
+# what llama-server takes where a request says nothing (common/common.h, shown by its /props)
+SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+# the first one given counts (llama.cpp tools/server/server-task.cpp); -1 is no limit, 0 is answered with one token
+LIMITS = ("n_predict", "max_completion_tokens", "max_tokens")
+# llama.cpp's own words, without a counterpart
+# fmt: off
+UNKNOWN = frozenset((
+    "adaptive_decay", "adaptive_target", "add_generation_prompt", "backend_sampling", "cache_prompt", "chat_format",
+    "dry_penalty_last_n", "dynatemp_exponent", "dynatemp_range", "generation_prompt", "grammar", "grammar_lazy",
+    "grammar_triggers", "id_slot", "lora", "min_keep", "mirostat", "mirostat_eta", "mirostat_tau", "n_cache_reuse",
+    "n_discard", "n_indent", "n_keep", "n_probs", "parse_tool_calls", "post_sampling_probs", "preserved_tokens",
+    "reasoning_format", "reasoning_in_content", "repeat_last_n", "response_fields", "return_progress", "return_tokens",
+    "samplers", "t_max_predict_ms", "t_max_prompt_ms", "thinking_forced_open", "timings_per_token", "top_n_sigma",
+    "typical_p", "xtc_probability", "xtc_threshold",
+))
+# fmt: on
+COUNTING = "/v1/chat/completions/input_tokens"
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+TOO_LONG = re.compile(r"Prompt sequence length is greater than (\d+)")
+# the binary answers 500, or 200 and an error event, to many a request that is itself at fault
+CLIENTS_FAULT = re.compile(
+    r"Prompt sequence length is greater|max_tokens must be|Number of choices must be|Invalid grammar|empty prompt|"
+    r"is not available\. Available|No content was provided|for an image message must be|tool_choice|sub-content|"
+    r"cannot be used as a stop token|does not have a chat template"
+)
 
 
 class Shim:
-    """Passes on as it is, under the name that the engine knows the model by."""
+    """Passes on as it is, under the name that the engine knows the model by.
+
+    `error` is what a stream told of as an error after it had begun; `early_error`, status and body, what it told
+    instead of beginning: to be answered as an answer in one piece.
+    """
 
     changes_streams = False
 
-    def __init__(self, call: Call, served_name: str) -> None:
+    def __init__(self, call: Call, served_name: str, model_id: str = "") -> None:
         self.call = call
+        self.error: str | None = None
+        self.early_error: tuple[int, bytes] | None = None
         self._served_name = served_name
+        self._model_id = model_id or served_name
 
     def request(self) -> bytes:
-        """The body for the engine."""
+        """The body for the engine. Raises Refusal for what the engine cannot do."""
         if self.call.model == self._served_name:
             return self.call.raw
         return json.dumps({**self.call.body, "model": self._served_name}).encode()
@@ -35,27 +95,413 @@ class Shim:
         return status, data
 
     def event(self, chunk: bytes) -> bytes:
-        """A piece of a stream."""
+        """What of a stream can be passed on now that `chunk` of it has arrived."""
         return chunk
+
+    def rest(self) -> bytes:
+        """What is still held of a stream that has ended."""
+        return b""
+
+
+class HostShim(Shim):
+    """For our own server around the wheel: it speaks OpenAI's shapes and llama.cpp's `timings`, streams included."""
+
+    def request(self) -> bytes:
+        """The body, with llama.cpp's words in OpenAI's."""
+        if self.call.path not in GENERATING and self.call.path != COUNTING:
+            return super().request()
+        return json.dumps({**without_llama_words(self.call.body), "model": self._served_name}).encode()
+
+    def whole(self, status: int, data: bytes) -> tuple[int, bytes]:
+        """An error gets its status as `code`."""
+        if status < 400:
+            return status, data
+        try:
+            error = json.loads(data)["error"]
+            return status, _json({"error": {**error, "code": status}})
+        except (ValueError, KeyError, TypeError):
+            return status, data
+
+
+class BinaryShim(Shim):
+    """For the `mistralrs` binary: requests, errors, answers and streams all have to change."""
+
+    changes_streams = True
+
+    def __init__(self, call: Call, served_name: str, model_id: str = "") -> None:
+        super().__init__(call, served_name, model_id)
+        options = call.body.get("stream_options")
+        self._wants_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._held = b""
+        self._opened: set[object] = set()
+        self._usage_chunk: Json | None = None
+        self._told = False
+
+    def request(self) -> bytes:
+        """The body in the binary's words. Raises Refusal 501 for what has no counterpart there."""
+        path = self.call.path
+        if path == "/v1/embeddings":
+            return super().request()
+        if path not in GENERATING:
+            raise Refusal(
+                501,
+                f"{path}: mistralrs does not tokenize over HTTP; it counts tokens in the usage of an answer only",
+                kind="not_supported_error",
+                code="not_supported",
+            )
+        body = for_binary(path, without_llama_words(self.call.body))
+        return json.dumps({**body, "model": self._served_name}).encode()
+
+    def whole(self, status: int, data: bytes) -> tuple[int, bytes]:
+        """llama.cpp's answer with the binary's content; an error gets an `error` object and the status that fits."""
+        if status >= 400:
+            return error_of(status, data)
+        try:
+            body = json.loads(data)
+        except ValueError:
+            return status, data
+        if not isinstance(body, dict) or "error" in body:
+            return status, data
+        told = {**body, **({"model": self._model_id} if "model" in body else {})}
+        if isinstance(body.get("choices"), list):
+            told |= {"id": self._id, "choices": [_whole_choice(choice) for choice in body["choices"]]}
+        usage = body.get("usage")
+        if isinstance(usage, dict):
+            told["usage"] = usage_of(usage)
+            if "choices" in body:
+                told["timings"] = timings_of(usage)
+        return status, _json(told)
+
+    def event(self, chunk: bytes) -> bytes:
+        """All events that are complete by now."""
+        *whole, self._held = (self._held + chunk).split(b"\n\n")
+        return b"".join(self._event(event) for event in whole)
+
+    def rest(self) -> bytes:
+        """An end that came without its empty line."""
+        held, self._held = self._held, b""
+        return self._event(held) if held.strip() else b""
+
+    def _event(self, event: bytes) -> bytes:
+        data = _data_of(event)
+        if data is None or self.early_error is not None:
+            return b"" if self.early_error else event + b"\n\n"
+        if data == b"[DONE]":
+            return self._usage() + b"data: [DONE]\n\n"
+        if not data.startswith(b"{"):  # an error is raw text up to 0.9.2
+            return self._failed(data.decode("utf-8", "replace"))
+        try:
+            body = json.loads(data)
+        except ValueError:
+            return event + b"\n\n"
+        if isinstance(body.get("error"), dict):
+            return self._failed(str(body["error"].get("message")))
+        if not isinstance(body.get("choices"), list):
+            return event + b"\n\n"
+        self._told = True
+        return b"".join(map(_sse, self._chunks(body)))
+
+    def _failed(self, message: str) -> bytes:
+        """An error in the stream: an answer of its own when nothing came before it, as llama.cpp has it."""
+        status, body = error_of(500, _json({"message": message}))
+        if not self._told:
+            self.early_error = status, body
+            return b""
+        self.error = message
+        return b"data: " + body + b"\n\n"
+
+    def _chunks(self, body: Json) -> Iterator[Json]:
+        """llama.cpp's chunks for one of the binary's."""
+        choices = body["choices"]
+        head = {key: value for key, value in body.items() if key not in ("choices", "usage") and value is not None}
+        head |= {"id": self._id, "model": self._model_id}
+        told = [{**head, "choices": [one]} for choice in choices for one in self._choices(choice)]
+        usage = body.get("usage")
+        if isinstance(usage, dict):
+            timings = {"timings": timings_of(usage)}
+            if self._wants_usage:
+                self._usage_chunk = {**head, "choices": [], "usage": usage_of(usage), **timings}
+            elif told:
+                told[-1] |= timings
+        yield from told
+        if self._usage_chunk and all(isinstance(one, dict) and one.get("finish_reason") for one in choices):
+            yield self._usage_chunk
+            self._usage_chunk = None
+
+    def _choices(self, choice: Any) -> Iterator[Any]:
+        if not isinstance(choice, dict):
+            yield choice
+            return
+        index, finish = choice.get("index", 0), choice.get("finish_reason")
+        logprobs = logprobs_of(choice.get("logprobs"))
+        if "text" in choice:
+            if choice["text"] or logprobs:
+                yield {"text": choice["text"], "index": index, "logprobs": logprobs, "finish_reason": None}
+            if finish:
+                yield {"text": "", "index": index, "logprobs": None, "finish_reason": finish}
+            return
+        if index not in self._opened:
+            self._opened.add(index)
+            yield {"finish_reason": None, "index": index, "delta": {"role": "assistant", "content": None}}
+        said = {key: value for key, value in (choice.get("delta") or {}).items() if key != "role" and value}
+        if said or logprobs:
+            told: Json = {"finish_reason": None, "index": index, "delta": said or {"content": ""}}
+            yield told | ({"logprobs": logprobs} if logprobs else {})
+        if finish:
+            yield {"finish_reason": finish, "index": index, "delta": {}}
+            if finish in ("error", "canceled"):
+                self.error = f"the engine ended the generation: {finish}"
+
+    def _usage(self) -> bytes:
+        owed, self._usage_chunk = self._usage_chunk, None
+        return _sse(owed) if owed else b""
+
+
+SHIMS: dict[str, type[Shim]] = {"llama.cpp": Shim, "switchyard": HostShim, "mistralrs": BinaryShim}
 
 
 def shim_for(unit: Unit, call: Call) -> Shim:
     """The changes that this engine needs for this request."""
-    return Shim(call, unit.driver.served_name(unit.recipe.installation, unit.recipe.model_id))
+    found = unit.recipe.installation
+    model_id = unit.recipe.model_id
+    return SHIMS[unit.driver.dialect(found)](call, unit.driver.served_name(found, model_id), model_id)
 
 
-async def props(unit: Unit, http: aiohttp.ClientSession) -> dict[str, Any]:
-    """llama.cpp's `/props` of the engine itself, or what a client reads of it: the context of one sequence."""
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+def without_llama_words(body: Json) -> Json:
+    """A request of llama.cpp's in words that mistral.rs knows; its defaults are said, for those of others differ.
+
+    Raises Refusal 400 for a GBNF grammar.
+    """
+    grammar = body.get("grammar")
+    if isinstance(grammar, str) and grammar.strip():
+        raise Refusal(
+            400,
+            "grammar: this engine does not know llama.cpp's GBNF; ask for a JSON schema in response_format instead",
+            code="unsupported_parameter",
+        )
+    # null means "not said" to llama.cpp, and is a type error to others
+    plain = {key: value for key, value in body.items() if value is not None and key not in UNKNOWN}
+    limit = next((plain[name] for name in LIMITS if name in plain), None)
+    plain = {key: value for key, value in plain.items() if key not in LIMITS}
+    if not _is_number(limit):
+        plain |= {"max_tokens": limit} if limit is not None else {}
+    elif int(limit) != -1:
+        plain["max_tokens"] = int(limit) or 1
+    if "repeat_penalty" in plain:
+        plain.setdefault("repetition_penalty", plain.pop("repeat_penalty"))
+    if plain.get("stream") is not True:
+        plain.pop("stream_options", None)
+    return _with_sampling(plain)
+
+
+def _with_sampling(body: Json) -> Json:
+    temperature, top_k = body.get("temperature"), body.get("top_k")
+    if _is_number(temperature) and temperature <= 0:
+        return {**body, "temperature": 0} | ({"top_k": 1} if "top_k" in body else {})
+    full = {**SAMPLING, **body}
+    if _is_number(top_k) and top_k <= 0:  # all tokens
+        del full["top_k"]
+    return full
+
+
+def for_binary(path: str, body: Json) -> Json:
+    """A plain request as the binary reads it, strictly typed."""
+    body = {**body}
+    schema = _schema_of(body)
+    if schema is not None and path == "/v1/completions":
+        body["grammar"] = {"type": "json_schema", "value": schema}
+    elif schema is not None:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    if isinstance(body.get("messages"), list):
+        body["messages"] = [_message(message) for message in body["messages"]]
+    bias = body.get("logit_bias")
+    if isinstance(bias, list):
+        body["logit_bias"] = {str(one[0]): one[1] for one in bias if isinstance(one, list) and len(one) == 2}
+    if path == "/v1/completions":
+        prompt, logprobs = body.get("prompt"), body.get("logprobs")
+        if isinstance(prompt, list) and len(prompt) == 1:
+            body["prompt"] = prompt[0]
+        if isinstance(logprobs, bool):
+            del body["logprobs"]
+            body |= {"logprobs": 1} if logprobs else {}
+    return body
+
+
+def _schema_of(body: Json) -> Any:
+    """The JSON schema that a request asks for, taken out of it; None for plain text, or what the engine must judge."""
+    own, wanted = body.pop("json_schema", None), body.get("response_format")
+    if not isinstance(wanted, dict) or wanted.get("type") == "text":
+        return own
+    if wanted.get("type") == "json_object":  # the binary knows it since 0.8.19, and never with a schema
+        body.pop("response_format")
+        return wanted.get("schema") or own or {"type": "object"}
+    described = wanted.get("json_schema")
+    if wanted.get("type") != "json_schema" or not isinstance(described, dict) or "schema" not in described:
+        return None
+    body.pop("response_format")
+    return described["schema"]
+
+
+def _message(message: Any) -> Any:
+    """Text parts as one string, joined as llama.cpp joins them: the binary takes parts from a user alone."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return message
+    return {**message, "content": "\n".join(str(part.get("text", "")) for part in parts)}
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def error_of(status: int, data: bytes) -> tuple[int, bytes]:
+    """llama.cpp's error for one of the binary's: `{"message": ...}`, `{"error": {"message": ...}}` or plain text."""
+    message = data.decode("utf-8", "replace").strip()
+    try:
+        body = json.loads(data)
+        inner = body.get("error") if isinstance(body, dict) else None
+        message = str((inner if isinstance(inner, dict) else body)["message"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    if status in (413, 415, 422) or (status == 500 and CLIENTS_FAULT.search(message)):
+        status = 413 if status == 413 else 400
+    error: Json = {"code": status, "message": message or f"HTTP {status}", "type": KINDS.get(status, "server_error")}
+    if too_long := TOO_LONG.search(message):
+        error |= {"type": "exceed_context_size_error", "n_ctx": int(too_long[1])}
+    return status, _json({"error": error})
+
+
+def usage_of(usage: Json) -> Json:
+    """OpenAI's part of the binary's usage."""
+    names = ("completion_tokens", "prompt_tokens", "total_tokens", "prompt_tokens_details")
+    return {name: usage[name] for name in names if usage.get(name) is not None}
+
+
+def timings_of(usage: Json) -> Json:
+    """llama.cpp's `timings` out of the binary's usage, whose times are seconds; what it did not measure is left out.
+
+    It measures whole ms: a time of 0 has no speed. Its prompt tokens include those that its prefix cache held.
+    """
+    told: Json = {}
+    for phase, count, seconds, speed in (
+        ("prompt", "prompt_tokens", "total_prompt_time_sec", "avg_prompt_tok_per_sec"),
+        ("predicted", "completion_tokens", "total_completion_time_sec", "avg_compl_tok_per_sec"),
+    ):
+        n, time_s, per_second = (_measured(usage.get(name)) for name in (count, seconds, speed))
+        told |= {f"{phase}_n": n} if n is not None else {}
+        told |= {f"{phase}_ms": time_s * 1000} if time_s is not None else {}
+        told |= {f"{phase}_per_token_ms": time_s * 1000 / n} if time_s and n else {}
+        told |= {f"{phase}_per_second": per_second} if per_second else {}
+    return told
+
+
+def _measured(value: Any) -> float | None:
+    return value if _is_number(value) and math.isfinite(value) and value >= 0 else None
+
+
+def logprobs_of(logprobs: Any) -> Json | None:
+    """llama.cpp's log-probabilities: the binary has a bare token in chunks, and an id as the `token` of a top one."""
+    if not isinstance(logprobs, dict):
+        return None
+    entries = logprobs.get("content", [logprobs])
+    return {"content": [_token(entry) for entry in entries if isinstance(entry, dict)]} if entries else None
+
+
+def _token(entry: Json) -> Json:
+    tops = [_top(top) for top in entry.get("top_logprobs") or [] if isinstance(top, dict)]
+    raw = entry.get("bytes")
+    text = entry.get("token", "")
+    own: Json = {"token": text, "bytes": raw if isinstance(raw, list) else list(str(text).encode())}
+    same = next((top["id"] for top in tops if top.get("bytes") == own["bytes"] and "id" in top), None)
+    known = {} if same is None else {"id": same}
+    return {**known, **own, "logprob": entry.get("logprob"), "top_logprobs": tops}
+
+
+def _top(top: Json) -> Json:
+    if not isinstance(top.get("token"), int):
+        return top
+    text = top.get("bytes")  # a string here
+    named: Json = {"token": text, "bytes": list(text.encode())} if isinstance(text, str) else {}
+    return {"id": top["token"], **named, "logprob": top.get("logprob")}
+
+
+def _whole_choice(choice: Any) -> Any:
+    if not isinstance(choice, dict):
+        return choice
+    logprobs = logprobs_of(choice.get("logprobs"))
+    if "text" in choice:
+        return {**choice, "logprobs": logprobs}
+    message = {key: value for key, value in (choice.get("message") or {}).items() if value or key == "content"}
+    if "tool_calls" in message:
+        message["tool_calls"] = [_without_index(call) for call in message["tool_calls"]]
+    told = {key: value for key, value in choice.items() if key != "logprobs"} | {"message": message}
+    return told | ({"logprobs": logprobs} if logprobs else {})
+
+
+def _without_index(call: Any) -> Any:
+    return {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
+
+
+def _data_of(event: bytes) -> bytes | None:
+    """The data of a server-sent event that has nothing else: no comment, no name."""
+    lines = event.split(b"\n")
+    if not all(line.startswith(b"data:") for line in lines):
+        return None
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _json(body: Json) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _sse(body: Json) -> bytes:
+    return b"data: " + _json(body) + b"\n\n"
+
+
+# --- /props ---------------------------------------------------------------------------------------------------------
+
+
+async def props(unit: Unit, http: aiohttp.ClientSession) -> Json:
+    """llama.cpp's `/props`: of the engine itself, and what a client reads of it where the engine does not say.
+
+    `n_ctx` is the context of one sequence: what the engine says, else what it was told, up to what the model knows.
+    """
+    found = await _own_props(unit, http)
+    if "default_generation_settings" in found and "model_path" in found:
+        return found
+    trained = await asyncio.to_thread(_trained_context, unit.recipe.gguf)
+    limits = [limit for limit in (unit.context_tokens, trained) if limit]
+    known = {
+        "default_generation_settings": {"n_ctx": min(limits, default=None)},
+        "total_slots": unit.slots,
+        "model_alias": unit.recipe.model_id,
+        "model_path": str(unit.recipe.gguf),
+        "modalities": {"vision": False, "audio": False},
+        "build_info": f"{unit.engine} {unit.recipe.version}",
+    }
+    return {**known, **found}
+
+
+async def _own_props(unit: Unit, http: aiohttp.ClientSession) -> Json:
     try:
         timeout = aiohttp.ClientTimeout(total=5)
         async with http.get(f"{unit.base_url}/props", headers=unit.headers, timeout=timeout) as answer:
-            if answer.status == 200:
-                found: dict[str, Any] = await answer.json()
-                return found
+            found = await answer.json() if answer.status == 200 else {}
+            return found if isinstance(found, dict) else {}
     except (aiohttp.ClientError, TimeoutError, ValueError):
-        pass
-    return {
-        "default_generation_settings": {"n_ctx": unit.context_tokens},
-        "total_slots": unit.slots,
-        "model_path": str(unit.recipe.gguf),
-    }
+        return {}
+
+
+@lru_cache(maxsize=16)
+def _trained_context(gguf: Path) -> int | None:
+    try:
+        return read_header(gguf).context_length
+    except BadInput:
+        return None

@@ -25,6 +25,7 @@ class Canary(BaseModel):
 
     engine: str
     weight: float = Field(gt=0, lt=1)
+    since: float | None = None  # when it was ordered; only requests from then on count
 
 
 class ModelState(BaseModel):

@@ -290,6 +290,7 @@ class Unit:
             self.engine,
             serve,
             self.child,
+            served_name=self.driver.served_name(self.recipe.installation, self.recipe.model_id),
             stall_s=self._settings.load_stall_s,
             progress=self._note_loading,
         )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pydantic import SecretStr
 from engines.driver import Driver, driver
 from engines.errors import BadInput
 from engines.process import end_orphans
+from engines.yard.capture import Capture
 from engines.yard.health import Transition
 from engines.yard.journal import Journal
 from engines.yard.metrics import Metrics
@@ -32,9 +34,13 @@ from engines.yard.openai import Call, Refusal
 from engines.yard.recipe import Recipe
 from engines.yard.route import Route
 from engines.yard.settings import YardSettings
+from engines.yard.shadow import Shadow, Tape
 from engines.yard.state import ModelState, StateFile
 from engines.yard.unit import Flight, Unit
 
+# samples, incumbent, candidate -> {"verdict": ..., "why": ..., and what else the status shows}; called in a thread
+JudgeCanary = Callable[[Sequence[Mapping[str, Any]], str, str], Mapping[str, Any]]
+JudgeShadow = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]  # the same of pairs of answers
 SAMPLES = 5000  # live requests remembered for the judgement of a canary
 
 
@@ -58,6 +64,8 @@ class YardConfig:
     settings: YardSettings
     models: tuple[ModelConfig, ...]
     api_key: SecretStr | None = None
+    judge_canary: JudgeCanary | None = None
+    judge_shadow: JudgeShadow | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,11 @@ class Yard:
         self.stopping = False
         self.http: aiohttp.ClientSession
         self.config = config
+        self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
+        self.canary_says: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
+        self.look_at_canaries = asyncio.Event()
+        self.shadow = Shadow(self)
+        self.capture = Capture(None, 0)
         self._drivers = drivers
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
         self._names: dict[str, str] = {}
@@ -119,13 +132,16 @@ class Yard:
         self.journal = Journal(self.folder, self.log)
         for ended in await asyncio.to_thread(end_orphans, self.home):
             self.journal.note("yard", "-", f"ended, left behind by a yard that was killed: {ended}")
+        # a kept-alive connection that an engine closes while we send would look like its death
         self.http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2), auto_decompress=False, trust_env=False
+            connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False, trust_env=False
         )
         self._file = StateFile(self.folder)
         self.state, problem = self._file.load()
         if problem:
             self.journal.note("incident", "-", problem)
+        self._loop = asyncio.get_running_loop()
+        self.capture = self._capture()
         for model in self.config.models:
             self.add(model)
 
@@ -152,6 +168,17 @@ class Yard:
             await asyncio.wait_for(asyncio.gather(*(unit.idle() for unit in units)), self.settings.stop_s)
         await asyncio.gather(*(unit.stop() for unit in units))
         await self.http.close()
+        await asyncio.to_thread(self.capture.close)
+
+    def _capture(self) -> Capture:
+        settings = self.settings
+        path = None if settings.capture is None else self.folder / settings.capture
+        return Capture(path, settings.capture_mib * 2**20, self.note_problem)
+
+    def note_problem(self, what: str) -> None:
+        """An incident from a thread of the yard's own."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is told any more
+            self._loop.call_soon_threadsafe(self.journal.note, "incident", "-", what)
 
     def add(self, model: ModelConfig) -> Route:
         """A model with its route and engines. One whose engine is not here is served by the other one."""
@@ -209,6 +236,9 @@ class Yard:
         """Fall back from an engine that cannot be kept up (a move under way decides for itself); then hand over."""
         if self.stopping:
             return
+        canary = route.state.canary
+        if canary is not None and canary.engine in route.units and route.units[canary.engine].out_of_budget:
+            self.look_at_canaries.set()
         unit = route.serving
         if unit.state.serves:
             route.unservable = None
@@ -273,7 +303,12 @@ class Yard:
 
     def rename(self, config: YardConfig) -> None:
         """Take over what changes without any engine: limits, names, the key."""
+        before = self.settings.capture, self.settings.capture_mib
         self.config, self.settings, self.api_key = config, config.settings, config.api_key
+        self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
+        if before != (self.settings.capture, self.settings.capture_mib):
+            self.capture, old = self._capture(), self.capture
+            self._loop.run_in_executor(None, old.close)
         self._names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
 
     def explain(self, route: Route) -> str:
@@ -295,7 +330,7 @@ class Yard:
         sample = Sample(
             at=time.time(),
             engine=unit.engine,
-            conversation=call.conversation() if route.state.canary else "",
+            conversation=_digest(call.conversation()) if route.state.canary else "",
             prompt_tokens=flight.prompt_tokens,
             ok=error is None,
             error=error,
@@ -306,9 +341,17 @@ class Yard:
         self.samples[route.model_id].append(sample)
         self.metrics.served(route.model_id, sample, flight.chunks)
 
+    def answered(self, route: Route, unit: Unit, call: Call, tape: Tape | None) -> None:
+        """What is done with a good answer once the user has it."""
+        self.capture.take(call.path, call.body, len(call.raw))
+        if tape is not None:
+            self.shadow.offer(route, unit, call, tape)
+
     def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
         """An engine went away with a request of which nothing had reached the client."""
         self.metrics.lost(route.model_id, unit.engine)
+        nothing = Sample(time.time(), unit.engine, "", 0, False, f"lost: {why}", False, None, None)
+        self.samples[route.model_id].append(nothing)  # what became of the request is another engine's sample
         what = "is asked again" if retried else "is given up"
         self.journal.note("incident", route.model_id, f"a request was lost and {what}: {why}", engine=unit.engine)
 
@@ -345,12 +388,14 @@ class Yard:
             "since": self.started_at,
             "address": f"http://{self.settings.host}:{self.settings.port}",
             "models": [self._route_status(route) for route in self.routes.values()],
+            "capture": self.capture.status(),
             "incidents": list(self.journal.incidents),
             "events": list(self.journal.recent),
         }
 
     def _route_status(self, route: Route) -> dict[str, Any]:
-        canary = route.state.canary
+        canary, says = route.state.canary, self.canary_says.get(route.model_id)
+        judged = says if says and canary and says["since"] == canary.since else {}
         return {
             "id": route.model_id,
             "serving": route.serving.engine if route.units else None,
@@ -358,7 +403,9 @@ class Yard:
             "selected": route.state.selected,
             "fallback": route.fallback,
             "undo": route.state.undo,
-            "canary": canary.model_dump() if canary else None,
+            "canary": {**canary.model_dump(), **judged} if canary else None,
+            "last_canary": says if canary is None else None,
+            "shadow": self.shadow.status(route),
             "waiting": route.waiting,
             "holding": route.holding,
             "moving": route.moving,
@@ -389,6 +436,11 @@ class Yard:
             "restarts": unit.restarts,
             "context_tokens": unit.context_tokens,
         }
+
+
+def _digest(conversation: str) -> str:
+    """Tells conversations apart without keeping what they say."""
+    return hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def loopback_or_key(config: YardConfig) -> None:

@@ -39,7 +39,7 @@ class Schema:
     head: str
 
 
-SCHEMA = Schema(scripts=Path(__file__).parent, head="0001")
+SCHEMA = Schema(scripts=Path(__file__).parent, head="0002")
 
 
 def database(where: str | Path | None) -> URL:

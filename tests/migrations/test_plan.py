@@ -16,6 +16,7 @@ from engines.errors import BadInput
 from engines.model_digest import WHOLE_UP_TO_BYTES, model_digest
 from engines.settings import Settings
 from migrations.plan import (
+    Canary,
     Client,
     EngineChoice,
     Limits,
@@ -121,6 +122,7 @@ MEND_KEY = (
 )
 NAME_ONLY = "must be the NAME of an environment variable in capitals, such as SWITCHYARD_API_KEY"
 LIMITS_KEYS = ", ".join(Limits.model_fields)
+CANARY_KEYS = ", ".join(Canary.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,16 @@ LIMITS_KEYS = ", ".join(Limits.model_fields)
             "[sampling]\nlooks = []",
             f"sampling.looks (line 14): is empty: {Sampling.model_fields['looks'].description}",
         ),
+        (
+            "[canary]\nsteps = [0.5, 0.05]",
+            "canary (line 13): steps [0.5, 0.05] must rise, each share once; write [0.05, 0.25, 0.5]",
+        ),
+        ("[canary]\nsteps = [1.0]", "canary.steps[0] (line 14): 1.0 is above 0.99; write 0.99 or less"),
+        ("[canary]\nsteps = [0.0]", "canary.steps[0] (line 14): 0.0 is not above 0.0; write more than 0.0"),
+        ("[canary]\nsteps = []", f"canary.steps (line 14): is empty: {Canary.model_fields['steps'].description}"),
+        ("[canary]\nmin_requests = 0", "canary.min_requests (line 14): 0 is below 1; write 1 or more"),
+        ("[canary]\nmax_minutes = 0.0", "canary.max_minutes (line 14): 0.0 is not above 0.0; write more than 0.0"),
+        ("[canary]\nshares = 5", f"canary.shares (line 14): unknown key; known: {CANARY_KEYS}"),
         (
             "[sampling]\nwarmup_min = 20",
             "sampling (line 13): warmup_min 20 is above warmup_max 10; raise warmup_max",
@@ -315,6 +327,7 @@ def a_full_plan() -> Plan:
         sampling=Sampling(looks=(6,), concurrency=(1, 4), soak_s=0.5),
         limits=Limits(mean_kld=1e-5, leak_bytes_per_day=1e9),
         client=Client(requires=("chat.basic",)),
+        canary=Canary(steps=(0.01, 0.99), min_requests=1, max_minutes=0.5),
     )
 
 
@@ -383,6 +396,8 @@ def test_hash_means_content_not_place(tmp_path: Path, write: Write) -> None:
     (moved / "plan.toml").write_text(PLAN.replace("small.gguf", "renamed.gguf") + "[models.settings]\nparallel = 1\n")
     assert plan_hash(load_plan(moved / "plan.toml")) == before
     assert plan_hash(plan.model_copy(update={"limits": Limits(ttft_p50_ratio=1.05)})) != before
+    # how traffic moves changes nothing about what was measured
+    assert plan_hash(plan.model_copy(update={"canary": Canary(steps=(0.1,))})) == before
     (tmp_path / "small.gguf").write_bytes(b"GGUF smalL")
     assert plan_hash(plan) != before
 

@@ -233,6 +233,49 @@ def test_checks_come_back_as_returned_by_model_and_in_order(records: Records) ->
     assert list(records.checks(run.id)) == ["gemma"]
 
 
+# steps and decisions
+
+
+def test_a_step_stands_where_it_was_put_last(records: Records) -> None:
+    """Intent, then done: one row, in the order of the first intent; other models and runs have their own."""
+    run, other = records.start_run("migrate", "n", {}), records.start_run("migrate", "n", {})
+    records.put_step(run.id, "m", "rehearsal", "intent", {"weight": 0.5})
+    records.put_step(run.id, "m", "promote", "intent", {"undo": "llama.cpp"})
+    records.put_step(run.id, "m", "rehearsal", "done", {"took_s": 2.5})
+    records.put_step(run.id, "n", "rehearsal", "failed")
+    records.put_step(other.id, "m", "rehearsal", "intent")
+    steps = [(step.step, step.state, step.detail) for step in records.steps(run.id, "m")]
+    assert steps == [("rehearsal", "done", {"took_s": 2.5}), ("promote", "intent", {"undo": "llama.cpp"})]
+    assert [step.model_id for step in records.steps(run.id)] == ["m", "m", "n"]
+    assert records.steps(run.id)[0].at.tzinfo == UTC
+    with pytest.raises(SwitchyardError, match="no such run"):
+        records.put_step("none", "m", "rehearsal", "intent")
+
+
+def test_a_decision_is_recorded_once_and_keeps_its_name_and_reason(records: Records) -> None:
+    """Said again by the same person for the same reason, it is the same decision; a new reason is a new one."""
+    run = records.start_run("migrate", "n", {})
+    first = records.put_decision(run.id, "m", "override", who="Ada", why="one box only")
+    again = records.put_decision(run.id, "m", "override", who="Ada", why="one box only")
+    records.put_decision(run.id, "m", "override", who="Ada", why="tried by hand")
+    records.put_decision(run.id, "n", "without-canary", who="Bob", why="nobody uses it")
+    assert (first.id, first.at) == (again.id, again.at)
+    assert [(made.who, made.why) for made in records.decisions(run.id, "m")] == [
+        ("Ada", "one box only"),
+        ("Ada", "tried by hand"),
+    ]
+    assert [made.kind for made in records.decisions(run.id)] == ["override", "override", "without-canary"]
+
+
+def test_circumstances_are_read_without_the_payloads(records: Records) -> None:
+    """Of one model, all of them: a run that was gone on with may have measured under several."""
+    run = records.start_run("evaluate", "n", {})
+    for key, digest in (("1", "a"), ("2", "b")):
+        records.put_evidence(run.id, "m", "both", "performance", {}, key=key, circumstances={"model_digest": digest})
+    records.put_evidence(run.id, "n", "both", "performance", {}, circumstances={"model_digest": "c"})
+    assert records.evidence_circumstances(run.id, "m") == [{"model_digest": "a"}, {"model_digest": "b"}]
+
+
 # samples
 
 
@@ -473,6 +516,8 @@ def fill(file: Path) -> None:
         records.put_checks(run.id, "m", [at_most("c", 1.0, limit=2.0, unit="s")])
         records.append_samples(run.id, "m", "-", "rss", [(1.0, 2.0)])
         records.learn_correction("e", "a", 1.5)
+        records.put_step(run.id, "m", "promote", "intent", {"undo": "llama.cpp"})
+        records.put_decision(run.id, "m", "override", who="Ada", why="a test")
 
 
 def test_an_older_database_is_upgraded_without_loss_and_backed_up(
@@ -490,6 +535,24 @@ def test_an_older_database_is_upgraded_without_loss_and_backed_up(
     backup = file.with_name(f"switchyard.db.bak-{SCHEMA.head}")
     assert dump(backup) == before
     assert not list(file.parent.glob("*.tmp"))
+
+
+def test_the_first_schema_is_upgraded_without_loss(file: Path, tmp_path: Path) -> None:
+    """A database of the first Switchyard: its rows stay, steps and decisions can be recorded beside them."""
+    scripts = tmp_path / "first"
+    shutil.copytree(SCHEMA.scripts, scripts, ignore=shutil.ignore_patterns("__pycache__", "r0002*"))
+    with open_records(file, schema=Schema(scripts=scripts, head="0001")) as first:
+        run = first.start_run("evaluate", "n", {"a": 1})
+        first.put_evidence(run.id, "m", "candidate", "memory", {"x": 1})
+        first.put_checks(run.id, "m", [at_most("c", 1.0, limit=2.0, unit="s")])
+    with open_records(file) as records:
+        assert records.find_run().plan == {"a": 1}
+        assert [row.payload for row in records.list_evidence(run.id)] == [{"x": 1}]
+        assert records.checks(run.id)["m"][0].check == "c"
+        assert records.steps(run.id) == []
+        records.put_step(run.id, "m", "yard", "done")
+        records.put_decision(run.id, "m", "override", who="Ada", why="a test")
+    assert file.with_name("switchyard.db.bak-0001").is_file()
 
 
 def test_an_upgrade_that_fails_changes_nothing(file: Path, next_schema: Callable[[str], Schema]) -> None:

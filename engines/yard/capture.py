@@ -1,0 +1,225 @@
+"""Requests kept for a later replay, when the plan asks for it: one JSON line each, redacted, bounded, off the hot path.
+
+A line is the body of a chat request as `load_transcripts` of the parity check reads it. What is taken out first, by
+`redacted`, with `[redacted]` in its place:
+
+- the values of Authorization headers, bearer and basic credentials, and what follows `password`, `secret`, `api_key`,
+  `access_token`, `auth_token`, `private_key` and the like, in prose, code, JSON and as the key of a string
+- keys by their maker's mark: `sk-`, `pk-`, `rk-` (OpenAI, Anthropic, Stripe), GitHub, GitLab, Slack, Hugging Face, AWS,
+  Google, npm, PyPI
+- JSON web tokens, the user and password in a URL, e-mail addresses
+- hexadecimal of 32 digits and more, base64 of 40 characters and more (commit ids and inline images with them)
+- who asked: `user`, `safety_identifier`, `prompt_cache_key`, `conversation`, `metadata`
+
+These are the obvious ones. Names, addresses and what the text itself tells stay: the file is its owner's alone (0600).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+REDACTED = "[redacted]"
+WHO = frozenset({"user", "safety_identifier", "prompt_cache_key", "conversation", "metadata"})
+_NAMES = r"(?:api[_-]?key|passwd|password|secret|access[_-]?token|auth[_-]?token|private[_-]?key)"
+SECRET_NAME = re.compile(rf"(?i)^(?:[\w-]*{_NAMES}|(?:proxy-)?authorization)$")
+# every repetition has an end, and none begins inside a word: time grows with the text, not with its square
+PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (
+            r"""(?i)(\bauthorization["']?\s{0,4}[:=]\s{0,4}["']?)(?:(?:bearer|basic|token)\s{1,4})?[^\s"',;]{1,4096}""",
+            rf"\1{REDACTED}",
+        ),
+        (r"(?i)\b(bearer|basic)\s{1,4}(?=[^\s\d]{0,64}\d)[\w.~+/=-]{8,4096}", rf"\1 {REDACTED}"),
+        (r"\b(?:sk|pk|rk)[-_][\w-]{16,512}", REDACTED),
+        (r"\b(?:gh[pousr]_\w{20,255}|github_pat_\w{20,255}|glpat-[\w-]{16,255}|xox[abeoprs]-[\w-]{10,255})", REDACTED),
+        (r"\b(?:hf_\w{20,255}|npm_\w{30,255}|pypi-[\w-]{30,512}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35})", REDACTED),
+        (rf"""(?i)(\b[\w-]{{0,32}}{_NAMES}["']?\s{{0,4}}[:=]\s{{0,4}}["']?)[^\s"',;&]{{4,4096}}""", rf"\1{REDACTED}"),
+        (r"\beyJ[\w-]{8,4096}\.[\w-]{8,4096}\.[\w-]{0,4096}", REDACTED),
+        (r"(\b[a-zA-Z][\w+.-]{1,15}://)[^\s/@:]{1,128}:[^\s/@]{1,256}@", rf"\1{REDACTED}@"),
+        (r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}", REDACTED),
+        (r"(?<![\w-])[0-9a-fA-F]{32,}(?![\w-])", REDACTED),
+    )
+)
+LONG = re.compile(r"(?<![\w+/=-])[\w+/-]{40,}={0,2}", re.ASCII)
+PATH_SHARE = 1 / 12  # of slashes; base64 has one in 64
+PIECE = 8 * 1024  # a regular expression holds the interpreter until it is through: short ones delay nobody
+LARGEST = 2 * 2**20
+QUEUED = 16 * 2**20
+TRY_AGAIN_S = 60.0
+CLOSE_S = 2.0
+
+
+def redacted(value: Any) -> Any:
+    """The same JSON value without the secrets listed at the head of this file."""
+    if isinstance(value, str):
+        return "".join(_clean(piece) for piece in _pieces(value))
+    if isinstance(value, list):
+        return [redacted(item) for item in value]
+    if isinstance(value, dict):
+        return {key: REDACTED if _is_secret(key, item) else redacted(item) for key, item in value.items()}
+    return value
+
+
+def replayable(body: dict[str, Any]) -> bool:
+    """True for a chat request that the parity check can put to an engine again."""
+    messages, tools = body.get("messages"), body.get("tools")
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        return False
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    asks = any(message["role"] != "system" for message in messages)
+    return asks and (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)))
+
+
+class Lines:
+    """A JSONL file that a thread of its own writes, mode 0600, never larger than its bound.
+
+    At half of the bound it becomes `NAME.1` and a new one begins, so the latest lines are kept. What cannot be written
+    is counted in `lost`; `problem`, called from the thread, gets the reason once for each spell of trouble.
+    """
+
+    def __init__(self, path: Path, limit_bytes: int, problem: Callable[[str], None] = lambda _: None) -> None:
+        self.path = path
+        self.written = self.lost = 0
+        self._half = limit_bytes // 2
+        self._problem = problem
+        self._queue: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
+        self._queued = 0
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._silent_until = 0.0
+        self._in_trouble = self._closed = False
+
+    def put(self, line: Any, size: int) -> None:
+        """Have `line`, of about `size` bytes, redacted and written; returns at once."""
+        with self._lock:
+            if self._closed or size > min(LARGEST, self._half) or self._queued + size > QUEUED:
+                self.lost += 1
+                return
+            self._queued += size
+        self._queue.put((line, size))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"writer of {self.path.name}", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Write what waits, for two seconds at most."""
+        with self._lock:
+            self._closed = True
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            line, size = item
+            try:
+                if time.monotonic() >= self._silent_until:
+                    self._write(json.dumps(redacted(line)).encode() + b"\n")
+                    self.written += 1
+                    self._in_trouble = False
+                else:
+                    self.lost += 1
+            except (OSError, ValueError, RecursionError, TypeError) as error:
+                self._failed(error)
+            finally:
+                with self._lock:
+                    self._queued -= size
+
+    def _failed(self, error: Exception) -> None:
+        self.lost += 1
+        if isinstance(error, OSError):
+            self._silent_until = time.monotonic() + TRY_AGAIN_S
+        if not self._in_trouble:
+            self._in_trouble = True
+            self._problem(f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}")
+
+    def _write(self, data: bytes) -> None:
+        # never through a link that somebody else laid
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.open(self.path, flags, 0o600)
+        try:
+            size = os.fstat(file).st_size
+            if size and size + len(data) > self._half:
+                os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+                os.close(file)
+                file, size = os.open(self.path, flags, 0o600), 0
+            os.fchmod(file, 0o600)
+            if os.write(file, data) < len(data):
+                os.ftruncate(file, size)  # half a line would spoil the whole file for its readers
+                raise OSError(28, "no space left on the device")
+        finally:
+            os.close(file)
+
+
+class Capture:
+    """The chat requests that were answered, where the plan names a file for them."""
+
+    def __init__(self, path: Path | None, limit_bytes: int, problem: Callable[[str], None] = lambda _: None) -> None:
+        self._lines = None if path is None else Lines(path, limit_bytes, problem)
+
+    def take(self, path: str, body: dict[str, Any], size: int) -> None:
+        """Keep the body of an answered request; nothing where capture is off or it cannot be replayed."""
+        if self._lines is not None and path == "/v1/chat/completions" and replayable(body):
+            self._lines.put({key: value for key, value in body.items() if key not in WHO}, size)
+
+    def status(self) -> dict[str, Any] | None:
+        """Where to, how many, how many not; None when off."""
+        lines = self._lines
+        if lines is None:
+            return None
+        return {"path": str(lines.path), "written": lines.written, "lost": lines.lost}
+
+    def close(self) -> None:
+        """Write what waits."""
+        if self._lines is not None:
+            self._lines.close()
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
+        return False
+    content = message.get("content")
+    parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    return parts or isinstance(content, str | None)
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    return isinstance(value, str) and isinstance(key, str) and SECRET_NAME.match(key) is not None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces that end between words; the interpreter is free for others after each."""
+    begin = 0
+    while begin < len(text):
+        end = begin + PIECE
+        if end < len(text):
+            cut = max(text.rfind(" ", begin, end), text.rfind("\n", begin, end))
+            end = cut + 1 if cut > begin else end
+        yield text[begin:end]
+        begin = end
+        if begin < len(text):
+            time.sleep(0)
+
+
+def _clean(piece: str) -> str:
+    # half a surrogate pair is no text: whoever reads the line would refuse the file
+    piece = piece.encode("utf-8", "replace").decode()
+    for pattern, replacement in PATTERNS:
+        piece = pattern.sub(replacement, piece)
+    return LONG.sub(_without_token, piece)
+
+
+def _without_token(found: re.Match[str]) -> str:
+    text = found.group()
+    mixed = any(map(str.isdigit, text)) and any(map(str.isupper, text)) and any(map(str.islower, text))
+    return REDACTED if mixed and text.count("/") <= len(text) * PATH_SHARE else text

@@ -1,0 +1,481 @@
+"""Copies of live requests for the candidate, whose answers nobody sees: compared with what the user was told.
+
+A copy is sent after the user has the whole answer, one at a time, once the yard has been quiet for a moment; the next
+request of a user ends it at once, and it is tried again later. `shadow_when = "slot"` minds the candidate's own
+requests only. While the candidate is a canary with a single slot nothing is sent: a copy would push the user's prompt
+out of its cache. What cannot wait is dropped and counted.
+
+The copy is the request as it was: nothing is forced. Where it draws its tokens (a temperature above 0, or none given,
+which leaves it to the engine) two answers differ by themselves: those are counted apart and their texts not compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from engines.errors import BadInput
+from engines.yard.capture import Lines
+from engines.yard.openai import Call, Refusal
+from engines.yard.shims import shim_for
+from engines.yard.unit import Unit
+
+if TYPE_CHECKING:
+    from engines.yard.route import Route
+    from engines.yard.yard import Yard
+
+Answer = dict[str, Any]
+CHAT = "/v1/chat/completions"
+POLL_S = 0.1
+QUIET_S = 0.5  # an agent's next request comes right after its last answer
+TRIES = 3
+TAPE_BYTES = 2 * 2**20
+SHOWN_CHARACTERS = 32_768
+PAIRS = 200
+JUDGE_SHARE = 20  # the judge waits this many times what it took, so that it holds a twentieth of a core at most
+NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+
+
+class Tape:
+    """What the user was told, as it was sent; one that grows too long is given up."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def add(self, piece: bytes) -> None:
+        """One more piece of the answer."""
+        self._size += len(piece)
+        if self._size <= TAPE_BYTES:
+            self._pieces.append(piece)
+
+    @property
+    def whole(self) -> bytes | None:
+        """All of it; None when it was too long."""
+        return b"".join(self._pieces) if self._size <= TAPE_BYTES else None
+
+
+@dataclass(eq=False)
+class Copy:
+    """A request that waits for the candidate, with the user's answer."""
+
+    model_id: str
+    call: Call
+    answer: Answer
+    tries: int = 0
+
+
+@dataclass
+class Tally:
+    """What the copies of one model's requests have shown so far."""
+
+    share: float
+    to: str | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    divergences: deque[int] = field(default_factory=lambda: deque(maxlen=PAIRS))
+    pairs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=PAIRS))
+    says: dict[str, Any] = field(default_factory=dict)
+    unjudged: bool = False
+
+
+class Shadow:
+    """The copies of one yard."""
+
+    def __init__(self, yard: Yard) -> None:
+        self._yard = yard
+        self._tallies: dict[str, Tally] = {}
+        self._queue: deque[Copy] = deque()
+        self._arrived = asyncio.Event()
+        self._asking: asyncio.Task[Answer] | None = None
+        self._asked: tuple[Copy, Unit] | None = None
+        self._busy_at = time.monotonic()
+        self._judge_from = 0.0
+        self._random = random.Random()
+        self._pairs: Lines | None = None
+
+    # --- what the gateway calls: cheap, and it never raises
+
+    def tape(self, route: Route, call: Call) -> Tape | None:
+        """A tape where this request is to be copied; None for most."""
+        tally = self._tally(route)
+        if call.path != CHAT or tally.share <= 0 or self._random.random() >= tally.share:
+            return None
+        if self._unit(route) is None:
+            return None
+        if len(self._queue) >= self._yard.settings.shadow_waiting:
+            self._count(route, "dropped")
+            return None
+        return Tape()
+
+    def offer(self, route: Route, unit: Unit, call: Call, tape: Tape) -> None:
+        """The user has the whole answer of `unit`: a copy waits for the candidate from now on."""
+        said = tape.whole
+        if unit is self._unit(route) or said is None:
+            return
+        self._queue.append(Copy(route.model_id, call, read_answer(said, stream=call.stream)))
+        self._arrived.set()
+
+    def make_way(self, route: Route) -> None:
+        """A user's request has come: a copy that could be in its way ends now."""
+        self._busy_at = time.monotonic()
+        if self._asking is None or self._asked is None:
+            return
+        copy, unit = self._asked
+        in_its_slot = copy.model_id == route.model_id and not unit.has_room
+        if self._yard.settings.shadow_when == "idle" or in_its_slot:
+            self._asking.cancel()
+
+    # --- orders
+
+    def set_share(self, route: Route, to: str | None, share: float) -> None:
+        """Copy this share of the route's requests to `to` (the candidate) from now on. Raises BadInput."""
+        if not 0 <= share <= 1:
+            raise BadInput(f"share {share} must lie between 0 and 1")
+        self._tallies[route.model_id] = Tally(share, to)
+
+    def status(self, route: Route) -> dict[str, Any] | None:
+        """Share, counts and verdict; None where nothing is or was copied."""
+        tally = self._tally(route)
+        if tally.share <= 0 and not tally.counts:
+            return None
+        engine = tally.to or route.candidate
+        return {
+            "engine": engine,
+            "share": tally.share,
+            "up": self._unit(route) is not None,
+            "waiting": sum(copy.model_id == route.model_id for copy in self._queue),
+            "counts": dict(tally.counts),
+            "median_divergence": median(tally.divergences) if tally.divergences else None,
+            **tally.says,
+        }
+
+    # --- the loop
+
+    async def run(self) -> None:
+        """Send copies while the yard is quiet; until cancelled."""
+        settings = self._yard.settings
+        if settings.shadow_pairs is not None:
+            path, limit = self._yard.folder / settings.shadow_pairs, settings.capture_mib * 2**20
+            self._pairs = Lines(path, limit, self._yard.note_problem)
+        try:
+            while True:
+                await self._wait()
+                if self._queue and await self._quiet():
+                    await self._next()
+                await self._judge()
+        finally:
+            if self._asking is not None:
+                self._asking.cancel()
+            if self._pairs is not None:
+                await asyncio.to_thread(self._pairs.close)
+
+    async def _wait(self) -> None:
+        if self._queue:
+            await asyncio.sleep(POLL_S)
+            return
+        self._arrived.clear()
+        idle = None if not any(tally.unjudged for tally in self._tallies.values()) else 1.0
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), idle)
+
+    async def _quiet(self) -> bool:
+        """True when the first copy may be sent; a copy that has nowhere to go any more is dropped."""
+        copy = self._queue[0]
+        route = self._yard.routes.get(copy.model_id)
+        unit = None if route is None else self._unit(route)
+        if route is None or unit is None:
+            self._queue.popleft()
+            if route is not None:
+                self._count(route, "dropped")
+            return False
+        if self._in_the_way(route, unit):
+            self._busy_at = time.monotonic()
+        return time.monotonic() - self._busy_at >= QUIET_S
+
+    def _in_the_way(self, route: Route, unit: Unit) -> bool:
+        """Whether a user has, or would have, something against a copy on this engine now."""
+        canary = route.state.canary
+        if route.moving or route.holding or self._yard.stopping:
+            return True
+        if canary is not None and canary.engine == unit.engine and unit.slots == 1:
+            return True
+        ours = self._asked is not None
+        if self._yard.settings.shadow_when == "slot":
+            return route.waiting > 0 or len(unit.flights) > ours
+        routes = self._yard.routes.values()
+        flights = sum(len(one.flights) for other in routes for one in other.units.values())
+        return flights > ours or any(other.waiting for other in routes)
+
+    async def _next(self) -> None:
+        """One copy, to its end or until somebody needs the room."""
+        copy = self._queue.popleft()
+        route = self._yard.routes[copy.model_id]
+        unit = self._unit(route)
+        if unit is None or not unit.has_room:
+            self._queue.appendleft(copy)
+            return
+        self._asked = copy, unit
+        self._asking = asyncio.create_task(self._ask(unit, copy.call))
+        try:
+            while not self._asking.done():
+                await asyncio.wait([self._asking], timeout=POLL_S)
+                if not self._asking.done() and self._in_the_way(route, unit):
+                    self._asking.cancel()
+            if not self._asking.cancelled():
+                self._compare(route, unit, copy, self._asking.result())
+            else:
+                self._again(route, copy)
+        finally:
+            self._asking.cancel()
+            self._asking = self._asked = None
+
+    def _again(self, route: Route, copy: Copy) -> None:
+        copy.tries += 1
+        self._busy_at = time.monotonic()
+        self._count(route, "aborted")
+        if copy.tries < TRIES:
+            self._queue.appendleft(copy)
+        else:
+            self._count(route, "dropped")
+
+    async def _ask(self, unit: Unit, call: Call) -> Answer:
+        flight = unit.take(call.prompt_tokens)
+        try:
+            shim = shim_for(unit, call)
+            async with self._yard.http.post(
+                unit.base_url + call.path,
+                data=shim.request(),
+                headers={"Content-Type": "application/json", **unit.headers},
+                timeout=NO_TIMEOUT,
+            ) as upstream:
+                if not call.stream or upstream.status != 200:
+                    status, data = shim.whole(upstream.status, await upstream.read())
+                    flight.chunk(content=True)
+                    return read_answer(data, stream=False, status=status)
+                tape = Tape()
+                async for chunk, _ in upstream.content.iter_chunks():
+                    if chunk:
+                        flight.chunk(content=flight.first is None)
+                        tape.add(shim.event(chunk))
+                tape.add(shim.rest())
+            if shim.early_error is not None:
+                return read_answer(shim.early_error[1], stream=False, status=shim.early_error[0])
+            return read_answer(tape.whole or b"", stream=True) | ({"error": shim.error} if shim.error else {})
+        except Refusal as refusal:
+            return no_answer(str(refusal))
+        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
+            return no_answer(f"{type(error).__name__} {error}".rstrip())
+        finally:
+            unit.give_back(flight)
+
+    # --- what is made of it
+
+    def _compare(self, route: Route, unit: Unit, copy: Copy, candidate: Answer) -> None:
+        tally = self._tally(route)
+        sampled = is_sampled(copy.call.body)
+        found = compare(copy.answer, candidate, sampled=sampled)
+        for outcome in found["outcomes"]:
+            self._count(route, outcome)
+        if found["diverged_at"] is not None:
+            tally.divergences.append(found["diverged_at"])
+        pair = {
+            "at": time.time(),
+            "model": route.model_id,
+            "engines": {"incumbent": route.serving.engine, "candidate": unit.engine},
+            "sampled": sampled,
+            "incumbent": copy.answer,
+            "candidate": candidate,
+        }
+        tally.pairs.append(pair)
+        tally.unjudged = True
+        if self._pairs is not None:
+            self._pairs.put(
+                {**pair, "body": copy.call.body}, len(copy.call.raw) + _size(copy.answer) + _size(candidate)
+            )
+
+    async def _judge(self) -> None:
+        """What the parity checks say of the pairs; in a thread, while nothing waits, and not all the time."""
+        judge, began = self._yard.judge_shadow, time.monotonic()
+        tally = next((tally for tally in self._tallies.values() if tally.unjudged), None)
+        if judge is None or tally is None or self._queue or began < self._judge_from:
+            return
+        tally.unjudged = False
+        try:
+            tally.says = dict(await asyncio.to_thread(judge, list(tally.pairs)))
+        except Exception as error:
+            tally.says = {"verdict": "ERROR", "why": f"{type(error).__name__}: {error}"}
+            self._yard.journal.note("incident", "-", f"the judge of the shadow failed: {tally.says['why']}")
+        self._judge_from = time.monotonic() + JUDGE_SHARE * (time.monotonic() - began)
+
+    def _count(self, route: Route, outcome: str) -> None:
+        tally = self._tally(route)
+        tally.counts[outcome] += 1
+        self._yard.metrics.shadowed(route.model_id, tally.to or route.candidate, outcome)
+
+    def _tally(self, route: Route) -> Tally:
+        found = self._tallies.get(route.model_id)
+        if found is None:
+            found = self._tallies[route.model_id] = Tally(self._yard.settings.shadow_share)
+        return found
+
+    def _unit(self, route: Route) -> Unit | None:
+        """The engine that copies go to: up, and not the one that users are served by."""
+        unit = route.units.get(self._tally(route).to or route.candidate)
+        return unit if unit is not None and unit.accepts and unit is not route.serving else None
+
+
+# --- pure ------------------------------------------------------------------------------------------------------------
+
+
+def is_sampled(body: Mapping[str, Any]) -> bool:
+    """True unless the request asks for the likeliest token each time."""
+    return body.get("temperature") != 0 and body.get("top_k") != 1
+
+
+def compare(incumbent: Answer, candidate: Answer, *, sampled: bool) -> dict[str, Any]:
+    """The `outcomes` to count for a pair, and the character at which the texts part (None where equal or not compared).
+
+    `failed` or `copied`; of the copied `empty` where only the candidate said nothing; then `sampled`, or `exact` or
+    `different`, with `finish_differs` and `tools_differ` beside it.
+    """
+    if candidate["error"]:
+        return {"outcomes": ["failed"], "diverged_at": None}
+    outcomes = ["copied"]
+    if _says_nothing(candidate) and not _says_nothing(incumbent):
+        outcomes.append("empty")
+    if sampled:
+        return {"outcomes": [*outcomes, "sampled"], "diverged_at": None}
+    at = first_difference(_shown(incumbent), _shown(candidate))
+    tools_differ = incumbent["tool_calls"] != candidate["tool_calls"]
+    outcomes.append("exact" if at is None and not tools_differ else "different")
+    outcomes += ["tools_differ"] if tools_differ else []
+    outcomes += ["finish_differs"] if incumbent["finish_reason"] != candidate["finish_reason"] else []
+    return {"outcomes": outcomes, "diverged_at": at}
+
+
+def first_difference(one: str, other: str) -> int | None:
+    """The index of the first character that differs, or at which one of them ends; None where they are equal."""
+    if one == other:
+        return None
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def read_answer(data: bytes, *, stream: bool, status: int = 200) -> Answer:
+    """A chat answer as the parity check keeps it (without logprobs), out of what an engine sent.
+
+    Arguments of tool calls are brought to one spelling: JSON with sorted keys, as it came where it is none.
+    """
+    bodies = list(_events(data)) if stream else [_json(data)]
+    error = next((_error_text(body) for body in bodies if "error" in body), None)
+    if status >= 400 or error is not None:
+        return no_answer(error or f"HTTP {status}")
+    choices = [choice for body in bodies for choice in _first_choice(body)]
+    parts = [part for choice in choices if isinstance(part := choice.get("delta" if stream else "message"), dict)]
+    if not choices:
+        return no_answer("no answer could be read")
+    usage: dict[str, Any] = next(
+        (body["usage"] for body in reversed(bodies) if isinstance(body.get("usage"), dict)), {}
+    )
+    details = usage.get("prompt_tokens_details")
+    return {
+        "id": "",
+        "prompt": "",
+        "text": _joined(parts, "content"),
+        "reasoning": _joined(parts, "reasoning_content") or _joined(parts, "reasoning"),
+        "tool_calls": _tool_calls(parts),
+        "finish_reason": next((c["finish_reason"] for c in reversed(choices) if c.get("finish_reason")), None),
+        "prompt_tokens": usage.get("prompt_tokens"),
+        "completion_tokens": usage.get("completion_tokens"),
+        "cached_tokens": details.get("cached_tokens") if isinstance(details, dict) else None,
+        "positions": [],
+        "error": None,
+    }
+
+
+def no_answer(error: str) -> Answer:
+    """An answer that did not come."""
+    nothing = dict.fromkeys(("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"))
+    return {
+        "id": "",
+        "prompt": "",
+        "text": "",
+        "reasoning": "",
+        "tool_calls": [],
+        **nothing,
+        "positions": [],
+        "error": error,
+    }
+
+
+def _events(data: bytes) -> Iterable[dict[str, Any]]:
+    for event in data.replace(b"\r\n", b"\n").split(b"\n\n"):
+        lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
+        if lines and lines != [b"[DONE]"]:
+            yield _json(b"\n".join(lines))
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _first_choice(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    choices = body.get("choices")
+    found = choices[:1] if isinstance(choices, list) else []
+    return [choice for choice in found if isinstance(choice, dict) and choice.get("index", 0) == 0]
+
+
+def _joined(parts: Sequence[Mapping[str, Any]], key: str) -> str:
+    return "".join(text for part in parts if isinstance(text := part.get(key), str))[:SHOWN_CHARACTERS]
+
+
+def _tool_calls(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    calls: dict[int, dict[str, str]] = {}
+    for part in parts:
+        pieces = part.get("tool_calls")
+        for place, piece in enumerate(pieces if isinstance(pieces, list) else []):
+            function = piece.get("function") if isinstance(piece, dict) else None
+            if not isinstance(function, dict):
+                continue
+            index = piece.get("index", place)
+            call = calls.setdefault(index if isinstance(index, int) else place, {"name": "", "arguments": ""})
+            for key in call:
+                call[key] += function.get(key) or ""
+    return [{**call, "arguments": _one_spelling(call["arguments"])} for _, call in sorted(calls.items())]
+
+
+def _one_spelling(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _error_text(body: Mapping[str, Any]) -> str:
+    error = body["error"]
+    return str(error.get("message") if isinstance(error, dict) else error)[:500]
+
+
+def _shown(answer: Answer) -> str:
+    return f"{answer['reasoning']}\0{answer['text']}" if answer["reasoning"] else str(answer["text"])
+
+
+def _says_nothing(answer: Answer) -> bool:
+    return not (answer["text"] or answer["reasoning"] or answer["tool_calls"])
+
+
+def _size(answer: Answer) -> int:
+    return len(answer["text"]) + len(answer["reasoning"]) + 1024

@@ -1,0 +1,150 @@
+"""The yard's own eye on a canary: judged on live traffic every few seconds, taken out when it fails.
+
+The judge is given from outside, for what counts as worse is not the yard's to say. It sees the requests since the
+canary was ordered. FAIL takes the canary out at once; PASS is told once and stays in the status: promoting is another's
+decision. A canary whose engine is out of restarts goes without a judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engines.errors import SwitchyardError
+from engines.yard.moves import Moves
+from engines.yard.route import Route
+from engines.yard.state import Canary
+
+if TYPE_CHECKING:
+    from engines.yard.yard import Sample, Yard
+
+KEPT = 20_000  # requests of one canary; the judge's blocks count from its beginning, so the first ones are kept
+JUDGE_SHARE = 20  # the next judgement waits this many times what the last one took: a twentieth of a core at most
+
+
+@dataclass
+class _Case:
+    """What is known of one canary, as long as it lasts."""
+
+    canary: Canary
+    kept: list[Sample] = field(default_factory=list)
+    last: Sample | None = None  # the newest one that was judged
+    ready: bool = False
+    broken: bool = False
+    not_before: float = 0.0
+
+
+class CanaryWatch:
+    """The loop of one yard."""
+
+    def __init__(self, yard: Yard, moves: Moves) -> None:
+        self._yard = yard
+        self._moves = moves
+        self._cases: dict[str, _Case] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._yard.look_at_canaries.wait(), self._yard.settings.canary_judge_s)
+            self._yard.look_at_canaries.clear()
+            for route in list(self._yard.routes.values()):
+                await self._look(route)
+
+    async def _look(self, route: Route) -> None:
+        case = self._case(route)
+        # while the incumbent is out of order its traffic is the fallback's: it says nothing, and ends nothing
+        if case is None or route.moving is not None or route.fallback is not None or self._yard.stopping:
+            return
+        unit = route.units.get(case.canary.engine)
+        if unit is None or unit.out_of_budget:
+            why = f"{case.canary.engine} cannot be kept up: {unit.why if unit else 'it is gone'}"
+            self._says(route, case, {"verdict": "FAIL", "why": why})
+            self._take_out(route, case, why)
+            return
+        says = await self._judged(route, case)
+        if says is None or route.state.canary is not case.canary:
+            return
+        self._says(route, case, says)
+        if says["verdict"] == "FAIL":
+            self._take_out(route, case, says["why"])
+        elif says["verdict"] == "PASS" and not case.ready:
+            case.ready = True
+            what = f"canary is ready to promote at {case.canary.weight:.0%}: `switchyard promote {route.model_id}`"
+            self._yard.journal.note("canary", route.model_id, what, engine=case.canary.engine)
+
+    def _case(self, route: Route) -> _Case | None:
+        """The case of the canary that is on now; an order, of the same weight too, begins a new one."""
+        canary = route.state.canary
+        if canary is None:
+            self._cases.pop(route.model_id, None)
+            return None
+        case = self._cases.get(route.model_id)
+        if case is None or case.canary is not canary:
+            case = self._cases[route.model_id] = _Case(canary)
+            self._yard.canary_says.pop(route.model_id, None)
+        return case
+
+    async def _judged(self, route: Route, case: _Case) -> dict[str, Any] | None:
+        """What the judge says of all requests so far; None when there is nothing new, or no judge."""
+        judge, samples = self._yard.judge_canary, self._samples(route, case)
+        began = time.monotonic()
+        if judge is None or not samples or samples[-1] is case.last or began < case.not_before:
+            return None
+        case.last = samples[-1]
+        try:
+            said = await asyncio.to_thread(
+                judge, [vars(sample) for sample in samples], route.state.serving, case.canary.engine
+            )
+            says = {**said, "verdict": str(said["verdict"]), "why": str(said["why"])}
+            case.broken = False
+        except Exception as error:
+            says = {"verdict": "ERROR", "why": f"the judge of the canary failed: {type(error).__name__}: {error}"}
+            if not case.broken:
+                self._yard.journal.note("incident", route.model_id, says["why"], engine=case.canary.engine)
+            case.broken = True
+        case.not_before = time.monotonic() + JUDGE_SHARE * (time.monotonic() - began)
+        return {**says, "requests": self._counts(samples)}
+
+    def _samples(self, route: Route, case: _Case) -> list[Sample]:
+        """The first KEPT requests since the order, and of those behind them the ones that the yard remembers."""
+        since = case.canary.since or 0.0
+        newer = [sample for sample in self._yard.samples[route.model_id] if sample.at >= since]
+        if case.kept:
+            # by place, not by time: two requests may end in one tick of the clock
+            places = [place for place, sample in enumerate(newer) if sample is case.kept[-1]]
+            newer = newer[places[0] + 1 :] if places else [s for s in newer if s.at > case.kept[-1].at]
+        room = max(KEPT - len(case.kept), 0)
+        case.kept += newer[:room]
+        return case.kept + newer[room:]
+
+    def _counts(self, samples: list[Sample]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for sample in samples:
+            counts[sample.engine] = counts.get(sample.engine, 0) + 1
+        return counts
+
+    def _says(self, route: Route, case: _Case, says: dict[str, Any]) -> None:
+        canary = case.canary
+        about = {"engine": canary.engine, "weight": canary.weight, "since": canary.since, "at": time.time()}
+        self._yard.canary_says[route.model_id] = {**about, **says}
+
+    def _take_out(self, route: Route, case: _Case, why: str) -> None:
+        """Roll the canary back, beside the loop: its last requests may take a while to end."""
+        engine = case.canary.engine
+        self._yard.journal.note("incident", route.model_id, f"the canary failed and is taken out: {why}", engine=engine)
+        task = asyncio.create_task(self._end(route, case))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _end(self, route: Route, case: _Case) -> None:
+        engine = case.canary.engine
+        try:
+            await self._moves.canary(route.model_id, engine, 0.0, lambda _: None)
+        except SwitchyardError as error:
+            case.last = None  # judged again at the next turn
+            self._yard.journal.note("incident", route.model_id, f"the canary stays for now: {error}", engine=engine)

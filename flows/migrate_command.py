@@ -1,0 +1,142 @@
+"""`switchyard migrate`: the phases that move traffic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from engines.home import home
+
+app = typer.Typer()
+
+EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
+
+
+@app.command()
+def migrate(
+    plan: Annotated[
+        Path | None, typer.Argument(help="The plan (.toml); the one the yard served last, else ./switchyard.toml.")
+    ] = None,
+    phase: Annotated[Literal["subprocess"], typer.Option(help="The phase to carry out.")] = "subprocess",
+    model: Annotated[
+        list[str] | None, typer.Option(help="Migrate this model only; repeat for several. All of them without.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="Go on with this model although phase 1 has not opened its gate; needs --who and --reason."),
+    ] = None,
+    who: Annotated[str, typer.Option(help="Who decides that; recorded.")] = "",
+    reason: Annotated[str, typer.Option(help="Why; recorded.")] = "",
+    without_canary: Annotated[
+        bool, typer.Option("--without-canary", help="Move all traffic at once; needs --who and --reason.")
+    ] = False,
+    without_rehearsal: Annotated[
+        bool, typer.Option("--without-rehearsal", help="Do not rehearse the fallback first; needs --who and --reason.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+) -> None:
+    """Phase 2: put the candidate behind the real port: fallback rehearsed, canary judged, then all of it.
+
+    Killed or interrupted, the same command goes on where it stopped; meanwhile the yard serves. Exit code 0 means that
+    every model is served by the candidate.
+    """
+    from flows.migration import Orders
+    from flows.serve import plan_path
+    from migrations.plan import load_plan
+
+    folder = home()
+    path = plan_path(plan, folder).absolute()
+    orders = Orders(
+        models=tuple(model or ()),
+        override=tuple(override or ()),
+        who=who,
+        reason=reason,
+        without_canary=without_canary,
+        without_rehearsal=without_rehearsal,
+    )
+    loaded = load_plan(path)
+    orders.checked(loaded)
+    outcome = _migrated(loaded, orders, path, folder)
+    if json_:
+        json.dump({**outcome, "next": next_step(outcome)}, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    else:
+        _show(outcome)
+    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+
+
+def _migrated(plan: Any, orders: Any, path: Path, folder: Path) -> dict[str, Any]:
+    """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
+    from engines.process import end_orphans
+    from flows.prefect_server import prefect_api
+    from flows.progress import ConsoleProgress, progress
+    from tasks.records import open_records
+
+    errors = Console(stderr=True)
+    for ended in end_orphans(folder):
+        errors.print(f"ended, left behind by a killed run: {ended}", style="dim", highlight=False)
+    with open_records():  # records that cannot be written are better known before anything moves
+        pass
+    shown = ConsoleProgress(errors)
+    progress.set(shown)
+    with shown.step("Prefect starts"):
+        server = prefect_api(folder)
+        from flows.subprocess_phase import subprocess_phase as flow
+
+        if server is not None:
+            server.ready()
+    outcome: dict[str, Any] = flow(plan, orders, path)
+    return outcome
+
+
+def _show(outcome: Mapping[str, Any]) -> None:
+    from flows.tables import verdict_text
+
+    out = Console()
+    for model in outcome["models"]:
+        heading = (f"{model['model']}", "bold")
+        out.print(
+            Text.assemble("\n", heading, "  ", verdict_text(model["verdict"]), f"  {model['result']}"), soft_wrap=True
+        )
+        out.print(Text(f"  {model['why']}"), soft_wrap=True)
+        for check in model["checks"]:
+            line = Text.assemble("  ", verdict_text(check["verdict"]), f"  {check['check']}: {check['why']}")
+            out.print(line, soft_wrap=True)
+        for made in model["decisions"]:
+            out.print(
+                Text(f"  decided by {made['who']}: {made['kind']}: {made['why']}", style="yellow"), soft_wrap=True
+            )
+    if started := outcome["yard_started"]:
+        out.print(
+            f"\na yard was started (pid {started['pid']}, log {started['log']}) and goes on serving", soft_wrap=True
+        )
+        out.print(
+            "  to have it at every boot: `switchyard service install`; to stop it: `switchyard stop`", soft_wrap=True
+        )
+    if outcome["run_id"]:
+        out.print(f"\nrun {outcome['run_id']}: ", verdict_text(outcome["verdict"]), sep="")
+    out.print(next_step(outcome), soft_wrap=True)
+
+
+def next_step(outcome: Mapping[str, Any]) -> str:
+    """The last line of a migration: what to do now."""
+    by_result: dict[str, list[str]] = {}
+    for model in outcome["models"]:
+        by_result.setdefault(model["result"], []).append(model["model"])
+    verdict = outcome["verdict"]
+    if verdict == "PASS":
+        return "next: watch it with `switchyard status`; `switchyard rollback MODEL` is the way back"
+    if closed := by_result.get("gate closed"):
+        return f"next: switchyard evaluate, or --override {closed[0]} --who NAME --reason TEXT; nothing was moved"
+    if "fallen back" in by_result:
+        return "next: see `switchyard status`; then `switchyard promote MODEL`, or `switchyard rollback MODEL`"
+    if verdict == "FAIL":
+        return "next: the incumbent serves; mend what the checks name, then migrate again"
+    return "next: the incumbent serves; mend what is named above, then the same command goes on where this one stopped"

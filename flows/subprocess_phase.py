@@ -1,0 +1,82 @@
+"""Phase 2 as a table of contents: from phase 1's gate to all traffic on the candidate, one reversible step at a time.
+
+    precondition    phase 1 opened the model's gate, or a person decided otherwise, by name and with a reason
+    yard            one serves; else one is started, and it stays
+    rehearsal       the fallback, on a yard of its own: candidate missing, killed, out of restarts
+    canary          growing shares of live conversations, each judged; what fails goes back
+    promote         all of it, and a last real token
+
+`flows.migration` has the steps; each is recorded before and after, and done once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from engines.home import home
+from engines.process import end_orphans
+from flows.migration import Migration, Orders
+from flows.progress import progress
+from flows.yards import PlanYards
+from migrations.plan import Limits, Plan
+from tasks.canary import CanaryLimits, judge_canary
+from tasks.records import open_records
+
+LEAST_RATIO = 1.01  # non-inferiority needs a margin, however small
+
+
+@task(task_run_name="{model} · {step}", cache_policy=NO_CACHE, persist_result=False)
+def take(model: str, step: str, work: Callable[[], None]) -> None:
+    """One step of one model; `work` finds out by itself whether it is done already."""
+    with progress.get().step(f"{model} · {step}"):
+        work()
+
+
+@flow(name="migrate", flow_run_name="migrate {plan.name} · subprocess", persist_result=False)
+def subprocess_phase(plan: Plan, orders: Orders | None = None, plan_path: Path | None = None) -> dict[str, Any]:
+    """Put the candidate behind the public port, for every model of the plan or those that `orders` names."""
+    folder = home()
+    end_orphans(folder)
+    with open_records() as records:
+        outcome = Migration(
+            plan,
+            PlanYards(plan, folder, plan_path),
+            records,
+            functools.partial(judge_canary, limits=canary_limits(plan.limits)),
+            orders=orders,
+            say=progress.get().say,
+            do=take,
+        ).run()
+    publish(outcome)
+    return outcome
+
+
+def canary_limits(limits: Limits) -> CanaryLimits:
+    """The plan's limits as far as live traffic can be held to them."""
+    return CanaryLimits(
+        failure_rate_margin=limits.failure_rate_margin,
+        ttft_p50_ratio=max(limits.ttft_p50_ratio, LEAST_RATIO),
+        tpot_p50_ratio=max(limits.tpot_p50_ratio, LEAST_RATIO),
+    )
+
+
+def publish(outcome: dict[str, Any]) -> None:
+    """The checks of every model as a Prefect artifact of the run."""
+    from prefect.artifacts import create_table_artifact
+
+    columns = ("check", "verdict", "value", "limit", "unit", "why")
+    rows = [
+        {"model": model["model"], "result": model["result"], **{name: check[name] for name in columns}}
+        for model in outcome["models"]
+        for check in model["checks"]
+    ]
+    if rows:
+        create_table_artifact(
+            key="switchyard-migrate", table=rows, description=f"Run {outcome['run_id']}: {outcome['verdict']}"
+        )
