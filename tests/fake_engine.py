@@ -80,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
             return
         n = body.get("max_tokens") or 16
+        if type(n) is not int or not 0 < n < 10_000:
+            self.reply(400, {"error": {"message": f"max_tokens {n}", "type": "invalid_request_error", "code": 400}})
+            return
         usage = {"prompt_tokens": 5, "completion_tokens": n, "total_tokens": 5 + n}
         if body.get("stream"):
             self.stream(0 if self.options.silent_empty else n, usage, body)

@@ -189,6 +189,8 @@ class Gateway:
                 tail = (tail + chunk)[-64:]
                 if not chunk.startswith(b":"):  # an engine's own keep-alive is no progress
                     flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
+                if chunk.startswith(b'data: {"error"'):
+                    shim.error = "the engine told an error in its stream"
                 told = shim.event(chunk) if shim.changes_streams else chunk
                 if shim.early_error is not None:
                     return await reply.whole(*shim.early_error)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from engines.driver import Driver
 from engines.errors import PortTaken, SwitchyardError
@@ -89,6 +91,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         Gateway(yard).application(),
         handler_cancellation=True,
         access_log=None,
+        logger=_http_log(),
         shutdown_timeout=CLOSE_S,
         max_line_size=limit,
         max_field_size=limit,
@@ -113,6 +116,21 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await control.cleanup()
         with contextlib.suppress(OSError):
             socket_path(yard.home).unlink()
+
+
+def _http_log() -> logging.Logger:
+    """The HTTP library's own log: bytes that are no HTTP are one line without what was sent; a bug keeps its trace."""
+
+    def shortened(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.msg, record.args, record.exc_info = "not HTTP: %s", (type(error).__name__,), None
+            record.levelno, record.levelname = logging.INFO, "INFO"
+        return True
+
+    log = logging.getLogger("switchyard.yard.http")
+    log.addFilter(shortened)
+    return log
 
 
 async def _listen(public: web.AppRunner, yard: Yard) -> None:
