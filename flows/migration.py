@@ -380,7 +380,7 @@ class Migration:
             self.say(
                 f"{answered} answers by {self.candidate} ({steps.min_requests} at least), {left_s / 60:.0f} min left"
             )
-            if trouble := self._trouble(model_id, weight, restarts):
+            if trouble := self._trouble(model_id, weight, since, restarts):
                 return seen, trouble
             began = time.monotonic()
             if left_s <= 0 or (fresh and self._decided(weight, answered, [*earlier, *seen])):
@@ -404,17 +404,21 @@ class Migration:
     def _judged(self, samples: Sequence[dict[str, Any]]) -> list[CheckResult]:
         return self.judge(samples, self.incumbent, self.candidate)
 
-    def _trouble(self, model_id: str, weight: float, restarts: int) -> str | None:
+    def _trouble(self, model_id: str, weight: float, since: float, restarts: int) -> str | None:
         """Why there is nothing more to wait for: the candidate broke down, or somebody took the canary out."""
         status = self.client.status()
         route = next(route for route in status["models"] if route["id"] == model_id)
         engine = engine_of(route, self.candidate)
+        said = [
+            incident["what"]
+            for incident in status["incidents"]
+            if incident["model"] == model_id and incident["at"] >= since and incident.get("engine") == self.candidate
+        ]
         if engine["restarts"] > restarts or engine["state"] in ("dead", "wedged", "failing"):
-            return f"{self.candidate} broke down: {engine['why']}"
+            return f"{self.candidate} broke down: {said[-1] if said else engine['why']}"
         canary = route["canary"]
         if canary and canary["engine"] == self.candidate and canary["weight"] == weight:
             return None
-        said = [incident["what"] for incident in status["incidents"] if incident["model"] == model_id]
         return said[-1] if said else "the canary was changed by hand while it was watched"
 
     def _conclude_canary(

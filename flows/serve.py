@@ -14,6 +14,8 @@ from engines.yard.yard import ModelConfig, YardConfig
 from migrations.plan import EngineChoice, Plan
 from tasks.canary import CanaryLimits, canary_judge, shadow_judge
 
+LEAST_RATIO = 1.01
+
 
 def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> YardConfig:
     """What `plan` tells the yard; engines are looked for now. One that is not here is no error: the other one serves.
@@ -57,8 +59,9 @@ def canary_limits(plan: Plan) -> CanaryLimits:
     """The plan's limits and looks as they hold for live traffic."""
     return CanaryLimits(
         failure_rate_margin=plan.limits.failure_rate_margin,
-        ttft_p50_ratio=plan.limits.ttft_p50_ratio,
-        tpot_p50_ratio=plan.limits.tpot_p50_ratio,
+        # non-inferiority needs a margin, however small
+        ttft_p50_ratio=max(plan.limits.ttft_p50_ratio, LEAST_RATIO),
+        tpot_p50_ratio=max(plan.limits.tpot_p50_ratio, LEAST_RATIO),
         looks=plan.sampling.looks,
     )
 

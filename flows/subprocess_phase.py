@@ -23,12 +23,11 @@ from engines.home import home
 from engines.process import end_orphans
 from flows.migration import Migration, Orders
 from flows.progress import progress
+from flows.serve import canary_limits
 from flows.yards import PlanYards
-from migrations.plan import Limits, Plan
-from tasks.canary import CanaryLimits, judge_canary
+from migrations.plan import Plan
+from tasks.canary import judge_canary
 from tasks.records import open_records
-
-LEAST_RATIO = 1.01  # non-inferiority needs a margin, however small
 
 
 @task(task_run_name="{model} · {step}", cache_policy=NO_CACHE, persist_result=False)
@@ -48,22 +47,13 @@ def subprocess_phase(plan: Plan, orders: Orders | None = None, plan_path: Path |
             plan,
             PlanYards(plan, folder, plan_path),
             records,
-            functools.partial(judge_canary, limits=canary_limits(plan.limits)),
+            functools.partial(judge_canary, limits=canary_limits(plan)),
             orders=orders,
             say=progress.get().say,
             do=take,
         ).run()
     publish(outcome)
     return outcome
-
-
-def canary_limits(limits: Limits) -> CanaryLimits:
-    """The plan's limits as far as live traffic can be held to them."""
-    return CanaryLimits(
-        failure_rate_margin=limits.failure_rate_margin,
-        ttft_p50_ratio=max(limits.ttft_p50_ratio, LEAST_RATIO),
-        tpot_p50_ratio=max(limits.tpot_p50_ratio, LEAST_RATIO),
-    )
 
 
 def publish(outcome: dict[str, Any]) -> None:

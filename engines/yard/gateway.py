@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import re
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import aiohttp
 from aiohttp import web
 
 from engines.yard import shims
-from engines.yard.openai import GENERATING, Call, Refusal, parse
+from engines.yard.openai import GENERATING, Call, Refusal, parse, told_prefill_rate
 from engines.yard.page import page
 from engines.yard.route import Full, Route, Unservable, Waiting
 from engines.yard.shadow import Tape
@@ -35,6 +36,7 @@ TRIES = 2
 HIGH_WATER = 64 * 1024
 SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\s*"[^"]')
+END_BYTES = 2048  # of an answer, where its usage and timings stand
 BROKEN = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
 
 
@@ -174,6 +176,7 @@ class Gateway:
                     return await self._stream(upstream, flight, shim, reply)
                 data = await upstream.read()
                 flight.chunk(content=True)
+                flight.prefill_rate = told_prefill_rate(data[-END_BYTES:])
                 return await reply.whole(*shim.whole(upstream.status, data))
         except BROKEN as error:
             if reply.begun_with_content:
@@ -183,20 +186,22 @@ class Gateway:
     async def _stream(
         self, upstream: aiohttp.ClientResponse, flight: Flight, shim: shims.Shim, reply: Reply
     ) -> web.StreamResponse:
-        tail = b""
+        last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
         async for chunk, _ in upstream.content.iter_chunks():
             if chunk:
-                tail = (tail + chunk)[-64:]
+                last.append(chunk)
                 if not chunk.startswith(b":"):  # an engine's own keep-alive is no progress
                     flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
-                if chunk.startswith(b'data: {"error"'):
+                if not shim.changes_streams and chunk.startswith(b'data: {"error"'):
                     shim.error = "the engine told an error in its stream"
                 told = shim.event(chunk) if shim.changes_streams else chunk
                 if shim.early_error is not None:
                     return await reply.whole(*shim.early_error)
                 if told:
                     await reply.pass_on(told)
-        if b"[DONE]" not in tail:
+        end = b"".join(last)
+        flight.prefill_rate = told_prefill_rate(end)
+        if b"[DONE]" not in end:
             raise aiohttp.ClientPayloadError("the stream ended without its end")
         if told := shim.rest():
             await reply.pass_on(told)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
 BYTES_PER_TOKEN = 3  # of a request's JSON; only to guess how long a prompt may take
+LEAST_TOLD = 32
+LLAMA_CPP_PREFILL = re.compile(rb'"prompt_n":\s*(\d+)[^}]*?"prompt_ms":\s*(\d+(?:\.\d+)?)')
+MISTRAL_RS_PREFILL = re.compile(rb'"avg_prompt_tok_per_sec":\s*(\d+(?:\.\d+)?)')
+PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
@@ -74,6 +79,21 @@ class Call:
             beginning += [m for m in messages if isinstance(m, dict) and m.get("role") == "user"][:1]
             return json.dumps([message.get("content") for message in beginning], sort_keys=True, default=str)
         return json.dumps(self.body.get("prompt"), default=str)[:512]
+
+
+def told_prefill_rate(answer: bytes) -> float | None:
+    """Tokens/s at which the engine read the prompt, out of its own timings; what lay in its cache is not among them.
+
+    `answer` is the end of a stream, or a whole answer: llama.cpp's `timings`, or mistral.rs' `usage.avg_*`. None where
+    it tells nothing, or of so few tokens that the figure is mostly overhead.
+    """
+    if (told := LLAMA_CPP_PREFILL.search(answer)) is not None:
+        tokens, seconds = int(told[1]), float(told[2]) / 1000
+        return tokens / seconds if tokens >= LEAST_TOLD and seconds > 0 else None
+    rate, tokens_read = MISTRAL_RS_PREFILL.search(answer), PROMPT_TOKENS.search(answer)
+    if rate is None or tokens_read is None or int(tokens_read[1]) < LEAST_TOLD:
+        return None
+    return float(rate[1]) or None
 
 
 def parse(path: str, raw: bytes) -> Call:

@@ -44,6 +44,7 @@ class Flight:
         self.sent = self.moved = time.monotonic()
         self.first: float | None = None  # first chunk with content
         self.chunks = 0  # chunks with content, and those after the first of them
+        self.prefill_rate: float | None = None  # tokens/s, where the engine's answer tells it
         self._gap = gap
 
     def chunk(self, *, content: bool) -> None:
@@ -213,9 +214,11 @@ class Unit:
         if flight.first is not None:
             self.tokens += flight.chunks
             self.ttft_series.append((flight.first - flight.sent) * 1000)
-            self.prefill.learn(flight.prompt_tokens / max(flight.first - flight.sent, 1e-3))
             if flight.chunks > 1:
                 self.token_gap.learn((flight.moved - flight.first) / (flight.chunks - 1))
+        # never learnt from the time to the first token: a prompt that lay in the cache would look 100 times faster
+        if flight.prefill_rate is not None:
+            self.prefill.learn(flight.prefill_rate)
         self._progressed = time.monotonic()
         if self.state is Health.BUSY and not self.flights:
             self._change(Health.READY, "its last request is done")

@@ -1,6 +1,7 @@
 """The arithmetic of health: limits, budget, rates."""
 
 from engines.yard.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
+from engines.yard.openai import told_prefill_rate
 
 
 def limit(**changes):
@@ -54,3 +55,13 @@ def test_a_rate_forgets():
     for _ in range(50):
         rate.learn(1)
     assert 1 <= rate.value < 1.01
+
+
+def test_the_prefill_rate_is_what_the_engine_tells_of_the_tokens_it_really_read():
+    """A prompt that lay in the cache is no fast prefill: 2195 tokens, of which 7 were read."""
+    llama_cpp = b'"timings":{"cache_n":2188,"prompt_n":70,"prompt_ms":700.0,"predicted_n":3}}\n\ndata: [DONE]\n\n'
+    assert told_prefill_rate(llama_cpp) == 100
+    assert told_prefill_rate(llama_cpp.replace(b'"prompt_n":70', b'"prompt_n":7')) is None
+    mistral_rs = b'"usage":{"completion_tokens":3,"prompt_tokens":40,"avg_prompt_tok_per_sec":15.5}'
+    assert told_prefill_rate(mistral_rs) == 15.5
+    assert told_prefill_rate(b"data: [DONE]") is None
