@@ -21,7 +21,7 @@ from engines.errors import EngineError
 from engines.process import ManagedProcess
 from engines.serving import exit_reason, free_port, launch, wait_ready
 from engines.telemetry import private_bytes, vram_bytes
-from engines.yard.health import Health, Rate, RestartBudget, Transition, stall_limit_s, token_limit_s
+from engines.yard.health import PATIENCE, Health, Rate, RestartBudget, Transition, stall_limit_s, token_limit_s
 from engines.yard.recipe import Recipe
 from engines.yard.settings import YardSettings
 
@@ -110,6 +110,7 @@ class Unit:
         self._owner: asyncio.Task[None] | None = None
         self._counters: tuple[int, ...] = ()
         self._progressed = time.monotonic()
+        self._step_s = 0.0  # the last step of prompt progress: deep in a long context each takes longer than before
         self._asked = self._probed = self._weighed = 0.0
         self._missed = self._counted = self._deaths = 0
         self._cached = False  # a client's prompt may lie in the engine's cache
@@ -220,6 +221,8 @@ class Unit:
         if flight.prefill_rate is not None:
             self.prefill.learn(flight.prefill_rate)
         self._progressed = time.monotonic()
+        if not self.flights:
+            self._step_s = 0.0
         if self.state is Health.BUSY and not self.flights:
             self._change(Health.READY, "its last request is done")
         else:
@@ -399,7 +402,7 @@ class Unit:
         if flight.first is not None:
             return token_limit_s(least_s=least, token_s=self.token_gap.value)
         return stall_limit_s(
-            least_s=least,
+            least_s=max(least, PATIENCE * self._step_s),
             prompt_tokens=flight.prompt_tokens,
             prefill_rate=self.prefill.value,
             sees_prompt_progress=self.driver.sees_prompt_progress,
@@ -411,7 +414,8 @@ class Unit:
             async with self._get(self.driver.progress_path) as answer:
                 counters = self.driver.progress(await answer.read()) if answer.status == 200 else ()
             if counters and counters != self._counters:
-                self._counters, self._progressed = counters, time.monotonic()
+                now = time.monotonic()
+                self._step_s, self._counters, self._progressed = now - self._progressed, counters, now
 
     async def _ask_for_life(self) -> None:
         # a completion would push the client's prompt out of an engine with a single slot: its own loop answers instead

@@ -28,6 +28,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     pytest.skip(f"needs {', '.join(missing)}: {HOW}", allow_module_level=True)
 
 STREAMS = int(os.environ.get("SWITCHYARD_TEST_STREAMS", "4"))  # 64 for the whole proof
+WORDS = int(os.environ.get("SWITCHYARD_TEST_PROMPT_WORDS", "400"))  # 1500 for a prompt of more than a minute
 CYCLES = int(os.environ.get("SWITCHYARD_TEST_CYCLES", "3"))  # 200 for the whole proof
 LEAK_BYTES_PER_CYCLE = 100_000
 
@@ -209,7 +210,7 @@ def test_an_engine_that_goes_away_is_replaced(start, engine, number):
 def test_a_minute_of_prompt_is_no_reason_to_restart(start):
     """One slot, the watchdog at its quickest, and a prompt that fills the context: 0 restarts."""
     yard = start(parallel=1, context=8192, settings="threads = 1\nbatch_tokens = 64", yard="wedged_after_s = 1")
-    words = " ".join(f"word{number}" for number in range(1500))
+    words = " ".join(f"word{number}" for number in range(WORDS))
     began = time.monotonic()
     answer = yard.ask(messages=[{"role": "user", "content": words}], max_tokens=1)
     took = time.monotonic() - began
