@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.gguf_header import read_header
@@ -162,6 +162,8 @@ class Moves:
     # --- how
 
     async def _move(self, route: Route, target: Unit, tell: Say, form: Form, *, undo: str | None) -> str:
+        if form not in get_args(Form):
+            raise BadInput(f"form '{form}' is unknown: write {', '.join(get_args(Form))}")
         old = route.serving
         if old is target:
             if route.state.serving != target.engine:  # the fallback is made the choice
