@@ -151,7 +151,6 @@ def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, en
 STAGES = {
     "Prefect starts": lambda home: list((home / "processes").glob("*.json")),
     "first evidence": lambda home: evidence(home),
-    "blocks": lambda home: ("both", "performance", "00000") in evidence(home),
     "soak": lambda home: ("both", "performance", "00002") in evidence(home),
 }
 

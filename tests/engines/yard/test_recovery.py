@@ -12,7 +12,7 @@ import psutil
 import pytest
 from waiting import until
 
-KILLS = int(os.environ.get("SWITCHYARD_TEST_KILLS", "8"))  # 100 for the whole proof
+KILLS = int(os.environ.get("SWITCHYARD_TEST_KILLS", "4"))  # 100 for the whole proof
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
 
 
