@@ -11,7 +11,7 @@ demo: $(VENV)/demo.stamp
 	  case $$status in 0|3|4) exit 0;; *) exit $$status;; esac
 
 test: $(VENV)/test.stamp
-	$(BIN)/pytest -n 3
+	$(BIN)/pytest -n 3 --dist worksteal
 
 # what else must hold: style, types, the direction of imports
 check: $(VENV)/test.stamp

@@ -53,12 +53,11 @@ class Gateway:
 
     def __init__(self, yard: Yard) -> None:
         self._yard = yard
-        self._settings = yard.settings
 
     def application(self) -> web.Application:
         """Its routes. Every error, the router's own too, is an OpenAI error object."""
         app = web.Application(
-            middlewares=[self._guarded], client_max_size=self._settings.max_body_mib * 2**20, logger=self._yard.log
+            middlewares=[self._guarded], client_max_size=self._yard.settings.max_body_mib * 2**20, logger=self._yard.log
         )
         for path in sorted(GENERATING | LIGHT | {"/v1/embeddings"}):
             app.router.add_post(path, self._served)
@@ -87,7 +86,7 @@ class Gateway:
             self._yard.metrics.refused(refusal.status)
             return refusal.response()
         except web.HTTPRequestEntityTooLarge:
-            limit = self._settings.max_body_mib
+            limit = self._yard.settings.max_body_mib
             return Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large").response()
         except web.HTTPNotFound:
             return Refusal(404, f"there is no {request.path} here", code="not_found").response()
@@ -149,11 +148,11 @@ class Gateway:
         """The engine and the place on it; a stream that waits long is kept alive with comments."""
         try:
             while not place.turn.done():
-                left = began + self._settings.wait_s - time.monotonic()
+                left = began + self._yard.settings.wait_s - time.monotonic()
                 if left <= 0:
-                    why = f"waited {self._settings.wait_s:.0f} s for {route.model_id}: {self._yard.explain(route)}"
+                    why = f"waited {self._yard.settings.wait_s:.0f} s for {route.model_id}: {self._yard.explain(route)}"
                     raise Refusal(503, why, code="wait_timeout", retry_after_s=10)
-                await asyncio.wait([place.turn], timeout=min(left, self._settings.keepalive_s))
+                await asyncio.wait([place.turn], timeout=min(left, self._yard.settings.keepalive_s))
                 if not place.turn.done():
                     await reply.keep_alive()
             return place.turn.result()

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.gguf_header import read_header
-from engines.memory_fit import estimate, free_memory
+from engines.memory_fit import FreeMemory, estimate, free_memory
 from engines.yard.recipe import Recipe
 from engines.yard.route import Route
 from engines.yard.state import Canary
@@ -26,8 +26,11 @@ from engines.yard.yard import ModelConfig, Yard, YardConfig, loopback_or_key
 
 Form = Literal["auto", "side-by-side", "one-at-a-time"]
 Say = Callable[[str], None]
-MEMORY_SHARE = 0.75  # of what the stopped engine held: the rest is page cache and the allocator's own business
+MEMORY_SHARE = 0.75  # of what the stopped engine held, as Ollama waits for; the rest is the driver's own
 POLL_S = 0.25
+VRAM_SETTLES_S = 2.0  # where NVML does not say how much a process holds
+HOLD_SHARE = 0.8  # of the time that a request may wait
+LEAST_LOAD_S = 5.0
 
 
 class MoveFailed(SwitchyardError):
@@ -88,7 +91,7 @@ class Moves:
                 return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
             if not target.state.serves:
                 self._require_room(target.recipe, route.serving)
-                await self._bring_up(route, target, tell)
+                await self._bring_up(route, target, tell, self._yard.settings.move_s)
             self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight, since=time.time()))
             return f"{route.model_id}: {target.engine} answers {weight:.0%} of the conversations"
 
@@ -106,7 +109,7 @@ class Moves:
                 return f"{route.model_id}: nothing is copied any more"
             if not target.state.serves:
                 self._require_room(target.recipe, route.serving)
-                await self._bring_up(route, target, tell)
+                await self._bring_up(route, target, tell, self._yard.settings.move_s)
         return f"{route.model_id}: {target.engine} gets copies of {share:.0%} of the chat requests"
 
     async def drain(self, model: str | None, say: Say, *, on: bool) -> str:
@@ -168,7 +171,7 @@ class Moves:
         if old is target:
             if route.state.serving != target.engine:  # the fallback is made the choice
                 self._settle(route, target, undo=route.state.undo)
-            await self._bring_up(route, target, tell)
+            await self._bring_up(route, target, tell, self._yard.settings.move_s)
             return f"{route.model_id} is served by {target.engine} already"
         self._yard.commit(route)  # both recipes on the disk before anything changes
         tell(f"way back saved: {old.engine} {old.recipe.version}")
@@ -182,25 +185,33 @@ class Moves:
         return f"{route.model_id} is served by {target.engine}"
 
     async def _side_by_side(self, route: Route, old: Unit, target: Unit, tell: Say, undo: str | None) -> None:
-        await self._bring_up(route, target, tell)
-        self._settle(route, target, undo=undo)
+        ran_before = target.state.serves
+        await self._bring_up(route, target, tell, self._yard.settings.move_s)
+        try:
+            self._settle(route, target, undo=undo)
+        except SwitchyardError:  # a full disk: nothing was moved
+            if not ran_before:
+                await target.stop()
+            raise
         tell(f"new requests go to {target.engine}; {old.engine} finishes {len(old.flights)}")
         await self._retire([unit for unit in {*route.units.values(), old} if unit is not target], tell)
 
     async def _one_at_a_time(self, route: Route, old: Unit, target: Unit, tell: Say, undo: str | None) -> None:
+        # those who wait are given up after wait_s: by then the new engine serves, or the old one does again
+        until = time.monotonic() + HOLD_SHARE * self._yard.settings.wait_s
         route.holding = True
         try:
             tell(f"holding new requests; {len(old.flights)} in flight on {old.engine}")
-            await old.idle()
-            held = old.memory_bytes or 0
-            free_before = free_memory()
+            await self._drained(route, old, (until - time.monotonic()) / 2)
+            held, before = old.vram_bytes, free_memory()
             tell(f"stopping {old.engine}")
             await old.stop()
             try:
-                tell(await self._memory_back(held, free_before.ram_bytes, free_before.vram_bytes))
-                await self._bring_up(route, target, tell)
+                tell(await self._memory_back(held, before))
+                left = until - time.monotonic() - 2 * (old.load_s or 0)
+                await self._bring_up(route, target, tell, min(self._yard.settings.move_s, max(left, LEAST_LOAD_S)))
                 self._settle(route, target, undo=undo)
-            except (SwitchyardError, asyncio.CancelledError):
+            except BaseException:
                 tell(f"putting {old.engine} back")
                 await target.stop()
                 await old.ready()
@@ -210,20 +221,35 @@ class Moves:
             route.hand_over()
         tell(f"new requests go to {target.engine}")
 
+    async def _drained(self, route: Route, unit: Unit, within_s: float) -> None:
+        try:
+            await asyncio.wait_for(unit.idle(), within_s)
+        except TimeoutError:
+            raise MoveFailed(
+                f"{route.model_id} stays on {unit.engine}: {len(unit.flights)} request(s) were not done within "
+                f"{within_s:.0f} s, and no longer may others be held; try again when it is quieter"
+            ) from None
+
     def _settle(self, route: Route, target: Unit, *, undo: str | None) -> None:
         """The commit: from here on the target serves, after a crash as well."""
+        replaced = route.units.get(target.engine)
         route.units[target.engine] = target
-        self._yard.commit(route, serving=target.engine, undo=undo, canary=None, moved_at=time.time())
+        try:
+            self._yard.commit(route, serving=target.engine, undo=undo, canary=None, moved_at=time.time())
+        except SwitchyardError:
+            if replaced is not None:
+                route.units[target.engine] = replaced
+            raise
         route.fallback = route.unservable = None
         route.hand_over()
 
-    async def _bring_up(self, route: Route, target: Unit, tell: Say) -> None:
+    async def _bring_up(self, route: Route, target: Unit, tell: Say, within_s: float) -> None:
         """One real token from the target, or MoveFailed with it stopped again."""
         if target.state.serves:
             return
         tell(f"starting {target.engine} {target.recipe.version}")
         try:
-            await target.ready(self._yard.settings.move_s, first_try=True)
+            await target.ready(within_s, first_try=True)
         except EngineError as error:
             if target is not route.serving:
                 await target.stop()
@@ -239,22 +265,25 @@ class Moves:
             if running:
                 tell(f"{unit.engine} stopped")
 
-    async def _memory_back(self, held: int, ram_before: int | None, vram_before: int | None) -> str:
-        """How much of a stopped engine's memory was seen to come back; VRAM may take a while."""
-        began, settings = time.monotonic(), self._yard.settings
+    async def _memory_back(self, vram_held: int | None, before: FreeMemory) -> str:
+        """What of a stopped engine's memory was seen to come back, in words. Raises MoveFailed when VRAM does not.
+
+        RAM is back when the process is gone, and it is gone. VRAM is the driver's to give back, and may take a while.
+        """
+        if before.vram_bytes is None:
+            return "its memory is back: the process is gone, and there is no GPU"
+        began, seen = time.monotonic(), 0
         while True:
-            now = free_memory()
-            ram = None if now.ram_bytes is None or ram_before is None else now.ram_bytes - ram_before
-            vram = None if now.vram_bytes is None or vram_before is None else now.vram_bytes - vram_before
-            seen = max(ram or 0, 0) + max(vram or 0, 0)
-            waited = time.monotonic() - began
-            if seen >= MEMORY_SHARE * held:
-                return f"memory is back: {seen / 2**20:.0f} of {held / 2**20:.0f} MiB after {waited:.1f} s"
-            if vram is None and waited > 2:  # RAM is back when the process is gone; neighbours blur the figure
-                return f"memory: {seen / 2**20:.0f} of {held / 2**20:.0f} MiB seen back; the process is gone"
-            if waited > settings.memory_back_s:
+            waited, last = time.monotonic() - began, seen
+            seen = max((free_memory().vram_bytes or 0) - before.vram_bytes, 0)
+            if vram_held is not None and seen >= MEMORY_SHARE * vram_held:
+                return f"VRAM is back: {_mib(seen)} of {_mib(vram_held)} after {waited:.1f} s"
+            if vram_held is None and waited >= VRAM_SETTLES_S and seen == last:
+                return f"VRAM has settled {waited:.1f} s after the stop, {_mib(seen)} more are free"
+            if waited > self._yard.settings.memory_back_s:
                 raise MoveFailed(
-                    f"only {seen / 2**20:.0f} of {held / 2**20:.0f} MiB came back within {settings.memory_back_s:.0f} s"
+                    f"only {_mib(seen)} of {_mib(vram_held or 0)} of VRAM came back within {waited:.0f} s; "
+                    "`nvidia-smi` shows who holds it"
                 )
             await asyncio.sleep(POLL_S)
 
@@ -309,3 +338,7 @@ class Moves:
 
 def _holds(free: int | None, held: int | None) -> bool:
     return free is not None and held is not None and free > 2 * held
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB"

@@ -47,7 +47,7 @@ class Route:
         self.holding = False
         self.moving: str | None = None  # the move under way, in words
         self.incumbent = self.candidate = state.serving
-        self._max_waiting = max_waiting
+        self.max_waiting = max_waiting
         self._waiting: deque[Waiting] = deque()
 
     @property
@@ -79,9 +79,9 @@ class Route:
         place = Waiting(conversation, prompt_tokens, light)
         self._waiting.append(place)
         self.hand_over()
-        if not place.turn.done() and len(self._waiting) > self._max_waiting:
+        if not place.turn.done() and len(self._waiting) > self.max_waiting:
             self._waiting.remove(place)
-            raise Full(f"{self._max_waiting} requests wait for {self.model_id} already")
+            raise Full(f"{self.max_waiting} requests wait for {self.model_id} already")
         return place
 
     def leave(self, place: Waiting) -> None:

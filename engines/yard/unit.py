@@ -96,7 +96,7 @@ class Unit:
         self.gap: Callable[[float], None] | None = None
         self.prefill = Rate()
         self.token_gap = Rate()
-        self._settings = settings
+        self.settings = settings
         self._home = home
         self._key = key
         self._http = http
@@ -246,7 +246,7 @@ class Unit:
             pause = self._budget.spend(time.monotonic())
             if pause is None:
                 self._wanted, self.out_of_budget = False, True
-                self._incident(self, f"out of restarts ({self._settings.restarts}): {self.why}")
+                self._incident(self, f"out of restarts ({self.settings.restarts}): {self.why}")
                 self._announce()
                 continue
             self.restarts += 1
@@ -297,7 +297,7 @@ class Unit:
             serve,
             self.child,
             served_name=self.driver.served_name(self.recipe.installation, self.recipe.model_id),
-            stall_s=self._settings.load_stall_s,
+            stall_s=self.settings.load_stall_s,
             progress=self._note_loading,
         )
         self.load_s = time.monotonic() - began
@@ -356,7 +356,7 @@ class Unit:
     def _look(self) -> tuple[Health, str] | None:
         """Wedged or failing, when the evidence at hand says so."""
         if not self.flights:
-            if self._missed < self._settings.failed_probes:
+            if self._missed < self.settings.failed_probes:
                 return None
             return Health.FAILING, f"idle, and {self._missed} questions for a sign of life in a row were not answered"
         still, limit = self._stillness_s()
@@ -381,7 +381,7 @@ class Unit:
                 return None
             self._asked = now
             return asyncio.create_task(self._ask_progress())
-        every = self._settings.probe_every_s if not self._missed else min(self._settings.probe_every_s, ASK_TIMEOUT_S)
+        every = self.settings.probe_every_s if not self._missed else min(self.settings.probe_every_s, ASK_TIMEOUT_S)
         if now - max(self._progressed, self._probed) < every:
             return None
         self._probed = now
@@ -398,7 +398,7 @@ class Unit:
             self.memory_series.append(self.memory_bytes)
 
     def _limit_s(self, flight: Flight) -> float:
-        least = self._settings.wedged_after_s
+        least = self.settings.wedged_after_s
         if flight.first is not None:
             return token_limit_s(least_s=least, token_s=self.token_gap.value)
         return stall_limit_s(
@@ -445,7 +445,7 @@ class Unit:
                 f"{self.base_url}/v1/chat/completions",
                 json=body,
                 headers=self.headers,
-                timeout=aiohttp.ClientTimeout(total=self._settings.wedged_after_s),
+                timeout=aiohttp.ClientTimeout(total=self.settings.wedged_after_s),
             ) as answer:
                 return answer.status == 200 and int((await answer.json())["usage"]["completion_tokens"]) >= 1
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):

@@ -305,6 +305,10 @@ class Yard:
         """Take over what changes without any engine: limits, names, the key."""
         before = self.settings.capture, self.settings.capture_mib
         self.config, self.settings, self.api_key = config, config.settings, config.api_key
+        for route in self.routes.values():
+            route.max_waiting = config.settings.max_waiting
+            for unit in route.units.values():
+                unit.settings = config.settings
         self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
         if before != (self.settings.capture, self.settings.capture_mib):
             self.capture, old = self._capture(), self.capture
