@@ -210,7 +210,7 @@ def status(
 ) -> None:
     """What runs now: the yard with its routes and engines, evaluations; and how the last evaluation ended."""
     from engines.home import home
-    from engines.yard.control import YardClient
+    from engines.yard.client import YardClient
     from flows import status_view
     from flows.state import current
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
 from engines.model_digest import model_digest
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 from flows import yards as yard_processes
 from flows.yards import Yards
 from migrations.plan import ModelPlan, Plan, plan_hash

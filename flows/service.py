@@ -17,7 +17,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,9 +25,9 @@ from rich.console import Console
 import flows
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
-from engines.yard.control import YardClient
-from flows.serve import plan_path
-from migrations.plan import Plan, load_plan
+
+if TYPE_CHECKING:
+    from migrations.plan import Plan
 
 UNIT = "switchyard.service"
 ENGINES_END_S = 15  # after the requests in flight: engines get TERM, TERM, KILL; then the doors close
@@ -53,6 +53,8 @@ def install(
 ) -> None:
     """Write the unit for a plan, and start it now and at every boot; a second time changes nothing."""
     folder = home()
+    from flows.serve import plan_path
+
     path = plan_path(plan, folder).absolute()
     checked = _checked(path)
     text = unit_text(path, checked.yard.stop_s, home=folder, systemd=_systemd_version())
@@ -189,6 +191,8 @@ def _root() -> Path:
 
 
 def _checked(path: Path) -> Plan:
+    from migrations.plan import load_plan
+
     plan = load_plan(path)
     if not plan.yard.on_loopback and plan.api_key_env is None:
         raise BadInput(
@@ -206,6 +210,8 @@ def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
     changed = not unit.is_file() or unit.read_text() != text
     if changed:
         _write(unit, text)
+    from engines.yard.client import YardClient
+
     if not active and YardClient(folder).runs():
         starts = False
         notes.append(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.errors import SwitchyardError
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 from engines.yard.page import ago, notes, one_line
 from flows.tables import size
 

@@ -11,8 +11,6 @@ import typer
 from rich.console import Console
 
 from engines.home import home
-from engines.yard.control import YardClient
-from engines.yard.yard import Yard, YardConfig
 
 app = typer.Typer()
 
@@ -37,6 +35,7 @@ def serve(
     Ctrl-C or SIGTERM finishes the requests in flight and stops (a second one stops at once); SIGHUP reloads the plan.
     """
     from engines.yard.serve import run
+    from engines.yard.yard import Yard, YardConfig
     from flows.serve import log_to_terminal, losses, plan_path, remember_plan, yard_config
     from migrations.plan import load_plan
 
@@ -131,6 +130,8 @@ def reload(json_: Json = False) -> None:
 
 
 def _order(name: str, json_: bool, **body: Any) -> None:
+    from engines.yard.client import YardClient
+
     errors = Console(stderr=True)
     given = {key: value for key, value in body.items() if value is not None}
     done = YardClient(home()).order(name, lambda step: errors.print(step, style="dim", highlight=False), **given)

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from engines import process
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.serving import free_port
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 from engines.yard.recipe import Recipe
 from engines.yard.settings import YardSettings
 from engines.yard.yard import YardConfig

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from engines.errors import BadInput, SwitchyardError
 from engines.gguf_header import read_header
 from engines.memory_fit import FreeMemory, estimate, free_memory
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 from engines.yard.recipe import Recipe
 from tasks.verdict import CheckResult, Verdict, at_most, not_measured
 

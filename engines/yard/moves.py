@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Literal, get_args
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.gguf_header import read_header
 from engines.memory_fit import FreeMemory, estimate, free_memory
+from engines.yard.client import Say
 from engines.yard.recipe import Recipe
 from engines.yard.route import Route
 from engines.yard.state import Canary
@@ -25,7 +26,6 @@ from engines.yard.unit import Unit
 from engines.yard.yard import ModelConfig, Yard, YardConfig, loopback_or_key
 
 Form = Literal["auto", "side-by-side", "one-at-a-time"]
-Say = Callable[[str], None]
 MEMORY_SHARE = 0.75  # of what the stopped engine held, as Ollama waits for; the rest is the driver's own
 POLL_S = 0.25
 VRAM_SETTLES_S = 2.0  # where NVML does not say how much a process holds

@@ -20,7 +20,8 @@ from engines.driver import Driver
 from engines.errors import PortTaken, SwitchyardError
 from engines.process import stop_all
 from engines.serving import listener_on
-from engines.yard.control import Control, listening, socket_path
+from engines.yard.client import socket_path
+from engines.yard.control import Control, listening
 from engines.yard.gateway import Gateway
 from engines.yard.moves import Moves
 from engines.yard.watch import CanaryWatch

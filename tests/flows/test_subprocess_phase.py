@@ -26,7 +26,7 @@ from waiting import until
 from engines.errors import BadInput
 from engines.model_digest import model_digest
 from engines.serving import free_port
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 from flows.migration import Orders, phase_one
 from flows.rehearsal_yard import without
 from flows.serve import remember_plan

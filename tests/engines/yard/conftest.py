@@ -17,7 +17,7 @@ from gguf_files import write_gguf
 from waiting import until
 
 from engines.serving import free_port
-from engines.yard.control import YardClient
+from engines.yard.client import YardClient
 
 ROOT = Path(__file__).parents[3]
 
