@@ -136,6 +136,7 @@ class BinaryShim(Shim):
         self._held = b""
         self._opened: set[object] = set()
         self._usage_chunk: Json | None = None
+        self._commented = False
         self._told = False
 
     def request(self) -> bytes:
@@ -185,6 +186,9 @@ class BinaryShim(Shim):
 
     def _event(self, event: bytes) -> bytes:
         data = _data_of(event)
+        if event.startswith(b":") and not self._told and not self._commented:
+            self._commented = True  # one comment less keeps nobody waiting, and an error behind it can still be a 400
+            return b""
         if data is None or self.early_error is not None:
             return b"" if self.early_error else event + b"\n\n"
         if data == b"[DONE]":

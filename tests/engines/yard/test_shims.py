@@ -164,8 +164,6 @@ def test_the_last_event_may_lack_its_empty_line():
 @pytest.mark.parametrize(
     "event",
     [
-        b": keep-alive\n\n",
-        b":\n\n",
         b'event: agentic_tool_call_progress\ndata: {"round":0}\n\n',
         b'data: {"choices": \n\n',
         b'data: {"type":"unknown"}\n\n',
@@ -174,6 +172,12 @@ def test_the_last_event_may_lack_its_empty_line():
 )
 def test_what_is_not_understood_passes_unchanged(event):
     assert binary().event(event) == event
+
+
+def test_the_first_comment_waits_for_nobody_and_the_others_pass():
+    """An error right behind it must still be able to become a 400: a stream that has begun has said 200."""
+    shim = binary()
+    assert [shim.event(b": keep-alive\n\n"), shim.event(b":\n\n")] == [b"", b":\n\n"]
 
 
 def test_a_tool_call_in_the_last_chunk_is_told_before_the_end():
@@ -228,7 +232,7 @@ def test_an_error_in_a_stream_is_an_error_event(event):
 def test_an_error_instead_of_a_stream_keeps_its_status():
     """llama.cpp refuses too long a prompt with 400, before any event."""
     shim = binary()
-    assert shim.event(b":\n\n") == b":\n\n"
+    assert shim.event(b":\n\n") == b""
     long = b"data: Prompt sequence length is greater than 64, perhaps consider using `truncate_sequence`?\n\n"
     assert shim.event(long + b"data: [DONE]\n\n") == b""
     status, body = shim.early_error
