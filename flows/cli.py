@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from engines.errors import BadInput, SwitchyardError
 from flows import migrate_command, service, yard_commands
+from flows.options import Json
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
@@ -71,8 +72,6 @@ app = typer.Typer(
     "Exit codes: 0 done or gate open, 2 bad input, 3 gate closed, 4 inconclusive, 5 engine or environment error, "
     "130 interrupted.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engines.home import home
+from flows.options import Json
 
 app = typer.Typer()
 
@@ -40,7 +41,7 @@ def migrate(
     without_rehearsal: Annotated[
         bool, typer.Option("--without-rehearsal", help="Do not rehearse the fallback first; needs --who and --reason.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    json_: Json = False,
 ) -> None:
     """Phase 2: put the candidate behind the real port: fallback rehearsed, canary judged, then all of it.
 

@@ -25,6 +25,7 @@ from rich.console import Console
 import flows
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
+from flows.options import Json
 
 if TYPE_CHECKING:
     from migrations.plan import Plan
@@ -39,8 +40,6 @@ ANSWER_S = 10.0
 app = typer.Typer(
     no_args_is_help=True, help="Have systemd start the yard at boot: install, look at, remove a unit of your own user."
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 @app.command()

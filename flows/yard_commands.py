@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 from engines.home import home
+from flows.options import Json, To
 
 app = typer.Typer()
 
 Model = Annotated[str | None, typer.Argument(help="The model; may be left out where there is only one.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 FormOption = Annotated[
     str,
     typer.Option(
@@ -61,7 +61,7 @@ def serve(
 @app.command()
 def promote(
     model: Model = None,
-    to: Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")] = None,
+    to: To = None,
     form: FormOption = "auto",
     json_: Json = False,
 ) -> None:
@@ -79,7 +79,7 @@ def rollback(model: Model = None, form: FormOption = "auto", json_: Json = False
 def canary(
     model: Model = None,
     weight: Annotated[float, typer.Option(min=0, max=0.99, help="Share of conversations; 0 takes it out.")] = 0.1,
-    to: Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")] = None,
+    to: To = None,
     json_: Json = False,
 ) -> None:
     """Let another engine answer a share of a model's conversations; each conversation stays where it is."""
@@ -90,7 +90,7 @@ def canary(
 def shadow(
     model: Model = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="Share of chat requests; 0 takes it out.")] = 0.1,
-    to: Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")] = None,
+    to: To = None,
     json_: Json = False,
 ) -> None:
     """Copy a share of a model's chat requests to another engine when nobody waits; its answers are compared only."""

@@ -90,7 +90,7 @@ class Moves:
                     await target.stop()
                 return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
             if not target.state.serves:
-                self._require_room(target.recipe, route.serving)
+                await self._require_room(target.recipe, route.serving)
                 await self._bring_up(route, target, tell, self._yard.settings.move_s)
             self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight, since=time.time()))
             return f"{route.model_id}: {target.engine} answers {weight:.0%} of the conversations"
@@ -108,7 +108,7 @@ class Moves:
                     await self._retire([target], tell)
                 return f"{route.model_id}: nothing is copied any more"
             if not target.state.serves:
-                self._require_room(target.recipe, route.serving)
+                await self._require_room(target.recipe, route.serving)
                 await self._bring_up(route, target, tell, self._yard.settings.move_s)
         return f"{route.model_id}: {target.engine} gets copies of {share:.0%} of the chat requests"
 
@@ -176,7 +176,8 @@ class Moves:
         self._yard.commit(route)  # both recipes on the disk before anything changes
         tell(f"way back saved: {old.engine} {old.recipe.version}")
         if form == "auto":
-            form = "side-by-side" if target.state.serves or self._fits(target.recipe, old) else "one-at-a-time"
+            beside = target.state.serves or await _fits(target.recipe, old)
+            form = "side-by-side" if beside else "one-at-a-time"
         tell(f"moving {form.replace('-', ' ')}")
         if form == "side-by-side":
             await self._side_by_side(route, old, target, tell, undo)
@@ -203,7 +204,7 @@ class Moves:
         try:
             tell(f"holding new requests; {len(old.flights)} in flight on {old.engine}")
             await self._drained(route, old, (until - time.monotonic()) / 2)
-            held, before = old.vram_bytes, free_memory()
+            held, before = old.vram_bytes, await asyncio.to_thread(free_memory)
             tell(f"stopping {old.engine}")
             await old.stop()
             try:
@@ -275,7 +276,8 @@ class Moves:
         began, seen = time.monotonic(), 0
         while True:
             waited, last = time.monotonic() - began, seen
-            seen = max((free_memory().vram_bytes or 0) - before.vram_bytes, 0)
+            free = await asyncio.to_thread(free_memory)
+            seen = max((free.vram_bytes or 0) - before.vram_bytes, 0)
             if vram_held is not None and seen >= MEMORY_SHARE * vram_held:
                 return f"VRAM is back: {_mib(seen)} of {_mib(vram_held)} after {waited:.1f} s"
             if vram_held is None and waited >= VRAM_SETTLES_S and seen == last:
@@ -287,19 +289,8 @@ class Moves:
                 )
             await asyncio.sleep(POLL_S)
 
-    def _fits(self, recipe: Recipe, beside: Unit) -> bool:
-        """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
-        free = free_memory()
-        with contextlib.suppress(SwitchyardError):
-            fit = estimate(read_header(recipe.gguf), recipe.settings, recipe.engine, memory=free)
-            if fit.verdict != "unknown":
-                return fit.verdict == "fits"
-        return _holds(free.ram_bytes, beside.memory_bytes) and (
-            beside.vram_bytes is None or _holds(free.vram_bytes, beside.vram_bytes)
-        )
-
-    def _require_room(self, recipe: Recipe, beside: Unit) -> None:
-        if not self._fits(recipe, beside):
+    async def _require_room(self, recipe: Recipe, beside: Unit) -> None:
+        if not await _fits(recipe, beside):
             raise MoveFailed(
                 f"a canary runs both engines at once, and {recipe.engine} does not fit beside the one that serves; "
                 "`promote` moves one at a time"
@@ -334,6 +325,25 @@ class Moves:
         finally:
             route.moving = None
             self._yard.reconsider(route)
+
+
+async def _fits(recipe: Recipe, beside: Unit) -> bool:
+    """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
+    free, estimated = await asyncio.to_thread(_estimated, recipe)
+    if estimated != "unknown":
+        return estimated == "fits"
+    return _holds(free.ram_bytes, beside.memory_bytes) and (
+        beside.vram_bytes is None or _holds(free.vram_bytes, beside.vram_bytes)
+    )
+
+
+def _estimated(recipe: Recipe) -> tuple[FreeMemory, str]:
+    """Files and NVML are read: too slow for the loop that streams pass through."""
+    free = free_memory()
+    try:
+        return free, estimate(read_header(recipe.gguf), recipe.settings, recipe.engine, memory=free).verdict
+    except SwitchyardError:
+        return free, "unknown"
 
 
 def _holds(free: int | None, held: int | None) -> bool:

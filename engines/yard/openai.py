@@ -33,10 +33,10 @@ class Refusal(Exception):
         """`{"error": {...}}`."""
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
 
-    def response(self) -> web.Response:
-        """The whole answer."""
+    def response(self, **detail: Any) -> web.Response:
+        """The whole answer; `detail` stands beside the error."""
         headers = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
-        return web.json_response(self.body(), status=self.status, headers=headers)
+        return web.json_response({**self.body(), **detail}, status=self.status, headers=headers)
 
     def event(self) -> bytes:
         """The same inside a stream that has begun, and its end: clients raise it as an error."""

@@ -104,9 +104,9 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await yard.open()
         await _listen(public, yard)
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
+        opened(yard)  # what is lost on the way is said before an engine is launched
         yard.start()
         background += [asyncio.create_task(CanaryWatch(yard, moves).run()), asyncio.create_task(yard.shadow.run())]
-        opened(yard)
         await stop.wait()
     finally:
         for task in background:

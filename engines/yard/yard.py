@@ -43,6 +43,8 @@ JudgeCanary = Callable[[Sequence[Mapping[str, Any]], str, str], Mapping[str, Any
 JudgeShadow = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]  # the same of pairs of answers
 SAMPLES = 5000  # live requests remembered for the judgement of a canary
 
+KEPT_S = 2.0  # llama-server closes after 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -98,6 +100,7 @@ class Yard:
         self.started_at = time.time()
         self.stopping = False
         self.http: aiohttp.ClientSession
+        self.kept: aiohttp.ClientSession  # of requests that generate
         self.config = config
         self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
         self.canary_says: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
@@ -132,9 +135,13 @@ class Yard:
         self.journal = Journal(self.folder, self.log)
         for ended in await asyncio.to_thread(end_orphans, self.home):
             self.journal.note("yard", "-", f"ended, left behind by a yard that was killed: {ended}")
-        # a kept-alive connection that an engine closes while we send would look like its death
+        # a kept-alive connection that an engine closes while we send would look like its death: see the gateway
         self.http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False, trust_env=False
+        )
+        # never more than an engine's slots, and given up soon: each one holds a thread of llama-server
+        self.kept = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S), auto_decompress=False, trust_env=False
         )
         self._file = StateFile(self.folder)
         self.state, problem = self._file.load()
@@ -168,6 +175,7 @@ class Yard:
             await asyncio.wait_for(asyncio.gather(*(unit.idle() for unit in units)), self.settings.stop_s)
         await asyncio.gather(*(unit.stop() for unit in units))
         await self.http.close()
+        await self.kept.close()
         await asyncio.to_thread(self.capture.close)
 
     def _capture(self) -> Capture:

@@ -7,8 +7,8 @@ import sqlite3
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import of_home
 from switchyard_command import command, json_of
 from waiting import until
 
@@ -90,18 +90,6 @@ def started(environment, tmp_path, *arguments):
     )
 
 
-def left_over(home):
-    """Processes that carry this test's home in their environment: whatever the run started and did not end."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SWITCHYARD_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def evidence(home):
     """(arm, kind, key) -> when it was recorded, as far as the records have it."""
     if not (home / "switchyard.db").exists():
@@ -118,7 +106,7 @@ def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     done = switchyard("evaluate", plan, "--json")
     outcome = json_of(done)
     assert (done.returncode, outcome["verdict"]) == (0, "PASS"), outcome["models"][0]["closed_by"]
-    assert left_over(home) == []
+    assert of_home(home) == []
     assert Path(outcome["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 
     again = json_of(switchyard("report", outcome["run_id"], "--json"))
@@ -139,7 +127,7 @@ def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, en
     before = evidence(home)
     state = json_of(switchyard("status", "--json"))
     assert state["last"]["status"] == "killed"
-    assert left_over(home) == []
+    assert of_home(home) == []
 
     outcome = json_of(switchyard("evaluate", "--resume", "latest", "--json"))
     assert outcome["run_id"] == state["last"]["run_id"]
@@ -166,4 +154,4 @@ def test_an_interrupt_ends_everything(environment, tmp_path, quick_plan, home, s
     said = (tmp_path / "run.log").read_text()
     assert code == 130, said
     assert "Traceback" not in said
-    until(lambda: left_over(home) == [], "every process to be gone")
+    until(lambda: of_home(home) == [], "every process to be gone")

@@ -13,6 +13,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from processes import of_home
 from switchyard_command import command, json_of
 from waiting import until
 
@@ -105,19 +106,7 @@ def start(environment, home, tmp_path):
     yield start
     for yard in yards:
         yard.end()
-        assert children_of(home) == []
-
-
-def children_of(home):
-    """Processes that carry this home in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SWITCHYARD_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+        assert of_home(home) == []
 
 
 class Streams:
@@ -231,7 +220,7 @@ def test_cycles_of_promote_and_rollback_leak_nothing(start, switchyard):
         assert yard.ask(max_tokens=1).status_code == 200
         memory.append((number, own.memory_info().rss))
         descriptors.append(own.num_fds())
-        assert len(children_of(yard.home)) == 2, "the yard and one engine"
+        assert len(of_home(yard.home)) == 2, "the yard and one engine"
     assert descriptors[-1] <= descriptors[0] + 2
     assert own.num_threads() < 80
     if CYCLES >= 50:  # fewer say nothing: the first ones fill caches

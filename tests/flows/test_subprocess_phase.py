@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 from gguf_files import write_gguf
+from processes import of_home
 from switchyard_command import json_of
 from waiting import until
 
@@ -89,12 +90,7 @@ class Box:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that was started for this box and lives."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("FAKE_BOX") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return of_home(self.home, "FAKE_BOX")
 
     @contextlib.contextmanager
     def traffic(self) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from gguf_files import write_gguf
+from processes import of_home
 from waiting import until
 
 from engines.serving import free_port
@@ -75,16 +76,8 @@ class FakeYard:
         return self
 
     def engines_left(self) -> list[psutil.Process]:
-        """Fake engines that carry this yard's home in their log path or environment."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                ours = process.environ().get("FAKE_YARD_HOME") == str(self.home) and process.pid != self.process.pid
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        """Fake engines of this yard that are alive."""
+        return [found for found in of_home(self.home, "FAKE_YARD_HOME") if found.pid != self.process.pid]
 
     def end(self) -> None:
         if self.process.poll() is None:

@@ -119,6 +119,18 @@ def test_a_client_that_leaves_frees_the_engine_at_once(start_yard):
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
+def test_a_kept_connection_that_the_engine_closes_loses_nothing(start_yard):
+    """The engine hangs up just as its connection is used again: asked once more, and no death of it is told."""
+    yard = start_yard(old="--closes-kept").ready()
+    with yard.http() as http:
+        assert [http.post("/v1/chat/completions", json=CHAT).status_code for _ in range(4)] == [200] * 4
+    argv = yard.engine("old")["argv"]
+    hung_up = httpx.get(f"http://127.0.0.1:{argv[argv.index('--port') + 1]}/slots").json()[1]
+    assert hung_up == 2, "every second request, or connections are not kept and this test shows nothing"
+    assert yard.engine("old")["restarts"] == 0
+    assert "went away" not in yard.said()
+
+
 def test_chunks_are_not_held_back(start_yard):
     """Each chunk arrives before the next one is sent: 100 ms lie between them."""
     yard = start_yard(old="--itl-ms 100").ready()

@@ -1,0 +1,10 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+To = Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")]
