@@ -16,19 +16,20 @@ from engines.errors import BadInput
 from engines.settings import Serve, Settings
 
 Form = Literal["auto", "binary", "hosted"]
+Found = Literal["binary", "hosted", "native"]
 Dialect = Literal["llama.cpp", "switchyard", "mistralrs"]
 
 
 @dataclass(frozen=True)
 class Installation:
-    """One engine as found on this machine.
+    """One engine as found on this machine. A native one is no server: the yard talks to it in frames.
 
     `program` is the argv prefix; `flags` are the long options its own `--help` lists, so that no flag is passed that
     this build does not know; `libraries` goes in front of LD_LIBRARY_PATH.
     """
 
     engine: str
-    form: Literal["binary", "hosted"]
+    form: Found
     program: tuple[str, ...]
     version: str
     flags: frozenset[str] = frozenset()
@@ -110,9 +111,23 @@ def drivers() -> dict[str, Driver]:
     return {driver.name: driver for driver in (LlamaCpp(), MistralRs())}
 
 
+def native_of(name: str) -> str:
+    """The name under which engine `name` runs without a server between: a third place for a candidate."""
+    return f"{name}-native"
+
+
+def native_driver(name: str) -> Driver | None:
+    """The driver of engine `name` without a server between; None where it has no such form."""
+    from engines.drivers.mistral_rs import MistralRsNative
+
+    return MistralRsNative() if native_of(name) == MistralRsNative.name else None
+
+
 def driver(name: str) -> Driver:
     """The driver called `name`; BadInput lists the known ones."""
-    known = drivers()
+    from engines.drivers.mistral_rs import MistralRsNative
+
+    known = {**drivers(), MistralRsNative.name: MistralRsNative()}
     if name not in known:
         raise BadInput(f"unknown engine '{name}': known are {', '.join(known)}")
     return known[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -18,10 +20,13 @@ import psutil
 from engines import process
 from engines.driver import Driver, Installation
 from engines.errors import EngineError, EngineExited, EngineStalled, PortTaken, WrongListener
+from engines.native import frames
 from engines.process import ManagedProcess
 from engines.settings import Endpoint, Serve
 
 POLL_S = 0.05
+# method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
+Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
 QUOTED_LINES = 8
 
 
@@ -159,31 +164,35 @@ def wait_ready(
     served_name: str,
     stall_s: float = 120.0,
     progress: Callable[[str], None] = lambda _: None,
+    ask: Ask | None = None,
 ) -> dict[str, object]:
-    """What the engine says of itself, once our own child has produced one token; errors as in `serving`."""
+    """What the engine says of itself, once our own child has produced one token; errors as in `serving`.
+
+    `ask` is how one talks to it: over HTTP where nothing else is said.
+    """
+    ask = ask or over_http(serve)
     clock = _LoadClock(child)
     progress(f"loading {serve.gguf.name}")
     token: _FirstToken | None = None
-    with _client(serve) as http:
-        while True:
-            if child.poll() is not None:
-                raise _exited(engine, serve, child)
-            if token is None and _healthy(http) and _our_listener(engine, serve, child):
-                token = _FirstToken(serve, served_name)
-            if token is not None and token.done.is_set():
-                if token.arrived:
-                    return {"prefill_tokens_per_s": token.prefill_rate, **_metadata(http)}
-                token = None  # refused or cut: the checks above say why, or it is tried again
-            stalled_s = clock.stalled_s()
-            if stalled_s > stall_s:
-                raise EngineStalled(
-                    f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s "
-                    f"(no log line, no memory growth, no disk read){_quoted(child)}",
-                    stalled_s=stalled_s,
-                    engine=engine,
-                    log_tail=child.log_tail(),
-                )
-            time.sleep(POLL_S)
+    while True:
+        if child.poll() is not None:
+            raise _exited(engine, serve, child)
+        if token is None and _healthy(ask) and _our_listener(engine, serve, child):
+            token = _FirstToken(ask, served_name)
+        if token is not None and token.done.is_set():
+            if token.arrived:
+                return {"prefill_tokens_per_s": token.prefill_rate, **_metadata(ask)}
+            token = None  # refused or cut: the checks above say why, or it is tried again
+        stalled_s = clock.stalled_s()
+        if stalled_s > stall_s:
+            raise EngineStalled(
+                f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s "
+                f"(no log line, no memory growth, no disk read){_quoted(child)}",
+                stalled_s=stalled_s,
+                engine=engine,
+                log_tail=child.log_tail(),
+            )
+        time.sleep(POLL_S)
 
 
 class _FirstToken:
@@ -192,8 +201,8 @@ class _FirstToken:
     The thread is a daemon: an engine that never answers is stopped by the caller, which also ends the request.
     """
 
-    def __init__(self, serve: Serve, served_name: str) -> None:
-        self._serve = serve
+    def __init__(self, ask: Ask, served_name: str) -> None:
+        self._ask_engine = ask
         self._served_name = served_name
         self.arrived = False
         self.prefill_rate: float | None = None  # tokens/s; cautious, for the prompt is tiny and the engine cold
@@ -204,35 +213,58 @@ class _FirstToken:
         # a model without a chat template may refuse a chat and complete a text
         chat = {"messages": [{"role": "user", "content": "Hi"}]}
         try:
-            with _client(self._serve) as http:
-                self.arrived = self._answers(http, "/v1/chat/completions", chat) or self._answers(
-                    http, "/v1/completions", {"prompt": "Hi"}
-                )
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            self.arrived = self._answers("/v1/chat/completions", chat) or self._answers(
+                "/v1/completions", {"prompt": "Hi"}
+            )
+        except (OSError, ValueError, KeyError, TypeError):
             self.arrived = False
         finally:
             self.done.set()
 
-    def _answers(self, http: httpx.Client, path: str, what: Mapping[str, object]) -> bool:
+    def _answers(self, path: str, what: Mapping[str, object]) -> bool:
         body = {"model": self._served_name, **what, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
         asked = time.monotonic()
-        answer = http.post(path, json=body)
-        if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] < 1:
+        status, answer = self._ask_engine("POST", path, body, None)
+        if status != 200 or answer["usage"]["completion_tokens"] < 1:
             return False
-        self.prefill_rate = answer.json()["usage"]["prompt_tokens"] / (time.monotonic() - asked)
+        self.prefill_rate = answer["usage"]["prompt_tokens"] / (time.monotonic() - asked)
         return True
 
 
-def _client(serve: Serve) -> httpx.Client:
+def over_http(serve: Serve) -> Ask:
+    """Asks a server."""
     key = serve.settings.api_key
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-    return httpx.Client(base_url=serve.base_url, headers=headers, timeout=httpx.Timeout(5, read=None), trust_env=False)
+
+    def ask(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:
+        timeout = httpx.Timeout(timeout_s or 5, read=timeout_s)
+        try:
+            with httpx.Client(base_url=serve.base_url, headers=headers, timeout=timeout, trust_env=False) as http:
+                answer = http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise ConnectionError(str(error)) from error
+        with contextlib.suppress(ValueError):
+            return answer.status_code, answer.json()
+        return answer.status_code, None  # a health check in plain text
+
+    return ask
 
 
-def _healthy(http: httpx.Client) -> bool:
+def in_frames(serve: Serve) -> Ask:
+    """Asks a native worker."""
+    key = serve.settings.api_key.get_secret_value() if serve.settings.api_key else ""
+
+    def ask(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:
+        data = b"" if body is None else json.dumps(body).encode()
+        return frames.ask(serve.port, key, method, path, data, timeout_s)
+
+    return ask
+
+
+def _healthy(ask: Ask) -> bool:
     try:
-        return http.get("/health", timeout=5).status_code == 200
-    except httpx.HTTPError:
+        return ask("GET", "/health", None, 5)[0] == 200
+    except (OSError, ValueError):
         return False
 
 
@@ -250,11 +282,11 @@ def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
     )
 
 
-def _metadata(http: httpx.Client) -> dict[str, object]:
+def _metadata(ask: Ask) -> dict[str, object]:
     """What the engine says of itself: usable context of one sequence, where it tells."""
     seen: dict[str, object] = {}
-    with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-        props = http.get("/props", timeout=5).json()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        props = ask("GET", "/props", None, 5)[1]
         seen["context_tokens"] = int(props["default_generation_settings"]["n_ctx"])
     return seen
 

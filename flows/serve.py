@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.driver import Installation, driver
+from engines.driver import Installation, driver, native_driver
 from engines.errors import EngineNotFound
 from engines.yard.recipe import Recipe
 from engines.yard.yard import ModelConfig, YardConfig
@@ -31,6 +32,10 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
             missing[choice.engine] = str(error)
     if not found:
         raise EngineNotFound("; ".join(missing.values()))
+    with contextlib.suppress(EngineNotFound):  # a third place for the candidate, where there is one
+        native = native_driver(plan.candidate.engine)
+        if native is not None:
+            found[native.name] = native.find()
     models = tuple(
         ModelConfig(
             id=model.id,

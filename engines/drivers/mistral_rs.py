@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.driver import Dialect, Form, Installation, Installer, help_flags, probe, scrubbed
+from engines.driver import Dialect, Form, Installation, Installer, help_flags, native_of, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
 from engines.settings import Serve, Settings
 
@@ -22,6 +22,7 @@ COMMON_PLACES = (
     "/usr/local/bin/mistralrs",
 )
 HOST_MODULE = "engines.hosts.mistral_rs"
+WORKER_MODULE = "engines.native.worker"
 PINNED = "0.9.2"
 MOVING = re.compile(
     r"^mistralrs_(?:tokens_processed_total|sequences_completed_total)(?:{[^}]*})? ([0-9.e+]+)$", re.MULTILINE
@@ -69,7 +70,7 @@ class MistralRs:
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         """Flags of `mistralrs serve`, or of our host around the wheel."""
-        build = _hosted_argv if installation.form == "hosted" else _binary_argv
+        build = _binary_argv if installation.form == "binary" else _hosted_argv
         return [*installation.program, *build(installation, serve)]
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
@@ -79,7 +80,7 @@ class MistralRs:
         if serve.settings.threads is not None:
             # mistral.rs has no thread flag; both pools read the environment
             env["RAYON_NUM_THREADS"] = env["CANDLE_NUM_THREADS"] = str(serve.settings.threads)
-        if installation.form == "hosted" and serve.settings.api_key is not None:
+        if installation.form != "binary" and serve.settings.api_key is not None:
             env["SWITCHYARD_ENGINE_API_KEY"] = serve.settings.api_key.get_secret_value()
         return env
 
@@ -87,7 +88,7 @@ class MistralRs:
         """Settings mistral.rs cannot honour (flags read at 0.9.2, wheel seen at 0.9.5)."""
         return [
             *_common_losses(serve),
-            *(_hosted_losses(serve) if installation.form == "hosted" else _binary_losses(installation, serve)),
+            *(_binary_losses(installation, serve) if installation.form == "binary" else _hosted_losses(serve)),
         ]
 
     def cache_budget(self, settings: Settings) -> str:
@@ -100,15 +101,33 @@ class MistralRs:
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The binary answers to its own id or `default` only."""
-        return model_id if installation.form == "hosted" else "default"
+        return "default" if installation.form == "binary" else model_id
 
     def dialect(self, installation: Installation) -> Dialect:
         """Our host's, which is close to llama.cpp's, or the binary's own."""
-        return "switchyard" if installation.form == "hosted" else "mistralrs"
+        return "mistralrs" if installation.form == "binary" else "switchyard"
 
     def neutral_body(self) -> dict[str, object]:
         """Nothing: its prefix cache matches whole prefixes only, so unique prompt openings are enough."""
         return {}
+
+
+class MistralRsNative(MistralRs):
+    """Driver for the same wheel without a server: a worker process that the yard talks to in frames."""
+
+    name = native_of(MistralRs.name)
+
+    def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
+        """The wheel; where it is and which form the plan names for the server makes no difference."""
+        if not importlib.util.find_spec(self.wheel):
+            raise EngineNotFound(
+                "native mistral.rs needs the mistralrs wheel: install it with `switchyard install mistral.rs`",
+                engine=self.name,
+            )
+        version = importlib.metadata.version("mistralrs")
+        return Installation(
+            self.name, "native", (sys.executable, "-m", WORKER_MODULE), version, where="wheel mistralrs"
+        )
 
 
 def _hosted_argv(installation: Installation, serve: Serve) -> list[str]:

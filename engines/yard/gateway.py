@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-import aiohttp
 from aiohttp import web
 
 from engines.yard import shims
+from engines.yard.door import Answer, Gone
 from engines.yard.openai import GENERATING, Call, Refusal, parse, told_prefill_rate
 from engines.yard.page import page
 from engines.yard.route import Full, Route, Unservable, Waiting
@@ -31,12 +31,10 @@ if TYPE_CHECKING:
 
 # answered beside the requests in flight: they take no slot
 LIGHT = frozenset({"/v1/chat/completions/input_tokens", "/tokenize", "/detokenize"})
-NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 TRIES = 2
 SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\s*"[^"]')
 END_BYTES = 2048  # of an answer, where its usage and timings stand
-BROKEN = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
 
 
 class Unanswered(Exception):
@@ -164,58 +162,35 @@ class Gateway:
     async def _exchange(self, unit: Unit, flight: Flight, call: Call, reply: Reply) -> web.StreamResponse:
         shim = shims.shim_for(unit, call)
         try:
-            async with await self._asked(unit, call.path, shim.request()) as upstream:
-                if call.stream and upstream.status == 200:
-                    return await self._stream(upstream, flight, shim, reply)
-                data = await upstream.read()
+            async with unit.door.ask("POST", call.path, shim.request()) as answer:
+                if call.stream and answer.status == 200:
+                    return await self._stream(answer, flight, shim, reply)
+                data = await answer.read()
                 flight.chunk(content=True)
                 flight.prefill_rate = told_prefill_rate(data[-END_BYTES:])
-                return await reply.whole(*shim.whole(upstream.status, data))
-        except BROKEN as error:
+                return await reply.whole(*shim.whole(answer.status, data))
+        except Gone as gone:
             if reply.begun_with_content:
                 return await reply.cut(Refusal(502, f"{unit.engine} went away: {unit.why}", code="engine_died"))
-            raise Unanswered(_words(error)) from error
+            raise Unanswered(str(gone)) from gone
 
-    async def _asked(self, unit: Unit, path: str, body: bytes) -> aiohttp.ClientResponse:
-        """The engine's answer, as soon as it begins.
-
-        A kept connection saves 0.8 ms before the first token. An engine may close one just as it is used again: what
-        breaks there before a byte came is asked once more on a fresh one, which a dead engine does not take.
-        """
-        sessions = (self._yard.kept, self._yard.http) if path in GENERATING else (self._yard.http,)
-        for session in sessions:
-            try:
-                return await session.post(
-                    unit.base_url + path,
-                    data=body,
-                    headers={"Content-Type": "application/json", **unit.headers},
-                    timeout=NO_TIMEOUT,
-                )
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as broken:
-                if session is sessions[-1] or isinstance(broken, aiohttp.ClientConnectorError):
-                    raise
-        raise AssertionError("there is a session")
-
-    async def _stream(
-        self, upstream: aiohttp.ClientResponse, flight: Flight, shim: shims.Shim, reply: Reply
-    ) -> web.StreamResponse:
+    async def _stream(self, answer: Answer, flight: Flight, shim: shims.Shim, reply: Reply) -> web.StreamResponse:
         last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
-        async for chunk, _ in upstream.content.iter_chunks():
-            if chunk:
-                last.append(chunk)
-                if not chunk.startswith(b":"):  # an engine's own keep-alive is no progress
-                    flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
-                if not shim.changes_streams and chunk.startswith(b'data: {"error"'):
-                    shim.error = "the engine told an error in its stream"
-                told = shim.event(chunk) if shim.changes_streams else chunk
-                if shim.early_error is not None:
-                    return await reply.whole(*shim.early_error)
-                if told:
-                    await reply.pass_on(told)
+        async for chunk in answer.pieces():
+            last.append(chunk)
+            if not chunk.startswith(b":"):  # an engine's own keep-alive is no progress
+                flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
+            if not shim.changes_streams and chunk.startswith(b'data: {"error"'):
+                shim.error = "the engine told an error in its stream"
+            told = shim.event(chunk) if shim.changes_streams else chunk
+            if shim.early_error is not None:
+                return await reply.whole(*shim.early_error)
+            if told:
+                await reply.pass_on(told)
         end = b"".join(last)
         flight.prefill_rate = told_prefill_rate(end)
         if b"[DONE]" not in end:
-            raise aiohttp.ClientPayloadError("the stream ended without its end")
+            raise Gone("the stream ended without its end")
         if told := shim.rest():
             await reply.pass_on(told)
         reply.error = shim.error
@@ -251,7 +226,7 @@ class Gateway:
         unit = route.serving
         if not unit.state.serves:
             raise self._not_served(route)
-        return web.json_response(await shims.props(unit, self._yard.http))
+        return web.json_response(await shims.props(unit))
 
     async def _metrics(self, _: web.Request) -> web.Response:
         text = self._yard.metrics.text(self._yard)
@@ -329,7 +304,3 @@ class Reply:
             self._response = web.StreamResponse(headers=SSE)
             await self._response.prepare(self._request)
         return self._response
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__} {str(error).partition(chr(10))[0]}".rstrip()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, SecretStr, field_validator
 
-from engines.driver import Installation
+from engines.driver import Found, Installation
 from engines.settings import Serve, Settings
 
 
@@ -17,7 +16,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
-    form: Literal["binary", "hosted"]
+    form: Found
     program: tuple[str, ...]
     version: str
     flags: tuple[str, ...] = ()

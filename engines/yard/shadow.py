@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
-
 from engines.errors import BadInput
 from engines.yard.capture import Lines
+from engines.yard.door import Gone
 from engines.yard.openai import Call, Refusal
 from engines.yard.shims import shim_for
 from engines.yard.unit import Unit
@@ -43,7 +42,6 @@ TAPE_BYTES = 2 * 2**20
 SHOWN_CHARACTERS = 32_768
 PAIRS = 200
 JUDGE_SHARE = 20  # the judge waits this many times what it took, so that it holds a twentieth of a core at most
-NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 
 
 class Tape:
@@ -252,29 +250,23 @@ class Shadow:
         flight = unit.take(call.prompt_tokens)
         try:
             shim = shim_for(unit, call)
-            async with self._yard.http.post(
-                unit.base_url + call.path,
-                data=shim.request(),
-                headers={"Content-Type": "application/json", **unit.headers},
-                timeout=NO_TIMEOUT,
-            ) as upstream:
+            async with unit.door.ask("POST", call.path, shim.request()) as upstream:
                 if not call.stream or upstream.status != 200:
                     status, data = shim.whole(upstream.status, await upstream.read())
                     flight.chunk(content=True)
                     return read_answer(data, stream=False, status=status)
                 tape = Tape()
-                async for chunk, _ in upstream.content.iter_chunks():
-                    if chunk:
-                        flight.chunk(content=flight.first is None)
-                        tape.add(shim.event(chunk))
+                async for chunk in upstream.pieces():
+                    flight.chunk(content=flight.first is None)
+                    tape.add(shim.event(chunk))
                 tape.add(shim.rest())
             if shim.early_error is not None:
                 return read_answer(shim.early_error[1], stream=False, status=shim.early_error[0])
             return read_answer(tape.whole or b"", stream=True) | ({"error": shim.error} if shim.error else {})
         except Refusal as refusal:
             return no_answer(str(refusal))
-        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
-            return no_answer(f"{type(error).__name__} {error}".rstrip())
+        except Gone as gone:
+            return no_answer(str(gone))
         finally:
             unit.give_back(flight)
 

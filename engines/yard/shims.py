@@ -26,10 +26,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import aiohttp
-
 from engines.errors import BadInput
 from engines.gguf_header import read_header
+from engines.yard.door import Gone
 from engines.yard.openai import GENERATING, Call, Refusal
 from engines.yard.unit import Unit
 
@@ -472,12 +471,12 @@ def _sse(body: Json) -> bytes:
 # --- /props ---------------------------------------------------------------------------------------------------------
 
 
-async def props(unit: Unit, http: aiohttp.ClientSession) -> Json:
+async def props(unit: Unit) -> Json:
     """llama.cpp's `/props`: of the engine itself, and what a client reads of it where the engine does not say.
 
     `n_ctx` is the context of one sequence: what the engine says, else what it was told, up to what the model knows.
     """
-    found = await _own_props(unit, http)
+    found = await _own_props(unit)
     if "default_generation_settings" in found and "model_path" in found:
         return found
     trained = await asyncio.to_thread(_trained_context, unit.recipe.gguf)
@@ -493,13 +492,12 @@ async def props(unit: Unit, http: aiohttp.ClientSession) -> Json:
     return {**known, **found}
 
 
-async def _own_props(unit: Unit, http: aiohttp.ClientSession) -> Json:
+async def _own_props(unit: Unit) -> Json:
     try:
-        timeout = aiohttp.ClientTimeout(total=5)
-        async with http.get(f"{unit.base_url}/props", headers=unit.headers, timeout=timeout) as answer:
-            found = await answer.json() if answer.status == 200 else {}
+        async with unit.door.ask("GET", "/props", timeout_s=5) as answer:
+            found = json.loads(await answer.read()) if answer.status == 200 else {}
             return found if isinstance(found, dict) else {}
-    except (aiohttp.ClientError, TimeoutError, ValueError):
+    except (Gone, ValueError):
         return {}
 
 

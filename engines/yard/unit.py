@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import aiohttp
 from pydantic import SecretStr
 
 from engines.driver import Driver
 from engines.errors import EngineError
 from engines.process import ManagedProcess
-from engines.serving import exit_reason, free_port, launch, wait_ready
+from engines.serving import exit_reason, free_port, in_frames, launch, wait_ready
+from engines.settings import Serve
 from engines.telemetry import private_bytes, vram_bytes
+from engines.yard.door import Answer, Door, Gone
 from engines.yard.health import PATIENCE, Health, Rate, RestartBudget, Transition, stall_limit_s, token_limit_s
 from engines.yard.recipe import Recipe
 from engines.yard.settings import YardSettings
@@ -70,7 +72,7 @@ class Unit:
         *,
         home: Path,
         key: SecretStr | None,
-        http: aiohttp.ClientSession,
+        open_door: Callable[[Recipe, Serve], Door],
         changed: Callable[[Unit], None] = lambda _: None,
         transition: Callable[[Unit, Transition], None] = lambda _, __: None,
         incident: Callable[[Unit, str], None] = lambda _, __: None,
@@ -81,7 +83,7 @@ class Unit:
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
         self.flights: set[Flight] = set()
         self.child: ManagedProcess | None = None
-        self.base_url = ""
+        self.door: Door  # while it serves
         self.context_tokens: int | None = None
         self.load_s: float | None = None
         self.loading = ""
@@ -99,7 +101,7 @@ class Unit:
         self.settings = settings
         self._home = home
         self._key = key
-        self._http = http
+        self._open_door = open_door
         self._changed = changed
         self._transition = transition
         self._incident = incident
@@ -132,19 +134,18 @@ class Unit:
         """The evidence for the state it is in."""
         return self.transitions[-1].why if self.transitions else "never started"
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """What it wants to see before it answers: the yard's own key."""
-        return {"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else {}
-
     def want(self) -> None:
         """Have it up from now on; returns at once. A spent restart budget is given back."""
-        self._budget.reset()
-        self.out_of_budget = False
+        self.forgive()
         self._wanted = True
         self._wake.set()
         if self._owner is None:
             self._owner = asyncio.create_task(self._own(), name=f"owner of {self.recipe.model_id} on {self.engine}")
+
+    def forgive(self) -> None:
+        """Give it its restarts back."""
+        self._budget.reset()
+        self.out_of_budget = False
 
     async def ready(self, within_s: float | None = None, *, first_try: bool = False) -> None:
         """Return once it serves. Raises EngineError with its last evidence when it cannot, or not in time.
@@ -299,9 +300,10 @@ class Unit:
             served_name=self.driver.served_name(self.recipe.installation, self.recipe.model_id),
             stall_s=self.settings.load_stall_s,
             progress=self._note_loading,
+            ask=in_frames(serve) if self.recipe.form == "native" else None,
         )
         self.load_s = time.monotonic() - began
-        self.base_url = serve.base_url
+        self.door = self._open_door(self.recipe, serve)
         context = seen.get("context_tokens")
         self.context_tokens = context if isinstance(context, int) else serve.settings.context_tokens
         rate = seen.get("prefill_tokens_per_s")
@@ -410,7 +412,7 @@ class Unit:
         )
 
     async def _ask_progress(self) -> None:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+        with contextlib.suppress(Gone, ValueError):
             async with self._get(self.driver.progress_path) as answer:
                 counters = self.driver.progress(await answer.read()) if answer.status == 200 else ()
             if counters and counters != self._counters:
@@ -430,7 +432,7 @@ class Unit:
             async with self._get(self.driver.progress_path) as answer:
                 await answer.read()
                 return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+        except Gone:
             return False
 
     async def _one_token(self) -> bool:
@@ -441,19 +443,15 @@ class Unit:
             "temperature": 0,
         }
         try:
-            async with self._http.post(
-                f"{self.base_url}/v1/chat/completions",
-                json=body,
-                headers=self.headers,
-                timeout=aiohttp.ClientTimeout(total=self.settings.wedged_after_s),
-            ) as answer:
-                return answer.status == 200 and int((await answer.json())["usage"]["completion_tokens"]) >= 1
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+            data, within_s = json.dumps(body).encode(), self.settings.wedged_after_s
+            async with self.door.ask("POST", "/v1/chat/completions", data, timeout_s=within_s) as answer:
+                told = json.loads(await answer.read())
+                return answer.status == 200 and int(told["usage"]["completion_tokens"]) >= 1
+        except (Gone, ValueError, KeyError, TypeError):
             return False
 
-    def _get(self, path: str) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
-        return self._http.get(self.base_url + path, headers=self.headers, timeout=timeout)
+    def _get(self, path: str) -> contextlib.AbstractAsyncContextManager[Answer]:
+        return self.door.ask("GET", path, timeout_s=ASK_TIMEOUT_S)
 
     async def _pause(self, seconds: float) -> None:
         self._wake.clear()

@@ -23,10 +23,12 @@ from typing import Any
 import aiohttp
 from pydantic import SecretStr
 
-from engines.driver import Driver, driver
+from engines.driver import Driver, driver, native_of
 from engines.errors import BadInput
 from engines.process import end_orphans
+from engines.settings import Serve
 from engines.yard.capture import Capture
+from engines.yard.door import Door, FrameDoor, HttpDoor
 from engines.yard.health import Transition
 from engines.yard.journal import Journal
 from engines.yard.metrics import Metrics
@@ -222,13 +224,18 @@ class Yard:
             self.settings,
             home=self.home,
             key=self._engine_key,
-            http=self.http,
+            open_door=self._door,
             changed=self._on_change,
             transition=self._on_transition,
             incident=lambda unit, why: self.journal.note("incident", unit.recipe.model_id, why, engine=unit.engine),
         )
         unit.gap = self.metrics.gap(recipe.model_id, recipe.engine)
         return unit
+
+    def _door(self, recipe: Recipe, serve: Serve) -> Door:
+        if recipe.form == "native":
+            return FrameDoor(serve.host, serve.port, self._engine_key)
+        return HttpDoor(serve.base_url, self._engine_key, self.http, self.kept)
 
     # --- what changes by itself
 
@@ -251,10 +258,7 @@ class Yard:
         if unit.state.serves:
             route.unservable = None
         elif unit.out_of_budget and route.moving is None and route.unservable is None:
-            if route.fallback is None:
-                self._fall_back(route, unit.engine, unit.why)
-            else:
-                self._give_up(route, unit)
+            self._fall_back(route, unit.engine, unit.why)
         route.hand_over()
 
     def _give_up(self, route: Route, unit: Unit) -> None:
@@ -265,14 +269,22 @@ class Yard:
         def try_again() -> None:
             if self.routes.get(route.model_id) is route and route.unservable is not None and not self.stopping:
                 route.fallback = route.unservable = None
+                for each in route.units.values():
+                    each.forgive()
                 route.serving.want()
 
         asyncio.get_running_loop().call_later(self.settings.try_again_s, try_again)
 
     def _fall_back(self, route: Route, engine: str, why: str) -> None:
-        """The other engine serves until a person, or a move, says otherwise. The committed route stays as it is."""
-        others = [name for name in (route.incumbent, route.candidate, *route.units) if name != engine]
-        other = next((name for name in others if name in route.units), None)
+        """Another engine serves until a person, or a move, says otherwise. The committed route stays as it is.
+
+        Native falls back to the same engine as a subprocess, and what else fails to the incumbent. Nothing falls back
+        to native: what keeps an engine from coming up hardly spares the form that nothing stands between.
+        """
+        native = native_of(route.candidate)
+        first = (route.candidate, route.incumbent) if engine == native else (route.incumbent, route.candidate)
+        able = [name for name, unit in route.units.items() if name not in (engine, native) and not unit.out_of_budget]
+        other = next((name for name in (*first, *able) if name in able), None)
         if other is None:
             self._give_up(route, route.units[engine])
             return

@@ -23,10 +23,11 @@ import httpx
 import pytest
 
 from engines.errors import BadInput
-from engines.hosts import openai_shapes as shapes
-from engines.hosts.gguf_text import ChatTemplate, TemplateRefused, Vocabulary, read_metadata
-from engines.hosts.mistral_rs import Admitted, Counters, counted, cut_usage, keep_alive, reckoned, shards, until_stop
-from engines.hosts.openai_shapes import ApiError, Head, Piece, Usage
+from engines.native import openai_shapes as shapes
+from engines.native.generation import Admitted, Counters, counted, cut_usage, keep_alive, reckoned, until_stop
+from engines.native.gguf_text import ChatTemplate, TemplateRefused, Vocabulary, read_metadata
+from engines.native.model import shards
+from engines.native.openai_shapes import ApiError, Head, Piece, Usage
 
 KEY = "secret-of-the-test"
 CONTEXT = 256

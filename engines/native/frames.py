@@ -1,0 +1,101 @@
+"""How the yard and a native worker talk: frames over a loopback connection, one request each. No HTTP.
+
+    request   one line of JSON {"key", "method", "path", "length"}, then `length` bytes of body
+    answer    one line of JSON {"status"}, then pieces: 4 bytes of length (big-endian) and as many bytes; length 0 ends
+
+A connection that ends before that was broken; a client that closes it leaves the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+LENGTH = struct.Struct(">I")
+MAX_PIECE = 256 * 2**20
+LINE_LIMIT = 2**16
+CONNECT_S = 10.0
+
+
+class Broken(ConnectionError):
+    """The other side went away, or said what is no frame."""
+
+
+def head(key: str, method: str, path: str, body: bytes) -> bytes:
+    """A request, whole."""
+    words = {"key": key, "method": method, "path": path, "length": len(body)}
+    return json.dumps(words).encode() + b"\n" + body
+
+
+def piece(data: bytes) -> bytes:
+    """One piece of an answer; the empty one is its end."""
+    return LENGTH.pack(len(data)) + data
+
+
+class Answer:
+    """An answer that has begun: its status, and its pieces as they come."""
+
+    def __init__(self, status: int, reader: asyncio.StreamReader) -> None:
+        self.status = status
+        self._reader = reader
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Each piece as it was sent. Raises Broken when they stop without their end."""
+        try:
+            while True:
+                (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+                if size == 0:
+                    return
+                if size > MAX_PIECE:
+                    raise Broken(f"a piece of {size} bytes")
+                yield await self._reader.readexactly(size)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise Broken("the worker went away amid its answer") from error
+
+    async def read(self) -> bytes:
+        """All pieces."""
+        return b"".join([data async for data in self.pieces()])
+
+
+@contextlib.asynccontextmanager
+async def asked(host: str, port: int, key: str, method: str, path: str, body: bytes) -> AsyncIterator[Answer]:
+    """The answer to a request, once it begins; leaving the block early leaves the engine. Raises Broken."""
+    try:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port, limit=LINE_LIMIT), CONNECT_S)
+    except OSError as error:  # TimeoutError is one
+        raise Broken(f"no worker on port {port}") from error
+    try:
+        try:
+            writer.write(head(key, method, path, body))
+            await writer.drain()
+            line = await reader.readline()
+            status = int(json.loads(line)["status"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Broken("the worker went away before it answered") from error
+        yield Answer(status, reader)
+    finally:
+        writer.close()
+
+
+def ask(port: int, key: str, method: str, path: str, body: bytes = b"", timeout_s: float | None = None) -> Any:
+    """Status and JSON of an answer, for code without an event loop. Raises OSError, ValueError."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
+        connection.sendall(head(key, method, path, body))
+        with connection.makefile("rb") as file:
+            status = int(json.loads(file.readline(LINE_LIMIT) or b"{}").get("status", 0))
+            parts = []
+            while size := LENGTH.unpack(_exactly(file, LENGTH.size))[0]:
+                parts.append(_exactly(file, min(size, MAX_PIECE)))
+    return status, json.loads(b"".join(parts))
+
+
+def _exactly(file: Any, size: int) -> bytes:
+    data: bytes = file.read(size)
+    if len(data) < size:
+        raise Broken("the worker went away amid its answer")
+    return data
