@@ -48,6 +48,8 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
             missing=missing,
             aliases=model.aliases,
             engine=model.engine,
+            load=model.load,
+            pin=model.pin,
         )
         for model in plan.models
     )

@@ -118,6 +118,18 @@ def drain(
 
 
 @app.command()
+def load(model: Model = None, json_: Json = False) -> None:
+    """Load a model now, unloading others where the memory budget asks for it; a request would do the same."""
+    _order("load", json_, model=model)
+
+
+@app.command()
+def unload(model: Model = None, json_: Json = False) -> None:
+    """End a model's engine once its requests are done; the next request loads it again."""
+    _order("unload", json_, model=model)
+
+
+@app.command()
 def stop(json_: Json = False) -> None:
     """Stop the yard; requests in flight are finished first."""
     _order("stop", json_)

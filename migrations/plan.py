@@ -91,6 +91,10 @@ class ModelPlan(_Part):
         "auto",
         description="who serves it: auto leaves that to promote and rollback; an engine's name is a choice by hand",
     )
+    load: Literal["start", "demand"] = Field(
+        "start", description="when the yard loads it: at its own start, or with the first request for it"
+    )
+    pin: bool = Field(False, description="never unloaded to make room for another model")
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
 
     _no_key = field_validator("settings")(_keyless)

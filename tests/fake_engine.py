@@ -34,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--child", action="store_true", help="has a child process of its own")
     parser.add_argument("--closes-kept", action="store_true", help="hangs up when a connection is used again")
     parser.add_argument("--silent-empty", action="store_true", help="streams end well, without a token")
+    parser.add_argument("--hold-mib", type=int, default=0, help="takes so much memory")
     parser.add_argument("--one-write", action="store_true", help="a stream leaves as a whole, at its end")
     parser.add_argument("--silent-prefill", action="store_true", help="/slots does not move while a prompt is read")
     parser.add_argument("--exit-while", type=Path, help="leave at once while this file is there")
@@ -46,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     options: argparse.Namespace
     held = b""
+    weights = b""
     used = False
 
     def log_message(self, *_: object) -> None:
@@ -158,6 +160,7 @@ def main() -> None:
     if options.never_listens:
         threading.Event().wait()
     Handler.options = options
+    Handler.weights = b"w" * (options.hold_mib * 2**20)
     server = ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
     server.daemon_threads = True
     print(f"listening on http://127.0.0.1:{options.port}", flush=True)

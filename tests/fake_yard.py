@@ -12,7 +12,7 @@ from pathlib import Path
 from fake_driver import FakeDriver
 from pydantic import SecretStr
 
-from engines.driver import Driver, driver
+from engines.driver import Driver, driver, native_of
 from engines.errors import SwitchyardError
 from engines.settings import Settings
 from engines.yard.recipe import Recipe
@@ -29,18 +29,23 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--old", default="")
     parser.add_argument("--new", default="")
+    parser.add_argument("--native", help="a third engine, `new` without a server")
     parser.add_argument("--old-driver", help="a real engine as `old`")
     parser.add_argument("--old-form", default="auto")
     parser.add_argument("--old-binary", type=Path)
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--models", default="m")
+    parser.add_argument("--load", default="start", help="when models are loaded")
+    parser.add_argument("--pin", default="", help="models that stay loaded, by comma")
     parser.add_argument("--missing", default=None, help="an engine that is not on this machine")
     parser.add_argument("--settings", type=json.loads, default={}, help="YardSettings as JSON, or @file")
     parser.add_argument("--api-key", default=None)
     parser.add_argument("--canary-limits", type=json.loads, default={}, help="CanaryLimits as JSON")
     options = parser.parse_args()
     drivers: dict[str, Driver] = {name: FakeDriver(*shlex.split(getattr(options, name))) for name in ("old", "new")}
+    if options.native is not None:
+        drivers[native_of("new")] = FakeDriver(*shlex.split(options.native))
     if options.old_driver:
         drivers["old"] = driver(options.old_driver)
     how = {"old": (options.old_form, options.old_binary)} if options.old_driver else {}
@@ -55,6 +60,8 @@ def main() -> None:
                 incumbent="old",
                 candidate="new",
                 aliases=(f"{model}-alias",),
+                load=options.load,
+                pin=model in options.pin.split(","),
                 missing={options.missing: f"{options.missing} was not found"} if options.missing else {},
                 recipes={
                     name: Recipe.of(

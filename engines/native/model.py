@@ -2,7 +2,8 @@
 
 - its messages keep role and content alone (past tool calls vanish) and a stream cannot take a raw prompt: the chat
   template is rendered here, and the runner gets a template that passes a rendered prompt through;
-- its JSON grammar lets a model write line breaks for ever: here it allows no white space between the parts.
+- its JSON grammar lets a model write line breaks for ever: here it allows no white space between the parts;
+- a fulfilled grammar lets a token through that need not end a text of this model: here that one is discouraged.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from engines.native.gguf_text import ChatTemplate, Vocabulary, read_metadata
 from engines.native.openai_shapes import ApiError, Json, Piece
 
 RENDERED = "rendered prompt"
+# llguidance takes one of these that the vocabulary has as the end of a text (toktrie_hf_tokenizers, `from_tokenizer`)
+TEXT_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>")
+GRAMMAR_AT_FAULT = re.compile(r"Invalid grammar|(parser|lexer) error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,12 @@ def compact(schema: str) -> str:
     Where white space is allowed, a small model may write line breaks until its tokens are used up (seen with the
     wheel 0.9.5). `x-guidance` is llguidance's own keyword, read at the root of a schema.
     """
-    return json.dumps(json.loads(schema) | {"x-guidance": {"whitespace_flexible": False}})
+    return json.dumps({"x-guidance": {"whitespace_flexible": False}} | json.loads(schema))
+
+
+def grammar_text(grammar: shapes.Grammar) -> str:
+    """The grammar as the wheel takes it."""
+    return compact(grammar.text) if grammar.kind == "json_schema" else grammar.text
 
 
 class Model:
@@ -75,6 +84,7 @@ class Model:
         self._bos = Vocabulary(metadata).special("bos")
         self._lock = threading.Lock()
         self._runner = self._load(arguments)
+        self._end_bias = self._against_other_ends(Vocabulary(metadata).special("eos"))
         self.trained_context: int | None = self._runner.max_sequence_length()
         limits = [limit for limit in (arguments.context, self.trained_context) if limit]
         self.context = min(limits) if limits else 0
@@ -102,6 +112,15 @@ class Model:
             )
             return Runner(which=which, max_seqs=arguments.slots, jinja_explicit=file.name, **extra)
 
+    def _against_other_ends(self, own: str) -> dict[int, float]:
+        """A bias for texts that obey a grammar: away from ends of text that are not the model's *own*.
+
+        Where a grammar is fulfilled the engine allows llguidance's end beside the model's. If that one is chosen and
+        is none to the model, it is repeated unseen until the tokens are used up (wheel 0.9.5; SmolLM2, `(yes|no)`).
+        """
+        found = [self.tokenize(end, False) for end in TEXT_ENDS if own and end != own]
+        return {tokens[0]: -100.0 for tokens in found if len(tokens) == 1}
+
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Token ids of *text*."""
         with self._lock:
@@ -123,7 +142,7 @@ class Model:
         """The wheel's iterator over chunks; dropping it frees the engine."""
         import mistralrs
 
-        sampling = job.sampling
+        sampling, grammar = job.sampling, job.sampling.grammar
         request = mistralrs.ChatCompletionRequest(
             messages=[{"role": RENDERED, "content": job.prompt}],
             model="default",
@@ -136,13 +155,13 @@ class Model:
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             repetition_penalty=sampling.repetition_penalty,
-            logit_bias=sampling.logit_bias,
+            logit_bias=({**self._end_bias, **(sampling.logit_bias or {})} if grammar else sampling.logit_bias) or None,
             ignore_eos=sampling.ignore_eos,
             # With log-probabilities every token is a chunk; without, tokens that end no code point are not told of.
             logprobs=sampling.logprobs or bool(sampling.stop),
             top_logprobs=sampling.top_logprobs,
-            grammar=compact(sampling.schema) if sampling.schema else None,
-            grammar_type="json_schema" if sampling.schema else None,
+            grammar=grammar_text(grammar) if grammar else None,
+            grammar_type=grammar.kind if grammar else None,
             tool_schemas=list(job.tools) or None,
             tool_choice=mistralrs.ToolChoice.Auto if job.tools else None,
         )
@@ -208,8 +227,9 @@ def engine_error(error: BaseException, job: Job, begun: bool) -> ApiError:
     if isinstance(error, ApiError):
         return error
     reason = first_line(error)
-    if job.sampling.schema and not begun:
-        return ApiError(400, f"the JSON schema cannot be used: {reason}", param="response_format")
+    grammar = job.sampling.grammar
+    if grammar and GRAMMAR_AT_FAULT.match(reason):
+        return shapes.bad(grammar.param, f"cannot be used: {reason}")
     if "must be" in reason and not begun:
         return ApiError(400, reason)
     return ApiError(500, reason, type="server_error")

@@ -15,6 +15,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
+GRAMMARS = ("regex", "lark", "json_schema")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_CHOICES = 128
 DONE = b"data: [DONE]\n\n"
@@ -64,6 +65,15 @@ def context_exceeded(prompt_tokens: int, context: int) -> ApiError:
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """What a generated text must obey: its *kind* is one of GRAMMARS, and *param* is the parameter that asks for it."""
+
+    kind: str
+    text: str
+    param: str = "grammar"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen; None = not asked for."""
@@ -81,7 +91,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
-    schema: str | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +170,7 @@ def _logit_bias(body: Json) -> dict[int, float] | None:
         raise bad("logit_bias", "must map token ids to numbers") from None
 
 
-def parse_sampling(body: Json, *, schema: str | None = None, logprobs: tuple[bool, int] = (False, 0)) -> Sampling:
+def parse_sampling(body: Json, *, grammar: Grammar | None, logprobs: tuple[bool, int]) -> Sampling:
     """The sampling part of a body. Temperature is OpenAI's default of 1 where it is missing; 0 is greedy."""
     limit = _integer(body, "max_completion_tokens", 1)
     if limit is None:
@@ -181,7 +191,7 @@ def parse_sampling(body: Json, *, schema: str | None = None, logprobs: tuple[boo
         ignore_eos=_flag(body, "ignore_eos"),
         logprobs=logprobs[0],
         top_logprobs=logprobs[1],
-        schema=schema,
+        grammar=grammar,
     )
 
 
@@ -305,21 +315,47 @@ def _call_schema(function: Json) -> Json:
     }
 
 
-def response_schema(body: Json) -> str | None:
-    """The JSON schema that `response_format` (or llama.cpp's `json_schema`) asks for, as text; None for plain text."""
+def response_schema(body: Json) -> Grammar | None:
+    """The JSON schema that `response_format` (or llama.cpp's `json_schema`) asks for; None for plain text."""
     wanted = _object(body, "response_format")
     kind = wanted.get("type", "text" if not wanted else None)
     if kind == "text":
-        return json.dumps(body["json_schema"]) if isinstance(body.get("json_schema"), dict) else None
+        own = body.get("json_schema")
+        return Grammar("json_schema", json.dumps(own), "json_schema") if isinstance(own, dict) else None
     if kind == "json_object":
-        return json.dumps(wanted.get("schema") or {"type": "object"})
+        return Grammar("json_schema", json.dumps(wanted.get("schema") or {"type": "object"}), "response_format")
     if kind != "json_schema":
         raise bad("response_format.type", f"must be text, json_object or json_schema, not {kind!r}")
     described = wanted.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
         raise bad("response_format.json_schema.schema", "must be a JSON schema")
-    return json.dumps(schema)
+    return Grammar("json_schema", json.dumps(schema), "response_format")
+
+
+def parse_grammar(body: Json) -> Grammar | None:
+    """What the text must obey: `grammar`, or a JSON schema asked for in another way; None for plain text.
+
+    `{"type": ..., "value": ...}` as mistral.rs's own server has it (`mistralrs-server-core/src/openai.rs`). A string,
+    llama.cpp's GBNF, is not looked at.
+    """
+    wanted, schema = body.get("grammar"), response_schema(body)
+    if wanted is None or isinstance(wanted, str):
+        return schema
+    if schema:
+        raise bad("grammar", f"cannot be combined with {schema.param}")
+    if not isinstance(wanted, dict):
+        raise bad("grammar", f'must be an object with "type" and "value", not {wanted!r}')
+    kind, value = wanted.get("type"), wanted.get("value")
+    if kind not in GRAMMARS:
+        raise bad("grammar.type", f"must be regex, lark or json_schema, not {kind!r}")
+    if kind == "json_schema":
+        if not isinstance(value, dict):
+            raise bad("grammar.value", f"must be a JSON schema, not {value!r}")
+        return Grammar(kind, json.dumps(value))
+    if not isinstance(value, str) or not value:
+        raise bad("grammar.value", f"must be the text of the grammar, not {value!r}")
+    return Grammar(kind, value)
 
 
 def _chat_logprobs(body: Json) -> tuple[bool, int]:
@@ -340,10 +376,12 @@ def parse_chat(body: Json) -> ChatCall:
     """A checked chat call; ApiError 400 that names the parameter otherwise."""
     tools = parse_tools(body)
     forced = forced_tools(body, tools)
-    schema = response_schema(body)
+    grammar = parse_grammar(body)
     if forced:
-        schema = json.dumps(forced_schema(tools, forced))
-    sampling = parse_sampling(body, schema=schema, logprobs=_chat_logprobs(body))
+        if grammar and grammar.param == "grammar":
+            raise bad("grammar", "cannot be combined with a tool_choice that forces a call")
+        grammar = Grammar("json_schema", json.dumps(forced_schema(tools, forced)), "tools")
+    sampling = parse_sampling(body, grammar=grammar, logprobs=_chat_logprobs(body))
     stream = _flag(body, "stream")
     return ChatCall(
         messages=parse_messages(body),
@@ -383,7 +421,7 @@ def parse_completion(body: Json) -> CompletionCall:
     stream = _flag(body, "stream")
     return CompletionCall(
         prompts=_prompts(body),
-        sampling=parse_sampling(body, schema=response_schema(body), logprobs=(top is not None, top or 0)),
+        sampling=parse_sampling(body, grammar=parse_grammar(body), logprobs=(top is not None, top or 0)),
         n=_integer(body, "n", 1, MAX_CHOICES) or 1,
         echo=_flag(body, "echo"),
         stream=stream,

@@ -48,6 +48,8 @@ class Control:
             "shadow": self._shadow,
             "use": self._use,
             "drain": self._drain,
+            "load": self._load,
+            "unload": self._unload,
             "stop": self._stopped,
             "reload": self._reloaded,
         }.items():
@@ -112,6 +114,12 @@ class Control:
 
     def _drain(self, body: dict[str, Any]) -> Order:
         return lambda say: self._moves.drain(body.get("model"), say, on=bool(body.get("on", True)))
+
+    def _load(self, body: dict[str, Any]) -> Order:
+        return lambda _: self._yard.residency.load(self._yard.route_of(body.get("model")))
+
+    def _unload(self, body: dict[str, Any]) -> Order:
+        return lambda _: self._yard.residency.unload(self._yard.route_of(body.get("model")))
 
     def _stopped(self, _: dict[str, Any]) -> Order:
         async def order(say: Say) -> str:

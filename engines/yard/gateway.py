@@ -109,6 +109,7 @@ class Gateway:
         route = self._yard.route_for(call.model)
         reply = Reply(request, call)
         self._yard.shadow.make_way(route)
+        self._yard.residency.wake(route)
         reply.tape = self._yard.shadow.tape(route, call)
         try:
             for attempt in range(1, TRIES + 1):
@@ -203,7 +204,8 @@ class Gateway:
         route = self._yard.route_for(request.query.get("model"))
         unit = route.serving
         detail = self._yard.health_of(route)
-        if unit.state.serves and not route.holding and route.unservable is None:
+        served = unit.state.serves and not route.holding and route.unservable is None
+        if served or route.dormant:  # the next request would load it
             return web.json_response({"status": "ok", **detail})
         return self._not_served(route).response(**detail)
 

@@ -19,6 +19,7 @@ from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.gguf_header import read_header
 from engines.memory_fit import FreeMemory, estimate, free_memory
 from engines.yard.client import Say
+from engines.yard.memory import memory_back
 from engines.yard.recipe import Recipe
 from engines.yard.route import Route
 from engines.yard.state import Canary
@@ -26,9 +27,6 @@ from engines.yard.unit import Unit
 from engines.yard.yard import ModelConfig, Yard, YardConfig, loopback_or_key
 
 Form = Literal["auto", "side-by-side", "one-at-a-time"]
-MEMORY_SHARE = 0.75  # of what the stopped engine held, as Ollama waits for; the rest is the driver's own
-POLL_S = 0.25
-VRAM_SETTLES_S = 2.0  # where NVML does not say how much a process holds
 HOLD_SHARE = 0.8  # of the time that a request may wait
 LEAST_LOAD_S = 5.0
 
@@ -146,9 +144,10 @@ class Moves:
     async def _reload_model(self, model: ModelConfig) -> str:
         route = self._yard.routes.get(model.id)
         if route is None:
-            self._yard.bring_up(self._yard.add(model))
+            self._yard.residency.admit(self._yard.add(model))
             return f"{model.id} is new"
         route.incumbent, route.candidate = model.incumbent, model.candidate
+        route.load, route.pin = model.load, model.pin
         changed = []
         for engine, recipe in model.recipes.items():
             if engine in route.units and route.units[engine].recipe == recipe:
@@ -208,7 +207,7 @@ class Moves:
             tell(f"stopping {old.engine}")
             await old.stop()
             try:
-                tell(await self._memory_back(held, before))
+                tell(await memory_back(held, before, self._yard.settings.memory_back_s))
                 left = until - time.monotonic() - 2 * (old.load_s or 0)
                 await self._bring_up(route, target, tell, min(self._yard.settings.move_s, max(left, LEAST_LOAD_S)))
                 self._settle(route, target, undo=undo)
@@ -242,6 +241,7 @@ class Moves:
                 route.units[target.engine] = replaced
             raise
         route.fallback = route.unservable = None
+        route.dormant = False
         route.hand_over()
 
     async def _bring_up(self, route: Route, target: Unit, tell: Say, within_s: float) -> None:
@@ -265,29 +265,6 @@ class Moves:
             await unit.stop()
             if running:
                 tell(f"{unit.engine} stopped")
-
-    async def _memory_back(self, vram_held: int | None, before: FreeMemory) -> str:
-        """What of a stopped engine's memory was seen to come back, in words. Raises MoveFailed when VRAM does not.
-
-        RAM is back when the process is gone, and it is gone. VRAM is the driver's to give back, and may take a while.
-        """
-        if before.vram_bytes is None:
-            return "its memory is back: the process is gone, and there is no GPU"
-        began, seen = time.monotonic(), 0
-        while True:
-            waited, last = time.monotonic() - began, seen
-            free = await asyncio.to_thread(free_memory)
-            seen = max((free.vram_bytes or 0) - before.vram_bytes, 0)
-            if vram_held is not None and seen >= MEMORY_SHARE * vram_held:
-                return f"VRAM is back: {_mib(seen)} of {_mib(vram_held)} after {waited:.1f} s"
-            if vram_held is None and waited >= VRAM_SETTLES_S and seen == last:
-                return f"VRAM has settled {waited:.1f} s after the stop, {_mib(seen)} more are free"
-            if waited > self._yard.settings.memory_back_s:
-                raise MoveFailed(
-                    f"only {_mib(seen)} of {_mib(vram_held or 0)} of VRAM came back within {waited:.0f} s; "
-                    "`nvidia-smi` shows who holds it"
-                )
-            await asyncio.sleep(POLL_S)
 
     async def _require_room(self, recipe: Recipe, beside: Unit) -> None:
         if not await _fits(recipe, beside):
@@ -348,7 +325,3 @@ def _estimated(recipe: Recipe) -> tuple[FreeMemory, str]:
 
 def _holds(free: int | None, held: int | None) -> bool:
     return free is not None and held is not None and free > 2 * held
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.0f} MiB"

@@ -90,6 +90,8 @@ def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         said.append(("bad", f"Fallback: {model['committed']} is out of order, {model['fallback']} serves"))
     if model["moving"]:
         said.append(("wait", f"Under way: {model['moving']}"))
+    if model.get("dormant"):
+        said.append(("muted", "Not loaded; the next request loads it"))
     if model["holding"]:
         said.append(("wait", "Holding new requests"))
     if model["canary"]:

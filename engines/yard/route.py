@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engines.yard.state import ModelState
 from engines.yard.unit import Flight, Unit
@@ -48,6 +50,10 @@ class Route:
         self.moving: str | None = None  # the move under way, in words
         self.incumbent = self.candidate = state.serving
         self.max_waiting = max_waiting
+        self.load: Literal["start", "demand"] = "start"
+        self.pin = False
+        self.dormant = False  # not in memory; the next request loads it
+        self.used_at = time.monotonic()  # the last request
         self._waiting: deque[Waiting] = deque()
 
     @property
@@ -84,6 +90,13 @@ class Route:
             raise Full(f"{self.max_waiting} requests wait for {self.model_id} already")
         return place
 
+    def refuse_waiting(self, why: str) -> None:
+        """Tell all who wait that nothing will serve them."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.turn.done():
+                place.turn.set_exception(Unservable(why))
+
     def leave(self, place: Waiting) -> None:
         """The request does not wait any more; a turn it got meanwhile goes to the next one."""
         if place in self._waiting:
@@ -95,10 +108,7 @@ class Route:
     def hand_over(self) -> None:
         """Give each waiting request whose engine has room its turn; called after every change."""
         if self.unservable is not None:
-            while self._waiting:
-                place = self._waiting.popleft()
-                if not place.turn.done():
-                    place.turn.set_exception(Unservable(self.unservable))
+            self.refuse_waiting(self.unservable)
             return
         if self.holding:
             return

@@ -107,6 +107,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         opened(yard)  # what is lost on the way is said before an engine is launched
         yard.start()
         background += [asyncio.create_task(CanaryWatch(yard, moves).run()), asyncio.create_task(yard.shadow.run())]
+        background.append(asyncio.create_task(yard.residency.run()))
         await stop.wait()
     finally:
         for task in background:

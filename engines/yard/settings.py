@@ -37,6 +37,14 @@ class YardSettings(BaseModel):
     try_again_s: float = Field(
         60, gt=0, description="where no engine can be kept up, they get their restarts back after so long"
     )
+    memory_budget_mib: int | None = Field(
+        None,
+        ge=1,
+        description="memory of all engines, VRAM included; past it the model used longest ago is unloaded",
+    )
+    unload_after_s: float | None = Field(
+        None, gt=0, description="a model that is not pinned is unloaded after so long without a request"
+    )
     memory_back_s: float = Field(30, gt=0, description="how long a stopped engine's memory may take to come back")
     move_s: float = Field(
         600, gt=0, description="how long a candidate may take to come up in a move before the incumbent is put back"

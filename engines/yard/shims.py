@@ -288,6 +288,8 @@ def without_llama_words(body: Json) -> Json:
         )
     # null means "not said" to llama.cpp, and is a type error to others
     plain = {key: value for key, value in body.items() if value is not None and key not in UNKNOWN}
+    if isinstance(grammar, dict):  # mistral.rs's own: {"type": "regex", "value": ...}
+        plain["grammar"] = grammar
     limit = next((plain[name] for name in LIMITS if name in plain), None)
     plain = {key: value for key, value in plain.items() if key not in LIMITS}
     if not _is_number(limit):
@@ -312,9 +314,11 @@ def _with_sampling(body: Json) -> Json:
 
 
 def for_binary(path: str, body: Json) -> Json:
-    """A plain request as the binary reads it, strictly typed."""
+    """A plain request as the binary reads it, strictly typed. Raises Refusal 400 for a grammar beside a schema."""
     body = {**body}
     schema = _schema_of(body)
+    if schema is not None and "grammar" in body:
+        raise Refusal(400, "grammar: cannot be combined with a JSON schema")
     if schema is not None and path == "/v1/completions":
         body["grammar"] = {"type": "json_schema", "value": schema}
     elif schema is not None:
@@ -337,7 +341,10 @@ def for_binary(path: str, body: Json) -> Json:
 def _schema_of(body: Json) -> Any:
     """The JSON schema that a request asks for, taken out of it; None for plain text, or what the engine must judge."""
     own, wanted = body.pop("json_schema", None), body.get("response_format")
-    if not isinstance(wanted, dict) or wanted.get("type") == "text":
+    if not isinstance(wanted, dict):
+        return own
+    if wanted.get("type") == "text":
+        body.pop("response_format")  # to the binary it excludes a grammar
         return own
     if wanted.get("type") == "json_object":  # the binary knows it since 0.8.19, and never with a schema
         body.pop("response_format")

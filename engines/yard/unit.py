@@ -91,6 +91,7 @@ class Unit:
         self.out_of_budget = False
         self.memory_bytes: int | None = None
         self.vram_bytes: int | None = None
+        self.held_bytes: int | None = None  # the most that was seen of both together; remembered after its end
         self.memory_series: deque[int] = deque(maxlen=SERIES)
         self.ttft_series: deque[float] = deque(maxlen=SERIES)
         self.tokens = 0
@@ -398,6 +399,7 @@ class Unit:
         self.memory_bytes, self.vram_bytes = await asyncio.to_thread(_memory, child)
         if self.memory_bytes is not None:
             self.memory_series.append(self.memory_bytes)
+            self.held_bytes = max(self.held_bytes or 0, self.memory_bytes + (self.vram_bytes or 0))
 
     def _limit_s(self, flight: Flight) -> float:
         least = self.settings.wedged_after_s

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 from pydantic import SecretStr
@@ -34,6 +34,7 @@ from engines.yard.journal import Journal
 from engines.yard.metrics import Metrics
 from engines.yard.openai import Call, Refusal
 from engines.yard.recipe import Recipe
+from engines.yard.residency import Residency
 from engines.yard.route import Route
 from engines.yard.settings import YardSettings
 from engines.yard.shadow import Shadow, Tape
@@ -59,6 +60,8 @@ class ModelConfig:
     missing: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     engine: str = "auto"
+    load: Literal["start", "demand"] = "start"
+    pin: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class Yard:
         self.look_at_canaries = asyncio.Event()
         self.shadow = Shadow(self)
         self.capture = Capture(None, 0)
+        self.residency = Residency(self)
         self._drivers = drivers
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
         self._names: dict[str, str] = {}
@@ -156,11 +160,11 @@ class Yard:
 
     def start(self) -> None:
         """Every route's engine on its way up."""
-        for route in self.routes.values():
-            self.bring_up(route)
+        self.residency.start()
 
     def bring_up(self, route: Route) -> None:
         """The engines that the route needs, on their way up."""
+        route.dormant = False
         if route.units:
             route.serving.want()
         if (canary := route.state.canary) is not None and canary.engine in route.units:
@@ -194,6 +198,7 @@ class Yard:
         """A model with its route and engines. One whose engine is not here is served by the other one."""
         route = Route(model.id, self._restored(model), {}, max_waiting=self.settings.max_waiting)
         route.incumbent, route.candidate = model.incumbent, model.candidate
+        route.load, route.pin = model.load, model.pin
         for engine, recipe in {**route.state.recipes, **model.recipes}.items():
             route.units[engine] = self.unit(recipe)
         self.routes[model.id] = route
@@ -343,7 +348,9 @@ class Yard:
             return route.unservable
         unit = route.serving
         if route.holding:
-            return f"{route.model_id} is moving to another engine; requests wait"
+            return f"{route.model_id} is {route.moving or 'being unloaded'}; requests wait"
+        if route.dormant:
+            return f"{route.model_id} is not loaded; the first request loads it"
         detail = f" ({unit.loading})" if unit.state == "loading" and unit.loading else ""
         return f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " ")
 
@@ -400,8 +407,8 @@ class Yard:
         return {
             "model": route.model_id,
             "engine": unit.engine,
-            "state": str(unit.state),
-            "why": unit.why,
+            "state": "unloaded" if route.dormant else str(unit.state),
+            "why": self.explain(route) if route.dormant else unit.why,
             "fallback": route.fallback is not None,
         }
 
@@ -434,6 +441,9 @@ class Yard:
             "holding": route.holding,
             "moving": route.moving,
             "unservable": route.unservable,
+            "load": route.load,
+            "pin": route.pin,
+            "dormant": route.dormant,
             "engines": [self._unit_status(unit) for unit in route.units.values()],
         }
 

@@ -116,8 +116,10 @@ def test_required_tools_become_a_schema_of_one_call_to_any_of_them() -> None:
     required = shapes.parse_chat({"messages": HI, "tools": [WEATHER, other], "tool_choice": "required"})
     named = {"type": "function", "function": {"name": "weather"}}
     forced = shapes.parse_chat({"messages": HI, "tools": [WEATHER, other], "tool_choice": named})
-    assert len(json.loads(required.sampling.schema or "")["anyOf"]) == 2
-    assert json.loads(forced.sampling.schema or "")["properties"]["name"] == {"const": "weather"}
+    assert required.sampling.grammar is not None
+    assert forced.sampling.grammar is not None
+    assert len(json.loads(required.sampling.grammar.text)["anyOf"]) == 2
+    assert json.loads(forced.sampling.grammar.text)["properties"]["name"] == {"const": "weather"}
 
 
 def test_an_unknown_model_is_not_found() -> None:

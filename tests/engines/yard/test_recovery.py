@@ -142,6 +142,19 @@ def test_out_of_restarts_falls_back_to_the_incumbent(start_yard):
     assert Asked(yard).done().status == 200
 
 
+def test_native_falls_back_to_the_subprocess_and_that_to_the_incumbent(start_yard):
+    yard = start_yard(native="", settings={"restarts": 0}).ready()
+    yard.orders.order("promote", model="m", to="new-native")
+    for engine, heir in (("new-native", "new"), ("new", "old")):
+        until(lambda engine=engine: yard.engine(engine)["pid"] is not None, f"{engine} to serve")
+        kill(yard, engine)
+        until(lambda heir=heir: yard.route()["fallback"] == heir, f"the fallback to {heir}")
+        assert Asked(yard).done().status == 200
+    assert yard.route()["committed"] == "new-native"
+    kill(yard, "old")
+    until(lambda: yard.route()["unservable"], "an end of all fallbacks: never back to native by itself")
+
+
 def test_a_candidate_that_is_not_here_falls_back_at_once(start_yard):
     yard = start_yard().ready()
     yard.orders.order("promote")

@@ -361,6 +361,23 @@ def test_a_gbnf_grammar_is_refused(shim):
     assert refused.value.status == 400
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("shim", [Shim, HostShim, BinaryShim])
+def test_a_grammar_of_mistral_rs_reaches_every_engine(shim, path):
+    grammar = {"type": "regex", "value": "yes|no"}
+    said = {"messages": MESSAGES, "prompt": "a", "grammar": grammar, "response_format": {"type": "text"}}
+    body = asked(shim(call(said, path), "default"))
+    assert body["grammar"] == grammar
+    assert shim is not BinaryShim or "response_format" not in body  # it would refuse the two together
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_grammar_beside_a_json_schema_is_refused_for_the_binary(path):
+    with pytest.raises(Refusal, match="grammar") as refused:
+        binary({"grammar": {"type": "regex", "value": "a"}, "json_schema": {"type": "array"}}, path).request()
+    assert refused.value.status == 400
+
+
 @pytest.mark.parametrize(
     ("said", "schema"),
     [
