@@ -116,6 +116,11 @@ def native_of(name: str) -> str:
     return f"{name}-native"
 
 
+def base_of(name: str) -> str:
+    """The engine whose code runs under `name`: what it loads and what memory it takes are the same in every form."""
+    return name.removesuffix(native_of(""))
+
+
 def native_driver(name: str) -> Driver | None:
     """The driver of engine `name` without a server between; None where it has no such form."""
     from engines.drivers.mistral_rs import MistralRsNative

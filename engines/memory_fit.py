@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
+from engines.driver import base_of
 from engines.errors import BadInput
 from engines.gguf_header import Header
 from engines.settings import Settings
@@ -429,6 +430,7 @@ def estimate(
     `context_tokens` is for all sequences together; without it the setting counts, then the trained context.
     `correction` is a stored ratio of measured to expected bytes: it moves the expected figure, and widens the range.
     """
+    engine = base_of(engine)
     if engine not in _PARTS:
         raise BadInput(f"memory is estimated for {' and '.join(_PARTS)}, not for {engine!r}")
     if context_tokens is not None and context_tokens < 1:

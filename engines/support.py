@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from engines.driver import base_of
 from engines.errors import BadInput
 from engines.gguf_header import Header, Tensor
 
@@ -35,6 +36,7 @@ def loads(engine: str, header: Header, *, version: str | None = None) -> Loads:
 
     Raises BadInput for an engine that there is no list of.
     """
+    engine = base_of(engine)
     if engine not in _ANSWERS:
         raise BadInput(f"what {engine!r} loads is not listed; the lists cover {' and '.join(_ANSWERS)}")
     if header.kind != "model":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,9 @@ def migrate(
     plan: Annotated[
         Path | None, typer.Argument(help="The plan (.toml); the one the yard served last, else ./switchyard.toml.")
     ] = None,
-    phase: Annotated[Literal["subprocess"], typer.Option(help="The phase to carry out.")] = "subprocess",
+    phase: Annotated[
+        Literal["subprocess", "native"], typer.Option(help="The phase to carry out; native follows on subprocess.")
+    ] = "subprocess",
     model: Annotated[
         list[str] | None, typer.Option(help="Migrate this model only; repeat for several. All of them without.")
     ] = None,
@@ -43,8 +45,9 @@ def migrate(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Phase 2: put the candidate behind the real port: fallback rehearsed, canary judged, then all of it.
+    """Phases 2 and 3: put the candidate behind the real port: fallback rehearsed, canary judged, then all of it.
 
+    Phase 3 (`--phase native`) does the same once more without a server between, after it has compared both forms.
     Killed or interrupted, the same command goes on where it stopped; meanwhile the yard serves. Exit code 0 means that
     every model is served by the candidate.
     """
@@ -64,7 +67,7 @@ def migrate(
     )
     loaded = load_plan(path)
     orders.checked(loaded)
-    outcome = _migrated(loaded, orders, path, folder)
+    outcome = _migrated(phase, loaded, orders, path, folder)
     if json_:
         json.dump({**outcome, "next": next_step(outcome)}, sys.stdout, indent=2, ensure_ascii=False)
         print()
@@ -73,7 +76,7 @@ def migrate(
     raise typer.Exit(EXIT_CODES[outcome["verdict"]])
 
 
-def _migrated(plan: Any, orders: Any, path: Path, folder: Path) -> dict[str, Any]:
+def _migrated(phase: str, plan: Any, orders: Any, path: Path, folder: Path) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
     from engines.process import end_orphans
     from flows.prefect_server import prefect_api
@@ -89,12 +92,21 @@ def _migrated(plan: Any, orders: Any, path: Path, folder: Path) -> dict[str, Any
     progress.set(shown)
     with shown.step("Prefect starts"):
         server = prefect_api(folder)
-        from flows.subprocess_phase import subprocess_phase as flow
-
+        flow = _flow(phase)
         if server is not None:
             server.ready()
     outcome: dict[str, Any] = flow(plan, orders, path)
     return outcome
+
+
+def _flow(phase: str) -> Callable[..., dict[str, Any]]:
+    if phase == "native":
+        from flows.native_phase import native_phase
+
+        return native_phase
+    from flows.subprocess_phase import subprocess_phase
+
+    return subprocess_phase
 
 
 def _show(outcome: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,8 +32,6 @@ from tasks.records import Records, Run, Step
 from tasks.rehearsal import engine_of, judge_rehearsal, measure_rehearsal, one_token, room, route_of
 from tasks.verdict import CheckResult, Verdict, not_measured
 
-KIND = "migrate"
-PHASE_ONE = "phase_1.gate"
 POLL_S = 5.0
 SETTLE_S = 0.5
 LOOK_BACK = 200  # evaluations; an older one than these is no evidence any more
@@ -114,6 +112,11 @@ def plainly(_model: str, _step: str, work: Callable[[], None]) -> None:
 class Migration:
     """The subprocess phase of one plan. `do` is called with each step; `judge` judges a canary's live requests."""
 
+    phase: ClassVar[str] = "subprocess"
+    kind: ClassVar[str] = "migrate"  # of its runs in the records
+    evaluation: ClassVar[str] = "phase 1"  # whose gate has to be open, and how one comes by it
+    advice: ClassVar[str] = "run `switchyard evaluate`"
+
     def __init__(
         self,
         plan: Plan,
@@ -173,7 +176,7 @@ class Migration:
         return {
             "run_id": self._run.id if self._run else None,
             "plan": self.plan.name,
-            "phase": "subprocess",
+            "phase": self.phase,
             "verdict": verdict.value,
             "models": models,
             "yard_started": self.started,
@@ -222,8 +225,16 @@ class Migration:
         else:
             self.do(model.id, "rehearsal", lambda: self._rehearse(model))
             self._require_open(model.id)
+            self._drills(model)
             self._canaries(model.id)
         self.do(model.id, "promote", lambda: self._promote(model.id))
+
+    @property
+    def _gate_check(self) -> str:
+        return self.evaluation.removeprefix("the ").replace(" ", "_") + ".gate"
+
+    def _drills(self, model: ModelPlan) -> None:
+        """What else a phase tries on a yard of its own before any traffic moves."""
 
     # --- 1: the gate of phase 1
 
@@ -235,19 +246,19 @@ class Migration:
             raise EngineNotFound(absent or f"{self.candidate} was not found", engine=self.candidate)
         found = phase_one(self.records, self.plan, model, recipe.version)
         if found.open:
-            self._record(model.id, CheckResult(check=PHASE_ONE, verdict=Verdict.PASS, why=found.why))
+            self._record(model.id, CheckResult(check=self._gate_check, verdict=Verdict.PASS, why=found.why))
             self._put_step(model.id, "precondition", "done", phase_1_run=found.run_id)
             return True
         decided = self._decision(model.id, "override", given=model.id in self.orders.override)
         if decided is None:
-            why = f"the gate of phase 1 is shut: {found.why}"
-            self._record(model.id, CheckResult(check=PHASE_ONE, verdict=Verdict.FAIL, why=why))
+            why = f"the gate of {self.evaluation} is shut: {found.why}"
+            self._record(model.id, CheckResult(check=self._gate_check, verdict=Verdict.FAIL, why=why))
             self._put_step(model.id, "precondition", "failed", why=why)
-            advice = f"run `switchyard evaluate`, or add --override {model.id} --who NAME --reason TEXT"
+            advice = f"{self.advice}, or add --override {model.id} --who NAME --reason TEXT"
             self._end(model.id, Verdict.FAIL, "gate closed", f"{why}; {advice}")
             return False
         why = f"overridden by {decided}; {found.why}"
-        self._record(model.id, CheckResult(check=PHASE_ONE, verdict=Verdict.INCONCLUSIVE, why=why, required=False))
+        self._record(model.id, not_measured(self._gate_check, why, required=False))
         self._put_step(model.id, "precondition", "done", override=decided, phase_1_run=found.run_id)
         return True
 
@@ -574,11 +585,11 @@ class Migration:
             self.say(f"going on with run {unfinished.id}")
             return self.records.resume_run(unfinished.id)
         plan = self.plan.model_dump(mode="json")
-        return self.records.start_run(KIND, self.plan.name, plan, circumstances=machine_circumstances())
+        return self.records.start_run(self.kind, self.plan.name, plan, circumstances=machine_circumstances())
 
     def _unfinished(self) -> Run | None:
         """The run of this plan that did not get done here; another host's yard is another migration."""
-        run = self.records.unfinished(self.plan.model_dump(mode="json"), kind=KIND)
+        run = self.records.unfinished(self.plan.model_dump(mode="json"), kind=self.kind)
         return run if run is not None and run.owner_host == socket.gethostname() else None
 
     def _step(self, model_id: str, name: str) -> Step | None:

@@ -25,7 +25,7 @@ from engines.model_digest import model_digest
 from engines.settings import Endpoint
 from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks import compatibility, faults, parity, performance, preflight, soak
-from tasks.contender import Arm, Contender
+from tasks.contender import Arm, Contender, YardContender
 from tasks.noninferiority import decision_reached
 from tasks.performance import PerformanceLimits, Workload
 from tasks.prompts import Prompt, load_prompts, load_transcripts
@@ -68,6 +68,7 @@ class Trial:
         self.bench = bench
         self.model = model
         self.say = say
+        self.behind_yards = any(found.form == "native" for found in bench.installations.values())
         self.contenders = {arm: self._contender(arm) for arm in ARMS}
 
     # --- gathering ---
@@ -198,7 +199,9 @@ class Trial:
         return bool(report and report["side_by_side"]["fits"])
 
     def faults(self) -> None:
-        """Drills on the candidate: killed, frozen, cut model file, taken port."""
+        """Drills on the candidate: killed, frozen, cut model file, taken port. Behind a yard, that one is rehearsed."""
+        if self.behind_yards:
+            return
         self._gather("candidate", "faults", lambda: faults.measure_faults(self.contenders["candidate"], self.say))
 
     def turned_down(self) -> list[CheckResult]:
@@ -305,6 +308,8 @@ class Trial:
         ]
 
     def _judge_faults(self) -> list[CheckResult]:
+        if self.behind_yards:
+            return []
         evidence = self._payload("candidate", "faults")
         if evidence is None:
             return [self._missing("faults.sigkill")]
@@ -378,7 +383,9 @@ class Trial:
         settings = self.bench.plan.settings_for(self.model.id, api_key=self.bench.api_key)
         # one core is left to the measuring client: it must not disturb what it measures
         threads = settings.threads or max((os.cpu_count() or 2) - 1, 1)
-        return Contender(
+        # a native engine has no port of its own: then both are met as the user will meet them
+        kind = YardContender if self.behind_yards else Contender
+        return kind(
             arm=arm,
             driver=driver(choice.engine),
             installation=self.bench.installations[arm],

@@ -37,7 +37,7 @@ from engines.model_digest import model_digest, shards
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
 
-EngineName = Literal["llama.cpp", "mistral.rs"]
+EngineName = Literal["llama.cpp", "mistral.rs", "mistral.rs-native"]
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
 API_KEY_MEND = (
     "a key does not belong in a plan: export it in an environment variable and write "
@@ -143,6 +143,9 @@ class Sampling(_Part):
     )
     soak_s: float = Field(
         259_200, gt=0, le=31 * 86_400, description="seconds under load; 3 clean days just prove at most 1 failure a day"
+    )
+    load_cycles: int = Field(
+        20, ge=10, le=10_000, description="times that phase 3 loads and unloads each model; their memory may not grow"
     )
     seed: int = Field(20261122, ge=0, le=2**32 - 1, description="same seed, same prompts, order and arrivals")
 

@@ -1,0 +1,141 @@
+"""Phase 3 as a table of contents: from the candidate as a subprocess to the candidate without a server between.
+
+    conformance     an evaluation of both forms, each behind a yard of its own: behaviours, answers, speed, memory, soak
+    precondition    that evaluation opened the model's gate, and the subprocess serves the model now
+    rehearsal       the fallback to the subprocess: native missing, killed, out of restarts
+    drills          a hang in mid-answer; the model loaded and unloaded again and again
+    canary, promote as in phase 2
+
+The native engine lives in a worker process of the yard: what breaks in native code, its memory included, ends with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from engines.driver import native_driver
+from engines.errors import BadInput
+from engines.home import home
+from engines.process import end_orphans
+from flows import yards as yard_processes
+from flows.evaluate import evaluate
+from flows.migration import Migration, Orders, phase_one
+from flows.progress import progress
+from flows.serve import canary_limits
+from flows.subprocess_phase import publish, take
+from flows.yards import PlanYards
+from migrations.plan import EngineChoice, ModelPlan, Plan
+from tasks.canary import judge_canary
+from tasks.gate import gate
+from tasks.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
+from tasks.records import open_records
+from tasks.rehearsal import engine_of, room, route_of
+from tasks.verdict import CheckResult, Verdict
+
+
+def native_plan(plan: Plan) -> Plan:
+    """`plan` for phase 3: its candidate as it serves is the incumbent now, the same engine native the candidate.
+
+    Raises BadInput for a candidate that has no native form.
+    """
+    native = native_driver(plan.candidate.engine)
+    if native is None:
+        raise BadInput(f"{plan.candidate.engine} has no native form: phase 3 is for mistral.rs")
+    changes = {
+        "name": f"{plan.name}-native",
+        "incumbent": plan.candidate,
+        "candidate": EngineChoice.model_validate({"engine": native.name}),
+    }
+    return plan.model_copy(update=changes)
+
+
+class NativeMigration(Migration):
+    """The native phase of one plan (of `native_plan`'s form)."""
+
+    phase = "native"
+    kind = "migrate-native"
+    evaluation = "the conformance"
+    advice = "look at `switchyard report`, and migrate again to measure anew"
+
+    def _precondition(self, model: ModelPlan) -> bool:
+        route = route_of(self.client, model.id) if self.client.runs() else None
+        if route is None or route["committed"] not in (self.incumbent, self.candidate):
+            serves = route["committed"] if route else "no yard runs, so nobody"
+            why = f"{serves} serves {model.id}, not {self.incumbent}"
+            self._record(model.id, CheckResult(check="phase_2.serves", verdict=Verdict.FAIL, why=why))
+            self._put_step(model.id, "precondition", "failed", why=why)
+            self._end(model.id, Verdict.FAIL, "gate closed", f"{why}: first `switchyard migrate --phase subprocess`")
+            return False
+        return super()._precondition(model)
+
+    def _drills(self, model: ModelPlan) -> None:
+        self.do(model.id, "hang and load cycles", lambda: self._drill(model))
+        self._require_open(model.id)
+
+    def _drill(self, model: ModelPlan) -> None:
+        step = self._step(model.id, "drills")
+        if step and step.state == "done":
+            self._recall(model.id, step.detail["checks"])
+            return
+        self._put_step(model.id, "drills", "intent")
+        evidence = self._drilled(model)
+        self.records.put_evidence(self.run_id, model.id, "candidate", "drills", evidence)
+        results = [judge_hang(evidence["hang"]), *judge_load_cycles(evidence["cycles"])]
+        self._record(model.id, *results)
+        state = "done" if gate(results) is Verdict.PASS else "failed"
+        self._put_step(model.id, "drills", state, checks=[result.check for result in results])
+
+    def _drilled(self, model: ModelPlan) -> dict[str, Any]:
+        route = route_of(self.client, model.id)
+        serving = engine_of(route, route["serving"])
+        form, why = room(self.yards.recipes(model.id), serving["memory_bytes"], serving["vram_bytes"])
+        if not form:
+            return {name: {"not_measured": why} for name in ("hang", "cycles")}
+        stage = functools.partial(
+            yard_processes.stage,
+            self.yards,
+            model.id,
+            incumbent=self.incumbent,
+            candidate=self.candidate,
+            say=self.say,
+        )
+        cycles = measure_load_cycles(stage, cycles=self.plan.sampling.load_cycles, say=self.say)
+        return {"hang": measure_hang(stage, self.say), "cycles": cycles}
+
+
+@flow(name="migrate-native", flow_run_name="migrate {plan.name} · native", persist_result=False)
+def native_phase(plan: Plan, orders: Orders | None = None, plan_path: Path | None = None) -> dict[str, Any]:
+    """Put the candidate's native form behind the public port, for every model of the plan or those `orders` names."""
+    folder, derived = home(), native_plan(plan)
+    end_orphans(folder)
+    _conform(derived, orders or Orders())
+    with open_records() as records:
+        outcome = NativeMigration(
+            derived,
+            PlanYards(plan, folder, plan_path),
+            records,
+            functools.partial(judge_canary, limits=canary_limits(plan)),
+            orders=orders,
+            say=progress.get().say,
+            do=take,
+        ).run()
+    publish(outcome)
+    return outcome
+
+
+def _conform(plan: Plan, orders: Orders) -> None:
+    """Both forms evaluated against each other, unless the records have a verdict on just this."""
+    native = native_driver(plan.incumbent.engine)
+    assert native is not None
+    version = native.find().version
+    models = tuple(model for model in plan.models if not orders.models or model.id in orders.models)
+    with open_records() as records:
+        known = [phase_one(records, plan, model, version) for model in models]
+        unfinished = records.unfinished(plan.model_dump(mode="json"), kind="evaluate")
+    open_or_overridden = (found.open or model.id in orders.override for found, model in zip(known, models, strict=True))
+    if not all(open_or_overridden):
+        evaluate(plan, unfinished.id if unfinished else None)
