@@ -1,4 +1,4 @@
-"""How the yard and a native worker talk: frames over a loopback connection, one request each. No HTTP.
+"""How the yard and a native worker talk: frames over loopback connections, one request at a time on each. No HTTP.
 
     request   one line of JSON {"key", "method", "path", "length"}, then `length` bytes of body
     answer    one line of JSON {"status"}, then pieces: 4 bytes of length (big-endian) and as many bytes; length 0 ends
@@ -42,6 +42,7 @@ class Answer:
 
     def __init__(self, status: int, reader: asyncio.StreamReader) -> None:
         self.status = status
+        self.ended = False  # read to its end
         self._reader = reader
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -50,6 +51,7 @@ class Answer:
             while True:
                 (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 if size == 0:
+                    self.ended = True
                     return
                 if size > MAX_PIECE:
                     raise Broken(f"a piece of {size} bytes")
@@ -62,24 +64,61 @@ class Answer:
         return b"".join([data async for data in self.pieces()])
 
 
-@contextlib.asynccontextmanager
-async def asked(host: str, port: int, key: str, method: str, path: str, body: bytes) -> AsyncIterator[Answer]:
-    """The answer to a request, once it begins; leaving the block early leaves the engine. Raises Broken."""
-    try:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port, limit=LINE_LIMIT), CONNECT_S)
-    except OSError as error:  # TimeoutError is one
-        raise Broken(f"no worker on port {port}") from error
-    try:
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Client:
+    """Asks one worker; connections are kept, for opening one costs more than all the rest of a request."""
+
+    def __init__(self, host: str, port: int, key: str) -> None:
+        self._where = host, port
+        self._key = key
+        self._idle: list[Connection] = []
+
+    @contextlib.asynccontextmanager
+    async def ask(self, method: str, path: str, body: bytes) -> AsyncIterator[Answer]:
+        """The answer to a request, once it begins; leaving the block early leaves the engine. Raises Broken."""
+        request = head(self._key, method, path, body)
+        kept = self._idle.pop() if self._idle else None
         try:
-            writer.write(head(key, method, path, body))
+            (reader, writer), status = await self._begun(kept, request)
+        except Broken:
+            if kept is None:
+                raise
+            # the worker may have closed just this one; a dead worker takes no fresh one
+            (reader, writer), status = await self._begun(None, request)
+        answer = Answer(status, reader)
+        try:
+            yield answer
+        finally:
+            if answer.ended:
+                self._idle.append((reader, writer))
+            else:
+                writer.close()
+
+    def close(self) -> None:
+        """Let the kept connections go."""
+        while self._idle:
+            self._idle.pop()[1].close()
+
+    async def _begun(self, kept: Connection | None, request: bytes) -> tuple[Connection, int]:
+        reader, writer = kept or await self._opened()
+        try:
+            writer.write(request)
             await writer.drain()
-            line = await reader.readline()
-            status = int(json.loads(line)["status"])
+            return (reader, writer), int(json.loads(await reader.readline())["status"])
         except (OSError, ValueError, KeyError, TypeError) as error:
+            writer.close()
             raise Broken("the worker went away before it answered") from error
-        yield Answer(status, reader)
-    finally:
-        writer.close()
+        except BaseException:  # cancelled: the engine is left
+            writer.close()
+            raise
+
+    async def _opened(self) -> Connection:
+        try:
+            return await asyncio.wait_for(asyncio.open_connection(*self._where, limit=LINE_LIMIT), CONNECT_S)
+        except OSError as error:  # TimeoutError is one
+            raise Broken(f"no worker on port {self._where[1]}") from error
 
 
 def ask(port: int, key: str, method: str, path: str, body: bytes = b"", timeout_s: float | None = None) -> Any:

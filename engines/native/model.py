@@ -27,7 +27,7 @@ from engines.native.openai_shapes import ApiError, Json, Piece
 RENDERED = "rendered prompt"
 # llguidance takes one of these that the vocabulary has as the end of a text (toktrie_hf_tokenizers, `from_tokenizer`)
 TEXT_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>")
-GRAMMAR_AT_FAULT = re.compile(r"Invalid grammar|(parser|lexer) error")
+GRAMMAR_AT_FAULT = re.compile(r"Invalid grammar|(parser|lexer) error|NoExtensionBias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +230,8 @@ def engine_error(error: BaseException, job: Job, begun: bool) -> ApiError:
     grammar = job.sampling.grammar
     if grammar and GRAMMAR_AT_FAULT.match(reason):
         return shapes.bad(grammar.param, f"cannot be used: {reason}")
-    if "must be" in reason and not begun:
+    if isinstance(error, UnicodeEncodeError):
+        return ApiError(400, f"the text is no valid Unicode: {reason}")
+    if not begun and ("must be" in reason or "empty prompt" in reason):
         return ApiError(400, reason)
     return ApiError(500, reason, type="server_error")

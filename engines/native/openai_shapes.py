@@ -165,9 +165,12 @@ def _stop(body: Json) -> tuple[str, ...]:
 def _logit_bias(body: Json) -> dict[int, float] | None:
     biases = _object(body, "logit_bias")
     try:
-        return {int(token): float(bias) for token, bias in biases.items()} or None
+        read = {int(token): float(bias) for token, bias in biases.items()}
     except (TypeError, ValueError):
         raise bad("logit_bias", "must map token ids to numbers") from None
+    if not all(math.isfinite(bias) for bias in read.values()):
+        raise bad("logit_bias", "must map token ids to finite numbers")
+    return read or None
 
 
 def parse_sampling(body: Json, *, grammar: Grammar | None, logprobs: tuple[bool, int]) -> Sampling:

@@ -28,7 +28,7 @@ MAX_BODY_BYTES = 64 * 2**20
 
 
 class Door:
-    """Answers one request per connection."""
+    """Answers requests, one at a time on each connection."""
 
     def __init__(self, native: Native, key: str) -> None:
         self._native = native
@@ -37,24 +37,29 @@ class Door:
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """From the first byte of a connection to its end; a client that leaves leaves the engine."""
         with contextlib.suppress(ConnectionError):
-            hearing = asyncio.ensure_future(self._heard(reader, writer))
             try:
-                request = await hearing
-                if request is None:
-                    return
-                answering = asyncio.ensure_future(self._reply(*request, writer))
-                leaving = asyncio.ensure_future(reader.read())  # ends when the client closes
-                await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-                for task in (answering, leaving):
-                    task.cancel()
-                await asyncio.gather(answering, leaving, return_exceptions=True)
+                first = await reader.read(1)
+                while first and (request := await self._heard(first, reader)) is not None:
+                    answering = asyncio.ensure_future(self._reply(*request, writer))
+                    # nothing more comes until the answer has ended, but the client's end
+                    waiting = asyncio.ensure_future(reader.read(1))
+                    try:
+                        await asyncio.wait((answering, waiting), return_when=asyncio.FIRST_COMPLETED)
+                        if not answering.done():
+                            return
+                        await answering
+                        first = await waiting
+                    finally:
+                        for task in (answering, waiting):
+                            task.cancel()
+                        await asyncio.gather(answering, waiting, return_exceptions=True)
             finally:
                 writer.close()
 
-    async def _heard(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[str, str, bytes] | None:
+    async def _heard(self, first: bytes, reader: asyncio.StreamReader) -> tuple[str, str, bytes] | None:
         """Method, path and body of a request that carries the key; anything else is hung up on."""
         try:
-            words = json.loads(await reader.readline())
+            words = json.loads(first + await reader.readline())
             carried = hmac.compare_digest(str(words["key"]).encode(), self._key)
             length = int(words["length"])
             if not carried or not 0 <= length <= MAX_BODY_BYTES:

@@ -48,6 +48,10 @@ class Door(Protocol):
         """The answer, as soon as it begins; leaving the block early leaves the engine. Raises Gone."""
         ...
 
+    def close(self) -> None:
+        """Let its connections go: the engine has ended."""
+        ...
+
 
 class HttpDoor:
     """An engine that is a server.
@@ -74,6 +78,9 @@ class HttpDoor:
                 yield HttpAnswer(answer)
         except BROKEN as error:
             raise Gone(_words(error)) from error
+
+    def close(self) -> None:
+        """Nothing of its own: the sessions are the yard's."""
 
     async def _asked(self, method: str, path: str, body: bytes, timeout_s: float | None) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S)
@@ -111,18 +118,21 @@ class FrameDoor:
     """A native worker."""
 
     def __init__(self, host: str, port: int, key: SecretStr | None) -> None:
-        self._where = host, port, key.get_secret_value() if key else ""
+        self._client = frames.Client(host, port, key.get_secret_value() if key else "")
 
     @contextlib.asynccontextmanager
     async def ask(
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
     ) -> AsyncIterator[Answer]:
-        host, port, key = self._where
         try:
-            async with asyncio.timeout(timeout_s), frames.asked(host, port, key, method, path, body) as answer:
+            async with asyncio.timeout(timeout_s), self._client.ask(method, path, body) as answer:
                 yield answer
         except BROKEN as error:
             raise Gone(_words(error)) from error
+
+    def close(self) -> None:
+        """Let its connections go."""
+        self._client.close()
 
 
 def _words(error: BaseException) -> str:

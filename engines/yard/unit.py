@@ -83,7 +83,7 @@ class Unit:
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
         self.flights: set[Flight] = set()
         self.child: ManagedProcess | None = None
-        self.door: Door  # while it serves
+        self._door: Door | None = None
         self.context_tokens: int | None = None
         self.load_s: float | None = None
         self.loading = ""
@@ -129,6 +129,12 @@ class Unit:
     def slots(self) -> int:
         """Requests it takes at a time."""
         return self.recipe.settings.parallel
+
+    @property
+    def door(self) -> Door:
+        """The way in, once it has served; after its end whoever asks there is told that it is gone."""
+        assert self._door is not None
+        return self._door
 
     @property
     def why(self) -> str:
@@ -277,6 +283,8 @@ class Unit:
         finally:
             if self.child is not None:
                 await asyncio.to_thread(self.child.stop, grace_s=grace_s)
+            if self._door is not None:
+                self._door.close()
             self.child = None
             self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
 
@@ -304,13 +312,13 @@ class Unit:
             ask=in_frames(serve) if self.recipe.form == "native" else None,
         )
         self.load_s = time.monotonic() - began
-        self.door = self._open_door(self.recipe, serve)
+        self._door = self._open_door(self.recipe, serve)
         context = seen.get("context_tokens")
         self.context_tokens = context if isinstance(context, int) else serve.settings.context_tokens
         rate = seen.get("prefill_tokens_per_s")
         if isinstance(rate, float) and self.prefill.value is None:
             self.prefill.learn(rate)
-        self._counters, self._cached, self._missed, self._counted = (), False, 0, 0
+        self._counters, self._cached, self._missed, self._counted = (), False, 0, self.tokens
         self._progressed = self._probed = time.monotonic()
         self._asked = self._weighed = 0.0
         if self._wanted:

@@ -62,7 +62,7 @@ async def worker():
 
 
 def asked(port, path, method="POST", body=b"{}", key=KEY):
-    return frames.asked("127.0.0.1", port, key, method, path, body)
+    return frames.Client("127.0.0.1", port, key).ask(method, path, body)
 
 
 async def read(port, path, **how):
@@ -100,6 +100,42 @@ async def test_who_leaves_leaves_the_engine(worker):
     async with asked(port, "/endless") as answer:
         assert await anext(answer.pieces())
     await asyncio.wait_for(native.left.wait(), 10)
+
+
+async def test_connections_are_kept_and_one_that_broke_costs_nothing(worker):
+    _, port = worker
+    opened = []
+
+    async def forward(reader, writer):
+        opened.append(writer)
+        inward, outward = await asyncio.open_connection("127.0.0.1", port)
+
+        async def pipe(source, sink):
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(65536):
+                    sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pipe(reader, outward), pipe(inward, writer))
+
+    async with await asyncio.start_server(forward, "127.0.0.1", 0) as between:
+        client = frames.Client("127.0.0.1", between.sockets[0].getsockname()[1], KEY)
+
+        async def whole(path="/whole"):
+            async with client.ask("POST", path, b"{}") as answer:
+                return answer.status, await answer.read()
+
+        assert [(await whole())[0] for _ in range(5)] == [200] * 5
+        assert (await whole("/early"))[0] == 429
+        assert len(opened) == 1
+        opened[0].transport.abort()
+        assert (await whole())[0] == 200
+        assert len(opened) == 2
+        async with client.ask("POST", "/endless", b"{}") as answer:
+            await anext(answer.pieces())
+        assert (await whole())[0] == 200, "one that was left in mid-answer is not used again"
+        assert len(opened) == 3
+        client.close()
 
 
 @pytest.mark.parametrize("key", ["", "another"])

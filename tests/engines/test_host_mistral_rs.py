@@ -23,6 +23,7 @@ import httpx
 import pytest
 
 from engines.errors import BadInput
+from engines.hosts.mistral_rs import listen
 from engines.native import openai_shapes as shapes
 from engines.native.generation import Admitted, Counters, counted, cut_usage, keep_alive, reckoned, until_stop
 from engines.native.gguf_text import ChatTemplate, TemplateRefused, Vocabulary, read_metadata
@@ -982,3 +983,19 @@ def test_a_busy_port_and_an_open_host_without_a_key_are_refused(tmp_path: Path) 
     process = start(smollm2(), free_port(), tmp_path / "log", "--host", "0.0.0.0", key="")
     assert process.wait(60) == 2
     assert "SWITCHYARD_ENGINE_API_KEY" in (tmp_path / "log").read_text()
+
+
+async def test_small_answers_are_not_held_back_for_an_acknowledgement() -> None:
+    """Connections that the server accepts have Nagle off, as asyncio has it for sockets that are named as TCP."""
+    accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        accepted.set_result(held)
+        writer.close()
+
+    listener = listen("127.0.0.1", 0)
+    async with await asyncio.start_server(connected, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await asyncio.wait_for(accepted, 10) != 0
+        writer.close()

@@ -400,6 +400,25 @@ async def test_tools_calls_and_results_are_all_in_the_prompt(native: Native) -> 
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        (CHAT, {"logit_bias": {"0": float("inf")}}),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud83d"}]}),
+        (CHAT, {"grammar": {"type": "lark", "value": "start: start"}}),
+        (CHAT, {"grammar": {"type": "regex", "value": "("}}),
+        ("/v1/completions", {"prompt": ""}),
+    ],
+)
+async def test_what_the_engine_cannot_take_is_the_clients_fault(native: Native, path: str, change: Json) -> None:
+    """Each of these was seen to end in an error of the engine; none of them, nor any other tried, in a panic."""
+    with pytest.raises(ApiError) as refused:
+        await native.ask("POST", path, {"messages": HI, "max_tokens": 2, **change})
+    assert refused.value.status == 400
+    assert isinstance(await native.ask("POST", CHAT, {"messages": HI, "max_tokens": 1}), Reply)
+
+
+@pytest.mark.engine
 async def test_the_loop_runs_a_forced_call_and_goes_on_to_a_text(native: Native) -> None:
     """The function gets arguments of its schema, once; the second round is free to answer."""
     cities: list[str] = []
