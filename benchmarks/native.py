@@ -555,7 +555,7 @@ def report_calls(rows: list[Row]) -> None:
         compared = [cell(ratio(middle[door], middle.get(KEPT)), 3), cell(more, 1)]
         print_row(door, [*(cell(value, 1) for value in times), *compared, *cpu], 32)
     print("ratio: to the subprocess's kept connection, which requests that generate take; added: to a call in process,")
-    print("whose whole CPU is told as the client's; the worker gets a new connection for each request, as in the yard")
+    print("whose whole CPU is told as the client's; the worker's connection is kept, as in the yard")
 
 
 def cpu_us(rows: list[Row], name: str) -> float | None:

@@ -1,6 +1,6 @@
 """A migration over fake engines in a process of its own, and the yards that it starts; `spec.json` says which.
 
-python tests/fake_migration.py migrate SPEC [ORDERS_JSON]     prints the outcome; `llama.cpp` and `mistral.rs` are fakes
+python tests/fake_migration.py migrate|native SPEC [ORDERS_JSON]     prints the outcome; all engines are fakes
 python tests/fake_migration.py yard SPEC HOME PORT [HIDDEN]
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from fake_driver import FakeDriver
 from pydantic import SecretStr
 
+from engines.driver import native_of
 from engines.errors import BadInput, SwitchyardError
 from engines.settings import Settings
 from engines.yard.recipe import Recipe
@@ -22,6 +23,7 @@ from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from engines.yard.yard import ModelConfig, YardConfig
 from flows.migration import Migration, Orders
+from flows.native_phase import NativeMigration, native_plan
 from flows.rehearsal_yard import without
 from flows.serve import log_to_terminal
 from flows.yards import QUICK
@@ -30,6 +32,7 @@ from tasks.records import open_records
 from tasks.verdict import CheckResult, Verdict, at_most
 
 OLD, NEW = "llama.cpp", "mistral.rs"
+NATIVE = native_of(NEW)
 EXIT = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 
 
@@ -58,7 +61,7 @@ class Spec:
             engine: Recipe.of(
                 self.driver(engine).find(), "m", Path(self.told["gguf"]), Settings(parallel=4, context_tokens=512)
             ).model_copy(update={"engine": engine})
-            for engine in (OLD, NEW)
+            for engine in (OLD, NEW, NATIVE)
         }
         model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, recipes=recipes)
         return YardConfig(settings=settings, models=(model,), api_key=None)
@@ -102,10 +105,11 @@ def judge(samples: Sequence[Mapping[str, Any]], incumbent: str, candidate: str) 
     return [at_most("canary.failed", failed, limit=0, unit="requests")]
 
 
-def migrate(spec: Spec, orders: Orders) -> None:
+def migrate(spec: Spec, orders: Orders, *, native: bool) -> None:
     with open_records(spec.home / "switchyard.db") as records:
         say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-        outcome = Migration(spec.plan, FakeYards(spec), records, judge, orders=orders, say=say, poll_s=0.2).run()
+        kind, plan = (NativeMigration, native_plan(spec.plan)) if native else (Migration, spec.plan)
+        outcome = kind(plan, FakeYards(spec), records, judge, orders=orders, say=say, poll_s=0.2).run()
     print(json.dumps(outcome))
     sys.exit(EXIT[outcome["verdict"]])
 
@@ -120,7 +124,7 @@ def yard(spec: Spec, home: Path, port: int, hidden: str | None) -> None:
         return without(told, hidden) if hidden else told
 
     log_to_terminal()
-    run(config, home=home, drivers={engine: spec.driver(engine) for engine in (OLD, NEW)})
+    run(config, home=home, drivers={engine: spec.driver(engine) for engine in (OLD, NEW, NATIVE)})
 
 
 def main() -> None:
@@ -130,7 +134,7 @@ def main() -> None:
         if what == "yard":
             yard(spec, Path(rest[0]), int(rest[1]), rest[2] if len(rest) > 2 else None)
         else:
-            migrate(spec, Orders.model_validate_json(rest[0] if rest else "{}"))
+            migrate(spec, Orders.model_validate_json(rest[0] if rest else "{}"), native=what == "native")
     except SwitchyardError as error:
         print(f"error: {error}", file=sys.stderr)
         os._exit(2 if isinstance(error, BadInput) else 5)

@@ -39,6 +39,7 @@ from tasks.verdict import CheckResult, Verdict
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "fake_migration.py"
 OLD, NEW = "llama.cpp", "mistral.rs"
+NATIVE = "mistral.rs-native"
 DECIDED = {"who": "Ada", "reason": "a test"}
 OVERRIDE = {"override": ["m"], **DECIDED}
 LIMITS = {"kill_detect_s": 60, "recover_s": 60}
@@ -53,17 +54,17 @@ class Box:
     port: int
     spec: Path
 
-    def start(self, **orders: Any) -> subprocess.Popen[str]:
+    def start(self, phase: str = "migrate", **orders: Any) -> subprocess.Popen[str]:
         """`switchyard migrate`, running; in a session of its own, as a terminal would have it."""
-        argv = [sys.executable, str(SCRIPT), "migrate", str(self.spec), json.dumps(orders)]
+        argv = [sys.executable, str(SCRIPT), phase, str(self.spec), json.dumps(orders)]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_BOX": str(self.home)}
         return subprocess.Popen(
             argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
 
-    def migrate(self, **orders: Any) -> tuple[int, dict[str, Any]]:
+    def migrate(self, phase: str = "migrate", **orders: Any) -> tuple[int, dict[str, Any]]:
         """The exit code and the outcome; `said` holds what was said on the way."""
-        running = self.start(**orders)
+        running = self.start(phase, **orders)
         out, err = running.communicate(timeout=120)
         return running.returncode, {**(json.loads(out) if out else {}), "said": err}
 
@@ -120,13 +121,13 @@ def make_box(tmp_path: Path) -> Iterator[MakeBox]:
     """Makes a box; `old` and `new` are habits of the engines, the rest are parts of the plan."""
     boxes: list[Box] = []
 
-    def make(old: str = "", new: str = "", **plan: Any) -> Box:
+    def make(old: str = "", new: str = "", native: str = "", **plan: Any) -> Box:
         folder = tmp_path / f"box{len(boxes)}"
         folder.mkdir()
         box = Box(folder / "home", free_port(), folder / "spec.json")
         parts = {"limits": LIMITS, "canary": CANARY, **plan}
         told = {"home": str(box.home), "port": box.port, "gguf": str(write_gguf(folder / "m.gguf")), "plan": parts}
-        box.spec.write_text(json.dumps({**told, OLD: old.split(), NEW: new.split()}))
+        box.spec.write_text(json.dumps({**told, OLD: old.split(), NEW: new.split(), NATIVE: native.split()}))
         boxes.append(box)
         return box
 
@@ -184,6 +185,59 @@ def test_one_that_was_rolled_back_by_hand_starts_anew(make_box: MakeBox) -> None
     assert (code, second["models"][0]["result"]) == (0, "promoted")
     assert second["run_id"] != first["run_id"]
     assert box.route()["serving"] == NEW
+
+
+# phase 3: the same once more, without a server between
+
+DRILLS = {"sampling": {"load_cycles": 10}, "yard": {"wedged_after_s": 1, "load_stall_s": 20, "memory_back_s": 2}}
+AT_ONCE = {"without_canary": True}
+
+
+def moved(box: Box) -> Box:
+    """Phase 2 is over."""
+    code, outcome = box.migrate(**OVERRIDE, **AT_ONCE, without_rehearsal=True)
+    assert code == 0, outcome
+    return box
+
+
+def box_for_native(make_box: MakeBox, **options: Any) -> Box:
+    box = make_box(**options)
+    told = json.loads(box.spec.read_text())
+    told["plan"] |= DRILLS | {"yard": {**DRILLS["yard"], "port": box.port}}
+    box.spec.write_text(json.dumps(told))
+    return box
+
+
+def test_native_is_drilled_and_takes_over(make_box: MakeBox) -> None:
+    """Fallback to the subprocess, a hang, load cycles, then all traffic; the way back is the subprocess."""
+    box = moved(box_for_native(make_box))
+    with box.traffic() as seen:
+        code, outcome = box.migrate("native", **OVERRIDE, **AT_ONCE)
+    assert (code, outcome["verdict"], outcome["phase"]) == (0, "PASS", "native"), outcome
+    checks = {check["check"]: check for check in outcome["models"][0]["checks"]}
+    assert {"native.hang", "native.load_cycles", "native.cycle_memory_yard", "native.cycle_memory_engine"} < set(checks)
+    assert NEW in checks["rehearsal.fallback"]["why"]
+    assert (box.route()["serving"], box.route()["undo"]) == (NATIVE, NEW)
+    assert set(seen) == {200}
+    assert box.migrate("native", **OVERRIDE, **AT_ONCE)[1]["models"][0]["result"] == "already promoted"
+
+
+def test_native_follows_on_the_subprocess_only(make_box: MakeBox) -> None:
+    """Nothing moves while phase 2 is open, whoever decides."""
+    box = box_for_native(make_box)
+    code, outcome = box.migrate("native", **OVERRIDE)
+    assert (code, outcome["models"][0]["result"]) == (3, "gate closed")
+    assert "switchyard migrate --phase subprocess" in outcome["models"][0]["why"]
+    assert not box.client.runs()
+
+
+def test_native_that_does_not_come_back_stays_out(make_box: MakeBox) -> None:
+    """It leaves when it is loaded again: the subprocess goes on serving."""
+    box = moved(box_for_native(make_box, native="--die-after-s 4"))
+    code, outcome = box.migrate("native", **OVERRIDE, **AT_ONCE)
+    assert code in (3, 5), outcome
+    assert box.route()["serving"] == NEW
+    assert box.ask() == 200
 
 
 # what does not move
