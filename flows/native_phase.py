@@ -12,13 +12,14 @@ The native engine lives in a worker process of the yard: what breaks in native c
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from engines.driver import native_driver
-from engines.errors import BadInput
+from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.process import end_orphans
 from flows import yards as yard_processes
@@ -103,8 +104,18 @@ class NativeMigration(Migration):
             candidate=self.candidate,
             say=self.say,
         )
-        cycles = measure_load_cycles(stage, cycles=self.plan.sampling.load_cycles, say=self.say)
-        return {"hang": measure_hang(stage, self.say), "cycles": cycles}
+        return {
+            "hang": _or_why(lambda: measure_hang(stage, self.say)),
+            "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=self.plan.sampling.load_cycles, say=self.say)),
+        }
+
+
+def _or_why(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured, or why it could not be: a drill that breaks is evidence as well."""
+    try:
+        return measure()
+    except SwitchyardError as error:
+        return {"failed": str(error).splitlines()[0]}
 
 
 @flow(name="migrate-native", flow_run_name="migrate {plan.name} · native", persist_result=False)

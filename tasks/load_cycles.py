@@ -1,7 +1,7 @@
 """A model loaded and unloaded many times, and an engine that hangs: on a yard of its own, before any traffic moves.
 
 load cycles   unload, load, one token; after each the memory of the yard and of the engine: neither may grow
-hang          the engine's process is stopped (SIGSTOP) while it answers: noticed as wedged, replaced, served
+hang          the engine's process is stopped (SIGSTOP) and asked: found wedged, replaced, the request served
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,8 +25,6 @@ CYCLES, MEMORY, HANG = "native.load_cycles", "native.cycle_memory", "native.hang
 LEAST_CYCLES = 8  # fewer say nothing about a slope
 WARM_SHARE = 0.2  # of the cycles: caches fill
 LIMIT_BYTES_PER_CYCLE = 1_000_000
-WAIT_S = 120.0
-POLL_S = 0.05
 Say = Callable[[str], None]
 
 
@@ -45,24 +42,22 @@ def measure_load_cycles(open_stage: OpenStage, *, cycles: int, say: Say = lambda
 
 
 def measure_hang(open_stage: OpenStage, say: Say = lambda _: None) -> dict[str, Any]:
-    """The candidate stopped in mid-answer: seconds until it was found wedged, and who answered the next request."""
+    """The candidate's process stopped, then a request: seconds until it was found wedged, and until who answered."""
     with open_stage(None) as stage:
         stage.client.order("promote", say, model=stage.model_id, to=stage.candidate)
         pid = engine_of(stage.route(), stage.candidate)["pid"]
-        asking = threading.Thread(target=stage.answer, daemon=True)
-        asking.start()
-        while not engine_of(stage.route(), stage.candidate)["in_flight"]:
-            time.sleep(POLL_S)
-        say(f"stopping {stage.candidate} in mid-answer: it should be found wedged")
+        if pid is None:
+            raise SwitchyardError(f"{stage.candidate} has no process to stop")
+        say(f"stopping {stage.candidate} and asking it: it should be found wedged")
         stopped_at = time.time()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
-        noticed_at = _wedged(stage, stopped_at)
         answer = stage.answer()
+        answered_at, noticed_at = time.time(), _given_up(stage, stopped_at)
         return {
             **answer,
             "detect_s": None if noticed_at is None else noticed_at - stopped_at,
-            "recover_s": time.time() - (noticed_at or stopped_at),
+            "recover_s": answered_at - (noticed_at or stopped_at),
         }
 
 
@@ -73,13 +68,15 @@ def judge_load_cycles(evidence: Mapping[str, Any], *, limit: float = LIMIT_BYTES
     """
     if why := evidence.get("not_measured"):
         return [not_measured(CYCLES, why), not_measured(MEMORY, why)]
+    if broken := evidence.get("failed"):
+        return [CheckResult(check=CYCLES, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")]
     cycles: Sequence[Mapping[str, Any]] = evidence["cycles"]
     answered = sum(cycle["answered"] for cycle in cycles)
     whole = answered == evidence["asked"]
-    broken = next((str(cycle["error"]) for cycle in cycles if not cycle["answered"]), "")
+    first = next((str(cycle["error"]) for cycle in cycles if not cycle["answered"]), "")
     loads = sorted(cycle["load_s"] for cycle in cycles if cycle["load_s"] is not None)
     middle = f"; a load takes {loads[len(loads) // 2]:.1f} s" if loads else ""
-    why = f"{answered} of {evidence['asked']} times loaded and answered{middle}{': ' + broken if broken else ''}"
+    why = f"{answered} of {evidence['asked']} times loaded and answered{middle}{': ' + first if first else ''}"
     results = [CheckResult(check=CYCLES, verdict=Verdict.PASS if whole else Verdict.FAIL, why=why)]
     return [*results, *(_judge_growth(cycles, part, limit) for part in ("yard", "engine"))]
 
@@ -88,11 +85,13 @@ def judge_hang(evidence: Mapping[str, Any]) -> CheckResult:
     """Found wedged, and the next request answered."""
     if why := evidence.get("not_measured"):
         return not_measured(HANG, why)
+    if broken := evidence.get("failed"):
+        return CheckResult(check=HANG, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")
     found, answered = evidence["detect_s"] is not None, evidence["answered"]
     detected = f"found wedged after {evidence['detect_s']:.1f} s" if found else "not found wedged"
-    after = f"answered by {evidence['by']} {evidence['recover_s']:.1f} s later" if answered else evidence["error"]
+    after = f"answered by {evidence['by']} {evidence['recover_s']:.1f} s after that" if answered else evidence["error"]
     verdict = Verdict.PASS if found and answered else Verdict.FAIL
-    return CheckResult(check=HANG, verdict=verdict, why=f"{detected}; the next request: {after}")
+    return CheckResult(check=HANG, verdict=verdict, why=f"{detected}; the request: {after}")
 
 
 def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) -> CheckResult:
@@ -140,12 +139,10 @@ def _tree_bytes(pid: int | None) -> int | None:
     return None
 
 
-def _wedged(stage: Stage, since: float) -> float | None:
-    until = time.monotonic() + WAIT_S
-    while time.monotonic() < until:
-        for event in stage.client.status()["events"]:
-            hers = event["kind"] == "state" and event.get("engine") == stage.candidate and event["at"] >= since
-            if hers and event["what"].startswith(("wedged", "failing", "dead")):
-                return float(event["at"])
-        time.sleep(POLL_S)
+def _given_up(stage: Stage, since: float) -> float | None:
+    """When the yard gave the hanging engine up, in s since the epoch; None when it never did."""
+    for event in stage.client.status()["events"]:
+        hers = event["kind"] == "state" and event.get("engine") == stage.candidate and event["at"] >= since
+        if hers and event["what"].startswith(("wedged", "failing", "dead")):
+            return float(event["at"])
     return None

@@ -49,6 +49,8 @@ def test_what_was_not_tried_is_not_passed():
     results = judge_load_cycles({"not_measured": "no room"})
     assert {result.verdict for result in results} == {Verdict.INCONCLUSIVE}
     assert judge_hang({"not_measured": "no room"}).verdict is Verdict.INCONCLUSIVE
+    assert [result.verdict for result in judge_load_cycles({"failed": "no yard"})] == [Verdict.ERROR]
+    assert judge_hang({"failed": "no yard"}).verdict is Verdict.ERROR
 
 
 @pytest.mark.parametrize(
