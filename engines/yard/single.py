@@ -1,4 +1,4 @@
-"""A yard over one engine and one model: `python -m engines.yard.single RECIPE_JSON HOME PORT`.
+"""A yard over one engine and one model: `python -m engines.yard.single RECIPE_JSON HOME PORT [RESTARTS]`.
 
 What an engine is measured behind, when the user will meet it behind a yard: a native one has no port of its own.
 """
@@ -18,21 +18,24 @@ from engines.yard.yard import ModelConfig, YardConfig
 STOP_S = 2.0
 
 
-def config_of(recipe: Recipe, port: int) -> YardConfig:
-    """A yard of just this engine; one death of it ends in refusals: what is measured is not replaced quietly."""
+def config_of(recipe: Recipe, port: int, restarts: int = 0) -> YardConfig:
+    """A yard of just this engine; without restarts its death ends in refusals: nothing measured is replaced quietly."""
     model = ModelConfig(
         id=recipe.model_id, incumbent=recipe.engine, candidate=recipe.engine, recipes={recipe.engine: recipe}
     )
-    settings = YardSettings(port=port, restarts=0, try_again_s=86_400, stop_s=STOP_S, unknown_model="refuse")
+    settings = YardSettings(
+        port=port, restarts=restarts, restart_window_s=0.001, try_again_s=86_400, stop_s=STOP_S, unknown_model="refuse"
+    )
     return YardConfig(settings=settings, models=(model,))
 
 
 def main() -> None:
     """Serve until told to stop."""
     recipe, port = Recipe.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
+    restarts = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(lambda: config_of(recipe, port), home=Path(sys.argv[2]))
+        run(lambda: config_of(recipe, port, restarts), home=Path(sys.argv[2]))
     except SwitchyardError as error:
         sys.exit(f"error: {error}")
 
