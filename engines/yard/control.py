@@ -48,6 +48,8 @@ class Control:
             "shadow": self._shadow,
             "use": self._use,
             "drain": self._drain,
+            "retire": self._retire,
+            "restore": self._restore,
             "load": self._load,
             "unload": self._unload,
             "stop": self._stopped,
@@ -114,6 +116,16 @@ class Control:
 
     def _drain(self, body: dict[str, Any]) -> Order:
         return lambda say: self._moves.drain(body.get("model"), say, on=bool(body.get("on", True)))
+
+    def _retire(self, body: dict[str, Any]) -> Order:
+        told = {name: str(body.get(name, "")) for name in ("who", "why", "archive")}
+        return lambda _: self._yard.retire(str(body["engine"]), **told)
+
+    def _restore(self, body: dict[str, Any]) -> Order:
+        async def order(_: Say) -> str:
+            return self._yard.restore(str(body["engine"]))
+
+        return order
 
     def _load(self, body: dict[str, Any]) -> Order:
         return lambda _: self._yard.residency.load(self._yard.route_of(body.get("model")))

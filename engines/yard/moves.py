@@ -150,7 +150,8 @@ class Moves:
         route.load, route.pin = model.load, model.pin
         changed = []
         for engine, recipe in model.recipes.items():
-            if engine in route.units and route.units[engine].recipe == recipe:
+            known = engine in route.units and route.units[engine].recipe == recipe
+            if known or engine in self._yard.state.retired:
                 continue
             unit = self._yard.unit(recipe)
             if engine in route.units and route.units[engine].child is not None:
@@ -274,6 +275,8 @@ class Moves:
             )
 
     def _unit(self, route: Route, engine: str) -> Unit:
+        if (gone := self._yard.state.retired.get(engine)) is not None:
+            raise BadInput(gone.line(engine))
         if engine not in route.units:
             raise BadInput(
                 f"{engine} cannot serve {route.model_id} here: there is {', '.join(route.units)}; "

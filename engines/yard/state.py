@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engines.errors import SwitchyardError
+from engines.errors import BadInput, SwitchyardError
 from engines.yard.recipe import Recipe
 
 
@@ -41,17 +41,81 @@ class ModelState(BaseModel):
     moved_at: float | None = None
 
 
+class Retired(BaseModel):
+    """An engine that may not be started any more, and all it takes to have it back: its recipes, by model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at: float  # s since the epoch
+    who: str
+    why: str
+    archive: str = ""
+    recipes: dict[str, Recipe] = {}
+    undo: tuple[str, ...] = ()  # models whose way back it was
+
+    def line(self, engine: str) -> str:
+        """When, by whom and why, and how to undo it."""
+        day = time.strftime("%Y-%m-%d", time.localtime(self.at))
+        return f"{engine} was retired on {day} by {self.who} ({self.why}); `switchyard restore {engine}` brings it back"
+
+
 class YardState(BaseModel):
-    """All routes, by model."""
+    """All routes, by model, and the engines that are retired."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     models: dict[str, ModelState] = {}
+    retired: dict[str, Retired] = {}
+
+    def needs(self, engine: str) -> list[str]:
+        """Who still needs an engine, one line each."""
+        lines = []
+        for model_id, route in self.models.items():
+            if route.serving == engine:
+                lines.append(f"{model_id} is served by {engine}")
+            if route.canary is not None and route.canary.engine == engine:
+                lines.append(f"{model_id} has a canary on {engine}")
+        return lines
+
+    def retire(self, engine: str, *, at: float, who: str, why: str, archive: str) -> YardState:
+        """The same, with the engine out of every route. Raises BadInput while one still needs it."""
+        if engine in self.retired:
+            raise BadInput(f"{self.retired[engine].line(engine)}; there is nothing left to retire")
+        if needs := self.needs(engine):
+            raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
+        recipes = {
+            model_id: route.recipes[engine] for model_id, route in self.models.items() if engine in route.recipes
+        }
+        undo = tuple(model_id for model_id, route in self.models.items() if route.undo == engine)
+        gone = Retired(at=at, who=who, why=why, archive=archive, recipes=recipes, undo=undo)
+        models = {model_id: _without(route, engine) for model_id, route in self.models.items()}
+        return self.model_copy(update={"models": models, "retired": {**self.retired, engine: gone}})
+
+    def restore(self, engine: str) -> YardState:
+        """The same, with the engine where it was. Raises BadInput when it is not retired."""
+        if engine not in self.retired:
+            known = ", ".join(self.retired) or "none"
+            raise BadInput(f"{engine} is not retired; retired: {known}")
+        back, models = self.retired[engine], dict(self.models)
+        for model_id, recipe in back.recipes.items():
+            if (route := models.get(model_id)) is not None:
+                undo = engine if model_id in back.undo and route.undo is None else route.undo
+                recipes = {**route.recipes, engine: recipe}
+                models[model_id] = route.model_copy(update={"recipes": recipes, "undo": undo})
+        retired = {name: gone for name, gone in self.retired.items() if name != engine}
+        return self.model_copy(update={"models": models, "retired": retired})
 
     def with_model(self, model_id: str, route: ModelState) -> YardState:
         """The same, with one route changed."""
         return self.model_copy(update={"models": {**self.models, model_id: route}})
+
+
+def _without(route: ModelState, engine: str) -> ModelState:
+    recipes = {name: recipe for name, recipe in route.recipes.items() if name != engine}
+    undo = None if route.undo == engine else route.undo
+    selected = "auto" if route.selected == engine else route.selected
+    return route.model_copy(update={"recipes": recipes, "undo": undo, "selected": selected})
 
 
 class StateFile:

@@ -38,7 +38,7 @@ from engines.yard.residency import Residency
 from engines.yard.route import Route
 from engines.yard.settings import YardSettings
 from engines.yard.shadow import Shadow, Tape
-from engines.yard.state import ModelState, StateFile
+from engines.yard.state import ModelState, StateFile, YardState
 from engines.yard.unit import Flight, Unit
 
 # samples, incumbent, candidate -> {"verdict": ..., "why": ..., and what else the status shows}; called in a thread
@@ -200,7 +200,8 @@ class Yard:
         route.incumbent, route.candidate = model.incumbent, model.candidate
         route.load, route.pin = model.load, model.pin
         for engine, recipe in {**route.state.recipes, **model.recipes}.items():
-            route.units[engine] = self.unit(recipe)
+            if engine not in self.state.retired:
+                route.units[engine] = self.unit(recipe)
         self.routes[model.id] = route
         self.samples[model.id] = deque(maxlen=SAMPLES)
         self._names |= {name: model.id for name in (model.id, *model.aliases)}
@@ -208,7 +209,8 @@ class Yard:
             if engine not in route.units:
                 self.journal.note("incident", model.id, why, engine=engine)
         if route.state.serving not in route.units:
-            self._fall_back(route, route.state.serving, "is not on this machine")
+            gone = self.state.retired.get(route.state.serving)
+            self._fall_back(route, route.state.serving, "is retired" if gone else "is not on this machine")
         return route
 
     def _restored(self, model: ModelConfig) -> ModelState:
@@ -296,6 +298,52 @@ class Yard:
         route.fallback = other
         self.journal.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)
         route.units[other].want()
+
+    async def retire(self, engine: str, *, who: str, why: str, archive: str) -> str:
+        """Take an engine out of every route, on the disk first; nothing starts it until it is restored.
+
+        Raises BadInput while a route, a fallback in force, a canary or a shadow needs it, or a model is being moved.
+        """
+        self._require_unneeded(engine)
+        everything = self.state.retire(engine, at=time.time(), who=who, why=why, archive=archive)
+        self._save(everything)
+        for route in self.routes.values():
+            if (unit := route.units.pop(engine, None)) is not None:
+                await unit.stop()
+        self.journal.note("move", "-", f"retired by {who}: {why}", engine=engine)
+        return f"{engine} is retired: nothing starts it until `switchyard restore {engine}`"
+
+    def restore(self, engine: str) -> str:
+        """Have a retired engine back on every route that it was on; it serves when a move, or a person, says so."""
+        back = self.state.retired.get(engine)
+        self._save(self.state.restore(engine))
+        for model_id, recipe in back.recipes.items() if back else ():
+            if (route := self.routes.get(model_id)) is not None and engine not in route.units:
+                route.units[engine] = self.unit(recipe)
+        self.journal.note("move", "-", "restored", engine=engine)
+        return f"{engine} is back; `switchyard promote MODEL --to {engine}` makes it serve"
+
+    def _require_unneeded(self, engine: str) -> None:
+        needs = [what for route in self.routes.values() for what in self._needs(route, engine)]
+        if needs:
+            raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
+
+    def _needs(self, route: Route, engine: str) -> Iterator[str]:
+        if route.state.serving == engine:
+            yield f"{route.model_id} is served by it"
+        if route.fallback == engine:
+            yield f"it is {route.model_id}'s fallback, in force now"
+        if route.moving is not None:
+            yield f"{route.model_id} is being moved ({route.moving})"
+        shadow = self.shadow.status(route)
+        if shadow and shadow["engine"] == engine and shadow["share"] > 0:
+            yield f"it gets copies of {route.model_id}'s requests"
+
+    def _save(self, everything: YardState) -> None:
+        self._file.save(everything)
+        self.state = everything
+        for model_id, route in self.routes.items():
+            route.state = everything.models.get(model_id, route.state)
 
     def commit(self, route: Route, **changes: Any) -> None:
         """Change a route, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
@@ -418,6 +466,7 @@ class Yard:
             "pid": os.getpid(),
             "since": self.started_at,
             "address": f"http://{self.settings.host}:{self.settings.port}",
+            "retired": {engine: gone.line(engine) for engine, gone in self.state.retired.items()},
             "models": [self._route_status(route) for route in self.routes.values()],
             "capture": self.capture.status(),
             "incidents": list(self.journal.incidents),
