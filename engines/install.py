@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from engines.driver import Driver
 from engines.errors import BadInput, EngineError
 
 FETCH_S = 60.0
+INSTALLED = "installed.json"  # what we brought, so that nothing else is ever removed
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,65 @@ class VendorScript:
         return hashlib.sha256(self.text).hexdigest()
 
 
-def pip_command(driver: Driver) -> list[str]:
-    """The pip call that installs the engine into this Python environment."""
-    return [sys.executable, "-m", "pip", "install", *driver.installer.pip]
+def pip_command(*arguments: str) -> list[str]:
+    """A pip call for the Python environment that runs us."""
+    return [sys.executable, "-m", "pip", *arguments]
 
 
-def install_with_pip(driver: Driver) -> None:
-    """Run pip; EngineError with its exit status when it fails. Its own output is shown."""
-    done = subprocess.run(pip_command(driver), check=False)
+def install_with_pip(driver: Driver, home: Path) -> None:
+    """Run pip, and remember under `home` what it brought. EngineError when it fails; its own output is shown."""
+    missing = [_name(package) for package in driver.installer.pip if _version(package) is None]
+    _pip(driver, "install", *driver.installer.pip)
+    if missing:
+        _remember(home, {**_remembered(home), driver.name: [f"{name}=={_version(name)}" for name in missing]})
+
+
+def uninstall_ours(driver: Driver, home: Path) -> list[str]:
+    """Remove what `install_with_pip` once brought, and nothing else; the packages. EngineError when pip fails."""
+    ours = _remembered(home).get(driver.name, [])
+    if ours:
+        _pip(driver, "uninstall", "--yes", *(_name(package) for package in ours))
+    return ours
+
+
+def reinstall_ours(driver: Driver, home: Path) -> list[str]:
+    """Install again what `uninstall_ours` removed, at the versions of then; the packages that were missing."""
+    missing = [package for package in _remembered(home).get(driver.name, []) if _version(package) is None]
+    if missing:
+        _pip(driver, "install", *missing)
+    return missing
+
+
+def _pip(driver: Driver, what: str, *arguments: str) -> None:
+    # its lines go where a person reads: standard output belongs to --json
+    done = subprocess.run(pip_command(what, *arguments), check=False, stdout=sys.stderr.fileno())
     if done.returncode:
-        raise EngineError(f"pip could not install {driver.name} (exit status {done.returncode}, see above)")
+        raise EngineError(f"pip could not {what} {driver.name} (exit status {done.returncode}, see above)")
+
+
+def _name(package: str) -> str:
+    return package.partition("==")[0]
+
+
+def _version(package: str) -> str | None:
+    """What is installed of it here; None when nothing is."""
+    try:
+        return importlib.metadata.version(_name(package))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _remembered(home: Path) -> dict[str, list[str]]:
+    """Packages by engine; none where the file is missing or unreadable."""
+    with contextlib.suppress(OSError, ValueError):
+        told = json.loads((home / INSTALLED).read_text(encoding="utf-8"))
+        return {str(engine): [str(package) for package in packages] for engine, packages in told.items()}
+    return {}
+
+
+def _remember(home: Path, packages: dict[str, list[str]]) -> None:
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (home / INSTALLED).write_text(json.dumps(packages, indent=1), encoding="utf-8")
 
 
 def fetch_script(driver: Driver) -> VendorScript:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from engines.driver import Installation, driver
@@ -15,6 +16,7 @@ from engines.home import home as default_home
 from engines.known_truth import self_test
 from engines.process import end_orphans
 from engines.settings import Serve
+from engines.yard.state import StateFile
 from flows.progress import progress
 from flows.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
 from migrations.plan import Plan
@@ -26,10 +28,12 @@ from tasks.records import Records, Run, open_records
 
 
 @contextlib.contextmanager
-def opened(plan: Plan, resume: str | None) -> Iterator[tuple[Bench, Run]]:
+def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> Iterator[tuple[Bench, Run]]:
     """The bench and its run, recorded as running; recorded as failed or interrupted if the block breaks off."""
     home = default_home()
     end_orphans(home)
+    if not allow_retired:
+        refuse_retired(plan, home)
     installations = checked(plan)
     with open_records() as records:
         run = _resumed(records, plan, resume) if resume else _started(records, plan)
@@ -50,6 +54,14 @@ def opened(plan: Plan, resume: str | None) -> Iterator[tuple[Bench, Run]]:
         except BaseException as error:  # Ctrl-C and Prefect's cancellation are no Exceptions
             records.finish_run(run.id, "interrupted", error=type(error).__name__)
             raise
+
+
+def refuse_retired(plan: Plan, home: Path) -> None:
+    """BadInput for an engine of the plan that was retired here: nothing starts it unasked."""
+    state, _ = StateFile(home / "yard").load()
+    for arm in ARMS:
+        if (gone := state.retired.get(getattr(plan, arm).engine)) is not None:
+            raise BadInput(f"{gone.line(getattr(plan, arm).engine)}; or measure it all the same with --allow-retired")
 
 
 def checked(plan: Plan) -> dict[Arm, Installation]:

@@ -18,7 +18,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from engines.errors import BadInput, SwitchyardError
-from flows import migrate_command, service, yard_commands
+from engines.home import home
+from flows import migrate_command, retire_commands, service, yard_commands
 from flows.options import Json
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
@@ -121,7 +122,7 @@ def install(
         if not installing.run_script(chosen, script, lambda s: _confirmed(s.url, s.version, s.sha256, sha256)):
             raise BadInput("nothing was installed: the script's checksum was not confirmed")
     else:
-        installing.install_with_pip(chosen)
+        installing.install_with_pip(chosen, home())
     found = chosen.find()
     Console().print(f"{engine} {found.version} is there: {found.where}", highlight=False)
 
@@ -186,15 +187,18 @@ def evaluate(
     soak: Annotated[
         str | None, typer.Option(help="Length of the soak, such as 90s, 2m, 6h or 3d; the plan's otherwise.")
     ] = None,
+    allow_retired: Annotated[
+        bool, typer.Option("--allow-retired", help="Start an engine of the plan although it was retired here.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Phase 1: run both engines over every model, compare them, and judge whether the candidate may take over.
 
     Exit code 0 means the gate is open for every model. An interrupted run keeps what it measured: --resume latest.
     """
-    home = _prepared_home()
-    plan, run_id = _what_to_run(target, resume, soak, home)
-    outcome = _evaluate(plan, run_id, home)
+    folder = _prepared_home()
+    plan, run_id = _what_to_run(target, resume, soak, folder)
+    outcome = _evaluate(plan, run_id, folder, allow_retired=allow_retired)
     if json_:
         _print_json(outcome)
     else:
@@ -293,6 +297,7 @@ def report(
 
 app.add_typer(yard_commands.app)
 app.add_typer(migrate_command.app)
+app.add_typer(retire_commands.app)
 app.add_typer(service.app, name="service")
 
 
@@ -368,14 +373,16 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
     return plan, None
 
 
-def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
+def _evaluate(plan: Any, run_id: str | None, home: Path, *, allow_retired: bool) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
-    from flows.bench import checked, introduction
+    from flows.bench import checked, introduction, refuse_retired
     from flows.prefect_server import prefect_api
     from flows.progress import ConsoleProgress, progress
     from tasks.records import open_records
 
     errors = Console(stderr=True)
+    if not allow_retired:
+        refuse_retired(plan, home)
     for line in introduction(plan, checked(plan)):
         errors.print(line, highlight=False, style="dim", soft_wrap=True)
     with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
@@ -390,7 +397,7 @@ def _evaluate(plan: Any, run_id: str | None, home: Path) -> dict[str, Any]:
 
         if server is not None:
             server.ready()
-    outcome: dict[str, Any] = flow(plan, run_id)
+    outcome: dict[str, Any] = flow(plan, run_id, allow_retired)
     return outcome
 
 

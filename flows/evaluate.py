@@ -23,9 +23,9 @@ def gather(model: str, arm: str, evidence: str, work: Callable[[], None]) -> Non
 
 
 @flow(name="evaluate", flow_run_name="evaluate {plan.name}", persist_result=False)
-def evaluate(plan: Plan, resume: str | None = None) -> dict[str, Any]:
+def evaluate(plan: Plan, resume: str | None = None, allow_retired: bool = False) -> dict[str, Any]:
     """Measure and judge every model of the plan; `resume` goes on with a run that was killed or interrupted."""
-    with opened(plan, resume) as (bench, run):
+    with opened(plan, resume, allow_retired=allow_retired) as (bench, run):
         trials = [Trial(bench, model, progress.get().say) for model in plan.models]
         for trial in trials:
             try_model(trial)

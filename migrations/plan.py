@@ -286,6 +286,17 @@ class Canary(_Part):
         return self
 
 
+class Retire(_Part):
+    """When the incumbent may go for good."""
+
+    rollback_window_days: float = Field(
+        7, ge=0, le=3650, description="days each model has to be on the candidate before the way back is closed"
+    )
+    approve: Literal["ask", "auto"] = Field(
+        "ask", description="ask: a person approves it, by name and with a reason; auto: the conditions are enough"
+    )
+
+
 class Plan(_Part):
     """One migration: incumbent to candidate, for every model, within limits."""
 
@@ -304,6 +315,7 @@ class Plan(_Part):
     limits: Limits = Field(Limits(), description="where a difference stops being acceptable, and why there")
     client: Client = Field(Client(), description="what the programs in front of the engine need")
     canary: Canary = Field(Canary(), description="how live traffic moves: in which shares, and how much decides each")
+    retire: Retire = Field(Retire(), description="phase 4: when the incumbent may be retired")
     yard: YardSettings = Field(YardSettings(), description="the public port: where it is and what it takes")
 
     _no_key = field_validator("settings")(_keyless)
@@ -395,7 +407,8 @@ def plan_hash(plan: Plan) -> str:
     moved or renamed file, another order of keys or a default written out leave the hash alone; another file changes it.
     Engines that are found by search enter by name only: their version is recorded with every result.
     """
-    identity = plan.model_dump(mode="json", exclude={"incumbent", "candidate", "settings", "models", "canary", "yard"})
+    elsewhere = {"incumbent", "candidate", "settings", "models"}  # below, by content
+    identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "retire", "yard"})
     identity["engines"] = [_engine_identity(choice) for choice in (plan.incumbent, plan.candidate)]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -416,7 +429,7 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", losses: Sequence[str] 
         blocks.append(_table("[[models]]", model))
         if _fields(model.settings, only_set=True):
             blocks.append(_table("[models.settings]", model.settings, only_set=True))
-    for name in ("sampling", "limits", "client", "canary", "yard"):
+    for name in ("sampling", "limits", "client", "canary", "retire", "yard"):
         blocks.append(_section(plan, name))
     return "\n\n".join(block for block in blocks if block) + "\n"
 

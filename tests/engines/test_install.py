@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from fake_driver import FakeDriver
 
+from engines import install
 from engines.driver import Installer, drivers
 from engines.drivers.mistral_rs import MistralRs
 from engines.errors import BadInput, EngineError
@@ -61,7 +62,8 @@ def published(vendor: tuple[Path, str], text: str) -> ScriptedDriver:
 def test_pip_installs_into_the_python_that_runs_us(name: str) -> None:
     """Another Python's pip would install where we do not look."""
     driver = drivers()[name]
-    assert pip_command(driver) == [sys.executable, "-m", "pip", "install", *driver.installer.pip]
+    argv = pip_command("install", *driver.installer.pip)
+    assert argv[:4] == [sys.executable, "-m", "pip", "install"]
     assert driver.installer.pip
 
 
@@ -138,3 +140,28 @@ def test_the_real_script_is_pinned_and_asks_nothing() -> None:
     assert installer.script_env["MISTRALRS_INSTALL_YES"] == "1"
     # or its yes to everything would call the system's package manager with sudo
     assert installer.script_env["MISTRALRS_INSTALL_IGNORE_FFMPEG"] == "1"
+
+
+def test_only_what_we_brought_is_removed_and_brought_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that was there before the installation stays; without a record nothing is removed."""
+    here, called = {"other": "3"}, list[tuple[str, ...]]()
+
+    def pip(_: object, what: str, *arguments: str) -> None:
+        called.append((what, *arguments))
+        for name, _, version in (argument.partition("==") for argument in arguments if argument != "--yes"):
+            if what == "uninstall":
+                del here[name]
+            else:
+                here.setdefault(name, version or "1.2")
+
+    monkeypatch.setattr(install, "_pip", pip)
+    monkeypatch.setattr(install, "_version", lambda package: here.get(package.partition("==")[0]))
+    engine = MistralRs()
+    engine.installer = Installer(pip=("brought", "other"))
+    assert install.uninstall_ours(engine, tmp_path) == []
+    install.install_with_pip(engine, tmp_path)
+    assert install.uninstall_ours(engine, tmp_path) == ["brought==1.2"]
+    assert here == {"other": "3"}
+    assert install.reinstall_ours(engine, tmp_path) == ["brought==1.2"]
+    assert install.reinstall_ours(engine, tmp_path) == []
+    assert [call[0] for call in called] == ["install", "uninstall", "install"]
