@@ -376,8 +376,7 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
 def _evaluate(plan: Any, run_id: str | None, home: Path, *, allow_retired: bool) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
     from flows.bench import checked, introduction, refuse_retired
-    from flows.prefect_server import prefect_api
-    from flows.progress import ConsoleProgress, progress
+    from flows.prefect_server import with_prefect
     from tasks.records import open_records
 
     errors = Console(stderr=True)
@@ -389,16 +388,13 @@ def _evaluate(plan: Any, run_id: str | None, home: Path, *, allow_retired: bool)
         earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
     if earlier is not None:
         errors.print(f"run {earlier.id} of this plan did not get done; to go on with it: --resume {earlier.id}")
-    shown = ConsoleProgress(errors)
-    progress.set(shown)
-    with shown.step("Prefect starts"):
-        server = prefect_api(home)
-        from flows.evaluate import evaluate as flow
 
-        if server is not None:
-            server.ready()
-    outcome: dict[str, Any] = flow(plan, run_id, allow_retired)
-    return outcome
+    def flow() -> Any:
+        from flows.evaluate import evaluate
+
+        return evaluate
+
+    return with_prefect(home, flow)(plan, run_id, allow_retired)
 
 
 def _show_outcome(outcome: dict[str, Any]) -> None:

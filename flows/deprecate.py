@@ -4,6 +4,7 @@
     approval        a person, by name and with a reason, where the plan says `approve = "ask"`
     archive         all it takes to have it back
     retire          from here on nothing starts it; `switchyard restore` undoes that
+    guide           what changed, for those who use the port
     uninstall       only what Switchyard installed, and only when asked to
 
 The yard's own state decides, and works without the database; every step is a row, and done once.
@@ -25,6 +26,7 @@ from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile, YardState
+from flows.guide import write_guide
 from flows.progress import progress
 from migrations.plan import Plan, plan_to_toml
 from tasks.circumstances import machine_circumstances
@@ -105,6 +107,7 @@ class Deprecation:
         self.do("retire", lambda: self._retire(archive))
         if self.uninstall:
             self.do("uninstall", self._uninstall)
+        self.do("guide", self._guide)
         line = self._state().retired[self.engine].line(self.engine)
         return self._outcome("retired", Verdict.PASS, line, str(archive))
 
@@ -142,6 +145,12 @@ class Deprecation:
             state = self._state().retire(self.engine, at=time.time(), who=who, why=why, archive=str(archive))
             self._file.save(state)
         self._put("retire", "done")
+
+    def _guide(self) -> None:
+        self._put("guide", "intent")
+        written = write_guide(self.records, self.plan, self.home)
+        self.say(f"migration guide: {written[0]}")
+        self._put("guide", "done", files=[str(path) for path in written])
 
     def _uninstall(self) -> None:
         self._put("uninstall", "intent")

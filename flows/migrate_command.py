@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engines.home import home
-from flows.options import Json
+from flows.options import Json, PlanFile
 
 app = typer.Typer()
 
@@ -22,9 +22,7 @@ EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 
 @app.command()
 def migrate(
-    plan: Annotated[
-        Path | None, typer.Argument(help="The plan (.toml); the one the yard served last, else ./switchyard.toml.")
-    ] = None,
+    plan: PlanFile = None,
     phase: Annotated[
         Literal["subprocess", "native"], typer.Option(help="The phase to carry out; native follows on subprocess.")
     ] = "subprocess",
@@ -79,8 +77,7 @@ def migrate(
 def _migrated(phase: str, plan: Any, orders: Any, path: Path, folder: Path) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
     from engines.process import end_orphans
-    from flows.prefect_server import prefect_api
-    from flows.progress import ConsoleProgress, progress
+    from flows.prefect_server import with_prefect
     from tasks.records import open_records
 
     errors = Console(stderr=True)
@@ -88,15 +85,7 @@ def _migrated(phase: str, plan: Any, orders: Any, path: Path, folder: Path) -> d
         errors.print(f"ended, left behind by a killed run: {ended}", style="dim", highlight=False)
     with open_records():  # records that cannot be written are better known before anything moves
         pass
-    shown = ConsoleProgress(errors)
-    progress.set(shown)
-    with shown.step("Prefect starts"):
-        server = prefect_api(folder)
-        flow = _flow(phase)
-        if server is not None:
-            server.ready()
-    outcome: dict[str, Any] = flow(plan, orders, path)
-    return outcome
+    return with_prefect(folder, lambda: _flow(phase))(plan, orders, path)
 
 
 def _flow(phase: str) -> Callable[..., dict[str, Any]]:

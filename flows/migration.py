@@ -29,7 +29,7 @@ from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks.circumstances import machine_circumstances
 from tasks.gate import gate, reasons, run_verdict
 from tasks.records import Records, Run, Step
-from tasks.rehearsal import engine_of, judge_rehearsal, measure_rehearsal, one_token, room, route_of
+from tasks.rehearsal import OpenStage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room, route_of
 from tasks.verdict import CheckResult, Verdict, not_measured
 
 POLL_S = 5.0
@@ -311,7 +311,11 @@ class Migration:
         if not form:
             advice = "free some memory, or add --without-rehearsal --who NAME --reason TEXT"
             return {"not_rehearsed": f"{why}; {advice}"}
-        stage = functools.partial(
+        stage = self._stage(model)
+        return {**measure_rehearsal(stage, candidate=self.candidate, form=form, say=self.say), "room": why}
+
+    def _stage(self, model: ModelPlan) -> OpenStage:
+        return functools.partial(
             yard_processes.stage,
             self.yards,
             model.id,
@@ -319,7 +323,6 @@ class Migration:
             candidate=self.candidate,
             say=self.say,
         )
-        return {**measure_rehearsal(stage, candidate=self.candidate, form=form, say=self.say), "room": why}
 
     def _require_open(self, model_id: str) -> None:
         """Go on while nothing that is required keeps the gate shut; raises Closed."""

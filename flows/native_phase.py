@@ -11,7 +11,6 @@ The native engine lives in a worker process of the yard: what breaks in native c
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,11 @@ from engines.driver import native_driver
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.process import end_orphans
-from flows import yards as yard_processes
 from flows.evaluate import evaluate
 from flows.migration import Migration, Orders, phase_one
-from flows.progress import progress
-from flows.serve import canary_limits
-from flows.subprocess_phase import publish, take
+from flows.subprocess_phase import carried_out
 from flows.yards import PlanYards
 from migrations.plan import EngineChoice, ModelPlan, Plan
-from tasks.canary import judge_canary
 from tasks.gate import gate
 from tasks.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
 from tasks.records import open_records
@@ -96,14 +91,7 @@ class NativeMigration(Migration):
         form, why = room(self.yards.recipes(model.id), serving["memory_bytes"], serving["vram_bytes"])
         if not form:
             return {name: {"not_measured": why} for name in ("hang", "cycles")}
-        stage = functools.partial(
-            yard_processes.stage,
-            self.yards,
-            model.id,
-            incumbent=self.incumbent,
-            candidate=self.candidate,
-            say=self.say,
-        )
+        stage = self._stage(model)
         return {
             "hang": _or_why(lambda: measure_hang(stage, self.say)),
             "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=self.plan.sampling.load_cycles, say=self.say)),
@@ -124,18 +112,7 @@ def native_phase(plan: Plan, orders: Orders | None = None, plan_path: Path | Non
     folder, derived = home(), native_plan(plan)
     end_orphans(folder)
     _conform(derived, orders or Orders())
-    with open_records() as records:
-        outcome = NativeMigration(
-            derived,
-            PlanYards(plan, folder, plan_path),
-            records,
-            functools.partial(judge_canary, limits=canary_limits(plan)),
-            orders=orders,
-            say=progress.get().say,
-            do=take,
-        ).run()
-    publish(outcome)
-    return outcome
+    return carried_out(NativeMigration, derived, PlanYards(plan, folder, plan_path), orders)
 
 
 def _conform(plan: Plan, orders: Orders) -> None:

@@ -11,14 +11,19 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
+from rich.console import Console
 
 from engines import process
 from engines.errors import SwitchyardError
 from engines.serving import exit_reason, free_port
+from flows.progress import ConsoleProgress, progress
+
+Flow = Callable[..., dict[str, Any]]
 
 START_S = 120.0
 OFFLINE = {
@@ -38,6 +43,21 @@ def prepare_environment(home: Path, environ: Mapping[str, str] = os.environ) -> 
     # what went wrong is one line of ours; Prefect's traceback would stand above it
     wanted["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def with_prefect(home: Path, load: Callable[[], Flow]) -> Flow:
+    """The flow that `load` imports, once a Prefect API answers: the user's own, or one that ends with us.
+
+    Progress goes to standard error from here on.
+    """
+    shown = ConsoleProgress(Console(stderr=True))
+    progress.set(shown)
+    with shown.step("Prefect starts"):
+        server = prefect_api(home)
+        flow = load()  # takes seconds, in which the server starts
+        if server is not None:
+            server.ready()
+    return flow
 
 
 class TemporaryServer:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engines.home import home
-from flows.options import Json
+from flows.options import Json, PlanFile
 
 app = typer.Typer()
 
@@ -22,9 +22,7 @@ EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 
 @app.command()
 def retire(
-    plan: Annotated[
-        Path | None, typer.Argument(help="The plan (.toml); the one the yard served last, else ./switchyard.toml.")
-    ] = None,
+    plan: PlanFile = None,
     who: Annotated[str, typer.Option(help="Who approves it; recorded.")] = "",
     reason: Annotated[str, typer.Option(help="Why; recorded.")] = "",
     now: Annotated[
@@ -54,6 +52,32 @@ def retire(
 
 
 @app.command()
+def guide(
+    plan: PlanFile = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder for guide.md and guide.html.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write the migration guide from the records: what changed, what was lost, who stays and why, how to undo it."""
+    from flows.guide import write_guide
+    from flows.serve import plan_path
+    from migrations.plan import load_plan
+    from tasks.records import open_records
+
+    folder = home()
+    loaded = load_plan(plan_path(plan, folder).absolute())
+    with open_records() as records:
+        written = write_guide(records, loaded, folder, output)
+    if json_:
+        json.dump({"files": [str(path) for path in written]}, sys.stdout)
+        print()
+    else:
+        for path in written:
+            Console().print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def restore(
     engine: Annotated[str, typer.Argument(help="The engine that was retired.")],
     json_: Json = False,
@@ -72,19 +96,14 @@ def restore(
 
 def _retired(plan: Any, folder: Path, **how: Any) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one."""
-    from flows.prefect_server import prefect_api
-    from flows.progress import ConsoleProgress, progress
+    from flows.prefect_server import with_prefect
 
-    shown = ConsoleProgress(Console(stderr=True))
-    progress.set(shown)
-    with shown.step("Prefect starts"):
-        server = prefect_api(folder)
+    def flow() -> Any:
         from flows.deprecate import deprecate
 
-        if server is not None:
-            server.ready()
-    outcome: dict[str, Any] = deprecate(plan, **how)
-    return outcome
+        return deprecate
+
+    return with_prefect(folder, flow)(plan, **how)
 
 
 def _show(outcome: Mapping[str, Any]) -> None:

