@@ -226,7 +226,7 @@ class Gateway:
         """As llama.cpp has it: clients read the context size here, whichever engine serves."""
         route = self._yard.route_for(request.query.get("model"))
         unit = route.serving
-        if not unit.state.serves:
+        if not (unit.state.serves or route.dormant):
             raise self._not_served(route)
         return web.json_response(await shims.props(unit))
 

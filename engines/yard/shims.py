@@ -481,13 +481,16 @@ def _sse(body: Json) -> bytes:
 async def props(unit: Unit) -> Json:
     """llama.cpp's `/props`: of the engine itself, and what a client reads of it where the engine does not say.
 
-    `n_ctx` is the context of one sequence: what the engine says, else what it was told, up to what the model knows.
+    `n_ctx` is the context of one sequence: what the engine says, else what it was told, up to what the model knows. A
+    model that is not loaded has that too: clients read it before their first request.
     """
-    found = await _own_props(unit)
+    found = await _own_props(unit) if unit.state.serves else {}
     if "default_generation_settings" in found and "model_path" in found:
         return found
     trained = await asyncio.to_thread(_trained_context, unit.recipe.gguf)
-    limits = [limit for limit in (unit.context_tokens, trained) if limit]
+    settings = unit.recipe.settings
+    told = unit.context_tokens or (settings.context_tokens and settings.context_tokens // settings.parallel)
+    limits = [limit for limit in (told, trained) if limit]
     known = {
         "default_generation_settings": {"n_ctx": min(limits, default=None)},
         "total_slots": unit.slots,

@@ -24,6 +24,9 @@ def test_a_model_on_demand_is_loaded_by_its_first_request(start_yard):
     with yard.http() as http:
         health = http.get("/health", params={"model": "b"})
         assert (health.status_code, health.json()["state"]) == (200, "unloaded")
+        props = http.get("/props", params={"model": "b"})
+        assert props.json()["default_generation_settings"]["n_ctx"] == 1024, "4096 tokens for 4 sequences"
+        assert yard.engines_left() == []
     assert ask(yard, "b").status_code == 200
     assert loaded(yard) == {"b"}
     assert len(yard.engines_left()) == 1
