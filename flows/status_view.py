@@ -14,7 +14,7 @@ from rich.text import Text
 
 from engines.errors import SwitchyardError
 from engines.yard.client import YardClient
-from engines.yard.page import ago, notes, one_line
+from engines.yard.page import ago, notes, one_line, retired
 from flows.tables import size
 
 STATES = {
@@ -82,6 +82,7 @@ def yard(status: Mapping[str, Any], now: float | None = None) -> Group:
     parts: list[RenderableType] = [head]
     for model in status["models"]:
         parts += ["", *_route(model), *_engines(model, moment)]
+    parts += [Text(one_line(line, 400), "dim") for line in retired(status)]
     return Group(*parts, *_incidents(status["incidents"], moment))
 
 

@@ -41,6 +41,7 @@ SHOWN_INCIDENTS = 12
 def page(status: Mapping[str, Any]) -> str:
     """The whole page; it loads itself again every 5 s."""
     models = "".join(_model(model) for model in status["models"])
+    models += "".join(f"<p class='muted'>{_text(one_line(line, 400))}</p>" for line in retired(status))
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -48,6 +49,11 @@ def page(status: Mapping[str, Any]) -> str:
         f"<h1>Switchyard</h1><p class='muted'>{_text(status['address'])} · up {ago(status['since'])} · "
         f"pid {_text(status['pid'])}</p>{models}{_incidents(status['incidents'])}</body></html>"
     )
+
+
+def retired(status: Mapping[str, Any]) -> list[str]:
+    """A line for each engine that nothing starts any more."""
+    return list(status.get("retired", {}).values())
 
 
 def ago(moment: float, now: float | None = None) -> str:
@@ -66,7 +72,8 @@ def one_line(text: object, most: int = 160) -> str:
 
 
 def _title(status: Mapping[str, Any]) -> str:
-    out = sum(_serving_state(model) not in ("ready", "busy") for model in status["models"])
+    loaded = [model for model in status["models"] if not model.get("dormant")]
+    out = sum(_serving_state(model) not in ("ready", "busy") for model in loaded)
     return f"{out} not served · Switchyard" if out else "Switchyard"
 
 

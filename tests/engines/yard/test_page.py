@@ -188,6 +188,19 @@ def test_the_title_tells_a_tab_in_the_background_that_something_is_not_served():
     assert "<title>1 not served" in page(status(engine(state="dead")))
 
 
+def test_a_model_that_is_not_loaded_is_no_alarm():
+    """It says so, and the title stays quiet."""
+    shown = page(status(engine(), dormant=True))
+    assert "<title>Switchyard</title>" in shown
+    assert "the next request loads it" in shown
+
+
+def test_a_retired_engine_is_named_with_its_way_back():
+    told = {**status(engine(**RUNNING)), "retired": {"old": f"old was retired {HOSTILE}; `switchyard restore old`"}}
+    assert "switchyard restore old" in page(told)
+    assert "<script>" not in page(told)
+
+
 def test_the_latest_incidents_come_first_and_are_bounded():
     html = page(status(incidents=[{"at": time.time(), "model": "m", "what": f"number {n}."} for n in range(30)]))
     assert html.index("number 29.") < html.index("number 28.")
