@@ -118,9 +118,12 @@ class Residency:
         budget_mib = self._yard.settings.memory_budget_mib
         if budget_mib is None:
             return
-        need, budget = await asyncio.to_thread(needed_bytes, route.serving), budget_mib * 2**20
+        least, need = await asyncio.to_thread(needed_bytes, route.serving)
+        budget = budget_mib * 2**20
         while need + self._held_bytes() > budget:
-            victim = await self._victim(route) if evict and need <= budget else None
+            victim = await self._victim(route) if evict and least <= budget else None
+            if victim is None and evict and least + self._held_bytes() <= budget:
+                return  # it may fit: it is tried, and from then on its own measure counts
             if victim is None:
                 raise NoRoom(
                     f"{route.model_id} needs {mib(need)} and {mib(self._held_bytes())} of the budget of {mib(budget)} "
@@ -169,20 +172,21 @@ class Residency:
 
     def _held_bytes(self) -> int:
         units = [unit for route in self._yard.routes.values() for unit in route.units.values()]
-        return sum(needed_bytes(unit) for unit in units if unit.child is not None)
+        return sum(needed_bytes(unit)[1] for unit in units if unit.child is not None)
 
 
-def needed_bytes(unit: Unit) -> int:
-    """What an engine holds: as measured, else as estimated, else the size of its file."""
+def needed_bytes(unit: Unit) -> tuple[int, int]:
+    """What an engine holds, at least and expected: as measured, else as estimated, else the size of its file."""
     if unit.held_bytes is not None:
-        return unit.held_bytes
+        return unit.held_bytes, unit.held_bytes
     try:
         fit = estimate(read_header(unit.recipe.gguf), unit.recipe.settings, unit.recipe.engine, memory=free_memory())
         if fit.needs:
-            return sum(need.expected for need in fit.needs)
+            return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
     except SwitchyardError:
         pass
-    return unit.recipe.gguf.stat().st_size
+    size = unit.recipe.gguf.stat().st_size
+    return size, size
 
 
 def _is_quiet(route: Route) -> bool:
