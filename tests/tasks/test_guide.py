@@ -24,6 +24,7 @@ NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 OLD, NEW = "llama.cpp", "mistral.rs"
 HOME = Path("/home/paula/.switchyard")
 EVIL = "<script>alert('x')</script> | **bold** `tick` [a](http://b) \x1b[31m\u202e"
+ROOTS_HOME = str(Path("/", "root"))
 SECRET_PROMPT = "Dear diary, today I"
 EMPTY_ELEMENTS = {"br", "meta", "wbr"}
 
@@ -340,7 +341,7 @@ def test_nothing_private_is_shared(facts: Facts):
         ("see /home/paula/models/a b.gguf", "see a b.gguf"),
         ("/opt/other/x/b-00001-of-00002.gguf is cut", "b-00001-of-00002.gguf is cut"),
         ("paula@box.lan in /data/paula-x/log", "USER@this host in /data/USER/log"),
-        ("/srv/yard/logs and /root/x and /Users/ann/y", "$SWITCHYARD_HOME/logs and ~/x and ~/y"),
+        (f"/srv/yard/logs and {ROOTS_HOME}/x and /Users/ann/y", "$SWITCHYARD_HOME/logs and ~/x and ~/y"),
         ("paulas-box and boxes", "paulas-box and boxes"),
         ("authorization: Bearer abcdefghijklmnopqrstuvwxyz", "authorization: Bearer [redacted]"),
         ("key sk-abcdefghijklmnopqrstuv", "key [redacted]"),
