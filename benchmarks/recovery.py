@@ -28,10 +28,9 @@ from engines.driver import driver
 from engines.errors import EngineNotFound, SwitchyardError
 from engines.serving import free_port
 from engines.settings import Settings
-from engines.yard.client import YardClient
+from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.recipe import Recipe
 from flows.demo import demo_plan
-from flows.yards import wait_until_serving
 from tasks.rehearsal import engine_of, one_token, route_of
 
 ENGINES = ("llama.cpp", "mistral.rs", "mistral.rs-native")

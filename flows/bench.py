@@ -58,7 +58,7 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
 
 def refuse_retired(plan: Plan, home: Path) -> None:
     """BadInput for an engine of the plan that was retired here: nothing starts it unasked."""
-    state, _ = StateFile(home / "yard").load()
+    state = StateFile(home / "yard").read()
     for arm in ARMS:
         if (gone := state.retired.get(getattr(plan, arm).engine)) is not None:
             raise BadInput(f"{gone.line(getattr(plan, arm).engine)}; or measure it all the same with --allow-retired")

@@ -20,9 +20,8 @@ from typer.core import TyperGroup
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from flows import migrate_command, retire_commands, service, yard_commands
-from flows.options import Json
+from flows.options import EXIT_CODES, Json
 
-EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
 INTERRUPT_S = 20.0
 GO_ON = {

@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 
 from engines import install
 from engines.driver import driver
-from engines.errors import BadInput, SwitchyardError
+from engines.errors import BadInput
 from engines.home import home
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile, YardState
@@ -71,7 +71,7 @@ class Deprecation:
 
     def run(self) -> dict[str, Any]:
         """What it came to, as plain JSON. Raises SwitchyardError; the engine is retired whole or not at all."""
-        state = self._state()
+        state = self._file.read()
         if (gone := state.retired.get(self.engine)) is not None:
             return self._outcome("already retired", Verdict.PASS, gone.line(self.engine), gone.archive)
         plan = self.plan.model_dump(mode="json")
@@ -108,7 +108,7 @@ class Deprecation:
         if self.uninstall:
             self.do("uninstall", self._uninstall)
         self.do("guide", self._guide)
-        line = self._state().retired[self.engine].line(self.engine)
+        line = self._file.read().retired[self.engine].line(self.engine)
         return self._outcome("retired", Verdict.PASS, line, str(archive))
 
     def _judged(self, state: YardState) -> list[CheckResult]:
@@ -142,7 +142,7 @@ class Deprecation:
         if self.client.runs():
             self.say(self.client.order("retire", self.say, engine=self.engine, who=who, why=why, archive=str(archive)))
         else:
-            state = self._state().retire(self.engine, at=time.time(), who=who, why=why, archive=str(archive))
+            state = self._file.read().retire(self.engine, at=time.time(), who=who, why=why, archive=str(archive))
             self._file.save(state)
         self._put("retire", "done")
 
@@ -164,12 +164,6 @@ class Deprecation:
         assert self._run_id is not None
         return self._run_id
 
-    def _state(self) -> YardState:
-        state, problem = self._file.load()
-        if problem:
-            raise SwitchyardError(problem)
-        return state
-
     def _put(self, step: str, state: Any, **detail: Any) -> None:
         self.records.put_step(self.run_id, NOBODY, step, state, detail)
 
@@ -190,10 +184,7 @@ class Deprecation:
 def restore(engine: str, folder: Path, say: Say) -> str:
     """A retired engine back, with what was uninstalled of it. Raises BadInput when it is not retired."""
     client, file = YardClient(folder), StateFile(folder / "yard")
-    state, problem = file.load()
-    if problem:
-        raise SwitchyardError(problem)
-    restored = state.restore(engine)  # refused before anything is installed
+    restored = file.read().restore(engine)  # refused before anything is installed
     for package in install.reinstall_ours(driver(engine), folder):
         say(f"installed again: {package}")
     if client.runs():

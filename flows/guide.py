@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from engines.errors import SwitchyardError
 from engines.yard.state import StateFile, YardState
 from migrations.plan import Plan
 from tasks.guide import html, markdown
@@ -15,9 +14,7 @@ from tasks.records import Records
 
 def write_guide(records: Records, plan: Plan, home: Path, folder: Path | None = None) -> tuple[Path, Path]:
     """`guide.md` and `guide.html` in `folder` (default: under `home`, by the plan's name), redacted for sharing."""
-    state, problem = StateFile(home / "yard").load()
-    if problem:
-        raise SwitchyardError(problem)
+    state = StateFile(home / "yard").read()
     facts = gather(records, plan, state, home=home, now=datetime.now(UTC), rollback_until=_until(plan, state))
     where = folder or home / "guides" / plan.name
     where.mkdir(parents=True, exist_ok=True)

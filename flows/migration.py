@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
 from engines.model_digest import model_digest
-from engines.yard.client import YardClient
+from engines.yard.client import YardClient, wait_until_serving
 from flows import yards as yard_processes
 from flows.yards import Yards
 from migrations.plan import ModelPlan, Plan, plan_hash
@@ -272,7 +272,7 @@ class Migration:
         elif differs := self.yards.differs():
             raise BadInput(differs)
         else:
-            yard_processes.wait_until_serving(self.client, names, say=self.say)
+            wait_until_serving(self.client, names, say=self.say)
         for model in self.models:
             engine_of(route_of(self.client, model.id), self.candidate)
         self._put_step("-", "yard", "done", pid=self.client.status()["pid"], started=self.started)

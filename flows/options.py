@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 To = Annotated[str | None, typer.Option(help="The engine; the plan's candidate where none is named.")]
 PlanFile = Annotated[

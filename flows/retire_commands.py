@@ -13,11 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from engines.home import home
-from flows.options import Json, PlanFile
+from flows.options import EXIT_CODES, Json, PlanFile
 
 app = typer.Typer()
-
-EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 
 
 @app.command()

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any, Protocol
 from pydantic import SecretStr
 
 from engines import process
-from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.serving import free_port
-from engines.yard.client import YardClient
+from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.recipe import Recipe
 from engines.yard.settings import YardSettings
 from engines.yard.yard import YardConfig
@@ -26,8 +24,6 @@ from flows.serve import plan_path, yard_config
 from migrations.plan import Plan, load_plan, plan_hash, plan_to_toml
 from tasks.rehearsal import Stage
 
-BAD_INPUT = 2  # how `switchyard serve` ends when the user can mend it
-POLL_S = 0.2
 STOP_S = 30.0
 QUICK: dict[str, Any] = {
     "host": "127.0.0.1",
@@ -181,61 +177,6 @@ def stage(
         )
     finally:
         child.stop(grace_s=STOP_S)
-
-
-def wait_until_serving(
-    client: YardClient,
-    models: Sequence[str],
-    ended: Callable[[], int | None] = lambda: None,
-    said: Callable[[], str] = lambda: "",
-    stall_s: float = 10.0,
-    *,
-    say: Say,
-) -> None:
-    """Return when every one of `models` has an engine that serves.
-
-    An engine that loads may take its time: the yard itself sees when that stalls. A yard that does not answer has
-    `stall_s` since its last line. Raises BadInput or EngineError with its last words.
-    """
-    moved, words = time.monotonic(), ""
-    while True:
-        code = ended()
-        if code is not None:
-            raise (BadInput if code == BAD_INPUT else EngineError)(_last_words(said()))
-        loading = _loading(client, models)
-        if loading == "":
-            return
-        say(loading or "the yard starts")
-        if loading is not None or said() != words:
-            moved, words = time.monotonic(), said()
-        elif time.monotonic() - moved > stall_s:
-            raise EngineError(f"the yard did not answer for {stall_s:.0f} s: {_last_words(said())}")
-        time.sleep(POLL_S)
-
-
-def _loading(client: YardClient, models: Sequence[str]) -> str | None:
-    """What still keeps a model from being served; "" when nothing does, None when the yard does not answer yet."""
-    try:
-        routes = {route["id"]: route for route in client.status()["models"]}
-    except SwitchyardError:
-        return None
-    for model_id in models:
-        route = routes.get(model_id)
-        if route is None:
-            raise BadInput(f"the yard does not serve {model_id}: it has {', '.join(routes)}")
-        if route["unservable"]:
-            raise EngineError(str(route["unservable"]))
-        for engine in route["engines"]:
-            if engine["engine"] == route["serving"] and engine["state"] not in ("ready", "busy"):
-                return f"{model_id}: {engine['engine']} is {engine['state']} {engine['loading']}".rstrip()
-    return ""
-
-
-def _last_words(said: str) -> str:
-    """The line with which the yard gave up."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line.partition("error:")[2].strip() for line in lines if line.startswith("error:")]
-    return (errors or lines or ["the yard ended without a word"])[-1]
 
 
 def _environment(home: Path) -> dict[str, str]:

@@ -87,7 +87,7 @@ class ModelPlan(_Part):
         None, description="JSONL of the user's own chat requests (messages, tools), replayed by the parity checks"
     )
     aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
-    engine: Literal["auto", "llama.cpp", "mistral.rs", "mistral.rs-native"] = Field(
+    engine: Literal["auto", EngineName] = Field(
         "auto",
         description="who serves it: auto leaves that to promote and rollback; an engine's name is a choice by hand",
     )

@@ -6,24 +6,20 @@ import contextlib
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from engines import process
 from engines.driver import Driver, Installation
-from engines.errors import EngineError, SwitchyardError
-from engines.process import ManagedProcess
 from engines.serving import Served, free_port, serving
 from engines.settings import Endpoint, Serve, Settings
-from engines.yard.client import YardClient
+from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.recipe import Recipe
 
 Arm = Literal["incumbent", "candidate"]
-POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,8 @@ class YardContender(Contender):
     """
 
     @contextlib.contextmanager
-    def _behind_a_yard(self, progress: Callable[[str], None]) -> Iterator[Served]:
+    def up(self, progress: Callable[[str], None] = lambda _: None) -> Iterator[Served]:
+        """The yard and the engine, freshly started and ready; ended when the block ends."""
         folder = self.home / "trial" / f"{self.arm}-{self.model_id}"
         process.end_orphans(folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -94,7 +91,11 @@ class YardContender(Contender):
             env={**os.environ, "SWITCHYARD_HOME": str(folder)},
         )
         try:
-            engine = self._wait(YardClient(folder), child, progress)
+            client = YardClient(folder)
+            wait_until_serving(
+                client, [self.model_id], child.poll, lambda: "\n".join(child.log_tail()), self.stall_s, say=progress
+            )
+            engine = client.status()["models"][0]["engines"][0]
             endpoint = Endpoint(
                 base_url=f"http://127.0.0.1:{port}",
                 model_id=self.model_id,
@@ -106,38 +107,3 @@ class YardContender(Contender):
             yield Served(endpoint, child, self.installation, engine["argv"], losses, engine["load_s"])
         finally:
             child.stop()
-
-    def up(self, progress: Callable[[str], None] = lambda _: None) -> AbstractContextManager[Served]:
-        """The yard and the engine, freshly started and ready; ended when the block ends."""
-        return self._behind_a_yard(progress)
-
-    def _wait(self, client: YardClient, child: ManagedProcess, progress: Callable[[str], None]) -> dict[str, Any]:
-        """The engine as its yard tells of it, once it serves: the yard itself sees when loading stalls."""
-        progress(f"loading {self.gguf.name} behind a yard")
-        until = time.monotonic() + self.stall_s
-        while True:
-            if child.poll() is not None:
-                raise EngineError(f"the yard of {self.driver.name} ended: {_last_line(child)}", engine=self.driver.name)
-            route = _route(client)
-            if route is not None:
-                if route["unservable"]:
-                    raise EngineError(str(route["unservable"]), engine=self.driver.name)
-                engine: dict[str, Any] = route["engines"][0]
-                if engine["state"] in ("ready", "busy"):
-                    return engine
-                until = time.monotonic() + self.stall_s
-            if time.monotonic() > until:
-                raise EngineError(f"the yard of {self.driver.name} does not answer: {_last_line(child)}")
-            time.sleep(POLL_S)
-
-
-def _last_line(child: ManagedProcess) -> str:
-    return (child.log_tail() or ("it said nothing",))[-1]
-
-
-def _route(client: YardClient) -> dict[str, Any] | None:
-    try:
-        route: dict[str, Any] = client.status()["models"][0]
-    except SwitchyardError:  # it is not there yet
-        return None
-    return route

@@ -17,7 +17,7 @@ import psutil
 
 from engines.errors import SwitchyardError
 from engines.telemetry import private_bytes
-from tasks.rehearsal import OpenStage, Stage, engine_of
+from tasks.rehearsal import OpenStage, Stage, engine_of, noted_at
 from tasks.statistics import theil_sen
 from tasks.verdict import CheckResult, Verdict, not_measured
 
@@ -53,7 +53,7 @@ def measure_hang(open_stage: OpenStage, say: Say = lambda _: None) -> dict[str, 
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
         answer = stage.answer()
-        answered_at, noticed_at = time.time(), _given_up(stage, stopped_at)
+        answered_at, noticed_at = time.time(), noted_at(stage, stopped_at, "wedged", "failing", "dead")
         return {
             **answer,
             "detect_s": None if noticed_at is None else noticed_at - stopped_at,
@@ -136,13 +136,4 @@ def _tree_bytes(pid: int | None) -> int | None:
         return None
     with contextlib.suppress(psutil.Error):
         return private_bytes([pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))])
-    return None
-
-
-def _given_up(stage: Stage, since: float) -> float | None:
-    """When the yard gave the hanging engine up, in s since the epoch; None when it never did."""
-    for event in stage.client.status()["events"]:
-        hers = event["kind"] == "state" and event.get("engine") == stage.candidate and event["at"] >= since
-        if hers and event["what"].startswith(("wedged", "failing", "dead")):
-            return float(event["at"])
     return None

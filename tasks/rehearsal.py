@@ -199,7 +199,7 @@ def _kill(stage: Stage, right: str, usual_s: float | None) -> dict[str, Any]:
     os.kill(pid, signal.SIGKILL)
     answer = stage.answer()
     answered_at = time.time()
-    noticed_at = _death(stage, killed_at)
+    noticed_at = noted_at(stage, killed_at, "dead")
     by = answer["by"]
     return {
         **answer,
@@ -211,11 +211,11 @@ def _kill(stage: Stage, right: str, usual_s: float | None) -> dict[str, Any]:
     }
 
 
-def _death(stage: Stage, since: float) -> float | None:
-    """When the yard noted that the candidate was dead, in s since the epoch."""
+def noted_at(stage: Stage, since: float, *states: str) -> float | None:
+    """When the yard first noted the candidate in one of `states`, in s since the epoch; None when it did not."""
     for event in stage.client.status()["events"]:
         is_hers = event["kind"] == "state" and event.get("engine") == stage.candidate
-        if is_hers and event["at"] >= since and event["what"].startswith("dead"):
+        if is_hers and event["at"] >= since and event["what"].startswith(states):
             return float(event["at"])
     return None
 

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engines.errors import BadInput
 from engines.native import openai_shapes as shapes
 from engines.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
-from engines.native.engine import Native, Reply, json_body, refusal
+from engines.native.engine import Native, Reply, in_stream, json_body, refusal
 from engines.native.openai_shapes import ApiError
 
 MAX_BODY_BYTES = 50 * 1024 * 1024
@@ -48,18 +48,12 @@ async def send_frames(frames: AsyncGenerator[bytes, None], send: Send, headers: 
     plain = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
     raw = [(name.encode(), value.encode()) for name, value in plain.items()]
     begun = False
-    async with contextlib.aclosing(frames):
-        try:
-            async for frame in frames:
-                if frame and not begun:
-                    begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": raw})
-                if frame:
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-        except ApiError as error:
+    async with contextlib.aclosing(in_stream(frames)) as told:
+        async for frame in told:
             if not begun:
-                raise
-            await send({"type": "http.response.body", "body": shapes.sse(error.body), "more_body": True})
+                begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": raw})
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 
 

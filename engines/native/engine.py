@@ -67,6 +67,21 @@ def refusal(error: BaseException) -> Reply:
     return Reply(error.body, error.status, {"Retry-After": "1"} if error.status == 503 else {})
 
 
+async def in_stream(frames: Frames) -> Frames:
+    """The frames that tell something. An ApiError after the first of them becomes an event, and the stream ends."""
+    begun = False
+    async with contextlib.aclosing(frames):
+        try:
+            async for frame in frames:
+                if frame:
+                    begun = True
+                    yield frame
+        except ApiError as error:
+            if not begun:
+                raise
+            yield shapes.sse(error.body)
+
+
 def json_body(data: bytes) -> Json:
     """A request's JSON object; ApiError 400 when it is none."""
     try:

@@ -19,10 +19,8 @@ from collections.abc import AsyncGenerator
 
 from engines.errors import BadInput
 from engines.native import frames
-from engines.native import openai_shapes as shapes
 from engines.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
-from engines.native.engine import Native, Reply, json_body, refusal
-from engines.native.openai_shapes import ApiError
+from engines.native.engine import Native, Reply, in_stream, json_body, refusal
 
 MAX_BODY_BYTES = 64 * 2**20
 
@@ -85,19 +83,13 @@ class Door:
         await writer.drain()
 
     async def _stream(self, told: AsyncGenerator[bytes, None], writer: asyncio.StreamWriter) -> None:
-        """The status waits for the first frame, so that an early error keeps its own; a later one becomes an event."""
+        """The status waits for the first frame, so that an early error keeps its own."""
         begun = False
-        async with contextlib.aclosing(told):
-            try:
-                async for frame in told:
-                    if frame:
-                        writer.write((b"" if begun else _status(200)) + frames.piece(frame))
-                        begun = True
-                        await writer.drain()
-            except ApiError as error:
-                if not begun:
-                    raise
-                writer.write(frames.piece(shapes.sse(error.body)))
+        async with contextlib.aclosing(in_stream(told)) as frames_told:
+            async for frame in frames_told:
+                writer.write((b"" if begun else _status(200)) + frames.piece(frame))
+                begun = True
+                await writer.drain()
         writer.write(frames.piece(b""))
         await writer.drain()
 

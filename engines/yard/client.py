@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from engines.errors import BadInput, SwitchyardError
+from engines.errors import BadInput, EngineError, SwitchyardError
 
 Say = Callable[[str], None]
+BAD_INPUT = 2  # how `switchyard serve` ends when the user can mend it
+POLL_S = 0.2
 
 
 def socket_path(home: Path) -> Path:
@@ -89,3 +92,58 @@ class YardClient:
             raise SwitchyardError(f"no yard runs here ({self._path}): start one with `switchyard serve`") from error
         except httpx.HTTPError as error:
             raise SwitchyardError(f"the yard did not answer: {error or type(error).__name__}") from error
+
+
+def wait_until_serving(
+    client: YardClient,
+    models: Sequence[str],
+    ended: Callable[[], int | None] = lambda: None,
+    said: Callable[[], str] = lambda: "",
+    stall_s: float = 10.0,
+    *,
+    say: Say,
+) -> None:
+    """Return when every one of `models` has an engine that serves.
+
+    An engine that loads may take its time: the yard itself sees when that stalls. A yard that does not answer has
+    `stall_s` since its last line. Raises BadInput or EngineError with its last words.
+    """
+    moved, words = time.monotonic(), ""
+    while True:
+        code = ended()
+        if code is not None:
+            raise (BadInput if code == BAD_INPUT else EngineError)(_last_words(said()))
+        loading = _loading(client, models)
+        if loading == "":
+            return
+        say(loading or "the yard starts")
+        if loading is not None or said() != words:
+            moved, words = time.monotonic(), said()
+        elif time.monotonic() - moved > stall_s:
+            raise EngineError(f"the yard did not answer for {stall_s:.0f} s: {_last_words(said())}")
+        time.sleep(POLL_S)
+
+
+def _loading(client: YardClient, models: Sequence[str]) -> str | None:
+    """What still keeps a model from being served; "" when nothing does, None when the yard does not answer yet."""
+    try:
+        routes = {route["id"]: route for route in client.status()["models"]}
+    except SwitchyardError:
+        return None
+    for model_id in models:
+        route = routes.get(model_id)
+        if route is None:
+            raise BadInput(f"the yard does not serve {model_id}: it has {', '.join(routes)}")
+        if route["unservable"]:
+            raise EngineError(str(route["unservable"]))
+        for engine in route["engines"]:
+            if engine["engine"] == route["serving"] and engine["state"] not in ("ready", "busy"):
+                return f"{model_id}: {engine['engine']} is {engine['state']} {engine['loading']}".rstrip()
+    return ""
+
+
+def _last_words(said: str) -> str:
+    """The line with which the yard gave up."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line.partition("error:")[2].strip() for line in lines if line.startswith("error:")]
+    return (errors or lines or ["the yard ended without a word"])[-1]

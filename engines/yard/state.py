@@ -124,6 +124,17 @@ class StateFile:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "state.json"
 
+    def read(self) -> YardState:
+        """The state as stored, empty where there is none. Raises SwitchyardError, and leaves the file where it is."""
+        try:
+            return YardState.model_validate_json(self.path.read_bytes())
+        except FileNotFoundError:
+            return YardState()
+        except (ValidationError, ValueError) as error:
+            raise SwitchyardError(f"{self.path} could not be read: {_first_line(error)}") from error
+        except OSError as error:
+            raise SwitchyardError(f"{self.path} cannot be read: {error.strerror}") from error
+
     def load(self) -> tuple[YardState, str | None]:
         """The state, empty where there is none; and what was wrong with a file that had to be set aside."""
         try:

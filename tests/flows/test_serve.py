@@ -35,7 +35,7 @@ WORDS = int(os.environ.get("SWITCHYARD_TEST_PROMPT_WORDS", "400"))  # 1500 for a
 CYCLES = int(os.environ.get("SWITCHYARD_TEST_CYCLES", "2"))  # 200 for the whole proof
 REQUESTS = int(os.environ.get("SWITCHYARD_TEST_REQUESTS", "10"))  # 500 for the whole proof
 NATIVE = "mistral.rs-native"
-LOADS = int(os.environ.get("SWITCHYARD_TEST_LOADS", "1"))  # 50 for the whole proof
+LOADS = int(os.environ.get("SWITCHYARD_TEST_LOADS", "2"))  # of each of two models; 25 for the whole proof
 LEAK_BYTES_PER_CYCLE = 100_000
 
 
