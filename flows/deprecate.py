@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
 
 from engines import install
 from engines.driver import driver
@@ -77,9 +78,11 @@ class Deprecation:
         plan = self.plan.model_dump(mode="json")
         unfinished = self.records.unfinished(plan, kind=self.kind)
         found = (
-            self.records.resume_run(unfinished.id)
+            self.records.resume_run(unfinished.id, flow_run_id=flow_run.id)
             if unfinished
-            else self.records.start_run(self.kind, self.plan.name, plan, circumstances=machine_circumstances())
+            else self.records.start_run(
+                self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run.id
+            )
         )
         self._run_id = found.id
         try:

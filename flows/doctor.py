@@ -20,7 +20,7 @@ from engines.errors import SwitchyardError
 from engines.home import home
 from engines.memory_fit import free_memory
 from flows.demo import GEMMA3, INSTALL, SMOLLM2
-from flows.prefect_server import TemporaryServer, prepare_environment
+from flows.prefect_server import PrefectServer, prepare_environment
 from flows.tables import size
 from tasks.records import open_records
 
@@ -117,7 +117,7 @@ def _memory() -> Iterator[Finding]:
 def _prefect() -> Iterator[Finding]:
     """A real server, and a schedule on it: with a wrong SQLAlchemy it answers, and no schedule ever fires."""
     os.environ.update(prepare_environment(home()))
-    server = TemporaryServer(home(), services=True)
+    server = PrefectServer(home(), services=True)
     server.start()
     try:
         server.ready()

@@ -8,22 +8,22 @@ says that its effect is gone.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
+from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
 from engines.model_digest import model_digest
-from engines.yard.client import YardClient, wait_until_serving
+from engines.yard.client import YardClient, public_address, wait_until_serving
 from flows import yards as yard_processes
+from flows.exclusive import alone
 from flows.yards import Yards
 from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks.circumstances import machine_circumstances
@@ -70,11 +70,13 @@ class Closed(Exception):
 
 @dataclass(frozen=True)
 class PhaseOne:
-    """What phase 1 says of a model: whether its gate is open, why not, and by which run."""
+    """What phase 1 says of a model: whether its gate is open, why not, by which run; `verdict` where it has one."""
 
     open: bool
     why: str
     run_id: str | None = None
+    verdict: Verdict | None = None
+    checks: tuple[CheckResult, ...] = ()
 
 
 def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version: str) -> PhaseOne:
@@ -95,10 +97,10 @@ def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version:
             return PhaseOne(False, f"run {run.id} measured {measured}; here is {candidate_version}", run.id)
         verdict = gate(results)
         if verdict is Verdict.PASS:
-            return PhaseOne(True, f"run {run.id} opened it", run.id)
+            return PhaseOne(True, f"run {run.id} opened it", run.id, verdict, tuple(results))
         shut = reasons(results)
         first = f": {shut[0].check}: {shut[0].why}" if shut else ""
-        return PhaseOne(False, f"run {run.id} came to {verdict}{first}", run.id)
+        return PhaseOne(False, f"run {run.id} came to {verdict}{first}", run.id, verdict, tuple(results))
     if other:
         return PhaseOne(False, f"run {other} evaluated another plan or another model file", other)
     return PhaseOne(False, "it was never evaluated")
@@ -149,7 +151,7 @@ class Migration:
 
     def run(self) -> dict[str, Any]:
         """What it came to, as plain JSON. Raises BadInput and EngineError; whatever is raised, the yard serves."""
-        with self._alone():
+        with alone(self.yards.home, "a migration"):
             if self._finished():
                 return self.outcome()
             self._run = self._opened()
@@ -576,8 +578,7 @@ class Migration:
             self._end(model_id, Verdict.PASS, "already promoted", f"{self.candidate} serves it already")
 
     def _address(self) -> str:
-        address = str(self.client.status()["address"])
-        return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//:::", "//[::1]:")
+        return public_address(self.client.status()["address"])
 
     # --- records
 
@@ -586,9 +587,11 @@ class Migration:
         unfinished = self._unfinished()
         if unfinished is not None:
             self.say(f"going on with run {unfinished.id}")
-            return self.records.resume_run(unfinished.id)
+            return self.records.resume_run(unfinished.id, flow_run_id=flow_run.id)
         plan = self.plan.model_dump(mode="json")
-        return self.records.start_run(self.kind, self.plan.name, plan, circumstances=machine_circumstances())
+        return self.records.start_run(
+            self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run.id
+        )
 
     def _unfinished(self) -> Run | None:
         """The run of this plan that did not get done here; another host's yard is another migration."""
@@ -643,21 +646,6 @@ class Migration:
                 {"kind": made.kind, "who": made.who, "why": made.why, "at": made.at.isoformat()} for made in decisions
             ],
         }
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The only migration of this home: two of them would undo each other's steps."""
-        self.yards.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _lock_file(self.yards.home).open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BadInput("a migration is under way already: see `switchyard status`, or wait for it") from None
-            yield
-
-
-def _lock_file(home: Path) -> Path:
-    return home / "migrate.lock"
 
 
 def _canary_step(weight: float) -> str:

@@ -11,7 +11,7 @@ The native engine lives in a worker process of the yard: what breaks in native c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,16 @@ from tasks.rehearsal import engine_of, room, route_of
 from tasks.verdict import CheckResult, Verdict
 
 
-def native_plan(plan: Plan) -> Plan:
+def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:
     """`plan` for phase 3: its candidate as it serves is the incumbent now, the same engine native the candidate.
 
-    Raises BadInput for a candidate that has no native form.
+    With `models` it has those only: the others are not measured. Raises BadInput for a candidate without a native form.
     """
     native = native_driver(plan.candidate.engine)
     if native is None:
         raise BadInput(f"{plan.candidate.engine} has no native form: phase 3 is for mistral.rs")
-    changes = {
+    changes: dict[str, Any] = {
+        "models": tuple(plan.model(name) for name in models) or plan.models,
         "name": f"{plan.name}-native",
         "incumbent": plan.candidate,
         "candidate": EngineChoice.model_validate({"engine": native.name}),
@@ -109,7 +110,7 @@ def _or_why(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 @flow(name="migrate-native", flow_run_name="migrate {plan.name} · native", persist_result=False)
 def native_phase(plan: Plan, orders: Orders | None = None, plan_path: Path | None = None) -> dict[str, Any]:
     """Put the candidate's native form behind the public port, for every model of the plan or those `orders` names."""
-    folder, derived = home(), native_plan(plan)
+    folder, derived = home(), native_plan(plan, (orders or Orders()).models)
     end_orphans(folder)
     _conform(derived, orders or Orders())
     return carried_out(NativeMigration, derived, PlanYards(plan, folder, plan_path), orders)
@@ -120,10 +121,9 @@ def _conform(plan: Plan, orders: Orders) -> None:
     native = native_driver(plan.incumbent.engine)
     assert native is not None
     version = native.find().version
-    models = tuple(model for model in plan.models if not orders.models or model.id in orders.models)
     with open_records() as records:
-        known = [phase_one(records, plan, model, version) for model in models]
+        known = [phase_one(records, plan, model, version) for model in plan.models]
         unfinished = records.unfinished(plan.model_dump(mode="json"), kind="evaluate")
-    open_or_overridden = (found.open or model.id in orders.override for found, model in zip(known, models, strict=True))
-    if not all(open_or_overridden):
-        evaluate(plan, unfinished.id if unfinished else None)
+    enough = (found.open or model.id in orders.override for found, model in zip(known, plan.models, strict=True))
+    if not all(enough):
+        evaluate.fn(plan, unfinished.id if unfinished else None)

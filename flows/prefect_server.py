@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,9 +20,10 @@ import httpx
 from rich.console import Console
 
 from engines import process
-from engines.errors import SwitchyardError
+from engines.errors import BadInput, SwitchyardError
 from engines.serving import exit_reason, free_port
 from flows.progress import ConsoleProgress, progress
+from flows.up_file import found
 
 Flow = Callable[..., dict[str, Any]]
 
@@ -60,16 +62,17 @@ def with_prefect(home: Path, load: Callable[[], Flow]) -> Flow:
     return flow
 
 
-class TemporaryServer:
+class PrefectServer:
     """A Prefect API server of our own; `start` returns at once, `ready` waits for it.
 
-    `services` also runs its background services (the scheduler), which a single command has no use for.
+    `services` also runs its background services (the scheduler), `ui` its pages; a single command has no use for them.
     """
 
-    def __init__(self, home: Path, *, services: bool = False) -> None:
+    def __init__(self, home: Path, *, port: int | None = None, services: bool = False, ui: bool = False) -> None:
         self._home = home
         self._services = services
-        self._port = free_port()
+        self._ui = ui
+        self._port = port or free_port()
         self._child: process.ManagedProcess | None = None
 
     @property
@@ -78,10 +81,13 @@ class TemporaryServer:
         return f"http://127.0.0.1:{self._port}/api"
 
     def start(self) -> None:
-        """Begin starting it; about 10 s with a fresh home, half of it later on."""
+        """Begin starting it; about 10 s with a fresh home, half of it later on. BadInput when its port is taken."""
+        if _taken(self._port):
+            raise BadInput(f"port {self._port} is taken: name another with --prefect-port, or end what listens there")
         argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         argv += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error"]
-        env = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT_API_URL": ""}
+        env = {**os.environ, "PREFECT_UI_ENABLED": "1" if self._ui else "0", "PREFECT_API_URL": ""}
+        env["PREFECT_UI_API_URL"] = self.api_url
         if not self._services:
             env["PREFECT__SERVER_EPHEMERAL"] = "1"
         self._child = process.start(
@@ -109,7 +115,17 @@ class TemporaryServer:
             self._child.stop(grace_s=4)
 
 
-def prefect_api(home: Path) -> TemporaryServer | None:
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is merely closing down is no listener
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def prefect_api(home: Path) -> PrefectServer | None:
     """None where PREFECT_API_URL names a server, else a temporary one that is starting and ends with this process.
 
     To be called before Prefect is imported: it reads its settings then. And exit handlers run last in, first out:
@@ -117,10 +133,12 @@ def prefect_api(home: Path) -> TemporaryServer | None:
     the server would be missed for more than a minute at the end of every command.
     """
     os.environ.update(prepare_environment(home))
+    if (running := found(home)) is not None:
+        os.environ.setdefault("PREFECT_API_URL", running.api_url)
     if os.environ.get("PREFECT_API_URL"):
         _require_reachable(os.environ["PREFECT_API_URL"])
         return None
-    server = TemporaryServer(home)
+    server = PrefectServer(home)
     atexit.register(server.stop)
     server.start()
     os.environ["PREFECT_API_URL"] = server.api_url

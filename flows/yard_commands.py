@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from engines.home import home
-from flows.options import Json, To
+from flows.options import EXIT_CODES, Json, To
 
 app = typer.Typer()
 
@@ -70,9 +70,28 @@ def promote(
 
 
 @app.command()
-def rollback(model: Model = None, form: FormOption = "auto", json_: Json = False) -> None:
-    """Back to the last good route of a model; a canary is taken out first."""
-    _order("rollback", json_, model=model, form=form)
+def rollback(
+    model: Model = None,
+    who: Annotated[str, typer.Option(help="Who wants it; recorded.")] = "",
+    reason: Annotated[str, typer.Option(help="Why; recorded.")] = "",
+    form: FormOption = "auto",
+    json_: Json = False,
+) -> None:
+    """Back to the last good route of a model, proven by a real token; a canary is taken out first.
+
+    Needs neither Prefect nor the database: the yard itself keeps the way back.
+    """
+    from flows.rollback import Wish, roll_back
+
+    errors = Console(stderr=True)
+    wish = Wish(who=who, reason=reason, form=form)
+    outcome = roll_back(home(), model, wish, lambda step: errors.print(step, style="dim", highlight=False))
+    if json_:
+        json.dump(outcome, sys.stdout)
+        print()
+    else:
+        Console().print(outcome["done"], highlight=False, soft_wrap=True)
+    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
 
 
 @app.command()

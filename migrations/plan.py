@@ -44,7 +44,7 @@ API_KEY_MEND = (
     'api_key_env = "NAME_OF_THE_VARIABLE" at the top of the plan instead'
 )
 
-Ratio = Annotated[float, Field(ge=1.0, le=10.0)]
+Ratio = Annotated[float, Field(ge=1.0, le=100.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Location = tuple[int | str, ...]
 
@@ -297,6 +297,22 @@ class Retire(_Part):
     )
 
 
+class Course(_Part):
+    """How far the whole migration goes by itself."""
+
+    phases: tuple[Literal["subprocess", "native", "deprecate"], ...] = Field(
+        ("subprocess", "native", "deprecate"), description="what follows on the evaluation, in this order"
+    )
+    approve: Literal["ask", "auto"] = Field(
+        "ask",
+        description="ask: a person approves each phase of each model; auto: an open gate is enough, but INCONCLUSIVE "
+        "always asks",
+    )
+    wait_hours: float = Field(
+        72, gt=0, le=8760, description="hours a question waits for its answer in Prefect; then all stays as it is"
+    )
+
+
 class Plan(_Part):
     """One migration: incumbent to candidate, for every model, within limits."""
 
@@ -315,6 +331,7 @@ class Plan(_Part):
     limits: Limits = Field(Limits(), description="where a difference stops being acceptable, and why there")
     client: Client = Field(Client(), description="what the programs in front of the engine need")
     canary: Canary = Field(Canary(), description="how live traffic moves: in which shares, and how much decides each")
+    migrate: Course = Field(Course(), description="the whole migration: its phases, and what it asks a person")
     retire: Retire = Field(Retire(), description="phase 4: when the incumbent may be retired")
     yard: YardSettings = Field(YardSettings(), description="the public port: where it is and what it takes")
 
@@ -408,7 +425,7 @@ def plan_hash(plan: Plan) -> str:
     Engines that are found by search enter by name only: their version is recorded with every result.
     """
     elsewhere = {"incumbent", "candidate", "settings", "models"}  # below, by content
-    identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "retire", "yard"})
+    identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard"})
     identity["engines"] = [_engine_identity(choice) for choice in (plan.incumbent, plan.candidate)]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -429,7 +446,7 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", losses: Sequence[str] 
         blocks.append(_table("[[models]]", model))
         if _fields(model.settings, only_set=True):
             blocks.append(_table("[models.settings]", model.settings, only_set=True))
-    for name in ("sampling", "limits", "client", "canary", "retire", "yard"):
+    for name in ("sampling", "limits", "client", "canary", "migrate", "retire", "yard"):
         blocks.append(_section(plan, name))
     return "\n\n".join(block for block in blocks if block) + "\n"
 

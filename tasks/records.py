@@ -333,7 +333,7 @@ class Records:
             runs = list(session.scalars(query))
         return next((run for run in runs if run.shown_status != "running"), None)
 
-    def resume_run(self, run_id: str) -> Run:
+    def resume_run(self, run_id: str, *, flow_run_id: str | None = None) -> Run:
         """The run, "running" again and owned by this process. Raises BadInput while another process runs it."""
         with self._write() as session:
             run = _existing(session, run_id)
@@ -343,7 +343,8 @@ class Records:
                 raise BadInput(
                     f"run {run_id} is running in process {run.owner_pid} on {run.owner_host}: wait or stop it"
                 )
-            for name, value in {**mine, "status": "running", "ended_at": None, "error": None}.items():
+            again = {**mine, "status": "running", "ended_at": None, "error": None}
+            for name, value in {**again, **_given(flow_run_id=flow_run_id)}.items():
                 setattr(run, name, value)
         return run
 
@@ -373,11 +374,13 @@ class Records:
         circumstances: Any = None,
         report_path: str | Path | None = None,
         flow_run_id: str | None = None,
+        error: str | None = None,
     ) -> Run:
         """The run with what became known while or after it ran; None changes nothing."""
         return self._change_run(
             run_id,
             flow_run_id=flow_run_id,
+            error=storable_text(error) if error else None,
             report_path=str(report_path) if report_path else None,
             circumstances=None if circumstances is None else redact(circumstances),
         )

@@ -18,9 +18,10 @@ from typing import Any
 from engines.client import StreamRecord, client_session, stream_chat
 from engines.errors import EngineError
 from engines.serving import Served, exit_reason
+from engines.settings import Endpoint
 from engines.telemetry import Sampler
 from tasks.contender import Contender
-from tasks.statistics import bucket_medians, poisson_upper_rate, theil_sen
+from tasks.statistics import Slope, bucket_medians, poisson_upper_rate, theil_sen
 from tasks.verdict import CheckResult, Verdict, at_most, not_measured
 
 ANSWER_TOKENS = 24
@@ -33,6 +34,7 @@ RESTARTS_ALLOWED = 20
 DAY_S = 86_400
 WARM_SHARE = 0.1  # of the soak, and 6 h at most, before memory is judged: caches fill first
 BUCKETS = 12
+LEAK, LEAK_UNIT = "memory.leak_bytes_per_day", "bytes/day"
 TOOL = {
     "type": "function",
     "function": {
@@ -74,7 +76,7 @@ def soak(
     exposed_s = sum(segment["exposure_s"] for segment in done)
     index = len(done)
     restarts = sum(segment["restarts"] + _failed_starts(segment) for segment in done)
-    agent = _Agent(seed + index)
+    agent = Agent(seed + index)
     carried: list[dict[str, Any]] = []
     stop = stop or threading.Event()
     while exposed_s < soak_s and restarts <= RESTARTS_ALLOWED and not stop.is_set():
@@ -98,7 +100,7 @@ def soak(
             restarts += 1
             carried.append({"at_s": exposed_s, "type": "start", "error": str(error).splitlines()[0]})
     if carried:  # it never came up again: the failures themselves are the evidence
-        save(index, _empty_segment(carried))
+        save(index, empty_segment(carried))
 
 
 def _watched(served: Served, on_memory: Callable[[float, int | None], None]) -> Sampler:
@@ -107,7 +109,7 @@ def _watched(served: Served, on_memory: Callable[[float, int | None], None]) -> 
     )
 
 
-class _Agent:
+class Agent:
     """The conversation so far, and what the agent does next."""
 
     def __init__(self, seed: int) -> None:
@@ -156,7 +158,7 @@ class _Agent:
 
 def _segment(
     served: Served,
-    agent: _Agent,
+    agent: Agent,
     length_s: float,
     offset_s: float,
     carried: Sequence[Mapping[str, Any]],
@@ -164,11 +166,11 @@ def _segment(
 ) -> dict[str, Any]:
     context = served.endpoint.context_tokens or FALLBACK_CONTEXT
     started = time.monotonic()
-    segment = _empty_segment(carried)
+    segment = empty_segment(carried)
     while (elapsed := time.monotonic() - started) < length_s and not stop.is_set():
         kind, body, leave_after, pause_s = agent.next()
         time.sleep(min(pause_s, max(0.0, length_s - elapsed)))
-        record = _ask(served, body, leave_after)
+        record = ask(served.endpoint, body, leave_after)
         agent.answered(record, context)
         at_s = round(offset_s + time.monotonic() - started, 2)
         segment["requests"] += 1
@@ -178,20 +180,23 @@ def _segment(
             segment["failures"].append(_death(served, at_s))
             segment["restarts"] += 1
             break
-        _count(segment, record, kind, at_s)
+        count_answer(segment, record, kind, at_s)
     segment["exposure_s"] = time.monotonic() - started
     return segment
 
 
-def _ask(served: Served, body: dict[str, Any], leave_after: int | None) -> StreamRecord:
+def ask(endpoint: Endpoint, body: dict[str, Any], leave_after: int | None) -> StreamRecord:
+    """What came of one turn; the client leaves after `leave_after` chunks, where given."""
+
     async def one() -> StreamRecord:
         async with client_session() as session:
-            return await stream_chat(session, served.endpoint, body, cancel_after_chunks=leave_after, stall_s=STALL_S)
+            return await stream_chat(session, endpoint, body, cancel_after_chunks=leave_after, stall_s=STALL_S)
 
     return asyncio.run(one())
 
 
-def _count(segment: dict[str, Any], record: StreamRecord, kind: str, at_s: float) -> None:
+def count_answer(segment: dict[str, Any], record: StreamRecord, kind: str, at_s: float) -> None:
+    """Take what came of a turn into the segment: a failure, an empty answer, or its speed."""
     if not record.ok:
         segment["failures"].append({"at_s": at_s, "type": record.error_type, "error": record.error, "turn": kind})
         return
@@ -225,7 +230,8 @@ def _death(served: Served, at_s: float) -> dict[str, Any]:
     return {"at_s": at_s, "type": "crash", "error": f"ended with {exit_reason(served.process)}"}
 
 
-def _empty_segment(carried: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def empty_segment(carried: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """A segment of no exposure, with the failures that are known before it begins."""
     return {
         "exposure_s": 0.0,
         "requests": 0,
@@ -267,22 +273,29 @@ def judge_leak(
     FAIL iff the lower bound is over 0 and the slope over the limit; PASS iff the upper bound is under the limit. Slopes
     of a soak shorter than a day are reported and not required: a cache that fills looks like a leak for hours.
     """
-    check, unit, required = "memory.leak_bytes_per_day", "bytes/day", soak_s >= DAY_S
+    required = soak_s >= DAY_S
     points = [(t - times_s[0], v) for t, v in zip(times_s, memory_bytes, strict=True) if v is not None]
     if not points:
         why = "no memory was sampled during the soak"
-        return not_measured(check, why, limit=limit_bytes_per_day, unit=unit, required=required)
-    warm_s = min(WARM_SHARE * soak_s, 6 * 3600)
-    kept = [(t, value) for t, value in points if t >= warm_s]
+        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+    kept = [(t, value) for t, value in points if t >= warm_up_s(soak_s)]
     width_s = max(soak_s / BUCKETS / 2, 1.0)
     # a candidate that died early has samples in its warm-up alone
     times, medians = bucket_medians([t for t, _ in kept], [v for _, v in kept], width_s) if kept else ([], [])
     if len(medians) < 4:
         why = f"{len(medians)} medians of memory after the warm-up; at least 4 are needed for a slope"
-        return CheckResult(
-            check=check, verdict=Verdict.INCONCLUSIVE, limit=limit_bytes_per_day, unit=unit, why=why, required=required
-        )
-    slope = theil_sen(times, medians)
+        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+    return judge_slope(theil_sen(times, medians), soak_s=soak_s, limit_bytes_per_day=limit_bytes_per_day)
+
+
+def warm_up_s(soak_s: float) -> float:
+    """How long memory is not judged at first."""
+    return min(WARM_SHARE * soak_s, 6 * 3600)
+
+
+def judge_slope(slope: Slope, *, soak_s: float, limit_bytes_per_day: float) -> CheckResult:
+    """The verdict on a slope of memory in bytes per second, as `judge_leak` says."""
+    required = soak_s >= DAY_S
     per_day = {"slope": slope.estimate * DAY_S, "low": slope.low * DAY_S, "high": slope.high * DAY_S}
     verdict = Verdict.INCONCLUSIVE
     if per_day["low"] > 0 and per_day["slope"] > limit_bytes_per_day:
@@ -295,13 +308,13 @@ def judge_leak(
     )
     if not required:
         verdict = Verdict.INCONCLUSIVE
-        why += f"; {_duration(soak_s)} cannot tell a filling cache from a leak: soak for two days"
+        why += f"; {duration(soak_s)} cannot tell a filling cache from a leak: soak for two days"
     return CheckResult(
-        check=check,
+        check=LEAK,
         verdict=verdict,
         value=per_day["slope"],
         limit=limit_bytes_per_day,
-        unit=unit,
+        unit=LEAK_UNIT,
         why=why,
         required=required,
     )
@@ -321,8 +334,8 @@ def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Check
     """Exact conditional test: were both engines equally prone, each failure would fall on the candidate by exposure."""
     k, k_theirs = len(ours["failures"]), len(theirs["failures"])
     exposure = (
-        f"{_duration(ours['exposure_s'])} and {ours['requests']} requests (incumbent: {k_theirs} in "
-        f"{_duration(theirs['exposure_s'])} and {theirs['requests']})"
+        f"{duration(ours['exposure_s'])} and {ours['requests']} requests (incumbent: {k_theirs} in "
+        f"{duration(theirs['exposure_s'])} and {theirs['requests']})"
     )
     if k == 0 and ours["requests"]:
         verdict, why = Verdict.PASS, f"no failure in {exposure}"
@@ -356,7 +369,7 @@ def _judge_rate(
     else:
         verdict = Verdict.INCONCLUSIVE
         needed_s = poisson_upper_rate(len(ours["failures"]), 1.0) / failures_per_day * DAY_S
-        why += f"; to prove under {failures_per_day:g} a day it needs {_duration(needed_s)} without another failure"
+        why += f"; to prove under {failures_per_day:g} a day it needs {duration(needed_s)} without another failure"
     return CheckResult(
         check=check,
         verdict=verdict,
@@ -411,8 +424,8 @@ def _at_least(k: int, n: int, p: float) -> float:
     return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
 
 
-def _duration(seconds: float) -> str:
-    """`2.0 min`, `3.0 h` or `3.0 days`."""
+def duration(seconds: float) -> str:
+    """As people say it: `2.0 min`, `3.0 h` or `3.0 days`."""
     if seconds < 3600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"

@@ -94,6 +94,11 @@ class YardClient:
             raise SwitchyardError(f"the yard did not answer: {error or type(error).__name__}") from error
 
 
+def public_address(told: str) -> str:
+    """Where a program of this host reaches the port that a yard tells: one that listens everywhere is here as well."""
+    return told.replace("//0.0.0.0:", "//127.0.0.1:").replace("//:::", "//[::1]:")
+
+
 def wait_until_serving(
     client: YardClient,
     models: Sequence[str],

@@ -1,0 +1,268 @@
+"""What the Prefect UI offers: every flow with its form, its schedule and its tags, declared once.
+
+`switchyard up` serves them on one host; `prefect.yaml` hands the same ones to the work pools of a fleet (a test holds
+the two together). A scheduled run that is late, or finds another experiment under way, is Cancelled: none pile up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, flow
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.events import DeploymentEventTrigger
+from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled, Completed
+
+from engines.errors import BadInput
+from engines.home import home as default_home
+from flows import deprecate as deprecation
+from flows import evaluate as evaluation
+from flows import soak as soaking
+from flows.exclusive import Busy
+from flows.migrate import migrated
+from flows.migration import Orders
+from flows.progress import progress
+from flows.reconcile import reconcile
+from flows.rollback import Wish, movable, roll_back
+from flows.serve import plan_path
+from flows.state import rejudge
+from migrations.plan import Plan, load_plan
+from tasks.records import open_records
+
+BREACH = "switchyard.soak.breached"
+
+
+@flow(name="evaluate", flow_run_name=lambda: _name("evaluate"), persist_result=False)
+def evaluate(plan: str = "", late_minutes: int = 120) -> Any:
+    """Phase 1: measure both engines over every model of the plan, and judge; goes on with what is unfinished.
+
+    Args:
+        plan: the plan file (.toml); empty: the one the yard served last
+        late_minutes: a scheduled run that starts later than this is left out
+    """
+    return _unless_late(late_minutes, lambda: _evaluated(_loaded(plan)[0]))
+
+
+def _evaluated(plan: Plan) -> dict[str, Any]:
+    with open_records() as records:
+        unfinished = records.unfinished(plan.model_dump(mode="json"))
+    return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None)
+
+
+@flow(name="migrate", flow_run_name=lambda: _name("migrate"), persist_result=False)
+def migrate(
+    plan: str = "",
+    models: list[str] = [],  # noqa: B006
+    override: list[str] = [],  # noqa: B006
+    who: str = "",
+    reason: str = "",
+    without_canary: bool = False,
+    without_rehearsal: bool = False,
+) -> Any:
+    """All four phases, every model as far as its gates let it. Where the plan asks, the run waits for its form here.
+
+    Args:
+        plan: the plan file (.toml); empty: the one the yard served last
+        models: these models only; empty: all of the plan's
+        override: models that go on although their gate is shut; needs your name and a reason
+        who: your name, for a decision against the evidence; it is recorded
+        reason: why; it is recorded
+        without_canary: move all traffic at once; needs your name and a reason
+        without_rehearsal: do not rehearse the fallback first; needs your name and a reason
+    """
+    orders = Orders(
+        models=tuple(models),
+        override=tuple(override),
+        who=who,
+        reason=reason,
+        without_canary=without_canary,
+        without_rehearsal=without_rehearsal,
+    )
+    return _concluded(migrated(_loaded(plan)[1], orders))
+
+
+@flow(name="rollback", flow_run_name=lambda: _name("rollback"), persist_result=False)
+def rollback(model: str = "", who: str = "", reason: str = "", only_from: str = "") -> Any:
+    """Put a model back on the engine it came from, at once, and prove it by a real token.
+
+    Args:
+        model: the model; empty: every model that was moved
+        who: your name; it is recorded
+        reason: why; it is recorded
+        only_from: roll back only while this engine serves the model; empty: whatever serves it
+    """
+    home = default_home()
+    wish = Wish(who=who, reason=reason, only_from=only_from, flow_run_id=flow_run.id)
+    names = [model] if model else movable(home)
+    if not names:
+        raise BadInput("nothing to roll back: no model was moved")
+    outcomes = []
+    for name in names:
+        with progress.get().step(f"{name} · rollback"):
+            outcomes.append(roll_back(home, name, wish, progress.get().say))
+    worst = next((one for one in outcomes if one["verdict"] != "PASS"), outcomes[0])
+    return _concluded({"verdict": worst["verdict"], "why": worst["done"], "models": outcomes})
+
+
+@flow(name="retire", flow_run_name=lambda: _name("retire"), persist_result=False)
+def retire(
+    plan: str = "",
+    who: str = "",
+    reason: str = "",
+    now: bool = False,
+    uninstall: bool = False,
+) -> Any:
+    """Phase 4: retire the incumbent, or say who still needs it.
+
+    Args:
+        plan: the plan file (.toml); empty: the one the yard served last
+        who: your name; it is recorded
+        reason: why; it is recorded
+        now: do not wait for the rollback window; needs your name and a reason
+        uninstall: also remove what Switchyard installed of it
+    """
+    loaded, _ = _loaded(plan)
+    return _concluded(deprecation.deprecate.fn(loaded, who=who, reason=reason, at_once=now, uninstall=uninstall))
+
+
+@flow(name="report", flow_run_name=lambda: _name("report"), persist_result=False)
+def report(run: str = "latest") -> Any:
+    """Make a run's verdicts again from its raw evidence, and write its HTML report.
+
+    Args:
+        run: the run's id, part of it, or latest
+    """
+    return _concluded(rejudge(default_home(), run, None))
+
+
+@flow(name="soak", flow_run_name=lambda: _name("soak"), persist_result=False)
+def soak(plan: str = "", window_s: float = 240, late_minutes: int = 8) -> Any:
+    """Add one window of load to the soak of the engine that serves; over days the windows become a verdict.
+
+    Args:
+        plan: the plan file (.toml); empty: the one the yard served last
+        window_s: seconds of load that this run adds
+        late_minutes: a scheduled run that starts later than this is left out
+    """
+    return _unless_late(late_minutes, lambda: soaking.soak.fn(plan, window_s))
+
+
+@flow(name="reconcile", flow_run_name="reconcile", persist_result=False)
+def reconcile_home(late_minutes: int = 4) -> Any:
+    """End what a killed run left behind, mark it, and close what it left open.
+
+    Args:
+        late_minutes: a scheduled run that starts later than this is left out
+    """
+
+    def mend() -> dict[str, Any]:
+        with open_records() as records:
+            lines = reconcile(default_home(), records, progress.get().say)
+        return {"verdict": "PASS", "why": "; ".join(lines) or "all is well", "lines": lines}
+
+    return _unless_late(late_minutes, mend)
+
+
+# --- how a run is called, and how it ends
+
+
+def _name(what: str) -> str:
+    asked = flow_run.parameters or {}
+    about = asked.get("model") or Path(str(asked.get("plan") or "")).stem or asked.get("run") or ""
+    return f"{what} {about}".rstrip()
+
+
+def _unless_late(minutes: int, work: Callable[[], dict[str, Any]]) -> Any:
+    due = flow_run.scheduled_start_time
+    late_s = (datetime.now(UTC) - due).total_seconds() if due else 0.0
+    if late_s > minutes * 60:
+        return Cancelled(message=f"its time was {late_s / 60:.0f} min ago: this one is left out")
+    try:
+        return _concluded(work())
+    except Busy as busy:
+        return Cancelled(message=str(busy))
+
+
+def _concluded(outcome: dict[str, Any]) -> Any:
+    """The outcome; of a deployment's run as a state that shows the verdict in every list of runs."""
+    if deployment.id is None:
+        return outcome
+    return Completed(name=outcome["verdict"], message=str(outcome.get("why") or outcome.get("run_id") or ""))
+
+
+def _loaded(plan: str) -> tuple[Plan, Path]:
+    path = plan_path(Path(plan) if plan else None, default_home()).absolute()
+    return load_plan(path), path
+
+
+# --- what is offered
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One deployment: its flow, when it runs by itself (cron, or every so often; never without), and its tags."""
+
+    flow: Flow[..., Any]
+    phase: str
+    cron: str | None = None
+    every: timedelta | None = None
+    needs_plan: bool = True
+
+
+OFFERS: dict[str, Offer] = {
+    "evaluate": Offer(evaluate, "1 evaluate", cron="0 3 * * *"),
+    "migrate": Offer(migrate, "all phases"),
+    "soak": Offer(soak, "soak", every=timedelta(minutes=10)),
+    "rollback": Offer(rollback, "undo", needs_plan=False),
+    "retire": Offer(retire, "4 deprecate"),
+    "report": Offer(report, "records", needs_plan=False),
+    "reconcile": Offer(reconcile_home, "upkeep", every=timedelta(minutes=5), needs_plan=False),
+}
+
+
+async def deployments(plan: Path, *, time_zone: str = "UTC", schedules: bool = True) -> list[RunnerDeployment]:
+    """All offers for one host, with `plan` filled into their forms."""
+    return [await _deployment(name, offer, plan, time_zone, schedules) for name, offer in OFFERS.items()]
+
+
+async def _deployment(name: str, offer: Offer, plan: Path, time_zone: str, schedules: bool) -> RunnerDeployment:
+    scheduled: list[Any] = []
+    if offer.cron and schedules:
+        scheduled.append(CronSchedule(cron=offer.cron, timezone=time_zone))
+    if offer.every and schedules:
+        scheduled.append(IntervalSchedule(interval=offer.every, timezone="UTC"))
+    return await offer.flow.ato_deployment(
+        name,
+        schedules=scheduled or None,
+        parameters={"plan": str(plan)} if offer.needs_plan else {},
+        description=(offer.flow.fn.__doc__ or "").partition("\n")[0],
+        tags=["switchyard", offer.phase],
+        triggers=[rollback_trigger()] if name == "rollback" else [],
+        # a slot of a run that was killed is free again only after minutes: what must be alone holds a file lock
+        concurrency_limit=None
+        if name == "rollback"
+        else ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+
+
+def rollback_trigger() -> DeploymentEventTrigger:
+    """A soak that failed rolls its model back, if the engine it failed on still serves it."""
+    return DeploymentEventTrigger(
+        name="roll back when a soak fails",
+        expect={BREACH},
+        match={"prefect.resource.id": "switchyard.model.*"},
+        parameters={
+            "model": {"__prefect_kind": "jinja", "template": "{{ event.payload.model }}"},
+            "only_from": {"__prefect_kind": "jinja", "template": "{{ event.payload.engine }}"},
+            "who": "automation",
+            "reason": {"__prefect_kind": "jinja", "template": "{{ event.payload.why }}"},
+        },
+    )

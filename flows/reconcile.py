@@ -1,0 +1,101 @@
+"""After a crash, the truth again: no engine without an owner, no run without a process, no step left half open.
+
+Runs at the start of every flow and every five minutes. It asks the kernel for processes, the yard for traffic, and
+our own records for what was under way; what the same command would go on with is left to it. Safe at any time, twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import flow
+
+from engines.errors import SwitchyardError
+from engines.home import home as default_home
+from engines.process import end_orphans
+from engines.yard.client import YardClient
+from flows.progress import progress
+from tasks.records import Records, Run, Step, open_records
+
+LOOK_BACK = 200
+Say = Callable[[str], None]
+
+
+def reconcile(home: Path, records: Records, say: Say = lambda _: None) -> list[str]:
+    """What was found and mended, one line each; nothing for a home where all is well."""
+    lines = [f"ended, left behind by a killed run: {ended}" for ended in end_orphans(home)]
+    for run in records.history(LOOK_BACK):
+        if run.shown_status == "killed":
+            lines += _closed(run, records, YardClient(home), say)
+    for line in lines:
+        say(line)
+    return lines
+
+
+def _closed(run: Run, records: Records, yard: YardClient, say: Say) -> list[str]:
+    """A run whose process is gone, marked so; its open steps closed where their effect is gone as well."""
+    lines = []
+    for step in records.steps(run.id):
+        if step.state == "intent" and (why := _over(step, run, yard, say)):
+            records.put_step(run.id, step.model_id, step.step, "failed", {**step.detail, "why": why})
+            lines.append(f"run {run.id}: {step.model_id} · {step.step}: {why}")
+    records.finish_run(run.id, "interrupted", error="its process ended without a word: killed, or out of memory")
+    lines.append(f"run {run.id} ({run.kind}) was killed; the same command goes on with it")
+    if run.flow_run_id:
+        _mark_crashed(run.flow_run_id)
+    return lines
+
+
+def _over(step: Step, run: Run, yard: YardClient, say: Say) -> str | None:
+    """Why an open step is over; None when its effect lasts and the same command goes on from there."""
+    route = _route(yard, step.model_id)
+    if step.step == "rollback":
+        _roll_back(run, step.model_id, route, yard, say)
+        return None
+    if step.step == "promote":
+        moved = route is not None and route["committed"] == _candidate(run)
+        return None if moved else "its process ended before the model moved"
+    if step.step.startswith("canary") and route is not None and route["canary"]:
+        return None  # the yard judges it, and takes it out by itself
+    return "its process ended in it"
+
+
+def _roll_back(run: Run, model_id: str, route: dict[str, Any] | None, yard: YardClient, say: Say) -> None:
+    """Traffic goes back at once where a rollback was begun; the row stays open for the command that concludes it."""
+    if route is not None and (route["canary"] or route["committed"] == _candidate(run)):
+        with contextlib.suppress(SwitchyardError):
+            yard.order("rollback", say, model=model_id)
+
+
+def _candidate(run: Run) -> str | None:
+    plan = run.plan if isinstance(run.plan, dict) else {}
+    found = plan.get("candidate", {}).get("engine")
+    return str(found) if found else None
+
+
+def _route(yard: YardClient, model_id: str) -> dict[str, Any] | None:
+    with contextlib.suppress(SwitchyardError):
+        return next((route for route in yard.status()["models"] if route["id"] == model_id), None)
+    return None
+
+
+def _mark_crashed(flow_run_id: str) -> None:
+    """Prefect shows a run whose process it did not see die as running for ever. Best effort: ours is the truth."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Crashed
+
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        known = client.read_flow_run(UUID(flow_run_id)).state
+        if known is not None and (known.is_running() or known.is_pending()):
+            client.set_flow_run_state(UUID(flow_run_id), Crashed(message="its process is gone"), force=True)
+
+
+@flow(name="reconcile", flow_run_name="reconcile", persist_result=False)
+def reconcile_home() -> list[str]:
+    """End what a killed run left behind, and mark it."""
+    with open_records() as records:
+        return reconcile(default_home(), records, progress.get().say)

@@ -1,0 +1,160 @@
+"""Back to the last good route: one order to the yard, proven by a real token. Needs no database and no Prefect.
+
+`switchyard rollback`, the button in the Prefect UI and an automation all come through here. The yard keeps the way
+back in its own file; what is recorded besides is for people, and never in the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from engines.errors import BadInput, SwitchyardError
+from engines.yard.client import YardClient, public_address
+from flows.serve import plan_path
+from migrations.plan import Plan, load_plan
+from tasks.circumstances import machine_circumstances
+from tasks.records import Records, Run, open_records
+from tasks.rehearsal import one_token, route_of
+from tasks.verdict import Verdict
+
+KIND = "rollback"
+MOVES = ("migrate", "migrate-native")
+WAIT_S = 120.0
+LOOK_BACK = 50
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Who wants it and why; `only_from` leaves a model alone that another engine serves by now (a stale click)."""
+
+    who: str = ""
+    reason: str = ""
+    only_from: str = ""
+    form: str = "auto"
+    flow_run_id: str | None = None
+
+
+def roll_back(home: Path, model: str | None, wish: Wish, say: Say = lambda _: None) -> dict[str, Any]:
+    """One model back, and a real token as proof; plain JSON. Raises BadInput where there is nothing to go back to."""
+    yard = YardClient(home)
+    before = _route(yard, model)
+    name = str(before["id"])
+    if wish.only_from and before["committed"] != wish.only_from:
+        why = f"{before['committed']} serves {name}, not {wish.only_from}: nothing was rolled back"
+        return {"model": name, "result": "nothing to do", "verdict": Verdict.PASS.value, "done": why}
+    plan = _plan(home)
+    with _recorded(plan, name, wish, say) as note:
+        done = yard.order("rollback", say, model=name, form=wish.form)
+        token = one_token(public_address(yard.status()["address"]), name, _key(plan), wait_s=WAIT_S)
+        after = route_of(yard, name)
+        proof = f"one real token in {token['took_s']:.2f} s" if token["answered"] else f"no token: {token['error']}"
+        verdict = Verdict.PASS if token["answered"] else Verdict.ERROR
+        outcome = {
+            "model": name,
+            "result": "rolled back" if token["answered"] else "rolled back, not proven",
+            "verdict": verdict.value,
+            "done": f"{done}; {proof}",
+            "from": before["committed"],
+            "serving": after["serving"],
+            "token": token,
+        }
+        note.update(outcome)
+    return outcome
+
+
+def movable(home: Path) -> list[str]:
+    """The models that have a way back: a canary, or an engine before the last move."""
+    return [str(route["id"]) for route in YardClient(home).status()["models"] if route["canary"] or route["undo"]]
+
+
+def _route(yard: YardClient, model: str | None) -> dict[str, Any]:
+    if model:
+        return route_of(yard, model)
+    routes: list[dict[str, Any]] = yard.status()["models"]
+    if len(routes) != 1:
+        raise BadInput(f"name the model: {', '.join(route['id'] for route in routes)}")
+    return routes[0]
+
+
+def _plan(home: Path) -> Plan | None:
+    """The plan the yard serves, as far as it can be read: only for the name in the records and the clients' key."""
+    with contextlib.suppress(SwitchyardError):
+        return load_plan(plan_path(None, home))
+    return None
+
+
+def _key(plan: Plan | None) -> SecretStr | None:
+    with contextlib.suppress(BadInput):
+        return plan.api_key(os.environ) if plan else None
+    return None
+
+
+# --- the records, which may be gone
+
+
+@contextlib.contextmanager
+def _recorded(plan: Plan | None, model: str, wish: Wish, say: Say) -> Iterator[dict[str, Any]]:
+    """Intent before, done after, and the migration marked; without a database it goes on without a trace."""
+    note: dict[str, Any] = {}
+    records, run = _begun(plan, model, wish, say)
+    try:
+        yield note
+    except BaseException as error:
+        with contextlib.suppress(SwitchyardError):
+            if records and run:
+                records.put_step(run.id, model, KIND, "failed", {"why": str(error)})
+                records.finish_run(run.id, "failed", error=str(error) or type(error).__name__)
+        raise
+    else:
+        try:
+            if records and run:
+                _concluded(records, run, model, wish, note)
+        except SwitchyardError as error:
+            say(f"rolled back, but not recorded: {error}")
+    finally:
+        if records:
+            records.close()
+
+
+def _begun(plan: Plan | None, model: str, wish: Wish, say: Say) -> tuple[Records | None, Run | None]:
+    try:
+        records = open_records()
+    except SwitchyardError as error:
+        say(f"not recorded: {error}")
+        return None, None
+    try:
+        run = records.start_run(
+            KIND,
+            plan.name if plan else "-",
+            plan.model_dump(mode="json") if plan else {},
+            circumstances=machine_circumstances(),
+            flow_run_id=wish.flow_run_id,
+        )
+        if wish.who:
+            records.put_decision(run.id, model, KIND, who=wish.who, why=wish.reason or "no reason was given")
+        records.put_step(run.id, model, KIND, "intent", {"only_from": wish.only_from})
+    except SwitchyardError as error:
+        say(f"not recorded: {error}")
+        return records, None
+    return records, run
+
+
+def _concluded(records: Records, run: Run, model: str, wish: Wish, note: dict[str, Any]) -> None:
+    records.put_step(run.id, model, KIND, "done", note)
+    records.finish_run(run.id, "done", verdict=Verdict(note["verdict"]))
+    by = f" by {wish.who}" if wish.who else ""
+    why = f"{model} was rolled back{by}{f': {wish.reason}' if wish.reason else ''} (run {run.id})"
+    for moved in records.history(LOOK_BACK):
+        steps = {step.step: step.state for step in records.steps(moved.id, model)} if moved.kind in MOVES else {}
+        if steps.get("promote") == "done" and "rolled back" not in steps:
+            records.put_step(moved.id, model, "rolled back", "done", {"by_run": run.id, "why": why})
+            records.note_run(moved.id, error=why)
+            return

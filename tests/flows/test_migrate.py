@@ -1,0 +1,265 @@
+"""All four phases of a plan: what is done, what is asked, what is left alone; the phases themselves are played."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_files import write_gguf
+
+from engines.errors import BadInput, EngineError
+from engines.model_digest import model_digest
+from engines.yard.state import ModelState, StateFile
+from flows.approval import Answer, Question
+from flows.exclusive import Busy, alone
+from flows.migrate import KIND, Phases, Whole
+from flows.migration import Orders
+from migrations.plan import Plan, build_plan, plan_hash
+from tasks.records import Records, open_records
+from tasks.verdict import CheckResult, Verdict
+
+OLD, NEW, NATIVE = "llama.cpp", "mistral.rs", "mistral.rs-native"
+GO = Answer(True, "Ada", "it looks fine")
+
+
+class Box:
+    """A home without a yard: each played phase writes down who serves, as a yard would. Every phase is in `done`."""
+
+    def __init__(self, home: Path, records: Records, **verdicts: Verdict) -> None:
+        self.home, self.records = home, records
+        self.verdicts = verdicts or {"good": Verdict.PASS, "bad": Verdict.FAIL}
+        self.done: list[str] = []
+        self.asked: list[Question] = []
+        self.breaks: str | None = None
+        self.refuses: set[str] = set()
+        (home / "yard").mkdir(exist_ok=True)
+        self.file = StateFile(home / "yard")
+        models = [{"id": name, "gguf": str(write_gguf(home / f"{name}.gguf"))} for name in self.verdicts]
+        self.parts: dict[str, Any] = {
+            "models": models,
+            "incumbent": {"engine": OLD},
+            "candidate": {"engine": NEW},
+            "migrate": {"approve": "auto"},
+        }
+
+    @property
+    def plan(self) -> Plan:
+        return build_plan(self.parts)
+
+    def run(self, *answers: Answer | None, **orders: Any) -> dict[str, Any]:
+        left = list(answers)
+
+        def ask(question: Question) -> Answer | None:
+            self.asked.append(question)
+            return left.pop(0) if left else None
+
+        phases = Phases(self._evaluate, self._move(NEW), self._move(NATIVE), self._deprecate, lambda _: "1")
+        given = Orders.model_validate(orders)
+        whole = Whole(self.plan, self.home / "p.toml", self.home, self.records, orders=given, ask=ask, phases=phases)
+        return whole.run()
+
+    def serving(self, model: str) -> str:
+        found = self.file.read().models.get(model)
+        return found.serving if found else OLD
+
+    def _note(self, what: str) -> None:
+        self.done.append(what)
+        if self.breaks == what:
+            raise KeyboardInterrupt
+
+    def _evaluate(self, plan: Plan, _resume: str | None) -> dict[str, Any]:
+        self._note("evaluate")
+        run = self.records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
+        for model in plan.models:
+            under = {
+                "plan_hash": plan_hash(plan),
+                "model_digest": model_digest(model.gguf),
+                "engines": [{"arm": "candidate", "version": "1"}],
+            }
+            self.records.put_evidence(run.id, model.id, "both", "performance", {}, circumstances=under)
+            result = CheckResult(check="parity.x", verdict=self.verdicts[model.id], why="seen")
+            self.records.put_checks(run.id, model.id, [result])
+        self.records.finish_run(run.id, "done")
+        return {}
+
+    def _move(self, to: str) -> Any:
+        def move(_: Plan, orders: Orders, __: Path) -> dict[str, Any]:
+            (model,) = orders.models
+            override = f" over {orders.who}" if orders.override else ""
+            self._note(f"{model} to {to}{override}")
+            refused = to in self.refuses
+            if not refused:
+                state = self.file.read()
+                self.file.save(state.with_model(model, ModelState(serving=to, undo=self.serving(model))))
+            verdict, result = ("FAIL", "not moved") if refused else ("PASS", "promoted")
+            end = {"model": model, "verdict": verdict, "result": result, "why": "as played"}
+            return {"run_id": "r", "verdict": verdict, "models": [end]}
+
+        return move
+
+    def _deprecate(self, plan: Plan, who: str, _why: str) -> dict[str, Any]:
+        self._note(f"deprecate by {who or 'nobody'}")
+        stays = [model.id for model in plan.models if self.serving(model.id) == OLD]
+        told = {"engine": OLD, "run_id": None, "checks": []}
+        if stays:
+            return {**told, "result": "not retired", "verdict": "FAIL", "why": f"{stays} need it"}
+        if not who:
+            return {**told, "result": "waits for approval", "verdict": "INCONCLUSIVE", "why": "nobody approved"}
+        return {**told, "result": "retired", "verdict": "PASS", "why": "gone"}
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Any:
+    with open_records(tmp_path / "switchyard.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def box(tmp_path: Path, records: Records) -> Box:
+    return Box(tmp_path, records)
+
+
+def results(outcome: dict[str, Any]) -> dict[str, str]:
+    return {model["model"]: model["result"] for model in outcome["models"]}
+
+
+def test_one_model_goes_all_the_way_while_the_other_stays(box: Box) -> None:
+    """And the incumbent stays because of it."""
+    outcome = box.run()
+    assert box.done == ["evaluate", f"good to {NEW}", f"good to {NATIVE}", "deprecate by nobody"]
+    assert (box.serving("good"), box.serving("bad")) == (NATIVE, OLD)
+    good, bad = outcome["models"]
+    assert (good["result"], good["phases_done"]) == ("migrated", ["evaluate", "subprocess", "native"])
+    assert (bad["result"], bad["verdict"]) == ("stays", "FAIL")
+    assert "parity.x: seen" in bad["why"]
+    assert (outcome["verdict"], outcome["retirement"]["result"]) == ("FAIL", "not retired")
+
+
+def test_a_second_run_changes_nothing_and_writes_nothing(tmp_path: Path, records: Records) -> None:
+    box = Box(tmp_path, records, good=Verdict.PASS)
+    box.run(GO)
+    runs = len(records.history(100))
+    box.done.clear()
+    box.asked.clear()
+    outcome = box.run(GO)
+    assert box.done == ["deprecate by nobody", "deprecate by Ada"]  # the one that is asked: it knows that it is done
+    assert (outcome["verdict"], results(outcome)) == ("PASS", {"good": "migrated"})
+    assert len(records.history(100)) == runs + 1
+
+
+def test_a_plan_that_asks_waits_where_nobody_answers(box: Box) -> None:
+    box.parts["migrate"] = {"approve": "ask"}
+    outcome = box.run()
+    assert results(outcome) == {"good": "waits for approval", "bad": "stays"}
+    assert "--yes --who NAME" in outcome["models"][0]["why"]
+    assert box.serving("good") == OLD
+    (question,) = box.asked
+    assert (question.phase, question.model, question.verdict) == ("subprocess", "good", Verdict.PASS)
+    assert "- **PASS** parity.x: seen" in question.markdown()
+
+
+def test_an_answer_is_asked_for_once(box: Box) -> None:
+    """The run that was broken off after it goes on with it; nothing is measured twice."""
+    box.parts["migrate"] = {"approve": "ask"}
+    box.breaks = f"good to {NEW}"
+    with pytest.raises(KeyboardInterrupt):
+        box.run(GO)
+    (first,) = box.records.history(10, kind=KIND)
+    assert first.status == "interrupted"
+    box.breaks = None
+    outcome = box.run(GO)
+    assert [question.phase for question in box.asked] == ["subprocess", "native"]
+    assert box.done.count("evaluate") == 1
+    assert outcome["run_id"] == first.id
+    assert {made["kind"]: made["who"] for made in outcome["decisions"]} == {"subprocess": "Ada", "native": "Ada"}
+
+
+def test_no_is_an_answer(box: Box) -> None:
+    """It is recorded, and another run asks again."""
+    box.parts["migrate"] = {"approve": "ask"}
+    outcome = box.run(Answer(False, "Ada", "not on a Friday"))
+    assert results(outcome)["good"] == "stays"
+    assert "Ada said no: not on a Friday" in outcome["models"][0]["why"]
+    assert [made["kind"] for made in outcome["decisions"]] == ["subprocess, no"]
+    box.run(GO, GO)
+    assert box.serving("good") == NATIVE
+
+
+def test_inconclusive_always_asks_and_yes_is_an_override(tmp_path: Path, records: Records) -> None:
+    box = Box(tmp_path, records, unsure=Verdict.INCONCLUSIVE)
+    assert results(box.run()) == {"unsure": "waits for approval"}
+    box.run(GO)
+    assert f"unsure to {NEW} over Ada" in box.done
+    assert box.serving("unsure") == NATIVE
+
+
+def test_fail_is_overridden_by_name_only(box: Box) -> None:
+    """It is never asked for, and a name without a reason is refused."""
+    with pytest.raises(BadInput, match="--who and --reason"):
+        box.run(override=("bad",), who="Ada")
+    outcome = box.run(override=("bad",), who="Ada", reason="I know it")
+    assert f"bad to {NEW} over Ada" in box.done
+    assert {"model": "bad", "kind": "subprocess", "who": "Ada", "why": "I know it"}.items() <= next(
+        made for made in outcome["decisions"] if made["model"] == "bad"
+    ).items()
+    assert [question.phase for question in box.asked] == ["deprecate"]
+
+
+def test_a_phase_that_fails_leaves_the_model_where_it_was(box: Box) -> None:
+    box.refuses = {NATIVE}
+    outcome = box.run()
+    good = outcome["models"][0]
+    assert (good["result"], good["serving"]) == ("native: not moved", NEW)
+    assert good["phases_done"] == ["evaluate", "subprocess"]
+
+
+def test_phases_that_the_plan_leaves_out_are_left_out(box: Box) -> None:
+    box.parts["migrate"] = {"approve": "auto", "phases": ["subprocess"]}
+    outcome = box.run()
+    assert box.done == ["evaluate", f"good to {NEW}"]
+    assert outcome["retirement"] is None
+
+
+def test_retirement_is_asked_for_last(tmp_path: Path, records: Records) -> None:
+    box = Box(tmp_path, records, good=Verdict.PASS)
+    outcome = box.run(GO)
+    assert [question.what for question in box.asked] == [f"Retire {OLD}"]
+    assert (outcome["retirement"]["result"], outcome["verdict"]) == ("retired", "PASS")
+
+
+def test_an_error_is_recorded_and_the_next_run_goes_on(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise EngineError("no more memory")
+
+    monkeypatch.setattr(box, "_evaluate", broken)
+    with pytest.raises(EngineError):
+        box.run()
+    (run,) = box.records.history(1, kind=KIND)
+    assert (run.status, run.error) == ("failed", "no more memory")
+    monkeypatch.undo()
+    assert box.run()["run_id"] == run.id
+
+
+def test_two_at_once_are_refused(box: Box) -> None:
+    with alone(box.home, "another migration"):
+        pass
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from pathlib import Path; from flows.exclusive import alone\n"
+        "with alone(Path(sys.argv[1]), 'an evaluation'): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(box.home)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(Busy, match=r"an evaluation \(pid \d+\) is under way already"):
+            box.run()
+    finally:
+        holder.kill()
+        holder.wait()
+    box.run()  # the kernel let go of it
