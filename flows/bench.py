@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefect.runtime import flow_run
-
 from engines.driver import Installation, driver
 from engines.errors import BadInput, SwitchyardError
 from engines.gguf_header import read_header
@@ -20,6 +18,7 @@ from engines.process import end_orphans
 from engines.settings import Serve
 from engines.yard.state import StateFile
 from flows.exclusive import alone
+from flows.prefect_run import flow_run_id
 from flows.progress import progress
 from flows.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
 from migrations.plan import Plan
@@ -100,14 +99,14 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
 
 def _started(records: Records, plan: Plan) -> Run:
     asked, here = plan.model_dump(mode="json"), machine_circumstances()
-    return records.start_run("evaluate", plan.name, asked, circumstances=here, flow_run_id=flow_run.id)
+    return records.start_run("evaluate", plan.name, asked, circumstances=here, flow_run_id=flow_run_id())
 
 
 def _resumed(records: Records, plan: Plan, reference: str) -> Run:
     run = records.find_run(reference)
     if Plan.model_validate_json(json.dumps(run.plan)) != plan:  # a plan stored by an older version has fewer keys
         raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
-    return records.resume_run(run.id, flow_run_id=flow_run.id)
+    return records.resume_run(run.id, flow_run_id=flow_run_id())
 
 
 def _error_budget(records: Records, run_id: str) -> dict[str, Any]:

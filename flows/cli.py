@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
-from flows import migrate_command, retire_commands, service, up, yard_commands
+from flows import migrate_command, retire_commands, service, soak_command, up, yard_commands
 from flows.options import EXIT_CODES, Json
 
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
@@ -299,6 +299,7 @@ def report(
 app.add_typer(yard_commands.app)
 app.add_typer(migrate_command.app)
 app.add_typer(retire_commands.app)
+app.add_typer(soak_command.app)
 app.add_typer(up.app)
 app.add_typer(service.app, name="service")
 

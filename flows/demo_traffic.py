@@ -60,7 +60,9 @@ class Traffic:
             "stream": False,
         }
         try:
-            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=TIMEOUT_S, trust_env=False)
+            answer = httpx.post(
+                f"{address}/v1/chat/completions", json=body, timeout=TIMEOUT_S, trust_env=False, verify=False
+            )
             if answer.status_code != 200:
                 self.failed.append(f"{answer.status_code}: {answer.text[:120]}")
         except httpx.HTTPError as error:

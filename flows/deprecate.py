@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
 
 from engines import install
 from engines.driver import driver
@@ -28,6 +27,7 @@ from engines.home import home
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile, YardState
 from flows.guide import write_guide
+from flows.prefect_run import flow_run_id
 from flows.progress import progress
 from migrations.plan import Plan, plan_to_toml
 from tasks.circumstances import machine_circumstances
@@ -78,10 +78,10 @@ class Deprecation:
         plan = self.plan.model_dump(mode="json")
         unfinished = self.records.unfinished(plan, kind=self.kind)
         found = (
-            self.records.resume_run(unfinished.id, flow_run_id=flow_run.id)
+            self.records.resume_run(unfinished.id, flow_run_id=flow_run_id())
             if unfinished
             else self.records.start_run(
-                self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run.id
+                self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run_id()
             )
         )
         self._run_id = found.id

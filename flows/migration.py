@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
@@ -24,6 +23,7 @@ from engines.model_digest import model_digest
 from engines.yard.client import YardClient, public_address, wait_until_serving
 from flows import yards as yard_processes
 from flows.exclusive import alone
+from flows.prefect_run import flow_run_id
 from flows.yards import Yards
 from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks.circumstances import machine_circumstances
@@ -587,10 +587,10 @@ class Migration:
         unfinished = self._unfinished()
         if unfinished is not None:
             self.say(f"going on with run {unfinished.id}")
-            return self.records.resume_run(unfinished.id, flow_run_id=flow_run.id)
+            return self.records.resume_run(unfinished.id, flow_run_id=flow_run_id())
         plan = self.plan.model_dump(mode="json")
         return self.records.start_run(
-            self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run.id
+            self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run_id()
         )
 
     def _unfinished(self) -> Run | None:

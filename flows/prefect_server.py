@@ -98,16 +98,25 @@ class PrefectServer:
         """Return when it answers; SwitchyardError with its last words when it died or took too long."""
         assert self._child is not None
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            if self._child.poll() is not None:
-                break
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.api_url}/health", timeout=2, trust_env=False).status_code == 200:
-                    return
-            time.sleep(0.1)
+        with httpx.Client(timeout=2, trust_env=False, verify=False) as http:
+            while time.monotonic() < deadline and self._child.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    if http.get(f"{self.api_url}/health").status_code == 200:
+                        return
+                time.sleep(0.1)
         words = "\n  ".join(self._child.log_tail()[-5:]) or "it said nothing; is the disk full?"
         state = exit_reason(self._child)
         raise SwitchyardError(f"Prefect's API server did not start ({state}, log: {self._child.log.path}):\n  {words}")
+
+    def died(self) -> str | None:
+        """How it ended; None while it runs."""
+        return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
+
+    def start_again(self) -> None:
+        """Return when it answers on the same port as before. Raises as `start` and `ready` do."""
+        self.stop()  # what it has left behind
+        self.start()
+        self.ready()
 
     def stop(self) -> None:
         """End it; safe twice."""

@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import flow
-
 from engines.errors import SwitchyardError
-from engines.home import home as default_home
 from engines.process import end_orphans
 from engines.yard.client import YardClient
-from flows.progress import progress
-from tasks.records import Records, Run, Step, open_records
+from tasks.records import Records, Run, Step
 
 LOOK_BACK = 200
 Say = Callable[[str], None]
@@ -92,10 +88,3 @@ def _mark_crashed(flow_run_id: str) -> None:
         known = client.read_flow_run(UUID(flow_run_id)).state
         if known is not None and (known.is_running() or known.is_pending()):
             client.set_flow_run_state(UUID(flow_run_id), Crashed(message="its process is gone"), force=True)
-
-
-@flow(name="reconcile", flow_run_name="reconcile", persist_result=False)
-def reconcile_home() -> list[str]:
-    """End what a killed run left behind, and mark it."""
-    with open_records() as records:
-        return reconcile(default_home(), records, progress.get().say)

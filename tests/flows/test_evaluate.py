@@ -52,19 +52,20 @@ form = "binary"
 [settings]
 context_tokens = 1024
 host_cache_mib = 0
+threads = 1
 [[models]]
 id = "smollm2"
 gguf = "{smollm2()}"
 [sampling]
-requests_per_block = 2
+requests_per_block = 1
 warmup_min = 0
 warmup_max = 1
 looks = [3]
 calibration_blocks = 0
-max_tokens = 8
+max_tokens = 4
 parity_prompts = {parity_prompts}
 parity_tokens = {parity_tokens}
-soak_s = 5
+soak_s = 2
 every_behaviour = false
 [client]
 requires = ["chat_answer", "stream_shape", "stop_string", "max_tokens", "error_body"]

@@ -15,7 +15,7 @@ import openai
 import psutil
 import pytest
 from processes import of_home
-from real_yard import Yard
+from real_yard import HELLO, Yard
 from switchyard_command import json_of
 from waiting import until
 
@@ -31,7 +31,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 
 FEW = 3
 STREAMS = int(os.environ.get("SWITCHYARD_TEST_STREAMS", FEW))  # 64 for the whole proof
-WORDS = int(os.environ.get("SWITCHYARD_TEST_PROMPT_WORDS", "400"))  # 1500 for a prompt of more than a minute
+WORDS = int(os.environ.get("SWITCHYARD_TEST_PROMPT_WORDS", "250"))  # 1500 for a prompt of more than a minute
 CYCLES = int(os.environ.get("SWITCHYARD_TEST_CYCLES", "2"))  # 200 for the whole proof
 REQUESTS = int(os.environ.get("SWITCHYARD_TEST_REQUESTS", "10"))  # 500 for the whole proof
 NATIVE = "mistral.rs-native"
@@ -82,7 +82,7 @@ class Streams:
             try:
                 stream = await client.chat.completions.create(
                     model="local-model",
-                    messages=[{"role": "user", "content": f"{number}: say hello"}],
+                    messages=[HELLO[0], {"role": "user", "content": f"{number}: say hello"}],
                     max_tokens=4,
                     stream=True,
                 )
@@ -143,7 +143,7 @@ def test_an_engine_that_goes_away_is_replaced(start, engine, number):
 
 def test_a_minute_of_prompt_is_no_reason_to_restart(start):
     """One slot, the watchdog at its quickest, and a prompt that fills the context: 0 restarts."""
-    yard = start(parallel=1, context=8192, settings="threads = 1\nbatch_tokens = 64", yard="wedged_after_s = 1")
+    yard = start(parallel=1, context=8192, settings="batch_tokens = 64", yard="wedged_after_s = 1")
     words = " ".join(f"word{number}" for number in range(WORDS))
     began = time.monotonic()
     answer = yard.ask(messages=[{"role": "user", "content": words}], max_tokens=1)
@@ -169,7 +169,7 @@ def crash(pid):
 def test_a_native_crash_loses_what_was_under_way_and_nothing_else(start):
     """SIGSEGV in the worker: a begun stream ends with an error, who waits is served, and past its restarts the
     subprocess serves."""
-    yard = start(parallel=1, settings="threads = 1", yard="restarts = 1")
+    yard = start(parallel=1, yard="restarts = 1")
     yard.orders.order("promote", model="smollm2", to=NATIVE)
     assert yard.ask().status_code == 200
     for heir in (NATIVE, "mistral.rs"):
@@ -191,9 +191,9 @@ def test_a_native_crash_loses_what_was_under_way_and_nothing_else(start):
 
 def test_many_requests_natively_are_all_right(start):
     """Mixed lengths, streamed and not, eight at a time, every tenth given up: the texts are the subprocess's own."""
-    yard = start(parallel=1, settings="threads = 1")
+    yard = start(parallel=1)
     bodies = [
-        {"messages": [{"role": "user", "content": f"Count from {n}" + " and on" * n}], "max_tokens": 2 + 2 * n}
+        {"messages": [HELLO[0], {"role": "user", "content": f"Count from {n}" + " and on" * n}], "max_tokens": 2 + n}
         for n in range(5)
     ]
 
@@ -234,9 +234,9 @@ gguf = "{gemma.gguf}"
 {how}
 [models.settings]
 chat_template = "{gemma.settings.chat_template}"'''
-    yard = start(settings="threads = 1", model=how, models=other, yard=f"memory_budget_mib = {budget}")
+    yard = start(model=how, models=other, yard=f"memory_budget_mib = {budget}")
     own, memory, held = psutil.Process(yard.process.pid), [], []
-    for number in range(2 * LOADS):
+    for number in range(2 * LOADS - 1):
         name = ("smollm2", "gemma")[number % 2]
         answer = yard.ask(model=name, max_tokens=1)
         assert answer.status_code == 200, answer.text

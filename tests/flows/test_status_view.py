@@ -211,7 +211,7 @@ def yard(home, tmp_path):
 
 def answers(port):
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, verify=False).status_code == 200
     except httpx.HTTPError:
         return False
 

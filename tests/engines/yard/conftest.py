@@ -42,7 +42,7 @@ class FakeYard:
         return YardClient(self.home)
 
     def http(self, **how: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **how)
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False, **how)
 
     def health(self) -> int:
         with self.http() as http:

@@ -104,8 +104,8 @@ def test_a_hang_with_a_green_health_is_wedged_and_replaced(start_yard):
 
 
 def test_a_long_prompt_is_busy_not_wedged(start_yard):
-    """The watchdog's limit is 1 s, the prompt takes 6: its progress in /slots is what keeps the engine alive."""
-    yard = start_yard(old="--ttft-ms 6000", parallel=1, settings={"wedged_after_s": 1}).ready()
+    """The watchdog's limit is 1 s, the prompt takes 3: its progress in /slots is what keeps the engine alive."""
+    yard = start_yard(old="--ttft-ms 3000", parallel=1, settings={"wedged_after_s": 1}).ready()
     asked = [Asked(yard, stream=True), Asked(yard)]
     for one in asked:
         assert one.done().status == 200
