@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from engines.errors import BadInput
@@ -15,6 +16,11 @@ def home() -> Path:
         return Path(named or "~/.switchyard").expanduser().absolute()
     except RuntimeError as problem:
         raise BadInput(f"no home directory for {named or 'this user'}: set SWITCHYARD_HOME to a directory") from problem
+
+
+def host() -> str:
+    """This host's name in a fleet: `$SWITCHYARD_HOST`, else the machine's; every home on one database needs its own."""
+    return os.environ.get("SWITCHYARD_HOST", "").strip() or socket.gethostname()
 
 
 def database_url() -> str | None:

@@ -1,4 +1,4 @@
-"""The demo's client: one conversation after the other on the public port, as a user's agent would; it counts."""
+"""The demo's client: streamed conversations one after the other on the public port, as an agent has; it counts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Traffic:
             "model": model,
             "messages": [{"role": "user", "content": f"Count from {number}."}],
             "max_tokens": 6,
-            "stream": False,
+            "stream": True,  # a canary is judged on the times of streams
         }
         try:
             answer = httpx.post(

@@ -22,12 +22,17 @@ from prefect.states import Cancelled, Completed
 
 from engines.errors import BadInput
 from engines.home import home as default_home
+from engines.home import host
+from engines.yard.client import YardClient
+from engines.yard.state import StateFile
 from flows import deprecate as deprecation
 from flows import evaluate as evaluation
 from flows import soak as soaking
+from flows.approval import asks, in_advance
 from flows.exclusive import Busy
 from flows.migrate import migrated
 from flows.migration import Orders
+from flows.prefect_run import tag_run
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
@@ -65,6 +70,7 @@ def migrate(
     reason: str = "",
     without_canary: bool = False,
     without_rehearsal: bool = False,
+    approve: bool = False,
 ) -> Any:
     """All four phases, every model as far as its gates let it. Where the plan asks, the run waits for its form here.
 
@@ -76,7 +82,12 @@ def migrate(
         reason: why; it is recorded
         without_canary: move all traffic at once; needs your name and a reason
         without_rehearsal: do not rehearse the fallback first; needs your name and a reason
+        approve: say yes to every phase beforehand; needs your name and a reason
     """
+    if approve:
+        if not (who.strip() and reason.strip()):
+            raise BadInput("an approval is recorded with a name and a reason: fill in who and reason")
+        asks.set(in_advance(who, reason))
     orders = Orders(
         models=tuple(models),
         override=tuple(override),
@@ -85,7 +96,7 @@ def migrate(
         without_canary=without_canary,
         without_rehearsal=without_rehearsal,
     )
-    return _concluded(migrated(_loaded(plan)[1], orders))
+    return concluded(migrated(_loaded(plan)[1], orders))
 
 
 @flow(name="rollback", flow_run_name=lambda: _name("rollback"), persist_result=False)
@@ -100,15 +111,15 @@ def rollback(model: str = "", who: str = "", reason: str = "", only_from: str = 
     """
     home = default_home()
     wish = Wish(who=who, reason=reason, only_from=only_from, flow_run_id=flow_run.id)
-    names = [model] if model else movable(home)
+    names = [model] if model else _moved(home)
     if not names:
-        raise BadInput("nothing to roll back: no model was moved")
+        return concluded({"verdict": "PASS", "why": "nothing to roll back: no model was moved", "models": []})
     outcomes = []
     for name in names:
         with progress.get().step(f"{name} · rollback"):
             outcomes.append(roll_back(home, name, wish, progress.get().say))
     worst = next((one for one in outcomes if one["verdict"] != "PASS"), outcomes[0])
-    return _concluded({"verdict": worst["verdict"], "why": worst["done"], "models": outcomes})
+    return concluded({"verdict": worst["verdict"], "why": worst["done"], "models": outcomes})
 
 
 @flow(name="retire", flow_run_name=lambda: _name("retire"), persist_result=False)
@@ -129,7 +140,7 @@ def retire(
         uninstall: also remove what Switchyard installed of it
     """
     loaded, _ = _loaded(plan)
-    return _concluded(deprecation.deprecate.fn(loaded, who=who, reason=reason, at_once=now, uninstall=uninstall))
+    return concluded(deprecation.deprecate.fn(loaded, who=who, reason=reason, at_once=now, uninstall=uninstall))
 
 
 @flow(name="report", flow_run_name=lambda: _name("report"), persist_result=False)
@@ -139,7 +150,7 @@ def report(run: str = "latest") -> Any:
     Args:
         run: the run's id, part of it, or latest
     """
-    return _concluded(rejudge(default_home(), run, None))
+    return concluded(rejudge(default_home(), run, None))
 
 
 @flow(name="soak", flow_run_name=lambda: _name("soak"), persist_result=False)
@@ -170,6 +181,13 @@ def reconcile_home(late_minutes: int = 4) -> Any:
     return _unless_late(late_minutes, mend)
 
 
+def _moved(home: Path) -> list[str]:
+    """The models that have a way back, by the yard, else by what it wrote down."""
+    if YardClient(home).runs():
+        return movable(home)
+    return [name for name, state in StateFile(home / "yard").read().models.items() if state.undo or state.canary]
+
+
 # --- how a run is called, and how it ends
 
 
@@ -185,12 +203,12 @@ def _unless_late(minutes: int, work: Callable[[], dict[str, Any]]) -> Any:
     if late_s > minutes * 60:
         return Cancelled(message=f"its time was {late_s / 60:.0f} min ago: this one is left out")
     try:
-        return _concluded(work())
+        return concluded(work())
     except Busy as busy:
         return Cancelled(message=str(busy))
 
 
-def _concluded(outcome: dict[str, Any]) -> Any:
+def concluded(outcome: dict[str, Any]) -> Any:
     """The outcome; of a deployment's run as a state that shows the verdict in every list of runs."""
     if deployment.id is None:
         return outcome
@@ -199,7 +217,9 @@ def _concluded(outcome: dict[str, Any]) -> Any:
 
 def _loaded(plan: str) -> tuple[Plan, Path]:
     path = plan_path(Path(plan) if plan else None, default_home()).absolute()
-    return load_plan(path), path
+    loaded = load_plan(path)
+    tag_run(loaded.incumbent.engine, loaded.candidate.engine, *(model.id for model in loaded.models))
+    return loaded, path
 
 
 # --- what is offered
@@ -254,11 +274,11 @@ async def _deployment(name: str, offer: Offer, plan: Path, time_zone: str, sched
 
 
 def rollback_trigger() -> DeploymentEventTrigger:
-    """A soak that failed rolls its model back, if the engine it failed on still serves it."""
+    """A soak that failed on this host rolls its model back, if the engine it failed on still serves it."""
     return DeploymentEventTrigger(
         name="roll back when a soak fails",
         expect={BREACH},
-        match={"prefect.resource.id": "switchyard.model.*"},
+        match={"prefect.resource.id": "switchyard.model.*", "switchyard.host": host()},
         parameters={
             "model": {"__prefect_kind": "jinja", "template": "{{ event.payload.model }}"},
             "only_from": {"__prefect_kind": "jinja", "template": "{{ event.payload.engine }}"},

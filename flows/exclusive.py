@@ -19,7 +19,7 @@ class Busy(BadInput):
     """Another process has the home for its experiment."""
 
 
-SOAK = "a soak"  # its windows are short: others wait for one
+SOAK = "a window of the soak"  # it is short: others wait for its end
 WAIT_S = 900.0
 POLL_S = 1.0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
+from engines.home import host
 from engines.model_digest import model_digest
 from engines.yard.client import YardClient, public_address, wait_until_serving
 from flows import yards as yard_processes
@@ -80,10 +80,10 @@ class PhaseOne:
 
 
 def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version: str) -> PhaseOne:
-    """The verdict of the latest evaluation of just this plan, this model file and this version of the candidate."""
+    """The verdict of this host's latest evaluation of just this plan, model file and version of the candidate."""
     identity = (plan_hash(plan), model_digest(model.gguf))
     other: str | None = None
-    for run in records.history(LOOK_BACK, kind="evaluate"):
+    for run in records.history(LOOK_BACK, kind="evaluate", host=host()):
         results = records.checks(run.id).get(model.id) if run.status == "done" else None
         if not results:
             continue
@@ -595,8 +595,7 @@ class Migration:
 
     def _unfinished(self) -> Run | None:
         """The run of this plan that did not get done here; another host's yard is another migration."""
-        run = self.records.unfinished(self.plan.model_dump(mode="json"), kind=self.kind)
-        return run if run is not None and run.owner_host == socket.gethostname() else None
+        return self.records.unfinished(self.plan.model_dump(mode="json"), kind=self.kind)
 
     def _step(self, model_id: str, name: str) -> Step | None:
         return next((step for step in self.records.steps(self.run_id, model_id) if step.step == name), None)

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from engines.errors import SwitchyardError
+from engines.home import host
 from engines.process import end_orphans
 from engines.yard.client import YardClient
 from tasks.records import Records, Run, Step
@@ -24,7 +25,7 @@ Say = Callable[[str], None]
 def reconcile(home: Path, records: Records, say: Say = lambda _: None) -> list[str]:
     """What was found and mended, one line each; nothing for a home where all is well."""
     lines = [f"ended, left behind by a killed run: {ended}" for ended in end_orphans(home)]
-    for run in records.history(LOOK_BACK):
+    for run in records.history(LOOK_BACK, host=host()):
         if run.shown_status == "killed":
             lines += _closed(run, records, YardClient(home), say)
     for line in lines:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from engines.errors import BadInput, SwitchyardError
+from engines.home import host
 from engines.yard.client import YardClient, public_address
 from flows.serve import plan_path
 from migrations.plan import Plan, load_plan
@@ -152,7 +153,7 @@ def _concluded(records: Records, run: Run, model: str, wish: Wish, note: dict[st
     records.finish_run(run.id, "done", verdict=Verdict(note["verdict"]))
     by = f" by {wish.who}" if wish.who else ""
     why = f"{model} was rolled back{by}{f': {wish.reason}' if wish.reason else ''} (run {run.id})"
-    for moved in records.history(LOOK_BACK):
+    for moved in records.history(LOOK_BACK, host=host()):
         steps = {step.step: step.state for step in records.steps(moved.id, model)} if moved.kind in MOVES else {}
         if steps.get("promote") == "done" and "rolled back" not in steps:
             records.put_step(moved.id, model, "rolled back", "done", {"by_run": run.id, "why": why})

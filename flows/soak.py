@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +26,10 @@ from pydantic import Field
 from engines.driver import native_of
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
+from engines.home import host
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
-from flows.exclusive import Busy, alone
+from flows.exclusive import SOAK, Busy, alone
 from flows.progress import progress
 from flows.serve import plan_path
 from migrations.plan import Plan, load_plan
@@ -94,7 +94,7 @@ def soak_window(
     Prefect. Whatever is raised, the windows that are recorded count.
     """
     try:
-        with alone(home, "a window of the soak"):
+        with alone(home, SOAK):
             return _Soak(plan, home, records, window_s=window_s, say=say, in_flow=in_flow).window()
     except Busy as busy:  # it measures, or moves traffic: the next window comes by itself
         return nothing(plan.name, str(busy))
@@ -238,11 +238,11 @@ class _Soak:
     def _evaluation(self, model_id: str) -> str | None:
         """The run that the migration of just this plan went by; without a migration, the latest one of the plan."""
         mine = self._opened_hash()
-        for run in self.records.history(LOOK_BACK, kind="migrate"):
+        for run in self.records.history(LOOK_BACK, kind="migrate", host=host()):
             for step in self.records.steps(run.id, model_id) if run.plan_hash == mine else ():
                 if step.step == "precondition" and step.detail.get("phase_1_run"):
                     return str(step.detail["phase_1_run"])
-        runs = self.records.history(LOOK_BACK, kind="evaluate")
+        runs = self.records.history(LOOK_BACK, kind="evaluate", host=host())
         return next((run.id for run in runs if run.plan_hash == mine and run.status == "done"), None)
 
     def _opened_hash(self) -> str:
@@ -308,11 +308,8 @@ class _Soak:
 
     def _runs(self) -> list[Run]:
         """The soaks of this home with just this plan, latest first."""
-        return [
-            run
-            for run in self.records.history(LOOK_BACK, kind=KIND, name=self.plan.name)
-            if run.plan == self._as_json and run.owner_host == socket.gethostname()
-        ]
+        runs = self.records.history(LOOK_BACK, kind=KIND, name=self.plan.name, host=host())
+        return [run for run in runs if run.plan == self._as_json]
 
     def _opened(self) -> Run:
         """The run to go on with: the unfinished one of this plan, else a new one."""
@@ -327,8 +324,7 @@ class _Soak:
     def _unfinished(self) -> Run | None:
         """One that has a verdict was ended by a breach; another host's yard is another soak."""
         run = self.records.unfinished(self._as_json, kind=KIND)
-        mine = run is not None and run.owner_host == socket.gethostname() and run.verdict is None
-        return run if mine else None
+        return run if run is not None and run.verdict is None else None
 
     def _concluded(self, models: list[Outcome]) -> Outcome:
         """The run goes on with the next window, or it is over: with the verdict on every model that it has."""
@@ -458,7 +454,11 @@ def emit_breach(run_id: str, model_id: str, engine: str, step: str, why: str) ->
 
     emit_event(
         EVENT,
-        resource={"prefect.resource.id": f"switchyard.model.{model_id}", "prefect.resource.name": model_id},
+        resource={
+            "prefect.resource.id": f"switchyard.model.{model_id}",
+            "prefect.resource.name": model_id,
+            "switchyard.host": host(),  # another host's model of the same name is another model
+        },
         payload={"model": model_id, "engine": engine, "run_id": run_id, "why": why},
         id=uuid.uuid5(EVENT_IDS, f"{run_id} {model_id} {step}"),
     )

@@ -52,8 +52,8 @@ class CanaryLimits(BaseModel):
     failure_rate_margin: float = Field(
         0.01, gt=0, le=1, description="share above the incumbent's, 95 % upper bound; 268 clean answers prove 1 %"
     )
-    ttft_p50_ratio: float = Field(1.10, ge=1, le=10, description="median time to first token over the incumbent's")
-    tpot_p50_ratio: float = Field(1.10, ge=1, le=10, description="median time per content chunk over the incumbent's")
+    ttft_p50_ratio: float = Field(1.10, ge=1, le=100, description="median time to first token over the incumbent's")
+    tpot_p50_ratio: float = Field(1.10, ge=1, le=100, description="median time per content chunk over the incumbent's")
     looks: tuple[int, ...] = Field((6, 12, 24), min_length=1, description="blocks after which speed is judged")
     block_requests: int = Field(10, ge=3, description="answers of each engine that make a block")
     warm_up: int = Field(3, ge=0, description="the candidate's first answers, whose times do not count")

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -43,6 +42,7 @@ from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, Session, SQLModel, col
 
 from engines.errors import BadInput, NoMeasurement, SwitchyardError
+from engines.home import host as this_host
 from tasks.payload import pack_json, plan_hash, redact, storable_text, unpack_json
 from tasks.schema.upgrade import SCHEMA, Schema, database, explained, open_database, shown
 from tasks.series import Point, Series, joined, pack, unpack
@@ -119,7 +119,7 @@ class Run(_Table, table=True):
     @property
     def owner_alive(self) -> bool | None:
         """Whether the process that runs it still lives; None when it is on another host."""
-        if self.owner_host != socket.gethostname():
+        if self.owner_host != this_host():
             return None
         return _lives(self.owner_pid, self.owner_created)
 
@@ -322,10 +322,10 @@ class Records:
         return matches[0]
 
     def unfinished(self, plan: Any, *, kind: str = "evaluate") -> Run | None:
-        """The latest run of just this plan that did not get done and that nobody alive on this host is running."""
+        """This host's latest run of just this plan that did not get done and that nobody alive is running."""
         query = (
             select(Run)
-            .filter_by(kind=kind, plan_hash=plan_hash(plan))
+            .filter_by(kind=kind, plan_hash=plan_hash(plan), owner_host=this_host())
             .where(col(Run.status) != "done")
             .order_by(col(Run.started_at).desc(), col(Run.id).desc())
         )
@@ -385,10 +385,12 @@ class Records:
             circumstances=None if circumstances is None else redact(circumstances),
         )
 
-    def history(self, limit: int = 20, *, kind: str | None = None, name: str | None = None) -> list[Run]:
-        """The latest runs, newest first."""
+    def history(
+        self, limit: int = 20, *, kind: str | None = None, name: str | None = None, host: str | None = None
+    ) -> list[Run]:
+        """The latest runs, newest first; those of one host of a fleet with `host`."""
         query = select(Run).order_by(col(Run.started_at).desc(), col(Run.id).desc()).limit(limit)
-        query = query.filter_by(**_given(kind=kind, name=name))
+        query = query.filter_by(**_given(kind=kind, name=name, owner_host=host))
         with self._read() as session:
             return list(session.scalars(query))
 
@@ -711,7 +713,7 @@ def _created(pid: int) -> float:
 
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
-    return {"owner_host": socket.gethostname(), "owner_pid": pid, "owner_created": _created(pid)}
+    return {"owner_host": this_host(), "owner_pid": pid, "owner_created": _created(pid)}
 
 
 def _lives(pid: int, created: float) -> bool:

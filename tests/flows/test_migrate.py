@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from engines.errors import BadInput, EngineError
 from engines.model_digest import model_digest
 from engines.yard.state import ModelState, StateFile
 from flows.approval import Answer, Question
-from flows.exclusive import Busy, alone
+from flows.exclusive import SOAK, Busy, alone
 from flows.migrate import KIND, Phases, Whole
 from flows.migration import Orders
 from migrations.plan import Plan, build_plan, plan_hash
@@ -241,25 +245,33 @@ def test_an_error_is_recorded_and_the_next_run_goes_on(box: Box, monkeypatch: py
     assert box.run()["run_id"] == run.id
 
 
-def test_two_at_once_are_refused(box: Box) -> None:
-    with alone(box.home, "another migration"):
-        pass
-    import subprocess
-    import sys
-
+@contextlib.contextmanager
+def held(home: Path, what: str, *, for_s: float = 3600.0) -> Iterator[None]:
+    """Another process has the home for `what`; it lets go after a while, or when it is killed."""
     code = (
-        "import sys; from pathlib import Path; from flows.exclusive import alone\n"
-        "with alone(Path(sys.argv[1]), 'an evaluation'): print('held', flush=True); sys.stdin.read()"
+        "import sys, time; from pathlib import Path; from flows.exclusive import alone\n"
+        "with alone(Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(float(sys.argv[3]))"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(box.home)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(Busy, match=r"an evaluation \(pid \d+\) is under way already"):
-            box.run()
-    finally:
-        holder.kill()
-        holder.wait()
-    box.run()  # the kernel let go of it
+    argv = [sys.executable, "-c", code, str(home), what, str(for_s)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            yield
+        finally:
+            holder.kill()
+
+
+def test_two_at_once_are_refused(box: Box) -> None:
+    """The kernel lets go of the lock with the process that has it."""
+    with held(box.home, "an evaluation"), pytest.raises(Busy, match=r"an evaluation \(pid \d+\) is under way already"):
+        box.run()
+    box.run()
+
+
+def test_the_end_of_a_soaks_window_is_waited_for(box: Box) -> None:
+    """But no window waits for another."""
+    with held(box.home, SOAK), pytest.raises(Busy), alone(box.home, SOAK):
+        pass
+    with held(box.home, SOAK, for_s=0.5):
+        assert box.run()["run_id"]
