@@ -4,11 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo install test check clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/switchyard evaluate demo; status=$$?; \
 	  case $$status in 0|3|4) exit 0;; *) exit $$status;; esac
+
+# Switchyard with two engines and two small models
+install: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/pytest -n 3 --dist worksteal

@@ -57,6 +57,8 @@ def whole_demo_plan(home: Path) -> Plan:
             "name": "demo-migration",
             "limits": Limits.model_validate(WHOLE_LIMITS),
             "sampling": Sampling.model_validate({**plan.sampling.model_dump(), **WHOLE_SAMPLING}),
+            # more threads than free cores bring the CPU wheel to a standstill, which the yard takes for a hang
+            "settings": plan.settings.model_copy(update={"threads": 1}),
             "canary": canary,
             "migrate": Course(approve="auto"),
             "retire": Retire(approve="auto"),

@@ -211,13 +211,9 @@ class Whole:
         return {"verdict": end["verdict"], "result": f"{phase}: {end['result']}", "why": end["why"]}
 
     def _carried_out(self, phase: str, model: ModelPlan, *, overridden: bool) -> Outcome:
-        given = self._decision(model.id, phase)
-        changes = {
-            "models": (model.id,),
-            "override": (model.id,) if overridden else (),
-            "who": given.who if given else self.orders.who,
-            "reason": given.why if given else self.orders.reason,
-        }
+        who, reason = self._decided_by(self._decision(model.id, phase))
+        override = (model.id,) if overridden else ()
+        changes = {"models": (model.id,), "override": override, "who": who, "reason": reason}
         orders = self.orders.model_copy(update=changes)
         move = self.phases.subprocess if phase == "subprocess" else self.phases.native
         self._journal()
@@ -225,6 +221,15 @@ class Whole:
         outcome = move(self.plan, orders, self.path)
         self._put(model.id, phase, "done" if outcome["verdict"] == "PASS" else "failed", run=outcome["run_id"])
         return outcome
+
+    def _decided_by(self, given: Decision | None) -> tuple[str, str]:
+        """Who decides in this phase, and why: who approved it; and who left out a canary or a rehearsal, if another."""
+        asked = self.orders
+        if given is None:
+            return asked.who, asked.reason
+        if given.who == asked.who or not (asked.without_canary or asked.without_rehearsal):
+            return given.who, given.why
+        return f"{asked.who}, approved by {given.who}", f"{asked.reason}; {given.why}"
 
     # --- approvals
 

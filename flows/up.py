@@ -1,22 +1,23 @@
 """`switchyard up` and `down`: Prefect's server, the deployments and the yard on one host, started and ended together.
 
 yard          outlives us when we are killed: an agent must not lose its model
-Prefect       server and the process that runs the flows end with us, however we end
+Prefect       server and the process that runs the flows end with us, however we end; one that dies is started again
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,9 +25,13 @@ from rich.console import Console
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.process import Identity, ManagedProcess, end_orphans, start
+from engines.serving import exit_reason
 from engines.yard.client import YardClient, public_address
 from flows.options import Json, PlanFile
 from flows.up_file import Up, found, up_file
+
+if TYPE_CHECKING:
+    from flows.prefect_server import PrefectServer
 
 app = typer.Typer()
 
@@ -35,7 +40,13 @@ DOWN_S = 90.0
 WATCH_S = 1.0
 SERVE_S = 120.0
 SERVED = "deployments are served"  # what flows.runner says
-STOP_S = 40.0
+STOP_S = 12.0  # an interrupted command has 20 s in all, and the yard is told to stop after the deployments
+RESTARTS = 3
+RESTART_WINDOW_S = 600.0
+
+
+class GaveUp(SwitchyardError):
+    """Something died once too often; the yard goes on serving."""
 
 
 @app.command()
@@ -58,23 +69,28 @@ def up(
     folder, out = home(), Console(stderr=True)
     path = plan_path(plan, folder).absolute()
     loaded = load_plan(path)
-    if (other := found(folder)) is not None:
-        raise BadInput(f"it is up already (pid {other.pid}, {_ui(other.api_url)}): `switchyard down` ends it")
-    for ended in end_orphans(folder):
-        out.print(f"ended, left behind by a killed run: {ended}", style="dim", highlight=False)
-    try:
-        with _prefect(folder, prefect_port) as api_url, _declared(folder, api_url):
-            _yard(loaded, path, folder, out)
-            runner = _runner(folder, path, api_url, schedules)
-            try:
-                _print_addresses(out, folder, api_url)
-                _until_something_ends({"the deployments": runner})
-            finally:
-                out.print("stopping the deployments", highlight=False)
-                runner.stop(grace_s=STOP_S)
-    finally:
-        out.print("stopping the yard; requests in flight are finished first", highlight=False)
-        _stop_yard(folder)
+    with _only_one(folder):
+        for ended in end_orphans(folder):
+            out.print(f"ended, left behind by a killed run: {ended}", style="dim", highlight=False)
+        ends_with_us = not YardClient(folder).runs()  # before it is ours, one that runs already is left alone
+        try:
+            with _prefect(folder, prefect_port) as server, _declared(folder, server.api_url):
+                _yard(loaded, path, folder, out)
+                ends_with_us = True
+                deployments = Deployments(folder, path, server.api_url, schedules)
+                try:
+                    deployments.start()
+                    _print_addresses(out, folder, server.api_url)
+                    _keep_up(server, deployments, out)
+                finally:
+                    out.print("stopping the deployments", highlight=False)
+                    deployments.stop()
+        except GaveUp:
+            ends_with_us = False
+            raise
+        finally:
+            if ends_with_us:
+                _stop_yard(folder, out)
 
 
 @app.command()
@@ -90,7 +106,7 @@ def down(json_: Json = False) -> None:
     ended = end_orphans(folder)
     yard = YardClient(folder)
     if was_serving := yard.runs():
-        _stop_yard(folder)
+        _stop_yard(folder, Console(stderr=True))
     nothing = running is None and not was_serving and not ended
     done = "nothing was up" if nothing else "all is down"
     if json_:
@@ -109,8 +125,22 @@ def _wait_for_end(running: Up) -> None:
 
 
 @contextlib.contextmanager
-def _prefect(folder: Path, port: int) -> Iterator[str]:
-    """Prefect's server with its UI and scheduler, while the block runs; its API's address."""
+def _only_one(folder: Path) -> Iterator[None]:
+    """While the block runs no other `up` of this home gets in; the kernel lets go when we die. BadInput if one did."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "up.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            other = found(folder)
+            which = f"it is up already (pid {other.pid}, {_ui(other.api_url)})" if other else "it is coming up already"
+            raise BadInput(f"{which}: `switchyard down` ends it") from error
+        yield
+
+
+@contextlib.contextmanager
+def _prefect(folder: Path, port: int) -> Iterator[PrefectServer]:
+    """Prefect's server with its UI and scheduler, while the block runs."""
     from flows.prefect_server import PrefectServer, prepare_environment
 
     os.environ.update(prepare_environment(folder))
@@ -120,7 +150,7 @@ def _prefect(folder: Path, port: int) -> Iterator[str]:
     try:
         server.ready()
         os.environ["PREFECT_API_URL"] = server.api_url
-        yield server.api_url
+        yield server
     finally:
         server.stop()
 
@@ -151,34 +181,86 @@ def _yard(plan: Any, path: Path, folder: Path, out: Console) -> None:
     remember_plan(path, folder)
 
 
-def _runner(folder: Path, path: Path, api_url: str, schedules: bool) -> ManagedProcess:
-    """The process that registers the deployments and runs their flows, once it says that it does."""
-    argv = [sys.executable, "-m", "flows.runner", str(path), "--schedules" if schedules else "--no-schedules"]
-    env = {**os.environ, "PREFECT_API_URL": api_url, "SWITCHYARD_HOME": str(folder)}
-    runner = start("deployments", argv, state_dir=folder, log_path=folder / "logs" / "deployments.log", env=env)
-    deadline = time.monotonic() + SERVE_S
-    while not any(SERVED in line for line in runner.log_tail()):
-        if runner.poll() is not None or time.monotonic() > deadline:
-            words = "\n  ".join(runner.log_tail()[-5:])
-            runner.stop()
-            raise SwitchyardError(f"the deployments could not be served (log: {runner.log.path}):\n  {words}")
-        time.sleep(0.1)
-    return runner
+class Deployments:
+    """The process that registers the deployments and runs their flows."""
+
+    def __init__(self, folder: Path, plan: Path, api_url: str, schedules: bool) -> None:
+        self._folder = folder
+        self._argv = [sys.executable, "-m", "flows.runner", str(plan), "--schedules" if schedules else "--no-schedules"]
+        self._env = {"PREFECT_API_URL": api_url, "SWITCHYARD_HOME": str(folder)}
+        self._child: ManagedProcess | None = None
+
+    def start(self) -> None:
+        """Return once it says that they are served; SwitchyardError with its last words when it does not come to it."""
+        self.stop()  # what it has left behind, where it died: the flows that it ran
+        log = self._folder / "logs" / "deployments.log"
+        env = {**os.environ, **self._env}
+        child = self._child = start("deployments", self._argv, state_dir=self._folder, log_path=log, env=env)
+        deadline = time.monotonic() + SERVE_S
+        while not any(SERVED in line for line in child.log_tail()):
+            if child.poll() is not None or time.monotonic() > deadline:
+                words = "\n  ".join(child.log_tail()[-5:])
+                child.stop()
+                raise SwitchyardError(f"the deployments could not be served (log: {child.log.path}):\n  {words}")
+            time.sleep(0.1)
+
+    def died(self) -> str | None:
+        """How it ended; None while it runs."""
+        return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
+
+    def stop(self) -> None:
+        """End it, and the flows that it runs; safe twice."""
+        if self._child is not None:
+            self._child.stop(grace_s=STOP_S)
 
 
-def _until_something_ends(watched: dict[str, ManagedProcess]) -> None:
-    """Return never, but for an interrupt; raises SwitchyardError when one of them dies."""
+@dataclass
+class _Kept:
+    """Something that is started again when it dies, unless it has died too often lately."""
+
+    name: str
+    died: Callable[[], str | None]
+    start: Callable[[], None]
+    began: list[float] = field(default_factory=list)
+
+    def look(self, out: Console) -> None:
+        """Start it again if it died. Raises GaveUp."""
+        if (how := self.died()) is None:
+            return
+        now = time.monotonic()
+        self.began = [at for at in self.began if now - at < RESTART_WINDOW_S]
+        if len(self.began) >= RESTARTS:
+            raise GaveUp(
+                f"{self.name} ended {RESTARTS + 1} times within {RESTART_WINDOW_S / 60:.0f} minutes (now: {how}): "
+                "given up; the yard goes on serving. `switchyard up` tries again, `switchyard stop` stops the yard"
+            )
+        self.began.append(now)
+        out.print(f"{self.name} ended by itself ({how}): it is started again; the yard goes on", highlight=False)
+        try:
+            self.start()
+        except SwitchyardError as error:  # it is looked at again, and counts
+            out.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        else:
+            out.print(f"{self.name} runs again", highlight=False)
+
+
+def _keep_up(server: PrefectServer, deployments: Deployments, out: Console) -> None:
+    """Return never, but for an interrupt; the server first, which the deployments need. Raises GaveUp."""
+    kept = [
+        _Kept("Prefect's server", server.died, server.start_again),
+        _Kept("the process of the deployments", deployments.died, deployments.start),
+    ]
     waiting = threading.Event()
     while not waiting.wait(WATCH_S):
-        for name, process in watched.items():
-            if (code := process.poll()) is not None:
-                raise SwitchyardError(f"{name} ended by themselves ({code}); log: {process.log.path}")
+        for one in kept:
+            one.look(out)
 
 
-def _stop_yard(folder: Path) -> None:
+def _stop_yard(folder: Path, out: Console) -> None:
     yard = YardClient(folder)
     if not yard.runs():
         return
+    out.print("stopping the yard; requests in flight are finished first", highlight=False)
     pid = yard.status()["pid"]
     with contextlib.suppress(SwitchyardError):
         identity = Identity.of(pid)

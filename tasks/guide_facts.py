@@ -11,7 +11,6 @@ import json
 import os
 import pwd
 import re
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from pydantic import BaseModel
 
 from engines.driver import driver, native_of
 from engines.errors import BadInput
+from engines.home import host
 from engines.yard.recipe import Recipe
 from engines.yard.state import YardState
 from tasks.gate import gate
@@ -205,8 +205,8 @@ def redacted(text: str, private: Private) -> str:
     if private.user not in NOBODY:
         user = re.escape(private.user)  # as a word, and as a part of a folder's name
         text = re.sub(rf"(?<![\w-]){user}(?![\w-])|(?<=/)[^/\s]*\b{user}\b[^/\s'\"]*", "USER", text)
-    for host in set(private.hosts) - NOBODY:
-        text = re.sub(rf"(?<![\w-]){re.escape(host)}(?:\.[A-Za-z][\w-]*)*(?![\w-])", "this host", text)
+    for name in set(private.hosts) - NOBODY:
+        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?:\.[A-Za-z][\w-]*)*(?![\w-])", "this host", text)
     return re.sub(r"\b(?:sk|hf|ghp|pat)[-_][\w-]{16,}", "[redacted]", text)
 
 
@@ -251,14 +251,14 @@ def gather(
     unless `show_host`.
     """
     told: Mapping[str, Any] = plan.model_dump(mode="json") if isinstance(plan, BaseModel) else plan
-    runs = [run for name in _names(told) for run in records.history(LOOK_BACK, name=name)]
+    runs = [run for name in _names(told) for run in records.history(LOOK_BACK, name=name, host=host())]
     yard, incumbent = told.get("yard") or {}, str(told["incumbent"]["engine"])
     facts = Facts(
         plan=str(told["name"]),
         plan_hash=plan_hash(told),
         incumbent=incumbent,
         candidate=str(told["candidate"]["engine"]),
-        host=socket.gethostname(),
+        host=host(),
         machine=_machine((runs[0].circumstances or {}) if runs else {}),
         at=now,
         address=_address(str(yard.get("host", "127.0.0.1")), int(yard.get("port", 8080))),
@@ -379,7 +379,7 @@ def _phase(records: Records, title: str, run: Run, plan: Mapping[str, Any], seen
         status=run.shown_status,
         verdict=gate(checks),
         plan_changed=run.plan_hash != plan_hash(plan if run.name == plan["name"] else _as_native(plan)),
-        elsewhere=run.owner_host != socket.gethostname(),
+        elsewhere=run.owner_host != host(),
         checks=checks,
         deviations=deviations,
         compared=compared,

@@ -45,7 +45,7 @@ def _judge_route(engine: str, model: Standing) -> CheckResult:
     check, route = f"retire.routes.{model.model_id}", model.route
     needs = None
     if route is None:
-        needs = "no yard has served it yet: it was never migrated"
+        needs = "it was never migrated"
     elif route.serving == engine:
         needs = f"it is served by {engine}"
     elif route.canary is not None and route.canary.engine == engine:

