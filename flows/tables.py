@@ -88,16 +88,16 @@ def _memory_line(memory: Mapping[str, Any]) -> Text:
 
 
 def history(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run, newest first. On a narrow terminal the plan's name is cut, never what one types: the run's id."""
+    """One row a run, newest first. On a narrow terminal what it was is cut, never what one types: the run's id."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("run", "started", "took", "kind", "plan", "status", "verdict"):
-        table.add_column(column, no_wrap=column != "plan")
+    for column in ("run", "started", "took", "what", "status", "verdict"):
+        table.add_column(column, no_wrap=column != "what")
     for run in runs:
         took = "" if run["took_s"] is None else f"{run['took_s'] / 60:.1f} min"
         verdict = verdict_text(run["verdict"]) if run["verdict"] else Text("-")
         started = run["started_at"][5:16].replace("T", " ")  # the id has the year
-        plan = Text(run["plan"], no_wrap=True, overflow="ellipsis")
-        table.add_row(run["run_id"], started, took, run["kind"], plan, run["status"], verdict)
+        what = Text(f"{run['kind']} {run['plan']}", no_wrap=True, overflow="ellipsis")
+        table.add_row(run["run_id"], started, took, what, run["status"], verdict)
     return table
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], object], what: str, deadline_s: float = 30) -> None:
+def until(condition: Callable[[], object], what: str, deadline_s: float = 60) -> None:
     """Return when `condition()` is true; fail naming `what` after `deadline_s`."""
     began = time.monotonic()
     while not condition():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +12,14 @@ import httpx
 import pytest
 from processes import of_home
 from real_yard import HELLO, LOCAL
-from switchyard_command import command
 from waiting import until
 
+from engines.driver import driver
+from engines.model_digest import model_digest
 from engines.yard.client import YardClient
+from migrations.plan import load_plan, plan_hash
 from tasks.records import open_records
+from tasks.verdict import CheckResult, Verdict
 
 pytest.importorskip("playwright", reason="needs a browser's driver: pip install playwright")
 
@@ -42,6 +44,23 @@ def loaded() -> ModuleType:
     return module
 
 
+def evaluated(plan_path: Path, home: Path) -> None:
+    """On record: an evaluation that did not settle it, so that a person is asked."""
+    plan, version = load_plan(plan_path), driver(NEW).find("hosted", None).version
+    under = {
+        "plan_hash": plan_hash(plan),
+        "model_digest": model_digest(plan.models[0].gguf),
+        "engines": [{"arm": "candidate", "version": version}],
+    }
+    home.mkdir()
+    with open_records(home / "switchyard.db") as records:
+        run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
+        records.put_evidence(run.id, MODEL, "both", "performance", {}, circumstances=under)
+        unsure = CheckResult(check="performance.x", verdict=Verdict.INCONCLUSIVE, why="more blocks would settle it")
+        records.put_checks(run.id, MODEL, [unsure])
+        records.finish_run(run.id, "done", verdict=Verdict.INCONCLUSIVE)
+
+
 def answered(port: int) -> str:
     """A completion from the public port."""
     body = {"model": MODEL, "messages": HELLO, "max_tokens": 8}
@@ -59,6 +78,7 @@ def test_a_model_is_migrated_and_rolled_back_in_the_browser(tmp_path: Path) -> N
         pytest.skip("needs a browser: apt install chromium, or put google-chrome on the PATH")
     up = shown.Up(tmp_path)
     yard = YardClient(up.home)
+    evaluated(up.plan, up.home)
     with up.running() as process, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         pages = shown.Pages(browser, up)
@@ -81,7 +101,7 @@ def test_a_model_is_migrated_and_rolled_back_in_the_browser(tmp_path: Path) -> N
         assert hosts == {"127.0.0.1"}
         browser.close()
 
-        down = subprocess.run(command("down"), env=up.environment, capture_output=True, text=True, check=False)
+        down = up.command("down")
         assert (down.returncode, down.stdout) == (0, "all is down\n"), down.stderr
         assert process.wait(60) == 130
     until(lambda: not of_home(up.home), "every process to be gone")

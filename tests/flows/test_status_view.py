@@ -182,7 +182,8 @@ def test_watching_goes_on_when_the_yard_goes_away_and_ends_with_ctrl_c():
 
 def test_history_keeps_the_run_id_whole_on_80_columns():
     run = {"run_id": "20261122-141645-8c27", "started_at": "2026-11-22T14:16:45+00:00", "took_s": 519.0}
-    run |= {"plan": "llama.cpp-to-mistral.rs-on-the-big-box", "status": "interrupted", "verdict": "INCONCLUSIVE"}
+    run |= {"kind": "evaluate", "plan": "llama.cpp-to-mistral.rs-on-the-big-box"}
+    run |= {"status": "interrupted", "verdict": "INCONCLUSIVE"}
     text = printed(tables.history([run]))
     for whole in ("20261122-141645-8c27", "11-22 14:16", "8.7 min", "interrupted", "INCONCLUSIVE"):
         assert whole in text

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -145,7 +146,7 @@ class Up:
         stop, seen = threading.Event(), list[int]()
 
         def go() -> None:
-            while not stop.wait(0.1):
+            while not stop.wait(0.5):
                 seen.append(self.ask())
 
         client = threading.Thread(target=go)
@@ -170,7 +171,11 @@ class Up:
 
     def ended(self, flow_run: str) -> dict[str, Any]:
         """The state in which a flow run has ended."""
-        until(lambda: self.api(f"flow_runs/{flow_run}")["state_type"] in ENDED, "the end of a flow run", LONG_S)
+        until(lambda: self._state(flow_run)["type"] in ENDED, "the end of a flow run", LONG_S)
+        return self._state(flow_run)
+
+    def _state(self, flow_run: str) -> dict[str, Any]:
+        time.sleep(0.3)  # each look costs the server 15 ms
         return self.api(f"flow_runs/{flow_run}")["state"]
 
     def runs_of(self, name: str) -> list[dict[str, Any]]:
@@ -238,7 +243,49 @@ def up(home_of_all: Up) -> Up:
     return home_of_all
 
 
-# what runs by itself
+# while it is up
+
+
+@pytest.mark.engine
+def test_a_second_one_is_refused(up: Up) -> None:
+    """In one line that says where the first one is."""
+    done = up.run("up", up.plan, "--prefect-port", free_port())
+    where = f"http://127.0.0.1:{up.prefect}"
+    assert done.stderr == f"error: it is up already (pid {up.up.pid}, {where}): `switchyard down` ends it\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.engine
+def test_a_migration_that_is_killed_goes_on_under_its_run(up: Up) -> None:
+    """SIGKILL in the rehearsal: Crashed in Prefect; the next run evaluates nothing and finishes the same rows."""
+    up.serve_with(OLD)
+    up.evaluated()
+    orders = {**DECIDED, "without_canary": True}
+    with up.traffic() as seen:
+        first = up.begin("migrate", **orders)
+        until((up.home / "rehearsal" / "killed" / "yard" / "control.sock").exists, "the rehearsal", LONG_S)
+        assert up.steps("migrate")["rehearsal"] == "intent"
+        with up.records() as records:
+            whole, moving = (records.history(1, kind=kind)[0] for kind in ("whole", "migrate"))
+        assert whole.owner_pid == moving.owner_pid
+        os.kill(moving.owner_pid, signal.SIGKILL)
+        assert up.ended(first)["type"] == "CRASHED"
+        second = up.begin("migrate", **orders)
+        state = up.ended(second)
+        assert (state["type"], state["name"]) == ("COMPLETED", "PASS"), state
+    assert set(seen) == {200}
+    assert up.route()["serving"] == NEW
+    with up.records() as records:
+        history = {run.kind: run for run in records.history(3)}
+        assert len(records.history(kind="evaluate")) == 1
+        decisions = [(made.kind, made.who) for made in records.decisions(moving.id)]
+    ends = {kind: (run.id, run.status, run.verdict) for kind, run in history.items()}
+    assert ends["whole"] == (whole.id, "done", "PASS")
+    assert ends["migrate"] == (moving.id, "done", "PASS")
+    assert history["whole"].flow_run_id == history["migrate"].flow_run_id == second
+    assert set(up.steps("migrate")) >= {"precondition", "yard", "rehearsal", "canary", "promote"}
+    assert set(up.steps("migrate").values()) == set(up.steps("whole").values()) == {"done"}
+    assert decisions == [("without-canary", "Ada")]
 
 
 @pytest.mark.engine
@@ -290,46 +337,15 @@ def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
 
 
 @pytest.mark.engine
-def test_a_migration_that_is_killed_goes_on_under_its_run(up: Up) -> None:
-    """SIGKILL in the rehearsal: Crashed in Prefect; the next run evaluates nothing and finishes the same rows."""
-    up.serve_with(OLD)
-    up.evaluated()
-    orders = {**DECIDED, "without_canary": True}
-    with up.traffic() as seen:
-        first = up.begin("migrate", **orders)
-        until(lambda: up.steps("migrate").get("rehearsal") == "intent", "the rehearsal", LONG_S)
-        with up.records() as records:
-            whole, moving = (records.history(1, kind=kind)[0] for kind in ("whole", "migrate"))
-        assert whole.owner_pid == moving.owner_pid
-        os.kill(moving.owner_pid, signal.SIGKILL)
-        assert up.ended(first)["type"] == "CRASHED"
-        second = up.begin("migrate", **orders)
-        state = up.ended(second)
-        assert (state["type"], state["name"]) == ("COMPLETED", "PASS"), state
-    assert set(seen) == {200}
-    assert up.route()["serving"] == NEW
-    with up.records() as records:
-        history = {run.kind: run for run in records.history(3)}
-        assert len(records.history(kind="evaluate")) == 1
-        decisions = [(made.kind, made.who) for made in records.decisions(moving.id)]
-    ends = {kind: (run.id, run.status, run.verdict) for kind, run in history.items()}
-    assert ends["whole"] == (whole.id, "done", "PASS")
-    assert ends["migrate"] == (moving.id, "done", "PASS")
-    assert history["whole"].flow_run_id == history["migrate"].flow_run_id == second
-    assert set(up.steps("migrate")) >= {"precondition", "yard", "rehearsal", "canary", "promote"}
-    assert set(up.steps("migrate").values()) == set(up.steps("whole").values()) == {"done"}
-    assert decisions == [("without-canary", "Ada")]
-
-
-@pytest.mark.engine
 def test_what_dies_again_and_again_is_given_up(up: Up) -> None:
     """Three times in ten minutes it is started again; then `up` ends, but not the yard: only `down` ends that."""
     pid = up.yard.status()["pid"]
     while up.up.poll() is None:
+        until(lambda: up.part(RUNNER) is not None or up.up.poll() is not None, "the deployments", LONG_S)
+        before = up.said().count("started again")
         if up.part(RUNNER) is not None:
             up.kill(RUNNER)
-        before = up.said().count("started again")
-        until(lambda before=before: up.up.poll() is not None or up.said().count("started again") > before, "a start")
+            until(lambda n=before: up.up.poll() is not None or up.said().count("started again") > n, "a start", LONG_S)
     assert up.up.returncode == 5
     assert f"ended {RESTARTS + 1} times within 10 minutes (now: signal SIGKILL): given up" in up.said()
     assert (up.yard.status()["pid"], up.ask()) == (pid, 200)
@@ -369,15 +385,6 @@ def test_killed_itself_it_leaves_the_yard_and_finds_it_again(up: Up) -> None:
 
 
 # refused
-
-
-@pytest.mark.engine
-def test_a_second_one_is_refused(up: Up) -> None:
-    """In one line that says where the first one is."""
-    done = up.run("up", up.plan, "--prefect-port", free_port())
-    where = f"http://127.0.0.1:{up.prefect}"
-    assert done.stderr == f"error: it is up already (pid {up.up.pid}, {where}): `switchyard down` ends it\n"
-    assert done.returncode == 2
 
 
 @pytest.mark.engine
