@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -174,11 +175,24 @@ def _yard(plan: Any, path: Path, folder: Path, out: Console) -> None:
         out.print("a yard runs already; it stays", highlight=False)
         return
     names = [model.id for model in plan.models if model.load == "start"]
-    with out.status("the yard starts") as status:
-        start_detached(
-            PlanYards(plan, folder, path), names, lambda step: status.update(f"the yard starts [dim]{step}[/dim]")
-        )
+    try:
+        with out.status("the yard starts") as status:
+            start_detached(
+                PlanYards(plan, folder, path), names, lambda step: status.update(f"the yard starts [dim]{step}[/dim]")
+            )
+    except BaseException:
+        _end_what_starts()
+        raise
     remember_plan(path, folder)
+
+
+def _end_what_starts() -> None:
+    """End the yard that is coming up: it does not take orders yet, but it is a child of ours."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "serve" in child.cmdline():
+                child.terminate()
+                child.wait(STOP_S)
 
 
 class Deployments:

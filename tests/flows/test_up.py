@@ -78,12 +78,15 @@ class Up:
     def ensure(self) -> None:
         """It is up, started now where it was not."""
         if self.process is None or self.process.poll() is not None:
-            with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    self.argv(), env=self.environment, stdout=log, stderr=log, start_new_session=True
-                )
+            self.start()
             until(lambda: "Ctrl-C" in self.said() or self.up.poll() is not None, "up", LONG_S)
         assert self.up.poll() is None, self.said()
+
+    def start(self) -> None:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.argv(), env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     def said(self) -> str:
         return self.log.read_text()
@@ -382,6 +385,17 @@ def test_killed_itself_it_leaves_the_yard_and_finds_it_again(up: Up) -> None:
     assert up.up.wait(LONG_S) == 130
     assert up.said().splitlines()[-1] == "interrupted; all is down"
     assert of_home(up.home) == []
+
+
+@pytest.mark.engine
+def test_interrupted_while_the_yard_starts_it_leaves_nothing(home_of_all: Up) -> None:
+    """The yard does not take orders yet; it is ended all the same."""
+    home_of_all.end()
+    home_of_all.start()
+    until(lambda: any("serve" in found.cmdline() for found in of_home(home_of_all.home)), "a yard", LONG_S)
+    home_of_all.up.send_signal(signal.SIGINT)
+    assert home_of_all.up.wait(LONG_S) == 130
+    until(lambda: not of_home(home_of_all.home), "every process to be gone", LONG_S)
 
 
 # refused
