@@ -32,7 +32,7 @@ from flows.progress import progress
 from migrations.plan import Plan, plan_to_toml
 from tasks.circumstances import machine_circumstances
 from tasks.gate import gate, reasons
-from tasks.records import Records, open_records
+from tasks.records import Records, Run, open_records
 from tasks.retirement import DAY_S, Standing, judge_retirement, write_archive
 from tasks.verdict import CheckResult, Verdict, not_measured
 
@@ -73,10 +73,11 @@ class Deprecation:
     def run(self) -> dict[str, Any]:
         """What it came to, as plain JSON. Raises SwitchyardError; the engine is retired whole or not at all."""
         state = self._file.read()
-        if (gone := state.retired.get(self.engine)) is not None:
-            return self._outcome("already retired", Verdict.PASS, gone.line(self.engine), gone.archive)
         plan = self.plan.model_dump(mode="json")
         unfinished = self.records.unfinished(plan, kind=self.kind)
+        gone = state.retired.get(self.engine)
+        if gone is not None and not (unfinished and self._has_retired(unfinished)):
+            return self._outcome("already retired", Verdict.PASS, gone.line(self.engine), gone.archive)
         found = (
             self.records.resume_run(unfinished.id, flow_run_id=flow_run_id())
             if unfinished
@@ -90,29 +91,42 @@ class Deprecation:
         except BaseException as error:
             self.records.finish_run(found.id, "interrupted", error=str(error) or type(error).__name__)
             raise
-        verdict = Verdict(outcome["verdict"])
-        self.records.put_checks(found.id, NOBODY, self._results)
-        self.records.finish_run(found.id, "done", verdict=verdict)
+        self.records.finish_run(found.id, "done", verdict=Verdict(outcome["verdict"]))
         return outcome
 
+    def _has_retired(self, run: Run) -> bool:
+        """Whether this run, which did not get done, came as far as to retire the engine."""
+        return any(step.step == "retire" for step in self.records.steps(run.id))
+
     def _steps(self, state: YardState) -> dict[str, Any]:
-        self._results = self._judged(state)
-        self._put("precondition", "done" if gate(self._results) is Verdict.PASS else "failed")
-        if shut := reasons(self._results):
-            why = "; ".join(result.why for result in shut)
-            return self._outcome("not retired", gate(self._results), why)
-        if not self._approved():
-            why = f"{self.engine} can go; say so with --who NAME --reason TEXT"
-            self._results.append(not_measured("retire.approval", why))
-            return self._outcome("waits for approval", Verdict.INCONCLUSIVE, why)
-        archive = self.home / "archive" / f"{self.engine}-{self._run_id}"
-        self.do("archive", lambda: self._archive(archive, state))
-        self.do("retire", lambda: self._retire(archive))
+        if self.engine in state.retired:  # by an earlier start of this run
+            self._results = self.records.checks(self.run_id).get(NOBODY, [])
+            self._put("retire", "done")
+        elif shut := self._shut(state):
+            return shut
+        else:
+            archive = self.home / "archive" / f"{self.engine}-{self._run_id}"
+            self.do("archive", lambda: self._archive(archive, state))
+            self.do("retire", lambda: self._retire(archive))
         if self.uninstall:
             self.do("uninstall", self._uninstall)
         self.do("guide", self._guide)
-        line = self._file.read().retired[self.engine].line(self.engine)
-        return self._outcome("retired", Verdict.PASS, line, str(archive))
+        gone = self._file.read().retired[self.engine]
+        return self._outcome("retired", Verdict.PASS, gone.line(self.engine), gone.archive)
+
+    def _shut(self, state: YardState) -> dict[str, Any] | None:
+        """Why it stays; None when nothing needs it and a person, or the plan, approves."""
+        self._results = self._judged(state)
+        self._put("precondition", "done" if gate(self._results) is Verdict.PASS else "failed")
+        shut, outcome = reasons(self._results), None
+        if shut:
+            outcome = self._outcome("not retired", gate(self._results), "; ".join(result.why for result in shut))
+        elif not self._approved():
+            why = f"{self.engine} can go; say so with --who NAME --reason TEXT"
+            self._results.append(not_measured("retire.approval", why))
+            outcome = self._outcome("waits for approval", Verdict.INCONCLUSIVE, why)
+        self.records.put_checks(self.run_id, NOBODY, self._results)
+        return outcome
 
     def _judged(self, state: YardState) -> list[CheckResult]:
         routes: dict[str, Any] = {}

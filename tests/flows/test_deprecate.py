@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tasks.verdict import Verdict
 OLD, NEW = "llama.cpp", "mistral.rs"
 DAY = 86_400.0
 DECIDED = {"who": "Ada", "reason": "all is well"}
+STEPS = ["precondition", "archive", "retire", "guide"]
 
 
 def recipe(engine: str, gguf: Path) -> Recipe:
@@ -78,7 +80,7 @@ def test_approved_and_past_its_window_it_is_archived_and_retired(box: Box, recor
     archive = Path(outcome["archive"])
     assert set(json.loads((archive / "recipes.json").read_text())) == {"m"}
     assert "/opt/llama.cpp" in (archive / "README.md").read_text()
-    assert [step.step for step in records.steps(outcome["run_id"])] == ["precondition", "archive", "retire", "guide"]
+    assert [step.step for step in records.steps(outcome["run_id"])] == STEPS
     assert {step.state for step in records.steps(outcome["run_id"])} == {"done"}
     guide = (box.home / "guides" / "migration" / "guide.md").read_text()
     assert "llama.cpp" in guide
@@ -86,6 +88,29 @@ def test_approved_and_past_its_window_it_is_archived_and_retired(box: Box, recor
     assert "Ada" in guide
     again = box.retire(records, **DECIDED)
     assert (again["result"], again["run_id"]) == ("already retired", None)
+
+
+@pytest.mark.parametrize("last", ["archive", "retire", "guide"])
+def test_ended_behind_any_step_it_goes_on_with_the_same_run(box: Box, records: Records, last: str) -> None:
+    """Retired already, what is missing of the rest is done; and nothing is asked or judged again."""
+
+    def ended(step: str, work: Callable[[], None]) -> None:
+        work()
+        if step == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        box.retire(records, do=ended, **DECIDED)
+    retired = box.state.retired.get(OLD)
+    outcome = box.retire(records)
+    assert (outcome["result"], outcome["verdict"]) == ("retired", "PASS"), outcome
+    assert retired in (None, box.state.retired[OLD])
+    (run,) = records.history()
+    assert (run.id, run.status, run.verdict) == (outcome["run_id"], "done", "PASS")
+    assert {step.step: step.state for step in records.steps(run.id)} == dict.fromkeys(STEPS, "done")
+    assert records.checks(run.id)["-"]
+    assert (box.home / "guides" / "migration" / "guide.md").exists()
+    assert box.retire(records)["result"] == "already retired"
 
 
 def test_without_a_person_it_waits(box: Box, records: Records) -> None:
