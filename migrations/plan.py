@@ -35,7 +35,7 @@ from engines.driver import Form
 from engines.errors import BadInput
 from engines.model_digest import model_digest, shards
 from engines.settings import Settings
-from engines.yard.settings import YardSettings
+from engines.yard.settings import Load, YardSettings
 
 EngineName = Literal["llama.cpp", "mistral.rs", "mistral.rs-native"]
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
@@ -91,7 +91,7 @@ class ModelPlan(_Part):
         "auto",
         description="who serves it: auto leaves that to promote and rollback; an engine's name is a choice by hand",
     )
-    load: Literal["start", "demand"] = Field(
+    load: Load = Field(
         "start", description="when the yard loads it: at its own start, or with the first request for it"
     )
     pin: bool = Field(False, description="never unloaded to make room for another model")

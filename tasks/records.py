@@ -298,14 +298,16 @@ class Records:
         return run
 
     def find_run(self, ref: str = "latest", *, kind: str | None = None) -> Run:
-        """The run with id `ref`, or the only one whose id begins or ends with it, or the latest (of `kind`).
+        """The run with id `ref`, or the only one whose id begins or ends with it, or this host's latest (of `kind`).
 
         Raises BadInput when there is none, or when several match.
         """
         if ref == "latest":
-            found = self.history(1, kind=kind)
+            found = self.history(1, kind=kind, host=this_host())
             if not found:
-                raise BadInput(f"{self.place}: no run{f' of kind {kind}' if kind else ''} is recorded yet")
+                raise BadInput(
+                    f"{self.place}: no run{f' of kind {kind}' if kind else ''} is recorded yet for this host"
+                )
             return found[0]
         with self._read() as session:
             exact = session.get(Run, ref)

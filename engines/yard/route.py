@@ -7,8 +7,8 @@ import hashlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
 
+from engines.yard.settings import Load
 from engines.yard.state import ModelState
 from engines.yard.unit import Flight, Unit
 
@@ -50,7 +50,7 @@ class Route:
         self.moving: str | None = None  # the move under way, in words
         self.incumbent = self.candidate = state.serving
         self.max_waiting = max_waiting
-        self.load: Literal["start", "demand"] = "start"
+        self.load: Load = "start"
         self.pin = False
         self.dormant = False  # not in memory; the next request loads it
         self.used_at = time.monotonic()  # the last request

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Load = Literal["start", "demand"]  # when a model comes into memory: with the yard, or with its first request
+
 
 class YardSettings(BaseModel):
     """The public port and its limits. Times are seconds."""

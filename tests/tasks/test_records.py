@@ -141,6 +141,19 @@ def test_a_run_is_found_by_id_by_either_end_and_as_the_latest(records: Records) 
         records.find_run("%")
 
 
+def test_the_latest_is_this_hosts_own(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host of the fleet may have begun one since."""
+    mine = records.start_run("evaluate", "a", {})
+    monkeypatch.setenv("SWITCHYARD_HOST", "another")
+    with pytest.raises(BadInput, match="no run is recorded yet for this host"):
+        records.find_run("latest")
+    other = records.start_run("evaluate", "a", {})
+    assert records.find_run("latest").id == other.id
+    monkeypatch.delenv("SWITCHYARD_HOST")
+    assert records.find_run("latest").id == mine.id
+    assert records.find_run(other.id).id == other.id
+
+
 def test_no_runs_yet_is_said(records: Records) -> None:
     """`latest` of nothing is the user's to mend, not a traceback."""
     with pytest.raises(BadInput, match="no run is recorded yet"):

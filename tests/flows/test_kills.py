@@ -1,0 +1,192 @@
+"""The whole migration on real engines, its flow run killed with SIGKILL in every phase, with a client on the port.
+
+Takes a quarter of an hour, so only when asked for: SWITCHYARD_TEST_EVERY_PHASE=1.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import of_home
+from switchyard_up import HOW, MISSING, MODEL, Up
+from waiting import until
+
+from tasks.records import Run
+
+NATIVE = "mistral.rs-native"
+PHASE_S = 900
+OVER_S = 5.0
+PARTS = """
+[sampling]
+requests_per_block = 1
+warmup_min = 0
+warmup_max = 1
+looks = [3]
+calibration_blocks = 0
+max_tokens = 4
+parity_prompts = 4
+parity_tokens = 8
+soak_s = 10
+load_cycles = 10
+every_behaviour = false
+[client]
+requires = ["chat_answer", "stream_shape", "stop_string", "max_tokens", "error_body"]
+[limits]
+mean_kld = 0.02
+ttft_p50_ratio = 40
+ttft_p95_ratio = 40
+tpot_p50_ratio = 40
+e2e_p50_ratio = 40
+memory_peak_ratio = 20
+failure_rate_margin = 0.4
+foreign_cpu = 1
+recover_s = 60
+kill_detect_s = 60
+hang_detect_s = 60
+[canary]
+steps = [0.5]
+min_requests = 12
+[retire]
+rollback_window_days = 0
+approve = "auto"
+[migrate]
+approve = "auto"
+"""
+STEPS = [  # of a run of this kind: where it is killed
+    ("migrate", "rehearsal"),
+    ("migrate", "canary 0.5"),
+    ("migrate", "promote"),
+    ("migrate-native", "rehearsal"),
+    ("migrate-native", "drills"),
+    ("migrate-native", "canary 0.5"),
+    ("migrate-native", "promote"),
+    ("deprecate", "archive"),
+]
+EVERY_START = ("yard", "precondition")  # looked at again by each start, for what they find may have changed
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: {HOW}"),
+    pytest.mark.skipif("SWITCHYARD_TEST_EVERY_PHASE" not in os.environ, reason="set SWITCHYARD_TEST_EVERY_PHASE=1"),
+]
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    made = Up(tmp_path, PARTS)
+    made.ensure()
+    yield made
+    made.end()
+
+
+class Killed:
+    """The migration, begun again whenever it was killed; what was on record then has to stay as it was."""
+
+    def __init__(self, up: Up) -> None:
+        self.up, self.flow_run = up, ""
+        self.kept: dict[Any, Any] = {}
+
+    def measuring(self, arm: str) -> bool:
+        """Whether an evaluation with this candidate has its first block on record, and not its last."""
+        with self.up.records() as records:
+            for run in records.history(kind="evaluate"):
+                if run.plan["candidate"]["engine"] == arm and run.status == "running":
+                    return 0 < len(records.list_evidence(run.id, kind="performance")) < 3
+        return False
+
+    def within(self, kind: str, step: str) -> bool:
+        """Whether this step of the latest run of a kind is begun and not done."""
+        return self.up.steps(kind).get(step) == "intent"
+
+    def on_record(self) -> dict[Any, Any]:
+        """When each piece of evidence and each step that is done was recorded."""
+        with self.up.records() as records:
+            runs = records.history(100)
+            evidence = {
+                (run.kind, row.id): (row.model_id, row.arm, row.kind, row.key, row.recorded_at)
+                for run in runs
+                for row in records.list_evidence(run.id)
+            }
+            steps = {
+                (run.id, step.model_id, step.step): step.at
+                for run in runs
+                for step in records.steps(run.id)
+                if step.state == "done" and step.step not in EVERY_START
+            }
+        return evidence | steps
+
+    def whole(self) -> Run:
+        with self.up.records() as records:
+            return records.history(1, kind="whole")[0]
+
+    def when(self, reached: Any, what: str) -> None:
+        """Begin it, and kill it there."""
+        self.flow_run = self.up.begin("migrate")
+        looked = time.monotonic()
+
+        def here() -> bool:
+            nonlocal looked
+            if reached():
+                return True
+            if time.monotonic() - looked > OVER_S:  # Prefect is asked seldom: a step may take less than its answer
+                looked = time.monotonic()
+                assert not self.over(), (what, self.up.state(self.flow_run))
+            return False
+
+        until(here, what, PHASE_S)
+        os.kill(self.whole().owner_pid, signal.SIGKILL)
+        assert self.up.ended(self.flow_run)["type"] == "CRASHED"
+        self.unchanged()
+        self.kept = self.on_record()
+
+    def over(self) -> bool:
+        return self.up.state(self.flow_run)["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+    def unchanged(self) -> None:
+        now = self.on_record()
+        assert {key: now.get(key) for key in self.kept} == self.kept
+
+    def done(self) -> dict[str, Any]:
+        """Begun a last time: the state in which it ends."""
+        self.flow_run = self.up.begin("migrate")
+        until(self.over, "its end", PHASE_S)
+        self.unchanged()
+        return self.up.state(self.flow_run)
+
+
+def test_it_is_killed_in_every_phase_and_comes_to_its_end(up: Up) -> None:
+    """No request fails, nothing is measured or done twice, one row tells of each part; then a run changes nothing."""
+    killed = Killed(up)
+    with up.traffic() as seen:
+        killed.when(lambda: killed.measuring("mistral.rs"), "a block of phase 1")
+        for kind, step in STEPS[:3]:
+            killed.when(functools.partial(killed.within, kind, step), f"{kind}: {step}")
+        killed.when(lambda: killed.measuring(NATIVE), "a block of phase 3")
+        for kind, step in STEPS[3:]:
+            killed.when(functools.partial(killed.within, kind, step), f"{kind}: {step}")
+        state = killed.done()
+        assert (state["type"], state["name"]) == ("COMPLETED", "PASS"), state
+        after = killed.on_record()
+        again = killed.done()
+        assert (again["name"], killed.on_record()) == ("PASS", after), again
+    assert set(seen) == {200}, [(at, status) for at, status in enumerate(seen) if status != 200]
+    print(f"{len(seen)} requests; {state['message']}; again: {again['message']}")
+    route = up.route()
+    assert (route["id"], route["serving"], route["fallback"]) == (MODEL, NATIVE, None)
+    with up.records() as records:
+        runs = records.history(100)
+        steps = {(run.kind, step.step): step.state for run in runs for step in records.steps(run.id)}
+    kinds = ["deprecate", "evaluate", "evaluate", "migrate", "migrate-native", "whole"]
+    assert sorted(run.kind for run in runs) == kinds
+    assert {(run.status, run.verdict) for run in runs} == {("done", "PASS")}
+    assert set(steps.values()) == {"done"}, steps
+    assert {*STEPS, ("whole", "subprocess"), ("whole", "native")} <= set(steps)
+    assert up.run("down").returncode == 0
+    assert of_home(up.home) == []
