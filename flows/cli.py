@@ -241,7 +241,7 @@ def _show_evaluations(state: dict[str, Any], out: Console, *, skip: frozenset[in
         out.print("no evaluation is running", highlight=False)
     for run in state["running"]:
         out.print(
-            f"run {run['run_id']} ({run['plan']}) is running: pid {run['pid']}, {run['evidence']} pieces of evidence",
+            f"run {run['run_id']} ({run['plan']}) is running: pid {run['pid']}, evidence: {run['evidence']}",
             highlight=False,
         )
     for engine in state["processes"]:

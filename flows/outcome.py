@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engines.errors import SwitchyardError
+from engines.yard.client import YardClient, public_address
 from flows.bench import Bench
 from flows.demo import DEMO_NAME
 from flows.trial import Trial
@@ -50,7 +52,7 @@ def report(bench: Bench, run: Run, outcome: dict[str, Any], path: Path | None = 
 
 def publish(bench: Bench, outcome: dict[str, Any]) -> None:
     """The verdict table and a latency plot per model, as Prefect artifacts of the run."""
-    from prefect.artifacts import create_image_artifact, create_table_artifact
+    from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
     rows = [
         {"model": model["model"], **{key: check[key] for key in ("check", "verdict", "value", "limit", "unit", "why")}}
@@ -63,10 +65,21 @@ def publish(bench: Bench, outcome: dict[str, Any]) -> None:
         table=rows,
         description=f"Run {outcome['run_id']}: {outcome['verdict']}. Report: {outcome['report']}",
     )
+    if (link := _link(bench.home, outcome["report"])) is not None:
+        create_link_artifact(link, link_text="the report", key="switchyard-report", description="served by the yard")
     for number, (model, image) in enumerate(latency_images(bench.records, outcome["run_id"], outcome).items(), 1):
         create_image_artifact(
             key=f"switchyard-latency-{number}", image_url=image, description=f"{model}: time to first token"
         )
+
+
+def _link(home: Path, report: str) -> str | None:
+    """Where a browser finds a report: the yard serves it, and where none runs nobody does."""
+    try:
+        address = public_address(YardClient(home).status()["address"])
+    except SwitchyardError:
+        return None
+    return f"{address}/yard/reports/{Path(report).name}"
 
 
 def _model_outcome(trial: Trial, results: Sequence[CheckResult]) -> dict[str, Any]:

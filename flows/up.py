@@ -40,6 +40,7 @@ PREFECT_PORT = 4200
 DOWN_S = 90.0
 WATCH_S = 1.0
 SERVE_S = 120.0
+ALWAYS_THERE = "reconcile"  # a deployment
 SERVED = "deployments are served"  # what flows.runner says
 STOP_S = 12.0  # an interrupted command has 20 s in all, and the yard is told to stop after the deployments
 RESTARTS = 3
@@ -222,6 +223,13 @@ class Deployments:
         """How it ended; None while it runs."""
         return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
 
+    def forgotten(self) -> bool:
+        """Whether Prefect does not know them any more: its database was removed."""
+        import httpx
+
+        url = f"{self._env['PREFECT_API_URL']}/deployments/name/{ALWAYS_THERE}/{ALWAYS_THERE}"
+        return httpx.get(url, timeout=60, trust_env=False, verify=False).status_code == httpx.codes.NOT_FOUND
+
     def stop(self) -> None:
         """End it, and the flows that it runs; safe twice."""
         if self._child is not None:
@@ -260,8 +268,14 @@ class _Kept:
 
 def _keep_up(server: PrefectServer, deployments: Deployments, out: Console) -> None:
     """Return never, but for an interrupt; the server first, which the deployments need. Raises GaveUp."""
+
+    def server_again() -> None:
+        server.start_again()
+        if deployments.forgotten():
+            deployments.start()
+
     kept = [
-        _Kept("Prefect's server", server.died, server.start_again),
+        _Kept("Prefect's server", server.died, server_again),
         _Kept("the process of the deployments", deployments.died, deployments.start),
     ]
     waiting = threading.Event()

@@ -92,7 +92,6 @@ DEMO = Sampling(
     every_behaviour=False,
     soak_s=120,
     calibration_blocks=6,
-    load_cycles=10,
 )
 
 DEMO_CANNOT_PROVE = (

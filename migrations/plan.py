@@ -145,7 +145,7 @@ class Sampling(_Part):
         259_200, gt=0, le=31 * 86_400, description="seconds under load; 3 clean days just prove at most 1 failure a day"
     )
     load_cycles: int = Field(
-        20, ge=10, le=10_000, description="times that phase 3 loads and unloads each model; their memory may not grow"
+        25, ge=10, le=10_000, description="times that phase 3 loads and unloads each model; their memory may not grow"
     )
     seed: int = Field(20261122, ge=0, le=2**32 - 1, description="same seed, same prompts, order and arrivals")
 

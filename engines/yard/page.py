@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 STYLE = """
@@ -38,8 +39,8 @@ ol { list-style: none; padding: 0; margin: .4rem 0 } li { border-top: 1px solid 
 SHOWN_INCIDENTS = 12
 
 
-def page(status: Mapping[str, Any]) -> str:
-    """The whole page; it loads itself again every 5 s."""
+def page(status: Mapping[str, Any], reports: Sequence[str] = ()) -> str:
+    """The whole page, with links to the reports of these names; it loads itself again every 5 s."""
     models = "".join(_model(model) for model in status["models"])
     models += "".join(f"<p class='muted'>{_text(one_line(line, 400))}</p>" for line in retired(status))
     return (
@@ -47,8 +48,13 @@ def page(status: Mapping[str, Any]) -> str:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<meta http-equiv='refresh' content='5'><title>{_title(status)}</title><style>{STYLE}</style></head><body>"
         f"<h1>Switchyard</h1><p class='muted'>{_text(status['address'])} · up {ago(status['since'])} · "
-        f"pid {_text(status['pid'])}</p>{models}{_incidents(status['incidents'])}</body></html>"
+        f"pid {_text(status['pid'])}</p>{models}{_incidents(status['incidents'])}{_reports(reports)}</body></html>"
     )
+
+
+def _reports(names: Sequence[str]) -> str:
+    links = " · ".join(f"<a href='/yard/reports/{_text(name)}'>{_text(Path(name).stem)}</a>" for name in names)
+    return f"<h2>Reports of evaluations</h2><p>{links}</p>" if links else ""
 
 
 def retired(status: Mapping[str, Any]) -> list[str]:

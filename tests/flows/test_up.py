@@ -11,12 +11,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import installed
 import pytest
 from gguf_files import write_gguf
 from processes import of_home
 from rich.console import Console
 from switchyard_command import command
-from switchyard_up import HOW, LONG_S, MISSING, MODEL, NEW, OLD, Up
+from switchyard_up import LONG_S, MODEL, NEW, OLD, Up
 from waiting import until
 
 from engines.errors import SwitchyardError
@@ -33,8 +34,7 @@ DECIDED = {"who": "Ada", "reason": "a test"}
 
 @pytest.fixture(scope="module")
 def home_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    if MISSING:
-        pytest.skip(f"needs {', '.join(MISSING)}: {HOW}")
+    installed.require(*installed.BOTH)
     up = Up(tmp_path_factory.mktemp("up"))
     yield up
     up.end()
@@ -122,17 +122,20 @@ def test_a_breach_rolls_the_model_back_once(up: Up) -> None:
 
 @pytest.mark.engine
 def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
-    """Without its server the way back works; then the process that runs the flows is killed as well."""
+    """Without its server and its database the way back works; then what runs the flows is killed as well."""
     up.serve_with(NEW)
     pid = up.yard.status()["pid"]
     with up.traffic() as seen:
         up.up.send_signal(signal.SIGSTOP)  # so that it does not mend it before the rollback
         up.kill(SERVER)
+        for left in (up.home / "prefect").glob("prefect.db*"):
+            left.unlink()
         done = up.run("rollback", "--who", "Ada", "--reason", "a test")
         assert (done.returncode, up.route()["serving"]) == (0, OLD), done.stderr
         assert "one real token" in done.stdout
         up.up.send_signal(signal.SIGCONT)
         until(lambda: "Prefect's server runs again" in up.said(), "Prefect's server", LONG_S)
+        assert up.ended(up.begin("reconcile"))["name"] == "PASS"
         lost = up.begin("evaluate")
         until(lambda: up.state(lost)["type"] == "RUNNING", "an evaluation", LONG_S)
         up.kill(RUNNER)
@@ -210,8 +213,7 @@ def test_interrupted_while_the_yard_starts_it_leaves_nothing(home_of_all: Up) ->
 @pytest.mark.engine
 def test_a_taken_port_leaves_nothing_behind(tmp_path: Path) -> None:
     """One line says which, and what to do."""
-    if MISSING:
-        pytest.skip(f"needs {', '.join(MISSING)}: {HOW}")
+    installed.require(*installed.BOTH)
     up = Up(tmp_path)
     done = up.refused()
     what = f"port {up.prefect} is taken: name another with --prefect-port, or end what listens there"
@@ -279,9 +281,9 @@ def test_a_run_that_is_late_is_cancelled(tmp_path: Path, monkeypatch: pytest.Mon
     assert deployments.reconcile_home.fn()["why"] == "all is well"
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: {HOW}")
 def test_a_run_that_finds_another_one_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two experiments would measure each other."""
+    installed.require(*installed.BOTH)
     from flows import deployments
 
     monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path / "home"))

@@ -221,8 +221,17 @@ def test_one_line_is_short_and_without_control_characters():
 
 def test_a_running_yard_shows_its_page(start_yard):
     yard = start_yard().ready()
+    (yard.home / "reports").mkdir()
+    (yard.home / "reports" / "20261123-020000-abcd.html").write_text("<p>the report</p>")
+    (yard.home / "secret.html").write_text("no report")
     with yard.http() as http:
         answer = http.get("/yard")
+        report = http.get("/yard/reports/20261123-020000-abcd.html")
+        others = [http.get(f"/yard/reports/{name}").status_code for name in ("x.html", "..%2Fsecret.html", "")]
+    assert "<a href='/yard/reports/20261123-020000-abcd.html'>20261123-020000-abcd</a>" in answer.text
+    assert (report.status_code, report.text) == (200, "<p>the report</p>")
+    assert report.headers["content-type"].startswith("text/html")
+    assert others == [404, 404, 404]
     assert answer.headers["content-type"].startswith("text/html")
     assert "served by old" in answer.text
     assert Tags(answer.text).open == []
