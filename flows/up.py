@@ -1,7 +1,9 @@
 """`switchyard up` and `down`: Prefect's server, the deployments and the yard on one host, started and ended together.
 
 yard          outlives us when we are killed: an agent must not lose its model
-Prefect       server and the process that runs the flows end with us, however we end; one that dies is started again
+Prefect       server and the process that runs the flows end with us, however we end
+
+What dies of them is started again; a yard that somebody stopped stays so.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.process import Identity, ManagedProcess, end_orphans, start
 from engines.serving import exit_reason
-from engines.yard.client import YardClient, public_address
+from engines.yard.client import YardClient, public_address, socket_path
 from flows.options import Json, PlanFile
 from flows.up_file import Up, found, up_file
 
@@ -77,13 +79,14 @@ def up(
         ends_with_us = not YardClient(folder).runs()  # before it is ours, one that runs already is left alone
         try:
             with _prefect(folder, prefect_port) as server, _declared(folder, server.api_url):
-                _yard(loaded, path, folder, out)
+                yard = Yard(loaded, path, folder, out)
+                yard.start()
                 ends_with_us = True
                 deployments = Deployments(folder, path, server.api_url, schedules)
                 try:
                     deployments.start()
                     _print_addresses(out, folder, server.api_url)
-                    _keep_up(server, deployments, out)
+                    _keep_up(yard, server, deployments, out)
                 finally:
                     out.print("stopping the deployments", highlight=False)
                     deployments.stop()
@@ -168,23 +171,45 @@ def _declared(folder: Path, api_url: str) -> Iterator[None]:
         up_file(folder).unlink(missing_ok=True)
 
 
-def _yard(plan: Any, path: Path, folder: Path, out: Console) -> None:
-    from flows.serve import remember_plan
-    from flows.yards import PlanYards, start_detached
+class Yard:
+    """The yard of this home: one that runs already stays, whoever started it."""
 
-    if YardClient(folder).runs():
-        out.print("a yard runs already; it stays", highlight=False)
-        return
-    names = [model.id for model in plan.models if model.load == "start"]
-    try:
-        with out.status("the yard starts") as status:
-            start_detached(
-                PlanYards(plan, folder, path), names, lambda step: status.update(f"the yard starts [dim]{step}[/dim]")
-            )
-    except BaseException:
-        _end_what_starts()
-        raise
-    remember_plan(path, folder)
+    def __init__(self, plan: Any, path: Path, folder: Path, out: Console) -> None:
+        self._plan, self._path, self._folder, self._out = plan, path, folder, out
+        self._client = YardClient(folder)
+        self._running: Identity | None = None
+
+    def start(self) -> None:
+        """Return once it serves. Raises SwitchyardError in its own words when it does not come up."""
+        from flows.serve import remember_plan
+        from flows.yards import PlanYards, start_detached
+
+        if self._client.runs():
+            self._out.print("a yard runs already; it stays", highlight=False)
+        else:
+            names = [model.id for model in self._plan.models if model.load == "start"]
+            yards = PlanYards(self._plan, self._folder, self._path)
+            try:
+                with self._out.status("the yard starts") as status:
+                    start_detached(yards, names, lambda step: status.update(f"the yard starts [dim]{step}[/dim]"))
+            except BaseException:
+                _end_what_starts()
+                raise
+            remember_plan(self._path, self._folder)
+        self._look()
+
+    def died(self) -> str | None:
+        """That it was killed: it is gone and has not taken its socket away, as one that is stopped does."""
+        if self._running is not None and self._running.process() is not None:
+            return None
+        self._look()
+        gone = self._running is None and socket_path(self._folder).exists()
+        return f"killed, or out of memory; log: {self._folder / 'logs' / 'yard.log'}" if gone else None
+
+    def _look(self) -> None:
+        self._running = None
+        with contextlib.suppress(SwitchyardError, psutil.Error):
+            self._running = Identity.of(self._client.status()["pid"])
 
 
 def _end_what_starts() -> None:
@@ -243,6 +268,7 @@ class _Kept:
     name: str
     died: Callable[[], str | None]
     start: Callable[[], None]
+    meanwhile: str = "the yard goes on serving"
     began: list[float] = field(default_factory=list)
 
     def look(self, out: Console) -> None:
@@ -254,10 +280,10 @@ class _Kept:
         if len(self.began) >= RESTARTS:
             raise GaveUp(
                 f"{self.name} ended {RESTARTS + 1} times within {RESTART_WINDOW_S / 60:.0f} minutes (now: {how}): "
-                "given up; the yard goes on serving. `switchyard up` tries again, `switchyard stop` stops the yard"
+                f"given up; {self.meanwhile}. `switchyard up` tries again, `switchyard stop` stops the yard"
             )
         self.began.append(now)
-        out.print(f"{self.name} ended by itself ({how}): it is started again; the yard goes on", highlight=False)
+        out.print(f"{self.name} ended by itself ({how}): it is started again; {self.meanwhile}", highlight=False)
         try:
             self.start()
         except SwitchyardError as error:  # it is looked at again, and counts
@@ -266,8 +292,8 @@ class _Kept:
             out.print(f"{self.name} runs again", highlight=False)
 
 
-def _keep_up(server: PrefectServer, deployments: Deployments, out: Console) -> None:
-    """Return never, but for an interrupt; the server first, which the deployments need. Raises GaveUp."""
+def _keep_up(yard: Yard, server: PrefectServer, deployments: Deployments, out: Console) -> None:
+    """Return never, but for an interrupt; the models first, then what the deployments need. Raises GaveUp."""
 
     def server_again() -> None:
         server.start_again()
@@ -275,6 +301,7 @@ def _keep_up(server: PrefectServer, deployments: Deployments, out: Console) -> N
             deployments.start()
 
     kept = [
+        _Kept("the yard", yard.died, yard.start, "nobody serves the models meanwhile"),
         _Kept("Prefect's server", server.died, server_again),
         _Kept("the process of the deployments", deployments.died, deployments.start),
     ]

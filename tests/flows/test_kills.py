@@ -1,11 +1,11 @@
 """The whole migration on real engines, its flow run killed with SIGKILL in every phase, with a client on the port.
 
-Takes a quarter of an hour, so only when asked for: SWITCHYARD_TEST_EVERY_PHASE=1.
+And the yard once, which fails what it had in hand; the other parts of `switchyard up` are killed in test_up.py.
+Takes half an hour, so only when asked for: SWITCHYARD_TEST_EVERY_PHASE=1.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import time
@@ -16,7 +16,7 @@ from typing import Any
 import installed
 import pytest
 from processes import of_home
-from switchyard_up import MODEL, Up
+from switchyard_up import ENDED, MODEL, NEW, Up
 from waiting import until
 
 from tasks.records import Run
@@ -32,8 +32,8 @@ warmup_max = 1
 looks = [3]
 calibration_blocks = 0
 max_tokens = 4
-parity_prompts = 4
-parity_tokens = 8
+parity_prompts = 6
+parity_tokens = 24
 soak_s = 10
 every_behaviour = false
 [client]
@@ -59,17 +59,20 @@ approve = "auto"
 [migrate]
 approve = "auto"
 """
-STEPS = [  # of a run of this kind: where it is killed
+POINTS = [  # a step of a run of this kind, or an evaluation's candidate: where it is killed
+    ("evaluate", NEW),
     ("migrate", "rehearsal"),
     ("migrate", "canary 0.5"),
     ("migrate", "promote"),
+    ("evaluate", NATIVE),
     ("migrate-native", "rehearsal"),
     ("migrate-native", "drills"),
     ("migrate-native", "canary 0.5"),
     ("migrate-native", "promote"),
     ("deprecate", "archive"),
 ]
-EVERY_START = ("yard", "precondition")  # looked at again by each start, for what they find may have changed
+YARD = ("migrate-native", "canary 0.5")  # here it is the yard that is killed
+EVERY_START = ("yard", "precondition", "self_test")  # by each start, for what they find may have changed
 
 pytestmark = [
     pytest.mark.engine,
@@ -93,17 +96,17 @@ class Killed:
         self.up, self.flow_run = up, ""
         self.kept: dict[Any, Any] = {}
 
-    def measuring(self, arm: str) -> bool:
-        """Whether an evaluation with this candidate has its first block on record, and not its last."""
-        with self.up.records() as records:
-            for run in records.history(kind="evaluate"):
-                if run.plan["candidate"]["engine"] == arm and run.status == "running":
-                    return 0 < len(records.list_evidence(run.id, kind="performance")) < 3
-        return False
-
     def within(self, kind: str, step: str) -> bool:
         """Whether this step of the latest run of a kind is begun and not done."""
-        return self.up.steps(kind).get(step) == "intent"
+        return self.measuring(step) if kind == "evaluate" else self.up.steps(kind).get(step) == "intent"
+
+    def measuring(self, candidate: str) -> bool:
+        """Whether an evaluation of this candidate has its first block on record, and not its last."""
+        with self.up.records() as records:
+            for run in records.history(kind="evaluate"):
+                if run.plan["candidate"]["engine"] == candidate and run.status == "running":
+                    return 0 < len(records.list_evidence(run.id, kind="performance")) < 3
+        return False
 
     def on_record(self) -> dict[Any, Any]:
         """When each piece of evidence and each step that is done was recorded."""
@@ -113,6 +116,7 @@ class Killed:
                 (run.kind, row.id): (row.model_id, row.arm, row.kind, row.key, row.recorded_at)
                 for run in runs
                 for row in records.list_evidence(run.id)
+                if row.kind not in EVERY_START
             }
             steps = {
                 (run.id, step.model_id, step.step): step.at
@@ -126,28 +130,41 @@ class Killed:
         with self.up.records() as records:
             return records.history(1, kind="whole")[0]
 
-    def when(self, reached: Any, what: str) -> None:
+    def at(self, kind: str, step: str) -> None:
         """Begin it, and kill it there."""
-        self.flow_run = self.up.begin("migrate")
-        looked = time.monotonic()
-
-        def here() -> bool:
-            nonlocal looked
-            if reached():
-                return True
-            if time.monotonic() - looked > OVER_S:  # Prefect is asked seldom: a step may take less than its answer
-                looked = time.monotonic()
-                assert not self.over(), (what, self.up.state(self.flow_run))
-            return False
-
-        until(here, what, PHASE_S)
+        self.begin(kind, step)
         os.kill(self.whole().owner_pid, signal.SIGKILL)
         assert self.up.ended(self.flow_run)["type"] == "CRASHED"
         self.unchanged()
         self.kept = self.on_record()
 
+    def yard_at(self, kind: str, step: str) -> None:
+        """Begin it, and kill the yard there: the migration fails, the yard is started again."""
+        self.begin(kind, step)
+        os.kill(self.up.yard.status()["pid"], signal.SIGKILL)
+        assert self.up.ended(self.flow_run)["type"] == "FAILED"
+        until(lambda: self.up.ask() == 200, "the yard", PHASE_S)
+        self.unchanged()
+        self.kept = self.on_record()
+
+    def begin(self, kind: str, step: str) -> None:
+        """Begin it, and return when it is there."""
+        self.flow_run = self.up.begin("migrate")
+        looked = time.monotonic()
+
+        def here() -> bool:
+            nonlocal looked
+            if self.within(kind, step):
+                return True
+            if time.monotonic() - looked > OVER_S:  # Prefect is asked seldom: a step may take less than its answer
+                looked = time.monotonic()
+                assert not self.over(), (kind, step, self.up.state(self.flow_run))
+            return False
+
+        until(here, f"{kind}: {step}", PHASE_S)
+
     def over(self) -> bool:
-        return self.up.state(self.flow_run)["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        return self.up.state(self.flow_run)["type"] in ("PAUSED", *ENDED)
 
     def unchanged(self) -> None:
         now = self.on_record()
@@ -165,18 +182,20 @@ def test_it_is_killed_in_every_phase_and_comes_to_its_end(up: Up) -> None:
     """No request fails, nothing is measured or done twice, one row tells of each part; then a run changes nothing."""
     killed = Killed(up)
     with up.traffic() as seen:
-        killed.when(lambda: killed.measuring("mistral.rs"), "a block of phase 1")
-        for kind, step in STEPS[:3]:
-            killed.when(functools.partial(killed.within, kind, step), f"{kind}: {step}")
-        killed.when(lambda: killed.measuring(NATIVE), "a block of phase 3")
-        for kind, step in STEPS[3:]:
-            killed.when(functools.partial(killed.within, kind, step), f"{kind}: {step}")
+        for point in POINTS:
+            if point == YARD:
+                assert set(seen) == {200}
+                first = len(seen)
+                killed.yard_at(*point)
+                last = len(seen)
+            else:
+                killed.at(*point)
         state = killed.done()
         assert (state["type"], state["name"]) == ("COMPLETED", "PASS"), state
         after = killed.on_record()
         again = killed.done()
         assert (again["name"], killed.on_record()) == ("PASS", after), again
-    assert set(seen) == {200}, [(at, status) for at, status in enumerate(seen) if status != 200]
+    assert {*seen[:first], *seen[last + 1 :]} == {200}, [at for at, status in enumerate(seen) if status != 200]
     print(f"{len(seen)} requests; {state['message']}; again: {again['message']}")
     route = up.route()
     assert (route["id"], route["serving"], route["fallback"]) == (MODEL, NATIVE, None)
@@ -187,6 +206,7 @@ def test_it_is_killed_in_every_phase_and_comes_to_its_end(up: Up) -> None:
     assert sorted(run.kind for run in runs) == kinds
     assert {(run.status, run.verdict) for run in runs} == {("done", "PASS")}
     assert set(steps.values()) == {"done"}, steps
-    assert {*STEPS, ("whole", "subprocess"), ("whole", "native")} <= set(steps)
+    moves = {point for point in POINTS if point[0] != "evaluate"}
+    assert moves | {("whole", "subprocess"), ("whole", "native")} <= set(steps)
     assert up.run("down").returncode == 0
     assert of_home(up.home) == []

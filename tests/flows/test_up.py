@@ -22,9 +22,9 @@ from waiting import until
 
 from engines.errors import SwitchyardError
 from engines.serving import free_port
-from engines.yard.client import YardClient
+from engines.yard.client import YardClient, socket_path
 from flows.reconcile import reconcile
-from flows.up import RESTARTS, GaveUp, _Kept
+from flows.up import RESTARTS, GaveUp, Yard, _Kept
 from tasks.records import Records, open_records
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +149,23 @@ def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
 
 
 @pytest.mark.engine
+def test_a_yard_that_is_killed_is_started_again(up: Up) -> None:
+    """With the route as it was; what it had in hand is lost, what comes once it runs again is served."""
+    up.serve_with(NEW)
+    pid = up.yard.status()["pid"]
+    with up.traffic() as seen:
+        until(lambda: 200 in seen, "an answer")
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: "the yard runs again" in up.said(), "the yard", LONG_S)
+        before = len(seen)
+        until(lambda: len(seen) > before + 2, "answers")
+    assert set(seen[before + 1 :]) == {200}
+    assert "the yard ended by itself (killed, or out of memory" in up.said()
+    assert up.yard.status()["pid"] != pid
+    assert (up.route()["committed"], up.route()["serving"]) == (NEW, NEW)
+
+
+@pytest.mark.engine
 def test_what_dies_again_and_again_is_given_up(up: Up) -> None:
     """Three times in ten minutes it is started again; then `up` ends, but not the yard: only `down` ends that."""
     pid = up.yard.status()["pid"]
@@ -257,6 +274,15 @@ def test_three_starts_in_ten_minutes_are_enough() -> None:
     assert len(started) == RESTARTS + 1
 
 
+def test_a_yard_that_was_stopped_stays_so(tmp_path: Path) -> None:
+    """It takes its control socket away; one that was killed cannot."""
+    yard = Yard(None, tmp_path / "plan.toml", tmp_path, Console(quiet=True))
+    assert yard.died() is None
+    socket_path(tmp_path).parent.mkdir()
+    socket_path(tmp_path).touch()
+    assert "killed" in str(yard.died())
+
+
 # what is scheduled
 
 
@@ -308,7 +334,7 @@ def test_a_run_that_finds_another_one_is_cancelled(tmp_path: Path, monkeypatch: 
 # what a killed run left
 
 
-class Yard:
+class FakeYard:
     """A yard over two fake engines, `old` and `new`, and a run of its home whose process is gone."""
 
     def __init__(self, folder: Path) -> None:
@@ -335,15 +361,15 @@ class Yard:
 
 
 @pytest.fixture(scope="module")
-def yard_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    yard = Yard(tmp_path_factory.mktemp("reconcile"))
+def yard_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeYard]:
+    yard = FakeYard(tmp_path_factory.mktemp("reconcile"))
     yield yard
     yard.process.terminate()
     yard.process.wait(60)
 
 
 @pytest.fixture
-def yard(yard_of_all: Yard) -> Yard:
+def yard(yard_of_all: FakeYard) -> FakeYard:
     yard_of_all.back()
     return yard_of_all
 
@@ -388,7 +414,7 @@ def test_a_killed_run_is_marked_and_left_to_its_command(records: Records, tmp_pa
 
 
 @pytest.mark.parametrize("moved", [True, False])
-def test_an_open_promote_is_what_the_yard_says(yard: Yard, records: Records, moved: bool) -> None:
+def test_an_open_promote_is_what_the_yard_says(yard: FakeYard, records: Records, moved: bool) -> None:
     """Moved: the same command proves it by a token and closes it. Not moved: it is over."""
     if moved:
         yard.client.order("promote", model="m", to="new")
@@ -399,7 +425,7 @@ def test_an_open_promote_is_what_the_yard_says(yard: Yard, records: Records, mov
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_an_open_canary_is_what_the_yard_says(yard: Yard, records: Records, there: bool) -> None:
+def test_an_open_canary_is_what_the_yard_says(yard: FakeYard, records: Records, there: bool) -> None:
     """While the yard has it, the yard judges it, and the same command goes on watching."""
     if there:
         yard.client.order("canary", model="m", to="new", weight=0.2)
@@ -409,7 +435,7 @@ def test_an_open_canary_is_what_the_yard_says(yard: Yard, records: Records, ther
     assert bool(yard.route()["canary"]) is there
 
 
-def test_a_rollback_that_was_begun_is_finished(yard: Yard, records: Records) -> None:
+def test_a_rollback_that_was_begun_is_finished(yard: FakeYard, records: Records) -> None:
     """The traffic at once, the row by its own command; what went back already stays."""
     yard.client.order("promote", model="m", to="new")
     run_id = killed(records, promote="done", rollback="intent")
