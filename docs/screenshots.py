@@ -29,6 +29,7 @@ from engines.serving import free_port
 FOLDER = Path(__file__).with_name("screenshots")
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 SIZE = {"width": 1200, "height": 860}
+HEIGHTS = {"form": 1320, "approval": 1500, "yard": 640}
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 WAIT_S = 240.0
 PAGE_MS = 30_000
@@ -62,6 +63,7 @@ every_behaviour = false
 [client]
 requires = ["chat_answer", "stream_shape", "stop_string", "max_tokens", "error_body"]
 [limits]
+mean_kld = 0.02
 ttft_p50_ratio = 40
 ttft_p95_ratio = 40
 tpot_p50_ratio = 40
@@ -240,12 +242,13 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
 
     def picture(page: Page, name: str) -> None:
+        page.set_viewport_size({"width": SIZE["width"], "height": HEIGHTS.get(name, SIZE["height"])})
         page.wait_for_timeout(1500)  # what fades in is there by then
         page.screenshot(path=FOLDER / f"{name}.png")
 
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         up, browser = Up(Path(folder)), playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        print(up.command("evaluate", up.plan).stdout)
+        print(up.command("evaluate", up.plan).stdout or "no evaluation")
         with up.running():
             pages = Pages(browser, up, picture)
             asked = pages.migrate("Ada", "nobody else uses it now", "without_canary")

@@ -153,9 +153,17 @@ class Up:
     # Prefect
 
     def api(self, path: str, body: Any = None) -> Any:
-        with httpx.Client(base_url=f"http://127.0.0.1:{self.prefect}", timeout=60, **LOCAL) as http:
+        """Prefect's answer; asked again, as its own client does, while its database is busy (503)."""
+        answer = httpx.Response(503)
+
+        def answered() -> bool:
+            nonlocal answer
             answer = http.get(f"/api/{path}") if body is None else http.post(f"/api/{path}", json=body)
-            return answer.raise_for_status().json() if answer.content else None
+            return answer.status_code != httpx.codes.SERVICE_UNAVAILABLE
+
+        with httpx.Client(base_url=f"http://127.0.0.1:{self.prefect}", timeout=60, **LOCAL) as http:
+            until(answered, f"Prefect's database, for {path}")
+        return answer.raise_for_status().json() if answer.content else None
 
     def begin(self, name: str, **parameters: Any) -> str:
         """The id of a new flow run of this deployment."""
