@@ -165,10 +165,8 @@ class Whole:
             for phase, target in (("subprocess", self.candidate), ("native", self.native)):
                 if target is None or phase not in self.plan.migrate.phases:
                     continue
-                if self._stands(model) in (target, self.native):
-                    done.append(phase)
-                    continue
-                if shut := self._phase(phase, model):
+                stands = self._stands(model) in (target, self.native)
+                if shut := self._rest(phase, model) if stands else self._phase(phase, model):
                     return self._end(model, done, **shut)
                 done.append(phase)
         except Waits as waits:
@@ -204,13 +202,25 @@ class Whole:
                 self._decide(model.id, phase, Answer(True, self.orders.who, self.orders.reason))
         if shut := self._approved(phase, model, known, must_ask=overridden):
             return shut
-        outcome = self._carried_out(phase, model, overridden=overridden)
+        return self._carried_out(phase, model, overridden=overridden)
+
+    def _rest(self, phase: str, model: ModelPlan) -> Outcome | None:
+        """What is left of a phase that was ended when its model had moved; its own run knows what."""
+        run = self._unfinished()
+        begun = run is not None and any(
+            step.step == phase and step.state != "done" for step in self.records.steps(run.id, model.id)
+        )
+        return self._carried_out(phase, model, overridden=False) if begun else None
+
+    def _carried_out(self, phase: str, model: ModelPlan, *, overridden: bool) -> Outcome | None:
+        """The phase of one model, recorded before and after; why it came to no good end, or None."""
+        outcome = self._move(phase, model, overridden=overridden)
         end = next(found for found in outcome["models"] if found["model"] == model.id)
         if end["verdict"] == "PASS":
             return None
         return {"verdict": end["verdict"], "result": f"{phase}: {end['result']}", "why": end["why"]}
 
-    def _carried_out(self, phase: str, model: ModelPlan, *, overridden: bool) -> Outcome:
+    def _move(self, phase: str, model: ModelPlan, *, overridden: bool) -> Outcome:
         who, reason = self._decided_by(self._decision(model.id, phase))
         override = (model.id,) if overridden else ()
         changes = {"models": (model.id,), "override": override, "who": who, "reason": reason}

@@ -558,11 +558,8 @@ class Migration:
             return False
 
     def _finished(self) -> bool:
-        """True when every model moved and no run of this plan has anything left to do: then nothing is changed."""
-        if not all(self._has_moved(model.id) for model in self.models):
-            return False
-        unfinished = self._unfinished()
-        if unfinished is not None and any(step.state == "intent" for step in self.records.steps(unfinished.id)):
+        """True when every model moved and no run of this plan is open: then nothing is changed."""
+        if self._unfinished() is not None or not all(self._has_moved(model.id) for model in self.models):
             return False
         for model in self.models:
             self._already(model.id)

@@ -50,7 +50,7 @@ RESTART_WINDOW_S = 600.0
 
 
 class GaveUp(SwitchyardError):
-    """Something died once too often; the yard goes on serving."""
+    """Something died once too often; a yard that still serves goes on."""
 
 
 @app.command()

@@ -36,6 +36,7 @@ class Box:
         self.done: list[str] = []
         self.asked: list[Question] = []
         self.breaks: str | None = None
+        self.breaks_behind: str | None = None  # once the model has moved
         self.refuses: set[str] = set()
         (home / "yard").mkdir(exist_ok=True)
         self.file = StateFile(home / "yard")
@@ -96,6 +97,8 @@ class Box:
             if not refused:
                 state = self.file.read()
                 self.file.save(state.with_model(model, ModelState(serving=to, undo=self.serving(model))))
+            if self.breaks_behind == self.done[-1]:
+                raise KeyboardInterrupt
             verdict, result = ("FAIL", "not moved") if refused else ("PASS", "promoted")
             end = {"model": model, "verdict": verdict, "result": result, "why": "as played"}
             return {"run_id": "r", "verdict": verdict, "models": [end]}
@@ -138,6 +141,25 @@ def test_one_model_goes_all_the_way_while_the_other_stays(box: Box) -> None:
     assert (bad["result"], bad["verdict"]) == ("stays", "FAIL")
     assert "parity.x: seen" in bad["why"]
     assert (outcome["verdict"], outcome["retirement"]["result"]) == ("FAIL", "not retired")
+
+
+@pytest.mark.parametrize("to", [NEW, NATIVE])
+def test_ended_behind_a_move_its_phase_is_concluded(box: Box, records: Records, to: str) -> None:
+    """The model stands where it should, but the phase's own run is open: it knows what is left to do."""
+    box.breaks_behind = f"good to {to}"
+    with pytest.raises(KeyboardInterrupt):
+        box.run()
+    assert box.serving("good") == to
+    box.breaks_behind = None
+    box.done.clear()
+    outcome = box.run()
+    later = [f"good to {NATIVE}"] if to == NEW else []
+    assert box.done == [f"good to {to}", *later, "deprecate by nobody"]
+    assert results(outcome)["good"] == "migrated"
+    assert {step.step: step.state for step in records.steps(outcome["run_id"])} == {
+        "subprocess": "done",
+        "native": "done",
+    }
 
 
 def test_a_second_run_changes_nothing_and_writes_nothing(tmp_path: Path, records: Records) -> None:

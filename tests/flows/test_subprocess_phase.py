@@ -164,7 +164,7 @@ def test_traffic_moves_step_by_step_and_no_request_fails(make_box: MakeBox) -> N
 
 
 def test_a_finished_migration_says_so_and_changes_nothing(make_box: MakeBox) -> None:
-    """The same command again: no new run, no move."""
+    """The same command again: no new run, no move; one that was not concluded is."""
     box = make_box()
     orders = {**OVERRIDE, "without_canary": True, "without_rehearsal": True}
     assert box.migrate(**orders)[0] == 0
@@ -173,7 +173,13 @@ def test_a_finished_migration_says_so_and_changes_nothing(make_box: MakeBox) -> 
     assert (code, outcome["models"][0]["result"], outcome["run_id"]) == (0, "already promoted", None)
     assert len(box.client.status()["events"]) == events
     with open_records(box.home / "switchyard.db") as records:
-        assert len(records.history()) == 1
+        (run,) = records.history()
+        records.finish_run(run.id, "interrupted")  # as one that was killed with its last step done
+    again = box.migrate(**orders)[1]
+    assert (again["run_id"], again["models"][0]["result"]) == (run.id, "already promoted")
+    assert len(box.client.status()["events"]) == events
+    with open_records(box.home / "switchyard.db") as records:
+        assert [(run.status, run.verdict) for run in records.history()] == [("done", "PASS")]
 
 
 def test_one_that_was_rolled_back_by_hand_starts_anew(make_box: MakeBox) -> None:
