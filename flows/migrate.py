@@ -124,7 +124,7 @@ class Whole:
         waits = next((end["why"] for end in self._ends.values() if end["result"] == "waits for approval"), None)
         if self._retired is not None and self._retired["result"] == "waits for approval":
             waits = waits or self._retired["why"]
-        self._finish("interrupted" if waits else "done", verdict=verdict, error=waits)
+        self._finish("interrupted" if waits or self._broken() else "done", verdict=verdict, error=waits)
         return {
             "run_id": self._run.id if self._run else None,
             "plan": self.plan.name,
@@ -134,6 +134,10 @@ class Whole:
             "retirement": self._retired,
             "decisions": [_told(made) for made in (self.records.decisions(self._run.id) if self._run else ())],
         }
+
+    def _broken(self) -> list[str]:
+        """Models of which a phase broke off, with the reason: the next start goes on, and does not ask again."""
+        return [f"{end['model']}: {end['why']}" for end in self._ends.values() if end["verdict"] == Verdict.ERROR]
 
     # --- 1: evaluate
 
@@ -296,6 +300,14 @@ class Whole:
         """The incumbent retired, or who still needs it; None where the plan leaves that out."""
         if "deprecate" not in self.plan.migrate.phases or self.orders.models:
             return None
+        if broken := self._broken():
+            why = f"not before this is mended: {'; '.join(broken)}"
+            return {
+                "engine": self.incumbent,
+                "result": "not retired",
+                "verdict": Verdict.INCONCLUSIVE.value,
+                "why": why,
+            }
         given = self._decision(NOBODY, "deprecate")
         who, why = (given.who, given.why) if given else ("", "")
         outcome = self.phases.deprecate(self.plan, who, why)

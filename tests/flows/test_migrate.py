@@ -38,6 +38,7 @@ class Box:
         self.breaks: str | None = None
         self.breaks_behind: str | None = None  # once the model has moved
         self.refuses: set[str] = set()
+        self.refusal = "FAIL"
         (home / "yard").mkdir(exist_ok=True)
         self.file = StateFile(home / "yard")
         models = [{"id": name, "gguf": str(write_gguf(home / f"{name}.gguf"))} for name in self.verdicts]
@@ -99,7 +100,7 @@ class Box:
                 self.file.save(state.with_model(model, ModelState(serving=to, undo=self.serving(model))))
             if self.breaks_behind == self.done[-1]:
                 raise KeyboardInterrupt
-            verdict, result = ("FAIL", "not moved") if refused else ("PASS", "promoted")
+            verdict, result = (self.refusal, "not moved") if refused else ("PASS", "promoted")
             end = {"model": model, "verdict": verdict, "result": result, "why": "as played"}
             return {"run_id": "r", "verdict": verdict, "models": [end]}
 
@@ -141,6 +142,22 @@ def test_one_model_goes_all_the_way_while_the_other_stays(box: Box) -> None:
     assert (bad["result"], bad["verdict"]) == ("stays", "FAIL")
     assert "parity.x: seen" in bad["why"]
     assert (outcome["verdict"], outcome["retirement"]["result"]) == ("FAIL", "not retired")
+
+
+def test_what_broke_off_is_gone_on_with_and_nothing_is_retired_before(box: Box, records: Records) -> None:
+    """The yard died in phase 3, say: one run, one question for each phase."""
+    box.parts["migrate"] = {"approve": "ask"}
+    box.refuses, box.refusal = {NATIVE}, "ERROR"
+    outcome = box.run(GO, GO)
+    assert results(outcome)["good"] == "native: not moved"
+    assert (outcome["verdict"], outcome["retirement"]["verdict"]) == ("FAIL", "INCONCLUSIVE")
+    assert "good: as played" in outcome["retirement"]["why"]
+    assert not any(done.startswith("deprecate") for done in box.done)
+    box.refuses.clear()
+    again = box.run()
+    assert (again["run_id"], results(again)["good"]) == (outcome["run_id"], "migrated")
+    assert [(question.model, question.phase) for question in box.asked] == [("good", "subprocess"), ("good", "native")]
+    assert records.find_run(outcome["run_id"]).status == "done"
 
 
 @pytest.mark.parametrize("to", [NEW, NATIVE])
