@@ -72,7 +72,7 @@ POINTS = [  # a step of a run of this kind, or an evaluation's candidate: where 
     ("deprecate", "archive"),
 ]
 YARD = ("migrate-native", "canary 0.5")  # here it is the yard that is killed
-EVERY_START = ("yard", "precondition", "self_test")  # by each start, for what they find may have changed
+EVERY_START = ("yard", "precondition", "self_test", "archive")  # again: what they find may have changed
 
 pytestmark = [
     pytest.mark.engine,
