@@ -72,6 +72,7 @@ def test_a_migration_that_is_killed_goes_on_under_its_run(up: Up) -> None:
         until((up.home / "rehearsal" / "killed" / "yard" / "control.sock").exists, "the rehearsal", LONG_S)
         assert up.steps("migrate")["rehearsal"] == "intent"
         with up.records() as records:
+            evaluations = len(records.history(100, kind="evaluate"))
             whole, moving = (records.history(1, kind=kind)[0] for kind in ("whole", "migrate"))
         assert whole.owner_pid == moving.owner_pid
         os.kill(moving.owner_pid, signal.SIGKILL)
@@ -83,7 +84,7 @@ def test_a_migration_that_is_killed_goes_on_under_its_run(up: Up) -> None:
     assert up.route()["serving"] == NEW
     with up.records() as records:
         history = {run.kind: run for run in records.history(3)}
-        assert len(records.history(kind="evaluate")) == 1
+        assert len(records.history(100, kind="evaluate")) == evaluations
         decisions = [(made.kind, made.who) for made in records.decisions(moving.id)]
     ends = {kind: (run.id, run.status, run.verdict) for kind, run in history.items()}
     assert ends["whole"] == (whole.id, "done", "PASS")
@@ -98,20 +99,22 @@ def test_a_migration_that_is_killed_goes_on_under_its_run(up: Up) -> None:
 def test_a_breach_rolls_the_model_back_once(up: Up) -> None:
     """The automation starts a rollback; told of the same again, it finds that another engine serves."""
     up.serve_with(NEW)
+    before = len(up.runs_of("rollback"))
     up.breach(NEW)
-    until(lambda: len(up.runs_of("rollback")) == 1, "a rollback", LONG_S)
+    until(lambda: len(up.runs_of("rollback")) == before + 1, "a rollback", LONG_S)
     assert up.route()["committed"] == OLD
     assert up.ask() == 200
     up.breach(NEW)
-    until(lambda: len(up.runs_of("rollback")) == 2, "a second one", LONG_S)
-    states = [run["state"] for run in up.runs_of("rollback")]
+    until(lambda: len(up.runs_of("rollback")) == before + 2, "a second one", LONG_S)
+    first, second = up.runs_of("rollback")[before:]
+    states = [first["state"], second["state"]]
     assert [state["name"] for state in states] == ["PASS", "PASS"]
     assert "one real token" in states[0]["message"]
     assert states[1]["message"] == f"{OLD} serves {MODEL}, not {NEW}: nothing was rolled back"
     with up.records() as records:
-        (run,) = records.history(kind="rollback")
+        (run,) = (run for run in records.history(kind="rollback") if run.flow_run_id in (first["id"], second["id"]))
         (decision,) = records.decisions(run.id)
-    assert (run.flow_run_id, run.verdict) == (up.runs_of("rollback")[0]["id"], "PASS")
+    assert (run.flow_run_id, run.verdict) == (first["id"], "PASS")
     assert (decision.who, decision.why) == ("automation", 'soak.failures: 9 "cut" answers')
     until(lambda: len(up.events("prefect.automation.action.executed")) == 2, "both actions")
     assert up.events("prefect.automation.action.failed") == []
@@ -135,14 +138,13 @@ def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
         assert "one real token" in done.stdout
         up.up.send_signal(signal.SIGCONT)
         until(lambda: "Prefect's server runs again" in up.said(), "Prefect's server", LONG_S)
-        assert up.ended(up.begin("reconcile"))["name"] == "PASS"
+        assert up.api("deployments/name/migrate/migrate")["id"]  # they are known to a new database as well
         lost = up.begin("evaluate")
         until(lambda: up.state(lost)["type"] == "RUNNING", "an evaluation", LONG_S)
         up.kill(RUNNER)
         until(lambda: "the process of the deployments runs again" in up.said(), "the deployments", LONG_S)
         assert up.state(lost)["type"] == "CRASHED"
-        state = up.ended(up.begin("reconcile"))
-        assert (state["name"], state["message"]) == ("PASS", "all is well")
+        assert up.ended(up.begin("reconcile"))["name"] == "PASS"
     assert "Prefect's server ended by itself (signal SIGKILL): it is started again; the yard goes on" in up.said()
     assert set(seen) == {200}
     assert up.yard.status()["pid"] == pid
