@@ -85,7 +85,7 @@ def migrate(
 
 @app.command()
 def demo(json_: Json = False) -> None:
-    """The whole way on two real engines and two real models (20 minutes or more on 2 cores), with a client on the port.
+    """The whole way on two real engines and two real models (half an hour on 2 cores), with a client on the port.
 
     One model goes through all phases under the demo's own CPU limits, the other stays on llama.cpp, with the reason; so
     llama.cpp cannot be retired. At the end the model is rolled back, and the yard stopped.
