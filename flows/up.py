@@ -253,7 +253,10 @@ class Deployments:
         import httpx
 
         url = f"{self._env['PREFECT_API_URL']}/deployments/name/{ALWAYS_THERE}/{ALWAYS_THERE}"
-        return httpx.get(url, timeout=60, trust_env=False, verify=False).status_code == httpx.codes.NOT_FOUND
+        try:
+            return httpx.get(url, timeout=60, trust_env=False, verify=False).status_code == httpx.codes.NOT_FOUND
+        except httpx.HTTPError:  # it has died once more, and is looked at again
+            return False
 
     def stop(self) -> None:
         """End it, and the flows that it runs; safe twice."""

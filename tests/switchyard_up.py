@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import psutil
 from processes import of_home
 from real_yard import HELLO, LOCAL, plan_text
 from switchyard_command import command
+from traffic import traffic
 from waiting import until
 
 from engines.driver import driver
@@ -138,22 +138,9 @@ class Up:
         self.lost.append(f"{datetime.now():%H:%M:%S} {number}: {answer.status_code} {answer.text[-400:]}")
         return answer.status_code if answer.status_code != 200 else 0
 
-    @contextlib.contextmanager
-    def traffic(self) -> Iterator[list[int]]:
+    def traffic(self) -> contextlib.AbstractContextManager[list[int]]:
         """A client's requests all the while, one after the other; the HTTP statuses (0: no answer)."""
-        stop, seen = threading.Event(), list[int]()
-
-        def go() -> None:
-            while not stop.wait(0.5):
-                seen.append(self.ask(len(seen)))
-
-        client = threading.Thread(target=go)
-        client.start()
-        try:
-            yield seen
-        finally:
-            stop.set()
-            client.join()
+        return traffic(self.ask, 0.5)
 
     # Prefect
 

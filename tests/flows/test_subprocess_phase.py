@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import pytest
 from gguf_files import write_gguf
 from processes import of_home
 from switchyard_command import json_of
+from traffic import traffic
 from waiting import until
 
 from engines.errors import BadInput
@@ -94,24 +94,15 @@ class Box:
         """Everything that was started for this box and lives."""
         return of_home(self.home, "FAKE_BOX")
 
-    @contextlib.contextmanager
-    def traffic(self) -> Iterator[list[int]]:
+    def traffic(self) -> contextlib.AbstractContextManager[list[int]]:
         """A user's requests all the while, each a conversation of its own; the HTTP statuses (0: cut)."""
-        stop, seen = threading.Event(), list[int]()
 
-        def go() -> None:
-            while not stop.is_set():
-                with contextlib.suppress(httpx.ConnectError):  # no yard yet
-                    seen.append(self.ask(f"user-{len(seen)}"))
-                stop.wait(0.05)
+        def ask(number: int) -> int | None:
+            with contextlib.suppress(httpx.ConnectError):  # no yard yet
+                return self.ask(f"user-{number}")
+            return None
 
-        client = threading.Thread(target=go)
-        client.start()
-        try:
-            yield seen
-        finally:
-            stop.set()
-            client.join()
+        return traffic(ask, 0.05)
 
 
 MakeBox = Callable[..., Box]
