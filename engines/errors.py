@@ -7,6 +7,8 @@ SwitchyardError
 │   ├── PortTaken         somebody else listens on the port that was asked for
 │   ├── EngineExited      it died: exit status and last log lines
 │   ├── EngineStalled     it is alive, but loading made no progress for `stall_s`
+│   ├── EngineRefuses     it is up and answers, but no completion: another start would end in the same way
+│   ├── EngineNotEnded    SIGKILL did not end it
 │   └── WrongListener     the port answers, but it is not our child that listens there
 └── NoMeasurement         asked for a number of which there are no samples
 """
@@ -57,6 +59,14 @@ class EngineStalled(EngineError):
     def __init__(self, message: str, *, stalled_s: float, engine: str = "", log_tail: tuple[str, ...] = ()) -> None:
         super().__init__(message, engine=engine, log_tail=log_tail)
         self.stalled_s = stalled_s
+
+
+class EngineRefuses(EngineError):
+    """The engine is up and answers, but refuses every completion (an embedding server does): no restart helps."""
+
+
+class EngineNotEnded(EngineError):
+    """SIGKILL did not end the engine's process: the kernel holds it, and its memory stays taken."""
 
 
 class WrongListener(EngineError):

@@ -1,6 +1,9 @@
 """The lifetime of every process we start: own session, dies with us, known by pid and start time, stopped for sure.
 
-    start -> (running) -> stop          stop: TERM, a second TERM, KILL, wait; safe twice
+    start -> (running) -> stop          stop: TERM, a second TERM, KILL, a bounded wait; safe twice
+
+SIGKILL does not end a process that waits in the kernel (a driver, a file server that is gone). Such a process is given
+up: its register entry stays, and is removed when the kernel lets the process go.
 
 Each process is written to a register (one small file) before anything waits for it. A later run reads the register and
 ends what a killed run left behind (`end_orphans`). Nothing is ever signalled whose pid *and* start time do not match.
@@ -30,7 +33,9 @@ import psutil
 LAUNCHER = Path(__file__).with_name("launcher.py")
 LOG_BYTES = 4 * 1024 * 1024
 TAIL_LINES = 40
+KEPT_LOGS = 5  # of earlier processes
 KILLED_S = 5.0
+GIVEN_UP = "given_up"  # in a register entry: SIGKILL did not end it
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -50,15 +55,21 @@ class Identity:
         """The process while it runs (a zombie does not), else None."""
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            # psutil derives the start time from clock ticks and boot time; the boot time may be re-read a tick apart
-            same = abs(process.create_time() - self.create_time) < 0.05
-            if same and process.status() != psutil.STATUS_ZOMBIE:
+            if self.fits(process) and _runs(process):
                 return process
         return None
 
+    def fits(self, process: psutil.Process) -> bool:
+        """True when `process` is this one, and not a later one with its pid. Raises psutil.NoSuchProcess."""
+        # psutil derives the start time from clock ticks and boot time; the boot time may be re-read a tick apart
+        return abs(float(process.create_time()) - self.create_time) < 0.05
+
 
 class RotatingLog:
-    """A bounded log: `path` and its predecessor `path.1`, at most `max_bytes` each; the last lines in memory."""
+    """A bounded log: `path` and its predecessor `path.1`, at most `max_bytes` each; the last lines in memory.
+
+    How earlier processes under the same path ended stays in `path.ended-1` (the last one) to `path.ended-5`.
+    """
 
     def __init__(self, path: Path, max_bytes: int = LOG_BYTES) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +77,8 @@ class RotatingLog:
         self.max_bytes = max_bytes
         self.bytes_seen = 0
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        with contextlib.suppress(OSError):
+            self._keep_earlier()
         self._file = path.open("wb")
 
     def write(self, line: bytes) -> None:
@@ -91,8 +104,21 @@ class RotatingLog:
 
     def _rotate(self) -> None:
         self._file.close()
-        os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+        os.replace(self.path, self._named("1"))
         self._file = self.path.open("wb")
+
+    def _keep_earlier(self) -> None:
+        """Make room for a new process; of an earlier one the end says why it ended."""
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return
+        for number in range(KEPT_LOGS, 1, -1):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._named(f"ended-{number - 1}"), self._named(f"ended-{number}"))
+        os.replace(self.path, self._named("ended-1"))
+        self._named("1").unlink(missing_ok=True)
+
+    def _named(self, suffix: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{suffix}")
 
 
 class ManagedProcess:
@@ -102,6 +128,8 @@ class ManagedProcess:
         self.name = name
         self.argv = list(argv)
         self.log = log
+        self.ended_because = ""  # set by whoever supervises it, once it has ended or is being ended
+        self.given_up = False  # SIGKILL has not ended it, or a child of it, yet
         self._popen = popen
         self._entry = entry
         self._known: dict[int, psutil.Process] = {}
@@ -146,15 +174,18 @@ class ManagedProcess:
             self._pump.join(timeout=2)
         return self.log.tail()
 
-    def stop(self, *, grace_s: float = 5.0) -> int:
-        """End it and all its descendants, and return its exit status.
+    def stop(self, *, grace_s: float = 5.0) -> int | None:
+        """End it and all its descendants, and return its exit status; None when SIGKILL did not end one of them.
 
         TERM, after half the grace a second TERM (llama-server waits for its clients after the first one), then KILL.
+        Takes `grace_s` and twice `KILLED_S` at most: what is still there then is `given_up`.
         """
         with self._stopping:  # an interrupt may stop it while its own block is doing so
             return self._stop(grace_s)
 
-    def _stop(self, grace_s: float) -> int:
+    def _stop(self, grace_s: float) -> int | None:
+        if self.given_up:  # SIGKILL is pending; nothing more can be done
+            return None
         _RUNNING.discard(self)
         for process in [*self.tree(), *self._left_behind()]:
             self._known[process.pid] = process
@@ -168,12 +199,32 @@ class ManagedProcess:
         for process in self._known.values():  # psutil checks the start time before it signals
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        returncode = self._popen.wait()
-        psutil.wait_procs(self._known.values(), timeout=KILLED_S)
+        ended = self._wait(KILLED_S)
+        _, alive = psutil.wait_procs(self._known.values(), timeout=KILLED_S if ended else 0)
+        if not ended or any(_runs(process) for process in alive):
+            self._give_up()
+            return None
+        self._forget()
+        return self._popen.returncode
+
+    def _give_up(self) -> None:
+        """Leave it to the kernel. Its entry stays, marked: a later run neither waits for it nor forgets it."""
+        self.given_up = True
+        _mark_given_up(self._entry)
+
+        def wait_for_the_kernel() -> None:
+            self._popen.wait()
+            while any(_runs(process) for process in self._known.values()):
+                time.sleep(1)
+            self._forget()
+            self.given_up = False
+
+        threading.Thread(target=wait_for_the_kernel, name=f"end of {self.name}", daemon=True).start()
+
+    def _forget(self) -> None:
         self._pump.join(timeout=2)
         self.log.close()
         self._entry.unlink(missing_ok=True)
-        return returncode
 
     def _left_behind(self) -> list[psutil.Process]:
         """Members of its session when it has died by itself: its children are nobody's descendants then.
@@ -248,7 +299,10 @@ def start(
 
 
 def end_orphans(state_dir: Path) -> list[str]:
-    """Ends every registered process whose owner is gone, forgets the dead; returns what was ended: `name (pid N)`."""
+    """Ends every registered process whose owner is gone, forgets the dead; returns what was ended: `name (pid N)`.
+
+    What SIGKILL does not end keeps its entry; it is waited for once, never again.
+    """
     ended: list[str] = []
     for entry in sorted(_register_dir(state_dir).glob("*.json")):
         record = _read_entry(entry)
@@ -257,8 +311,16 @@ def end_orphans(state_dir: Path) -> list[str]:
             continue
         if Identity(**record["owner"]).process() is not None:
             continue
-        if end_tree(Identity(**record["process"])):
-            ended.append(f"{record['name']} (pid {record['process']['pid']})")
+        identity, who = Identity(**record["process"]), f"{record['name']} (pid {record['process']['pid']})"
+        known = bool(record.get(GIVEN_UP))
+        found = end_tree(identity, grace_s=0 if known else 3.0)
+        if found and _members(identity):
+            _mark_given_up(entry)
+            if not known:
+                ended.append(f"{who}: SIGKILL has not ended it, the kernel holds it")
+            continue
+        if found:
+            ended.append(who)
         entry.unlink(missing_ok=True)
     return ended
 
@@ -272,26 +334,32 @@ def registered(state_dir: Path) -> list[tuple[str, psutil.Process]]:
 
 def end_tree(identity: Identity, *, grace_s: float = 3.0) -> bool:
     """True when the process, or what it left behind in its session, ran and was ended."""
-    root = identity.process()
-    if root is None and psutil.pid_exists(identity.pid):
-        return False  # the pid is somebody else's by now
-    members = {process.pid: process for process in _session_members(identity.pid)}
-    if root is not None:
-        with contextlib.suppress(psutil.Error):
-            members |= {process.pid: process for process in [root, *root.children(recursive=True)]}
-    # a session with this number that began before our process did is not ours
-    members = {pid: process for pid, process in members.items() if _began(process) >= identity.create_time - 0.05}
+    members = _members(identity)
     if not members:
         return False
-    for process in members.values():
+    for process in members:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    _, alive = psutil.wait_procs(members.values(), timeout=grace_s)
+    _, alive = psutil.wait_procs(members, timeout=grace_s)
     for process in alive:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=grace_s)
     return True
+
+
+def _members(identity: Identity) -> list[psutil.Process]:
+    """The process with its descendants and its session, as far as they run."""
+    root = identity.process()
+    with contextlib.suppress(psutil.Error):
+        if root is None and not identity.fits(psutil.Process(identity.pid)):
+            return []  # the pid is somebody else's by now
+    members = {process.pid: process for process in _session_members(identity.pid)}
+    if root is not None:
+        with contextlib.suppress(psutil.Error):
+            members |= {process.pid: process for process in [root, *root.children(recursive=True)]}
+    # a session with this number that began before our process did is not ours
+    return [found for found in members.values() if _runs(found) and _began(found) >= identity.create_time - 0.05]
 
 
 def boot_id() -> str:
@@ -350,10 +418,14 @@ def _register(state_dir: Path, name: str, pid: int) -> Path:
         "started_at": time.time(),
     }
     entry = directory / f"{pid}-{time.time_ns()}.json"
+    _write_entry(entry, record)
+    return entry
+
+
+def _write_entry(entry: Path, record: Mapping[str, Any]) -> None:
     partial = entry.with_suffix(".part")
     partial.write_text(json.dumps(record))
     os.replace(partial, entry)
-    return entry
 
 
 def _read_entry(entry: Path) -> dict[str, Any] | None:
@@ -364,6 +436,23 @@ def _read_entry(entry: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return record if record.get("boot_id") == boot_id() else None
+
+
+def _mark_given_up(entry: Path) -> None:
+    """Note in a register entry that SIGKILL did not end the process. A full disk leaves the entry as it was."""
+    record = _read_entry(entry)
+    if record is not None:
+        with contextlib.suppress(OSError):
+            _write_entry(entry, {**record, GIVEN_UP: True})
+
+
+def _runs(process: psutil.Process) -> bool:
+    """True while it holds memory: not ended, and no zombie (one whose threads are still there is none)."""
+    with contextlib.suppress(psutil.Error, OSError):
+        if not process.is_running():
+            return False
+        return process.status() != psutil.STATUS_ZOMBIE or len(os.listdir(f"/proc/{process.pid}/task")) > 1
+    return False
 
 
 def _began(process: psutil.Process) -> float:

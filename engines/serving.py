@@ -18,8 +18,17 @@ import httpx
 import psutil
 
 from engines import process
+from engines.cpu_wait import CpuWait
 from engines.driver import Driver, Installation
-from engines.errors import EngineError, EngineExited, EngineStalled, PortTaken, WrongListener
+from engines.errors import (
+    EngineError,
+    EngineExited,
+    EngineNotEnded,
+    EngineRefuses,
+    EngineStalled,
+    PortTaken,
+    WrongListener,
+)
 from engines.native import frames
 from engines.process import ManagedProcess
 from engines.settings import Endpoint, Serve
@@ -27,6 +36,9 @@ from engines.settings import Endpoint, Serve
 POLL_S = 0.05
 # method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
 Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
+ASK_AGAIN_S = 1.0  # at most, after an answer that held no token
+REFUSED_S = 10.0  # so long an engine that has stopped loading may refuse completions before that is its last word
+NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
 QUOTED_LINES = 8
 
 
@@ -65,7 +77,8 @@ def serving(
 
     Ready means: our own child listens on the port and has produced one token. Loading may take as long as it likes
     while it makes progress (log lines, memory, disk reads); it fails after `stall_s` without any.
-    Raises PortTaken, EngineExited, EngineStalled, WrongListener.
+    Raises PortTaken, EngineExited, EngineStalled, EngineRefuses, WrongListener; EngineNotEnded when the block has ended
+    and SIGKILL does not end the engine.
     """
     started_ns = time.monotonic_ns()
     child = launch(driver, installation, serve, state_dir=state_dir, log_path=log_path)
@@ -86,7 +99,12 @@ def serving(
         yield Served(endpoint, child, installation, child.argv, losses, load_s, settings_seen=seen)
     finally:
         with _signals_held():
-            child.stop()
+            ended = child.stop() is not None
+        if not ended:
+            raise EngineNotEnded(
+                f"SIGKILL does not end {driver.name} (pid {child.pid}): the kernel holds it and its memory (`dmesg`)",
+                engine=driver.name,
+            )
 
 
 def launch(
@@ -137,23 +155,38 @@ class _LoadClock:
 
     def __init__(self, child: ManagedProcess) -> None:
         self._child = child
-        self._last: tuple[int, ...] = ()
-        self._moved_at = time.monotonic()
+        self._logged = -1
+        self._loaded: tuple[int, int] = (-1, -1)
+        self._moved_at = self._loaded_at = time.monotonic()
+        self._waits = CpuWait(lambda: [member.pid for member in child.tree()])
+        self._marked = False
 
     def stalled_s(self) -> float:
-        now = self._state()
-        if now != self._last:
-            self._last, self._moved_at = now, time.monotonic()
-        return time.monotonic() - self._moved_at
+        """Since any of them moved; time in which its threads waited for a CPU does not count."""
+        self._look()
+        still_s = time.monotonic() - self._moved_at
+        if still_s > 1 and not self._marked:
+            self._marked = True
+            self._waits.mark()
+        return still_s - self._waits.since_mark_s() if self._marked else still_s
 
-    def _state(self) -> tuple[int, ...]:
+    def loaded_s(self) -> float:
+        """Since memory or disk moved: the log also grows with each request that is refused."""
+        return time.monotonic() - self._loaded_at
+
+    def _look(self) -> None:
         resident = read = 0
         for member in self._child.tree():
             with contextlib.suppress(psutil.Error, AttributeError):
                 resident += member.memory_info().rss
                 read += member.io_counters().read_bytes
         # in steps of 1 MiB: a few pages of bookkeeping are not progress
-        return self._child.log.bytes_seen, resident >> 20, read >> 20
+        now, loaded, logged = time.monotonic(), (resident >> 20, read >> 20), self._child.log.bytes_seen
+        if loaded != self._loaded:
+            self._loaded, self._loaded_at = loaded, now
+        elif logged == self._logged:
+            return
+        self._logged, self._moved_at, self._marked = logged, now, False
 
 
 def wait_ready(
@@ -174,20 +207,35 @@ def wait_ready(
     clock = _LoadClock(child)
     progress(f"loading {serve.gguf.name}")
     token: _FirstToken | None = None
+    refused_at: float | None = None
+    ask_at, pause_s = 0.0, POLL_S
     while True:
         if child.poll() is not None:
             raise _exited(engine, serve, child)
-        if token is None and _healthy(ask) and _our_listener(engine, serve, child):
+        if child.given_up:
+            raise EngineNotEnded(f"SIGKILL does not end {engine} (pid {child.pid})", engine=engine)
+        now = time.monotonic()
+        if token is None and now >= ask_at and _healthy(ask) and _our_listener(engine, serve, child):
             token = _FirstToken(ask, served_name)
         if token is not None and token.done.is_set():
             if token.arrived:
-                return {"prefill_tokens_per_s": token.prefill_rate, **_metadata(ask)}
-            token = None  # refused or cut: the checks above say why, or it is tried again
-        stalled_s = clock.stalled_s()
+                known = {"prefill_tokens_per_s": token.prefill_rate, "first_token_s": token.took_s}
+                return {**known, **_metadata(ask)}
+            if token.statuses and set(token.statuses) != {503}:  # 503: it says itself that it is not ready
+                refused_at = refused_at or now
+            refused_s = 0.0 if refused_at is None else min(now - refused_at, clock.loaded_s())
+            if refused_s > REFUSED_S or set(token.statuses) == {NOT_SUPPORTED}:
+                raise EngineRefuses(
+                    f"{engine} is up, but answers no completion ({token.refusal}){last_lines(child)}",
+                    engine=engine,
+                    log_tail=child.log_tail(),
+                )
+            token, ask_at, pause_s = None, now + pause_s, min(2 * pause_s, ASK_AGAIN_S)
+        stalled_s = clock.stalled_s() if ask_at == 0 else clock.loaded_s()
         if stalled_s > stall_s:
             raise EngineStalled(
                 f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s "
-                f"(no log line, no memory growth, no disk read){_quoted(child)}",
+                f"(no log line, no memory growth, no disk read){last_lines(child)}",
                 stalled_s=stalled_s,
                 engine=engine,
                 log_tail=child.log_tail(),
@@ -205,7 +253,10 @@ class _FirstToken:
         self._ask_engine = ask
         self._served_name = served_name
         self.arrived = False
+        self.took_s = 0.0
         self.prefill_rate: float | None = None  # tokens/s; cautious, for the prompt is tiny and the engine cold
+        self.statuses: list[int] = []  # of the answers that held no token
+        self.refusal = ""  # the last of them in words
         self.done = threading.Event()
         threading.Thread(target=self._ask, name="readiness", daemon=True).start()
 
@@ -216,7 +267,10 @@ class _FirstToken:
             self.arrived = self._answers("/v1/chat/completions", chat) or self._answers(
                 "/v1/completions", {"prompt": "Hi"}
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
+            self.statuses.append(200)
+            self.refusal = "an answer that is no completion"
+        except (OSError, ValueError):
             self.arrived = False
         finally:
             self.done.set()
@@ -225,10 +279,23 @@ class _FirstToken:
         body = {"model": self._served_name, **what, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
         asked = time.monotonic()
         status, answer = self._ask_engine("POST", path, body, None)
-        if status != 200 or answer["usage"]["completion_tokens"] < 1:
+        if status != 200:
+            self.statuses.append(status)
+            self.refusal = _refusal(status, answer)
             return False
-        self.prefill_rate = answer["usage"]["prompt_tokens"] / (time.monotonic() - asked)
+        self.took_s = time.monotonic() - asked
+        if answer["usage"]["completion_tokens"] < 1:
+            self.statuses.append(status)
+            self.refusal = "an answer without a token"
+            return False
+        self.prefill_rate = answer["usage"]["prompt_tokens"] / self.took_s
         return True
+
+
+def _refusal(status: int, answer: Any) -> str:
+    with contextlib.suppress(KeyError, TypeError):
+        return f"HTTP {status}: {answer['error']['message']}".replace("\n", " ")[:300]
+    return f"HTTP {status}"
 
 
 def over_http(serve: Serve) -> Ask:
@@ -279,7 +346,7 @@ def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
     if holder is None:
         return False
     raise WrongListener(
-        f"port {serve.port} is answered by {holder}, not by the {engine} that was started{_quoted(child)}",
+        f"port {serve.port} is answered by {holder}, not by the {engine} that was started{last_lines(child)}",
         engine=engine,
         log_tail=child.log_tail(),
     )
@@ -299,19 +366,20 @@ def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:
     if holder is not None:
         return WrongListener(
             f"port {serve.port} is answered by {holder}; the {engine} that was started ended with "
-            f"{exit_reason(child)}{_quoted(child)}",
+            f"{exit_reason(child)}{last_lines(child)}",
             engine=engine,
             log_tail=child.log_tail(),
         )
     return EngineExited(
-        f"{engine} ended with {exit_reason(child)} while loading {serve.gguf.name}{_quoted(child)}",
+        f"{engine} ended with {exit_reason(child)} while loading {serve.gguf.name}{last_lines(child)}",
         returncode=child.poll() or 0,
         engine=engine,
         log_tail=child.log_tail(),
     )
 
 
-def _quoted(child: ManagedProcess) -> str:
+def last_lines(child: ManagedProcess) -> str:
+    """`; its last lines (log: ...)` and they, for the end of an error message."""
     lines = child.log_tail()[-QUOTED_LINES:]
     if not lines:
         return f"; it logged nothing (log: {child.log.path})"

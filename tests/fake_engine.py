@@ -38,6 +38,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--one-write", action="store_true", help="a stream leaves as a whole, at its end")
     parser.add_argument("--silent-prefill", action="store_true", help="/slots does not move while a prompt is read")
     parser.add_argument("--exit-while", type=Path, help="leave at once while this file is there")
+    parser.add_argument("--fails-while", type=Path, help="every completion is HTTP 500 while this file is there")
+    parser.add_argument("--empty-while", type=Path, help="every completion is empty while this file is there")
+    parser.add_argument("--embeds", action="store_true", help="an embedding server: completions are HTTP 501")
+    parser.add_argument("--refuses", type=int, default=None, help="every completion is answered with this status")
+    parser.add_argument("--pings", action="store_true", help="comments in a stream while a prompt is read")
+    parser.add_argument("--aborts-on", default=None, help="a prompt that holds this: out of memory, SIGABRT")
     parser.add_argument("--gguf", type=Path, help="the file that --checks-gguf looks at")
     parser.add_argument("--checks-gguf", type=int, default=0, help="refuses a file of fewer bytes")
     return parser.parse_args()
@@ -88,18 +94,38 @@ class Handler(BaseHTTPRequestHandler):
         if self.loading():
             self.reply(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
             return
+        if (refusal := self.refusal(body)) is not None:
+            self.reply(*refusal)
+            return
+        if self.options.aborts_on and self.options.aborts_on in json.dumps(body):
+            print("ggml_cuda: out of memory: failed to allocate 1286 MiB", flush=True)
+            os.abort()
         n = body.get("max_tokens") or 16
         if type(n) is not int or not 0 < n < 10_000:
             self.reply(400, {"error": {"message": f"max_tokens {n}", "type": "invalid_request_error", "code": 400}})
             return
         usage = {"prompt_tokens": 5, "completion_tokens": n, "total_tokens": 5 + n}
         if body.get("stream"):
-            self.stream(0 if self.options.silent_empty else n, usage, body)
+            empty = self.options.silent_empty or (self.options.empty_while and self.options.empty_while.exists())
+            self.stream(0 if empty else n, usage, body)
         else:
             self.read_prompt(body)
             time.sleep(n * self.options.itl_ms / 1000)
-            message = {"role": "assistant", "content": " word" * n}
+            empty = self.options.empty_while is not None and self.options.empty_while.exists()
+            if empty:
+                usage["completion_tokens"] = 0
+            message = {"role": "assistant", "content": "" if empty else " word" * n + "x" * body.get("fake_pad", 0)}
             self.reply(200, {"choices": [{"index": 0, "message": message, "finish_reason": "length"}], "usage": usage})
+
+    def refusal(self, body: dict) -> tuple[int, dict] | None:
+        """Status and error of a completion that this engine does not give."""
+        options = self.options
+        if options.embeds:
+            return 501, {"error": {"message": "This server does not support completions", "code": 501}}
+        if options.fails_while is not None and options.fails_while.exists():
+            return 500, {"error": {"message": "Compute error", "type": "server_error", "code": 500}}
+        status = options.refuses or body.get("fake_status")
+        return None if status is None else (status, {"error": {"message": f"refused with {status}", "code": status}})
 
     def read_prompt(self, body: dict) -> None:
         """The time to the first token; seen in /slots as it goes on."""
@@ -107,17 +133,30 @@ class Handler(BaseHTTPRequestHandler):
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
             PROGRESS[0] += not self.options.silent_prefill
+            if self.options.pings and body.get("stream"):
+                self.wfile.write(b": still reading\n\n")
+                self.wfile.flush()
+        busy_until = time.thread_time() + body.get("fake_cpu_s", 0)
+        while time.thread_time() < busy_until:
+            pass
 
     def stream(self, n: int, usage: dict, body: dict) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        self.event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}]})
+        role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}]}
+        if not self.options.pings:  # llama-server's comments come before anything else
+            self.event(role)
         self.read_prompt(body)
-        for _ in range(n):
+        if self.options.pings:
+            self.event(role)
+        word = " word" + "x" * body.get("fake_pad", 0)
+        for index in range(n):
+            if index == body.get("fake_hangs_at"):
+                time.sleep(3600)
             PROGRESS[0] += 1
-            self.event({"choices": [{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]})
+            self.event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
             time.sleep(self.options.itl_ms / 1000)
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
         self.event({"choices": [], "usage": usage})

@@ -49,8 +49,31 @@ class Door(Protocol):
         ...
 
     def close(self) -> None:
-        """Let its connections go: the engine has ended."""
+        """Break off what is asked, and let its connections go: the engine has ended, or is being ended."""
         ...
+
+
+class _Asking:
+    """The questions under way, each of which can be broken off: a process that the kernel holds hangs up on nobody."""
+
+    def __init__(self) -> None:
+        self._limits: set[asyncio.Timeout] = set()
+
+    @contextlib.asynccontextmanager
+    async def one(self, timeout_s: float | None) -> AsyncIterator[None]:
+        """Raises TimeoutError when it takes longer, or is broken off."""
+        async with asyncio.timeout(timeout_s) as limit:
+            self._limits.add(limit)
+            try:
+                yield
+            finally:
+                self._limits.discard(limit)
+
+    def break_off(self) -> None:
+        """End all of them."""
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
 
 
 class HttpDoor:
@@ -68,22 +91,24 @@ class HttpDoor:
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key.get_secret_value()}"
         self._fresh, self._kept = fresh, kept
+        self._asking = _Asking()
 
     @contextlib.asynccontextmanager
     async def ask(
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
     ) -> AsyncIterator[Answer]:
         try:
-            async with await self._asked(method, path, body, timeout_s) as answer:
+            async with self._asking.one(timeout_s), await self._asked(method, path, body) as answer:
                 yield HttpAnswer(answer)
         except BROKEN as error:
             raise Gone(_words(error)) from error
 
     def close(self) -> None:
-        """Nothing of its own: the sessions are the yard's."""
+        """Break off what is asked; the sessions are the yard's."""
+        self._asking.break_off()
 
-    async def _asked(self, method: str, path: str, body: bytes, timeout_s: float | None) -> aiohttp.ClientResponse:
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S)
+    async def _asked(self, method: str, path: str, body: bytes) -> aiohttp.ClientResponse:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
         sessions = (self._kept, self._fresh) if path in GENERATING else (self._fresh,)
         for session in sessions:
             try:
@@ -119,19 +144,21 @@ class FrameDoor:
 
     def __init__(self, host: str, port: int, key: SecretStr | None) -> None:
         self._client = frames.Client(host, port, key.get_secret_value() if key else "")
+        self._asking = _Asking()
 
     @contextlib.asynccontextmanager
     async def ask(
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
     ) -> AsyncIterator[Answer]:
         try:
-            async with asyncio.timeout(timeout_s), self._client.ask(method, path, body) as answer:
+            async with self._asking.one(timeout_s), self._client.ask(method, path, body) as answer:
                 yield answer
         except BROKEN as error:
             raise Gone(_words(error)) from error
 
     def close(self) -> None:
-        """Let its connections go."""
+        """Break off what is asked, and let its connections go."""
+        self._asking.break_off()
         self._client.close()
 
 

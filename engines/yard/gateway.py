@@ -2,7 +2,8 @@
 
 A request is handed to an engine only when that has room, so it waits here, where a dying engine cannot take it along.
 What has not reached the client yet is asked again, once, of the engine that is there then; a stream that has begun
-ends with an error event. A client that leaves ends its request on the engine at once.
+ends with an error event. A client that leaves ends its request on the engine at once. One that stays but takes nothing
+holds up nobody: the engine's answer is read on into a bounded buffer, and after `client_stall_s` the client is cut.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import json
 import re
 import time
 from collections import deque
@@ -19,13 +21,15 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from engines.serving import NOT_SUPPORTED
 from engines.yard import shims
 from engines.yard.door import Answer, Gone
 from engines.yard.openai import GENERATING, Call, Refusal, parse, told_prefill_rate
 from engines.yard.page import page
 from engines.yard.route import Full, Route, Unservable, Waiting
 from engines.yard.shadow import Tape
-from engines.yard.unit import Flight, Unit
+from engines.yard.unit import Flight, Unit, failure_words
+from engines.yard.unread import SOME_BYTES, Comments, StalledClients, Unread, address_of
 
 if TYPE_CHECKING:
     from engines.yard.yard import Yard
@@ -36,6 +40,9 @@ TRIES = 2
 SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\s*"[^"]')
 SHOWN_REPORTS = 5
+NEVER_FULL = 2**30
+UNREAD_POLL_S = 0.05
+OUR_FAULTS = frozenset({401, 403})  # the key is the yard's own
 END_BYTES = 2048  # of an answer, where its usage and timings stand
 
 
@@ -52,6 +59,7 @@ class Gateway:
 
     def __init__(self, yard: Yard) -> None:
         self._yard = yard
+        self._unread = Unread()
 
     def application(self) -> web.Application:
         """Its routes. Every error, the router's own too, is an OpenAI error object."""
@@ -110,7 +118,7 @@ class Gateway:
         path = request.path if request.path.startswith(("/v1/", "/tokenize", "/detokenize")) else f"/v1{request.path}"
         call = parse(path, await request.read())
         route = self._yard.route_for(call.model)
-        reply = Reply(request, call)
+        reply = Reply(request, call, self._unread)
         self._yard.shadow.make_way(route)
         self._yard.residency.wake(route)
         reply.tape = self._yard.shadow.tape(route, call)
@@ -118,23 +126,24 @@ class Gateway:
             for attempt in range(1, TRIES + 1):
                 unit, flight = await self._turn(route, self._enter(route, call), reply, began)
                 try:
-                    answer = await self._exchange(unit, flight, call, reply)
+                    await self._exchange(route, unit, flight, call, reply)
                 except Unanswered as gone:
                     self._yard.note_loss(route, unit, str(gone), retried=attempt < TRIES)
-                    await unit.settle()
                     continue
                 finally:
                     unit.give_back(flight)
                 self._yard.served(route, unit, call, flight, reply.error)
                 if reply.error is None:
                     self._yard.answered(route, unit, call, reply.tape)
-                return answer
+                return await reply.delivered()
             raise Refusal(502, "the engine went away twice while it had this request", code="engine_died")
         except Refusal as refusal:
             self._yard.metrics.refused(refusal.status)
             return await reply.refuse(refusal)
         except ClientLeft:
             return reply.response
+        finally:
+            self._unread.forget(reply)
 
     def _enter(self, route: Route, call: Call) -> Waiting:
         try:
@@ -163,34 +172,48 @@ class Gateway:
             route.leave(place)
             raise
 
-    async def _exchange(self, unit: Unit, flight: Flight, call: Call, reply: Reply) -> web.StreamResponse:
+    async def _exchange(self, route: Route, unit: Unit, flight: Flight, call: Call, reply: Reply) -> None:
+        """Until the engine is done with the request; what the client has not taken by then needs no engine."""
         shim = shims.shim_for(unit, call)
         try:
             async with unit.door.ask("POST", call.path, shim.request()) as answer:
                 if call.stream and answer.status == 200:
-                    return await self._stream(answer, flight, shim, reply)
+                    await self._stream(route, answer, flight, shim, reply)
+                    return
                 data = await answer.read()
                 flight.chunk(content=True)
                 flight.prefill_rate = told_prefill_rate(data[-END_BYTES:])
-                return await reply.whole(*shim.whole(answer.status, data))
+                status, data = shim.whole(answer.status, data)
+                flight.failure = _failure(call, status, data)
+                await reply.whole(status, data)
         except Gone as gone:
-            if reply.begun_with_content:
-                return await reply.cut(Refusal(502, f"{unit.engine} went away: {unit.why}", code="engine_died"))
-            raise Unanswered(str(gone)) from gone
+            ended = await unit.end_of(flight)
+            if not ended:
+                flight.failure = str(gone)
+            if not reply.begun_with_content:
+                await reply.close_comment()
+                raise Unanswered(ended or str(gone)) from gone
+            await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
 
-    async def _stream(self, answer: Answer, flight: Flight, shim: shims.Shim, reply: Reply) -> web.StreamResponse:
+    async def _stream(self, route: Route, answer: Answer, flight: Flight, shim: shims.Shim, reply: Reply) -> None:
         last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
+        comments = Comments()
         async for chunk in answer.pieces():
             last.append(chunk)
-            if not chunk.startswith(b":"):  # an engine's own keep-alive is no progress
+            if not comments.only(chunk):  # an engine's own keep-alive is no progress
                 flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
             if not shim.changes_streams and chunk.startswith(b'data: {"error"'):
                 shim.error = "the engine told an error in its stream"
+                flight.failure = _failure_in_stream(chunk)
             told = shim.event(chunk) if shim.changes_streams else chunk
             if shim.early_error is not None:
-                return await reply.whole(*shim.early_error)
+                flight.failure = _failure(reply.call, *shim.early_error)
+                await reply.whole(*shim.early_error)
+                return
             if told:
                 await reply.pass_on(told)
+                if reply.is_full:
+                    await self._hold_back(route, flight, reply)
         end = b"".join(last)
         flight.prefill_rate = told_prefill_rate(end)
         if b"[DONE]" not in end:
@@ -198,7 +221,41 @@ class Gateway:
         if told := shim.rest():
             await reply.pass_on(told)
         reply.error = shim.error
-        return await reply.end()
+        if shim.changes_streams and shim.error:
+            flight.failure = shim.error
+        elif flight.first is None and not flight.failure:
+            flight.failure = "an answer without content"
+
+    async def _hold_back(self, route: Route, flight: Flight, reply: Reply) -> None:
+        """Read no more of the engine until the client has taken some; not for ever while others wait for the place."""
+        flight.held, began = True, time.monotonic()
+        while reply.is_full:
+            limit_s = self._yard.settings.client_stall_s
+            if route.waiting and time.monotonic() - began > limit_s:
+                self._note_cut(reply.hang_up(), f"held {route.model_id} up for {limit_s:g} s while others waited")
+                raise ClientLeft
+            await asyncio.sleep(UNREAD_POLL_S)
+            reply.count()
+        flight.release()
+
+    async def deliver(self, within_s: float) -> None:
+        """Return when clients have taken what their engines answered, or after `within_s`."""
+        until = time.monotonic() + within_s
+        while self._unread.any and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110  a transport tells nobody
+            await asyncio.sleep(min(left, UNREAD_POLL_S))
+
+    async def watch_clients(self, connections: Callable[[], list[web.RequestHandler]]) -> None:
+        """Cut each client that takes nothing of its answer for `client_stall_s`; until cancelled."""
+        watch = StalledClients()
+        while True:
+            limit_s = self._yard.settings.client_stall_s
+            await asyncio.sleep(min(limit_s / 8, 1.0))
+            for peer in watch.cut(connections(), limit_s):
+                self._note_cut(peer, f"took nothing of its answer for {limit_s:g} s")
+
+    def _note_cut(self, peer: str, why: str) -> None:
+        self._yard.metrics.cut_client()
+        self._yard.journal.note("yard", "-", f"cut the client at {peer}: it {why}")
 
     # --- what the yard answers itself
 
@@ -256,10 +313,13 @@ class Gateway:
 class Reply:
     """What goes back to the client: a whole answer, or a stream that may begin before an engine has it."""
 
-    def __init__(self, request: web.Request, call: Call) -> None:
+    def __init__(self, request: web.Request, call: Call, unread: Unread) -> None:
+        self.call = call
         self._request = request
-        self._stream = call.stream
+        self._unread = unread
         self._response: web.StreamResponse | None = None
+        self._whole: web.Response | None = None
+        self._comments = Comments()
         self.begun_with_content = False
         self.error: str | None = None
         self.tape: Tape | None = None
@@ -269,55 +329,118 @@ class Reply:
         """What was sent so far, to a client that left."""
         return self._response or web.Response(status=499)
 
+    @property
+    def is_full(self) -> bool:
+        """True when the client is so far behind that no more of its answer may be kept for it."""
+        return self._unread.is_full(self)
+
+    def count(self) -> None:
+        """Look how much the client has not taken yet."""
+        transport = self._request.transport
+        if transport is None:
+            raise ClientLeft
+        self._unread.count(self, transport.get_write_buffer_size())
+
+    def hang_up(self) -> str:
+        """End the connection, whatever the client has not taken; the client's address."""
+        transport = self._request.transport
+        if transport is None:
+            raise ClientLeft
+        transport.abort()
+        return address_of(transport)
+
     async def keep_alive(self) -> None:
         """A comment in a stream; nothing in a plain answer, whose client has no way to see it."""
-        if self._stream:
+        if self.call.stream:
             await self._write(b": waiting for the model\n\n")
+
+    async def close_comment(self) -> None:
+        """End a comment of which only the beginning came: what follows would be part of it."""
+        if self._comments.open:
+            self._comments = Comments()
+            await self._write(b"\n\n")
 
     async def pass_on(self, chunk: bytes) -> None:
         """A piece of the stream, as it came."""
-        self.begun_with_content = True
+        if not self.begun_with_content:
+            self.begun_with_content = not self._comments.only(chunk)
         if self.tape is not None:
             self.tape.add(chunk)
         await self._write(chunk)
 
-    async def end(self) -> web.StreamResponse:
-        """The stream is complete."""
-        response = await self._begun()
-        with contextlib.suppress(ConnectionError):
-            await response.write_eof()
-        return response
-
-    async def cut(self, refusal: Refusal) -> web.StreamResponse:
+    async def cut(self, refusal: Refusal) -> None:
         """The stream had begun and cannot go on: an error event, and a proper end."""
         self.error = str(refusal)
         await self._write(b"\n\n" + refusal.event())
-        return await self.end()
 
-    async def whole(self, status: int, data: bytes) -> web.StreamResponse:
+    async def whole(self, status: int, data: bytes) -> None:
         """An answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
         if status >= 400:
             self.error = f"HTTP {status}"
         if self.tape is not None:
             self.tape.add(data)
         if self._response is None:
-            return web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
+            self._whole = web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
+            return
         await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n")
-        return await self.end()
+
+    async def delivered(self) -> web.StreamResponse:
+        """The answer, complete; of a stream the client has taken nearly all."""
+        if self._whole is not None:
+            return self._whole
+        response = await self._begun()
+        with contextlib.suppress(ConnectionError):
+            await response.write_eof()
+        while self._unread.holds(self):
+            await asyncio.sleep(UNREAD_POLL_S)
+            self.count()
+        if self._request.transport is not None:
+            self._request.transport.set_write_buffer_limits()  # a later answer on this connection is drained as usual
+        return response
 
     async def refuse(self, refusal: Refusal) -> web.StreamResponse:
         """An error of ours."""
         self.error = str(refusal)
-        return refusal.response() if self._response is None else await self.cut(refusal)
+        if self._response is None:
+            return refusal.response()
+        try:
+            await self.cut(refusal)
+            return await self.delivered()
+        except ClientLeft:
+            return self.response
 
     async def _write(self, data: bytes) -> None:
         try:
             await (self._response or await self._begun()).write(data)
         except ConnectionError as error:
             raise ClientLeft from error
+        transport = self._request.transport
+        if transport is not None and (size := transport.get_write_buffer_size()) > SOME_BYTES:
+            self._unread.count(self, size)
 
     async def _begun(self) -> web.StreamResponse:
         if self._response is None:
             self._response = web.StreamResponse(headers=SSE)
             await self._response.prepare(self._request)
+            if self._request.transport is not None:
+                self._request.transport.set_write_buffer_limits(high=NEVER_FULL)  # `is_full` decides, not the transport
         return self._response
+
+
+def _failure(call: Call, status: int, data: bytes) -> str:
+    """How the engine failed the request; '' when it did not, or the request was at fault."""
+    if status in OUR_FAULTS or (status >= 500 and status != NOT_SUPPORTED):
+        return failure_words(status, data)
+    if status == 200 and call.path in GENERATING and CONTENT.search(data) is None:
+        return "an answer without content"
+    return ""
+
+
+def _failure_in_stream(chunk: bytes) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        error = json.loads(chunk.partition(b"\n")[0].removeprefix(b"data: "))["error"]
+        code = error.get("code")
+        if isinstance(code, int) and 400 <= code < 500:
+            return ""
+        return f"an error in its stream: {error['message']}".replace("\n", " ")[:300]
+    return "an error in its stream"

@@ -31,6 +31,7 @@ class Metrics:
         self._lost = self._counter("requests_lost", "Requests an engine took with it before its first byte.", by_engine)
         self._shadowed = self._counter("shadow", "Copies of requests, by what came of them.", [*by_engine, "outcome"])
         self._refused = self._counter("refused", "Requests the yard refused, by status.", ["status"])
+        self._cut = self._counter("clients_cut", "Clients that took nothing of their answer, or held up others.", [])
         self._restarts = self._gauge("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
         self._state = self._gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
         self._memory = self._gauge("engine_memory_bytes", "Private memory of the engine, swap included.", by_engine)
@@ -67,6 +68,10 @@ class Metrics:
     def refused(self, status: int) -> None:
         """An error of the yard's own."""
         self._refused.labels(str(status)).inc()
+
+    def cut_client(self) -> None:
+        """A client that took nothing of its answer."""
+        self._cut.inc()
 
     def text(self, yard: Yard) -> bytes:
         """Everything now, in Prometheus' text format."""

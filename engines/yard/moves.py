@@ -208,14 +208,20 @@ class Moves:
             tell(f"stopping {old.engine}")
             await old.stop()
             try:
-                tell(await memory_back(held, before, self._yard.settings.memory_back_s))
+                if (
+                    old.given_up is not None
+                ):  # its memory does not come back: the other may fit beside it, or nothing does
+                    tell(old.why)
+                else:
+                    tell(await memory_back(held, before, self._yard.settings.memory_back_s))
                 left = until - time.monotonic() - 2 * (old.load_s or 0)
                 await self._bring_up(route, target, tell, min(self._yard.settings.move_s, max(left, LEAST_LOAD_S)))
                 self._settle(route, target, undo=undo)
             except BaseException:
                 tell(f"putting {old.engine} back")
                 await target.stop()
-                await old.ready()
+                with contextlib.suppress(EngineError):  # then the yard falls back, and the reason of the move is told
+                    await old.ready()
                 raise
         finally:
             route.holding = False

@@ -172,7 +172,7 @@ class Residency:
 
     def _held_bytes(self) -> int:
         units = [unit for route in self._yard.routes.values() for unit in route.units.values()]
-        return sum(needed_bytes(unit)[1] for unit in units if unit.child is not None)
+        return sum(needed_bytes(unit)[1] for unit in units if unit.holds_memory)
 
 
 def needed_bytes(unit: Unit) -> tuple[int, int]:

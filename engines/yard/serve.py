@@ -88,8 +88,9 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     limit = yard.settings.max_header_kib * 1024
+    gateway = Gateway(yard)
     public = web.AppRunner(
-        Gateway(yard).application(),
+        gateway.application(),
         handler_cancellation=True,
         access_log=None,
         logger=_http_log(),
@@ -108,16 +109,23 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         yard.start()
         background += [asyncio.create_task(CanaryWatch(yard, moves).run()), asyncio.create_task(yard.shadow.run())]
         background.append(asyncio.create_task(yard.residency.run()))
+        background.append(asyncio.create_task(gateway.watch_clients(lambda: _connections(public))))
         await stop.wait()
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        began = loop.time()
         await yard.stop()
+        await gateway.deliver(yard.settings.stop_s - (loop.time() - began))
         await public.cleanup()
         await control.cleanup()
         with contextlib.suppress(OSError):
             socket_path(yard.home).unlink()
+
+
+def _connections(public: web.AppRunner) -> list[web.RequestHandler]:
+    return [] if public.server is None else list(public.server.connections)
 
 
 def _http_log() -> logging.Logger:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Load = Literal["start", "demand"]  # when a model comes into memory: with the yard, or with its first request
+LATER = ("client_stall_s", "failed_requests")  # left out where unused: older plans keep their hashes
 
 
 class YardSettings(BaseModel):
@@ -27,6 +28,9 @@ class YardSettings(BaseModel):
     max_waiting: int = Field(128, ge=0, description="requests that may wait for a model; beyond it 429")
     wait_s: float = Field(600, gt=0, description="how long a request waits for its turn; beyond it 503")
     keepalive_s: float = Field(10, gt=0, description="a waiting stream gets an SSE comment so often; clients time out")
+    client_stall_s: float = Field(
+        120, gt=0, description="a client that takes nothing of its answer for so long is cut; its engine is left alone"
+    )
     stop_s: float = Field(30, gt=0, description="on SIGTERM, how long requests in flight may still take")
     load_stall_s: float = Field(120, gt=0, description="loading without any progress for so long has failed")
     wedged_after_s: float = Field(
@@ -34,6 +38,11 @@ class YardSettings(BaseModel):
     )
     probe_every_s: float = Field(60, gt=0, description="an idle engine is asked for a sign of life so often")
     failed_probes: int = Field(3, ge=1, description="signs of life missed in a row before an idle engine is restarted")
+    failed_requests: int = Field(
+        3,
+        ge=1,
+        description="requests that fail in a row, client faults apart, before a one-token probe decides on a restart",
+    )
     restarts: int = Field(3, ge=0, description="restarts within restart_window_s before the fallback takes over")
     restart_window_s: float = Field(1800, gt=0, description="window of the restart budget")
     try_again_s: float = Field(
@@ -69,6 +78,13 @@ class YardSettings(BaseModel):
         None, description="JSONL file of chat requests for parity to replay, redacted; relative to the yard's folder"
     )
     capture_mib: int = Field(64, ge=1, le=65536, description="most that each of these files may hold; the oldest go")
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            key: value for key, value in dump(self).items() if key not in LATER or value != fields[key].get_default()
+        }
 
     @model_validator(mode="after")
     def _an_address(self) -> YardSettings:

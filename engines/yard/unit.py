@@ -11,21 +11,24 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import SecretStr
 
+from engines.cpu_wait import CpuWait, is_stopped
 from engines.driver import Driver
-from engines.errors import EngineError
-from engines.process import ManagedProcess
-from engines.serving import exit_reason, free_port, in_frames, launch, wait_ready
+from engines.errors import EngineError, EngineRefuses
+from engines.process import KILLED_S, ManagedProcess
+from engines.serving import exit_reason, free_port, in_frames, last_lines, launch, wait_ready
 from engines.settings import Serve
-from engines.telemetry import private_bytes, vram_bytes
+from engines.telemetry import private_bytes, process_tree, vram_bytes
 from engines.yard.door import Answer, Door, Gone
 from engines.yard.health import PATIENCE, Health, Rate, RestartBudget, Transition, stall_limit_s, token_limit_s
 from engines.yard.recipe import Recipe
 from engines.yard.settings import YardSettings
+from engines.yard.threads import in_thread
 
 TICK_S = 0.25
 SETTLE_S = 0.5
@@ -33,16 +36,26 @@ STOP_S = 5.0
 ASK_PROGRESS_S = 2.0  # polled faster than once a second, llama-server keeps the requests of clients that left
 ASK_TIMEOUT_S = 5.0
 MEMORY_EVERY_S = 5.0
+STILL_S = 1.0  # from here on the engine's waits for a CPU are counted; a shorter silence is nothing to explain
+STOPPED_LOOKS = 2  # in a row: a process that is continued at once was never in trouble
+LATE_S = 1.0  # a look that comes so late tells of the yard, not of the engine
+PROBE_PAUSE_S = 0.5
 DEFAULT_BATCH_TOKENS = 2048
 REMEMBERED = 50
 SERIES = 240  # 20 minutes of memory, the last 240 first tokens
+Told = TypeVar("Told")
 
 
 class Flight:
-    """One request on an engine. Times are monotonic seconds; `gap` takes the seconds between successive chunks."""
+    """One request on an engine's process. Times are monotonic seconds; `gap` takes the seconds between chunks."""
 
-    def __init__(self, prompt_tokens: int, gap: Callable[[float], None] | None = None) -> None:
+    def __init__(
+        self, prompt_tokens: int, process: ManagedProcess | None, gap: Callable[[float], None] | None = None
+    ) -> None:
         self.prompt_tokens = prompt_tokens
+        self.process = process
+        self.held = False  # its client takes nothing and the buffer is full: the engine is not read, nor judged by it
+        self.failure = ""  # how the engine failed it, the client's own faults apart
         self.sent = self.moved = time.monotonic()
         self.first: float | None = None  # first chunk with content
         self.chunks = 0  # chunks with content, and those after the first of them
@@ -59,6 +72,11 @@ class Flight:
         elif content:
             self.first, self.chunks = now, 1
         self.moved = now
+
+    def release(self) -> None:
+        """The client takes its answer again: from now on silence is the engine's."""
+        if self.held:
+            self.held, self.moved = False, time.monotonic()
 
 
 class Unit:
@@ -117,6 +135,12 @@ class Unit:
         self._asked = self._probed = self._weighed = 0.0
         self._missed = self._counted = self._deaths = 0
         self._cached = False  # a client's prompt may lie in the engine's cache
+        self._stopped = 0  # looks in a row at which its process was stopped
+        self._token_s = 0.0  # what one token has taken at most, when nothing else was to do
+        self._failures: list[str] = []  # of the last requests, since one succeeded
+        self._doubted = False  # they are too many: it gets no request until a probe has decided
+        self._given_up: ManagedProcess | None = None
+        self._silence = _Silence()
 
     # --- what others ask for
 
@@ -140,6 +164,16 @@ class Unit:
     def why(self) -> str:
         """The evidence for the state it is in."""
         return self.transitions[-1].why if self.transitions else "never started"
+
+    @property
+    def given_up(self) -> ManagedProcess | None:
+        """A process of it that SIGKILL has not ended yet."""
+        return self._given_up if self._given_up is not None and self._given_up.given_up else None
+
+    @property
+    def holds_memory(self) -> bool:
+        """True while a process of it is there, one that cannot be ended included."""
+        return self.child is not None or self.given_up is not None
 
     def want(self) -> None:
         """Have it up from now on; returns at once. A spent restart budget is given back."""
@@ -180,7 +214,7 @@ class Unit:
         self._wake.set()
         child = self.child
         if self.state is Health.LOADING and child is not None:
-            await asyncio.to_thread(child.stop)  # the wait for its first token ends with it
+            await _stopped(child, STOP_S)  # the wait for its first token ends with it
         while self._living and not self._wanted:
             await self._moved.wait()
 
@@ -189,12 +223,16 @@ class Unit:
         while self.flights:
             await self._moved.wait()
 
-    async def settle(self) -> None:
-        """Return once its death would be known: a broken connection is seen a moment before the end of the process."""
+    async def end_of(self, flight: Flight) -> str:
+        """Why the process of a request that broke off ended; '' when it lives.
+
+        A broken connection is seen a moment before the end of the process.
+        """
         deadline = time.monotonic() + SETTLE_S
-        while self.state.serves and (left := deadline - time.monotonic()) > 0:
+        while not _ended(flight) and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), left)
+        return _ended(flight)
 
     # --- requests
 
@@ -206,11 +244,11 @@ class Unit:
     @property
     def has_room(self) -> bool:
         """True when a request can be handed to it now."""
-        return self.accepts and len(self.flights) < self.slots
+        return self.accepts and not self._doubted and len(self.flights) < self.slots
 
     def take(self, prompt_tokens: int) -> Flight:
         """Count a request in; the caller has seen `has_room`."""
-        flight = Flight(prompt_tokens, self.gap)
+        flight = Flight(prompt_tokens, self.child, self.gap)
         self.flights.add(flight)
         self._cached, self._missed = True, 0
         if self.state is Health.READY:
@@ -218,8 +256,11 @@ class Unit:
         return flight
 
     def give_back(self, flight: Flight) -> None:
-        """Count a request out, and learn its speed."""
+        """Count a request out, and learn its speed; safe twice, and after the end of its process."""
+        if flight not in self.flights:
+            return
         self.flights.discard(flight)
+        self._learn_outcome(flight)
         if flight.first is not None:
             self.tokens += flight.chunks
             self.ttft_series.append((flight.first - flight.sent) * 1000)
@@ -236,6 +277,16 @@ class Unit:
         else:
             self._announce()
 
+    def _learn_outcome(self, flight: Flight) -> None:
+        if not flight.failure:
+            if flight.first is not None:
+                self._failures.clear()
+            return
+        self._failures.append(flight.failure)
+        if len(self._failures) >= self.settings.failed_requests and not self._doubted:
+            self._doubted = True
+            self._wake.set()
+
     # --- the owner
 
     async def _own(self) -> None:
@@ -246,10 +297,19 @@ class Unit:
                 await self._wake.wait()
                 continue
             self._living = True
-            await self._life()
+            hopeless = await self._life()
             self._living = False
+            if self.given_up is not None:
+                self._wanted, self.out_of_budget = False, True
+                self._change(Health.DEAD, _held_by_kernel(self.given_up))
+                self._incident(self, self.why)
+                continue
             if not self._wanted:
                 self._change(Health.STOPPED, "asked to stop")
+                continue
+            if hopeless:
+                self._wanted, self.out_of_budget = False, True
+                self._announce()
                 continue
             pause = self._budget.spend(time.monotonic())
             if pause is None:
@@ -261,55 +321,80 @@ class Unit:
             self._announce()
             await self._pause(pause)
 
-    async def _life(self) -> None:
-        """One process, from its start until it is gone."""
-        grace_s = STOP_S
+    async def _life(self) -> bool:
+        """One process, from its start until it is gone or given up; True when another would end in the same way."""
+        grace_s, hopeless = STOP_S, False
         try:
             await self._start()
             if self._wanted:
                 state, why = await self._watch()
                 if state is not Health.STOPPED:
                     grace_s = 0  # it had its chance
-                    self._deaths += 1
-                    self._change(state, why)
-                    self._incident(self, why)
+                    await self._note_end(state, why)
         except Exception as error:  # a bug of ours must end in a restart, not in an engine that nobody watches
             grace_s = 0
             if self._wanted:
                 what = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-                self._deaths += 1
-                self._change(Health.DEAD, what)
-                self._incident(self, what)
+                hopeless = isinstance(error, EngineRefuses)
+                await self._note_end(Health.DEAD, what, quoted=isinstance(error, EngineError))
         finally:
-            if self.child is not None:
-                await asyncio.to_thread(self.child.stop, grace_s=grace_s)
-            if self._door is not None:
-                self._door.close()
-            self.child = None
-            self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
+            await self._end(grace_s)
+        return hopeless
+
+    async def _note_end(self, state: Health, why: str, *, quoted: bool = False) -> None:
+        """Say how its process ends; the incident has its last lines, where `why` does not quote them already."""
+        self._deaths += 1
+        child = self.child
+        if child is not None:
+            child.ended_because = why.partition("\n")[0]
+        self._change(state, why)
+        lines = "" if quoted or child is None else await in_thread(lambda: last_lines(child), name="last lines")
+        self._incident(self, why + lines)
+
+    async def _end(self, grace_s: float) -> None:
+        child = self.child
+        if grace_s == 0 and self._door is not None:  # whoever waits for an answer of it is told now
+            self._door.close()
+        if child is not None:
+            child.ended_because = child.ended_because or "it was asked to stop"
+            if not await _stopped(child, grace_s):
+                self._given_up = child
+        if self._door is not None:
+            self._door.close()
+        self.child = None
+        self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
+        # whoever still holds an answer of it is no request on the next process
+        self.flights = set()
+        self._failures, self._doubted = [], False
 
     async def _start(self) -> None:
+        if self.given_up is not None:
+            raise EngineRefuses(f"{_held_by_kernel(self.given_up)}; none is started beside it", engine=self.engine)
         self._change(Health.LOADING, f"starting {self.engine} {self.recipe.version}")
         serve = self.recipe.serve(free_port(), self._key)
         log = self._home / "logs" / f"yard-{self.engine}-{self.recipe.model_id}.log"
         began = time.monotonic()
         try:
-            self.child = await asyncio.to_thread(
-                launch, self.driver, self.recipe.installation, serve, state_dir=self._home, log_path=log
+            self.child = await in_thread(
+                lambda: launch(self.driver, self.recipe.installation, serve, state_dir=self._home, log_path=log),
+                name=f"launch of {self.engine}",
             )
         except OSError as error:
             raise EngineError(f"{self.engine} cannot be started: {error}", engine=self.engine) from error
         if not self._wanted:
             return
-        seen = await asyncio.to_thread(
-            wait_ready,
-            self.engine,
-            serve,
-            self.child,
-            served_name=self.driver.served_name(self.recipe.installation, self.recipe.model_id),
-            stall_s=self.settings.load_stall_s,
-            progress=self._note_loading,
-            ask=in_frames(serve) if self.recipe.form == "native" else None,
+        child = self.child
+        seen = await in_thread(
+            lambda: wait_ready(
+                self.engine,
+                serve,
+                child,
+                served_name=self.driver.served_name(self.recipe.installation, self.recipe.model_id),
+                stall_s=self.settings.load_stall_s,
+                progress=self._note_loading,
+                ask=in_frames(serve) if self.recipe.form == "native" else None,
+            ),
+            name=f"readiness of {self.engine}",
         )
         self.load_s = time.monotonic() - began
         self._door = self._open_door(self.recipe, serve)
@@ -318,20 +403,26 @@ class Unit:
         rate = seen.get("prefill_tokens_per_s")
         if isinstance(rate, float) and self.prefill.value is None:
             self.prefill.learn(rate)
+        token_s = seen.get("first_token_s")
+        self._token_s = token_s if isinstance(token_s, float) else 0.0
         self._counters, self._cached, self._missed, self._counted = (), False, 0, self.tokens
         self._progressed = self._probed = time.monotonic()
         self._asked = self._weighed = 0.0
+        self._stopped = 0
         if self._wanted:
             self._change(Health.READY, f"one real token after {self.load_s:.1f} s (pid {self.child.pid})")
 
     async def _watch(self) -> tuple[Health, str]:
-        """How its life ended: dead, wedged or failing with the evidence, or stopped because it was asked to.
+        """How its process ends: dead, wedged or failing with the evidence, or stopped because it was asked to.
 
-        Questions to the engine are asked beside this loop: one that hangs must not hide its death.
+        Questions to the engine are asked beside this loop, and its memory is read there: one that hangs must not hide
+        its death.
         """
         assert self.child is not None
         child, died = self.child, self._death_of(self.child)
+        self._silence = _Silence(child.pid)
         asking: asyncio.Task[None] | None = None
+        sampling: asyncio.Task[None] | None = None
         try:
             while True:
                 self._wake.clear()
@@ -339,17 +430,18 @@ class Unit:
                     return Health.STOPPED, "asked to stop"
                 if died.is_set():
                     return Health.DEAD, f"its process ended: {exit_reason(child)}"
-                if (ended := self._look()) is not None:
+                if (ended := await self._look(child)) is not None:
                     return ended
                 if asking is None or asking.done():
                     asking = self._next_question()
-                if time.monotonic() - self._weighed > MEMORY_EVERY_S:
-                    await self._weigh(child)
+                if (sampling is None or sampling.done()) and time.monotonic() - self._weighed > MEMORY_EVERY_S:
+                    sampling = asyncio.create_task(self._weigh(child))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), TICK_S)
         finally:
-            if asking is not None:
-                asking.cancel()
+            for task in (asking, sampling):
+                if task is not None:
+                    task.cancel()
 
     def _death_of(self, child: ManagedProcess) -> asyncio.Event:
         """Set, and the owner woken, as soon as the process has ended."""
@@ -364,31 +456,44 @@ class Unit:
         threading.Thread(target=wait_for_death, name=f"death of {child.name}", daemon=True).start()
         return died
 
-    def _look(self) -> tuple[Health, str] | None:
+    async def _look(self, child: ManagedProcess) -> tuple[Health, str] | None:
         """Wedged or failing, when the evidence at hand says so."""
-        if not self.flights:
+        self._stopped = self._stopped + 1 if is_stopped(child.pid) else 0
+        if self._stopped >= STOPPED_LOOKS:
+            return Health.WEDGED, "its process is stopped (state T: SIGSTOP or job control)"
+        if self._doubted and len(self._failures) and self._missed >= self.settings.failed_probes:
+            return Health.FAILING, (
+                f"{len(self._failures)} consecutive requests failed, and {self._missed} one-token probes after them "
+                f"({self._failures[-1]})"
+            )
+        working = self._working()
+        if not working:
             if self._missed < self.settings.failed_probes:
                 return None
-            return Health.FAILING, f"idle, and {self._missed} questions for a sign of life in a row were not answered"
-        still, limit = self._stillness_s()
+            return Health.FAILING, f"idle; {self._missed} consecutive liveness probes failed"
+        moved = max(self._progressed, *(flight.moved for flight in working))
+        limit = max(self._limit_s(flight) for flight in working)
+        still = await self._silence.since(moved, limit)
         if still <= limit:
             return None
         return Health.WEDGED, (
-            f"{len(self.flights)} request(s) in flight and no token, no prompt progress for {still:.1f} s "
-            f"(limit {limit:.1f} s)"
+            f"{len(working)} request(s) in flight and no token, no prompt progress for {still:.1f} s "
+            f"(limit {limit:.1f} s{self._silence.excused()})"
         )
 
-    def _stillness_s(self) -> tuple[float, float]:
-        """Seconds without any progress while it works, and how many the work at hand explains."""
-        moved = max(self._progressed, *(flight.moved for flight in self.flights))
-        return time.monotonic() - moved, max(self._limit_s(flight) for flight in self.flights)
+    def _working(self) -> list[Flight]:
+        """The requests by which the engine is judged: those whose clients take what it sends."""
+        return [flight for flight in self.flights if not flight.held]
 
     def _next_question(self) -> asyncio.Task[None] | None:
         """How far it is, when it works in silence; whether it lives, when it has been idle for long."""
         now = time.monotonic()
-        if self.flights:
-            still, limit = self._stillness_s()
-            if still <= min(ASK_PROGRESS_S, limit / 4) or now - self._asked < min(ASK_PROGRESS_S, limit / 4):
+        if self._doubted and len(self.flights) < self.slots:
+            return asyncio.create_task(self._ask_after_failures())
+        if working := self._working():
+            still = now - max(self._progressed, *(flight.moved for flight in working))
+            every = min(ASK_PROGRESS_S, max(self._limit_s(flight) for flight in working) / 4)
+            if still <= every or now - self._asked < every:
                 return None
             self._asked = now
             return asyncio.create_task(self._ask_progress())
@@ -404,7 +509,7 @@ class Unit:
         if self._weighed:
             self.tokens_per_s = max(tokens - self._counted, 0) / (now - self._weighed)
         self._weighed, self._counted = now, tokens
-        self.memory_bytes, self.vram_bytes = await asyncio.to_thread(_memory, child)
+        self.memory_bytes, self.vram_bytes = await in_thread(lambda: _memory(child), name="memory of an engine")
         if self.memory_bytes is not None:
             self.memory_series.append(self.memory_bytes)
             self.held_bytes = max(self.held_bytes or 0, self.memory_bytes + (self.vram_bytes or 0))
@@ -422,46 +527,90 @@ class Unit:
         )
 
     async def _ask_progress(self) -> None:
-        with contextlib.suppress(Gone, ValueError):
-            async with self._get(self.driver.progress_path) as answer:
-                counters = self.driver.progress(await answer.read()) if answer.status == 200 else ()
+        with contextlib.suppress(ValueError):
+            if not (told := await self._in_time(self._progress(), ASK_TIMEOUT_S)):
+                return
+            counters = self.driver.progress(told)
             if counters and counters != self._counters:
                 now = time.monotonic()
                 self._step_s, self._counters, self._progressed = now - self._progressed, counters, now
 
     async def _ask_for_life(self) -> None:
-        # a completion would push the client's prompt out of an engine with a single slot: its own loop answers instead
-        neutral = self.driver.probe_is_neutral or not self._cached
-        alive = await (self._one_token() if neutral else self._answers())
-        if not self.flights:  # a client that came meanwhile is the better evidence
+        # a completion would push the client's prompt out of an engine with a single slot, or queue behind a request
+        # whose client takes nothing: its own loop answers instead
+        neutral = not self.flights and (self.driver.probe_is_neutral or not self._cached)
+        alive = not await (self._one_token() if neutral else self._silent())
+        if not self._working():  # a client that came meanwhile is the better evidence
             self._missed = 0 if alive else self._missed + 1
             self._wake.set()
 
-    async def _answers(self) -> bool:
+    async def _ask_after_failures(self) -> None:
+        """Whether it is the engine or the requests: a token of our own decides, a client's cached prompt or not."""
+        if failure := await self._one_token():
+            self._missed += 1
+            self._failures[-1] = failure
+            await asyncio.sleep(PROBE_PAUSE_S)
+        else:
+            self._doubted, self._missed = False, 0
+            self._failures.clear()
+            self._announce()
+        self._wake.set()
+
+    async def _silent(self) -> bool:
+        return not await self._in_time(self._progress(), ASK_TIMEOUT_S)
+
+    async def _progress(self) -> bytes:
+        """The engine's own count of how far it is; empty when it does not answer."""
         try:
             async with self._get(self.driver.progress_path) as answer:
-                await answer.read()
-                return answer.status == 200
+                told = await answer.read()
+                return told if answer.status == 200 else b""
         except Gone:
-            return False
+            return b""
 
-    async def _one_token(self) -> bool:
+    async def _one_token(self) -> str:
+        """'' once it has produced one token, else what went wrong."""
         body = {
             "model": self.driver.served_name(self.recipe.installation, self.recipe.model_id),
             "messages": [{"role": "user", "content": "Hi"}],
             "max_tokens": 1,
             "temperature": 0,
         }
+        within_s = max(self.settings.wedged_after_s, PATIENCE * self._token_s)
+        failure = await self._in_time(self._completion(json.dumps(body).encode()), within_s)
+        return f"no answer within {within_s:.0f} s" if failure is None else failure
+
+    async def _completion(self, body: bytes) -> str:
+        began = time.monotonic()
         try:
-            data, within_s = json.dumps(body).encode(), self.settings.wedged_after_s
-            async with self.door.ask("POST", "/v1/chat/completions", data, timeout_s=within_s) as answer:
-                told = json.loads(await answer.read())
-                return answer.status == 200 and int(told["usage"]["completion_tokens"]) >= 1
-        except (Gone, ValueError, KeyError, TypeError):
-            return False
+            async with self.door.ask("POST", "/v1/chat/completions", body) as answer:
+                told = await answer.read()
+            if answer.status != 200:
+                return failure_words(answer.status, told)
+            if int(json.loads(told)["usage"]["completion_tokens"]) < 1:
+                return "an answer without a token"
+        except Gone as gone:
+            return str(gone)
+        except (ValueError, KeyError, TypeError):
+            return "an answer that is no completion"
+        self._token_s = max(self._token_s, time.monotonic() - began)
+        return ""
+
+    async def _in_time(self, asked: Awaitable[Told], within_s: float) -> Told | None:
+        """What is told within so long, the engine's waits for a CPU not counted; None when it is late."""
+        began, silence = time.monotonic(), _Silence(self._silence.pid)
+        task = asyncio.ensure_future(asked)
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=TICK_S)
+                if not task.done() and await silence.since(began, within_s) > within_s:
+                    return None
+            return task.result()
+        finally:
+            task.cancel()
 
     def _get(self, path: str) -> contextlib.AbstractAsyncContextManager[Answer]:
-        return self.door.ask("GET", path, timeout_s=ASK_TIMEOUT_S)
+        return self.door.ask("GET", path)
 
     async def _pause(self, seconds: float) -> None:
         self._wake.clear()
@@ -483,6 +632,70 @@ class Unit:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
         self._changed(self)
+
+
+class _Silence:
+    """How long an engine has been silent by its own doing.
+
+    What does not count: time in which its threads waited for a CPU, and time in which the yard itself did not look.
+    """
+
+    def __init__(self, pid: int = 0) -> None:
+        self.pid = pid
+        self._waits = CpuWait(lambda: process_tree(pid))
+        self._from: float | None = None
+        self._marked = False
+        self._looked = time.monotonic()
+        self._unseen_s = self._waited_s = 0.0
+
+    async def since(self, moved: float, limit_s: float) -> float:
+        """Seconds since `moved` that count; looked at closely only where they matter."""
+        now = time.monotonic()
+        late_s = now - self._looked - TICK_S
+        self._looked = now
+        if moved != self._from:
+            self._from, self._marked = moved, False
+            self._unseen_s = self._waited_s = 0.0
+        still_s = now - moved
+        if late_s > LATE_S:
+            self._unseen_s += min(late_s, still_s)
+        if still_s < min(STILL_S, limit_s / 4):
+            return still_s
+        if not self._marked:
+            self._marked = True
+            await in_thread(self._waits.mark, name="waits for a CPU")
+        elif still_s > limit_s:
+            self._waited_s = await in_thread(self._waits.since_mark_s, name="waits for a CPU")
+        return still_s - max(self._waited_s, self._unseen_s)
+
+    def excused(self) -> str:
+        """What was not counted, in words."""
+        return f", {self._waited_s:.1f} s of waiting for a CPU not counted" if self._waited_s > STILL_S else ""
+
+
+async def _stopped(child: ManagedProcess, grace_s: float) -> bool:
+    """True when the process is gone; False when SIGKILL has not ended it."""
+    with contextlib.suppress(TimeoutError):
+        await in_thread(lambda: child.stop(grace_s=grace_s), name="end of an engine", within_s=grace_s + 3 * KILLED_S)
+    return not child.given_up and child.poll() is not None
+
+
+def _ended(flight: Flight) -> str:
+    return "" if flight.process is None else flight.process.ended_because
+
+
+def _held_by_kernel(child: ManagedProcess) -> str:
+    return (
+        f"given up: SIGKILL does not end its process (pid {child.pid}), the kernel holds it; its memory stays taken. "
+        "See `dmesg` for the driver or file system that it waits for"
+    )
+
+
+def failure_words(status: int, body: bytes) -> str:
+    """`HTTP 500: what it said` of an error answer, in one line."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return f"HTTP {status}: {json.loads(body)['error']['message']}".replace("\n", " ")[:300]
+    return f"HTTP {status}"
 
 
 def _memory(child: ManagedProcess) -> tuple[int | None, int | None]:

@@ -275,6 +275,9 @@ class Yard:
 
         def try_again() -> None:
             if self.routes.get(route.model_id) is route and route.unservable is not None and not self.stopping:
+                if all(each.given_up for each in route.units.values()):
+                    asyncio.get_running_loop().call_later(self.settings.try_again_s, try_again)
+                    return
                 route.fallback = route.unservable = None
                 for each in route.units.values():
                     each.forgive()

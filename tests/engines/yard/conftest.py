@@ -54,10 +54,14 @@ class FakeYard:
         return self
 
     def _answers(self) -> bool:
+        return self.health_or_none() == 200
+
+    def health_or_none(self) -> int | None:
+        """As `health`; None while the port does not answer."""
         try:
-            return self.health() == 200
+            return self.health()
         except httpx.HTTPError:
-            return False
+            return None
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

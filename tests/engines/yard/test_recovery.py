@@ -92,14 +92,23 @@ def _busy(yard, restarts):
 
 def test_a_hang_with_a_green_health_is_wedged_and_replaced(start_yard):
     yard = start_yard(old="--itl-ms 20", parallel=1, settings={"wedged_after_s": 1}).ready()
-    asked = Asked(yard, stream=True, max_tokens=500)
-    until(lambda: yard.engine("old")["in_flight"] == 1, "a stream to begin")
-    kill(yard, "old", signal.SIGSTOP)
+    asked = Asked(yard, stream=True, max_tokens=500, fake_hangs_at=20)
     assert asked.done().status == 200
     assert "went away" in asked.text
     until(lambda: yard.health() == 200, "the engine to be replaced")
     (wedged,) = [i for i in yard.orders.status()["incidents"] if "no token, no prompt progress" in i["what"]]
     assert wedged["engine"] == "old"
+    assert Asked(yard).done().status == 200
+
+
+def test_an_engine_that_is_stopped_amid_an_answer_is_replaced(start_yard):
+    yard = start_yard(old="--itl-ms 20", parallel=1).ready()
+    asked = Asked(yard, stream=True, max_tokens=500)
+    until(lambda: yard.engine("old")["in_flight"] == 1, "a stream to begin")
+    kill(yard, "old", signal.SIGSTOP)
+    assert asked.done().status == 200
+    assert "went away: its process is stopped" in asked.text
+    until(lambda: yard.health() == 200, "the engine to be replaced")
     assert Asked(yard).done().status == 200
 
 
