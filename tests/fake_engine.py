@@ -94,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.loading():
             self.reply(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
             return
+        if self.path == "/tokenize":
+            self.reply(200, {"tokens": [1, 2]})
+            return
         if (refusal := self.refusal(body)) is not None:
             self.reply(*refusal)
             return

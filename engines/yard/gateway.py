@@ -174,7 +174,7 @@ class Gateway:
 
     async def _exchange(self, route: Route, unit: Unit, flight: Flight, call: Call, reply: Reply) -> None:
         """Until the engine is done with the request; what the client has not taken by then needs no engine."""
-        shim = shims.shim_for(unit, call)
+        shim, flight.generates = shims.shim_for(unit, call), call.path in GENERATING
         try:
             async with unit.door.ask("POST", call.path, shim.request()) as answer:
                 if call.stream and answer.status == 200:

@@ -55,6 +55,7 @@ class Flight:
         self.prompt_tokens = prompt_tokens
         self.process = process
         self.held = False  # its client takes nothing and the buffer is full: the engine is not read, nor judged by it
+        self.generates = False  # its outcome says whether the engine still completes anything
         self.failure = ""  # how the engine failed it, the client's own faults apart
         self.sent = self.moved = time.monotonic()
         self.first: float | None = None  # first chunk with content
@@ -278,6 +279,8 @@ class Unit:
             self._announce()
 
     def _learn_outcome(self, flight: Flight) -> None:
+        if not flight.generates:
+            return
         if not flight.failure:
             if flight.first is not None:
                 self._failures.clear()
