@@ -228,7 +228,8 @@ class Gateway:
 
     async def _hold_back(self, route: Route, flight: Flight, reply: Reply) -> None:
         """Read no more of the engine until the client has taken some; not for ever while others wait for the place."""
-        flight.held, began = True, time.monotonic()
+        began = time.monotonic()
+        flight.hold()
         while reply.is_full:
             limit_s = self._yard.settings.client_stall_s
             if route.waiting and time.monotonic() - began > limit_s:

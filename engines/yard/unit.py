@@ -55,12 +55,14 @@ class Flight:
         self.prompt_tokens = prompt_tokens
         self.process = process
         self.held = False  # its client takes nothing and the buffer is full: the engine is not read, nor judged by it
+        self.held_s = 0.0
         self.generates = False  # its outcome says whether the engine still completes anything
         self.failure = ""  # how the engine failed it, the client's own faults apart
         self.sent = self.moved = time.monotonic()
         self.first: float | None = None  # first chunk with content
         self.chunks = 0  # chunks with content, and those after the first of them
         self.prefill_rate: float | None = None  # tokens/s, where the engine's answer tells it
+        self._held_at = 0.0
         self._gap = gap
 
     def chunk(self, *, content: bool) -> None:
@@ -74,10 +76,21 @@ class Flight:
             self.first, self.chunks = now, 1
         self.moved = now
 
+    @property
+    def gap_s(self) -> float | None:
+        """Seconds between chunks, the client's own delays not counted; None before the second one."""
+        if self.first is None or self.chunks < 2:
+            return None
+        return (self.moved - self.first - self.held_s) / (self.chunks - 1)
+
+    def hold(self) -> None:
+        """Its client takes nothing, and no more may be kept for it: until `release` the engine is not read."""
+        self.held, self._held_at = True, time.monotonic()
+
     def release(self) -> None:
         """The client takes its answer again: from now on silence is the engine's."""
-        if self.held:
-            self.held, self.moved = False, time.monotonic()
+        self.held, self.moved = False, time.monotonic()
+        self.held_s += self.moved - self._held_at
 
 
 class Unit:
@@ -265,8 +278,8 @@ class Unit:
         if flight.first is not None:
             self.tokens += flight.chunks
             self.ttft_series.append((flight.first - flight.sent) * 1000)
-            if flight.chunks > 1:
-                self.token_gap.learn((flight.moved - flight.first) / (flight.chunks - 1))
+            if (gap_s := flight.gap_s) is not None:
+                self.token_gap.learn(gap_s)
         # never learnt from the time to the first token: a prompt that lay in the cache would look 100 times faster
         if flight.prefill_rate is not None:
             self.prefill.learn(flight.prefill_rate)

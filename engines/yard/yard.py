@@ -408,7 +408,7 @@ class Yard:
     def served(self, route: Route, unit: Unit, call: Call, flight: Flight, error: str | None) -> None:
         """Count an answered request, and remember it for the judgement of a canary."""
         ttft = None if flight.first is None else (flight.first - flight.sent) * 1000
-        gaps = flight.chunks - 1
+        gap_s = flight.gap_s
         sample = Sample(
             at=time.time(),
             engine=unit.engine,
@@ -418,7 +418,7 @@ class Yard:
             error=error,
             empty=error is None and flight.first is None and call.stream,
             ttft_ms=ttft if call.stream else None,
-            tpot_ms=(flight.moved - flight.first) * 1000 / gaps if call.stream and flight.first and gaps > 0 else None,
+            tpot_ms=gap_s * 1000 if call.stream and gap_s is not None else None,
         )
         self.samples[route.model_id].append(sample)
         self.metrics.served(route.model_id, sample, flight.chunks)
