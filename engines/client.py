@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import aiohttp
 
 from engines.errors import BadInput, NoMeasurement
+from engines.redaction import redacted_text
 from engines.settings import Endpoint
 
 try:
@@ -424,7 +425,7 @@ def error_text(body: Any) -> str:
         if isinstance(inner, dict):
             inner = inner.get("message") or inner.get("detail") or inner
         body = inner if isinstance(inner, str) else json.dumps(inner)
-    return str(body)[:ERROR_TEXT_CHARS]
+    return redacted_text(str(body))[:ERROR_TEXT_CHARS]
 
 
 # --- reconciliation: do client, usage and engine tell the same story? ---------------------------------------------

@@ -15,9 +15,14 @@ SwitchyardError
 
 from __future__ import annotations
 
+from engines.redaction import redacted_text
+
 
 class SwitchyardError(Exception):
-    """Base of all of ours; its text is one line that says what, where and how to mend it."""
+    """Base of all of ours; its text is one line that says what, where and how to mend it, without secrets."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted_text(str(message)))  # engines quote the keys that they were sent
 
 
 class BadInput(SwitchyardError):

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import psutil
 
 from engines.errors import BadInput
+from engines.redaction import redacted_text
 from engines.settings import KvType, Settings
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
@@ -451,7 +452,8 @@ def _needed(flag: str, rest: list[str]) -> str:
 
 
 def _unless_secret(name: str, value: str | None) -> str | None:
-    return "(not shown)" if value and re.search("key|token|secret|password", name, re.IGNORECASE) else value
+    hidden = value and (re.search("key|token|secret|password", name, re.IGNORECASE) or redacted_text(value) != value)
+    return "(not shown)" if hidden else value
 
 
 def _is_next_flag(rest: list[str]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 
 from engines.errors import SwitchyardError
+from engines.redaction import redacted_text
 from engines.yard.client import YardClient, public_address
 
 PAUSE_S = 5.0  # it must not disturb what is measured
@@ -64,7 +65,7 @@ class Traffic:
                 f"{address}/v1/chat/completions", json=body, timeout=TIMEOUT_S, trust_env=False, verify=False
             )
             if answer.status_code != 200:
-                self.failed.append(f"{answer.status_code}: {answer.text[:120]}")
+                self.failed.append(f"{answer.status_code}: {redacted_text(answer.text)[:120]}")
         except httpx.HTTPError as error:
             self.failed.append(f"{type(error).__name__}: {error}")
         self.sent += 1

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from rich.console import Console
 from rich.status import Status
 
+from engines.redaction import redacted_text
+
 logger = logging.getLogger("switchyard")
 logger.setLevel(logging.INFO)  # Prefect forwards it, but leaves its level unset, which drops INFO
 
@@ -21,14 +23,14 @@ class Progress:
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
         """One step, said at its start and, with its time, at its end."""
-        started = time.monotonic()
+        title, started = redacted_text(title), time.monotonic()
         logger.info("%s ...", title)
         yield
         logger.info("%s: %s", title, _took(started))
 
     def say(self, text: str) -> None:
         """A detail inside the step."""
-        logger.info("  %s", text)
+        logger.info("  %s", redacted_text(text))
 
 
 class ConsoleProgress(Progress):
@@ -43,7 +45,8 @@ class ConsoleProgress(Progress):
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
         """One step; a line with a tick and its time when it ends, a cross when it breaks off."""
-        self._title, started = title, time.monotonic()
+        self._title, started = redacted_text(title), time.monotonic()
+        title = self._title
         self._status = self._console.status(title, spinner="dots") if self._console.is_terminal else None
         if self._status:
             self._status.start()
@@ -61,7 +64,7 @@ class ConsoleProgress(Progress):
     def say(self, text: str) -> None:
         """A detail of the running step, on its live line."""
         if self._status:
-            self._status.update(f"{self._title} [dim]{text}[/dim]")
+            self._status.update(f"{self._title} [dim]{redacted_text(text)}[/dim]")
 
 
 progress: ContextVar[Progress] = ContextVar("progress", default=Progress())  # noqa: B039

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engines.driver import Installation, driver, native_driver
 from engines.errors import EngineNotFound
+from engines.redaction import RedactingFormatter
 from engines.yard.recipe import Recipe
 from engines.yard.yard import ModelConfig, YardConfig
 from migrations.plan import EngineChoice, Plan
@@ -80,7 +81,7 @@ def _found(choice: EngineChoice) -> Installation:
 def log_to_terminal(level: int = logging.INFO) -> None:
     """One readable line an event, on standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("switchyard")
     logger.handlers = [handler]
     logger.setLevel(level)

@@ -207,7 +207,7 @@ def redacted(text: str, private: Private) -> str:
         text = re.sub(rf"(?<![\w-]){user}(?![\w-])|(?<=/)[^/\s]*\b{user}\b[^/\s'\"]*", "USER", text)
     for name in set(private.hosts) - NOBODY:
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?:\.[A-Za-z][\w-]*)*(?![\w-])", "this host", text)
-    return re.sub(r"\b(?:sk|hf|ghp|pat)[-_][\w-]{16,}", "[redacted]", text)
+    return text
 
 
 def _shared(value: Any, private: Private) -> Any:

@@ -6,6 +6,8 @@ import html
 import math
 import re
 
+from engines.redaction import redacted_text
+
 NOT_MEASURED = "not measured"
 _EMPTY = frozenset(("br", "circle", "line", "path", "rect"))
 _COUNTED = frozenset(("answers", "divergences", "failures", "findings", "parameters", "requests"))
@@ -39,7 +41,7 @@ def joined(*parts: Part) -> Html:
 
 def escaped(text: str) -> str:
     """`text` as the content of an element or an attribute; what a page cannot or should not hold becomes a mark."""
-    return html.escape(_UNFIT.sub("\ufffd", text))
+    return html.escape(redacted_text(_UNFIT.sub("\ufffd", text)))  # older records may hold secrets
 
 
 def figure(number: float | None) -> str:

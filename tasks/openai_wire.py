@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import httpx
 
+from engines.redaction import redacted_text
 from engines.settings import Endpoint
 
 Json = dict[str, Any]
@@ -49,14 +50,14 @@ class Reply:
     def error_text(self) -> str:
         """The server's own words, wherever it put them, on one line of at most 160 characters."""
         message = self.error.get("message")
-        return " ".join(str(message or self.raw or "(empty body)").split())[:160]
+        return redacted_text(" ".join(str(message or self.raw or "(empty body)").split()))[:160]
 
     def served(self) -> Reply:
         """This reply; raises Refused unless it is a 200 and Malformed unless it is a JSON object."""
         if self.status != 200:
             raise Refused(self)
         if not isinstance(self.body, dict):
-            raise Malformed(f"200 without a JSON object: {self.raw[:80]!r}")
+            raise Malformed(f"200 without a JSON object: {redacted_text(self.raw)[:80]!r}")
         return self
 
     @property

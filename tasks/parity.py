@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.redaction import redacted_text
 from engines.settings import Endpoint
 from tasks.prompts import Prompt
 from tasks.statistics import percentile, wilson
@@ -1174,12 +1175,14 @@ def _post(http: httpx.Client, path: str, body: Evidence) -> tuple[Evidence | Non
     except httpx.HTTPError as error:
         return None, f"{type(error).__name__}: {error}"
     if reply.status_code != 200:
-        return None, f"HTTP {reply.status_code}: {' '.join(reply.text.split())[:160]}"
+        return None, f"HTTP {reply.status_code}: {redacted_text(' '.join(reply.text.split()))[:160]}"
     try:
         answer = reply.json()
     except ValueError:
-        return None, f"200 without JSON: {reply.text[:80]!r}"
-    return (answer, None) if isinstance(answer, dict) else (None, f"200 without a JSON object: {reply.text[:80]!r}")
+        return None, f"200 without JSON: {redacted_text(reply.text)[:80]!r}"
+    if not isinstance(answer, dict):
+        return None, f"200 without a JSON object: {redacted_text(reply.text)[:80]!r}"
+    return answer, None
 
 
 def _usage(answer: Evidence, key: str) -> int | None:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import zlib
 from collections.abc import Mapping, Sequence, Set
 from datetime import date, datetime
@@ -17,26 +16,14 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 
 from engines.errors import SwitchyardError
-
-REDACTED = "[redacted]"
-
-# fmt: off
-_SECRET_NAMES = frozenset({
-    "api_key", "apikey", "api_keys", "x_api_key", "authorization", "proxy_authorization", "token",
-    "access_token", "refresh_token", "auth_token", "bearer_token", "hf_token", "hft", "password",
-    "passwd", "secret", "client_secret", "cookie", "set_cookie", "private_key",
-})
-# fmt: on
-_SECRET_ENDINGS = ("_api_key", "_password", "_secret", "_auth_token", "_access_token", "_hf_token")
-_BEARER = re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]{16,}")
-_URL_PASSWORD = re.compile(r"(://[^/\s:@]+:)[^/\s@]+(?=@)")
+from engines.redaction import REDACTED, is_secret_name, redacted_text, redacted_word
 
 
 def redact(value: Any) -> Any:
     """A plain JSON copy of `value` in which every secret reads "[redacted]"; an unset one stays None.
 
-    A secret is the value of a key such as `api_key`, `authorization` or `token`, a `SecretStr`, the word after (or
-    glued to) a flag such as `--api-key` in an argv, a bearer token or the password of a URL inside any text.
+    A secret is a `SecretStr`, the value of a key such as `api_key`, `authorization` or `token`, and what
+    `engines.redaction` finds in any text or command line.
     Models, dataclasses, paths, times, enums and numpy values become what JSON has; keys become text.
     Raises SwitchyardError, with the place, for NaN, infinity and what has no JSON form.
     """
@@ -64,8 +51,8 @@ def plan_hash(plan: Any) -> str:
 
 
 def storable_text(text: str) -> str:
-    """`text` as any database takes it: lone surrogates and NUL (engines do emit them) become replacement marks."""
-    return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\ufffd")
+    """`text` without secrets, as any database takes it: lone surrogates and NUL become replacement marks."""
+    return redacted_text(text).encode("utf-8", "replace").decode("utf-8").replace("\x00", "\ufffd")
 
 
 def _plain(value: Any, where: str, *, tokens_are_words: bool) -> Any:
@@ -76,7 +63,7 @@ def _plain(value: Any, where: str, *, tokens_are_words: bool) -> Any:
     if isinstance(value, Enum):
         return _plain(value.value, where, tokens_are_words=tokens_are_words)
     if isinstance(value, str):
-        return _URL_PASSWORD.sub(r"\1" + REDACTED, _BEARER.sub(r"\1" + REDACTED, str(value)))
+        return redacted_text(str(value))
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -111,7 +98,7 @@ def _plain_mapping(mapping: Mapping[Any, Any], where: str, tokens_are_words: boo
         name = str(key.value) if isinstance(key, Enum) else str(key)
         word = tokens_are_words and name.lower() == "token"
         # numbers are counts and ids (a token's), and a switch is no secret either
-        hidden = not word and not isinstance(item, int | float | None) and _is_secret(name)
+        hidden = not word and not isinstance(item, int | float | None) and is_secret_name(name)
         place = f"{where}.{name}" if where else name
         plain[name] = REDACTED if hidden else _plain(item, place, tokens_are_words=tokens_are_words)
     return plain
@@ -122,29 +109,12 @@ def _plain_sequence(items: Sequence[Any], where: str, tokens_are_words: bool) ->
     after: str | None = None
     for index, item in enumerate(items):
         if isinstance(item, str):
-            plain.append(_plain_argument(item, after))
+            plain.append(redacted_word(str(item), after))
             after = item
         else:
             plain.append(_plain(item, f"{where}[{index}]", tokens_are_words=tokens_are_words))
             after = None
     return plain
-
-
-def _plain_argument(item: str, after: str | None) -> str:
-    """One word of what may be an argv; `after` is the word before it."""
-    flag, equals, _ = item.partition("=")
-    if equals and flag.startswith("-") and _is_secret(flag):
-        return f"{flag}={REDACTED}"
-    if after is not None and after.startswith("-") and _is_secret(after):
-        return REDACTED
-    if item.startswith("literal:"):  # mistral.rs: --token-source literal:<token>
-        return f"literal:{REDACTED}"
-    return str(_plain(item, "", tokens_are_words=True))
-
-
-def _is_secret(name: str) -> bool:
-    normal = name.lstrip("-").replace("-", "_").lower()
-    return normal in _SECRET_NAMES or normal.endswith(_SECRET_ENDINGS)
 
 
 def _finite(number: float, where: str) -> float:

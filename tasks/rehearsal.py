@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from engines.errors import BadInput, SwitchyardError
 from engines.gguf_header import read_header
 from engines.memory_fit import FreeMemory, estimate, free_memory
+from engines.redaction import redacted_text
 from engines.yard.client import YardClient
 from engines.yard.recipe import Recipe
 from tasks.verdict import CheckResult, Verdict, at_most, not_measured
@@ -101,7 +102,7 @@ def one_token(address: str, model_id: str, key: SecretStr | None, *, wait_s: flo
                 tokens = answer.json()["usage"]["completion_tokens"] if answer.status_code == 200 else 0
                 if tokens >= 1:
                     return {"answered": True, "took_s": time.monotonic() - began, "error": None}
-                error = error or f"HTTP {answer.status_code}: {answer.text[:200]}"
+                error = error or f"HTTP {answer.status_code}: {redacted_text(answer.text)[:200]}"
             except (httpx.HTTPError, ValueError, KeyError, TypeError) as problem:
                 error = error or f"{type(problem).__name__}: {problem}"
     return {"answered": False, "took_s": time.monotonic() - began, "error": " ".join(error.split())}

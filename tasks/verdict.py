@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from engines.redaction import redacted_text
+
 
 class Verdict(StrEnum):
     """Best to worst; a gate opens on PASS alone."""
@@ -38,6 +40,11 @@ class CheckResult(BaseModel):
     unit: str = ""
     why: str
     required: bool = True
+
+    @field_validator("why")
+    @classmethod
+    def _without_secrets(cls, why: str) -> str:
+        return redacted_text(why)  # it quotes what engines answered
 
     @field_validator("value", "limit")
     @classmethod

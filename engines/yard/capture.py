@@ -1,14 +1,8 @@
 """Requests kept for a later replay, when the plan asks for it: one JSON line each, redacted, bounded, off the hot path.
 
-A line is the body of a chat request as `load_transcripts` of the parity check reads it. What is taken out first, by
-`redacted`, with `[redacted]` in its place:
+A line is the body of a chat request as `load_transcripts` of the parity check reads it, without what
+`engines.redaction` lists (in its strict strength, commit ids and inline images included) and without
 
-- the values of Authorization headers, bearer and basic credentials, and what follows `password`, `secret`, `api_key`,
-  `access_token`, `auth_token`, `private_key` and the like, in prose, code, JSON and as the key of a string
-- keys by their maker's mark: `sk-`, `pk-`, `rk-` (OpenAI, Anthropic, Stripe), GitHub, GitLab, Slack, Hugging Face, AWS,
-  Google, npm, PyPI
-- JSON web tokens, the user and password in a URL, e-mail addresses
-- hexadecimal of 32 digits and more, base64 of 40 characters and more (commit ids and inline images with them)
 - who asked: `user`, `safety_identifier`, `prompt_cache_key`, `conversation`, `metadata`
 
 These are the obvious ones. Names, addresses and what the text itself tells stay: the file is its owner's alone (0600).
@@ -19,54 +13,19 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REDACTED = "[redacted]"
+from engines.redaction import redacted
+
 WHO = frozenset({"user", "safety_identifier", "prompt_cache_key", "conversation", "metadata"})
-_NAMES = r"(?:api[_-]?key|passwd|password|secret|access[_-]?token|auth[_-]?token|private[_-]?key)"
-SECRET_NAME = re.compile(rf"(?i)^(?:[\w-]*{_NAMES}|(?:proxy-)?authorization)$")
-# every repetition has an end, and none begins inside a word: time grows with the text, not with its square
-PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (
-            r"""(?i)(\bauthorization["']?\s{0,4}[:=]\s{0,4}["']?)(?:(?:bearer|basic|token)\s{1,4})?[^\s"',;]{1,4096}""",
-            rf"\1{REDACTED}",
-        ),
-        (r"(?i)\b(bearer|basic)\s{1,4}(?=[^\s\d]{0,64}\d)[\w.~+/=-]{8,4096}", rf"\1 {REDACTED}"),
-        (r"\b(?:sk|pk|rk)[-_][\w-]{16,512}", REDACTED),
-        (r"\b(?:gh[pousr]_\w{20,255}|github_pat_\w{20,255}|glpat-[\w-]{16,255}|xox[abeoprs]-[\w-]{10,255})", REDACTED),
-        (r"\b(?:hf_\w{20,255}|npm_\w{30,255}|pypi-[\w-]{30,512}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35})", REDACTED),
-        (rf"""(?i)(\b[\w-]{{0,32}}{_NAMES}["']?\s{{0,4}}[:=]\s{{0,4}}["']?)[^\s"',;&]{{4,4096}}""", rf"\1{REDACTED}"),
-        (r"\beyJ[\w-]{8,4096}\.[\w-]{8,4096}\.[\w-]{0,4096}", REDACTED),
-        (r"(\b[a-zA-Z][\w+.-]{1,15}://)[^\s/@:]{1,128}:[^\s/@]{1,256}@", rf"\1{REDACTED}@"),
-        (r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}", REDACTED),
-        (r"(?<![\w-])[0-9a-fA-F]{32,}(?![\w-])", REDACTED),
-    )
-)
-LONG = re.compile(r"(?<![\w+/=-])[\w+/-]{40,}={0,2}", re.ASCII)
-PATH_SHARE = 1 / 12  # of slashes; base64 has one in 64
-PIECE = 8 * 1024  # a regular expression holds the interpreter until it is through: short ones delay nobody
 LARGEST = 2 * 2**20
 QUEUED = 16 * 2**20
 TRY_AGAIN_S = 60.0
 CLOSE_S = 2.0
-
-
-def redacted(value: Any) -> Any:
-    """The same JSON value without the secrets listed at the head of this file."""
-    if isinstance(value, str):
-        return "".join(_clean(piece) for piece in _pieces(value))
-    if isinstance(value, list):
-        return [redacted(item) for item in value]
-    if isinstance(value, dict):
-        return {key: REDACTED if _is_secret(key, item) else redacted(item) for key, item in value.items()}
-    return value
 
 
 def replayable(body: dict[str, Any]) -> bool:
@@ -124,7 +83,7 @@ class Lines:
             line, size = item
             try:
                 if time.monotonic() >= self._silent_until:
-                    self._write(json.dumps(redacted(line)).encode() + b"\n")
+                    self._write(json.dumps(redacted(line, strict=True)).encode() + b"\n")
                     self.written += 1
                     self._in_trouble = False
                 else:
@@ -191,35 +150,3 @@ def _is_message(message: Any) -> bool:
     content = message.get("content")
     parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
     return parts or isinstance(content, str | None)
-
-
-def _is_secret(key: Any, value: Any) -> bool:
-    return isinstance(value, str) and isinstance(key, str) and SECRET_NAME.match(key) is not None
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces that end between words; the interpreter is free for others after each."""
-    begin = 0
-    while begin < len(text):
-        end = begin + PIECE
-        if end < len(text):
-            cut = max(text.rfind(" ", begin, end), text.rfind("\n", begin, end))
-            end = cut + 1 if cut > begin else end
-        yield text[begin:end]
-        begin = end
-        if begin < len(text):
-            time.sleep(0)
-
-
-def _clean(piece: str) -> str:
-    # half a surrogate pair is no text: whoever reads the line would refuse the file
-    piece = piece.encode("utf-8", "replace").decode()
-    for pattern, replacement in PATTERNS:
-        piece = pattern.sub(replacement, piece)
-    return LONG.sub(_without_token, piece)
-
-
-def _without_token(found: re.Match[str]) -> str:
-    text = found.group()
-    mixed = any(map(str.isdigit, text)) and any(map(str.isupper, text)) and any(map(str.islower, text))
-    return REDACTED if mixed and text.count("/") <= len(text) * PATH_SHARE else text

@@ -11,6 +11,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from engines.redaction import redacted, redacted_text
+
 FILE_BYTES = 4 * 1024 * 1024
 REMEMBERED = 200
 
@@ -26,6 +28,7 @@ class Journal:
 
     def note(self, kind: str, model: str, what: str, **more: Any) -> None:
         """Remember, write and log one event; `kind` is state, move, canary, incident or yard."""
+        what, more = redacted_text(what), redacted(more)  # an engine's words are in it
         event = {"at": time.time(), "kind": kind, "model": model, "what": what, **more}
         self.recent.append(event)
         if kind == "incident":

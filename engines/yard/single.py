@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from engines.errors import SwitchyardError
+from engines.redaction import RedactingFormatter
 from engines.yard.recipe import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
@@ -33,7 +34,9 @@ def main() -> None:
     """Serve until told to stop."""
     recipe, port = Recipe.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
     restarts = int(sys.argv[4]) if len(sys.argv) > 4 else 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter("%(message)s"))
     try:
         run(lambda: config_of(recipe, port, restarts), home=Path(sys.argv[2]))
     except SwitchyardError as error:

@@ -26,6 +26,7 @@ from pydantic import SecretStr
 from engines.driver import Driver, driver, native_of
 from engines.errors import BadInput
 from engines.process import end_orphans
+from engines.redaction import redacted, redacted_text
 from engines.settings import Serve
 from engines.yard.capture import Capture
 from engines.yard.door import Door, FrameDoor, HttpDoor
@@ -270,7 +271,8 @@ class Yard:
 
     def _give_up(self, route: Route, unit: Unit) -> None:
         """No engine can be kept up. Requests are refused with the reason, and all are tried again in a while."""
-        route.unservable = f"no engine can serve {route.model_id}: {unit.engine}: {unit.why}".replace("\n", " ")
+        why = f"no engine can serve {route.model_id}: {unit.engine}: {unit.why}".replace("\n", " ")
+        route.unservable = redacted_text(why)
         self.journal.note("incident", route.model_id, route.unservable, engine=unit.engine)
 
         def try_again() -> None:
@@ -403,7 +405,7 @@ class Yard:
         if route.dormant:
             return f"{route.model_id} is not loaded; the first request loads it"
         detail = f" ({unit.loading})" if unit.state == "loading" and unit.loading else ""
-        return f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " ")
+        return redacted_text(f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " "))
 
     def served(self, route: Route, unit: Unit, call: Call, flight: Flight, error: str | None) -> None:
         """Count an answered request, and remember it for the judgement of a canary."""
@@ -415,7 +417,7 @@ class Yard:
             conversation=_digest(call.conversation()) if route.state.canary else "",
             prompt_tokens=flight.prompt_tokens,
             ok=error is None,
-            error=error,
+            error=error and redacted_text(error),
             empty=error is None and flight.first is None and call.stream,
             ttft_ms=ttft if call.stream else None,
             tpot_ms=gap_s * 1000 if call.stream and gap_s is not None else None,
@@ -459,13 +461,13 @@ class Yard:
             "model": route.model_id,
             "engine": unit.engine,
             "state": "unloaded" if route.dormant else str(unit.state),
-            "why": self.explain(route) if route.dormant else unit.why,
+            "why": self.explain(route) if route.dormant else redacted_text(unit.why),
             "fallback": route.fallback is not None,
         }
 
     def status(self) -> dict[str, Any]:
-        """Everything, for `switchyard status` and the page."""
-        return {
+        """Everything, for `switchyard status` and the page; without secrets."""
+        told = {
             "pid": os.getpid(),
             "since": self.started_at,
             "address": f"http://{self.settings.host}:{self.settings.port}",
@@ -475,6 +477,7 @@ class Yard:
             "incidents": list(self.journal.incidents),
             "events": list(self.journal.recent),
         }
+        return {key: redacted(value) for key, value in told.items()}
 
     def _route_status(self, route: Route) -> dict[str, Any]:
         canary, says = route.state.canary, self.canary_says.get(route.model_id)

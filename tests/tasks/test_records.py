@@ -406,6 +406,31 @@ def test_a_plan_has_the_same_hash_in_any_order_and_with_any_key() -> None:
     assert plan_hash({"a": 1}) != plan_hash({"a": 2})
 
 
+def test_the_hash_of_a_stored_plan_is_as_it_was() -> None:
+    """Computed by the first version: an unfinished run is found by it. Paths of a model cache are no secrets."""
+    snapshot = "models--a--sk-b/snapshots/0123456789abcdef0123456789abcdef01234567"
+    plan = {
+        "name": "home",
+        "api_key_env": "SWITCHYARD_API_KEY",
+        "note": "sent Bearer 0123456789abcdef0 to postgresql://me:pw@host/db",
+        "models": [
+            {
+                "id": "m",
+                "gguf": f"/home/ann/.cache/huggingface/hub/{snapshot}/m.gguf",
+                "aliases": ["gpt-4o", "local/model"],
+            }
+        ],
+        "settings": {"context_tokens": 4096, "tokenizer_json": None, "api_key": None},
+        "limits": {"ttft_p50_ratio": 1.1},
+        "accepted_losses": ["seed"],
+        "client": {"requires": ["max_tokens", "stop_string"]},
+        "sampling": {"max_tokens": 64},
+        "api_key": "x",
+    }
+    assert plan_hash(plan) == "1738e6faffcb74f569d9243190c0144e7182ba6d03a7785cd3e84f56c087ceb6"
+    assert redact(plan)["models"] == plan["models"]
+
+
 # several processes
 
 WRITE_ROWS = """

@@ -3,14 +3,18 @@
 import json
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
 from waiting import until
 
-from engines.yard.capture import REDACTED, Capture, Lines, redacted, replayable
+from engines.redaction import REDACTED
+from engines.redaction import redacted as redacted_in
+from engines.yard.capture import Capture, Lines, replayable
 from tasks.prompts import load_transcripts
 
+redacted = partial(redacted_in, strict=True)
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 
 
