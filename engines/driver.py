@@ -5,6 +5,7 @@ A driver is stateless; `engines.serving` starts, awaits and stops what it descri
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from engines import environment
 from engines.errors import BadInput
 from engines.settings import Serve, Settings
 
@@ -146,14 +148,14 @@ def help_flags(text: str) -> frozenset[str]:
 def probe(
     program: list[str], *arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = 20
 ) -> str | None:
-    """What a program prints (both streams) for `arguments`; None when it cannot be run or does not end in time."""
+    """What an engine's program prints (both streams) for `arguments`; None when it cannot be run or is too slow."""
     try:
         done = subprocess.run(
             [*program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=dict(env) if env is not None else None,
+            env=environment.of_child(environment.of_engine(os.environ if env is None else env)),
             timeout=timeout_s,
             check=False,
         )
@@ -163,5 +165,5 @@ def probe(
 
 
 def scrubbed(base: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
-    """`base` without variables that would change an engine behind our back."""
-    return {key: value for key, value in base.items() if not key.startswith(prefixes)}
+    """`base` without variables that would change an engine behind our back, or that it must not see."""
+    return {key: value for key, value in environment.of_engine(base).items() if not key.startswith(prefixes)}

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 
 from engines.driver import Driver
+from engines.environment import of_child
 from engines.errors import BadInput, EngineError
 
 FETCH_S = 60.0
@@ -68,7 +69,9 @@ def reinstall_ours(driver: Driver, home: Path) -> list[str]:
 
 def _pip(driver: Driver, what: str, *arguments: str) -> None:
     # its lines go where a person reads: standard output belongs to --json
-    done = subprocess.run(pip_command(what, *arguments), check=False, stdout=sys.stderr.fileno())
+    done = subprocess.run(
+        pip_command(what, *arguments), check=False, stdout=sys.stderr.fileno(), env=of_child(os.environ)
+    )
     if done.returncode:
         raise EngineError(f"pip could not {what} {driver.name} (exit status {done.returncode}, see above)")
 
@@ -119,7 +122,9 @@ def run_script(driver: Driver, script: VendorScript, confirm: Callable[[VendorSc
         path = Path(folder) / "install.sh"
         path.write_bytes(script.text)
         try:
-            done = subprocess.run(["sh", str(path)], env={**os.environ, **driver.installer.script_env}, check=False)
+            done = subprocess.run(
+                ["sh", str(path)], env={**of_child(os.environ), **driver.installer.script_env}, check=False
+            )
         except OSError as error:
             raise EngineError(f"the installer of {driver.name} could not be run: {error}") from error
     if done.returncode:

@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -208,7 +207,8 @@ async def _serve(port: int, ttft_ms: float, itl_ms: float, tokens: int, *, forev
 @contextlib.contextmanager
 def known_truth_server(*, ttft_ms: float = 50, itl_ms: float = 10, tokens: int = 32) -> Iterator[Endpoint]:
     """Where the server answers, while the context lasts; raises EngineExited or EngineStalled if it never does."""
-    from engines.settings import Endpoint  # not at the top: the server process must start fast
+    from engines.environment import of_child  # not at the top: the server process must start fast
+    from engines.settings import Endpoint
 
     child = subprocess.Popen(
         [
@@ -222,16 +222,13 @@ def known_truth_server(*, ttft_ms: float = 50, itl_ms: float = 10, tokens: int =
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (_HOME, os.environ.get("PYTHONPATH")) if p)},
+        env=of_child(os.environ),
     )
     try:
         port = _port_of(child)
         yield Endpoint(base_url=f"http://127.0.0.1:{port}", model_id="known-truth", engine="known-truth")
     finally:
         _stop(child)
-
-
-_HOME = str(Path(__file__).resolve().parent.parent)
 
 
 def _port_of(child: subprocess.Popen[bytes]) -> int:

@@ -30,6 +30,9 @@ from typing import Any
 
 import psutil
 
+from engines import environment
+from engines.redaction import redacted_text
+
 LAUNCHER = Path(__file__).with_name("launcher.py")
 LOG_BYTES = 4 * 1024 * 1024
 TAIL_LINES = 40
@@ -84,7 +87,7 @@ class RotatingLog:
     def write(self, line: bytes) -> None:
         """Append one line. A full disk loses lines, never the engine."""
         self.bytes_seen += len(line)
-        text = ANSI.sub("", line.decode("utf-8", "replace")).rstrip()
+        text = redacted_text(ANSI.sub("", line.decode("utf-8", "replace")).rstrip())
         if text:
             self._tail.append(text)
         with contextlib.suppress(OSError):
@@ -274,6 +277,7 @@ def start(
 ) -> ManagedProcess:
     """A running process in its own session, registered under `state_dir`; its output goes to `log_path`.
 
+    `env`, by default ours, as `engines.environment.of_child` has it.
     Raises OSError when the register cannot be written (the process is ended first).
     """
     log = RotatingLog(log_path)
@@ -285,7 +289,7 @@ def start(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=dict(env) if env is not None else None,
+            env=environment.of_child(os.environ if env is None else env),
             cwd=cwd,
         )
     )

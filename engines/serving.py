@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
-from engines import process
+from engines import environment, process
 from engines.cpu_wait import CpuWait
 from engines.driver import Driver, Installation
 from engines.errors import (
@@ -113,7 +113,7 @@ def launch(
     """The engine's process, just started. Raises PortTaken."""
     _require_free(serve, driver.name)
     argv = driver.argv(installation, serve)
-    env = driver.environment(installation, serve, os.environ)
+    env = driver.environment(installation, serve, environment.of_engine(os.environ))
     return process.start(f"{driver.name} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import SecretStr
 
 from engines.driver import Installation, driver
 from engines.errors import BadInput, SwitchyardError
@@ -25,6 +28,7 @@ from migrations.plan import Plan
 from tasks import compatibility
 from tasks.circumstances import machine_circumstances
 from tasks.contender import Arm
+from tasks.payload import redact
 from tasks.prompts import load_transcripts
 from tasks.records import Records, Run, open_records
 
@@ -47,7 +51,7 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
                 home=home,
                 installations=installations,
                 error_budget=_error_budget(records, run.id),
-                api_key=plan.api_key(os.environ),
+                api_key=_engines_key(plan),
             )
             yield bench, run
         except SwitchyardError as error:
@@ -104,9 +108,15 @@ def _started(records: Records, plan: Plan) -> Run:
 
 def _resumed(records: Records, plan: Plan, reference: str) -> Run:
     run = records.find_run(reference)
-    if Plan.model_validate_json(json.dumps(run.plan)) != plan:  # a plan stored by an older version has fewer keys
+    asked = Plan.model_validate(redact(plan.model_dump(mode="json")))  # as it was stored
+    if Plan.model_validate_json(json.dumps(run.plan)) != asked:  # a plan stored by an older version has fewer keys
         raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
     return records.resume_run(run.id, flow_run_id=flow_run_id())
+
+
+def _engines_key(plan: Plan) -> SecretStr | None:
+    """A key that the engines check where the plan's clients send one; theirs is for the yard, not for engines."""
+    return SecretStr(secrets.token_hex(16)) if plan.api_key_env else None
 
 
 def _error_budget(records: Records, run_id: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from pydantic import SecretStr
 
 from engines import process
+from engines.environment import of_child
 from engines.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.recipe import Recipe
@@ -183,4 +184,4 @@ def _environment(home: Path) -> dict[str, str]:
     """Ours, without Prefect's: a yard has nothing to do with it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     # a narrow terminal must not break the yard's lines in its log
-    return {**kept, "SWITCHYARD_HOME": str(home), "COLUMNS": "500"}
+    return {**of_child(kept), "SWITCHYARD_HOME": str(home), "COLUMNS": "500"}

@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from engines.driver import Form
+from engines.environment import withhold
 from engines.errors import BadInput
 from engines.model_digest import model_digest, shards
 from engines.settings import Settings
@@ -368,6 +369,11 @@ class Plan(_Part):
         own = self.model(model_id).settings
         set_here = {name: value for name in own.model_fields_set if (value := getattr(own, name)) is not None}
         return self.settings.model_copy(update=set_here | ({"api_key": api_key} if api_key is not None else {}))
+
+    def model_post_init(self, _: Any) -> None:
+        """Have the clients' key kept from engines, whichever way this process starts them."""
+        if self.api_key_env is not None:
+            withhold(self.api_key_env)
 
     def api_key(self, environment: Mapping[str, str]) -> SecretStr | None:
         """The clients' key out of `environment`; None when the plan names no variable; BadInput when it is not set."""

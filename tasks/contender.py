@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines import process
+from engines import environment, process
 from engines.driver import Driver, Installation
 from engines.serving import Served, free_port, serving
 from engines.settings import Endpoint, Serve, Settings
@@ -88,7 +88,7 @@ class YardContender(Contender):
             [sys.executable, "-m", "engines.yard.single", str(folder / "recipe.json"), str(folder), str(port)],
             state_dir=self.home,
             log_path=folder / "yard.log",
-            env={**os.environ, "SWITCHYARD_HOME": str(folder)},
+            env={**environment.of_engine(os.environ), "SWITCHYARD_HOME": str(folder)},
         )
         try:
             client = YardClient(folder)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # a child of Switchyard: its script's folder is not on the path
+
 from fake_driver import FakeDriver
 from pydantic import SecretStr
 

@@ -2,8 +2,10 @@
 
 import psutil
 
+HOME = "TEST_HOME"  # what is Switchyard's own does not reach engines
 
-def of_home(home, variable="SWITCHYARD_HOME"):
+
+def of_home(home, variable=HOME):
     """Those alive that carry `home`: whatever a program started there and did not end."""
     found = []
     for process in psutil.process_iter():

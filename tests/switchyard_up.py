@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
-from processes import of_home
+from processes import HOME, of_home
 from real_yard import HELLO, LOCAL, plan_text
 from switchyard_command import command
 from traffic import traffic
@@ -47,7 +47,7 @@ class Up:
         self.plan = folder / "plan.toml"
         self.plan.write_text(plan_text(self.port, context=512, models=parts))
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-        self.environment = {**kept, "SWITCHYARD_HOME": str(self.home), "COLUMNS": "200"}
+        self.environment = {**kept, "SWITCHYARD_HOME": str(self.home), HOME: str(self.home), "COLUMNS": "200"}
         self.yard = YardClient(self.home)
         self.lost: list[str] = []  # requests of clients without a whole answer: when, which, why
         self.process: subprocess.Popen[bytes] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import HOME
 from switchyard_command import command
 
 
@@ -19,7 +20,7 @@ def home(tmp_path: Path) -> Path:
 def environment(home: Path) -> dict[str, str]:
     """The environment of a user who has set nothing but SWITCHYARD_HOME."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-    return {**kept, "SWITCHYARD_HOME": str(home), "COLUMNS": "200"}
+    return {**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}
 
 
 Switchyard = Callable[..., subprocess.CompletedProcess[str]]
