@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import flows.import_path  # isort: skip  # noqa: F401  before anything is imported that the caller's folder may hold too
+
 import contextlib
-import json
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +17,12 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from engines.environment import apply_to_this_process
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
+from engines.redaction import redacted_text
 from flows import migrate_command, retire_commands, service, soak_command, up, yard_commands
-from flows.options import EXIT_CODES, Json
+from flows.options import EXIT_CODES, Json, print_json
 
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
 INTERRUPT_S = 20.0
@@ -89,7 +91,7 @@ def doctor(
 
     findings = examine(prefect=prefect)
     if json_:
-        _print_json({"findings": [finding.as_dict() for finding in findings]})
+        print_json({"findings": [finding.as_dict() for finding in findings]})
     else:
         out = Console()
         for finding in findings:
@@ -144,7 +146,7 @@ def init(
 
     written = write_plan(from_port=from_port, from_command=from_command, models=model or [], output=output, force=force)
     if json_:
-        _print_json(written)
+        print_json(written)
         return
     out = Console()
     out.print(f"{output} written: {', '.join(written['models'])}", highlight=False)
@@ -168,7 +170,7 @@ def preflight(
 
     report = examine(targets, context=context)
     if json_:
-        _print_json(report)
+        print_json(report)
     else:
         Console().print(tables.preflight(report), highlight=False)
     answers = [
@@ -201,7 +203,7 @@ def evaluate(
     plan, run_id = _what_to_run(target, resume, soak, folder)
     outcome = _evaluate(plan, run_id, folder, allow_retired=allow_retired)
     if json_:
-        _print_json(outcome)
+        print_json(outcome)
     else:
         _show_outcome(outcome)
     raise typer.Exit(EXIT_CODES[outcome["verdict"]])
@@ -224,20 +226,22 @@ def status(
             raise BadInput("--watch is for people, --json for programs: leave one of them away")
         status_view.watch(yard, Console())
         return
-    state = current(_prepared_home())
-    asked = status_view.ask(yard)
+    folder, asked = _prepared_home(), status_view.ask(yard)
     if json_:
-        _print_json({**state, "yard": asked[0]})
+        print_json({**current(folder), "yard": asked[0]})
         return
     out = Console()
-    out.print(status_view.shown(asked), "", soft_wrap=asked[0] is None)
+    out.print(status_view.shown(asked), "", soft_wrap=asked[0] is None)  # before anything waits for the database
+    state = current(folder)
     _show_evaluations(state, out, skip=status_view.pids(asked[0]))
 
 
 def _show_evaluations(state: dict[str, Any], out: Console, *, skip: frozenset[int]) -> None:
     from flows import tables
 
-    if not state["running"]:
+    if state["records"]:
+        out.print(f"records: {_plain(state['records'])}; history not shown", highlight=False, soft_wrap=True)
+    elif not state["running"]:
         out.print("no evaluation is running", highlight=False)
     for run in state["running"]:
         out.print(
@@ -269,7 +273,7 @@ def history(
     _prepared_home()
     runs = past(limit)
     if json_:
-        _print_json({"runs": runs})
+        print_json({"runs": runs})
     elif not runs:
         Console().print("no run yet; " + _next("switchyard evaluate demo"))
     else:
@@ -290,7 +294,7 @@ def report(
 
     outcome = rejudge(_prepared_home(), run, output)
     if json_:
-        _print_json(outcome)
+        print_json(outcome)
         return
     Console().print(tables.evaluation(outcome))
     Console().print(f"\nreport: {outcome['report']}", highlight=False, soft_wrap=True)
@@ -306,6 +310,7 @@ app.add_typer(service.app, name="service")
 
 def main() -> None:
     """Run the command line."""
+    apply_to_this_process()
     app()
 
 
@@ -448,12 +453,8 @@ def _next(command: str) -> str:
     return f"next: [bold]{command}[/bold]"
 
 
-def _plain(error: BaseException) -> str:
-    return str(error).replace("[", r"\[")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def _plain(error: object) -> str:
+    return redacted_text(str(error)).replace("[", r"\[")
 
 
 if __name__ == "__main__":

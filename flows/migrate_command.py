@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +12,7 @@ from rich.text import Text
 
 from engines.errors import BadInput
 from engines.home import home
-from flows.options import EXIT_CODES, Json, PlanFile
+from flows.options import EXIT_CODES, Json, PlanFile, print_json
 
 app = typer.Typer()
 
@@ -76,8 +74,7 @@ def migrate(
         raise typer.Exit(EXIT_CODES[whole["verdict"]])
     outcome = _migrated(phase, loaded, orders, path, folder)
     if json_:
-        json.dump({**outcome, "next": next_step(outcome)}, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json({**outcome, "next": next_step(outcome)})
     else:
         _show(outcome)
     raise typer.Exit(EXIT_CODES[outcome["verdict"]])
@@ -149,8 +146,7 @@ def _whole(path: Path, orders: Any, folder: Path, *, yes: bool) -> dict[str, Any
 
 def _print_whole(outcome: dict[str, Any], json_: bool) -> None:
     if json_:
-        json.dump({**outcome, "next": next_of_whole(outcome)}, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json({**outcome, "next": next_of_whole(outcome)})
         return
     out = Console()
     for model in outcome["models"]:

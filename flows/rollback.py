@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from engines.deadline import Background
 from engines.errors import BadInput, SwitchyardError
 from engines.home import host
 from engines.yard.client import YardClient, public_address
@@ -29,6 +30,9 @@ KIND = "rollback"
 MOVES = ("migrate", "migrate-native")
 WAIT_S = 120.0
 LOOK_BACK = 50
+DATABASE = "the database of the records"
+LOCKED_S = 3.0  # for each lock that another program holds
+RECORD_S = 6.0  # for the records as a whole, whatever hangs
 Say = Callable[[str], None]
 
 
@@ -103,34 +107,37 @@ def _key(plan: Plan | None) -> SecretStr | None:
 
 @contextlib.contextmanager
 def _recorded(plan: Plan | None, model: str, wish: Wish, say: Say) -> Iterator[dict[str, Any]]:
-    """Intent before, done after, and the migration marked; without a database it goes on without a trace."""
+    """The intent, then done or failed, and the migration marked, as far as the database can be written.
+
+    The intent is recorded beside the block, not before it: a database that hangs or is locked delays nothing. What
+    could not be recorded is said, in one line.
+    """
     note: dict[str, Any] = {}
-    records, run = _begun(plan, model, wish, say)
+    begun = Background(DATABASE, lambda: _begun(plan, model, wish))
     try:
         yield note
     except BaseException as error:
-        with contextlib.suppress(SwitchyardError):
-            if records and run:
-                records.put_step(run.id, model, KIND, "failed", {"why": str(error)})
-                records.finish_run(run.id, "failed", error=str(error) or type(error).__name__)
+        why = str(error) or type(error).__name__
+        if problem := _record(begun, lambda records, run: _failed(records, run, model, why)):
+            say(f"not recorded that the rollback failed: {problem}")
         raise
-    else:
-        try:
-            if records and run:
-                _concluded(records, run, model, wish, note)
-        except SwitchyardError as error:
-            say(f"rolled back, but not recorded: {error}")
-    finally:
-        if records:
-            records.close()
+    if problem := _record(begun, lambda records, run: _concluded(records, run, model, wish, note)):
+        say(f"rolled back, but not recorded: {problem}")
 
 
-def _begun(plan: Plan | None, model: str, wish: Wish, say: Say) -> tuple[Records | None, Run | None]:
+def _record(begun: Background[tuple[Records, Run]], conclude: Callable[[Records, Run], None]) -> str | None:
+    """Conclude what was begun; why that could not be done, None when it could."""
     try:
-        records = open_records()
-    except SwitchyardError as error:
-        say(f"not recorded: {error}")
-        return None, None
+        records, run = begun.result(RECORD_S)
+        with records:
+            Background(DATABASE, lambda: conclude(records, run)).result(RECORD_S)
+    except Exception as error:  # nothing about the records may break a rollback
+        return str(error) or type(error).__name__
+    return None
+
+
+def _begun(plan: Plan | None, model: str, wish: Wish) -> tuple[Records, Run]:
+    records = open_records(wait_s=LOCKED_S)
     try:
         run = records.start_run(
             KIND,
@@ -142,10 +149,15 @@ def _begun(plan: Plan | None, model: str, wish: Wish, say: Say) -> tuple[Records
         if wish.who:
             records.put_decision(run.id, model, KIND, who=wish.who, why=wish.reason or "no reason was given")
         records.put_step(run.id, model, KIND, "intent", {"only_from": wish.only_from})
-    except SwitchyardError as error:
-        say(f"not recorded: {error}")
-        return records, None
+    except BaseException:
+        records.close()
+        raise
     return records, run
+
+
+def _failed(records: Records, run: Run, model: str, why: str) -> None:
+    records.put_step(run.id, model, KIND, "failed", {"why": why})
+    records.finish_run(run.id, "failed", error=why)
 
 
 def _concluded(records: Records, run: Run, model: str, wish: Wish, note: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -12,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engines.home import home
-from flows.options import EXIT_CODES, Json, PlanFile
+from flows.options import EXIT_CODES, Json, PlanFile, print_json
 
 app = typer.Typer()
 
@@ -39,8 +37,7 @@ def soak(
     load_plan(path)  # what is wrong with it is better known before Prefect starts
     outcome = with_prefect(folder, _flow)(str(path), window)
     if json_:
-        json.dump({**outcome, "next": next_step(outcome)}, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json({**outcome, "next": next_step(outcome)})
     else:
         show(outcome)
     raise typer.Exit(exit_code(outcome))

@@ -8,38 +8,62 @@ from typing import Any
 
 import psutil
 
+from engines.deadline import Background
 from engines.driver import driver
-from engines.errors import BadInput
+from engines.errors import BadInput, SwitchyardError
 from engines.process import end_orphans, registered
+from engines.redaction import redacted
 from flows.outcome import judge, report
 from flows.trial import ARMS, Bench, Trial
 from migrations.plan import Plan
 from tasks.records import Records, Run, open_records
 
+DATABASE = "the database of the records"
+LOCKED_S = 3.0  # for each lock of another program; our own writers hold theirs for milliseconds
+READ_S = 10.0  # for all of it, whatever hangs
+
 
 def past(limit: int) -> list[dict[str, Any]]:
     """The latest runs, newest first."""
-    with open_records() as records:
-        return [_run(run) for run in records.history(limit)]
+
+    def read() -> list[dict[str, Any]]:
+        with open_records(wait_s=LOCKED_S) as records:
+            return [_run(run) for run in records.history(limit)]
+
+    return Background(DATABASE, read).result(READ_S)
 
 
 def current(home: Path) -> dict[str, Any]:
-    """Runs and processes that are alive, what was left behind and ended just now, and the last run."""
+    """Runs and processes that are alive, what was left behind and ended just now, and the last run.
+
+    `records` is None, or one line that says why no run is shown: they are locked, unreadable or out of reach.
+    """
+
+    def read() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        with open_records(wait_s=LOCKED_S) as records:
+            runs = records.history(50)
+            return [
+                {**_run(run), "pid": run.owner_pid, "evidence": len(records.list_evidence(run.id))}
+                for run in runs
+                if run.shown_status == "running"
+            ], _run(runs[0]) if runs else None
+
+    reading = Background(DATABASE, read)
     ended = end_orphans(home)
-    with open_records() as records:
-        runs = records.history(50)
-        running = [
-            {**_run(run), "pid": run.owner_pid, "evidence": len(records.list_evidence(run.id))}
-            for run in runs
-            if run.shown_status == "running"
-        ]
+    running: list[dict[str, Any]] = []
+    last = problem = None
+    try:
+        running, last = reading.result(READ_S)
+    except SwitchyardError as error:
+        problem = str(error)
     return {
+        "records": problem,
         "running": running,
         "processes": [
             {"name": name, "pid": process.pid, "memory_bytes": _memory(process)} for name, process in registered(home)
         ],
         "ended": ended,
-        "last": _run(runs[0]) if runs else None,
+        "last": last,
     }
 
 
@@ -54,7 +78,8 @@ def plan_of(reference: str) -> tuple[str, Plan]:
 
 def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
     """Every verdict of a run made again from its raw evidence, and its report written; a broken-off run stays so."""
-    with open_records() as records:
+    opened = Background(DATABASE, lambda: open_records(wait_s=LOCKED_S)).result(READ_S)
+    with opened as records:
         run = _evaluation(records, reference)
         bench = _bench_of(records, run, home)
         trials = [Trial(bench, model) for model in bench.plan.models]
@@ -81,7 +106,7 @@ def _bench_of(records: Records, run: Run, home: Path) -> Bench:
 
 def _run(run: Run) -> dict[str, Any]:
     took = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
-    return {
+    told = {
         "run_id": run.id,
         "kind": run.kind,
         "plan": run.name,
@@ -92,6 +117,7 @@ def _run(run: Run) -> dict[str, Any]:
         "error": run.error,
         "report": run.report_path,
     }
+    return dict(redacted(told))  # what an older version stored may still hold a secret
 
 
 def _memory(process: psutil.Process) -> int | None:

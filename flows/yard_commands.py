@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import typer
 from rich.console import Console
 
 from engines.home import home
-from flows.options import EXIT_CODES, Json, To
+from flows.options import EXIT_CODES, Json, To, print_json
 
 app = typer.Typer()
 
@@ -87,8 +85,7 @@ def rollback(
     wish = Wish(who=who, reason=reason, form=form)
     outcome = roll_back(home(), model, wish, lambda step: errors.print(step, style="dim", highlight=False))
     if json_:
-        json.dump(outcome, sys.stdout)
-        print()
+        print_json(outcome)
     else:
         Console().print(outcome["done"], highlight=False, soft_wrap=True)
     raise typer.Exit(EXIT_CODES[outcome["verdict"]])
@@ -167,7 +164,6 @@ def _order(name: str, json_: bool, **body: Any) -> None:
     given = {key: value for key, value in body.items() if value is not None}
     done = YardClient(home()).order(name, lambda step: errors.print(step, style="dim", highlight=False), **given)
     if json_:
-        json.dump({"done": done}, sys.stdout)
-        print()
+        print_json({"done": done})
     else:
         Console().print(done, highlight=False, soft_wrap=True)

@@ -44,7 +44,7 @@ from sqlmodel import Field, Session, SQLModel, col
 from engines.errors import BadInput, NoMeasurement, SwitchyardError
 from engines.home import host as this_host
 from tasks.payload import pack_json, plan_hash, redact, storable_text, unpack_json
-from tasks.schema.upgrade import SCHEMA, Schema, database, explained, open_database, shown
+from tasks.schema.upgrade import BUSY_TIMEOUT_S, SCHEMA, Schema, database, explained, open_database, shown
 from tasks.series import Point, Series, joined, pack, unpack
 from tasks.verdict import CheckResult, Verdict
 
@@ -244,14 +244,17 @@ class Decision(_Table, table=True):
 METADATA = _Table.metadata
 
 
-def open_records(where: str | Path | None = None, *, schema: Schema = SCHEMA) -> Records:
+def open_records(
+    where: str | Path | None = None, *, schema: Schema = SCHEMA, wait_s: float = BUSY_TIMEOUT_S
+) -> Records:
     """The records at a path or URL, or at their usual place; created or upgraded in place first.
 
+    Whatever another program keeps locked is waited for no longer than `wait_s` seconds at a time.
     Raises BadInput in one line for what the user can mend: no such directory, not a database, another program's,
     a newer Switchyard's. Close it, or use it in a `with`.
     """
     url = database(where)
-    return Records(open_database(url, schema), shown(url))
+    return Records(open_database(url, schema, wait_s=wait_s), shown(url))
 
 
 class Records:

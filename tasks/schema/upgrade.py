@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -62,26 +63,34 @@ def database(where: str | Path | None) -> URL:
     return url
 
 
+def absolute(url: URL) -> str:
+    """`url` with its password, and with the whole path of a file: it means the same from any working directory."""
+    if url.get_backend_name() == "sqlite":
+        url = url.set(database=str(Path(str(url.database)).absolute()))
+    return url.render_as_string(hide_password=False)
+
+
 def shown(url: URL) -> str:
     """What a person is told of the address: the path of a file, a URL without its password."""
     return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
 
 
-def open_database(url: URL, schema: Schema = SCHEMA) -> Engine:
+def open_database(url: URL, schema: Schema = SCHEMA, *, wait_s: float = BUSY_TIMEOUT_S) -> Engine:
     """An engine on the database at `url`, created or upgraded in place to `schema.head`.
 
-    Before an upgrade the old SQLite file is copied to `NAME.bak-REVISION`. Raises BadInput where the user can mend it
+    Each wait for another program's lock, or for the connection to a server, ends after `wait_s` seconds. Before an
+    upgrade the old SQLite file is copied to `NAME.bak-REVISION`. Raises BadInput where the user can mend it
     (unreachable, not a database, of another program, of a newer Switchyard) and never replaces what it found.
     """
     with explained(url):
         if url.get_backend_name() == "sqlite":
             _make_directory(Path(str(url.database)).parent)
-        engine = _engine(url)
+        engine = _engine(url, wait_s=wait_s)
         try:
             with engine.connect() as connection:
                 found = _revision(connection)
             if found != schema.head:
-                _upgrade(url, schema)
+                _upgrade(url, schema, wait_s)
         except BaseException:
             engine.dispose()
             raise
@@ -97,13 +106,14 @@ def explained(url: URL) -> Iterator[None]:
         raise _explanation(url, problem) from problem
 
 
-def _engine(url: URL, *, foreign_keys: bool = True, pooled: bool = True) -> Engine:
+def _engine(url: URL, *, wait_s: float, foreign_keys: bool = True, pooled: bool = True) -> Engine:
     sqlite = url.get_backend_name() == "sqlite"
     options: dict[str, Any] = {} if pooled else {"poolclass": NullPool}
     if sqlite:
-        options["connect_args"] = {"timeout": BUSY_TIMEOUT_S}
+        options["connect_args"] = {"timeout": wait_s}
     else:
         options["pool_pre_ping"] = pooled
+        options["connect_args"] = {"connect_timeout": max(2, math.ceil(wait_s))}  # libpq takes 1 for 2
     try:
         engine = create_engine(url, **options)
     except (ModuleNotFoundError, NoSuchModuleError) as problem:
@@ -111,7 +121,7 @@ def _engine(url: URL, *, foreign_keys: bool = True, pooled: bool = True) -> Engi
             f"{shown(url)}: no driver for {url.drivername}: pip install 'psycopg[binary]' for PostgreSQL"
         ) from problem
     if sqlite:
-        _set_pragmas(engine, foreign_keys)
+        _set_pragmas(engine, foreign_keys, wait_s)
     _stay_in_process(engine)
     return engine
 
@@ -130,12 +140,12 @@ def _stay_in_process(engine: Engine) -> None:
             raise DisconnectionError("opened before the fork")
 
 
-def _set_pragmas(engine: Engine, foreign_keys: bool) -> None:
+def _set_pragmas(engine: Engine, foreign_keys: bool, wait_s: float) -> None:
     @event.listens_for(engine, "connect")
     def pragmas(connection: sqlite3.Connection, _record: object) -> None:
         # the driver starts no transactions by itself: it would start none before DDL
         connection.isolation_level = None
-        _use_wal(connection)
+        _use_wal(connection, wait_s)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
 
@@ -146,9 +156,9 @@ def _set_pragmas(engine: Engine, foreign_keys: bool) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _use_wal(connection: sqlite3.Connection) -> None:
+def _use_wal(connection: sqlite3.Connection, wait_s: float) -> None:
     """Turns WAL on once per file; SQLite's busy timeout does not cover the switch, so it is asked again."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
@@ -179,9 +189,9 @@ def _revision(connection: Connection) -> str | None:
     return row[0] if row else None
 
 
-def _upgrade(url: URL, schema: Schema) -> None:
+def _upgrade(url: URL, schema: Schema, wait_s: float) -> None:
     # foreign keys off: on SQLite a table is changed by dropping its old copy, and the drop would cascade
-    engine = _engine(url, foreign_keys=False, pooled=False).execution_options(writes=True)
+    engine = _engine(url, wait_s=wait_s, foreign_keys=False, pooled=False).execution_options(writes=True)
     try:
         with _ONE_AT_A_TIME, _quiet_alembic(), engine.begin() as connection:
             # read again under the lock: another process may just have done it
@@ -285,7 +295,7 @@ _ADVICE: tuple[tuple[tuple[str, ...], type[SwitchyardError], str], ...] = (
     (
         ("database is locked", "database table is locked"),
         SwitchyardError,
-        f"another process kept it for {BUSY_TIMEOUT_S:.0f} s; stop that one, or try again",
+        "another program holds the lock: wait for that one or end it, then try again",
     ),
     (
         ("FOREIGN KEY", "foreign key"),
