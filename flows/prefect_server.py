@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from rich.console import Console
 
 from engines import process
+from engines.environment import is_loopback, without_proxies
 from engines.errors import BadInput, SwitchyardError
+from engines.home import database_url
 from engines.serving import exit_reason, free_port
 from flows.progress import ConsoleProgress, progress
 from flows.up_file import found
@@ -45,6 +48,32 @@ def prepare_environment(home: Path, environ: Mapping[str, str] = os.environ) -> 
     # what went wrong is one line of ours; Prefect's traceback would stand above it
     wanted["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def prepare_process(home: Path) -> None:
+    """Keep other people's Prefect settings out of this process; to be called before Prefect is imported.
+
+    Prefect reads `.env`, `prefect.toml` and `pyproject.toml` of the working directory, whenever it likes, and puts that
+    directory in front of the module path. So the process works in a folder of its own from here on: whoever has a
+    relative path makes it absolute first. BadInput when the folder cannot be made.
+    """
+    from tasks.schema.upgrade import absolute, database  # half a second that `--help` need not wait for
+
+    os.environ.update(prepare_environment(home))
+    os.environ["SWITCHYARD_HOME"] = str(home)
+    if database_url() is not None:
+        os.environ["SWITCHYARD_DATABASE_URL"] = absolute(database(None))
+    os.chdir(workplace(home))
+
+
+def workplace(home: Path) -> Path:
+    """The working directory of every process that imports Prefect; made now. BadInput when it cannot be."""
+    folder = home / "prefect"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as problem:
+        raise BadInput(f"{folder} cannot be created ({problem.strerror}): set SWITCHYARD_HOME to another") from problem
+    return folder
 
 
 def with_prefect(home: Path, load: Callable[[], Flow]) -> Flow:
@@ -91,7 +120,12 @@ class PrefectServer:
         if not self._services:
             env["PREFECT__SERVER_EPHEMERAL"] = "1"
         self._child = process.start(
-            "prefect server", argv, state_dir=self._home, log_path=self._home / "logs" / "prefect-server.log", env=env
+            "prefect server",
+            argv,
+            state_dir=self._home,
+            log_path=self._home / "logs" / "prefect-server.log",
+            env=env,
+            cwd=workplace(self._home),
         )
 
     def ready(self) -> None:
@@ -141,23 +175,34 @@ def prefect_api(home: Path) -> PrefectServer | None:
     Prefect, which registers its own later, still sends its last events to a server that answers. Stopped any earlier,
     the server would be missed for more than a minute at the end of every command.
     """
-    os.environ.update(prepare_environment(home))
+    prepare_process(home)
     if (running := found(home)) is not None:
         os.environ.setdefault("PREFECT_API_URL", running.api_url)
-    if os.environ.get("PREFECT_API_URL"):
-        _require_reachable(os.environ["PREFECT_API_URL"])
-        return None
-    server = PrefectServer(home)
-    atexit.register(server.stop)
-    server.start()
-    os.environ["PREFECT_API_URL"] = server.api_url
+    server = None
+    if not os.environ.get("PREFECT_API_URL"):
+        server = PrefectServer(home)
+        atexit.register(server.stop)
+        server.start()
+        os.environ["PREFECT_API_URL"] = server.api_url
+    local = is_loopback(urlsplit(os.environ["PREFECT_API_URL"]).hostname or "")
+    if local:  # Prefect's clients take every proxy variable seriously, and a SOCKS proxy they cannot even read
+        for name in os.environ.keys() - without_proxies(os.environ).keys():
+            del os.environ[name]
+    if server is None:
+        _require_reachable(os.environ["PREFECT_API_URL"], through_proxy=not local)
     return server
 
 
-def _require_reachable(api_url: str) -> None:
+def _require_reachable(api_url: str, *, through_proxy: bool) -> None:
     try:
-        httpx.get(f"{api_url.rstrip('/')}/health", timeout=5).raise_for_status()
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=5, trust_env=through_proxy).raise_for_status()
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise BadInput(
+            f"PREFECT_API_URL is {api_url}, and the proxy variables (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) name a proxy "
+            f"that cannot be used: {error}"
+        ) from error
     except httpx.HTTPError as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise SwitchyardError(
-            f"PREFECT_API_URL is {api_url}, but no Prefect server answers there: start it or unset it ({error})"
+            f"PREFECT_API_URL is {api_url}, but no Prefect server answers there: start it or unset it ({why})"
         ) from error

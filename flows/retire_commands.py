@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engines.home import home
-from flows.options import EXIT_CODES, Json, PlanFile
+from flows.options import EXIT_CODES, Json, PlanFile, print_json
 
 app = typer.Typer()
 
@@ -42,8 +40,7 @@ def retire(
     loaded = load_plan(plan_path(plan, folder).absolute())
     outcome = _retired(loaded, folder, who=who, reason=reason, at_once=now, uninstall=uninstall)
     if json_:
-        json.dump({**outcome, "next": next_step(outcome)}, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json({**outcome, "next": next_step(outcome)})
     else:
         _show(outcome)
     raise typer.Exit(EXIT_CODES[outcome["verdict"]])
@@ -68,8 +65,7 @@ def guide(
     with open_records() as records:
         written = write_guide(records, loaded, folder, output)
     if json_:
-        json.dump({"files": [str(path) for path in written]}, sys.stdout)
-        print()
+        print_json({"files": [str(path) for path in written]})
     else:
         for path in written:
             Console().print(str(path), highlight=False, soft_wrap=True)
@@ -81,13 +77,16 @@ def restore(
     json_: Json = False,
 ) -> None:
     """Bring a retired engine back, and what was uninstalled of it; it serves when you promote a model to it."""
+    from flows.prefect_server import prepare_process
+
+    folder = home()
+    prepare_process(folder)
     from flows.deprecate import restore as restored
 
     errors = Console(stderr=True)
-    done = restored(engine, home(), lambda step: errors.print(step, style="dim", highlight=False))
+    done = restored(engine, folder, lambda step: errors.print(step, style="dim", highlight=False))
     if json_:
-        json.dump({"done": done}, sys.stdout)
-        print()
+        print_json({"done": done})
     else:
         Console().print(done, highlight=False, soft_wrap=True)
 

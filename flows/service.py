@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from rich.console import Console
 import flows
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
-from flows.options import Json
+from flows.options import Json, print_json
 
 if TYPE_CHECKING:
     from migrations.plan import Plan
@@ -122,9 +121,13 @@ def unit_text(
 
     `systemd` is its version, None where unknown: from 254 on the pause between restarts grows.
     """
+    installed = _root().name in ("site-packages", "dist-packages")
     kept = {name: environment[name] for name in KEPT if environment.get(name)}
     given = "".join(
         f"Environment={_quoted(f'{name}={value}')}\n" for name, value in {"SWITCHYARD_HOME": str(home), **kept}.items()
+    )
+    given += "Environment=PYTHONSAFEPATH=1\n" + (
+        "" if installed else f"Environment={_quoted(f'PYTHONPATH={_root()}')}\n"
     )
     # arguments, not the program, have their `$` expanded
     arguments = ["-m", "flows.cli", "serve", str(plan).replace("$", "$$")]
@@ -138,7 +141,7 @@ def unit_text(
         "StartLimitIntervalSec=0\n"
         "\n[Service]\n"
         "Type=exec\n"
-        # python -m looks for packages in its working directory first: only our own may be there
+        # whatever reads files of its working directory finds our own there
         f"WorkingDirectory={_escaped(str(_root()))}\n"
         f"{given}"
         f"EnvironmentFile=-{_escaped(glob.escape(str(_environment_file(environment))))}\n"
@@ -318,6 +321,6 @@ def _run(command: Sequence[str]) -> None:
 
 def _tell(result: Mapping[str, Any], text: str, json_: bool) -> None:
     if json_:
-        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        print_json(result)
     else:
         Console().print(text.rstrip("\n"), highlight=False, markup=False, soft_wrap=True)

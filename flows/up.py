@@ -25,12 +25,13 @@ import psutil
 import typer
 from rich.console import Console
 
+from engines.environment import without_proxies
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.process import Identity, ManagedProcess, end_orphans, start
 from engines.serving import exit_reason
 from engines.yard.client import YardClient, public_address, socket_path
-from flows.options import Json, PlanFile
+from flows.options import Json, PlanFile, print_json
 from flows.up_file import Up, found, up_file
 
 if TYPE_CHECKING:
@@ -115,8 +116,7 @@ def down(json_: Json = False) -> None:
     nothing = running is None and not was_serving and not ended
     done = "nothing was up" if nothing else "all is down"
     if json_:
-        json.dump({"done": done}, sys.stdout)
-        print()
+        print_json({"done": done})
     else:
         Console().print(done, highlight=False)
 
@@ -146,9 +146,9 @@ def _only_one(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _prefect(folder: Path, port: int) -> Iterator[PrefectServer]:
     """Prefect's server with its UI and scheduler, while the block runs."""
-    from flows.prefect_server import PrefectServer, prepare_environment
+    from flows.prefect_server import PrefectServer, prepare_process
 
-    os.environ.update(prepare_environment(folder))
+    prepare_process(folder)
     os.environ.pop("PREFECT_API_URL", None)
     server = PrefectServer(folder, port=port, services=True, ui=True)
     server.start()
@@ -232,10 +232,13 @@ class Deployments:
 
     def start(self) -> None:
         """Return once it says that they are served; SwitchyardError with its last words when it does not come to it."""
+        from flows.prefect_server import workplace
+
         self.stop()  # what it has left behind, where it died: the flows that it ran
         log = self._folder / "logs" / "deployments.log"
-        env = {**os.environ, **self._env}
-        child = self._child = start("deployments", self._argv, state_dir=self._folder, log_path=log, env=env)
+        env = {**without_proxies(os.environ), **self._env}
+        cwd = workplace(self._folder)
+        child = self._child = start("deployments", self._argv, state_dir=self._folder, log_path=log, env=env, cwd=cwd)
         deadline = time.monotonic() + SERVE_S
         while not any(SERVED in line for line in child.log_tail()):
             if child.poll() is not None or time.monotonic() > deadline:

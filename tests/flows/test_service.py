@@ -104,6 +104,15 @@ def test_engines_on_the_shells_path_are_found_by_the_service_too():
     assert "SECRET" not in text
 
 
+def test_the_service_imports_nothing_from_its_working_directory():
+    """The packages of a checkout are named, not found by standing in it."""
+    lines = text_of(environment={"PYTHONPATH": "/theirs"}).splitlines()
+    assert "Environment=PYTHONSAFEPATH=1" in lines
+    (path,) = [line.partition("=")[2] for line in lines if "PYTHONPATH" in line] or [None]
+    (folder,) = [line.partition("=")[2] for line in lines if line.startswith("WorkingDirectory=")]
+    assert path == f"PYTHONPATH={folder}" or folder.endswith("-packages")
+
+
 def test_restarts_back_off_where_systemd_knows_how():
     assert "RestartSteps=" in text_of(systemd=254)
     for older in (252, None):
