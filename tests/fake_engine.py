@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hold-mib", type=int, default=0, help="takes so much memory")
     parser.add_argument("--one-write", action="store_true", help="a stream leaves as a whole, at its end")
     parser.add_argument("--silent-prefill", action="store_true", help="/slots does not move while a prompt is read")
+    parser.add_argument("--quotes", help="prints this at its start, and answers with it: 500 but to a readiness probe")
     parser.add_argument("--exit-while", type=Path, help="leave at once while this file is there")
     parser.add_argument("--fails-while", type=Path, help="every completion is HTTP 500 while this file is there")
     parser.add_argument("--empty-while", type=Path, help="every completion is empty while this file is there")
@@ -104,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
             print("ggml_cuda: out of memory: failed to allocate 1286 MiB", flush=True)
             os.abort()
         n = body.get("max_tokens") or 16
+        if self.options.quotes and n != 1:
+            self.reply(500, {"error": {"message": self.options.quotes, "type": "server_error", "code": 500}})
+            return
         if type(n) is not int or not 0 < n < 10_000:
             self.reply(400, {"error": {"message": f"max_tokens {n}", "type": "invalid_request_error", "code": 400}})
             return
@@ -182,6 +186,8 @@ def main() -> None:
     options = parse()
     if options.exit_while is not None and options.exit_while.exists():
         sys.exit(1)
+    if options.quotes:
+        print(options.quotes, flush=True)
     if options.exit_code is not None:
         print("error: invalid argument: --mlock", file=sys.stderr)
         sys.exit(options.exit_code)
