@@ -1,7 +1,7 @@
 """Takes the caller's folder off this process's import path; imported by the command before anything else is.
 
 `python -m` puts the working directory in front, and so does a relative or empty entry of PYTHONPATH: what is called
-`json.py` or `tasks/` there would be run in place of ours. Only what Python itself has loaded is used here.
+`json.py` or `tasks/` there would run in place of ours. Only modules that Python itself has loaded are used here.
 """
 
 import os
@@ -10,17 +10,18 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def _from_elsewhere() -> list[str]:
+def without_callers_folder(path: list[str]) -> list[str]:
+    """The entries of `path` that were not put there by way of the working directory; our own folder stays."""
+    named = os.environ.get("PYTHONPATH", "")
+    entries = named.split(os.pathsep) if named else []
+    theirs = {os.path.abspath(entry) for entry in entries if not os.path.isabs(entry)}
+    theirs -= {ROOT, *filter(os.path.isabs, entries)}
     here = os.path.abspath(os.curdir)
-    named = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not os.path.isabs(entry)]
-    foreign = {os.path.abspath(entry) for entry in named} if os.environ.get("PYTHONPATH") else set()
-    absolute = {entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)}
-    first = 0 if sys.flags.safe_path or sys.path[:1] not in ([""], [here]) else 1
-    return [entry for entry in sys.path[first:] if os.path.abspath(entry) not in foreign - absolute - {ROOT}]
+    from_here = not sys.flags.safe_path and here != ROOT and path[:1] in ([""], [here])
+    return [entry for entry in path[from_here:] if os.path.abspath(entry) not in theirs]
 
 
-try:
-    kept = _from_elsewhere()
-except FileNotFoundError:  # the working directory was removed: nothing can be imported from it
-    kept = list(sys.path)
-sys.path[:] = kept if ROOT in kept or ROOT not in sys.path else [ROOT, *kept]
+try:  # noqa: SIM105  contextlib may be theirs
+    sys.path[:] = without_callers_folder(sys.path)
+except FileNotFoundError:
+    pass  # the working directory was removed: nothing is imported from it
