@@ -17,6 +17,7 @@ from engines.redaction import redacted_text
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ROOT = Path(__file__).resolve().parent.parent  # where Python finds our packages: a checkout, or site-packages
 OURS = ("SWITCHYARD_", "PREFECT_", "WATCHDOG_", "LISTEN_")
+NEEDED = frozenset({"PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR"})  # whatever a folder in them is called
 OURS_BY_NAME = frozenset({"NOTIFY_SOCKET", "SSH_AUTH_SOCK"})
 # TOKENIZERS_PARALLELISM and KEYMAP hold no secret
 SECRET = re.compile(
@@ -72,7 +73,7 @@ def without_proxies(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_kept_from_engines(name: str, value: str) -> bool:
-    return (
+    return name not in NEEDED and (
         name in _withheld
         or name in OURS_BY_NAME
         or name.startswith(OURS)

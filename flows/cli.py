@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import flows.import_path  # isort: skip  # noqa: F401  before anything is imported that the caller's folder may hold too
+import _switchyard  # isort: skip  # noqa: F401  before anything is imported that the caller's folder may hold too
 
 import contextlib
 import os

@@ -53,11 +53,11 @@ def folder(tmp_path):
 def run(environment, folder):
     """`switchyard ARG ...` as installed, called from the hostile folder."""
 
-    def run(*arguments, timeout_s=300, **variables):
+    def run(*arguments, timeout_s=300, cwd=folder, **variables):
         return subprocess.run(
             command(*arguments),
             env={**environment, **variables},
-            cwd=folder,
+            cwd=cwd,
             text=True,
             capture_output=True,
             timeout=timeout_s,
@@ -91,6 +91,16 @@ def test_nothing_of_the_callers_folder_is_imported(run, folder, path):
         assert "of the caller" not in done.stdout + done.stderr, arguments
         expected = {"preflight": (0, 3, 4), "restore": (2,)}.get(arguments[0], (0,))  # nothing was retired
         assert done.returncode in expected, done.stderr
+    assert imported(folder) == []
+
+
+@pytest.mark.parametrize("path", [".", ":", "..:.", "their project:"])
+def test_a_search_path_that_begins_with_the_callers_folder_is_not_followed(run, tmp_path, path):
+    """Only what Python itself loads before the command begins (`json`, `sitecustomize`) cannot be kept out."""
+    folder = hostile_folder(tmp_path / "their other project", modules=("typer", "rich", "gguf", "psutil"))
+    for arguments in (("--help",), ("status",), ("history",)):
+        done = run(*arguments, cwd=folder, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
     assert imported(folder) == []
 
 

@@ -1,13 +1,14 @@
-"""Takes the caller's folder off this process's import path; imported by the command before anything else is.
+"""The start of the `switchyard` command: takes the caller's folder off the import path before anything is imported.
 
 `python -m` puts the working directory in front, and so does a relative or empty entry of PYTHONPATH: what is called
-`json.py` or `tasks/` there would run in place of ours. Only modules that Python itself has loaded are used here.
+`json.py` or `flows/` there would run in place of ours. Only modules that Python itself has loaded are used here, and
+this file has a name that nobody else's project has.
 """
 
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
 def without_callers_folder(path: list[str]) -> list[str]:
@@ -25,3 +26,10 @@ try:  # noqa: SIM105  contextlib may be theirs
     sys.path[:] = without_callers_folder(sys.path)
 except FileNotFoundError:
     pass  # the working directory was removed: nothing is imported from it
+
+
+def main() -> None:
+    """Run the command."""
+    from flows.cli import main as command  # not before the path is clean
+
+    command()
