@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo install test check clean
+CLIENTS := .venv-clients
+
+.PHONY: demo install test clients check proofs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/switchyard evaluate demo; status=$$?; \
@@ -15,6 +17,13 @@ install: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/pytest -n 3 --dist worksteal
+
+# real clients for the tests, in an environment of their own: nanobot wants other versions than ours
+clients: $(CLIENTS)/stamp
+
+# the long proofs: every phase killed, 100 kills of the yard, 64 streams, 200 moves, 500 native requests, 25 loads
+proofs: $(VENV)/test.stamp
+	$(BIN)/python tests/proofs.py
 
 # what else must hold: style, types, the direction of imports
 check: $(VENV)/test.stamp
@@ -36,5 +45,10 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) -e '.[test]'
 	touch $@
 
+$(CLIENTS)/stamp: Makefile
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check nanobot-ai llm
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
 
 TOKENS = ["<s>", "</s>", "hello", "world"]
 LLAMA = {
@@ -43,6 +44,26 @@ def write_gguf(
         writer.add_chat_template(template)
     for name, kind in (tensors or {"token_embd.weight": "F32", "blk.0.attn_q.weight": "Q8_0"}).items():
         _add_tensor(writer, name, GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_f16(path: Path, source: Path) -> Path:
+    """Writes the model of `source` with F16 weights: for mistral.rs on a CPU some 20 times as fast as Q4_1."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kinds = [*field.types, None]
+            writer.add_key_value(name, field.contents(), kinds[0], kinds[1])
+    for tensor in reader.tensors:
+        weights = tensor.data
+        if tensor.tensor_type not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            weights = dequantize(weights, tensor.tensor_type).astype(np.float16)
+        writer.add_tensor(tensor.name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import httpx
 import installed
 import pytest
+from gguf_files import write_f16
 from switchyard_command import command
 from waiting import until
 
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.engine
 installed.require(*installed.BOTH, "openai")
 
 LOAD_S = 120
-TURN_S = 1800  # nanobot's prompt has some 2000 tokens, which mistral.rs may read at 10 a second on a busy CPU
+TURN_S = 1800  # nanobot's prompt has some 2000 tokens; on a busy CPU its reading may take minutes
+CLIENTS = Path(__file__).parents[2] / ".venv-clients" / "bin"  # `make clients`
 
 
 class Yard:
@@ -46,13 +47,19 @@ class Yard:
         return {sample["engine"] for sample in self.client.samples() if sample["ok"]}
 
 
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """SmolLM2 in F16: at Q4_1 mistral.rs reads nanobot's prompt for minutes."""
+    return write_f16(tmp_path_factory.mktemp("models") / "smollm2-f16.gguf", installed.smollm2())
+
+
 @pytest.fixture
-def yard(environment, home, tmp_path):
+def yard(environment, home, tmp_path, gguf):
     port, plan, log = free_port(), tmp_path / "switchyard.toml", tmp_path / "serve.log"
     plan.write_text(
         '[incumbent]\nengine = "llama.cpp"\n[candidate]\nengine = "mistral.rs"\n'
         "[settings]\ncontext_tokens = 8192\nparallel = 1\nthreads = 1\n"
-        f'[[models]]\nid = "smollm2"\ngguf = "{installed.smollm2()}"\n'
+        f'[[models]]\nid = "smollm2"\ngguf = "{gguf}"\n'
         f"[yard]\nport = {port}\n"
     )
     with log.open("wb") as output:
@@ -131,12 +138,18 @@ def test_the_openai_sdk_notices_nothing_of_a_promote_and_a_rollback(yard):
     assert yard.engines_seen() == {"llama.cpp", "mistral.rs"}
 
 
+def client_program(name):
+    """A client's program, out of an environment of its own; skips where there is none."""
+    program = shutil.which(name, path=f"{CLIENTS}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip(f"needs {name}: `make clients` installs it")
+    return program
+
+
 @pytest.fixture
 def nanobot(yard, tmp_path):
     """One turn of the agent: its process, started."""
-    program = shutil.which("nanobot", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("needs nanobot: python -m venv V && V/bin/pip install nanobot-ai, then PATH=V/bin:$PATH")
+    program = client_program("nanobot")
     config = tmp_path / "nanobot.json"
     agent = {"workspace": str(tmp_path / "workspace"), "provider": "vllm", "model": "smollm2", "maxTokens": 256}
     # its own estimate counts tool definitions, which this model's template leaves out
@@ -162,6 +175,29 @@ def reply_of(turn):
     assert reply, said
     assert not reply.startswith("Error"), said
     return reply
+
+
+def test_llm_notices_nothing_of_a_promote(yard, tmp_path):
+    """Simon Willison's command, which streams: the same command line on llama.cpp and on mistral.rs."""
+    program, home = client_program("llm"), tmp_path / "llm"
+    home.mkdir()
+    (home / "extra-openai-models.yaml").write_text(
+        f"- model_id: mine\n  model_name: smollm2\n  api_base: {yard.url}\n  api_key_name: none\n"
+    )
+    (home / "keys.json").write_text('{"none": "none"}')
+    environment = {**os.environ, "LLM_USER_PATH": str(home), "HOME": str(tmp_path)}
+
+    def said():
+        argv = [program, "-m", "mine", "-o", "max_tokens", "8", "Say hello."]
+        done = subprocess.run(argv, env=environment, text=True, capture_output=True, timeout=TURN_S, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert said()
+    yard.client.order("promote")
+    assert said()
+    assert yard.engines_seen() == {"llama.cpp", "mistral.rs"}
+    assert all(sample["ok"] for sample in yard.client.samples())
 
 
 def test_nanobot_takes_its_turns_before_during_and_after_a_promote(yard, nanobot):

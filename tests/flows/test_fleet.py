@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
+import postgresql
 import psutil
 import pytest
 from waiting import until
@@ -286,7 +285,6 @@ def test_a_host_on_which_nothing_moved_is_back_already(tmp_path: Path, monkeypat
 
 ROOT = Path(flows.__file__).parent.parent
 PLAYED = ROOT / "tests" / "played_fleet.py"
-HOW = "apt install postgresql, and pip install 'psycopg[binary]'"
 
 
 class Place:
@@ -370,49 +368,9 @@ def _end(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def postgresql() -> Path:
-    """Where PostgreSQL's programs are; skips where they are not."""
-    on_path = [Path(found).parent for name in ["initdb"] if (found := shutil.which(name))]
-    found = on_path + sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    programs = next((folder for folder in found if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None)
-    if programs is None:
-        pytest.skip(f"needs PostgreSQL's initdb and pg_ctl: {HOW}")
-    return programs
-
-
-@contextlib.contextmanager
-def database() -> Iterator[str]:
-    """USER@HOST:PORT of a PostgreSQL with databases `prefect` and `switchyard`, while the block runs."""
-    psycopg = pytest.importorskip("psycopg", reason=HOW)
-    programs, port = postgresql(), free_port()
-    # it refuses to be root, and a private folder of root's is closed to others
-    user: dict[str, Any] = {"user": "nobody", "extra_groups": []} if os.geteuid() == 0 else {}
-    folder = Path(tempfile.mkdtemp(prefix="switchyard-postgresql-"))
-
-    def run(program: str, *arguments: object) -> None:
-        subprocess.run([programs / program, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, **user)
-
-    try:
-        if user:
-            shutil.chown(folder, "nobody")
-        run("initdb", "-D", folder / "data", "-U", "switchyard", "--auth=trust", "--no-sync")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        run("pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start")
-        try:
-            where = f"switchyard@127.0.0.1:{port}"
-            with psycopg.connect(f"postgresql://{where}/postgres", autocommit=True) as connection:
-                connection.execute("CREATE DATABASE prefect")
-                connection.execute("CREATE DATABASE switchyard")
-            yield where
-        finally:
-            run("pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder)
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    with database() as url, contextlib.ExitStack() as stack:
+    with postgresql.server("prefect", "switchyard") as url, contextlib.ExitStack() as stack:
         yield Place(tmp_path, url, stack)
 
 

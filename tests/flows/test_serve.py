@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ STREAMS = int(os.environ.get("SWITCHYARD_TEST_STREAMS", FEW))  # 64 for the whol
 WORDS = int(os.environ.get("SWITCHYARD_TEST_PROMPT_WORDS", "250"))  # 1500 for a prompt of more than a minute
 CYCLES = int(os.environ.get("SWITCHYARD_TEST_CYCLES", "2"))  # 200 for the whole proof
 REQUESTS = int(os.environ.get("SWITCHYARD_TEST_REQUESTS", "10"))  # 500 for the whole proof
+STALL_S = float(os.environ.get("SWITCHYARD_TEST_STALL_S", "12"))  # 150 for the whole proof
 NATIVE = "mistral.rs-native"
 LOADS = int(os.environ.get("SWITCHYARD_TEST_LOADS", "2"))  # of each of two models; 25 for the whole proof
 LEAK_BYTES_PER_CYCLE = 100_000
@@ -148,6 +150,28 @@ def test_a_minute_of_prompt_is_no_reason_to_restart(start):
     assert answer.status_code == 200, answer.text
     assert yard.engine("llama.cpp")["restarts"] == 0, f"restarted during a prompt of {took:.0f} s"
     assert yard.orders.status()["incidents"] == []
+
+
+def test_a_client_that_reads_nothing_costs_the_others_nothing(start):
+    """A long stream with log-probabilities is not read; a second client asks beside it, and then none does."""
+    yard = start(context=8192, yard="wedged_after_s = 3\nclient_stall_s = 120")
+    body = {"messages": HELLO, "max_tokens": 6000, "ignore_eos": True, "stream": True}
+    data = json.dumps({**body, "logprobs": True, "top_logprobs": 20}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        connection.connect(("127.0.0.1", yard.port))
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+        )
+        half = time.monotonic() + STALL_S / 2
+        while time.monotonic() < half:
+            assert yard.ask().status_code == 200
+        quiet = time.monotonic() + STALL_S / 2
+        while time.monotonic() < quiet:
+            assert yard.health() == 200
+            time.sleep(0.5)
+    assert (yard.engine("llama.cpp")["restarts"], yard.orders.status()["incidents"]) == (0, [])
+    assert yard.ask().status_code == 200
 
 
 def crash(pid):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import postgresql
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -37,10 +38,18 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "switchyard.db"
 
 
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """The URL of a database that tests may empty."""
+    with postgresql.server("records") as where:
+        yield f"postgresql+psycopg://{where}/records"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def records(request: pytest.FixtureRequest, file: Path) -> Iterator[Records]:
     """Fresh records in either database; PostgreSQL is emptied before."""
-    with open_records(file if request.param == "sqlite" else empty_postgresql()) as opened:
+    url = file if request.param == "sqlite" else emptied(request.getfixturevalue("postgresql_url"))
+    with open_records(url) as opened:
         yield opened
 
 
@@ -50,11 +59,8 @@ def sqlite_records(file: Path) -> Iterator[Records]:
         yield opened
 
 
-def empty_postgresql() -> str:
-    """The URL of the test database, in which nothing is left; skips where there is none."""
-    url = os.environ.get("SWITCHYARD_TEST_POSTGRESQL")
-    if not url:
-        pytest.skip("set SWITCHYARD_TEST_POSTGRESQL=postgresql+psycopg://USER@HOST/NAME to a database to be emptied")
+def emptied(url: str) -> str:
+    """The URL of the test database, in which nothing is left."""
     engine = create_engine(url)
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))
