@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from flows.exclusive import alone
 from flows.prefect_run import flow_run_id
 from flows.progress import progress
 from flows.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
-from migrations.plan import Plan
+from migrations.plan import Plan, recorded_plan
 from tasks import compatibility
 from tasks.circumstances import machine_circumstances
 from tasks.contender import Arm
@@ -108,8 +107,8 @@ def _started(records: Records, plan: Plan) -> Run:
 
 def _resumed(records: Records, plan: Plan, reference: str) -> Run:
     run = records.find_run(reference)
-    asked = Plan.model_validate(redact(plan.model_dump(mode="json")))  # as it was stored
-    if Plan.model_validate_json(json.dumps(run.plan)) != asked:  # a plan stored by an older version has fewer keys
+    asked = recorded_plan(redact(plan.model_dump(mode="json")))  # as it was stored
+    if recorded_plan(run.plan) != asked:  # a plan stored by an older version has fewer keys
         raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
     return records.resume_run(run.id, flow_run_id=flow_run_id())
 

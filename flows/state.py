@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from engines.process import end_orphans, registered
 from engines.redaction import redacted
 from flows.outcome import judge, report
 from flows.trial import ARMS, Bench, Trial
-from migrations.plan import Plan
+from migrations.plan import Plan, build_plan, recorded_plan
 from tasks.records import Records, Run, open_records
 
 DATABASE = "the database of the records"
@@ -73,7 +72,7 @@ def plan_of(reference: str) -> tuple[str, Plan]:
         run = _evaluation(records, reference)
     if run.shown_status == "done":
         raise BadInput(f"run {run.id} is done; read it with `switchyard report {run.id}`, or start a new one")
-    return run.id, Plan.model_validate_json(json.dumps(run.plan))
+    return run.id, build_plan(run.plan, where=f"the plan of run {run.id}")
 
 
 def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def _evaluation(records: Records, reference: str) -> Run:
 
 
 def _bench_of(records: Records, run: Run, home: Path) -> Bench:
-    plan = Plan.model_validate_json(json.dumps(run.plan))
+    plan = recorded_plan(run.plan)
     budget = records.get_evidence(run.id, "-", "-", "self_test")
     if budget is None:
         raise BadInput(f"run {run.id} ended before anything was measured; there is nothing to report")

@@ -25,6 +25,7 @@ from pydantic import (
     SecretStr,
     SerializationInfo,
     ValidationError,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -40,6 +41,7 @@ from engines.yard.settings import Load, YardSettings
 
 EngineName = Literal["llama.cpp", "mistral.rs", "mistral.rs-native"]
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
+RECORDED = "recorded"  # in the context of a validation: the plan is read back from the records
 API_KEY_MEND = (
     "a key does not belong in a plan: export it in an environment variable and write "
     'api_key_env = "NAME_OF_THE_VARIABLE" at the top of the plan instead'
@@ -73,6 +75,11 @@ class EngineChoice(_Part):
         if self.form == "hosted" and self.binary is not None:
             raise ValueError('form "hosted" runs a Python wheel and takes no binary; remove one of the two')
         return self
+
+    @property
+    def build(self) -> str:
+        """Which build of the engine this names, for a message."""
+        return f"binary {self.binary}" if self.binary else f"form {self.form}, the one found here"
 
 
 class ModelPlan(_Part):
@@ -357,6 +364,27 @@ class Plan(_Part):
             raise ValueError(f"yard.default_model '{default}' is no model of this plan")
         return self
 
+    @model_validator(mode="after")
+    def _one_build_of_an_engine(self, info: ValidationInfo) -> Plan:
+        # routes and records know an engine by its kind: the yard would start the candidate's build as the incumbent
+        recorded = (info.context or {}).get(RECORDED, False)
+        if self.incumbent.engine == self.candidate.engine and not recorded and self._builds_differ():
+            raise ValueError(
+                f"incumbent and candidate are two builds of {self.incumbent.engine} "
+                f"({self.incumbent.build}; {self.candidate.build}), and a plan takes one build of an engine: "
+                "write the same form and binary for both, or evaluate each build in a plan of its own"
+            )
+        return self
+
+    def _builds_differ(self) -> bool:
+        ours, theirs = self.incumbent, self.candidate
+        if ours.binary is None or theirs.binary is None:
+            return (ours.form, ours.binary) != (theirs.form, theirs.binary)
+        try:
+            return not ours.binary.expanduser().samefile(theirs.binary.expanduser())
+        except OSError:  # one is not there: named as such elsewhere
+            return ours.binary != theirs.binary
+
     def model(self, model_id: str) -> ModelPlan:
         """The model called `model_id`; BadInput lists the known ones."""
         for model in self.models:
@@ -413,6 +441,11 @@ def load_plan(path: Path) -> Plan:
     if missing:
         raise BadInput(_one_line(where, missing, lines))
     return plan
+
+
+def recorded_plan(data: object) -> Plan:
+    """The plan of a run on record, also one that would be refused today: it is read, and nothing starts by it."""
+    return Plan.model_validate_json(json.dumps(data), context={RECORDED: True})
 
 
 def build_plan(data: Mapping[str, object], *, where: str = "plan") -> Plan:

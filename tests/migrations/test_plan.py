@@ -27,7 +27,9 @@ from migrations.plan import (
     load_plan,
     plan_hash,
     plan_to_toml,
+    recorded_plan,
 )
+from tasks import payload
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plan.toml"
 PLAN = """
@@ -448,3 +450,28 @@ def test_digest_of_an_absent_file_is_bad_input(tmp_path: Path) -> None:
     """The reason is the system's own."""
     with pytest.raises(BadInput, match=r"none\.gguf: cannot be read: No such file or directory$"):
         model_digest(tmp_path / "none.gguf")
+
+
+def test_a_recorded_plan_of_two_builds_can_still_be_read(tmp_path: Path) -> None:
+    """A report of an old run is made from its plan; starting anything by it is refused."""
+    told = build_plan(
+        {
+            "models": [{"id": "m", "gguf": "m.gguf"}],
+            "incumbent": {"engine": "llama.cpp"},
+            "candidate": {"engine": "llama.cpp"},
+        }
+    ).model_dump(mode="json")
+    told["candidate"]["binary"] = str(tmp_path / "other")
+    assert recorded_plan(told).candidate.binary == tmp_path / "other"
+    with pytest.raises(BadInput, match=r"two builds of llama\.cpp"):
+        build_plan(told)
+
+
+def test_both_hashes_of_a_plan_stay_what_they_were(tmp_path: Path, write: Write) -> None:
+    """Stored verdicts are found by them: a plan that uses no new key keeps both."""
+    plan = load_plan(write(PLAN))
+    assert plan_hash(plan) == "dd8ec0fd79f46323362212d5610e7070a7f8b8ce3fe08e6802c6b2b0cc666c11"
+    stored = plan.model_dump(mode="json")
+    for model in stored["models"]:
+        model["gguf"] = "/m.gguf"
+    assert payload.plan_hash(stored) == "03933499f8519d2d6f02e5827f06be2e1d5b032730c7e969b8f019792c8432d5"
