@@ -72,11 +72,12 @@ def refuse_retired(plan: Plan, home: Path) -> None:
 def checked(plan: Plan) -> dict[Arm, Installation]:
     """Both engines as found here. All that can be known to be wrong before anything starts is said now.
 
-    Raises BadInput for a model file that cannot be read, a behaviour that does not exist or a key that is not set;
-    EngineNotFound for an engine that is not here.
+    Raises BadInput where no model file can be read (a single one fails its own model), for a behaviour that does not
+    exist or a key that is not set; EngineNotFound for an engine that is not here.
     """
+    if len(unread := unreadable(plan)) == len(plan.models):
+        raise BadInput(next(iter(unread.values())))
     for model in plan.models:
-        read_header(model.gguf)
         if model.transcripts is not None:
             load_transcripts(model.transcripts)
     compatibility.known(list(required_behaviours(plan)), "client.requires in the plan")
@@ -85,12 +86,24 @@ def checked(plan: Plan) -> dict[Arm, Installation]:
     return {arm: driver(choice.engine).find(choice.form, choice.binary) for arm, choice in choices.items()}
 
 
+def unreadable(plan: Plan) -> dict[str, str]:
+    """The models whose file cannot be read, each with the reason."""
+    found: dict[str, str] = {}
+    for model in plan.models:
+        try:
+            read_header(model.gguf)
+        except BadInput as error:
+            found[model.id] = str(error)
+    return found
+
+
 def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[str]:
     """Who meets whom over which models, and what the candidate cannot honour: said before anything is launched."""
     lines = [
         f"{arm}: {found.engine} {found.version} ({found.form}: {found.where})" for arm, found in installations.items()
     ]
     lines.append(f"models: {', '.join(model.id for model in plan.models)}")
+    lines += [f"{name} cannot be measured: {why}" for name, why in unreadable(plan).items()]
     candidate = installations["candidate"]
     lost: dict[str, None] = {}
     for model in plan.models:

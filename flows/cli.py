@@ -427,6 +427,8 @@ def next_step(outcome: dict[str, Any]) -> str:
         return _next("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
     if verdict == "PASS":
         return "next: keep the report as evidence; every model of this plan may move"
+    if verdict == "ERROR":
+        return "next: fix what the report names, then " + f"[bold]switchyard evaluate --resume {outcome['run_id']}[/bold]"
     if held:
         return f"next: stay on the incumbent for {', '.join(held)}; the report says why and what would change it"
     return "next: more blocks, prompts or soak time would settle it: raise them in the plan and evaluate again"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -11,8 +12,15 @@ from prefect.cache_policies import NO_CACHE
 from flows.bench import opened
 from flows.outcome import conclude, publish
 from flows.progress import progress
-from flows.trial import ARMS, Trial
+from flows.trial import ARMS, Trial, Unmeasured
 from migrations.plan import Plan
+from tasks.contender import Arm
+from tasks.unmeasured import summary
+
+KINDS = {
+    "prompt tokens": "parity.tokens",
+    "answers": "parity.answers",
+}  # of evidence, where the step is named otherwise
 
 
 @task(task_run_name="{model} · {arm} · {evidence}", cache_policy=NO_CACHE, persist_result=False)
@@ -23,33 +31,67 @@ def gather(model: str, arm: str, evidence: str, work: Callable[[], None]) -> Non
 
 
 @flow(name="evaluate", flow_run_name="evaluate {plan.name}", persist_result=False)
-def evaluate(plan: Plan, resume: str | None = None, allow_retired: bool = False) -> dict[str, Any]:
-    """Measure and judge every model of the plan; `resume` goes on with a run that was killed or interrupted."""
+def evaluate(
+    plan: Plan, resume: str | None = None, allow_retired: bool = False, with_soak: bool = True
+) -> dict[str, Any]:
+    """Measure and judge every model of the plan; `resume` goes on with a run that was killed or interrupted.
+
+    Without a soak, stability is judged by that of an earlier evaluation of just this, and is INCONCLUSIVE without one.
+    """
     with opened(plan, resume, allow_retired=allow_retired) as (bench, run):
         trials = [Trial(bench, model, progress.get().say) for model in plan.models]
         for trial in trials:
-            try_model(trial)
+            trial.forget_unmeasured()
+        for trial in trials:
+            try_model(trial, with_soak=with_soak)
         outcome = conclude(bench, run, trials)
         publish(bench, outcome)
     return outcome
 
 
-def try_model(trial: Trial) -> None:
-    """Cheap evidence first; a model that it turns down is not measured at length."""
-    name = trial.model.id
-    gather(name, "both", "preflight", trial.preflight)
+def try_model(trial: Trial, *, with_soak: bool = True) -> None:
+    """Cheap evidence first; a model that it turns down, or that an engine does not load, is not measured at length."""
+    attempt(trial, "both", "preflight", trial.preflight)
     if trial.turned_down():
         return
     for arm in ARMS:
-        gather(name, arm, "prompt tokens", lambda arm=arm: trial.prompt_tokens(arm))
-    for arm in ARMS:
-        gather(name, arm, "answers", lambda arm=arm: trial.answers(arm))
-    if trial.turned_down():
+        attempt(trial, arm, "prompt tokens", partial(trial.prompt_tokens, arm))
+    if trial.does_not_start():
         return
     for arm in ARMS:
-        gather(name, arm, "compatibility", lambda arm=arm: trial.compatibility(arm))
+        attempt(trial, arm, "answers", partial(trial.answers, arm))
+    if trial.turned_down() or trial.does_not_start():
+        return
+    for arm in ARMS:
+        attempt(trial, arm, "compatibility", partial(trial.compatibility, arm))
+    if trial.does_not_start():
+        return
     if trial.bench.plan.sampling.calibration_blocks:
-        gather(name, "incumbent", "calibration", trial.calibration)
-    gather(name, "both", "performance", trial.performance)
-    gather(name, "both", "soak", trial.soak)
-    gather(name, "candidate", "faults", trial.faults)
+        attempt(trial, "incumbent", "calibration", trial.calibration)
+    attempt(trial, "both", "performance", trial.performance)
+    attempt(trial, "both", "soak", trial.soak if with_soak else trial.leave_soak_out)
+    attempt(trial, "candidate", "faults", trial.faults)
+
+
+def attempt(trial: Trial, arm: Arm | Literal["both"], evidence: str, work: Callable[[], None]) -> None:
+    """One kind of evidence; where it cannot be gathered that is recorded, and the run continues.
+
+    Raises what ends the whole run: an interrupt, a bad plan, records that cannot be written, an error of Prefect's.
+    """
+    broken: list[Exception] = []
+
+    def noted() -> None:
+        try:
+            work()
+        except Exception as error:
+            broken.append(error)
+            raise
+
+    try:
+        gather(trial.model.id, arm, evidence, noted)
+    except Exception:
+        if not broken:
+            raise
+        if not isinstance(broken[0], Unmeasured):
+            trial.broke(arm, KINDS.get(evidence, evidence), broken[0])
+        progress.get().note(f"{trial.model.id}: {evidence} could not be measured: {summary(broken[0])}")

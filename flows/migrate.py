@@ -36,8 +36,10 @@ from flows.subprocess_phase import subprocess_phase
 from migrations.plan import ModelPlan, Plan, load_plan
 from tasks.circumstances import machine_circumstances
 from tasks.gate import reasons, run_verdict
+from tasks.payload import plan_hash as stored_hash
 from tasks.records import Decision, Records, Run, open_records
 from tasks.rehearsal import route_of
+from tasks.unmeasured import models_to_retry
 from tasks.verdict import CheckResult, Verdict
 
 KIND = "whole"
@@ -143,11 +145,25 @@ class Whole:
 
     def _evaluate(self) -> None:
         """Nothing where every model has a verdict on just this plan, file and engine; else what is missing of it."""
-        if all(self._verdict(model).verdict or self._stands(model) != self.incumbent for model in self.models):
+        waiting = [model for model in self.models if self._stands(model) == self.incumbent]
+        known = [self._verdict(model) for model in waiting]
+        again = next(
+            (found.run_id for found, model in zip(known, waiting, strict=True) if self._part(found, model)), None
+        )
+        if again is None and all(found.verdict for found in known):
             return
         self._journal()
         unfinished = self.records.unfinished(self.plan.model_dump(mode="json"))
-        self.phases.evaluate(self.plan, unfinished.id if unfinished else None)
+        self.phases.evaluate(self.plan, unfinished.id if unfinished else again)
+
+    def _part(self, found: PhaseOne, model: ModelPlan) -> bool:
+        """Whether the evaluation behind a verdict lacks a check of this model that a resumed run would carry out."""
+        open_ended = found.verdict in (Verdict.ERROR, Verdict.INCONCLUSIVE)
+        if found.run_id is None or not open_ended or model.id in self.orders.override:
+            return False
+        run = self.records.find_run(found.run_id)
+        same = run.plan_hash == stored_hash(self.plan.model_dump(mode="json"))  # another plan is not resumed
+        return same and model.id in models_to_retry(self.records, run.id)
 
     def _verdict(self, model: ModelPlan) -> PhaseOne:
         return phase_one(self.records, self.plan, model, self.phases.version(self.plan))

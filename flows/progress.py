@@ -32,6 +32,10 @@ class Progress:
         """A detail inside the step."""
         logger.info("  %s", redacted_text(text))
 
+    def note(self, text: str) -> None:
+        """A line between two steps that stays."""
+        logger.warning("%s", text)
+
 
 class ConsoleProgress(Progress):
     """Steps on a terminal: finished ones stay, the running one moves. Elsewhere, one line per finished step."""
@@ -65,6 +69,10 @@ class ConsoleProgress(Progress):
         """A detail of the running step, on its live line."""
         if self._status:
             self._status.update(f"{self._title} [dim]{redacted_text(text)}[/dim]")
+
+    def note(self, text: str) -> None:
+        """A line between two steps that stays, below the step it is about."""
+        self._console.print(f"          {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 progress: ContextVar[Progress] = ContextVar("progress", default=Progress())  # noqa: B039

@@ -16,6 +16,7 @@ from flows.outcome import judge, report
 from flows.trial import ARMS, Bench, Trial
 from migrations.plan import Plan, build_plan, recorded_plan
 from tasks.records import Records, Run, open_records
+from tasks.unmeasured import models_to_retry
 
 DATABASE = "the database of the records"
 LOCKED_S = 3.0  # for each lock of another program; our own writers hold theirs for milliseconds
@@ -67,10 +68,11 @@ def current(home: Path) -> dict[str, Any]:
 
 
 def plan_of(reference: str) -> tuple[str, Plan]:
-    """The id and the plan of a recorded run that did not get done."""
+    """The id and the plan of a recorded run that did not get done, or of which a check could not be carried out."""
     with open_records() as records:
         run = _evaluation(records, reference)
-    if run.shown_status == "done":
+        complete = run.shown_status == "done" and not models_to_retry(records, run.id)
+    if complete:
         raise BadInput(f"run {run.id} is done; read it with `switchyard report {run.id}`, or start a new one")
     return run.id, build_plan(run.plan, where=f"the plan of run {run.id}")
 

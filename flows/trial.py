@@ -6,22 +6,27 @@ it stopped. `judged` is pure: it makes the same verdicts from the same records a
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import SecretStr
 
 from engines import process
 from engines.driver import Installation, driver
+from engines.errors import BadInput, EngineExited, SwitchyardError
 from engines.gguf_header import read_header
+from engines.home import host
 from engines.model_digest import model_digest
+from engines.serving import Served, exit_reason
 from engines.settings import Endpoint
 from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks import compatibility, faults, parity, performance, preflight, soak
@@ -30,6 +35,17 @@ from tasks.noninferiority import decision_reached
 from tasks.performance import PerformanceLimits, Workload
 from tasks.prompts import Prompt, load_prompts, load_transcripts
 from tasks.records import Records
+from tasks.unmeasured import (
+    KIND,
+    LAUNCH,
+    SOAK_LEFT_OUT,
+    broken,
+    can_be_retried,
+    ends_the_run,
+    judge_unmeasured,
+    left_out,
+    summary,
+)
 from tasks.verdict import CheckResult, Verdict, not_measured, overall
 
 ARMS: tuple[Arm, Arm] = ("incumbent", "candidate")
@@ -40,6 +56,10 @@ FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
 FLOOR_TOKENS = 16
 SELF_TEST_ITL_MS = 10.0
 SEGMENTS_IN_A_SOAK = 6
+SOAK_OF = "soak.of"  # evidence: the earlier run whose soak counts
+LOOK_BACK = 200  # evaluations
+DYING_S = 5.0  # a dying engine closes its connections first
+POLL_S = 0.05
 Say = Callable[[str], None]
 
 
@@ -61,6 +81,10 @@ class Bench:
         return plan_hash(self.plan)
 
 
+class Unmeasured(SwitchyardError):
+    """A check could not be carried out; the records say why."""
+
+
 class Trial:
     """The evaluation of one model. Each method gathers one kind of evidence unless the records have it already."""
 
@@ -74,7 +98,12 @@ class Trial:
     # --- gathering ---
 
     def preflight(self) -> None:
-        """What the GGUF header says: loads, fits, alternatives."""
+        """What the GGUF header says: loads, fits, alternatives. A file that cannot be read fails its model alone."""
+        try:
+            read_header(self.model.gguf)
+        except BadInput as error:
+            self._put_unmeasured(BOTH, "preflight", {"verdict": Verdict.FAIL.value, "why": str(error), "log": []})
+            raise Unmeasured(str(error)) from error
 
         def measure() -> dict[str, Any]:
             report = preflight.preflight(
@@ -87,7 +116,11 @@ class Trial:
             found: dict[str, Any] = report["models"][0]
             return found
 
-        self._gather("both", "preflight", measure)
+        try:
+            self._gather("both", "preflight", measure)
+        except BadInput as error:  # of this model's header: the plan itself was checked before the run
+            self._put_unmeasured(BOTH, "preflight", {"verdict": Verdict.ERROR.value, "why": str(error), "log": []})
+            raise Unmeasured(str(error)) from error
 
     def prompt_tokens(self, arm: Arm) -> None:
         """How many tokens each prompt is to this engine: the cheapest way to see another tokenizer or template."""
@@ -150,23 +183,77 @@ class Trial:
                 break
         self._learn_memory()
 
+    def leave_soak_out(self) -> None:
+        """Without a soak of its own: that of an earlier evaluation of just this, else a word on what is missing."""
+        if self._fully_soaked(self.bench.run_id) or self._soak_run() != self.bench.run_id:
+            return
+        records, run_id = self.bench.records, self.bench.run_id
+        if (earlier := self._earlier_soak()) is not None:
+            circumstances = self._circumstances([self.contenders[arm] for arm in ARMS])
+            records.put_evidence(run_id, self.model.id, BOTH, SOAK_OF, {"run_id": earlier}, circumstances=circumstances)
+            return
+        why = "not measured: this evaluation left the soak out, as scheduled ones do, and no earlier one of the same "
+        why += f"plan, model file and engines has one; `switchyard evaluate --resume {run_id}` adds it"
+        self._put_unmeasured(BOTH, SOAK_LEFT_OUT, left_out(why))
+
+    def _earlier_soak(self) -> str | None:
+        """The latest evaluation on this host whose whole soak was of this plan, model file and versions."""
+        wanted = {arm: found.version for arm, found in self.bench.installations.items()}
+        for run in self.bench.records.history(LOOK_BACK, kind="evaluate", host=host()):
+            if run.id != self.bench.run_id and run.status == "done" and self._fully_soaked(run.id, wanted):
+                return run.id
+        return None
+
+    def _fully_soaked(self, run_id: str, versions: Mapping[Arm, str] | None = None) -> bool:
+        """Whether a run soaked both engines for the planned time; of `versions`, under this very plan, where given."""
+        for arm in ARMS:
+            rows = self.bench.records.list_evidence(run_id, model_id=self.model.id, arm=arm, kind="soak")
+            if sum(row.payload["exposure_s"] for row in rows) < self.bench.plan.sampling.soak_s:
+                return False
+            if versions is None:
+                continue
+            for seen in (row.circumstances for row in rows):
+                engine = seen["engines"][0]["version"] if seen.get("engines") else None
+                under = (seen.get("plan_hash"), seen.get("model_digest"), engine)
+                if under != (self.bench.plan_hash, self._digest, versions[arm]):
+                    return False
+        return True
+
+    def _soak_run(self) -> str:
+        """The run whose soak counts for this one."""
+        taken = self._payload(BOTH, SOAK_OF)
+        return self.bench.run_id if taken is None else str(taken["run_id"])
+
     def soak(self) -> None:
         """An agent's load on both engines for the planned time: at once where both fit into memory, else in turn."""
+        if self._soak_run() != self.bench.run_id:
+            return
         if not self._fit_side_by_side():
             for arm in ARMS:
-                self._soak(arm, threading.Event())
+                self._soaked(arm, partial(self._soak, arm, threading.Event()))
             return
         stop = threading.Event()
         with ThreadPoolExecutor(len(ARMS), thread_name_prefix="soak") as pool:
-            soaks = [pool.submit(contextvars.copy_context().run, self._soak, arm, stop) for arm in ARMS]
+            soaks = {pool.submit(contextvars.copy_context().run, self._soak, arm, stop): arm for arm in ARMS}
             try:
                 for running in as_completed(soaks):
-                    running.result()
+                    self._soaked(soaks[running], running.result)
+            except Exception:
+                stop.set()  # the other soak ends with the request under way
+                raise
             except BaseException:
                 # the threads see no signal: end their engines under them, and they end
                 stop.set()
                 process.stop_all()
                 raise
+
+    def _soaked(self, arm: Arm, soak: Callable[[], None]) -> None:
+        """Run the soak of one engine; what ends it early is recorded as that engine's."""
+        try:
+            soak()
+        except Exception as error:
+            self.broke(arm, "soak", error)
+            raise Unmeasured(f"{arm}: {summary(error)}") from error
 
     def _soak(self, arm: Arm, stop: threading.Event) -> None:
         """Saved in segments, memory every second."""
@@ -207,29 +294,86 @@ class Trial:
 
     def turned_down(self) -> list[CheckResult]:
         """Cheap checks that have failed already: the costly ones could not open the gate any more."""
-        cheap = [*self._judge_preflight(), *self._judge_prompt_tokens()]
+        cheap = [*self._judge_launches(), *self._judge_preflight(), *self._judge_prompt_tokens()]
         return [result for result in cheap if result.required and result.verdict is Verdict.FAIL]
+
+    # --- what could not be measured ---
+
+    def broke(self, arm: Arm | Literal["both"], what: str, error: BaseException) -> None:
+        """Record that `error` ended a check; raises it where it ends the whole run."""
+        if ends_the_run(error):
+            raise error
+        key = self.bench.api_key
+        secrets = [key.get_secret_value()] if key else []
+        self._put_unmeasured(arm, what, broken(arm, error, secrets=secrets))
+
+    def does_not_start(self) -> list[CheckResult]:
+        """The engines that do not start with this model: nothing can be compared without them."""
+        return [result for result in self._judge_launches() if result.verdict is not Verdict.PASS]
+
+    def forget_unmeasured(self) -> None:
+        """Let a resumed run carry out again what broke off or was left out; what FAILed stands."""
+        found = self._unmeasured()
+        if any(not can_be_retried(record) for _, _, record in found):
+            return
+        for arm, what, _ in found:
+            self.bench.records.drop_evidence(self.bench.run_id, self.model.id, arm, KIND, key=what)
+
+    def _unmeasured(self) -> list[tuple[Arm | Literal["both"], str, dict[str, Any]]]:
+        """(engine, check, record) of what was not measured."""
+        found = self.bench.records.list_evidence(self.bench.run_id, model_id=self.model.id, kind=KIND)
+        return [(cast("Arm", row.arm), row.key, row.payload) for row in found]
+
+    def _put_unmeasured(self, arm: Arm | Literal["both"], what: str, record: dict[str, Any]) -> None:
+        used = [self.contenders[one] for one in (ARMS if arm == "both" else (arm,))]
+        circumstances: dict[str, Any] = {}
+        with contextlib.suppress(Exception):  # what broke the check may break its description as well
+            circumstances = self._circumstances(used)
+        records, run_id = self.bench.records, self.bench.run_id
+        records.put_evidence(run_id, self.model.id, arm, KIND, record, key=what, circumstances=circumstances)
 
     # --- judging ---
 
     def judged(self) -> list[CheckResult]:
         """Every check for which there is evidence, and a word on what was not measured and why. Pure."""
-        results = [*self._judge_preflight(), *self._judge_compatibility(), *self._judge_parity()]
-        results += [*self._judge_performance(), *self._judge_soak(), *self._judge_faults()]
+        results = [*self._judge_launches(), *self._judge_preflight()]
+        results += self._judge_unmeasured()
+        for area, judge in (
+            ("compatibility", self._judge_compatibility),
+            ("parity", self._judge_parity),
+            ("performance", self._judge_performance),
+            ("stability", self._judge_soak),
+            ("faults", self._judge_faults),
+        ):
+            results += _judged(area, judge)
         return results
 
     def verdict(self) -> Verdict:
         """The worst required verdict of `judged`."""
         return overall(self.judged())
 
+    def _judge_launches(self) -> list[CheckResult]:
+        return [judge_unmeasured(arm, what, record) for arm, what, record in self._unmeasured() if what == LAUNCH]
+
+    def _judge_unmeasured(self) -> list[CheckResult]:
+        """All but those that stand with their area."""
+        first = (LAUNCH, "preflight", SOAK_LEFT_OUT)
+        return [judge_unmeasured(arm, what, record) for arm, what, record in self._unmeasured() if what not in first]
+
     def _judge_preflight(self) -> list[CheckResult]:
+        for arm, what, record in self._unmeasured():
+            if what == "preflight":
+                return [judge_unmeasured(arm, what, record)]
         report = self._payload(BOTH, "preflight")
         if report is None:
             return [self._missing("preflight.loads")]
         incumbent, candidate = (self.contenders[arm].driver.name for arm in ARMS)
-        return preflight.judge_preflight(report, incumbent, candidate)
+        return _judged("preflight", lambda: preflight.judge_preflight(report, incumbent, candidate))
 
     def _judge_prompt_tokens(self) -> list[CheckResult]:
+        return _judged("parity", self._compare_prompt_tokens)
+
+    def _compare_prompt_tokens(self) -> list[CheckResult]:
         tokens = {arm: self._payload(arm, "parity.tokens") for arm in ARMS}
         if tokens["incumbent"] is None or tokens["candidate"] is None:
             return []
@@ -287,12 +431,20 @@ class Trial:
 
     def _judge_soak(self) -> list[CheckResult]:
         limits, soak_s = self.bench.plan.limits, self.bench.plan.sampling.soak_s
-        segments = {arm: self._payloads(arm, "soak") for arm in ARMS}
+        records, model, run_id = self.bench.records, self.model.id, self._soak_run()
+        segments = {
+            arm: [row.payload for row in sorted(rows, key=lambda row: row.key)]
+            for arm in ARMS
+            for rows in [records.list_evidence(run_id, model_id=model, arm=arm, kind="soak")]
+        }
         if not segments["candidate"]:
-            return [self._missing("stability.failures", unit="failures")]
-        series = self.bench.records.read_samples(self.bench.run_id, self.model.id, "candidate", "memory_bytes")
+            out = [
+                judge_unmeasured(arm, what, record) for arm, what, record in self._unmeasured() if what == SOAK_LEFT_OUT
+            ]
+            return out or [self._missing("stability.failures", unit="failures")]
+        series = records.read_samples(run_id, model, "candidate", "memory_bytes")
         points = series.points()
-        return [
+        results = [
             *soak.judge_stability(
                 segments["incumbent"],
                 segments["candidate"],
@@ -307,6 +459,9 @@ class Trial:
                 limit_bytes_per_day=limits.leak_bytes_per_day,
             ),
         ]
+        if run_id == self.bench.run_id:
+            return results
+        return [one.model_copy(update={"why": f"{one.why} (the soak of run {run_id})"}) for one in results]
 
     def _judge_faults(self) -> list[CheckResult]:
         if self.behind_yards:
@@ -323,11 +478,16 @@ class Trial:
         )
 
     def _missing(self, check: str, *, limit: float | None = None, unit: str = "") -> CheckResult:
-        down = self.turned_down() if not check.startswith(("preflight", "parity.prompt_tokens")) else []
-        why = (
-            f"not measured: {down[0].check} failed first, and the gate cannot open any more" if down else "not measured"
-        )
-        return not_measured(check, why, limit=limit, unit=unit)
+        return not_measured(check, f"not measured{self._why_missing(check)}", limit=limit, unit=unit)
+
+    def _why_missing(self, check: str) -> str:
+        if check.startswith("preflight"):
+            return ""
+        if stopped := self.does_not_start():
+            return f": {stopped[0].check}: an engine that does not start cannot be compared"
+        if not check.startswith("parity.prompt_tokens") and (down := self.turned_down()):
+            return f": {down[0].check} failed first, and the gate cannot open any more"
+        return ""
 
     # --- how the plan's numbers reach the tasks ---
 
@@ -445,9 +605,28 @@ class Trial:
         contender = self.contenders[arm]
         threads = self.bench.plan.settings_for(self.model.id).threads or os.cpu_count()
         eager = replace(contender, settings=contender.settings.model_copy(update={"threads": threads}))
-        with eager.up(self.say) as served:
-            for kind, measure in missing.items():
-                self._gather(arm, kind, partial(measure, served.endpoint), contenders=(eager,))
+        with contextlib.ExitStack() as launched:
+            try:
+                served = launched.enter_context(eager.up(self.say))
+            except Exception as error:
+                self.broke(arm, LAUNCH, error)
+                raise Unmeasured(summary(error)) from error
+            self._gather_from(served, arm, missing, eager)
+
+    def _gather_from(
+        self, served: Served, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]], contender: Contender
+    ) -> None:
+        """Each kind of evidence from one engine that serves; a kind that breaks off does not take the others along."""
+        failed: Exception | None = None
+        for kind, measure in measures.items():
+            try:
+                _require_alive(served)
+                self._gather(arm, kind, partial(_while_alive, served, measure), contenders=(contender,))
+            except Exception as error:
+                self.broke(arm, kind, error)
+                failed = failed or error
+        if failed is not None:
+            raise Unmeasured(summary(failed)) from failed
 
     def _gather(
         self,
@@ -493,3 +672,42 @@ def required_behaviours(plan: Plan) -> Collection[str]:
 def _version_number(contender: Contender) -> str | None:
     """The version where it is comparable with the support lists; a hosted wheel carries the engine's own."""
     return contender.installation.version if contender.driver.name == "mistral.rs" else None
+
+
+def _judged(area: str, judge: Callable[[], list[CheckResult]]) -> list[CheckResult]:
+    """The results of `judge`; evidence that it cannot read is an ERROR of its area, and the other areas are judged."""
+    try:
+        return judge()
+    except Exception as error:
+        if ends_the_run(error):
+            raise
+        why = f"the evidence could not be judged: {summary(error)}"
+        return [CheckResult(check=f"{area}.judged", verdict=Verdict.ERROR, why=why)]
+
+
+def _while_alive(served: Served, measure: Callable[[Endpoint], Any]) -> Any:
+    """What `measure` returns of an engine that lives; raises EngineExited in its last words where it died meanwhile.
+
+    A measurement takes refused connections for answers, so a death is looked for behind it as well.
+    """
+    try:
+        payload = measure(served.endpoint)
+    except Exception:
+        deadline = time.monotonic() + DYING_S
+        while served.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        _require_alive(served)
+        raise
+    _require_alive(served)
+    return payload
+
+
+def _require_alive(served: Served) -> None:
+    returncode = served.process.poll()
+    if returncode is not None:
+        raise EngineExited(
+            f"{served.endpoint.engine} ended with {exit_reason(served.process)} while it was measured",
+            returncode=returncode,
+            engine=served.endpoint.engine,
+            log_tail=served.process.log_tail(),
+        )

@@ -58,7 +58,7 @@ RISKS = (
         likelihood="low",
         impact="high",
         mitigation="test with all current models",
-        evidence=("preflight.*", "parity.*"),
+        evidence=("preflight.*", "launch.*", "parity.*"),
     ),
     Risk(
         # the wheel that hosts the candidate is the native SDK: what breaks there breaks in-process too

@@ -33,6 +33,7 @@ LATENCIES = (
 SAYS = {Verdict.FAIL: "failed", Verdict.ERROR: "could not be carried out", Verdict.INCONCLUSIVE: "unproven"}
 AREAS = {
     "preflight": "Preflight: does it load, does it fit",
+    "launch": "Launch: does each engine start with the model",
     "compatibility": "Compatibility: does the API behave as clients need",
     "parity": "Parity: same weights, same answers",
     "performance": "Speed",
@@ -43,6 +44,14 @@ AREAS = {
 }
 # by the worst check: what would change the verdict
 NEXT_STEPS = (
+    (
+        "launch.candidate",
+        "Keep the incumbent for this model, or choose a GGUF that the candidate loads; its last words stand below.",
+    ),
+    (
+        "launch.incumbent",
+        "Fix what keeps the incumbent from starting with this model; its last words stand below. Then resume the run.",
+    ),
     (
         "preflight",
         "Keep the incumbent for this model, or choose a GGUF that the candidate loads and this machine holds.",

@@ -454,6 +454,12 @@ class Records:
         with self._read() as session:
             return list(session.scalars(query))
 
+    def drop_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> None:
+        """Forgets one piece of evidence, so that a resumed run measures it; none is no error."""
+        query = delete(Evidence).filter_by(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)
+        with self._write() as session:
+            session.execute(query)
+
     def evidence_circumstances(self, run_id: str, model_id: str) -> list[dict[str, Any]]:
         """Under which circumstances each piece of evidence of a model was measured. No payload is read."""
         query = select(col(Evidence.circumstances)).filter_by(run_id=run_id, model_id=model_id)

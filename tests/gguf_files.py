@@ -120,3 +120,25 @@ def nemotron_keys() -> dict[str, Any]:
         "ssm.time_step_rank": 64,
         "expert_count": 128,
     }
+
+
+def changed_copy(
+    source: Path, target: Path, *, values: Mapping[str, str] | None = None, without_tensor: str | None = None
+) -> Path:
+    """A copy of a real model with other text values (by key), or without one of its tensors."""
+    reader = GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = (values or {}).get(name, field.contents())
+        writer.add_key_value(name, value, field.types[0], field.types[1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        if tensor.name != without_tensor:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

@@ -48,8 +48,8 @@ class Stub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, habits: frozenset[str]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, habits: frozenset[str], *, port: int = 0, handler: type[Handler] | None = None) -> None:
+        super().__init__(("127.0.0.1", port), handler or Handler)
         self.habits = habits
         self.numbers = itertools.count(1)
         self.asked: Counter[str] = Counter()

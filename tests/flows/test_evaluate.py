@@ -8,6 +8,7 @@ from pathlib import Path
 
 import installed
 import pytest
+from gguf_files import changed_copy
 from processes import of_home
 from switchyard_command import command, json_of
 from waiting import until
@@ -83,13 +84,15 @@ def started(environment, tmp_path, *arguments):
     )
 
 
-def evidence(home):
+def evidence(home, model="%"):
     """(arm, kind, key) -> when it was recorded, as far as the records have it."""
     if not (home / "switchyard.db").exists():
         return {}
     with sqlite3.connect(f"file:{home / 'switchyard.db'}?mode=ro", uri=True) as db:
         try:
-            rows = db.execute("select arm, kind, key, recorded_at from evidence where model_id != '-'").fetchall()
+            rows = db.execute(
+                "select arm, kind, key, recorded_at from evidence where model_id != '-' and model_id like ?", (model,)
+            ).fetchall()
         except sqlite3.OperationalError:  # the tables are being made
             return {}
     return {(arm, kind, key): when for arm, kind, key, when in rows}
@@ -127,6 +130,33 @@ def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, en
     after = evidence(home)
     assert {key: after[key] for key in before} == before
     assert len(after) > len(before)
+
+
+def test_a_model_that_only_the_candidate_refuses_fails_alone(switchyard, environment, tmp_path, home):
+    """A pre-tokenizer that llama.cpp knows and mistral.rs does not; the header does not tell. The next is measured."""
+    refused = changed_copy(installed.smollm2(), tmp_path / "refact.gguf", values={"tokenizer.ggml.pre": "refact"})
+    broken = changed_copy(installed.smollm2(), tmp_path / "broken.gguf", without_tensor="blk.5.ffn_up.weight")
+    plan = written_plan(tmp_path, parity_prompts=1, parity_tokens=4)
+    text = plan.read_text().replace(
+        'engine = "llama.cpp"\nform = "binary"\n[settings]', 'engine = "mistral.rs"\n[settings]'
+    )
+    first = text.index("[[models]]")
+    before = "".join(f'[[models]]\nid = "{path.stem}"\ngguf = "{path}"\n' for path in (refused, broken))
+    plan.write_text(text[:first] + before + text[first:])
+    run = started(environment, tmp_path, "evaluate", plan)
+    until(lambda: any(arm == "candidate" for arm, _, _ in evidence(home, "smollm2")), "the third model", deadline_s=180)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(timeout=60) == 130
+    outcome = json_of(switchyard("report", "--json"))
+    checks = {m["model"]: {c["check"]: c for c in m["checks"]} for m in outcome["models"]}
+    assert "pre-tokenizer" in checks["refact"]["launch.candidate"]["why"].lower()
+    assert "launch.incumbent" not in checks["refact"]
+    for check, verdict, words in (
+        ("launch.incumbent", "ERROR", "blk.5.ffn_up"),
+        ("launch.candidate", "FAIL", "5.mlp.up_proj"),
+    ):
+        assert checks["broken"][check]["verdict"] == verdict
+        assert words in checks["broken"][check]["why"]
 
 
 STAGES = {

@@ -1,0 +1,190 @@
+"""A check that cannot be carried out is its model's verdict; the other models are measured all the same."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_files import LLAMA, write_gguf
+from switchyard_command import json_of
+
+TESTS = Path(__file__).parent.parent
+EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
+KEY = "a-key-that-has-no-telling-shape"
+
+
+def played(folder: Path, name: str) -> Path:
+    """tests/played_engine.py as an executable called `name`."""
+    path = folder / name
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path[:0] = [{str(TESTS)!r}]\nimport played_engine\nplayed_engine.main()\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def plan_of(folder: Path, *models: str, head: str = "") -> Path:
+    """A plan over the played engines, as small as can be."""
+    tables = []
+    for name in models:
+        gguf = write_gguf(folder / f"{name}.gguf", keys=LLAMA)
+        tables.append(f'[[models]]\nid = "{name}"\ngguf = "{gguf}"\n')
+    path = folder / "plan.toml"
+    path.write_text(f"""
+name = "played"
+{head}
+[incumbent]
+engine = "llama.cpp"
+binary = "{played(folder, "llama-server")}"
+[candidate]
+engine = "mistral.rs"
+binary = "{played(folder, "mistralrs")}"
+{"".join(tables)}
+[sampling]
+requests_per_block = 1
+warmup_min = 0
+warmup_max = 1
+looks = [3]
+max_void_blocks = 0
+calibration_blocks = 0
+max_tokens = 4
+parity_prompts = 2
+parity_tokens = 4
+soak_s = 1
+every_behaviour = false
+[client]
+requires = ["chat_answer"]
+""")
+    return path
+
+
+def by_model(outcome: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Checks by name, by model."""
+    return {m["model"]: {check["check"]: check for check in m["checks"]} for m in outcome["models"]}
+
+
+def verdicts(checks: dict[str, dict[str, Any]]) -> set[tuple[str, str]]:
+    return {(name, check["verdict"]) for name, check in checks.items()}
+
+
+def measured(home: Path, *, of: str = "") -> set[tuple[str, str]]:
+    """(model, kind of evidence) of all runs, or of the latest."""
+    only = " and run_id = (select max(id) from run)" if of == "latest" else ""
+    with sqlite3.connect(f"file:{home / 'switchyard.db'}?mode=ro", uri=True) as db:
+        return set(db.execute(f"select model_id, kind from evidence where kind != 'unmeasured'{only}").fetchall())
+
+
+def recorded(home: Path) -> dict[tuple[str, ...], str]:
+    """When each piece of evidence was recorded."""
+    with sqlite3.connect(f"file:{home / 'switchyard.db'}?mode=ro", uri=True) as db:
+        rows = db.execute(
+            "select model_id, arm, kind, key, recorded_at from evidence where kind != 'unmeasured' and model_id != '-'"
+        )
+        return {row[:4]: row[4] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("breaks", "check", "verdict"),
+    [
+        ("candidate-refuses", "launch.candidate", "FAIL"),
+        ("both-refuse", "launch.candidate", "FAIL"),
+        ("incumbent-refuses", "launch.incumbent", "ERROR"),
+        ("candidate-dies", "parity.tokens.candidate", "FAIL"),
+        ("incumbent-dies", "parity.tokens.incumbent", "ERROR"),
+        ("candidate-odd-logprobs", "parity.answers.candidate", "ERROR"),
+    ],
+)
+def test_one_model_that_breaks_leaves_the_next_measured(switchyard, tmp_path, home, breaks, check, verdict):
+    """With the engine's own words, in the JSON, in the report and in the records."""
+    done = switchyard("evaluate", plan_of(tmp_path, breaks, "last"), "--json")
+    outcome = json_of(done)
+    found = by_model(outcome)
+    assert found[breaks][check]["verdict"] == verdict, found[breaks]
+    assert ("last", "faults") in measured(home)
+    assert done.returncode == EXIT_CODES[outcome["verdict"]]
+    assert outcome["verdict"] == "FAIL" or verdict == "ERROR"
+    assert not any(name.startswith("launch.") for name in found["last"])
+    why = found[breaks][check]["why"]
+    if "refuse" in breaks:
+        assert "does not know this model" in why
+        assert ("stability.failures", "INCONCLUSIVE") in verdicts(found[breaks])
+    if "dies" in breaks:
+        assert "assertion failed in the played attention kernel" in why
+
+    again = json_of(switchyard("report", outcome["run_id"], "--json"))
+    assert again["models"] == outcome["models"], "the verdicts are not a function of the records"
+    assert check in Path(outcome["report"]).read_text(encoding="utf-8").replace("<wbr>", "")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_in_an_engines_last_words_is_not_stored(switchyard, environment, tmp_path, home):
+    environment["PLAYED_KEY"] = KEY
+    plan = plan_of(tmp_path, "both-refuse", "last", head='api_key_env = "PLAYED_KEY"')
+    outcome = json_of(switchyard("evaluate", plan, "--json"))
+    why = by_model(outcome)["both-refuse"]["launch.incumbent"]["why"]
+    assert "the key is [redacted]" in why
+    assert KEY not in json.dumps(outcome) + Path(outcome["report"]).read_text(encoding="utf-8")
+
+
+def test_a_resumed_run_tries_again_what_broke_and_nothing_else(switchyard, tmp_path, home):
+    """An engine that was mended meanwhile is measured; a candidate that FAILed stays so."""
+    plan = plan_of(tmp_path, "incumbent-refuses", "candidate-refuses", "last")
+    first = json_of(switchyard("evaluate", plan, "--json"))
+    before = recorded(home)
+    again = switchyard("evaluate", "--resume", "latest", "--json")
+    assert json_of(again)["run_id"] == first["run_id"]
+    assert verdicts(by_model(json_of(again))["incumbent-refuses"]) == verdicts(by_model(first)["incumbent-refuses"])
+
+    (tmp_path / "incumbent-refuses.gguf.mended").touch()
+    mended = json_of(switchyard("evaluate", "--resume", "latest", "--json"))
+    assert "launch.incumbent" not in by_model(mended)["incumbent-refuses"]
+    assert ("incumbent-refuses", "faults") in measured(home)
+    assert by_model(mended)["candidate-refuses"] == by_model(first)["candidate-refuses"]
+    after = recorded(home)
+    assert {key: after[key] for key in before} == before
+    assert "is done" in switchyard("evaluate", "--resume", "latest").stderr
+
+
+def test_a_file_that_cannot_be_read_fails_its_own_model(switchyard, tmp_path, home):
+    plan = plan_of(tmp_path, "cut", "last")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    done = switchyard("evaluate", plan, "--json")
+    outcome = json_of(done)
+    found = by_model(outcome)
+    assert done.returncode == 3
+    assert found["cut"]["preflight.loads"]["verdict"] == "FAIL"
+    assert "truncated" in found["cut"]["preflight.loads"]["why"]
+    assert ("last", "faults") in measured(home)
+    assert json_of(switchyard("report", "--json"))["models"] == outcome["models"]
+
+
+def test_records_that_cannot_be_written_end_the_run(switchyard, tmp_path, home):
+    """Nothing that is measured could be kept: the models behind it are not tried."""
+    plan = plan_of(tmp_path, "candidate-refuses", "last")
+    assert switchyard("evaluate", plan, "--json").returncode == 3
+    with sqlite3.connect(home / "switchyard.db") as db:
+        db.execute(
+            "create trigger no_more before insert on evidence when new.kind = 'unmeasured' "
+            "begin select raise(abort, 'database or disk is full'); end"
+        )
+    done = switchyard("evaluate", plan, "--json")
+    assert done.returncode == 5
+    assert "disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("last", "parity.tokens") not in measured(home, of="latest")
+
+
+def test_a_migration_resumes_the_evaluation_of_a_model_that_broke(switchyard, tmp_path, home):
+    """And does not take it for the last word on that model."""
+    plan = plan_of(tmp_path, "incumbent-refuses")
+    first = json_of(switchyard("evaluate", plan, "--json"))
+    (tmp_path / "incumbent-refuses.gguf.mended").touch()
+    switchyard("migrate", plan, "--json")
+    runs = [run for run in json_of(switchyard("history", "--json"))["runs"] if run["kind"] == "evaluate"]
+    assert [run["run_id"] for run in runs] == [first["run_id"]]
+    assert ("incumbent-refuses", "faults") in measured(home)
