@@ -384,6 +384,7 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
 def _evaluate(plan: Any, run_id: str | None, home: Path, *, allow_retired: bool) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one, with progress on standard error."""
     from flows.bench import checked, introduction, refuse_retired
+    from flows.beside import lacking
     from flows.prefect_server import with_prefect
     from tasks.records import open_records
 
@@ -392,6 +393,8 @@ def _evaluate(plan: Any, run_id: str | None, home: Path, *, allow_retired: bool)
         refuse_retired(plan, home)
     for line in introduction(plan, checked(plan)):
         errors.print(line, highlight=False, style="dim", soft_wrap=True)
+    if (short := lacking(plan, home)) is not None:
+        errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here", soft_wrap=True)
     with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
         earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
     if earlier is not None:
@@ -428,7 +431,9 @@ def next_step(outcome: dict[str, Any]) -> str:
     if verdict == "PASS":
         return "next: keep the report as evidence; every model of this plan may move"
     if verdict == "ERROR":
-        return "next: fix what the report names, then " + f"[bold]switchyard evaluate --resume {outcome['run_id']}[/bold]"
+        return (
+            "next: fix what the report names, then " + f"[bold]switchyard evaluate --resume {outcome['run_id']}[/bold]"
+        )
     if held:
         return f"next: stay on the incumbent for {', '.join(held)}; the report says why and what would change it"
     return "next: more blocks, prompts or soak time would settle it: raise them in the plan and evaluate again"

@@ -29,6 +29,7 @@ from flows import deprecate as deprecation
 from flows import evaluate as evaluation
 from flows import soak as soaking
 from flows.approval import asks, in_advance
+from flows.beside import NoRoom, lacking
 from flows.exclusive import Busy
 from flows.migrate import migrated
 from flows.migration import Orders
@@ -36,6 +37,7 @@ from flows.prefect_run import tag_run
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
+from flows.schedules import EVALUATE, RECONCILE, SOAK
 from flows.serve import plan_path
 from flows.state import rejudge
 from migrations.plan import Plan, load_plan
@@ -45,20 +47,23 @@ BREACH = "switchyard.soak.breached"
 
 
 @flow(name="evaluate", flow_run_name=lambda: _name("evaluate"), persist_result=False)
-def evaluate(plan: str = "", late_minutes: int = 120) -> Any:
+def evaluate(plan: str = "", late_minutes: int = 120, with_soak: bool = False) -> Any:
     """Phase 1: measure both engines over every model of the plan, and judge; goes on with what is unfinished.
 
     Args:
         plan: the plan file (.toml); empty: the one the yard served last
         late_minutes: a scheduled run that starts later than this is left out
+        with_soak: also put load on both engines for the plan's soak_s, days by default, beside what the yard serves
     """
-    return _unless_late(late_minutes, lambda: _evaluated(_loaded(plan)[0]))
+    return _unless_late(late_minutes, lambda: _evaluated(*_loaded(plan), with_soak=with_soak))
 
 
-def _evaluated(plan: Plan) -> dict[str, Any]:
+def _evaluated(plan: Plan, path: Path, *, with_soak: bool) -> dict[str, Any]:
+    if (why := lacking(plan, default_home())) is not None:
+        raise NoRoom(f"skipped: {why}; stop the yard and run `switchyard evaluate {path}` to measure all the same")
     with open_records() as records:
         unfinished = records.unfinished(plan.model_dump(mode="json"))
-    return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None)
+    return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None, with_soak=with_soak)
 
 
 @flow(name="migrate", flow_run_name=lambda: _name("migrate"), persist_result=False)
@@ -204,8 +209,9 @@ def _unless_late(minutes: int, work: Callable[[], dict[str, Any]]) -> Any:
         return Cancelled(message=f"its time was {late_s / 60:.0f} min ago: this one is left out")
     try:
         return concluded(work())
-    except Busy as busy:
-        return Cancelled(message=str(busy))
+    except (Busy, NoRoom) as why:
+        progress.get().note(str(why))
+        return Cancelled(message=str(why))
 
 
 def concluded(outcome: dict[str, Any]) -> Any:
@@ -237,13 +243,13 @@ class Offer:
 
 
 OFFERS: dict[str, Offer] = {
-    "evaluate": Offer(evaluate, "1 evaluate", cron="0 3 * * *"),
+    "evaluate": Offer(evaluate, "1 evaluate", cron=EVALUATE.cron),
     "migrate": Offer(migrate, "all phases"),
-    "soak": Offer(soak, "soak", every=timedelta(minutes=10)),
+    "soak": Offer(soak, "soak", every=SOAK.every),
     "rollback": Offer(rollback, "undo", needs_plan=False),
     "retire": Offer(retire, "4 deprecate"),
     "report": Offer(report, "records", needs_plan=False),
-    "reconcile": Offer(reconcile_home, "upkeep", every=timedelta(minutes=5), needs_plan=False),
+    "reconcile": Offer(reconcile_home, "upkeep", every=RECONCILE.every, needs_plan=False),
 }
 
 

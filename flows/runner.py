@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from pathlib import Path
 from uuid import UUID
@@ -21,6 +20,7 @@ from prefect.runner import Runner
 from prefect.states import Crashed
 
 from flows.deployments import deployments
+from flows.schedules import time_zone
 
 CONCURRENT = 4  # an experiment, and beside it a rollback, a report and the upkeep
 SERVED = "deployments are served"
@@ -29,7 +29,7 @@ SERVED = "deployments are served"
 async def serve(plan: Path, *, schedules: bool) -> None:
     """Serve until SIGTERM, which ends running flows cleanly; schedules stay as they are for the next time."""
     runner = Runner(name="switchyard", limit=CONCURRENT, pause_on_shutdown=False, query_seconds=5)
-    made = await deployments(plan, time_zone=_time_zone(), schedules=schedules)
+    made = await deployments(plan, time_zone=time_zone(), schedules=schedules)
     ids = [await runner.aadd_deployment(one) for one in made]
     await _mark_orphans(ids)
     print(SERVED, flush=True)
@@ -46,13 +46,6 @@ async def _mark_orphans(deployment_ids: list[UUID]) -> None:
         )
         for run in runs:
             await client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
-
-
-def _time_zone() -> str:
-    """This host's time zone by name; UTC where it has none."""
-    named = os.environ.get("TZ", "").lstrip(":")
-    where = os.path.realpath("/etc/localtime").partition("zoneinfo/")[2]
-    return named or where or "UTC"
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def up(
                 try:
                     deployments.start()
                     _print_addresses(out, folder, server.api_url)
+                    _print_schedules(out, schedules)
+                    out.print("Ctrl-C, or `switchyard down` elsewhere, stops all of it", style="dim", highlight=False)
                     _keep_up(yard, server, deployments, out)
                 finally:
                     out.print("stopping the deployments", highlight=False)
@@ -336,7 +338,31 @@ def _print_addresses(out: Console, folder: Path, api_url: str) -> None:
     out.print(f"the models   [bold]{address}/v1[/bold]", highlight=False)
     out.print(f"the yard     [bold]{address}/yard[/bold]", highlight=False)
     out.print(f"Prefect      [bold]{_ui(api_url)}[/bold]", highlight=False)
-    out.print("Ctrl-C, or `switchyard down` elsewhere, stops all of it", style="dim", highlight=False)
+
+
+def _print_schedules(out: Console, schedules: bool) -> None:
+    """What will run by itself, and when."""
+    from flows.schedules import schedule_lines
+
+    if not schedules:
+        out.print("nothing runs by itself (--no-schedules)", highlight=False)
+        return
+    out.print("runs by itself (`switchyard up --no-schedules` leaves all of it out):", highlight=False)
+    for line in schedule_lines(last_evaluation_s=_last_evaluation_s()):
+        out.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    out.print("one of them alone is paused on its page under Deployments in Prefect", style="dim", highlight=False)
+
+
+def _last_evaluation_s() -> float | None:
+    """Seconds that the last evaluation on record took from its start to its end; None without one."""
+    from engines.home import host
+    from tasks.records import open_records
+
+    with contextlib.suppress(SwitchyardError), open_records() as records:
+        for run in records.history(20, kind="evaluate", host=host()):
+            if run.status == "done" and run.ended_at is not None:
+                return (run.ended_at - run.started_at).total_seconds()
+    return None
 
 
 def _ui(api_url: str) -> str:

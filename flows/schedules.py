@@ -1,0 +1,86 @@
+"""What runs by itself while `switchyard up` runs: what, when, for how long, and how to turn it off.
+
+Free of Prefect, so that a terminal shows it without loading that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a deployment runs by itself (at an hour every night, or every so often), what it does and how long."""
+
+    name: str
+    does: str
+    takes: str
+    hour: int | None = None
+    every: timedelta | None = None
+
+    @property
+    def cron(self) -> str | None:
+        """The hour as a cron line."""
+        return None if self.hour is None else f"0 {self.hour} * * *"
+
+
+EVALUATE = Schedule(
+    "evaluate",
+    "measures and judges both engines over every model; no soak; skipped where memory is short beside what serves",
+    "minutes to hours, by the plan's blocks",
+    hour=3,
+)
+SOAK = Schedule(
+    "soak",
+    "puts load on what the candidate serves, through the yard's port; nothing before a model has moved",
+    "4 minutes",
+    every=timedelta(minutes=10),
+)
+RECONCILE = Schedule(
+    "reconcile", "ends what a killed run left behind, and closes its records", "seconds", every=timedelta(minutes=5)
+)
+SCHEDULES: Sequence[Schedule] = (EVALUATE, SOAK, RECONCILE)
+
+
+def time_zone() -> str:
+    """This host's time zone by name; UTC where it has none."""
+    named = os.environ.get("TZ", "").lstrip(":")
+    where = os.path.realpath("/etc/localtime").partition("zoneinfo/")[2]
+    return named or where or "UTC"
+
+
+def schedule_lines(
+    now: datetime | None = None, *, zone: str | None = None, last_evaluation_s: float | None = None
+) -> list[str]:
+    """One line a schedule: what, when in local time, next, how long; `last_evaluation_s` is what one took here."""
+    zone = zone or time_zone()
+    try:
+        here = now.astimezone(ZoneInfo(zone)) if now else datetime.now(ZoneInfo(zone))
+    except (ZoneInfoNotFoundError, ValueError):
+        here = now or datetime.now().astimezone()
+    lines = []
+    for one in SCHEDULES:
+        takes = one.takes
+        if one is EVALUATE and last_evaluation_s is not None:
+            takes = f"the last one took {_length(last_evaluation_s)}"
+        lines.append(f"{one.name}: {_when(one, here, zone)}; {takes}: {one.does}")
+    return lines
+
+
+def _when(schedule: Schedule, here: datetime, zone: str) -> str:
+    if schedule.hour is None:
+        minutes = schedule.every.total_seconds() / 60 if schedule.every else 0
+        return f"every {minutes:.0f} minutes, next within {minutes:.0f} minutes"
+    due = here.replace(hour=schedule.hour, minute=0, second=0, microsecond=0)
+    day = "today" if due > here else "tomorrow"
+    return f"every night at {schedule.hour:02d}:00 ({zone}), next {day} at {schedule.hour:02d}:00"
+
+
+def _length(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,56 @@
+"""Plans over the engines of tests/played_engine.py, whose evaluation takes seconds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gguf_files import LLAMA, write_gguf
+
+TESTS = Path(__file__).parent
+
+
+def played(folder: Path, name: str) -> Path:
+    """tests/played_engine.py as an executable called `name`."""
+    path = folder / name
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path[:0] = [{str(TESTS)!r}]\nimport played_engine\nplayed_engine.main()\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def plan_of(folder: Path, *models: str, head: str = "", tail: str = "") -> Path:
+    """A plan over the played engines, as small as can be."""
+    tables = []
+    for name in models:
+        gguf = write_gguf(folder / f"{name}.gguf", keys=LLAMA)
+        tables.append(f'[[models]]\nid = "{name}"\ngguf = "{gguf}"\nload = "demand"\n')
+    path = folder / "plan.toml"
+    path.write_text(f"""
+name = "played"
+{head}
+[incumbent]
+engine = "llama.cpp"
+binary = "{played(folder, "llama-server")}"
+[candidate]
+engine = "mistral.rs"
+binary = "{played(folder, "mistralrs")}"
+{"".join(tables)}
+[sampling]
+requests_per_block = 1
+warmup_min = 0
+warmup_max = 1
+looks = [3]
+max_void_blocks = 0
+calibration_blocks = 0
+max_tokens = 4
+parity_prompts = 2
+parity_tokens = 4
+soak_s = 1
+every_behaviour = false
+[client]
+requires = ["chat_answer"]
+{tail}
+""")
+    return path
