@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from engines.errors import BadInput, EngineError, EngineNotFound, PortTaken, SwitchyardError, WrongListener
+from engines.errors import (
+    BadInput,
+    EngineError,
+    EngineNotEnded,
+    EngineNotFound,
+    PortTaken,
+    SwitchyardError,
+    WrongListener,
+)
 from tasks.records import Records
 from tasks.verdict import CheckResult, Verdict
 
@@ -24,7 +32,7 @@ LOG_LINES = 20
 SHOWN_LINES = 3
 WHY_CHARS = 600
 # what the machine or another process did, whichever engine it hit
-_ENVIRONMENT = (EngineNotFound, PortTaken, WrongListener)
+_ENVIRONMENT = (EngineNotEnded, EngineNotFound, PortTaken, WrongListener)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TELLING = re.compile(r"error|panic|exception|unsupported|not supported|out of memory|abort|corrupt", re.IGNORECASE)
 _LOG_PREFIX = re.compile(r"^[\d.:TZ\s-]+(?:[A-Z]\s+)?")
