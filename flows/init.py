@@ -89,14 +89,13 @@ def _key_note(plan: Plan, command: LlamaServerCommand | None) -> str | None:
     """What to do about the clients' key, where the plan needs one."""
     if plan.api_key_env is None:
         return None
-    export = f"export {KEY_VARIABLE}=... before `switchyard serve` and `evaluate`"
+    export = f"export {KEY_VARIABLE}=... before `switchyard serve` and `switchyard evaluate`"
     if plan.yard.on_loopback:
-        return f"the command has an API key, which is not copied: {export}; the plan names it as api_key_env"
-    same = (
-        "the key that clients send today" if command and command.has_api_key else "a key, and give it to your clients"
-    )
-    where = f"yard.host {plan.yard.host} can be reached from other machines, so the yard wants a key"
-    return f"{where}: {export} ({same}); the plan names it as api_key_env"
+        return f"the command's API key is not copied: {export}; api_key_env in the plan names the variable"
+    known = command is not None and command.has_api_key
+    whose = "use the key that clients send today" if known else "choose one and give it to your clients"
+    where = f"yard.host {plan.yard.host} can be reached from other machines and needs an API key"
+    return f"{where}: {whose}; {export}; api_key_env in the plan names the variable"
 
 
 def _binary(command: LlamaServerCommand) -> Path | None:

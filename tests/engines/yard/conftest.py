@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ class FakeYard:
 
     def http(self, **how: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False, **how)
+
+    def ask(self, answers: list[httpx.Response], **body: Any) -> threading.Thread:
+        """A chat in a thread of its own; its answer goes to `answers`."""
+        chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, **body}
+
+        def go() -> None:
+            with self.http() as http:
+                answers.append(http.post("/v1/chat/completions", json=chat))
+
+        thread = threading.Thread(target=go)
+        thread.start()
+        return thread
 
     def health(self) -> int:
         with self.http() as http:

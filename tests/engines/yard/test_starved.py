@@ -2,23 +2,10 @@
 
 import os
 import signal
-import threading
 import time
 
 from cgroups import short_of_cpu
 from waiting import until
-
-BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-
-
-def ask(yard, answers, **body):
-    def go():
-        with yard.http() as http:
-            answers.append(http.post("/v1/chat/completions", json={**BODY, **body}))
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    return thread
 
 
 def test_a_prefill_on_a_tenth_of_a_cpu_is_not_a_hang(start_yard):
@@ -26,7 +13,7 @@ def test_a_prefill_on_a_tenth_of_a_cpu_is_not_a_hang(start_yard):
     yard = start_yard(parallel=1, settings={"wedged_after_s": 1}).ready()
     answers = []
     with short_of_cpu(yard.engine("old")["pid"], share=0.1):
-        ask(yard, answers, fake_cpu_s=0.8).join(60)
+        yard.ask(answers, fake_cpu_s=0.8).join(60)
         assert [answer.status_code for answer in answers] == [200]
         assert yard.engine("old")["restarts"] == 0
         assert yard.orders.status()["incidents"] == []
@@ -36,7 +23,7 @@ def test_a_hang_that_spins_is_found_although_it_is_short_of_cpu(start_yard):
     yard = start_yard(parallel=1, settings={"wedged_after_s": 1}).ready()
     answers = []
     with short_of_cpu(yard.engine("old")["pid"], share=0.5):
-        thread = ask(yard, answers, fake_cpu_s=600)
+        thread = yard.ask(answers, fake_cpu_s=600)
         until(lambda: yard.engine("old")["restarts"] == 1, "the hang to be found")
     thread.join(60)
     assert any("no token, no prompt progress" in i["what"] for i in yard.orders.status()["incidents"])
@@ -54,7 +41,7 @@ def test_an_idle_engine_that_is_stopped_is_found_at_once(start_yard):
 def test_a_yard_that_was_itself_stopped_blames_no_engine(start_yard):
     yard = start_yard(old="--itl-ms 20", parallel=1, settings={"wedged_after_s": 1}).ready()
     answers = []
-    thread = ask(yard, answers, stream=True, max_tokens=400)
+    thread = yard.ask(answers, stream=True, max_tokens=400)
     until(lambda: yard.engine("old")["in_flight"] == 1, "a stream to begin")
     yard.process.send_signal(signal.SIGSTOP)
     time.sleep(4)  # four times as long as an engine may be silent

@@ -3,25 +3,13 @@
 import json
 import os
 import signal
-import threading
 import time
 
 import pytest
 from cgroups import frozen
 from waiting import until
 
-BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
 QUICK = {"wedged_after_s": 1, "restarts": 1}
-
-
-def ask(yard, answers, **body):
-    def go():
-        with yard.http() as http:
-            answers.append(http.post("/v1/chat/completions", json={**BODY, **body}))
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    return thread
 
 
 def entries(yard):
@@ -32,7 +20,7 @@ def test_the_fallback_serves_and_the_yard_can_be_stopped(start_yard):
     yard = start_yard(old="--itl-ms 20", parallel=1, settings=QUICK).ready()
     pid, answers = yard.engine("old")["pid"], []
     with frozen(pid):
-        waiting = [ask(yard, answers), ask(yard, answers, stream=True)]
+        waiting = [yard.ask(answers), yard.ask(answers, stream=True)]
         for one in waiting:
             one.join(60)
         assert [answer.status_code for answer in answers] == [200, 200]
@@ -59,7 +47,7 @@ def test_without_another_engine_requests_are_refused_with_the_reason_until_it_is
     yard = start_yard(parallel=1, missing="new", settings={**QUICK, "try_again_s": 1}).ready()
     answers = []
     with frozen(yard.engine("old")["pid"]):
-        ask(yard, answers).join(60)
+        yard.ask(answers).join(60)
         assert answers[0].status_code == 503
         assert "SIGKILL does not end" in answers[0].json()["error"]["message"]
         assert yard.health() == 503
@@ -74,7 +62,7 @@ def test_a_move_away_from_it_is_carried_out(start_yard, form):
         assert (yard.route()["committed"], yard.route()["serving"]) == ("new", "new")
         assert any("SIGKILL does not end" in i["what"] for i in yard.orders.status()["incidents"])
         answers = []
-        ask(yard, answers).join(60)
+        yard.ask(answers).join(60)
         assert answers[0].status_code == 200
 
 
