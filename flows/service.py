@@ -198,8 +198,8 @@ def _checked(path: Path) -> Plan:
     plan = load_plan(path)
     if not plan.yard.on_loopback and plan.api_key_env is None:
         raise BadInput(
-            f"{path}: yard.host {plan.yard.host} can be reached from other machines: write "
-            'api_key_env = "SWITCHYARD_API_KEY" into it and export that variable, or listen on 127.0.0.1'
+            f"{path}: yard.host {plan.yard.host} can be reached from other machines: set "
+            'api_key_env = "SWITCHYARD_API_KEY" in it and export that variable, or listen on 127.0.0.1'
         )
     return plan
 

@@ -536,6 +536,6 @@ def loopback_or_key(config: YardConfig) -> None:
     """Refuse to be reachable from elsewhere without a key. Raises BadInput."""
     if not config.settings.on_loopback and config.api_key is None:
         raise BadInput(
-            f"yard.host {config.settings.host} can be reached from other machines: write "
-            'api_key_env = "SWITCHYARD_API_KEY" into the plan and export that variable, or listen on 127.0.0.1'
+            f"yard.host {config.settings.host} can be reached from other machines: set "
+            'api_key_env = "SWITCHYARD_API_KEY" in the plan and export that variable, or listen on 127.0.0.1'
         )
