@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from engines import environment, process
-from engines.cpu_wait import CpuWait
+from engines.cpu_wait import CpuWait, is_stopped
 from engines.driver import Driver, Installation
 from engines.errors import (
     EngineError,
@@ -38,6 +38,8 @@ POLL_S = 0.05
 Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
 ASK_AGAIN_S = 1.0  # at most, after an answer that held no token
 REFUSED_S = 10.0  # so long an engine that has stopped loading may refuse completions before that is its last word
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"  # a model without a chat template may take the second only
+STOPPED_S = 1.0  # a process that is continued at once was never in trouble
 NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
 QUOTED_LINES = 8
 
@@ -208,6 +210,7 @@ def wait_ready(
     progress(f"loading {serve.gguf.name}")
     token: _FirstToken | None = None
     refused_at: float | None = None
+    stopped_at: float | None = None
     ask_at, pause_s = 0.0, POLL_S
     while True:
         if child.poll() is not None:
@@ -215,12 +218,20 @@ def wait_ready(
         if child.given_up:
             raise EngineNotEnded(f"SIGKILL does not end {engine} (pid {child.pid})", engine=engine)
         now = time.monotonic()
+        stopped_at = (stopped_at or now) if is_stopped(child.pid) else None
+        if stopped_at is not None and now - stopped_at > STOPPED_S:
+            raise EngineStalled(
+                f"{engine} was stopped while loading {serve.gguf.name} (state T: SIGSTOP or job control)",
+                stalled_s=now - stopped_at,
+                engine=engine,
+                log_tail=child.log_tail(),
+            )
         if token is None and now >= ask_at and _healthy(ask) and _our_listener(engine, serve, child):
             token = _FirstToken(ask, served_name)
         if token is not None and token.done.is_set():
             if token.arrived:
                 known = {"prefill_tokens_per_s": token.prefill_rate, "first_token_s": token.took_s}
-                return {**known, **_metadata(ask)}
+                return {**known, "first_token_path": token.path, **_metadata(ask)}
             if token.statuses and set(token.statuses) != {503}:  # 503: it says itself that it is not ready
                 refused_at = refused_at or now
             refused_s = 0.0 if refused_at is None else min(now - refused_at, clock.loaded_s())
@@ -253,6 +264,7 @@ class _FirstToken:
         self._ask_engine = ask
         self._served_name = served_name
         self.arrived = False
+        self.path = CHAT  # by which it came
         self.took_s = 0.0
         self.prefill_rate: float | None = None  # tokens/s; cautious, for the prompt is tiny and the engine cold
         self.statuses: list[int] = []  # of the answers that held no token
@@ -261,12 +273,8 @@ class _FirstToken:
         threading.Thread(target=self._ask, name="readiness", daemon=True).start()
 
     def _ask(self) -> None:
-        # a model without a chat template may refuse a chat and complete a text
-        chat = {"messages": [{"role": "user", "content": "Hi"}]}
         try:
-            self.arrived = self._answers("/v1/chat/completions", chat) or self._answers(
-                "/v1/completions", {"prompt": "Hi"}
-            )
+            self.arrived = self._answers(CHAT) or self._answers(TEXT)
         except (KeyError, TypeError):
             self.statuses.append(200)
             self.refusal = "an answer that is no completion"
@@ -275,9 +283,9 @@ class _FirstToken:
         finally:
             self.done.set()
 
-    def _answers(self, path: str, what: Mapping[str, object]) -> bool:
-        body = {"model": self._served_name, **what, "max_tokens": 1, "temperature": 0, "cache_prompt": False}
-        asked = time.monotonic()
+    def _answers(self, path: str) -> bool:
+        body = {**one_token(path, self._served_name), "cache_prompt": False}
+        self.path, asked = path, time.monotonic()
         status, answer = self._ask_engine("POST", path, body, None)
         if status != 200:
             self.statuses.append(status)
@@ -290,6 +298,12 @@ class _FirstToken:
             return False
         self.prefill_rate = answer["usage"]["prompt_tokens"] / self.took_s
         return True
+
+
+def one_token(path: str, served_name: str) -> dict[str, object]:
+    """The smallest completion there is: whether an engine gives it is what readiness and liveness mean."""
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
+    return {"model": served_name, **prompt, "max_tokens": 1, "temperature": 0}
 
 
 def _refusal(status: int, answer: Any) -> str:

@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fails-while", type=Path, help="every completion is HTTP 500 while this file is there")
     parser.add_argument("--empty-while", type=Path, help="every completion is empty while this file is there")
     parser.add_argument("--embeds", action="store_true", help="an embedding server: completions are HTTP 501")
+    parser.add_argument("--no-chat", action="store_true", help="a model without a chat template: texts only")
     parser.add_argument("--refuses", type=int, default=None, help="every completion is answered with this status")
     parser.add_argument("--pings", action="store_true", help="comments in a stream while a prompt is read")
     parser.add_argument("--aborts-on", default=None, help="a prompt that holds this: out of memory, SIGABRT")
@@ -129,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         options = self.options
         if options.embeds:
             return 501, {"error": {"message": "This server does not support completions", "code": 501}}
+        if options.no_chat and "chat" in self.path:
+            return 400, {"error": {"message": "this model has no chat template", "code": 400}}
         if options.fails_while is not None and options.fails_while.exists():
             return 500, {"error": {"message": "Compute error", "type": "server_error", "code": 500}}
         status = options.refuses or body.get("fake_status")

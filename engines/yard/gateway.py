@@ -42,7 +42,7 @@ CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\
 SHOWN_REPORTS = 5
 NEVER_FULL = 2**30
 UNREAD_POLL_S = 0.05
-OUR_FAULTS = frozenset({401, 403})  # the key is the yard's own
+OUR_FAULTS = frozenset({401, 403, 404})  # the key, the path and the model's name are the yard's own
 END_BYTES = 2048  # of an answer, where its usage and timings stand
 
 

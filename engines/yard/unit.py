@@ -21,7 +21,7 @@ from engines.cpu_wait import CpuWait, is_stopped
 from engines.driver import Driver
 from engines.errors import EngineError, EngineRefuses
 from engines.process import KILLED_S, ManagedProcess
-from engines.serving import exit_reason, free_port, in_frames, last_lines, launch, wait_ready
+from engines.serving import CHAT, exit_reason, free_port, in_frames, last_lines, launch, one_token, wait_ready
 from engines.settings import Serve
 from engines.telemetry import private_bytes, process_tree, vram_bytes
 from engines.yard.door import Answer, Door, Gone
@@ -150,6 +150,7 @@ class Unit:
         self._missed = self._counted = self._deaths = 0
         self._cached = False  # a client's prompt may lie in the engine's cache
         self._stopped = 0  # looks in a row at which its process was stopped
+        self._probe_path = CHAT
         self._token_s = 0.0  # what one token has taken at most, when nothing else was to do
         self._failures: list[str] = []  # of the last requests, since one succeeded
         self._doubted = False  # they are too many: it gets no request until a probe has decided
@@ -421,6 +422,7 @@ class Unit:
             self.prefill.learn(rate)
         token_s = seen.get("first_token_s")
         self._token_s = token_s if isinstance(token_s, float) else 0.0
+        self._probe_path = str(seen.get("first_token_path", CHAT))
         self._counters, self._cached, self._missed, self._counted = (), False, 0, self.tokens
         self._progressed = self._probed = time.monotonic()
         self._asked = self._weighed = 0.0
@@ -586,12 +588,7 @@ class Unit:
 
     async def _one_token(self) -> str:
         """'' once it has produced one token, else what went wrong."""
-        body = {
-            "model": self.driver.served_name(self.recipe.installation, self.recipe.model_id),
-            "messages": [{"role": "user", "content": "Hi"}],
-            "max_tokens": 1,
-            "temperature": 0,
-        }
+        body = one_token(self._probe_path, self.driver.served_name(self.recipe.installation, self.recipe.model_id))
         within_s = max(self.settings.wedged_after_s, PATIENCE * self._token_s)
         failure = await self._in_time(self._completion(json.dumps(body).encode()), within_s)
         return f"no answer within {within_s:.0f} s" if failure is None else failure
@@ -599,7 +596,7 @@ class Unit:
     async def _completion(self, body: bytes) -> str:
         began = time.monotonic()
         try:
-            async with self.door.ask("POST", "/v1/chat/completions", body) as answer:
+            async with self.door.ask("POST", self._probe_path, body) as answer:
                 told = await answer.read()
             if answer.status != 200:
                 return failure_words(answer.status, told)

@@ -70,6 +70,18 @@ def test_the_requests_of_one_client_that_always_fail_restart_nothing(start_yard)
     assert incidents(yard) == []
 
 
+def test_a_model_without_a_chat_template_is_probed_as_it_became_ready(start_yard):
+    settings = {"probe_every_s": 0.2, "failed_probes": 1, "failed_requests": 1}
+    yard = start_yard(old="--no-chat", settings=settings).ready()
+    for _ in range(3):
+        assert ask(yard).status_code == 400
+        with yard.http() as http:
+            text = {"model": "m", "prompt": "hi", "max_tokens": 2}
+            assert http.post("/v1/completions", json={**text, "fake_status": 500}).status_code == 500
+            assert http.post("/v1/completions", json=text).status_code == 200
+    assert (yard.engine("old")["restarts"], incidents(yard)) == (0, [])
+
+
 @pytest.mark.parametrize("status", [400, 404, 413, 422, 429, 501])
 def test_what_is_the_clients_fault_is_no_failure(start_yard, status):
     yard = start_yard(settings={**QUICK, "failed_requests": 1}).ready()
@@ -78,7 +90,7 @@ def test_what_is_the_clients_fault_is_no_failure(start_yard, status):
     for _ in range(4):
         assert ask(yard, fake_status=status).status_code == status
     assert yard.engine("old")["restarts"] == 0
-    assert yard.engine("old")["state"] == "ready"
+    until(lambda: yard.engine("old")["state"] == "ready", "the engine to be ready")
 
 
 def test_comments_of_the_engine_are_nothing_that_reached_the_client(start_yard):

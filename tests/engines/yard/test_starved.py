@@ -38,6 +38,14 @@ def test_an_idle_engine_that_is_stopped_is_found_at_once(start_yard):
     assert any("state T" in i["what"] for i in yard.orders.status()["incidents"])
 
 
+def test_an_engine_that_is_stopped_while_it_loads_is_found_at_once(start_yard):
+    yard = start_yard(old="--load-s 3")
+    until(lambda: yard.health_or_none() is not None and yard.engine("old")["pid"], "the engine to load")
+    os.kill(yard.engine("old")["pid"], signal.SIGSTOP)
+    until(lambda: yard.engine("old")["restarts"] == 1, "a restart", deadline_s=15)
+    yard.ready()
+
+
 def test_a_yard_that_was_itself_stopped_blames_no_engine(start_yard):
     yard = start_yard(old="--itl-ms 20", parallel=1, settings={"wedged_after_s": 1}).ready()
     answers = []
