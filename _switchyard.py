@@ -30,6 +30,6 @@ except FileNotFoundError:
 
 def main() -> None:
     """Run the command."""
-    from flows.cli import main as command  # not before the path is clean
+    from flows.cli.app import main as command  # not before the path is clean
 
     command()

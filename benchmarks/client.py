@@ -21,10 +21,10 @@ from typing import Any
 
 import uvloop
 
-from engines.client import measure
-from engines.known_truth import known_truth_server, lateness_ms, self_test
+from engines.client.client import measure
+from engines.client.reference_server import known_truth_server, lateness_ms, self_test
+from engines.process.telemetry import Telemetry, interval
 from engines.settings import Endpoint
-from engines.telemetry import Telemetry, interval
 
 CLIENTS = ("switchyard", "httpx", "openai")
 STREAMS = (1, 8, 32)

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.errors import BadInput, SwitchyardError
-from tasks.noninferiority import (
+from tasks.verdicts.noninferiority import (
     DEFAULT_LOOKS,
     Metric,
     block_log_ratio,
@@ -38,8 +38,8 @@ from tasks.noninferiority import (
     look_bounds,
     spent_alpha,
 )
-from tasks.statistics import normal_cdf, normal_quantile, t_quantile, wilson
-from tasks.verdict import Verdict
+from tasks.verdicts.statistics import normal_cdf, normal_quantile, t_quantile, wilson
+from tasks.verdicts.verdict import Verdict
 
 SLOWDOWNS = (0.0, 0.05, 0.10, 0.20)
 MARGIN = 0.10

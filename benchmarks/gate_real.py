@@ -33,12 +33,12 @@ from rich.table import Table
 
 from engines.driver import driver
 from engines.errors import SwitchyardError
-from engines.serving import Served
+from engines.process.serving import Served
 from engines.settings import Settings
-from flows.demo import demo_plan
-from tasks.contender import Arm, Contender
-from tasks.noninferiority import Metric, judge
-from tasks.performance import Workload, measure_block
+from migrations.demo import demo_plan
+from tasks.evidence.engine_under_test import Arm, Contender
+from tasks.evidence.performance import Workload, measure_block
+from tasks.verdicts.noninferiority import Metric, judge
 
 LOOKS = (3, 6)
 PERIOD_S = 0.02

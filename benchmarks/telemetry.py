@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from engines.telemetry import PSS_EVERY_S, Sampler, Telemetry, interval
+from engines.process.telemetry import PSS_EVERY_S, Sampler, Telemetry, interval
 
 REACH = 0.01
 SNAPSHOTS = 200

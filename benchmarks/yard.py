@@ -31,16 +31,16 @@ import httpx
 import psutil
 import uvloop
 
-from engines.client import StreamRecord, measure
+from engines.client.client import StreamRecord, measure
+from engines.client.reference_server import lateness_ms
 from engines.driver import Dialect, Driver, Form, Installation, Installer
 from engines.errors import EngineError
-from engines.known_truth import lateness_ms
-from engines.process import ManagedProcess, start
-from engines.serving import free_port
+from engines.process.process import ManagedProcess, start
+from engines.process.serving import free_port
+from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.settings import Endpoint, Serve, Settings
-from engines.telemetry import Telemetry, interval, private_bytes
 from engines.yard.client import YardClient
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from engines.yard.yard import ModelConfig, YardConfig
@@ -210,7 +210,7 @@ class KnownTruth:
     probe_is_neutral = True
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
-        return Installation(self.name, "binary", (sys.executable, "-m", "engines.known_truth"), "1")
+        return Installation(self.name, "binary", (sys.executable, "-m", "engines.client.reference_server"), "1")
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         times = ["--ttft-ms", str(TTFT_MS), "--itl-ms", str(ITL_MS)]

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 
 FOLDER = Path(__file__).with_name("screenshots")
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")

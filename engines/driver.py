@@ -1,6 +1,6 @@
 """What differs between engines: finding, installing, argv, environment, losses, progress. All else is shared.
 
-A driver is stateless; `engines.serving` starts, awaits and stops what it describes.
+A driver is stateless; `engines.process.serving` starts, awaits and stops what it describes.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Driver(Protocol):
 
 def drivers() -> dict[str, Driver]:
     """Every driver by name, in the order they are shown."""
-    from engines.drivers.llama_cpp import LlamaCpp
-    from engines.drivers.mistral_rs import MistralRs
+    from engines.llama_cpp.driver import LlamaCpp
+    from engines.mistral_rs.driver import MistralRs
 
     return {driver.name: driver for driver in (LlamaCpp(), MistralRs())}
 
@@ -125,14 +125,14 @@ def base_of(name: str) -> str:
 
 def native_driver(name: str) -> Driver | None:
     """The driver of engine `name` without a server between; None where it has no such form."""
-    from engines.drivers.mistral_rs import MistralRsNative
+    from engines.mistral_rs.driver import MistralRsNative
 
     return MistralRsNative() if native_of(name) == MistralRsNative.name else None
 
 
 def driver(name: str) -> Driver:
     """The driver called `name`; BadInput lists the known ones."""
-    from engines.drivers.mistral_rs import MistralRsNative
+    from engines.mistral_rs.driver import MistralRsNative
 
     known = {**drivers(), MistralRsNative.name: MistralRsNative()}
     if name not in known:

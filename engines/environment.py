@@ -1,7 +1,7 @@
 """The environment of a process: what its children inherit, what an engine must not see, and what imports from where.
 
-`of_child` is for every process that Switchyard starts (`engines.process.start` applies it), `of_engine` for an engine
-among them (`engines.serving.launch`, `engines.driver.probe` and `scrubbed` apply it): no caller has to remember.
+`of_child` is for every process that Switchyard starts (`process.start` applies it), `of_engine` for an engine among
+them (`serving.launch`, `driver.probe` and `scrubbed` apply it): no caller has to remember.
 """
 
 from __future__ import annotations

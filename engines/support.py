@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from engines.driver import base_of
 from engines.errors import BadInput
-from engines.gguf_header import Header, Tensor
+from engines.model.header import Header, Tensor
 
 LISTS = Path(__file__).with_suffix(".toml")
 

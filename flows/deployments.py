@@ -28,20 +28,20 @@ from engines.yard.state import StateFile
 from flows import deprecate as deprecation
 from flows import evaluate as evaluation
 from flows import soak as soaking
-from flows.approval import asks, in_advance
-from flows.beside import NoRoom, lacking
-from flows.exclusive import Busy
+from flows.evaluation.beside import NoRoom, lacking
+from flows.evaluation.rejudge import rejudge
+from flows.experiment_lock import Busy
 from flows.migrate import migrated
-from flows.migration import Orders
-from flows.prefect_run import tag_run
+from flows.orchestrator.run import tag_run
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
+from flows.rollout.approval import asks, in_advance
+from flows.rollout.steps import Orders
+from flows.rollout.yard_config import plan_path
 from flows.schedules import EVALUATE, RECONCILE, SOAK
-from flows.serve import plan_path
-from flows.state import rejudge
 from migrations.plan import Plan, load_plan
-from tasks.records import open_records
+from tasks.records.store import open_records
 
 BREACH = "switchyard.soak.breached"
 

@@ -26,15 +26,15 @@ from engines.errors import BadInput
 from engines.home import home
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile, YardState
-from flows.guide import write_guide
-from flows.prefect_run import flow_run_id
+from flows.orchestrator.run import flow_run_id
 from flows.progress import progress
+from flows.rollout.guide import write_guide
 from migrations.plan import Plan, plan_to_toml
-from tasks.circumstances import machine_circumstances
-from tasks.gate import gate, reasons
-from tasks.records import Records, Run, open_records
-from tasks.retirement import DAY_S, Standing, judge_retirement, write_archive
-from tasks.verdict import CheckResult, Verdict, not_measured
+from tasks.evidence.environment import machine_circumstances
+from tasks.records.store import Records, Run, open_records
+from tasks.verdicts.gate import gate, reasons
+from tasks.verdicts.retirement import DAY_S, Standing, judge_retirement, write_archive
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 NOBODY = "-"  # of steps that concern no single model
 Say = Callable[[str], None]

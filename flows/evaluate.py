@@ -9,13 +9,13 @@ from typing import Any, Literal
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.bench import opened
-from flows.outcome import conclude, publish
+from flows.evaluation.outcome import conclude, publish
+from flows.evaluation.run import opened
+from flows.evaluation.trial import ARMS, Trial, Unmeasured
 from flows.progress import progress
-from flows.trial import ARMS, Trial, Unmeasured
 from migrations.plan import Plan
-from tasks.contender import Arm
-from tasks.unmeasured import summary
+from tasks.evidence.engine_under_test import Arm
+from tasks.evidence.unmeasured import summary
 
 KINDS = {
     "prompt tokens": "parity.tokens",

@@ -34,9 +34,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from engines.errors import BadInput, SwitchyardError
 from flows.deployments import Offer, concluded
 from flows.progress import progress
-from tasks.circumstances import machine_circumstances
-from tasks.records import Records, Run, Status, Step, open_records
-from tasks.verdict import Verdict
+from tasks.evidence.environment import machine_circumstances
+from tasks.records.store import Records, Run, Status, Step, open_records
+from tasks.verdicts.verdict import Verdict
 
 KIND, UNDO = "fleet", "fleet-rollback"
 MODELS = "switchyard-migration"  # the artifact in which a host's migration says how far each model came

@@ -24,23 +24,23 @@ from engines.errors import SwitchyardError
 from engines.home import home as default_home
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
-from flows.approval import Answer, Asks, Question, asks, in_prefect, nobody
 from flows.deprecate import deprecate
 from flows.evaluate import evaluate
-from flows.exclusive import alone
-from flows.migration import Orders, PhaseOne, phase_one
+from flows.experiment_lock import alone
 from flows.native_phase import native_phase
 from flows.progress import progress
 from flows.reconcile import reconcile
+from flows.rollout.approval import Answer, Asks, Question, asks, in_prefect, nobody
+from flows.rollout.steps import Orders, PhaseOne, phase_one
 from flows.subprocess_phase import subprocess_phase
 from migrations.plan import ModelPlan, Plan, load_plan
-from tasks.circumstances import machine_circumstances
-from tasks.gate import reasons, run_verdict
-from tasks.payload import plan_hash as stored_hash
-from tasks.records import Decision, Records, Run, open_records
-from tasks.rehearsal import route_of
-from tasks.unmeasured import models_to_retry
-from tasks.verdict import CheckResult, Verdict
+from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.rehearsal import route_of
+from tasks.evidence.unmeasured import models_to_retry
+from tasks.records.payload import plan_hash as stored_hash
+from tasks.records.store import Decision, Records, Run, open_records
+from tasks.verdicts.gate import reasons, run_verdict
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 KIND = "whole"
 NOBODY = "-"  # of what concerns no single model

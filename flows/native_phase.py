@@ -20,17 +20,17 @@ from prefect import flow
 from engines.driver import native_driver
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
-from engines.process import end_orphans
+from engines.process.process import end_orphans
 from flows.evaluate import evaluate
-from flows.migration import Migration, Orders, phase_one
+from flows.rollout.steps import Migration, Orders, phase_one
+from flows.rollout.yards import PlanYards
 from flows.subprocess_phase import carried_out
-from flows.yards import PlanYards
 from migrations.plan import EngineChoice, ModelPlan, Plan
-from tasks.gate import gate
-from tasks.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
-from tasks.records import open_records
-from tasks.rehearsal import engine_of, room, route_of
-from tasks.verdict import CheckResult, Verdict
+from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
+from tasks.evidence.rehearsal import engine_of, room, route_of
+from tasks.records.store import open_records
+from tasks.verdicts.gate import gate
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 
 def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:

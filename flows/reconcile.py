@@ -14,9 +14,9 @@ from uuid import UUID
 
 from engines.errors import SwitchyardError
 from engines.home import host
-from engines.process import end_orphans
+from engines.process.process import end_orphans
 from engines.yard.client import YardClient
-from tasks.records import Records, Run, Step
+from tasks.records.store import Records, Run, Step
 
 LOOK_BACK = 200
 Say = Callable[[str], None]

@@ -19,12 +19,12 @@ from engines.deadline import Background
 from engines.errors import BadInput, SwitchyardError
 from engines.home import host
 from engines.yard.client import YardClient, public_address
-from flows.serve import plan_path
+from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan, load_plan
-from tasks.circumstances import machine_circumstances
-from tasks.records import Records, Run, open_records
-from tasks.rehearsal import one_token, route_of
-from tasks.verdict import Verdict
+from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.rehearsal import one_token, route_of
+from tasks.records.store import Records, Run, open_records
+from tasks.verdicts.verdict import Verdict
 
 KIND = "rollback"
 MOVES = ("migrate", "migrate-native")

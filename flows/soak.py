@@ -29,17 +29,17 @@ from engines.home import home as default_home
 from engines.home import host
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
-from flows.exclusive import SOAK, Busy, alone
+from flows.experiment_lock import SOAK, Busy, alone
 from flows.progress import progress
-from flows.serve import plan_path
+from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan, load_plan
-from tasks.circumstances import machine_circumstances
-from tasks.gate import gate, reasons, run_verdict
-from tasks.live_soak import Place, SoakLimits, ending, gist, judge_windows, measure_window
-from tasks.records import Evidence, Records, Run, Step, open_records
-from tasks.report import write_report
-from tasks.soak import duration, empty_segment
-from tasks.verdict import Verdict
+from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.soak.soak import duration, empty_segment
+from tasks.evidence.soak.window import Place, SoakLimits, ending, gist, judge_windows, measure_window
+from tasks.records.store import Evidence, Records, Run, Step, open_records
+from tasks.report.report import write_report
+from tasks.verdicts.gate import gate, reasons, run_verdict
+from tasks.verdicts.verdict import Verdict
 
 KIND = "soak"
 OVER, BREACH = "soaked", "breach"  # steps of a model: its end, and each failure that ended it

@@ -6,7 +6,7 @@
     canary          growing shares of live conversations, each judged; what fails goes back
     promote         all of it, and a last real token
 
-`flows.migration` has the steps; each is recorded before and after, and done once.
+`flows.rollout.steps` has the steps; each is recorded before and after, and done once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from engines.home import home
-from engines.process import end_orphans
-from flows.migration import Migration, Orders
+from engines.process.process import end_orphans
 from flows.progress import progress
-from flows.serve import canary_limits
-from flows.yards import PlanYards
+from flows.rollout.steps import Migration, Orders
+from flows.rollout.yard_config import canary_limits
+from flows.rollout.yards import PlanYards
 from migrations.plan import Plan
-from tasks.canary import judge_canary
-from tasks.records import open_records
+from tasks.evidence.canary import judge_canary
+from tasks.records.store import open_records
 
 
 @task(task_run_name="{model} · {step}", cache_policy=NO_CACHE, persist_result=False)

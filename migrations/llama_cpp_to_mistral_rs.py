@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from migrations.plan import EngineChoice, ModelPlan, Plan, Sampling, build_plan
-from tasks.risks import Phase, Risk
+from tasks.verdicts.risks import Phase, Risk
 
 NAME = "llama.cpp-to-mistral.rs"
 INCUMBENT = EngineChoice(engine="llama.cpp")

@@ -35,7 +35,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from engines.driver import Form
 from engines.environment import withhold
 from engines.errors import BadInput
-from engines.model_digest import model_digest, shards
+from engines.model.digest import model_digest, shards
 from engines.settings import Settings
 from engines.yard.settings import Load, YardSettings
 

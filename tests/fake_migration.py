@@ -20,15 +20,15 @@ from pydantic import SecretStr
 from engines.driver import native_of
 from engines.errors import BadInput, SwitchyardError
 from engines.settings import Settings
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from engines.yard.yard import ModelConfig, YardConfig
-from flows.rehearsal_yard import without
-from flows.serve import log_to_terminal
-from flows.yards import QUICK
+from flows.rollout.rehearsal_yard import without
+from flows.rollout.yard_config import log_to_terminal
+from flows.rollout.yards import QUICK
 from migrations.plan import Plan, build_plan
-from tasks.verdict import CheckResult, Verdict, at_most
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most
 
 OLD, NEW = "llama.cpp", "mistral.rs"
 NATIVE = native_of(NEW)
@@ -106,9 +106,9 @@ def judge(samples: Sequence[Mapping[str, Any]], incumbent: str, candidate: str) 
 
 def migrate(spec: Spec, told: str, *, native: bool) -> None:
     # here, not above: the yards, which are many, would load Prefect for nothing
-    from flows.migration import Migration, Orders
     from flows.native_phase import NativeMigration, native_plan
-    from tasks.records import open_records
+    from flows.rollout.steps import Migration, Orders
+    from tasks.records.store import open_records
 
     orders = Orders.model_validate_json(told)
     with open_records(spec.home / "switchyard.db") as records:

@@ -15,12 +15,12 @@ from pydantic import SecretStr
 from engines.driver import Driver, driver, native_of
 from engines.errors import SwitchyardError
 from engines.settings import Settings
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from engines.yard.yard import ModelConfig, YardConfig
-from flows.serve import log_to_terminal
-from tasks.canary import CanaryLimits, canary_judge, shadow_judge
+from flows.rollout.yard_config import log_to_terminal
+from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from engines.home import home
 from flows.deployments import concluded
 from flows.fleet import fleet
 from flows.migrate import publish
-from tasks.records import open_records
-from tasks.verdict import Verdict
+from tasks.records.store import open_records
+from tasks.verdicts.verdict import Verdict
 
 PLAN = {"name": "the same on every host"}
 HOLD_S = 120

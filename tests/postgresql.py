@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 
 HOW = "apt install postgresql, and pip install 'psycopg[binary]'"
 

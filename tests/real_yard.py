@@ -8,7 +8,7 @@ import installed
 from switchyard_command import command
 from waiting import until
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
 
 LOCAL = {"trust_env": False, "verify": False}  # certificates would take longer to load than the answer

@@ -24,13 +24,13 @@ from waiting import until
 
 from engines.driver import driver
 from engines.home import host
-from engines.model_digest import model_digest
-from engines.process import registered
-from engines.serving import free_port
+from engines.model.digest import model_digest
+from engines.process.process import registered
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
 from migrations.plan import load_plan, plan_hash
-from tasks.records import Records, open_records
-from tasks.verdict import CheckResult, Verdict
+from tasks.records.store import Records, open_records
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 OLD, NEW, MODEL = "llama.cpp", "mistral.rs", "smollm2"
 MIGRATE = '[migrate]\napprove = "auto"\nphases = ["subprocess"]\n[limits]\nrecover_s = 60\nkill_detect_s = 60'

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import native
 from engines.errors import BadInput
-from engines.native.engine import Reply
-from engines.native.openai_shapes import DONE, Json, sse
+from engines.mistral_rs.native.engine import Reply
+from engines.mistral_rs.native.requests import DONE, Json, sse
 
 
 def test_missing_numbers_are_told_as_missing() -> None:

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from benchmarks import yard
-from engines.known_truth import known_truth_server
+from engines.client.reference_server import known_truth_server
 
 
 def test_known_truth_answers_what_the_yard_asks_before_it_serves() -> None:

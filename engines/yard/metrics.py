@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engines.yard.health import Health
+from engines.yard.engine.health import Health
 
 if TYPE_CHECKING:
     from engines.yard.yard import Sample, Yard

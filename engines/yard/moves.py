@@ -16,14 +16,14 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Literal, get_args
 
 from engines.errors import BadInput, EngineError, SwitchyardError
-from engines.gguf_header import read_header
-from engines.memory_fit import FreeMemory, estimate, free_memory
+from engines.fit import FreeMemory, estimate, free_memory
+from engines.model.header import read_header
 from engines.yard.client import Say
+from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.unit import Unit
 from engines.yard.memory import memory_back
-from engines.yard.recipe import Recipe
 from engines.yard.route import Route
 from engines.yard.state import Canary
-from engines.yard.unit import Unit
 from engines.yard.yard import ModelConfig, Yard, YardConfig, loopback_or_key
 
 Form = Literal["auto", "side-by-side", "one-at-a-time"]

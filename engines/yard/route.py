@@ -8,9 +8,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from engines.yard.engine.unit import Flight, Unit
 from engines.yard.settings import Load
 from engines.yard.state import ModelState
-from engines.yard.unit import Flight, Unit
 
 
 class Full(Exception):

@@ -18,13 +18,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from engines.driver import Driver
 from engines.errors import PortTaken, SwitchyardError
-from engines.process import stop_all
-from engines.serving import listener_on
+from engines.process.process import stop_all
+from engines.process.serving import listener_on
+from engines.yard.canary_analysis import CanaryWatch
 from engines.yard.client import socket_path
-from engines.yard.control import Control, listening
-from engines.yard.gateway import Gateway
 from engines.yard.moves import Moves
-from engines.yard.watch import CanaryWatch
+from engines.yard.ports.control import Control, listening
+from engines.yard.ports.gateway import Gateway
 from engines.yard.yard import Yard, YardConfig, loopback_or_key
 
 try:

@@ -23,11 +23,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import BadInput
+from engines.openai.call import Call, Refusal
 from engines.yard.capture import Lines
-from engines.yard.door import Gone
-from engines.yard.openai import Call, Refusal
+from engines.yard.engine.connection import Gone
+from engines.yard.engine.unit import Unit
 from engines.yard.shims import shim_for
-from engines.yard.unit import Unit
 
 if TYPE_CHECKING:
     from engines.yard.route import Route

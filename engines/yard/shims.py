@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from engines.errors import BadInput
-from engines.gguf_header import read_header
-from engines.yard.door import Gone
-from engines.yard.openai import GENERATING, Call, Refusal
-from engines.yard.unit import Unit
+from engines.model.header import read_header
+from engines.openai.call import GENERATING, Call, Refusal
+from engines.yard.engine.connection import Gone
+from engines.yard.engine.unit import Unit
 
 Json = dict[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engines.errors import SwitchyardError
 from engines.redaction import RedactingFormatter
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from engines.yard.yard import ModelConfig, YardConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.errors import BadInput, SwitchyardError
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 
 
 class Canary(BaseModel):

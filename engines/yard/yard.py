@@ -25,22 +25,22 @@ from pydantic import SecretStr
 
 from engines.driver import Driver, driver, native_of
 from engines.errors import BadInput
-from engines.process import end_orphans
+from engines.openai.call import Call, Refusal
+from engines.process.process import end_orphans
 from engines.redaction import redacted, redacted_text
 from engines.settings import Serve
 from engines.yard.capture import Capture
-from engines.yard.door import Door, FrameDoor, HttpDoor
-from engines.yard.health import Transition
+from engines.yard.engine.connection import Door, FrameDoor, HttpDoor
+from engines.yard.engine.health import Transition
+from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.unit import Flight, Unit
 from engines.yard.journal import Journal
+from engines.yard.memory_budget import Residency
 from engines.yard.metrics import Metrics
-from engines.yard.openai import Call, Refusal
-from engines.yard.recipe import Recipe
-from engines.yard.residency import Residency
 from engines.yard.route import Route
 from engines.yard.settings import Load, YardSettings
 from engines.yard.shadow import Shadow, Tape
 from engines.yard.state import ModelState, StateFile, YardState
-from engines.yard.unit import Flight, Unit
 
 # samples, incumbent, candidate -> {"verdict": ..., "why": ..., and what else the status shows}; called in a thread
 JudgeCanary = Callable[[Sequence[Mapping[str, Any]], str, str], Mapping[str, Any]]

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from engines.client import StreamRecord, client_session, measure, parse_stream, reconcile, stream_chat
+from engines.client.client import StreamRecord, client_session, measure, parse_stream, reconcile, stream_chat
+from engines.client.reference_server import known_truth_server, lateness_ms, resolves, self_test
 from engines.errors import BadInput, EngineExited, NoMeasurement
-from engines.known_truth import known_truth_server, lateness_ms, resolves, self_test
 from engines.settings import Endpoint
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -426,7 +426,8 @@ def test_the_server_dies_with_a_killed_parent() -> None:
             sys.executable,
             "-c",
             "import subprocess, sys, time\n"
-            "child = subprocess.Popen([sys.executable, '-m', 'engines.known_truth'], stdin=subprocess.PIPE)\n"
+            "server = [sys.executable, '-m', 'engines.client.reference_server']\n"
+            "child = subprocess.Popen(server, stdin=subprocess.PIPE)\n"
             "time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
@@ -445,8 +446,8 @@ def test_ctrl_c_during_a_measurement_is_a_keyboard_interrupt() -> None:
     """SIGINT in the middle of a stream ends measure, with the connections closed, and the child with it."""
     script = (
         "import os, signal, sys, threading\n"
-        "from engines.client import measure\n"
-        "from engines.known_truth import known_truth_server\n"
+        "from engines.client.client import measure\n"
+        "from engines.client.reference_server import known_truth_server\n"
         "with known_truth_server(ttft_ms=30000) as endpoint:\n"
         "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    try:\n"

@@ -17,11 +17,11 @@ from fake_driver import FakeDriver
 from waiting import until
 
 from engines.driver import Driver, Form, Installation
-from engines.drivers.llama_cpp import LlamaCpp
-from engines.drivers.mistral_rs import MistralRs
 from engines.errors import EngineExited, EngineNotFound
-from engines.process import LOG_BYTES, registered
-from engines.serving import Served, exit_reason, free_port, serving
+from engines.llama_cpp.driver import LlamaCpp
+from engines.mistral_rs.driver import MistralRs
+from engines.process.process import LOG_BYTES, registered
+from engines.process.serving import Served, exit_reason, free_port, serving
 from engines.settings import Serve, Settings
 
 CUT_BYTES = 16 * 1024 * 1024  # of a real model: its header and the first tensors

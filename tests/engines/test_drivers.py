@@ -13,11 +13,11 @@ import pytest
 from pydantic import SecretStr
 
 from engines.driver import Driver, Installation, driver, drivers, help_flags, probe
-from engines.drivers.llama_cpp import LlamaCpp
-from engines.drivers.mistral_rs import MistralRs
 from engines.errors import BadInput, EngineNotFound
-from engines.hosts import llama_cpp as llama_cpp_host
-from engines.hosts import mistral_rs as mistral_rs_host
+from engines.llama_cpp import host as llama_cpp_host
+from engines.llama_cpp.driver import LlamaCpp
+from engines.mistral_rs import host as mistral_rs_host
+from engines.mistral_rs.driver import MistralRs
 from engines.settings import KvType, Serve, Settings
 
 KEY = "secret-of-the-test"
@@ -28,7 +28,7 @@ LLAMA_NEW = Installation("llama.cpp", "binary", ("llama-server",), "0.6.0", froz
 LLAMA_HOSTED = Installation(
     "llama.cpp",
     "hosted",
-    (sys.executable, "-m", "engines.hosts.llama_cpp"),
+    (sys.executable, "-m", "engines.llama_cpp.host"),
     "xllamacpp",
     help_flags(llama_cpp_host.parser().format_help()),
 )
@@ -39,7 +39,7 @@ MISTRAL_09 = Installation(
 )
 MISTRAL_LATER = Installation("mistral.rs", "binary", ("mistralrs",), "0.9.5", frozenset({"--no-ui"}))
 MISTRAL_HOSTED = Installation(
-    "mistral.rs", "hosted", (sys.executable, "-m", "engines.hosts.mistral_rs"), "0.9.5", frozenset()
+    "mistral.rs", "hosted", (sys.executable, "-m", "engines.mistral_rs.host"), "0.9.5", frozenset()
 )
 INSTALLATIONS = {
     "llama.cpp binary, old": LLAMA_OLD,

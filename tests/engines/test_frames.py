@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from engines.native import frames
-from engines.native.engine import Reply
-from engines.native.openai_shapes import ApiError
-from engines.native.worker import Door
+from engines.mistral_rs.native import frames
+from engines.mistral_rs.native.engine import Reply
+from engines.mistral_rs.native.requests import ApiError
+from engines.mistral_rs.native.worker import Door
 
 KEY = "secret-of-the-test"
 

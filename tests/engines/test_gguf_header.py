@@ -12,7 +12,7 @@ from gguf import GGUFEndian, GGUFReader
 from gguf_files import LLAMA, nemotron_keys, write_gguf, write_split
 
 from engines.errors import BadInput
-from engines.gguf_header import read_header, template_shows_tools
+from engines.model.header import read_header, template_shows_tools
 
 
 def test_scalar_keys_are_spread_over_the_layers(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import httpx
 import installed
 import pytest
 
-from engines.hosts.llama_cpp import parser, settings_of
-from engines.serving import free_port
+from engines.llama_cpp.host import parser, settings_of
+from engines.process.serving import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 KEY = "secret-of-the-test"
@@ -22,7 +22,7 @@ KEY = "secret-of-the-test"
 
 def host(*flags: str, log: Path | None = None) -> subprocess.Popen[bytes]:
     """The host as a process of its own; both streams to *log*."""
-    command = [sys.executable, "-m", "engines.hosts.llama_cpp", "--", *flags]
+    command = [sys.executable, "-m", "engines.llama_cpp.host", "--", *flags]
     environment = os.environ | {"LLAMA_API_KEY": KEY}
     if log is None:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
@@ -58,7 +58,7 @@ def test_what_it_cannot_do_is_refused_in_one_line(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2; an address that others can reach needs a key."""
-    from engines.hosts.llama_cpp import main
+    from engines.llama_cpp.host import main
 
     monkeypatch.delenv("LLAMA_API_KEY", raising=False)
     with pytest.raises(SystemExit) as left:

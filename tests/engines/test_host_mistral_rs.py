@@ -23,13 +23,21 @@ import installed
 import pytest
 
 from engines.errors import BadInput
-from engines.hosts.mistral_rs import listen
-from engines.native import openai_shapes as shapes
-from engines.native.generation import Admitted, Counters, counted, cut_usage, keep_alive, reckoned, until_stop
-from engines.native.gguf_text import ChatTemplate, TemplateRefused, Vocabulary, read_metadata
-from engines.native.model import shards
-from engines.native.openai_shapes import ApiError, Head, Piece, Usage
-from engines.serving import free_port
+from engines.mistral_rs.host import listen
+from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native.chat_template import ChatTemplate, TemplateRefused, Vocabulary, read_metadata
+from engines.mistral_rs.native.generation import (
+    Admitted,
+    Counters,
+    counted,
+    cut_usage,
+    keep_alive,
+    reckoned,
+    until_stop,
+)
+from engines.mistral_rs.native.model import shards
+from engines.mistral_rs.native.requests import ApiError, Head, Piece, Usage
+from engines.process.serving import free_port
 
 KEY = "secret-of-the-test"
 CONTEXT = 128
@@ -462,7 +470,7 @@ def test_all_parts_of_a_split_model_are_loaded() -> None:
 
 def start(gguf: Path, port: int, log: Path, *more: str, key: str = KEY) -> subprocess.Popen[bytes]:
     """The host as a process of its own."""
-    command = [sys.executable, "-m", "engines.hosts.mistral_rs", "--gguf", str(gguf), "--model-id", "smol"]
+    command = [sys.executable, "-m", "engines.mistral_rs.host", "--gguf", str(gguf), "--model-id", "smol"]
     command += ["--port", str(port), "--threads", "1", "--context", str(CONTEXT), *more]
     with log.open("wb") as output:
         environment = os.environ | {"SWITCHYARD_ENGINE_API_KEY": key}

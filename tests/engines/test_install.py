@@ -16,9 +16,9 @@ from fake_driver import FakeDriver
 
 from engines import install
 from engines.driver import Installer, drivers
-from engines.drivers.mistral_rs import MistralRs
 from engines.errors import BadInput, EngineError
 from engines.install import VendorScript, fetch_script, pip_command, run_script
+from engines.mistral_rs.driver import MistralRs
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from engines.errors import BadInput
-from engines.llama_server_argv import find_listener, parse_command, read_argv, read_listener
+from engines.llama_cpp.argv import find_listener, parse_command, read_argv, read_listener
 from engines.settings import Settings
 
 AGENT_BOX = (

@@ -9,8 +9,7 @@ import pytest
 from gguf_files import LLAMA, nemotron_keys, write_gguf
 
 from engines.errors import BadInput
-from engines.gguf_header import Header, read_header
-from engines.memory_fit import (
+from engines.fit import (
     GIB,
     MIB,
     FreeMemory,
@@ -24,6 +23,7 @@ from engines.memory_fit import (
     state_bytes_per_sequence,
     weights_bytes,
 )
+from engines.model.header import Header, read_header
 from engines.settings import Settings
 
 PLENTY = FreeMemory(ram_bytes=512 * GIB)

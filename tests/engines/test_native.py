@@ -12,12 +12,12 @@ from typing import Any
 import installed
 import pytest
 
-from engines.native import openai_shapes as shapes
-from engines.native.arguments import add_model_arguments, check, prepare
-from engines.native.engine import Native, Reply, json_body
-from engines.native.model import GRAMMAR_AT_FAULT, Model, compact
-from engines.native.openai_shapes import ApiError, Grammar, Json
-from engines.native.tool_loop import Tool, chat_of, run_tools
+from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native.arguments import add_model_arguments, check, prepare
+from engines.mistral_rs.native.engine import Native, Reply, json_body
+from engines.mistral_rs.native.model import GRAMMAR_AT_FAULT, Model, compact
+from engines.mistral_rs.native.requests import ApiError, Grammar, Json
+from engines.mistral_rs.native.tool_loop import Tool, chat_of, run_tools
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

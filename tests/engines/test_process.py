@@ -12,8 +12,8 @@ from dataclasses import asdict
 import psutil
 from waiting import until
 
-from engines import process
-from engines.process import Identity, end_orphans
+from engines.process import process
+from engines.process.process import Identity, end_orphans
 
 
 def start_python(code, tmp_path, name="sleeper"):

@@ -11,7 +11,7 @@ from fake_driver import FAKE_ENGINE, FakeDriver
 from waiting import until
 
 from engines.errors import EngineExited, EngineStalled, PortTaken, WrongListener
-from engines.serving import free_port, serving
+from engines.process.serving import free_port, serving
 from engines.settings import Serve
 
 

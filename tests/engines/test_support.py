@@ -9,7 +9,7 @@ from gguf import GGUFEndian
 from gguf_files import nemotron_keys, write_gguf
 
 from engines.errors import BadInput
-from engines.gguf_header import Header, read_header
+from engines.model.header import Header, read_header
 from engines.support import alternatives, loads, parse_version
 
 

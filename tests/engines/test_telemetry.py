@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engines.telemetry import Sampler, Telemetry, interval, peak_memory, peak_rss, process_tree
+from engines.process.telemetry import Sampler, Telemetry, interval, peak_memory, peak_rss, process_tree
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from engines.native.openai_shapes import ApiError, Json
-from engines.native.tool_loop import Outcome, Tool, run_tools, why_not
+from engines.mistral_rs.native.requests import ApiError, Json
+from engines.mistral_rs.native.tool_loop import Outcome, Tool, run_tools, why_not
 
 ASKED = [{"role": "user", "content": "hi"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -16,11 +16,11 @@ from real_yard import HELLO, LOCAL
 from waiting import until
 
 from engines.driver import driver
-from engines.model_digest import model_digest
+from engines.model.digest import model_digest
 from engines.yard.client import YardClient
 from migrations.plan import load_plan, plan_hash
-from tasks.records import open_records
-from tasks.verdict import CheckResult, Verdict
+from tasks.records.store import open_records
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 pytest.importorskip("playwright", reason="needs a browser's driver: pip install playwright")
 

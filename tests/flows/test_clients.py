@@ -14,7 +14,7 @@ from gguf_files import write_f16
 from switchyard_command import command
 from waiting import until
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
 
 pytestmark = pytest.mark.engine

@@ -7,8 +7,8 @@ from pathlib import Path
 import installed
 import pytest
 
-from flows.demo import whole_demo_file, whole_demo_plan
-from flows.serve import canary_limits
+from flows.rollout.yard_config import canary_limits
+from migrations.demo import whole_demo_file, whole_demo_plan
 from migrations.plan import load_plan
 
 pytestmark = pytest.mark.engine

@@ -14,14 +14,14 @@ from gguf_files import write_gguf
 from engines.driver import Installation
 from engines.errors import BadInput
 from engines.settings import Settings
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 from engines.yard.state import ModelState, StateFile, YardState
-from flows.bench import refuse_retired
 from flows.deprecate import Deprecation, restore
+from flows.evaluation.run import refuse_retired
 from migrations.plan import Plan, build_plan
-from tasks.records import Records, open_records
-from tasks.retirement import Standing, judge_retirement
-from tasks.verdict import Verdict
+from tasks.records.store import Records, open_records
+from tasks.verdicts.retirement import Standing, judge_retirement
+from tasks.verdicts.verdict import Verdict
 
 OLD, NEW = "llama.cpp", "mistral.rs"
 DAY = 86_400.0

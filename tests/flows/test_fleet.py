@@ -20,11 +20,11 @@ from waiting import until
 
 import flows
 from engines.errors import BadInput
-from engines.serving import free_port
+from engines.process.serving import free_port
 from flows.deployments import migrate, rollback
 from flows.fleet import KIND, Ended, Rollout, gate_of_wave, last_wave, roll_back_hosts, roll_out, waves_of
 from flows.reconcile import reconcile
-from tasks.records import Records, open_records
+from tasks.records.store import Records, open_records
 
 PASS = Ended("PASS", True)
 

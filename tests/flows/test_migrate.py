@@ -13,15 +13,15 @@ import pytest
 from gguf_files import write_gguf
 
 from engines.errors import BadInput, EngineError
-from engines.model_digest import model_digest
+from engines.model.digest import model_digest
 from engines.yard.state import ModelState, StateFile
-from flows.approval import Answer, Question
-from flows.exclusive import SOAK, Busy, alone
+from flows.experiment_lock import SOAK, Busy, alone
 from flows.migrate import KIND, Phases, Whole
-from flows.migration import Orders
+from flows.rollout.approval import Answer, Question
+from flows.rollout.steps import Orders
 from migrations.plan import Plan, build_plan, plan_hash
-from tasks.records import Records, open_records
-from tasks.verdict import CheckResult, Verdict
+from tasks.records.store import Records, open_records
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 OLD, NEW, NATIVE = "llama.cpp", "mistral.rs", "mistral.rs-native"
 GO = Answer(True, "Ada", "it looks fine")
@@ -288,7 +288,7 @@ def test_an_error_is_recorded_and_the_next_run_goes_on(box: Box, monkeypatch: py
 def held(home: Path, what: str, *, for_s: float = 3600.0) -> Iterator[None]:
     """Another process has the home for `what`; it lets go after a while, or when it is killed."""
     code = (
-        "import sys, time; from pathlib import Path; from flows.exclusive import alone\n"
+        "import sys, time; from pathlib import Path; from flows.experiment_lock import alone\n"
         "with alone(Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(float(sys.argv[3]))"
     )
     argv = [sys.executable, "-c", code, str(home), what, str(for_s)]

@@ -13,9 +13,9 @@ from gguf_files import write_gguf
 from switchyard_command import command, json_of
 from waiting import until
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
-from tasks.records import open_records
+from tasks.records.store import open_records
 
 ROOT = Path(__file__).parents[2]
 SOON_S = 20  # a third of what it took to wait for the lock twice

@@ -15,10 +15,10 @@ from gguf_files import write_gguf
 from real_yard import LOCAL
 from waiting import until
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
-from tasks.records import open_records
-from tasks.verdict import CheckResult, Verdict
+from tasks.records.store import open_records
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 ROOT = Path(__file__).parents[2]
 DIGEST = hashlib.sha256(b"a model").hexdigest()

@@ -20,8 +20,8 @@ from real_yard import HELLO, Yard
 from switchyard_command import json_of
 from waiting import until
 
-from flows.demo import demo_plan
-from tasks.statistics import theil_sen
+from migrations.demo import demo_plan
+from tasks.verdicts.statistics import theil_sen
 
 pytestmark = pytest.mark.engine
 

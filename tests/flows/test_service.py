@@ -13,8 +13,8 @@ from switchyard_command import json_of
 
 from engines.errors import BadInput
 from engines.yard.client import socket_path
-from engines.yard.control import listening
-from flows.service import unit_text
+from engines.yard.ports.control import listening
+from flows.cli.service import unit_text
 
 SYSTEMCTL = """#!/bin/sh
 echo "$@" >> "$CALLS"

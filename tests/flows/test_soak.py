@@ -24,13 +24,13 @@ from rich.console import Console
 from waiting import until
 
 from engines.errors import BadInput, SwitchyardError
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
+from flows.cli.soak import exit_code, next_step, show
 from flows.soak import markdown, nothing, soak_window, targets
-from flows.soak_command import exit_code, next_step, show
 from migrations.plan import Plan, build_plan, load_plan, plan_to_toml
-from tasks.live_soak import Place, measure_window
-from tasks.records import Records, Run, open_records
+from tasks.evidence.soak.window import Place, measure_window
+from tasks.records.store import Records, Run, open_records
 
 ROOT = Path(__file__).parents[2]
 OLD, NEW, NATIVE = "llama.cpp", "mistral.rs", "mistral.rs-native"
@@ -226,7 +226,8 @@ def test_a_window_killed_half_way_leaves_a_run_that_the_next_one_joins(box: Box)
     """kill -9: its evidence is lost, the run is not."""
     code = (
         "import sys; from pathlib import Path; from flows.soak import soak_window; "
-        "from migrations.plan import load_plan; from tasks.records import open_records; home = Path(sys.argv[2]); "
+        "from migrations.plan import load_plan; from tasks.records.store import open_records; "
+        "home = Path(sys.argv[2]); "
         "soak_window(load_plan(Path(sys.argv[1])), home, open_records(home / 'switchyard.db'), window_s=600)"
     )
     argv = [sys.executable, "-c", code, str(box.toml), str(box.home)]
@@ -443,7 +444,7 @@ def test_what_to_do_next_fits_the_result() -> None:
 FLOW = """
 import json, os, sys, time
 from pathlib import Path
-from flows.prefect_server import with_prefect
+from flows.orchestrator.server import with_prefect
 
 def load():
     from flows.soak import soak

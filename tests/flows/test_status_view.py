@@ -18,9 +18,10 @@ from switchyard_command import command, json_of
 from waiting import until
 
 from engines.errors import SwitchyardError
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
-from flows import status_view, tables
+from flows.cli import status as status_view
+from flows.cli import tables
 
 ROOT = Path(__file__).parents[2]
 NOW = 1_800_000_000.0

@@ -26,16 +26,16 @@ from traffic import traffic
 from waiting import until
 
 from engines.errors import BadInput
-from engines.model_digest import model_digest
-from engines.serving import free_port
+from engines.model.digest import model_digest
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
-from flows.migration import Orders, phase_one
-from flows.rehearsal_yard import without
-from flows.serve import remember_plan
-from flows.yards import PlanYards
+from flows.rollout.rehearsal_yard import without
+from flows.rollout.steps import Orders, phase_one
+from flows.rollout.yard_config import remember_plan
+from flows.rollout.yards import PlanYards
 from migrations.plan import Plan, build_plan, plan_hash, plan_to_toml
-from tasks.records import Records, open_records
-from tasks.verdict import CheckResult, Verdict
+from tasks.records.store import Records, open_records
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "fake_migration.py"

@@ -16,8 +16,8 @@ from real_yard import LOCAL, plan_text
 from switchyard_command import json_of
 from waiting import until
 
-from engines.process import registered
-from engines.serving import free_port
+from engines.process.process import registered
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
 
 NOWHERE = "http://127.0.0.1:9"

@@ -21,11 +21,11 @@ from switchyard_up import LONG_S, MODEL, NEW, OLD, Up
 from waiting import until
 
 from engines.errors import SwitchyardError
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient, socket_path
+from flows.cli.up import RESTARTS, GaveUp, Yard, _Kept
 from flows.reconcile import reconcile
-from flows.up import RESTARTS, GaveUp, Yard, _Kept
-from tasks.records import Records, open_records
+from tasks.records.store import Records, open_records
 
 ROOT = Path(__file__).parents[2]
 SERVER, RUNNER = "prefect server", "deployments"  # as they are registered
@@ -316,7 +316,7 @@ def test_a_run_that_finds_another_one_is_cancelled(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path / "home"))
     code = (
-        "import sys; from pathlib import Path; from flows.exclusive import alone\n"
+        "import sys; from pathlib import Path; from flows.experiment_lock import alone\n"
         "with alone(Path(sys.argv[1]), 'a migration'): print('held', flush=True); sys.stdin.read()"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "home")]

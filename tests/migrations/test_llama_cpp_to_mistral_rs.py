@@ -11,7 +11,7 @@ from engines.errors import BadInput
 from engines.settings import Settings
 from migrations import llama_cpp_to_mistral_rs as migration
 from migrations.plan import Limits, ModelPlan, Plan, plan_to_toml
-from tasks.risks import Risk
+from tasks.verdicts.risks import Risk
 
 MODEL = ModelPlan(id="small", gguf=Path("/m/small.gguf"))
 

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from engines.errors import BadInput
-from engines.model_digest import WHOLE_UP_TO_BYTES, model_digest
+from engines.model.digest import WHOLE_UP_TO_BYTES, model_digest
 from engines.settings import Settings
 from migrations.plan import (
     Canary,
@@ -29,7 +29,7 @@ from migrations.plan import (
     plan_to_toml,
     recorded_plan,
 )
-from tasks import payload
+from tasks.records import payload
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plan.toml"
 PLAN = """

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engines.errors import BadInput
-from tasks.canary import CanaryLimits, judge_canary, judge_shadow, judgement
-from tasks.verdict import CheckResult, Verdict, overall
+from tasks.evidence.canary import CanaryLimits, judge_canary, judge_shadow, judgement
+from tasks.verdicts.verdict import CheckResult, Verdict, overall
 
 LIMITS = CanaryLimits()
 CHECKS = [

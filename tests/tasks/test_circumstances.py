@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tasks.circumstances import machine_circumstances
+from tasks.evidence.environment import machine_circumstances
 
 
 def test_circumstances_name_machine_software_and_clock() -> None:

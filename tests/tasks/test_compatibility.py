@@ -18,8 +18,8 @@ from openai_stub import CONTEXT_TOKENS, KEY, MODEL, stub
 
 from engines.errors import BadInput
 from engines.settings import Endpoint
-from tasks.compatibility import BEHAVIOURS, DEFAULT_REQUIRED, judge_compatibility, measure_compatibility
-from tasks.verdict import CheckResult, Verdict
+from tasks.evidence.compatibility import BEHAVIOURS, DEFAULT_REQUIRED, judge_compatibility, measure_compatibility
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 HABITS = {
     "chat_answer": "is a bot",

@@ -11,11 +11,11 @@ import pytest
 from fake_driver import FakeDriver
 
 from engines.driver import Installation
-from engines.process import registered
+from engines.process.process import registered
 from engines.settings import Serve, Settings
-from tasks.contender import Contender
-from tasks.faults import KINDS, judge_faults, measure_faults
-from tasks.verdict import Verdict, overall
+from tasks.evidence.engine_under_test import Contender
+from tasks.evidence.faults import KINDS, judge_faults, measure_faults
+from tasks.verdicts.verdict import Verdict, overall
 
 ROOMY = {"kill_detect_s": 60.0, "hang_detect_s": 60.0, "recover_s": 60.0}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from migrations.llama_cpp_to_mistral_rs import RISKS
-from tasks.gate import gate, reasons, risks, run_verdict
-from tasks.risks import Risk
-from tasks.verdict import CheckResult, Verdict
+from tasks.verdicts.gate import gate, reasons, risks, run_verdict
+from tasks.verdicts.risks import Risk
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 P, I, E, F = Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.ERROR, Verdict.FAIL  # noqa: E741
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from engines.settings import Settings
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 from engines.yard.state import ModelState, YardState
 from migrations.plan import Plan, build_plan
-from tasks import guide
-from tasks.guide import SECTIONS
-from tasks.guide_facts import Facts, Private, Retirement, gather, redacted
-from tasks.records import Records, open_records
-from tasks.verdict import CheckResult, Verdict, at_least, at_most, not_measured
+from tasks.records.store import Records, open_records
+from tasks.report import guide
+from tasks.report.guide import SECTIONS
+from tasks.report.guide_facts import Facts, Private, Retirement, gather, redacted
+from tasks.verdicts.verdict import CheckResult, Verdict, at_least, at_most, not_measured
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 OLD, NEW = "llama.cpp", "mistral.rs"

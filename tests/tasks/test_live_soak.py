@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.soak_records import Replay, recorded_like
-from tasks.live_soak import (
+from tasks.evidence.soak.soak import DAY_S, empty_segment
+from tasks.evidence.soak.window import (
     DECODE_DRIFT,
     FAILURES,
     KEPT,
@@ -25,10 +26,9 @@ from tasks.live_soak import (
     judge_windows,
     slope_within,
 )
-from tasks.records import open_records
-from tasks.soak import DAY_S, empty_segment
-from tasks.statistics import theil_sen
-from tasks.verdict import CheckResult, Verdict
+from tasks.records.store import open_records
+from tasks.verdicts.statistics import theil_sen
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 DAYS_3 = 3 * DAY_S
 STEP_S = 3600.0  # from window to window: as many as it takes, and few enough to judge in milliseconds
@@ -116,7 +116,7 @@ def test_without_windows_nothing_is_judged() -> None:
 
 
 def test_a_third_failure_ends_the_soak_of_an_engine_whose_incumbent_had_none() -> None:
-    """The rule of tasks.soak: three where the incumbent had none are no chance."""
+    """The rule of tasks.evidence.soak.soak: three where the incumbent had none are no chance."""
     found = windows(10)
     for one in found[:2]:
         one.update(failed())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tasks.load_cycles import judge_hang, judge_load_cycles
-from tasks.verdict import Verdict
+from tasks.evidence.load_cycles import judge_hang, judge_load_cycles
+from tasks.verdicts.verdict import Verdict
 
 MIB = 2**20
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines.errors import BadInput
-from tasks.noninferiority import (
+from tasks.verdicts.noninferiority import (
     DEFAULT_LOOKS,
     Metric,
     block_log_ratio,
@@ -23,8 +23,8 @@ from tasks.noninferiority import (
     look_bounds,
     spent_alpha,
 )
-from tasks.statistics import clopper_pearson_lower, normal_quantile
-from tasks.verdict import Verdict
+from tasks.verdicts.statistics import clopper_pearson_lower, normal_quantile
+from tasks.verdicts.verdict import Verdict
 
 TTFT = Metric(name="ttft_p50", samples="ttft_ms", quantile=0.5, margin=0.10, unit="ms")
 SPEED = Metric(name="decode", quantile=0.5, margin=0.10, unit="tok/s", higher_is_better=True)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from engines.settings import Endpoint
-from tasks.compatibility import BEHAVIOURS
-from tasks.parity import (
+from tasks.evidence.compatibility import BEHAVIOURS
+from tasks.evidence.parity.judge import (
     BEHAVIOUR_OF,
     ParityLimits,
     compare_answers,
@@ -30,8 +30,8 @@ from tasks.parity import (
     measure_prompt_tokens,
     with_behaviours,
 )
-from tasks.prompts import load_prompts
-from tasks.verdict import CheckResult, Verdict
+from tasks.evidence.prompts import load_prompts
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 Evidence = dict[str, Any]
 

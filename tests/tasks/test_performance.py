@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from fake_driver import FakeDriver
 
-from engines.process import registered
+from engines.process.process import registered
 from engines.settings import Settings
-from tasks.contender import Arm, Contender
-from tasks.noninferiority import block_orders
-from tasks.performance import (
+from tasks.evidence.engine_under_test import Arm, Contender
+from tasks.evidence.performance import (
     PerformanceLimits,
     Workload,
     body,
@@ -24,7 +23,8 @@ from tasks.performance import (
     metrics,
     prompt,
 )
-from tasks.verdict import CheckResult, Verdict, overall
+from tasks.verdicts.noninferiority import block_orders
+from tasks.verdicts.verdict import CheckResult, Verdict, overall
 
 LIMITS = PerformanceLimits(
     ttft_p50_ratio=1.10,

@@ -10,10 +10,10 @@ import pytest
 from gguf_files import LLAMA, nemotron_keys, write_gguf
 
 from engines.errors import BadInput
-from engines.memory_fit import GIB, FreeMemory
+from engines.fit import GIB, FreeMemory
 from engines.settings import Settings
-from tasks.preflight import judge_preflight, preflight
-from tasks.verdict import Verdict, overall
+from tasks.evidence.preflight import judge_preflight, preflight
+from tasks.verdicts.verdict import Verdict, overall
 
 PLENTY = FreeMemory(ram_bytes=512 * GIB)
 

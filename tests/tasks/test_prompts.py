@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines.errors import BadInput
-from tasks.prompts import load_prompts, load_transcripts
+from tasks.evidence.prompts import load_prompts, load_transcripts
 
 
 def test_shipped_prompts_are_many_with_unique_ids() -> None:

@@ -21,16 +21,16 @@ from alembic.script import ScriptDirectory
 from pydantic import BaseModel, SecretStr
 from sqlalchemy import create_engine, text
 
-import tasks.records
+import tasks.records.store
 from engines.errors import BadInput, NoMeasurement, SwitchyardError
 from engines.home import home
-from tasks.payload import REDACTED, pack_json, plan_hash, redact, unpack_json
-from tasks.records import CHUNK_POINTS, METADATA, Arm, Records, open_records
-from tasks.schema.upgrade import SCHEMA, VERSION_TABLE, Schema
-from tasks.series import pack, unpack
-from tasks.verdict import CheckResult, Verdict, at_most, not_measured
+from tasks.records.payload import REDACTED, pack_json, plan_hash, redact, unpack_json
+from tasks.records.schema.upgrade import SCHEMA, VERSION_TABLE, Schema
+from tasks.records.series import pack, unpack
+from tasks.records.store import CHUNK_POINTS, METADATA, Arm, Records, open_records
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
-ROOT = Path(tasks.records.__file__).parent.parent
+ROOT = Path(tasks.records.store.__file__).parent.parent
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_no_runs_yet_is_said(records: Records) -> None:
 
 START_AND_SAMPLE = """
 import sys, time
-from tasks.records import open_records
+from tasks.records.store import open_records
 records = open_records(sys.argv[1])
 run = records.start_run("soak", "long", {"plan": 1})
 writer = records.series_writer(run.id, "m", "candidate", every=10)
@@ -441,7 +441,7 @@ def test_the_hash_of_a_stored_plan_is_as_it_was() -> None:
 
 WRITE_ROWS = """
 import sys
-from tasks.records import open_records
+from tasks.records.store import open_records
 with open_records(sys.argv[1]) as records:
     run = records.start_run("evaluate", sys.argv[2], {})
     for index in range(300):
@@ -452,7 +452,7 @@ with open_records(sys.argv[1]) as records:
 
 FORK = """
 import os, sys
-from tasks.records import open_records
+from tasks.records.store import open_records
 records = open_records(sys.argv[1])
 run = records.start_run("evaluate", "n", {})
 child = os.fork()
@@ -480,7 +480,7 @@ def test_two_processes_write_at_once_and_nothing_is_lost(file: Path) -> None:
 
 def test_many_first_openings_at_once_make_one_schema(file: Path) -> None:
     """Whoever comes second finds the tables made, and waits rather than fails."""
-    code = "import sys; from tasks.records import open_records; print(open_records(sys.argv[1]).history())"
+    code = "import sys; from tasks.records.store import open_records; print(open_records(sys.argv[1]).history())"
     assert ended(*(python(code, file) for _ in range(6))) == ["[]\n"] * 6
 
 
@@ -509,7 +509,7 @@ def test_opening_what_is_up_to_date_imports_no_alembic_and_prints_nothing(file: 
     """Alembic costs more than all the rest of an opening."""
     code = (
         "import logging, sys; logging.basicConfig(level=0, stream=sys.stdout)\n"
-        "from tasks.records import open_records\n"
+        "from tasks.records.store import open_records\n"
         "open_records(sys.argv[1]); print('alembic' in sys.modules)"
     )
     quiet = [line for _ in range(2) for line in ended(python(code, file))]

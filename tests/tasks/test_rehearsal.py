@@ -13,9 +13,9 @@ from gguf_files import write_gguf
 from engines.driver import Installation
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.settings import Settings
-from engines.yard.recipe import Recipe
-from tasks.rehearsal import Stage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room
-from tasks.verdict import Verdict, overall
+from engines.yard.engine.launch_spec import Recipe
+from tasks.evidence.rehearsal import Stage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room
+from tasks.verdicts.verdict import Verdict, overall
 
 OLD, NEW = "llama.cpp", "mistral.rs"
 HIDDEN: dict[str, Any] = {

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from engines.errors import BadInput
-from tasks import plots
-from tasks.markup import NOT_MEASURED, Html, el, figure, quantity
-from tasks.model_report import ModelRecord, pooled, side_by_side
-from tasks.records import Arm, Records, open_records
-from tasks.report import write_report
-from tasks.series import Series
-from tasks.statistics import percentile
-from tasks.verdict import CheckResult, Verdict, at_most, not_measured
+from tasks.records.series import Series
+from tasks.records.store import Arm, Records, open_records
+from tasks.report import plots
+from tasks.report.markup import NOT_MEASURED, Html, el, figure, quantity
+from tasks.report.model_section import ModelRecord, pooled, side_by_side
+from tasks.report.report import write_report
+from tasks.verdicts.statistics import percentile
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800"
 EMPTY_ELEMENTS = {"br", "circle", "line", "path", "rect", "meta", "wbr"}

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from fake_driver import FakeDriver
 
-from engines.process import registered
+from engines.process.process import registered
 from engines.settings import Settings
-from tasks.contender import Contender
-from tasks.soak import DAY_S, RESTARTS_ALLOWED, judge_leak, judge_stability, soak
-from tasks.verdict import CheckResult, Verdict
+from tasks.evidence.engine_under_test import Contender
+from tasks.evidence.soak.soak import DAY_S, RESTARTS_ALLOWED, judge_leak, judge_stability, soak
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 DAYS_3 = 3 * DAY_S
 MB = 1e6

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from engines.errors import BadInput, NoMeasurement
-from tasks.statistics import (
+from tasks.verdicts.statistics import (
     bucket_medians,
     chi2_cdf,
     chi2_quantile,

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from engines.errors import BadInput, EngineExited, EngineStalled, PortTaken, SwitchyardError
-from tasks.unmeasured import broken, ends_the_run, judge_unmeasured, left_out
+from tasks.evidence.unmeasured import broken, ends_the_run, judge_unmeasured, left_out
 
 
 def behind(outer: BaseException, cause: BaseException, *, told: bool = True) -> BaseException:

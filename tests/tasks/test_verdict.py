@@ -8,7 +8,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from tasks.verdict import CheckResult, Verdict, at_least, at_most, not_measured, overall, worst
+from tasks.verdicts.verdict import CheckResult, Verdict, at_least, at_most, not_measured, overall, worst
 
 BEST_TO_WORST = (Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.ERROR, Verdict.FAIL)
 

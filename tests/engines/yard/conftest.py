@@ -18,7 +18,7 @@ from gguf_files import write_gguf
 from processes import of_home
 from waiting import until
 
-from engines.serving import free_port
+from engines.process.serving import free_port
 from engines.yard.client import YardClient
 
 ROOT = Path(__file__).parents[3]

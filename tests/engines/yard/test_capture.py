@@ -12,7 +12,7 @@ from waiting import until
 from engines.redaction import REDACTED
 from engines.redaction import redacted as redacted_in
 from engines.yard.capture import Capture, Lines, replayable
-from tasks.prompts import load_transcripts
+from tasks.evidence.prompts import load_transcripts
 
 redacted = partial(redacted_in, strict=True)
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}

@@ -1,7 +1,7 @@
 """The arithmetic of health: limits, budget, rates."""
 
-from engines.yard.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
-from engines.yard.openai import told_prefill_rate
+from engines.openai.call import told_prefill_rate
+from engines.yard.engine.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
 
 
 def limit(**changes):

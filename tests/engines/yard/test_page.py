@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engines.yard.page import ago, one_line, page
+from engines.yard.ports.page import ago, one_line, page
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 

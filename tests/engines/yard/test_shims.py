@@ -11,7 +11,7 @@ import pytest
 
 from engines.driver import Installation, drivers
 from engines.errors import EngineNotFound
-from engines.yard.openai import Call, Refusal
+from engines.openai.call import Call, Refusal
 from engines.yard.shims import SHIMS, BinaryShim, HostShim, Shim, error_of, logprobs_of, timings_of
 
 STUB = Path(__file__).parents[2] / "mistralrs_stub.py"

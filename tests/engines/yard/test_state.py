@@ -8,7 +8,7 @@ import pytest
 
 from engines.errors import SwitchyardError
 from engines.settings import Settings
-from engines.yard.recipe import Recipe
+from engines.yard.engine.launch_spec import Recipe
 from engines.yard.state import Canary, ModelState, StateFile, YardState
 
 

@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 from waiting import until
 
+from engines.yard.canary_analysis import CanaryWatch
 from engines.yard.state import Canary
-from engines.yard.watch import CanaryWatch
 from engines.yard.yard import Sample
 
 # a fake engine on a busy machine is not steady: wide margins, few blocks

@@ -1,0 +1,272 @@
+"""mistral.rs: the `mistralrs` binary (0.7 to 0.9), or the `mistralrs` wheel behind our own OpenAI server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from engines.driver import Dialect, Form, Installation, Installer, help_flags, native_of, probe, scrubbed
+from engines.errors import BadInput, EngineNotFound
+from engines.settings import Serve, Settings
+
+COMMON_PLACES = (
+    "~/.local/bin/mistralrs",
+    "~/.mistralrs/mistralrs",
+    "~/.cargo/bin/mistralrs",
+    "/usr/local/bin/mistralrs",
+)
+HOST_MODULE = "engines.mistral_rs.host"
+WORKER_MODULE = "engines.mistral_rs.native.worker"
+PINNED = "0.9.2"
+MOVING = re.compile(
+    r"^mistralrs_(?:tokens_processed_total|sequences_completed_total)(?:{[^}]*})? ([0-9.e+]+)$", re.MULTILINE
+)
+
+
+class MistralRs:
+    """Driver for mistral.rs."""
+
+    name = "mistral.rs"
+    installer = Installer(
+        pip=("mistralrs==0.9.5",),
+        script_url=f"https://raw.githubusercontent.com/EricLBuehler/mistral.rs/v{PINNED}/install.sh",
+        script_version=PINNED,
+        script_env={
+            "MISTRALRS_INSTALL_TAG": f"v{PINNED}",
+            "MISTRALRS_INSTALL_YES": "1",
+            # yes to everything would otherwise install FFmpeg with sudo and the system's package manager
+            "MISTRALRS_INSTALL_IGNORE_FFMPEG": "1",
+        },
+    )
+    places: tuple[str, ...] = COMMON_PLACES
+    wheel = "mistralrs"
+    progress_path = "/metrics"
+    sees_prompt_progress = False  # prompt tokens are counted once the whole prompt is read
+    probe_is_neutral = (
+        True  # no prefix cache (hosted), or one of 16 entries of which the probe takes the same each time
+    )
+
+    def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
+        """The configured binary, else PATH and the installer's places, else the hosted wheel."""
+        if binary is not None:
+            return _binary_installation(_existing(binary))
+        if form != "hosted":
+            found = _find_binary(self.places)
+            if found:
+                return _binary_installation(found)
+        if form != "binary" and importlib.util.find_spec(self.wheel):
+            return _hosted_installation()
+        raise EngineNotFound(
+            "mistral.rs was not found: no mistralrs on PATH or in common places, no mistralrs wheel; "
+            "install it with `switchyard install mistral.rs`, or set `binary` in the plan",
+            engine=self.name,
+        )
+
+    def argv(self, installation: Installation, serve: Serve) -> list[str]:
+        """Flags of `mistralrs serve`, or of our host around the wheel."""
+        build = _binary_argv if installation.form == "binary" else _hosted_argv
+        return [*installation.program, *build(installation, serve)]
+
+    def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
+        """Without stray MISTRALRS_*, RAYON_* and CANDLE_* variables; offline; threads and key where they belong."""
+        env = scrubbed(base, ("MISTRALRS_", "RAYON_", "CANDLE_", "RUST_LOG", "SWITCHYARD_ENGINE_API_KEY"))
+        env["HF_HUB_OFFLINE"] = "1"
+        if serve.settings.threads is not None:
+            # mistral.rs has no thread flag; both pools read the environment
+            env["RAYON_NUM_THREADS"] = env["CANDLE_NUM_THREADS"] = str(serve.settings.threads)
+        if installation.form != "binary" and serve.settings.api_key is not None:
+            env["SWITCHYARD_ENGINE_API_KEY"] = serve.settings.api_key.get_secret_value()
+        return env
+
+    def losses(self, installation: Installation, serve: Serve) -> list[str]:
+        """Settings mistral.rs cannot honour (flags read at 0.9.2, wheel seen at 0.9.5)."""
+        return [
+            *_common_losses(serve),
+            *(_binary_losses(installation, serve) if installation.form == "binary" else _hosted_losses(serve)),
+        ]
+
+    def cache_budget(self, settings: Settings) -> str:
+        """None for the hosted wheel, whose prefix cache is off; the binary's default is 16 sequences of any size."""
+        return "none (hosted wheel) or 16 sequences of any size (binary)"
+
+    def progress(self, answer: bytes) -> tuple[int, ...]:
+        """Tokens processed and generations ended, from `/metrics` (the binary has it since 0.8.11)."""
+        return tuple(int(float(value)) for value in MOVING.findall(answer.decode("utf-8", "replace")))
+
+    def served_name(self, installation: Installation, model_id: str) -> str:
+        """The binary answers to its own id or `default` only."""
+        return "default" if installation.form == "binary" else model_id
+
+    def dialect(self, installation: Installation) -> Dialect:
+        """Our host's, which is close to llama.cpp's, or the binary's own."""
+        return "mistralrs" if installation.form == "binary" else "switchyard"
+
+    def neutral_body(self) -> dict[str, object]:
+        """Nothing: its prefix cache matches whole prefixes only, so unique prompt openings are enough."""
+        return {}
+
+
+class MistralRsNative(MistralRs):
+    """Driver for the same wheel without a server: a worker process that the yard talks to in frames."""
+
+    name = native_of(MistralRs.name)
+
+    def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
+        """The wheel; where it is and which form the plan names for the server makes no difference."""
+        if not importlib.util.find_spec(self.wheel):
+            raise EngineNotFound(
+                "native mistral.rs needs the mistralrs wheel: install it with `switchyard install mistral.rs`",
+                engine=self.name,
+            )
+        version = importlib.metadata.version("mistralrs")
+        return Installation(
+            self.name, "native", (sys.executable, "-m", WORKER_MODULE), version, where="wheel mistralrs"
+        )
+
+
+def _hosted_argv(installation: Installation, serve: Serve) -> list[str]:
+    settings = serve.settings
+    argv = ["--gguf", str(serve.gguf), "--model-id", serve.model_id, "--host", serve.host, "--port", str(serve.port)]
+    for flag, value in (
+        ("--context", settings.context_tokens),
+        ("--parallel", settings.parallel),
+        ("--threads", settings.threads),
+        ("--seed", settings.seed),
+        ("--tokenizer-json", settings.tokenizer_json),
+        ("--chat-template", settings.chat_template),
+    ):
+        if value is not None:
+            argv += [flag, str(value)]
+    if settings.gpu_layers == 0:
+        argv.append("--cpu")
+    # the wheel never evicts: SmolLM2 135M grew by 11.3 MiB with every distinct prompt, at any setting above 0 (0.9.5)
+    return [*argv, "--prefix-cache", "0"]
+
+
+def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
+    # every flag here is valid at all tags 0.7.0 to 0.9.2, or asked of --help first
+    settings = serve.settings
+    argv = ["serve", "--host", serve.host, "-p", str(serve.port), "--format", "gguf"]
+    argv += ["-m", str(serve.gguf.parent), "-f", serve.gguf.name, "--max-seqs", str(settings.parallel)]
+    if settings.gpu_layers == 0:
+        argv.append("--cpu")
+    elif settings.gpu_layers is not None:
+        argv += ["-n", f"0:{settings.gpu_layers}"]
+    if settings.context_tokens is not None and settings.gpu_layers != 0 and installation.knows("--pa-context-len"):
+        argv += ["--pa-context-len", str(settings.context_tokens)]
+    if settings.kv_type == "f8e4m3" and _pages_in_f8(installation, settings):
+        argv += ["--pa-cache-type", "f8e4m3"]
+    if settings.batch_tokens is not None and installation.knows("--max-num-batched-tokens"):
+        argv += ["--max-num-batched-tokens", str(settings.batch_tokens)]
+    if settings.seed is not None:
+        argv += ["--seed", str(settings.seed)]
+    if settings.tokenizer_json is not None:
+        argv += ["-t", str(settings.tokenizer_json)]
+    if settings.chat_template is not None:
+        argv += ["-j", str(settings.chat_template)]
+    if installation.knows("--no-ui"):
+        argv.append("--no-ui")  # on by default since 0.8.2
+    return argv
+
+
+def _pages_in_f8(installation: Installation, settings: Settings) -> bool:
+    """True where the KV cache can be f8e4m3: paged attention only, which needs a GPU."""
+    return installation.knows("--pa-cache-type") and settings.gpu_layers != 0
+
+
+def _common_losses(serve: Serve) -> list[str]:
+    settings = serve.settings
+    losses = ["seed: a request's own seed is ignored; only the engine's seed counts"]
+    if settings.flash_attention is not None:
+        losses.append("flash_attention: decided when mistral.rs is built, not by a flag; no effect for GGUF models")
+    if settings.ubatch_tokens is not None:
+        losses.append("ubatch_tokens: mistral.rs has no physical batch size")
+    if settings.mlock:
+        losses.append("mlock: mistral.rs loads a private copy and cannot pin it; use a memory cgroup or ulimit instead")
+    if settings.cache_reuse_tokens:
+        losses.append("cache_reuse_tokens: its prefix cache matches whole prefixes only; nothing is shifted")
+    if settings.host_cache_mib is not None:
+        losses.append("host_cache_mib: its prefix cache is counted in sequences (16), not in bytes")
+    if settings.kv_type not in (None, "f16", "f8e4m3"):
+        losses.append(f"kv_type: no {settings.kv_type} KV cache; f16 is used")
+    if settings.prefill_assistant:
+        losses.append("prefill_assistant: a trailing assistant message is history, it is not continued")
+    if not settings.jinja:
+        losses.append("jinja: the model's Jinja template is always used")
+    return losses
+
+
+def _hosted_losses(serve: Serve) -> list[str]:
+    losses = ["prefix cache: off; the wheel's own keeps every prompt for ever (0.9.5), so each turn is prefilled anew"]
+    if serve.settings.batch_tokens is not None:
+        losses.append("batch_tokens: the wheel has no prefill batch setting")
+    if serve.settings.kv_type == "f8e4m3":
+        losses.append("kv_type: the wheel on a CPU has no f8e4m3 KV cache; f16 is used")
+    if serve.settings.seed is not None:
+        losses.append("seed: on a CPU the wheel's sampler starts from a constant; the engine's seed is not used")
+    if serve.settings.parallel > 1:
+        losses.append("parallel: on a CPU the wheel takes one sequence at a time; further requests queue")
+    if serve.settings.gpu_layers:
+        losses.append("gpu_layers: the wheel from PyPI is a CPU build on Linux; nothing goes to the GPU")
+    return losses
+
+
+def _binary_losses(installation: Installation, serve: Serve) -> list[str]:
+    settings = serve.settings
+    losses = []
+    if settings.api_key is not None:
+        losses.append("api_key: mistralrs checks no key; keep it on loopback behind something that does")
+    if settings.batch_tokens is not None and not installation.knows("--max-num-batched-tokens"):
+        losses.append("batch_tokens: this build has no --max-num-batched-tokens")
+    if settings.context_tokens is not None and (settings.gpu_layers == 0 or not installation.knows("--pa-context-len")):
+        losses.append(
+            "context_tokens: without paged attention the context is the model's own; keep prompts short yourself"
+        )
+    if settings.kv_type == "f8e4m3" and not _pages_in_f8(installation, settings):
+        losses.append("kv_type: an f8e4m3 KV cache needs paged attention, which needs a GPU; f16 is used")
+    losses.append("served name: mistralrs answers to its own id or 'default' only")
+    return losses
+
+
+def _find_binary(places: tuple[str, ...]) -> Path | None:
+    on_path = shutil.which("mistralrs")
+    cargo = os.environ.get("CARGO_HOME")
+    candidates = [Path(on_path)] if on_path else []
+    candidates += [Path(place).expanduser() for place in places]
+    candidates += [Path(cargo) / "bin" / "mistralrs"] if cargo else []
+    return next((place for place in candidates if place.is_file() and os.access(place, os.X_OK)), None)
+
+
+def _existing(binary: Path) -> Path:
+    path = binary.expanduser()
+    if not path.is_file() or not os.access(path, os.X_OK):
+        raise BadInput(f"{binary}: no executable file; `binary` must name a mistralrs that can be run")
+    return path
+
+
+def _binary_installation(binary: Path) -> Installation:
+    version_text = probe([str(binary)], "--version")
+    version = re.search(r"(\d+\.\d+\.\d+)", version_text or "")
+    if version is None:
+        raise EngineNotFound(
+            f"{binary} is there but does not say its version: try `{binary} --version`", engine="mistral.rs"
+        )
+    flags = help_flags(probe([str(binary)], "serve", "--help") or "")
+    if not flags:
+        raise EngineNotFound(
+            f"{binary} {version.group(1)} has no `serve` command: Switchyard knows mistralrs 0.7 and later",
+            engine="mistral.rs",
+        )
+    return Installation("mistral.rs", "binary", (str(binary),), version.group(1), flags, where=str(binary))
+
+
+def _hosted_installation() -> Installation:
+    version = importlib.metadata.version("mistralrs")
+    program = (sys.executable, "-m", HOST_MODULE)
+    return Installation("mistral.rs", "hosted", program, version, where="wheel mistralrs")

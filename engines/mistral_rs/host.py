@@ -1,0 +1,312 @@
+"""mistral.rs behind the OpenAI HTTP API, from its Python wheel: `python -m engines.mistral_rs.host --gguf FILE ...`.
+
+A thin shell around `engines.native`, which says what the engine can and cannot do. Loading holds Python's global lock:
+until it is over, a forked child answers 503 on the same port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import importlib.metadata
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engines.errors import BadInput
+from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
+from engines.mistral_rs.native.engine import Native, Reply, in_stream, json_body, refusal
+from engines.mistral_rs.native.requests import ApiError
+
+MAX_BODY_BYTES = 50 * 1024 * 1024
+STOP_GRACE_S = 1.0
+LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+STOPPING = {"error": {"message": "The server is shutting down", "type": "unavailable_error", "code": 503}}
+
+
+async def send_frames(frames: AsyncGenerator[bytes, None], send: Send, headers: dict[str, str]) -> None:
+    """Send an event stream. Its headers wait for the first frame, so that an early error keeps its status.
+
+    A later error becomes an error event, after which the stream ends without a finish reason or [DONE].
+    """
+    plain = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
+    raw = [(name.encode(), value.encode()) for name, value in plain.items()]
+    begun = False
+    async with contextlib.aclosing(in_stream(frames)) as told:
+        async for frame in told:
+            if not begun:
+                begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": raw})
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+class Answer:
+    """An ASGI response that ends with its client: one that leaves cancels the work, streamed or not."""
+
+    def __init__(self, native: Native, request: Request, stopping: asyncio.Event) -> None:
+        self._native = native
+        self._request = request
+        self._stopping = stopping
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting(message: Message) -> None:
+            self._begun = True
+            await send(message)
+
+        try:
+            body = json_body(await whole_body(self._request)) if self._request.method == "POST" else {}
+        except ApiError as error:
+            await told(refusal(error))(scope, receive, send)
+            return
+        telling = asyncio.ensure_future(self._tell(body, scope, receive, noting))
+        leaving = asyncio.ensure_future(client_left(receive))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        tasks = (telling, leaving, stopping)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done() and not (telling.done() or leaving.done()):
+                telling.cancel()
+                await asyncio.gather(telling, return_exceptions=True)
+                await self._say_stopping(scope, receive, send)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            raise results[0]
+
+    async def _tell(self, body: shapes.Json, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            reply = await self._native.ask(self._request.method, self._request.url.path, body)
+            if isinstance(reply.content, AsyncGenerator):
+                await send_frames(reply.content, send, reply.headers)
+            else:
+                await told(reply)(scope, receive, send)
+        except Exception as error:
+            if self._begun:
+                raise
+            await told(refusal(error))(scope, receive, send)
+
+    async def _say_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._begun:
+            await send({"type": "http.response.body", "body": shapes.sse(STOPPING)})
+        else:
+            await JSONResponse(STOPPING, 503)(scope, receive, send)
+
+
+async def client_left(receive: Receive) -> None:
+    """Return when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def told(reply: Reply) -> Response:
+    """An answer in one piece as a response."""
+    return Response(reply.body, reply.status, {"Content-Type": "application/json", **reply.headers})
+
+
+async def whole_body(request: Request) -> bytes:
+    """The request's body; ApiError 413 when it is too large."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise ApiError(413, f"the request body is larger than {MAX_BODY_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router, as OpenAI's error object."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = ApiError(error.status_code, message).body
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+class KeyRequired:
+    """Lets through what carries the key, and /health; compares in constant time."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in ("/health", "/v1/health") or self._carries_key(scope):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(401, "Invalid API key", type="authentication_error", code="invalid_api_key")
+        await told(refusal(error))(scope, receive, send)
+
+    def _carries_key(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        offered = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        return hmac.compare_digest(offered, self._key)
+
+
+def application(native: Native, key: str | None, stopping: asyncio.Event) -> ASGIApp:
+    """The ASGI application."""
+
+    async def answer(request: Request) -> Any:
+        return Answer(native, request, stopping)
+
+    routes = [Route(path, answer, methods=[method]) for method, path in native.routes]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: on_http_error})
+    return KeyRequired(app, key) if key else app
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+class WaitingRoom:
+    """A forked child that answers 503 on the listening socket until `close`; it ends with its parent.
+
+    The wheel holds Python's global lock while it loads, so no thread of this process can answer then.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._alive, self._hold = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(self._hold)
+            with contextlib.suppress(BaseException):
+                self._serve(listener)
+            os._exit(0)
+        os.close(self._alive)
+
+    def close(self) -> None:
+        """End the child; connections that it has not accepted wait for this process."""
+        os.close(self._hold)
+        os.waitpid(self._child, 0)
+
+    def _serve(self, listener: socket.socket) -> None:
+        while True:
+            readable, _, _ = select.select([listener.fileno(), self._alive], [], [])
+            if self._alive in readable:
+                return
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    self._answer(connection)
+
+    @staticmethod
+    def _answer(connection: socket.socket) -> None:
+        connection.settimeout(1.0)
+        connection.recv(65536)
+        body = json.dumps(LOADING).encode()
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(0.2)  # what the client still sends must be read, or a reset would eat the answer
+        while connection.recv(65536):
+            pass
+
+
+class HttpServer(uvicorn.Server):
+    """Uvicorn that ends at once on SIGTERM: clients are told, then the process goes, whatever the engine is doing."""
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        """Install our own handlers in place of uvicorn's."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        yield
+
+    def _stop(self) -> None:
+        if self._stopping.is_set():
+            os._exit(0)
+        self._stopping.set()
+        say("stopping")
+        self.should_exit = True
+        asyncio.get_running_loop().call_later(STOP_GRACE_S, os._exit, 0)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; OSError when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # named as TCP, asyncio switches Nagle off: or each answer on a kept connection waits 40 ms for an acknowledgement
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engines.mistral_rs.host", description=(__doc__ or "").split("\n")[0]
+    )
+    add_model_arguments(parser)
+    return parser
+
+
+def load_behind(arguments: argparse.Namespace, listener: socket.socket) -> Any:
+    """The loaded model; while it loads, the port answers 503. Ends the process with 1 when loading fails."""
+    room = WaitingRoom(listener) if hasattr(os, "fork") else None
+    model = load(arguments)
+    if room:
+        room.close()
+    return model
+
+
+async def serve(arguments: argparse.Namespace, model: Any, key: str | None, listener: socket.socket) -> None:
+    """Serve until a signal ends it."""
+    native, stopping = Native(model, arguments.model_id, arguments.slots), asyncio.Event()
+    config = uvicorn.Config(
+        application(native, key, stopping), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75
+    )
+    say(f"listening on http://{arguments.host}:{arguments.port}")
+    await HttpServer(config, stopping).serve(sockets=[listener])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 ended by a signal once ready, 1 the port is taken or the model does not load, 2 bad arguments."""
+    arguments = parser().parse_args(argv)
+    key = os.environ.pop(KEY_VARIABLE, "") or None
+    try:
+        check(arguments, key)
+        prepare(arguments)
+    except (BadInput, importlib.metadata.PackageNotFoundError) as error:
+        say(f"error: {error}")
+        return 2
+    try:
+        listener = listen(arguments.host, arguments.port)
+    except OSError as error:
+        say(f"error: cannot listen on {arguments.host}:{arguments.port}: {error}")
+        return 1
+    asyncio.run(serve(arguments, load_behind(arguments, listener), key, listener))
+    sys.stderr.flush()
+    os._exit(0)  # a worker thread may still sit in the engine
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""mistral.rs inside the program: requests in, answers and streams out, in OpenAI's shapes and without any HTTP.
+
+`engines.mistral_rs.host` is a server around it, `engines.mistral_rs.native.worker` a process that the yard talks to.
+
+What it cannot honour: `seed` of a request (read and ignored; the wheel's sampler starts from a constant),
+`parallel_tool_calls` for forced calls (one call), calls streamed piece by piece (they come whole), images, embeddings,
+`suffix`. A missing `max_tokens` means the rest of the context, for /v1/completions too. Where a stop string ends a
+generation, `usage` counts the tokens until then, except control tokens amid the text: the wheel does not tell of them.
+A forced call and the reasoning of a model are not searched for stop strings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native.chat_template import TemplateRefused
+from engines.mistral_rs.native.generation import (
+    Admitted,
+    Counters,
+    Turns,
+    counted,
+    generate,
+    keep_alive,
+    reckoned,
+    until_stop,
+    with_calls,
+)
+from engines.mistral_rs.native.model import Job, Model, first_line, new_id
+from engines.mistral_rs.native.requests import ApiError, Json, Piece
+
+KEEP_ALIVE_S = 10.0
+Frames = AsyncGenerator[bytes, None]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: JSON or text in one piece, or the frames of a stream.
+
+    A frame may be empty (nothing to tell yet), and the frames may raise ApiError: before the first that is not empty,
+    that is an answer with a status; later it is told inside the stream.
+    """
+
+    content: Json | str | Frames
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> bytes:
+        """The bytes of an answer in one piece."""
+        assert isinstance(self.content, dict | str)
+        text = self.content if isinstance(self.content, str) else json.dumps(self.content, ensure_ascii=False)
+        return text.encode()
+
+
+def refusal(error: BaseException) -> Reply:
+    """The error as an answer; anything unforeseen is a 500 with its first line."""
+    if not isinstance(error, ApiError):
+        error = ApiError(500, first_line(error), type="server_error")
+    return Reply(error.body, error.status, {"Retry-After": "1"} if error.status == 503 else {})
+
+
+async def in_stream(frames: Frames) -> Frames:
+    """The frames that tell something. An ApiError after the first of them becomes an event, and the stream ends."""
+    begun = False
+    async with contextlib.aclosing(frames):
+        try:
+            async for frame in frames:
+                if frame:
+                    begun = True
+                    yield frame
+        except ApiError as error:
+            if not begun:
+                raise
+            yield shapes.sse(error.body)
+
+
+def json_body(data: bytes) -> Json:
+    """A request's JSON object; ApiError 400 when it is none."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the request body is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the request body must be a JSON object")
+    return body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one request makes the engine do: its jobs, one per choice, and how the result is told."""
+
+    head: shapes.Head
+    jobs: list[Job]
+    n: int
+    stream: bool
+    include_usage: bool
+    forced: bool = False
+    echoes: tuple[str, ...] = ()
+
+    def echo(self, index: int) -> str:
+        """The prompt that is repeated before the text of choice *index*; mostly empty."""
+        return self.echoes[index // self.n] if self.echoes else ""
+
+
+class Native:
+    """A loaded model with the requests that it answers."""
+
+    def __init__(self, model: Model, model_id: str, slots: int) -> None:
+        self.model = model
+        self.model_id = model_id
+        self.slots = slots
+        self.started = int(time.time())
+        self.turns = Turns(slots)
+        self.counters = Counters()
+        self._answers: dict[tuple[str, str], Callable[[Json], Awaitable[Reply]]] = {
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/chat/completions/input_tokens"): self._input_tokens,
+            ("POST", "/v1/completions"): self._complete,
+            ("POST", "/v1/embeddings"): self._embeddings,
+            ("POST", "/tokenize"): self._tokenize,
+            ("POST", "/detokenize"): self._detokenize,
+            ("GET", "/v1/models"): self._models,
+            ("GET", "/models"): self._models,
+            ("GET", "/props"): self._props,
+            ("GET", "/metrics"): self._metrics,
+            ("GET", "/health"): self._health,
+            ("GET", "/v1/health"): self._health,
+        }
+
+    @property
+    def routes(self) -> list[tuple[str, str]]:
+        """Method and path of everything it answers."""
+        return list(self._answers)
+
+    async def ask(self, method: str, path: str, body: Json) -> Reply:
+        """The answer to one request. Raises ApiError; cancelled, it leaves the engine."""
+        if (method, path) not in self._answers:
+            raise ApiError(404, f"{method} {path}: Not Found")
+        return await self._answers[method, path](body)
+
+    def pieces(self, plan: Plan, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
+        """One choice's pieces."""
+        made = counted(generate(self.model, self.turns, job), self.counters)
+        told = with_calls(made, job, plan.forced)
+        if job.sampling.stop:
+            told = until_stop(told, job.sampling.stop)
+        return reckoned(told, self.counters)
+
+    async def whole(self, plan: Plan) -> Json:
+        """The response body of a request that is not streamed; choices are generated one after the other."""
+        choices, usages = [], []
+        for index, job in enumerate(plan.jobs):
+            async with contextlib.aclosing(self.pieces(plan, job)) as arriving:
+                pieces = [piece async for piece in arriving if isinstance(piece, Piece)]
+            choices.append(shapes.whole_choice(plan.head, index, pieces, plan.echo(index)))
+            usages += [piece.usage for piece in pieces if piece.usage]
+        body = plan.head.body(stream=False, choices=choices)
+        return body | {"usage": shapes.usage_body(usages, plan.n), "timings": shapes.timings_body(usages)}
+
+    async def frames(self, plan: Plan) -> AsyncGenerator[bytes, None]:
+        """The SSE frames of a streamed request; an empty one when the first choice has been admitted."""
+        usages: list[shapes.Usage] = []
+        for index, job in enumerate(plan.jobs):
+            opening = [shapes.opening_choice(plan.head, index)]
+            echo = plan.echo(index)
+            if echo:
+                opening.append(shapes.text_choice(index, echo))
+            offset, finish = len(echo), "stop"
+            async with contextlib.aclosing(self.pieces(plan, job)) as arriving:
+                async for piece in arriving:
+                    if isinstance(piece, Admitted):
+                        yield b""
+                        continue
+                    for choice in [*opening, shapes.piece_choice(plan.head, index, piece, offset)]:
+                        if choice:
+                            yield shapes.sse(plan.head.body(stream=True, choices=[choice]))
+                    opening, offset, finish = [], offset + len(piece.content), piece.finish or finish
+                    usages += [piece.usage] if piece.usage else []
+            closing = plan.head.body(stream=True, choices=[shapes.closing_choice(plan.head, index, finish)])
+            last = index == len(plan.jobs) - 1
+            timings = {"timings": shapes.timings_body(usages)} if last and not plan.include_usage else {}
+            yield shapes.sse(closing | timings)
+        if plan.include_usage:
+            body = plan.head.body(stream=True, choices=[])
+            told = {"usage": shapes.usage_body(usages, plan.n), "timings": shapes.timings_body(usages)}
+            yield shapes.sse(body | told)
+        yield shapes.DONE
+
+    async def _answer(self, plan: Plan, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
+        content = keep_alive(self.frames(plan), KEEP_ALIVE_S) if plan.stream else await self.whole(plan)
+        return Reply(content, headers=dict(headers))
+
+    def head(self, chat: bool) -> shapes.Head:
+        """A fresh response head."""
+        identifier = new_id("chatcmpl-" if chat else "cmpl-")
+        return shapes.Head(id=identifier, created=int(time.time()), model=self.model_id, chat=chat)
+
+    # --- what it answers
+
+    async def _chat(self, body: Json) -> Reply:
+        call, prompt = self._rendered(body)
+        tools = () if call.forced_tools else tuple(json.dumps({"type": "function", **tool}) for tool in call.tools)
+        job = Job(prompt=prompt, sampling=call.sampling, tools=tools)
+        plan = Plan(
+            head=self.head(chat=True),
+            jobs=[job] * call.n,
+            n=call.n,
+            stream=call.stream,
+            include_usage=call.include_usage,
+            forced=bool(call.forced_tools),
+        )
+        unseen = bool(call.tools) and not self.model.template.shows_tools
+        return await self._answer(plan, {"x-switchyard-warning": "the chat template shows no tools"} if unseen else {})
+
+    def _rendered(self, body: Json) -> tuple[shapes.ChatCall, str]:
+        """A checked chat request and the prompt that the model's template makes of it."""
+        shapes.check_model(body, self.model_id)
+        call = shapes.parse_chat(body)
+        try:
+            return call, self.model.template.render(call.messages, call.tools or None, call.template_arguments)
+        except TemplateRefused as error:
+            raise shapes.bad("messages", str(error)) from None
+
+    async def _input_tokens(self, body: Json) -> Reply:
+        """As llama.cpp has it: the prompt's tokens without generating any."""
+        _, prompt = self._rendered(body)
+        n_tokens = await asyncio.to_thread(self.model.count, prompt)
+        return Reply({"object": "response.input_tokens", "input_tokens": n_tokens})
+
+    async def _complete(self, body: Json) -> Reply:
+        shapes.check_model(body, self.model_id)
+        call = shapes.parse_completion(body)
+        prompts = [one if isinstance(one, str) else self.model.detokenize(one) for one in call.prompts]
+        plan = Plan(
+            head=self.head(chat=False),
+            jobs=[Job(prompt=prompt, sampling=call.sampling) for prompt in prompts for _ in range(call.n)],
+            n=call.n,
+            stream=call.stream,
+            include_usage=call.include_usage,
+            echoes=tuple(prompts) if call.echo else (),
+        )
+        return await self._answer(plan)
+
+    async def _models(self, _: Json) -> Reply:
+        """The one model, with its usable context as `meta.n_ctx`."""
+        model = self.model
+        meta = {
+            "n_ctx": model.context,
+            "n_ctx_train": model.trained_context,
+            "n_vocab": len(model.vocabulary.tokens) or None,
+        }
+        entry = {"id": self.model_id, "object": "model", "created": self.started, "owned_by": "mistral.rs"}
+        return Reply({"object": "list", "data": [{**entry, "meta": meta}]})
+
+    async def _props(self, _: Json) -> Reply:
+        """As far as a client of llama.cpp's server looks: the context and the template."""
+        return Reply(
+            {
+                "default_generation_settings": {"n_ctx": self.model.context},
+                "total_slots": self.slots,
+                "model_alias": self.model_id,
+                "chat_template": self.model.template.source,
+                "build_info": f"mistralrs {importlib.metadata.version('mistralrs')}",
+            }
+        )
+
+    async def _health(self, _: Json) -> Reply:
+        """200 once the model is loaded; before that there is nobody to ask."""
+        return Reply({"status": "ok"})
+
+    async def _metrics(self, _: Json) -> Reply:
+        """Counters for Prometheus."""
+        return Reply(self.counters.text(self.turns), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def _tokenize(self, body: Json) -> Reply:
+        content = body.get("content")
+        if not isinstance(content, str):
+            raise shapes.bad("content", "must be a string")
+        add_special = bool(body.get("add_special", False))
+        return Reply({"tokens": await asyncio.to_thread(self.model.tokenize, content, add_special)})
+
+    async def _detokenize(self, body: Json) -> Reply:
+        tokens = body.get("tokens")
+        if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+            raise shapes.bad("tokens", "must be a list of token ids")
+        return Reply({"content": await asyncio.to_thread(self.model.detokenize, tokens)})
+
+    async def _embeddings(self, _: Json) -> Reply:
+        raise ApiError(501, "this server does not serve embeddings", type="not_supported_error")

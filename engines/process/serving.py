@@ -1,0 +1,422 @@
+"""Launch an engine, wait until it gives one real token, and stop it whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from engines import environment
+from engines.driver import Driver, Installation
+from engines.errors import (
+    EngineError,
+    EngineExited,
+    EngineNotEnded,
+    EngineRefuses,
+    EngineStalled,
+    PortTaken,
+    WrongListener,
+)
+from engines.mistral_rs.native import frames
+from engines.process import process
+from engines.process.cpu_wait import CpuWait, is_stopped
+from engines.process.process import ManagedProcess
+from engines.settings import Endpoint, Serve
+
+POLL_S = 0.05
+# method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
+Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
+ASK_AGAIN_S = 1.0  # at most, after an answer that held no token
+REFUSED_S = 10.0  # so long an engine that has stopped loading may refuse completions before that is its last word
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"  # a model without a chat template may take the second only
+STOPPED_S = 1.0  # a process that is continued at once was never in trouble
+NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
+QUOTED_LINES = 8
+
+
+@dataclass
+class Served:
+    """One engine that serves: where, by which process and command, and how long it took to its first token."""
+
+    endpoint: Endpoint
+    process: ManagedProcess
+    installation: Installation
+    argv: list[str]
+    losses: list[str]
+    load_s: float
+    settings_seen: dict[str, object] = field(default_factory=dict)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(
+    driver: Driver,
+    installation: Installation,
+    serve: Serve,
+    *,
+    state_dir: Path,
+    log_path: Path,
+    stall_s: float = 120.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Served]:
+    """The engine, ready; ended when the block ends.
+
+    Ready means: our own child listens on the port and has produced one token. Loading may take as long as it likes
+    while it makes progress (log lines, memory, disk reads); it fails after `stall_s` without any.
+    Raises PortTaken, EngineExited, EngineStalled, EngineRefuses, WrongListener; EngineNotEnded when the block has ended
+    and SIGKILL does not end the engine.
+    """
+    started_ns = time.monotonic_ns()
+    child = launch(driver, installation, serve, state_dir=state_dir, log_path=log_path)
+    try:
+        name = driver.served_name(installation, serve.model_id)
+        seen = wait_ready(driver.name, serve, child, served_name=name, stall_s=stall_s, progress=progress)
+        load_s = (time.monotonic_ns() - started_ns) / 1e9
+        context = seen.get("context_tokens")
+        endpoint = Endpoint(
+            base_url=serve.base_url,
+            model_id=name,
+            engine=driver.name,
+            version=installation.version,
+            context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
+            api_key=serve.settings.api_key,
+        )
+        losses = driver.losses(installation, serve)
+        yield Served(endpoint, child, installation, child.argv, losses, load_s, settings_seen=seen)
+    finally:
+        with _signals_held():
+            ended = child.stop() is not None
+        if not ended:
+            raise EngineNotEnded(
+                f"SIGKILL does not end {driver.name} (pid {child.pid}): the kernel holds it and its memory (`dmesg`)",
+                engine=driver.name,
+            )
+
+
+def launch(
+    driver: Driver, installation: Installation, serve: Serve, *, state_dir: Path, log_path: Path
+) -> ManagedProcess:
+    """The engine's process, just started. Raises PortTaken."""
+    _require_free(serve, driver.name)
+    argv = driver.argv(installation, serve)
+    env = driver.environment(installation, serve, environment.of_engine(os.environ))
+    return process.start(f"{driver.name} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env)
+
+
+def exit_reason(child: ManagedProcess) -> str:
+    """`exit status 1` or `signal SIGKILL` of an ended child."""
+    returncode = child.poll()
+    if returncode is None:
+        return "still running"
+    if returncode < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-returncode).name}"
+    return f"exit status {returncode}"
+
+
+def _require_free(serve: Serve, engine: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serve.host, serve.port))
+        except OSError as error:
+            holder = listener_on(serve.port)
+            raise PortTaken(
+                f"port {serve.port} is taken by {holder or 'another process'}; stop it or choose another port",
+                engine=engine,
+            ) from error
+
+
+def listener_on(port: int) -> str | None:
+    """`name (pid N)` of whoever listens on a local port, None when that cannot be seen."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return None
+
+
+class _LoadClock:
+    """Seconds since loading last moved: log bytes, resident memory or bytes read."""
+
+    def __init__(self, child: ManagedProcess) -> None:
+        self._child = child
+        self._logged = -1
+        self._loaded: tuple[int, int] = (-1, -1)
+        self._moved_at = self._loaded_at = time.monotonic()
+        self._waits = CpuWait(lambda: [member.pid for member in child.tree()])
+        self._marked = False
+
+    def stalled_s(self) -> float:
+        """Since any of them moved; time in which its threads waited for a CPU does not count."""
+        self._look()
+        still_s = time.monotonic() - self._moved_at
+        if still_s > 1 and not self._marked:
+            self._marked = True
+            self._waits.mark()
+        return still_s - self._waits.since_mark_s() if self._marked else still_s
+
+    def loaded_s(self) -> float:
+        """Since memory or disk moved: the log also grows with each request that is refused."""
+        return time.monotonic() - self._loaded_at
+
+    def _look(self) -> None:
+        resident = read = 0
+        for member in self._child.tree():
+            with contextlib.suppress(psutil.Error, AttributeError):
+                resident += member.memory_info().rss
+                read += member.io_counters().read_bytes
+        # in steps of 1 MiB: a few pages of bookkeeping are not progress
+        now, loaded, logged = time.monotonic(), (resident >> 20, read >> 20), self._child.log.bytes_seen
+        if loaded != self._loaded:
+            self._loaded, self._loaded_at = loaded, now
+        elif logged == self._logged:
+            return
+        self._logged, self._moved_at, self._marked = logged, now, False
+
+
+def wait_ready(
+    engine: str,
+    serve: Serve,
+    child: ManagedProcess,
+    *,
+    served_name: str,
+    stall_s: float = 120.0,
+    progress: Callable[[str], None] = lambda _: None,
+    ask: Ask | None = None,
+) -> dict[str, object]:
+    """What the engine says of itself, once our own child has produced one token; errors as in `serving`.
+
+    `ask` is how one talks to it: over HTTP where nothing else is said.
+    """
+    ask = ask or over_http(serve)
+    clock = _LoadClock(child)
+    progress(f"loading {serve.gguf.name}")
+    token: _FirstToken | None = None
+    refused_at: float | None = None
+    stopped_at: float | None = None
+    ask_at, pause_s = 0.0, POLL_S
+    while True:
+        if child.poll() is not None:
+            raise _exited(engine, serve, child)
+        if child.given_up:
+            raise EngineNotEnded(f"SIGKILL does not end {engine} (pid {child.pid})", engine=engine)
+        now = time.monotonic()
+        stopped_at = (stopped_at or now) if is_stopped(child.pid) else None
+        if stopped_at is not None and now - stopped_at > STOPPED_S:
+            raise EngineStalled(
+                f"{engine} was stopped while loading {serve.gguf.name} (state T: SIGSTOP or job control)",
+                stalled_s=now - stopped_at,
+                engine=engine,
+                log_tail=child.log_tail(),
+            )
+        if token is None and now >= ask_at and _healthy(ask) and _our_listener(engine, serve, child):
+            token = _FirstToken(ask, served_name)
+        if token is not None and token.done.is_set():
+            if token.arrived:
+                known = {"prefill_tokens_per_s": token.prefill_rate, "first_token_s": token.took_s}
+                return {**known, "first_token_path": token.path, **_metadata(ask)}
+            if token.statuses and set(token.statuses) != {503}:  # 503: it says itself that it is not ready
+                refused_at = refused_at or now
+            refused_s = 0.0 if refused_at is None else min(now - refused_at, clock.loaded_s())
+            if refused_s > REFUSED_S or set(token.statuses) == {NOT_SUPPORTED}:
+                raise EngineRefuses(
+                    f"{engine} is up, but answers no completion ({token.refusal}){last_lines(child)}",
+                    engine=engine,
+                    log_tail=child.log_tail(),
+                )
+            token, ask_at, pause_s = None, now + pause_s, min(2 * pause_s, ASK_AGAIN_S)
+        stalled_s = clock.stalled_s() if ask_at == 0 else clock.loaded_s()
+        if stalled_s > stall_s:
+            raise EngineStalled(
+                f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s "
+                f"(no log line, no memory growth, no disk read){last_lines(child)}",
+                stalled_s=stalled_s,
+                engine=engine,
+                log_tail=child.log_tail(),
+            )
+        time.sleep(POLL_S)
+
+
+class _FirstToken:
+    """One completion of one token, asked in a thread of its own so that the wait can still see death and stall.
+
+    The thread is a daemon: an engine that never answers is stopped by the caller, which also ends the request.
+    """
+
+    def __init__(self, ask: Ask, served_name: str) -> None:
+        self._ask_engine = ask
+        self._served_name = served_name
+        self.arrived = False
+        self.path = CHAT  # by which it came
+        self.took_s = 0.0
+        self.prefill_rate: float | None = None  # tokens/s; cautious, for the prompt is tiny and the engine cold
+        self.statuses: list[int] = []  # of the answers that held no token
+        self.refusal = ""  # the last of them in words
+        self.done = threading.Event()
+        threading.Thread(target=self._ask, name="readiness", daemon=True).start()
+
+    def _ask(self) -> None:
+        try:
+            self.arrived = self._answers(CHAT) or self._answers(TEXT)
+        except (KeyError, TypeError):
+            self.statuses.append(200)
+            self.refusal = "an answer that is no completion"
+        except (OSError, ValueError):
+            self.arrived = False
+        finally:
+            self.done.set()
+
+    def _answers(self, path: str) -> bool:
+        body = {**one_token(path, self._served_name), "cache_prompt": False}
+        self.path, asked = path, time.monotonic()
+        status, answer = self._ask_engine("POST", path, body, None)
+        if status != 200:
+            self.statuses.append(status)
+            self.refusal = _refusal(status, answer)
+            return False
+        self.took_s = time.monotonic() - asked
+        if answer["usage"]["completion_tokens"] < 1:
+            self.statuses.append(status)
+            self.refusal = "an answer without a token"
+            return False
+        self.prefill_rate = answer["usage"]["prompt_tokens"] / self.took_s
+        return True
+
+
+def one_token(path: str, served_name: str) -> dict[str, object]:
+    """The smallest completion there is: whether an engine gives it is what readiness and liveness mean."""
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
+    return {"model": served_name, **prompt, "max_tokens": 1, "temperature": 0}
+
+
+def _refusal(status: int, answer: Any) -> str:
+    with contextlib.suppress(KeyError, TypeError):
+        return f"HTTP {status}: {answer['error']['message']}".replace("\n", " ")[:300]
+    return f"HTTP {status}"
+
+
+def over_http(serve: Serve) -> Ask:
+    """Asks a server."""
+    key = serve.settings.api_key
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+
+    def ask(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:
+        timeout = httpx.Timeout(timeout_s or 5, read=timeout_s)
+        try:
+            # plain HTTP: certificates would be loaded for each question, 23 ms of CPU twenty times a second
+            with httpx.Client(
+                base_url=serve.base_url, headers=headers, timeout=timeout, trust_env=False, verify=False
+            ) as http:
+                answer = http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise ConnectionError(str(error)) from error
+        with contextlib.suppress(ValueError):
+            return answer.status_code, answer.json()
+        return answer.status_code, None  # a health check in plain text
+
+    return ask
+
+
+def in_frames(serve: Serve) -> Ask:
+    """Asks a native worker."""
+    key = serve.settings.api_key.get_secret_value() if serve.settings.api_key else ""
+
+    def ask(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:
+        data = b"" if body is None else json.dumps(body).encode()
+        return frames.ask(serve.port, key, method, path, data, timeout_s)
+
+    return ask
+
+
+def _healthy(ask: Ask) -> bool:
+    try:
+        return ask("GET", "/health", None, 5)[0] == 200
+    except (OSError, ValueError):
+        return False
+
+
+def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
+    """True when our child listens; raises WrongListener when the port answers and somebody else is seen listening."""
+    if child.listens_on(serve.port):
+        return True
+    holder = listener_on(serve.port)
+    if holder is None:
+        return False
+    raise WrongListener(
+        f"port {serve.port} is answered by {holder}, not by the {engine} that was started{last_lines(child)}",
+        engine=engine,
+        log_tail=child.log_tail(),
+    )
+
+
+def _metadata(ask: Ask) -> dict[str, object]:
+    """What the engine says of itself: usable context of one sequence, where it tells."""
+    seen: dict[str, object] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        props = ask("GET", "/props", None, 5)[1]
+        seen["context_tokens"] = int(props["default_generation_settings"]["n_ctx"])
+    return seen
+
+
+def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:
+    holder = listener_on(serve.port)
+    if holder is not None:
+        return WrongListener(
+            f"port {serve.port} is answered by {holder}; the {engine} that was started ended with "
+            f"{exit_reason(child)}{last_lines(child)}",
+            engine=engine,
+            log_tail=child.log_tail(),
+        )
+    return EngineExited(
+        f"{engine} ended with {exit_reason(child)} while loading {serve.gguf.name}{last_lines(child)}",
+        returncode=child.poll() or 0,
+        engine=engine,
+        log_tail=child.log_tail(),
+    )
+
+
+def last_lines(child: ManagedProcess) -> str:
+    """`; its last lines (log: ...)` and they, for the end of an error message."""
+    lines = child.log_tail()[-QUOTED_LINES:]
+    if not lines:
+        return f"; it logged nothing (log: {child.log.path})"
+    return f"; its last lines (log: {child.log.path}):\n  " + "\n  ".join(lines)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the engine is stopped; a second Ctrl-C must not leave it behind."""
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda n, _: pending.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for held in dict.fromkeys(pending):
+            signal.raise_signal(held)

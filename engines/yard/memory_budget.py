@@ -1,0 +1,198 @@
+"""Which models are in memory: loaded on demand, unloaded when unused or when another one needs the room.
+
+A model whose plan says `load = "demand"` is started by its first request, which waits for it. Past the memory budget
+the model that was used longest ago goes first: it takes no new request, finishes those it has, and its process ends, so
+that its memory is back for certain. A pinned model stays. An engine that is moved, or has a canary, is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from engines.errors import BadInput, EngineError, SwitchyardError
+from engines.fit import estimate, free_memory
+from engines.model.header import read_header
+from engines.yard.engine.unit import Unit
+from engines.yard.memory import memory_back, mib
+from engines.yard.route import Route
+
+if TYPE_CHECKING:
+    from engines.yard.yard import Yard
+
+QUIET_S = 10.0  # how long a model that has work may keep another one waiting before it finishes what it has
+LOOK_S = 1.0
+
+
+class NoRoom(SwitchyardError):
+    """The model does not fit into the memory budget beside those that stay."""
+
+
+class Residency:
+    """The models of one yard; one is loaded or unloaded at a time."""
+
+    def __init__(self, yard: Yard) -> None:
+        self._yard = yard
+        self._one = asyncio.Lock()
+        self._waking: dict[str, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        """Models that are loaded at the start, as far as the budget goes; the others wait for their first request."""
+        for route in self._yard.routes.values():
+            self.admit(route)
+
+    def admit(self, route: Route) -> None:
+        """A model that is new here."""
+        route.dormant = route.load == "demand" or self._yard.settings.memory_budget_mib is not None
+        if not route.dormant:
+            self._yard.bring_up(route)
+        elif route.load == "start":
+            self._wake_soon(route, evict=False)
+
+    def wake(self, route: Route) -> None:
+        """A request is there: load its model if it is not loaded."""
+        route.used_at = time.monotonic()
+        if route.dormant:
+            self._wake_soon(route, evict=True)
+
+    async def load(self, route: Route) -> str:
+        """Load a model now, and return once it serves. Raises NoRoom, EngineError."""
+        async with self._one:
+            await self._load(route, evict=True)
+        return f"{route.model_id} is loaded: {route.serving.engine}"
+
+    async def unload(self, route: Route) -> str:
+        """End a model's engines once their requests are done. Raises BadInput for one that is moved or has a canary."""
+        canary = route.state.canary
+        if route.moving or route.holding or canary:
+            what = route.moving or (f"a canary on {canary.engine}" if canary else "being drained")
+            raise BadInput(f"{route.model_id} is busy with {what}; unload it after that")
+        async with self._one:
+            return await self._unload(route, "ordered")
+
+    async def run(self) -> None:
+        """Unload what was not used for `unload_after_s`, and what turned out larger than estimated, for ever."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            async with self._one:
+                found = [route for route in self._yard.routes.values() if self._may_go(route) and _is_quiet(route)]
+                if found:
+                    await self._tidy(min(found, key=lambda route: route.used_at))
+
+    # --- how
+
+    async def _tidy(self, oldest: Route) -> None:
+        settings, unused_s = self._yard.settings, time.monotonic() - oldest.used_at
+        if settings.unload_after_s is not None and unused_s > settings.unload_after_s:
+            await self._unload(oldest, f"not used for {unused_s:.0f} s")
+        elif settings.memory_budget_mib is not None and self._held_bytes() > settings.memory_budget_mib * 2**20:
+            await self._unload(oldest, f"{mib(self._held_bytes())} are held, more than was estimated")
+
+    def _wake_soon(self, route: Route, *, evict: bool) -> None:
+        if route.model_id not in self._waking:
+            task = asyncio.create_task(self._wake(route, evict=evict), name=f"load {route.model_id}")
+            self._waking[route.model_id] = task
+            task.add_done_callback(lambda _: self._waking.pop(route.model_id, None))
+
+    async def _wake(self, route: Route, *, evict: bool) -> None:
+        async with self._one:
+            try:
+                await self._load(route, evict=evict)
+            except NoRoom as why:
+                self._yard.journal.note("incident" if evict else "yard", route.model_id, str(why))
+                route.refuse_waiting(str(why))
+            except EngineError as error:  # a fallback may serve; else its requests wait for the restart, or are refused
+                self._yard.log.warning("%s: %s", route.model_id, error)
+
+    async def _load(self, route: Route, *, evict: bool) -> None:
+        if not route.dormant:
+            return
+        await self._make_room(route, evict=evict)
+        route.dormant = False
+        self._yard.bring_up(route)
+        await route.serving.ready(first_try=True)  # a restart of its own must not keep other models waiting
+
+    async def _make_room(self, route: Route, *, evict: bool) -> None:
+        budget_mib = self._yard.settings.memory_budget_mib
+        if budget_mib is None:
+            return
+        least, need = await asyncio.to_thread(needed_bytes, route.serving)
+        budget = budget_mib * 2**20
+        while need + self._held_bytes() > budget:
+            victim = await self._victim(route) if evict and least <= budget else None
+            if victim is None and evict and least + self._held_bytes() <= budget:
+                return  # it may fit: it is tried, and from then on its own measure counts
+            if victim is None:
+                raise NoRoom(
+                    f"{route.model_id} needs {mib(need)} and {mib(self._held_bytes())} of the budget of {mib(budget)} "
+                    "are taken by models that stay; raise yard.memory_budget_mib, or unload one"
+                )
+            await self._unload(victim, f"{route.model_id} needs the room")
+
+    async def _victim(self, route: Route) -> Route | None:
+        """The one used longest ago, quiet ones first; where all are busy, one gets a while to become quiet."""
+        until = time.monotonic() + QUIET_S
+        while True:
+            found = [other for other in self._yard.routes.values() if other is not route and self._may_go(other)]
+            found.sort(key=lambda other: other.used_at)
+            quiet = [other for other in found if _is_quiet(other)]
+            if quiet or not found or time.monotonic() > until:
+                return next(iter(quiet or found), None)
+            await asyncio.sleep(LOOK_S / 4)
+
+    def _may_go(self, route: Route) -> bool:
+        return not (route.dormant or route.pin or route.moving or route.holding or route.state.canary) and any(
+            unit.child is not None for unit in route.units.values()
+        )
+
+    async def _unload(self, route: Route, why: str) -> str:
+        if route.dormant:
+            return f"{route.model_id} is not loaded"
+        began, route.holding = time.monotonic(), True
+        try:
+            await asyncio.gather(*(unit.idle() for unit in route.units.values()))
+            units = [unit for unit in route.units.values() if unit.child is not None]
+            held, vram = sum(unit.memory_bytes or 0 for unit in units), _vram(units)
+            before = await asyncio.to_thread(free_memory)
+            route.dormant = True
+            for unit in route.units.values():
+                await unit.stop()
+            with contextlib.suppress(SwitchyardError):
+                await memory_back(vram, before, self._yard.settings.memory_back_s)
+        finally:
+            route.holding = False
+        told = f"unloaded ({why}) after {time.monotonic() - began:.1f} s; {mib(held)} of RAM"
+        told += f" and {mib(vram)} of VRAM" if vram else ""
+        self._yard.journal.note("move", route.model_id, f"{told} are back")
+        if route.waiting:
+            self.wake(route)
+        return f"{route.model_id} is {told} are back"
+
+    def _held_bytes(self) -> int:
+        units = [unit for route in self._yard.routes.values() for unit in route.units.values()]
+        return sum(needed_bytes(unit)[1] for unit in units if unit.holds_memory)
+
+
+def needed_bytes(unit: Unit) -> tuple[int, int]:
+    """What an engine holds, at least and expected: as measured, else as estimated, else the size of its file."""
+    if unit.held_bytes is not None:
+        return unit.held_bytes, unit.held_bytes
+    try:
+        fit = estimate(read_header(unit.recipe.gguf), unit.recipe.settings, unit.recipe.engine, memory=free_memory())
+        if fit.needs:
+            return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
+    except SwitchyardError:
+        pass
+    size = unit.recipe.gguf.stat().st_size
+    return size, size
+
+
+def _is_quiet(route: Route) -> bool:
+    return not route.waiting and not any(unit.flights for unit in route.units.values())
+
+
+def _vram(units: list[Unit]) -> int | None:
+    known = [unit.vram_bytes for unit in units if unit.vram_bytes is not None]
+    return sum(known) if known else None

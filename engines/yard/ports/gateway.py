@@ -1,0 +1,447 @@
+"""The public port: each request goes to the engine of its model, its answer comes back chunk by chunk.
+
+A request is handed to an engine only when that has room, so it waits here, where a dying engine cannot take it along.
+What has not reached the client yet is asked again, once, of the engine that is there then; a stream that has begun
+ends with an error event. A client that leaves ends its request on the engine at once. One that stays but takes nothing
+holds up nobody: the engine's answer is read on into a bounded buffer, and after `client_stall_s` the client is cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from engines.openai.call import GENERATING, Call, Refusal, parse, told_prefill_rate
+from engines.process.serving import NOT_SUPPORTED
+from engines.yard import shims
+from engines.yard.engine.connection import Answer, Gone
+from engines.yard.engine.unit import Flight, Unit, failure_words
+from engines.yard.ports.page import page
+from engines.yard.ports.unread import SOME_BYTES, Comments, StalledClients, Unread, address_of
+from engines.yard.route import Full, Route, Unservable, Waiting
+from engines.yard.shadow import Tape
+
+if TYPE_CHECKING:
+    from engines.yard.yard import Yard
+
+# answered beside the requests in flight: they take no slot
+LIGHT = frozenset({"/v1/chat/completions/input_tokens", "/tokenize", "/detokenize"})
+TRIES = 2
+SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\s*"[^"]')
+SHOWN_REPORTS = 5
+NEVER_FULL = 2**30
+UNREAD_POLL_S = 0.05
+OUR_FAULTS = frozenset({401, 403, 404})  # the key, the path and the model's name are the yard's own
+END_BYTES = 2048  # of an answer, where its usage and timings stand
+
+
+class Unanswered(Exception):
+    """The engine went away before anything of its answer was passed on."""
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Gateway:
+    """The aiohttp application in front of a yard."""
+
+    def __init__(self, yard: Yard) -> None:
+        self._yard = yard
+        self._unread = Unread()
+
+    def application(self) -> web.Application:
+        """Its routes. Every error, the router's own too, is an OpenAI error object."""
+        app = web.Application(
+            middlewares=[self._guarded], client_max_size=self._yard.settings.max_body_mib * 2**20, logger=self._yard.log
+        )
+        for path in sorted(GENERATING | LIGHT | {"/v1/embeddings"}):
+            app.router.add_post(path, self._served)
+        for alias in ("/chat/completions", "/completions", "/embeddings"):
+            app.router.add_post(alias, self._served)
+        app.router.add_get("/props", self._props)
+        for path in ("/v1/models", "/models"):
+            app.router.add_get(path, self._models)
+        app.router.add_get("/v1/models/{model:.+}", self._model)
+        for path in ("/health", "/v1/health"):
+            app.router.add_get(path, self._health)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/yard", self._page)
+        app.router.add_get(r"/yard/reports/{name:[0-9a-z-]+\.html}", self._report)
+        return app
+
+    # --- what guards every request
+
+    @web.middleware
+    async def _guarded(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            self._authorize(request)
+            return await handler(request)
+        except Refusal as refusal:
+            self._yard.metrics.refused(refusal.status)
+            return refusal.response()
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._yard.settings.max_body_mib
+            return Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large").response()
+        except web.HTTPNotFound:
+            return Refusal(404, f"there is no {request.path} here", code="not_found").response()
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            return Refusal(405, f"{request.path} takes {allowed}, not {request.method}").response()
+
+    def _authorize(self, request: web.Request) -> None:
+        key = self._yard.api_key
+        if key is None or request.path in ("/health", "/v1/health"):
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        offered = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
+        if not hmac.compare_digest(offered.encode("utf-8", "surrogateescape"), key.get_secret_value().encode()):
+            raise Refusal(401, "Invalid API key", kind="authentication_error", code="invalid_api_key")
+
+    # --- requests that an engine answers
+
+    async def _served(self, request: web.Request) -> web.StreamResponse:
+        began = time.monotonic()
+        path = request.path if request.path.startswith(("/v1/", "/tokenize", "/detokenize")) else f"/v1{request.path}"
+        call = parse(path, await request.read())
+        route = self._yard.route_for(call.model)
+        reply = Reply(request, call, self._unread)
+        self._yard.shadow.make_way(route)
+        self._yard.residency.wake(route)
+        reply.tape = self._yard.shadow.tape(route, call)
+        try:
+            for attempt in range(1, TRIES + 1):
+                unit, flight = await self._turn(route, self._enter(route, call), reply, began)
+                try:
+                    await self._exchange(route, unit, flight, call, reply)
+                except Unanswered as gone:
+                    self._yard.note_loss(route, unit, str(gone), retried=attempt < TRIES)
+                    continue
+                finally:
+                    unit.give_back(flight)
+                self._yard.served(route, unit, call, flight, reply.error)
+                if reply.error is None:
+                    self._yard.answered(route, unit, call, reply.tape)
+                return await reply.delivered()
+            raise Refusal(502, "the engine went away twice while it had this request", code="engine_died")
+        except Refusal as refusal:
+            self._yard.metrics.refused(refusal.status)
+            return await reply.refuse(refusal)
+        except ClientLeft:
+            return reply.response
+        finally:
+            self._unread.forget(reply)
+
+    def _enter(self, route: Route, call: Call) -> Waiting:
+        try:
+            conversation = call.conversation() if route.state.canary else ""
+            return route.enter(conversation, call.prompt_tokens, light=call.path in LIGHT)
+        except Full as full:
+            raise Refusal(429, f"{full}; try again later", kind="rate_limit_error", retry_after_s=5) from None
+        except Unservable as why:
+            raise Refusal(503, str(why), code="model_unavailable", retry_after_s=30) from None
+
+    async def _turn(self, route: Route, place: Waiting, reply: Reply, began: float) -> tuple[Unit, Flight]:
+        """The engine and the place on it; a stream that waits long is kept alive with comments."""
+        try:
+            while not place.turn.done():
+                left = began + self._yard.settings.wait_s - time.monotonic()
+                if left <= 0:
+                    why = f"waited {self._yard.settings.wait_s:.0f} s for {route.model_id}: {self._yard.explain(route)}"
+                    raise Refusal(503, why, code="wait_timeout", retry_after_s=10)
+                await asyncio.wait([place.turn], timeout=min(left, self._yard.settings.keepalive_s))
+                if not place.turn.done():
+                    await reply.keep_alive()
+            return place.turn.result()
+        except Unservable as why:
+            raise Refusal(503, str(why), code="model_unavailable", retry_after_s=30) from None
+        except BaseException:  # the client left, or waited too long: its turn goes to the next one
+            route.leave(place)
+            raise
+
+    async def _exchange(self, route: Route, unit: Unit, flight: Flight, call: Call, reply: Reply) -> None:
+        """Until the engine is done with the request; what the client has not taken by then needs no engine."""
+        shim, flight.generates = shims.shim_for(unit, call), call.path in GENERATING
+        try:
+            async with unit.door.ask("POST", call.path, shim.request()) as answer:
+                if call.stream and answer.status == 200:
+                    await self._stream(route, answer, flight, shim, reply)
+                    return
+                data = await answer.read()
+                flight.chunk(content=True)
+                flight.prefill_rate = told_prefill_rate(data[-END_BYTES:])
+                status, data = shim.whole(answer.status, data)
+                flight.failure = _failure(call, status, data)
+                await reply.whole(status, data)
+        except Gone as gone:
+            ended = await unit.end_of(flight)
+            if not ended:
+                flight.failure = str(gone)
+            if not reply.begun_with_content:
+                await reply.close_comment()
+                raise Unanswered(ended or str(gone)) from gone
+            await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
+
+    async def _stream(self, route: Route, answer: Answer, flight: Flight, shim: shims.Shim, reply: Reply) -> None:
+        last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
+        comments = Comments()
+        async for chunk in answer.pieces():
+            last.append(chunk)
+            if not comments.only(chunk):  # an engine's own keep-alive is no progress
+                flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
+            if not shim.changes_streams and chunk.startswith(b'data: {"error"'):
+                shim.error = "the engine told an error in its stream"
+                flight.failure = _failure_in_stream(chunk)
+            told = shim.event(chunk) if shim.changes_streams else chunk
+            if shim.early_error is not None:
+                flight.failure = _failure(reply.call, *shim.early_error)
+                await reply.whole(*shim.early_error)
+                return
+            if told:
+                await reply.pass_on(told)
+                if reply.is_full:
+                    await self._hold_back(route, flight, reply)
+        end = b"".join(last)
+        flight.prefill_rate = told_prefill_rate(end)
+        if b"[DONE]" not in end:
+            raise Gone("the stream ended without its end")
+        if told := shim.rest():
+            await reply.pass_on(told)
+        reply.error = shim.error
+        if shim.changes_streams and shim.error:
+            flight.failure = shim.error
+        elif flight.first is None and not flight.failure:
+            flight.failure = "an answer without content"
+
+    async def _hold_back(self, route: Route, flight: Flight, reply: Reply) -> None:
+        """Read no more of the engine until the client has taken some; not for ever while others wait for the place."""
+        began = time.monotonic()
+        flight.hold()
+        while reply.is_full:
+            limit_s = self._yard.settings.client_stall_s
+            if route.waiting and time.monotonic() - began > limit_s:
+                self._note_cut(reply.hang_up(), f"held {route.model_id} up for {limit_s:g} s while others waited")
+                raise ClientLeft
+            await asyncio.sleep(UNREAD_POLL_S)
+            reply.count()
+        flight.release()
+
+    async def deliver(self, within_s: float) -> None:
+        """Return when clients have taken what their engines answered, or after `within_s`."""
+        until = time.monotonic() + within_s
+        while self._unread.any and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110  a transport tells nobody
+            await asyncio.sleep(min(left, UNREAD_POLL_S))
+
+    async def watch_clients(self, connections: Callable[[], list[web.RequestHandler]]) -> None:
+        """Cut each client that takes nothing of its answer for `client_stall_s`; until cancelled."""
+        watch = StalledClients()
+        while True:
+            limit_s = self._yard.settings.client_stall_s
+            await asyncio.sleep(min(limit_s / 8, 1.0))
+            for peer in watch.cut(connections(), limit_s):
+                self._note_cut(peer, f"took nothing of its answer for {limit_s:g} s")
+
+    def _note_cut(self, peer: str, why: str) -> None:
+        self._yard.metrics.cut_client()
+        self._yard.journal.note("yard", "-", f"cut the client at {peer}: it {why}")
+
+    # --- what the yard answers itself
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """The truth: 200 only when a request would be served now."""
+        route = self._yard.route_for(request.query.get("model"))
+        unit = route.serving
+        detail = self._yard.health_of(route)
+        served = unit.state.serves and not route.holding and route.unservable is None
+        if served or route.dormant:  # the next request would load it
+            return web.json_response({"status": "ok", **detail})
+        return self._not_served(route).response(**detail)
+
+    def _not_served(self, route: Route) -> Refusal:
+        return Refusal(503, self._yard.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": self._yard.models()})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        for entry in self._yard.models():
+            if entry["id"] == name:
+                return web.json_response(entry)
+        raise Refusal(404, f"the model '{name}' does not exist", code="model_not_found")
+
+    async def _props(self, request: web.Request) -> web.Response:
+        """As llama.cpp has it: clients read the context size here, whichever engine serves."""
+        route = self._yard.route_for(request.query.get("model"))
+        unit = route.serving
+        if not (unit.state.serves or route.dormant):
+            raise self._not_served(route)
+        return web.json_response(await shims.props(unit))
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = self._yard.metrics.text(self._yard)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _page(self, _: web.Request) -> web.Response:
+        newest = sorted((path.name for path in self._reports.glob("*.html")), reverse=True)  # their names are times
+        text = page(self._yard.status(), newest[:SHOWN_REPORTS])
+        return web.Response(text=text, content_type="text/html", charset="utf-8")
+
+    async def _report(self, request: web.Request) -> web.StreamResponse:
+        path = self._reports / request.match_info["name"]
+        if not path.is_file():
+            raise web.HTTPNotFound
+        return web.FileResponse(path)
+
+    @property
+    def _reports(self) -> Path:
+        return self._yard.home / "reports"
+
+
+class Reply:
+    """What goes back to the client: a whole answer, or a stream that may begin before an engine has it."""
+
+    def __init__(self, request: web.Request, call: Call, unread: Unread) -> None:
+        self.call = call
+        self._request = request
+        self._unread = unread
+        self._response: web.StreamResponse | None = None
+        self._whole: web.Response | None = None
+        self._comments = Comments()
+        self.begun_with_content = False
+        self.error: str | None = None
+        self.tape: Tape | None = None
+
+    @property
+    def response(self) -> web.StreamResponse:
+        """What was sent so far, to a client that left."""
+        return self._response or web.Response(status=499)
+
+    @property
+    def is_full(self) -> bool:
+        """True when the client is so far behind that no more of its answer may be kept for it."""
+        return self._unread.is_full(self)
+
+    def count(self) -> None:
+        """Look how much the client has not taken yet."""
+        transport = self._request.transport
+        if transport is None:
+            raise ClientLeft
+        self._unread.count(self, transport.get_write_buffer_size())
+
+    def hang_up(self) -> str:
+        """End the connection, whatever the client has not taken; the client's address."""
+        transport = self._request.transport
+        if transport is None:
+            raise ClientLeft
+        transport.abort()
+        return address_of(transport)
+
+    async def keep_alive(self) -> None:
+        """A comment in a stream; nothing in a plain answer, whose client has no way to see it."""
+        if self.call.stream:
+            await self._write(b": waiting for the model\n\n")
+
+    async def close_comment(self) -> None:
+        """End a comment of which only the beginning came: what follows would be part of it."""
+        if self._comments.open:
+            self._comments = Comments()
+            await self._write(b"\n\n")
+
+    async def pass_on(self, chunk: bytes) -> None:
+        """A piece of the stream, as it came."""
+        if not self.begun_with_content:
+            self.begun_with_content = not self._comments.only(chunk)
+        if self.tape is not None:
+            self.tape.add(chunk)
+        await self._write(chunk)
+
+    async def cut(self, refusal: Refusal) -> None:
+        """The stream had begun and cannot go on: an error event, and a proper end."""
+        self.error = str(refusal)
+        await self._write(b"\n\n" + refusal.event())
+
+    async def whole(self, status: int, data: bytes) -> None:
+        """An answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
+        if status >= 400:
+            self.error = f"HTTP {status}"
+        if self.tape is not None:
+            self.tape.add(data)
+        if self._response is None:
+            self._whole = web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
+            return
+        await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n")
+
+    async def delivered(self) -> web.StreamResponse:
+        """The answer, complete; of a stream the client has taken nearly all."""
+        if self._whole is not None:
+            return self._whole
+        response = await self._begun()
+        with contextlib.suppress(ConnectionError):
+            await response.write_eof()
+        while self._unread.holds(self):
+            await asyncio.sleep(UNREAD_POLL_S)
+            self.count()
+        if self._request.transport is not None:
+            self._request.transport.set_write_buffer_limits()  # a later answer on this connection is drained as usual
+        return response
+
+    async def refuse(self, refusal: Refusal) -> web.StreamResponse:
+        """An error of ours."""
+        self.error = str(refusal)
+        if self._response is None:
+            return refusal.response()
+        try:
+            await self.cut(refusal)
+            return await self.delivered()
+        except ClientLeft:
+            return self.response
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            await (self._response or await self._begun()).write(data)
+        except ConnectionError as error:
+            raise ClientLeft from error
+        transport = self._request.transport
+        if transport is not None and (size := transport.get_write_buffer_size()) > SOME_BYTES:
+            self._unread.count(self, size)
+
+    async def _begun(self) -> web.StreamResponse:
+        if self._response is None:
+            self._response = web.StreamResponse(headers=SSE)
+            await self._response.prepare(self._request)
+            if self._request.transport is not None:
+                self._request.transport.set_write_buffer_limits(high=NEVER_FULL)  # `is_full` decides, not the transport
+        return self._response
+
+
+def _failure(call: Call, status: int, data: bytes) -> str:
+    """How the engine failed the request; '' when it did not, or the request was at fault."""
+    if status in OUR_FAULTS or (status >= 500 and status != NOT_SUPPORTED):
+        return failure_words(status, data)
+    if status == 200 and call.path in GENERATING and CONTENT.search(data) is None:
+        return "an answer without content"
+    return ""
+
+
+def _failure_in_stream(chunk: bytes) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        error = json.loads(chunk.partition(b"\n")[0].removeprefix(b"data: "))["error"]
+        code = error.get("code")
+        if isinstance(code, int) and 400 <= code < 500:
+            return ""
+        return f"an error in its stream: {error['message']}".replace("\n", " ")[:300]
+    return "an error in its stream"

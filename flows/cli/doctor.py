@@ -1,0 +1,177 @@
+"""`switchyard doctor`: what this machine has, what it lacks, and how to mend it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import httpx
+
+from engines.driver import drivers
+from engines.errors import SwitchyardError
+from engines.fit import free_memory
+from engines.home import home
+from flows.cli.tables import size
+from flows.orchestrator.server import PrefectServer, prepare_environment
+from migrations.demo import GEMMA3, INSTALL, SMOLLM2
+from tasks.records.store import open_records
+
+PINS = {"prefect": ("3.8.8", "3.8.9"), "fastapi": ("0.139", "0.151"), "sqlalchemy": ("2.0", "2.1")}
+FREE_DISK = 2 * 2**30
+SCHEDULED_S = 90.0  # the scheduler looks every 5 s for new deployments and every 60 s for all
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: its state, what was seen, and how to mend it."""
+
+    what: str
+    state: Literal["ok", "warning", "broken"]
+    detail: str
+    mend: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain, for --json."""
+        return asdict(self)
+
+
+def examine(*, prefect: bool) -> list[Finding]:
+    """All findings, in the order in which things are needed."""
+    looks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _engines, _models, _records, _room, _memory]
+    if prefect:
+        looks.append(_prefect)
+    return [finding for look in looks for finding in look()]
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("Python", "ok" if sys.version_info >= (3, 11) else "broken", sys.version.split()[0], "")
+
+
+def _packages() -> Iterator[Finding]:
+    for package, (low, high) in PINS.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            yield Finding(package, "broken", "not installed", f"pip install '{package}>={low},<{high}'")
+            continue
+        fits = _numbers(low) <= _numbers(found) < _numbers(high)
+        mend = "" if fits else f"Prefect 3.8.8 breaks outside {low} to {high}: pip install '{package}>={low},<{high}'"
+        yield Finding(package, "ok" if fits else "broken", found, mend)
+
+
+def _engines() -> Iterator[Finding]:
+    for name, driver in drivers().items():
+        try:
+            found = driver.find()
+            yield Finding(name, "ok", f"{found.version}, {found.form}: {found.where}")
+        except SwitchyardError as error:
+            yield Finding(name, "broken", str(error), f"switchyard install {name}")
+
+
+def _models() -> Iterator[Finding]:
+    for package in (SMOLLM2[0], GEMMA3):
+        there = importlib.util.find_spec(package) is not None
+        yield Finding(
+            f"demo model {package}",
+            "ok" if there else "warning",
+            "installed" if there else "missing",
+            "" if there else INSTALL,
+        )
+
+
+def _records() -> Iterator[Finding]:
+    try:
+        with open_records() as records:
+            n_runs = len(records.history(1000))
+        yield Finding("records", "ok", f"{home()}: {n_runs} runs, SQLite {sqlite3.sqlite_version}")
+    except SwitchyardError as error:
+        yield Finding("records", "broken", str(error), "set SWITCHYARD_HOME to a folder that can be written")
+
+
+def _room() -> Iterator[Finding]:
+    free = shutil.disk_usage(next(path for path in (home(), *home().parents) if path.exists())).free
+    enough = free > FREE_DISK
+    yield Finding(
+        "disk", "ok" if enough else "warning", f"{size(free)} free", "" if enough else "records and reports need room"
+    )
+
+
+def _memory() -> Iterator[Finding]:
+    memory = free_memory()
+    gpu = (
+        f", {size(memory.vram_bytes)} of VRAM"
+        if memory.vram_bytes is not None
+        else ", no NVIDIA GPU (VRAM is not measured)"
+    )
+    yield Finding("memory", "ok", f"{size(memory.ram_bytes)} of RAM free{gpu}")
+
+
+def _prefect() -> Iterator[Finding]:
+    """A real server, and a schedule on it: with a wrong SQLAlchemy it answers, and no schedule ever fires."""
+    os.environ.update(prepare_environment(home()))
+    server = PrefectServer(home(), services=True)
+    server.start()
+    try:
+        server.ready()
+        yield Finding("Prefect's API server", "ok", f"started and answered on {server.api_url}")
+        yield _schedule(server.api_url)
+    except SwitchyardError as error:
+        yield Finding("Prefect's API server", "broken", str(error), "see the packages above")
+    finally:
+        server.stop()
+
+
+def _schedule(api_url: str) -> Finding:
+    """A deployment with an interval schedule, until its first run is planned; both are deleted again."""
+    what, mend = "Prefect's schedules", "see the packages above: SQLAlchemy 2.1 stops every schedule"
+    every_minute = {"active": True, "schedule": {"interval": 60.0}}
+    try:
+        with httpx.Client(base_url=api_url, timeout=10, trust_env=False) as api:
+            flow = _created(api, "/flows/", {"name": "switchyard-doctor"})
+            body = {"name": "doctor", "flow_id": flow, "schedules": [every_minute]}
+            deployment = _created(api, "/deployments/", body)
+            try:
+                planned = _planned_runs(api, deployment)
+            finally:
+                api.delete(f"/flows/{flow}")
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        return Finding(what, "broken", f"the server refused a deployment: {_first_line(error)}", mend)
+    if not planned:
+        return Finding(what, "broken", f"no run was planned within {SCHEDULED_S:.0f} s", mend)
+    return Finding(what, "ok", f"a schedule of one minute has {planned} runs planned")
+
+
+def _created(api: httpx.Client, path: str, body: dict[str, Any]) -> str:
+    deadline = time.monotonic() + SCHEDULED_S
+    while True:
+        answer = api.post(path, json=body)
+        # its services write to the same new database: for some seconds it is busy
+        if answer.status_code != 503 or time.monotonic() > deadline:
+            return str(answer.raise_for_status().json()["id"])
+        time.sleep(0.5)
+
+
+def _planned_runs(api: httpx.Client, deployment: str) -> int:
+    wanted = {"deployments": {"id": {"any_": [deployment]}}}
+    deadline = time.monotonic() + SCHEDULED_S
+    while time.monotonic() < deadline:
+        if planned := int(api.post("/flow_runs/count", json=wanted).raise_for_status().json()):
+            return planned
+        time.sleep(0.5)
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())

@@ -1,0 +1,326 @@
+"""`switchyard service`: the yard as a systemd user unit: written, started at boot, looked at, removed.
+
+Quoting and specifiers follow systemd.syntax(7), systemd.service(5) and systemd.exec(5). The clients' key is never in
+the unit: its variable is read from a file that only its owner can open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import math
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+import flows
+from engines.errors import BadInput, SwitchyardError
+from engines.home import home
+from flows.cli.options import Json, print_json
+
+if TYPE_CHECKING:
+    from migrations.plan import Plan
+
+UNIT = "switchyard.service"
+ENGINES_END_S = 15  # after the requests in flight: engines get TERM, TERM, KILL; then the doors close
+STEPS_SINCE = 254  # the systemd that knows RestartSteps=
+KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # a user manager has none of the shell's: engines hide
+PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+ANSWER_S = 10.0
+
+app = typer.Typer(
+    no_args_is_help=True, help="Have systemd start the yard at boot: install, look at, remove a unit of your own user."
+)
+
+
+@app.command()
+def install(
+    plan: Annotated[
+        Path | None, typer.Argument(help="The plan (.toml); the one served last, else ./switchyard.toml.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the unit; change nothing.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write the unit for a plan, and start it now and at every boot; a second time changes nothing."""
+    folder = home()
+    from flows.rollout.yard_config import plan_path
+
+    path = plan_path(plan, folder).absolute()
+    checked = _checked(path)
+    text = unit_text(path, checked.yard.stop_s, home=folder, systemd=_systemd_version())
+    if dry_run:
+        _tell({"unit": str(unit_path()), "text": text, "changed": False}, text, json_)
+        return
+    done = _install(checked, text, folder)
+    _tell(done, "\n".join(_installed_lines(done)), json_)
+
+
+@app.command()
+def status(json_: Json = False) -> None:
+    """Say whether the unit is installed, runs now, and starts at boot."""
+    unit, there = unit_path(), _manager_answers()
+    found = {
+        "unit": str(unit),
+        "installed": unit.is_file(),
+        "systemd": there,
+        "active": _word("is-active") if there else None,
+        "enabled": _word("is-enabled") if there else None,
+    }
+    lines = [f"installed: {unit}" if found["installed"] else "not installed: `switchyard service install` does it"]
+    if not there:
+        lines.append("systemd is not running here (no user manager answers)")
+    elif found["installed"]:
+        lines += [f"active: {found['active']}", f"at boot: {found['enabled']}"]
+    _tell(found, "\n".join(lines), json_)
+
+
+@app.command()
+def uninstall(json_: Json = False) -> None:
+    """Stop the service (requests in flight are finished), disable and remove it; safe twice."""
+    unit = unit_path()
+    installed, there = unit.is_file(), _manager_answers()
+    if installed and there:
+        _run(("disable", "--now", UNIT))
+    for left in (unit, unit.parent / "default.target.wants" / UNIT):
+        left.unlink(missing_ok=True)
+    if installed and there:
+        _run(("daemon-reload",))
+    kept = str(_environment_file()) if _environment_file().is_file() else None
+    lines = [f"removed: {unit}" if installed else "not installed; nothing to remove"]
+    if kept and installed:
+        lines.append(f"kept: {kept}")
+    _tell({"unit": str(unit), "removed": installed, "kept": kept}, "\n".join(lines), json_)
+
+
+# --- the unit
+
+
+def unit_path(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the unit of this user lies."""
+    return _config(environment) / "systemd" / "user" / UNIT
+
+
+def unit_text(
+    plan: Path,
+    stop_s: float,
+    *,
+    home: Path,
+    systemd: int | None,
+    python: str = sys.executable,
+    environment: Mapping[str, str] = os.environ,
+) -> str:
+    """The unit that serves `plan`. BadInput where a path cannot stand in a unit.
+
+    `systemd` is its version, None where unknown: from 254 on the pause between restarts grows.
+    """
+    installed = _root().name in ("site-packages", "dist-packages")
+    kept = {name: environment[name] for name in KEPT if environment.get(name)}
+    given = "".join(
+        f"Environment={_quoted(f'{name}={value}')}\n" for name, value in {"SWITCHYARD_HOME": str(home), **kept}.items()
+    )
+    given += "Environment=PYTHONSAFEPATH=1\n" + (
+        "" if installed else f"Environment={_quoted(f'PYTHONPATH={_root()}')}\n"
+    )
+    # arguments, not the program, have their `$` expanded
+    arguments = ["-m", "flows.cli", "serve", str(plan).replace("$", "$$")]
+    pause = "RestartSec=10"
+    if systemd is not None and systemd >= STEPS_SINCE:
+        pause = "RestartSec=1\nRestartSteps=6\nRestartMaxDelaySec=60"
+    return (
+        "# Written by `switchyard service install`, which overwrites changes made here.\n"
+        "[Unit]\n"
+        "Description=Switchyard: one port in front of local LLM engines\n"
+        "StartLimitIntervalSec=0\n"
+        "\n[Service]\n"
+        "Type=exec\n"
+        # whatever reads files of its working directory finds our own there
+        f"WorkingDirectory={_escaped(str(_root()))}\n"
+        f"{given}"
+        f"EnvironmentFile=-{_escaped(glob.escape(str(_environment_file(environment))))}\n"
+        f"ExecStart={' '.join(map(_quoted, [python, *arguments]))}\n"
+        "ExecReload=kill -HUP $MAINPID\n"
+        "KillSignal=SIGTERM\n"
+        "KillMode=mixed\n"
+        f"TimeoutStopSec={math.ceil(stop_s + ENGINES_END_S)}\n"
+        "Restart=on-failure\n"
+        f"{pause}\n"
+        "\n[Install]\n"
+        "WantedBy=default.target\n"
+    )
+
+
+def _quoted(text: str) -> str:
+    """One word of a unit's value."""
+    escaped = _escaped(text)
+    if PLAIN.fullmatch(escaped):
+        return escaped
+    escaped = escaped.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _escaped(text: str) -> str:
+    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text) or text != text.strip() or text[-1:] == "\\":
+        raise BadInput(
+            f"{text!r} cannot stand in a systemd unit: a control character, or a space or backslash at its end"
+        )
+    return text.replace("%", "%%")
+
+
+def _config(environment: Mapping[str, str] = os.environ) -> Path:
+    named = environment.get("XDG_CONFIG_HOME", "")
+    # the XDG base directory specification: relative ones are ignored
+    return Path(named) if Path(named).is_absolute() else Path("~/.config").expanduser()
+
+
+def _environment_file(environment: Mapping[str, str] = os.environ) -> Path:
+    return _config(environment) / "switchyard" / "environment"
+
+
+def _root() -> Path:
+    """The folder that Python finds our packages in: site-packages, or a checkout."""
+    return Path(flows.__file__).absolute().parent.parent
+
+
+# --- installing it
+
+
+def _checked(path: Path) -> Plan:
+    from migrations.plan import load_plan
+
+    plan = load_plan(path)
+    if not plan.yard.on_loopback and plan.api_key_env is None:
+        raise BadInput(
+            f"{path}: yard.host {plan.yard.host} can be reached from other machines: set "
+            'api_key_env = "SWITCHYARD_API_KEY" in it and export that variable, or listen on 127.0.0.1'
+        )
+    return plan
+
+
+def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
+    unit = unit_path()
+    starts, notes = _prepare_key(plan.api_key_env)
+    there = _manager_answers()
+    active = there and _word("is-active") == "active"
+    changed = not unit.is_file() or unit.read_text() != text
+    if changed:
+        _write(unit, text)
+    from engines.yard.client import YardClient
+
+    if not active and YardClient(folder).runs():
+        starts = False
+        notes.append(
+            "a yard runs here already: `switchyard stop`, then `systemctl --user start switchyard` puts the service "
+            "in its place"
+        )
+    if active and changed:
+        notes.append("the service runs with its old unit until `systemctl --user restart switchyard`")
+    commands = [("daemon-reload",), ("enable", "--now", UNIT) if starts else ("enable", UNIT)]
+    if there:
+        for command in commands:
+            _run(command)
+    notes.append("to start it at boot, before you log in: `loginctl enable-linger`")
+    return {
+        "unit": str(unit),
+        "changed": changed,
+        "systemd": there,
+        "started": there and starts,
+        "to_run": [] if there else [" ".join(("systemctl", "--user", *command)) for command in commands],
+        "notes": notes,
+    }
+
+
+def _installed_lines(done: Mapping[str, Any]) -> list[str]:
+    lines = [f"{'written' if done['changed'] else 'unchanged'}: {done['unit']}"]
+    if done["to_run"]:
+        lines += ["systemd is not running here (no user manager answers); where it does, run:"]
+        lines += [f"  {command}" for command in done["to_run"]]
+    elif done["started"]:
+        lines.append("enabled and started; its log: journalctl --user -u switchyard -f")
+    else:
+        lines.append("enabled, not started")
+    return lines + [f"note: {note}" for note in done["notes"]]
+
+
+def _prepare_key(name: str | None) -> tuple[bool, list[str]]:
+    """Is the key's variable set, and what is to be done about it; its file is made, empty, for its owner alone."""
+    if name is None:
+        return True, []
+    file, notes = _environment_file(), []
+    with _writing(file), contextlib.suppress(FileExistsError), os.fdopen(_private(file), "w") as made:
+        made.write(f"# read by systemd for {UNIT}\n# {name}=the key that clients send\n")
+    if file.stat().st_mode & 0o077:
+        notes.append(f"others can read {file}: `chmod 600` it")
+    known = re.search(rf"^{name}=.*\S", file.read_text(), re.MULTILINE) is not None
+    if not known:
+        notes.append(f"write {name}=... into {file}, then run `switchyard service install` again")
+    return known, notes
+
+
+def _private(file: Path) -> int:
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def _write(unit: Path, text: str) -> None:
+    partial = unit.with_suffix(".part")
+    with _writing(unit):
+        partial.write_text(text)
+        os.replace(partial, unit)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise SwitchyardError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# --- systemd
+
+
+def _systemctl(*arguments: str, within_s: float | None = None) -> subprocess.CompletedProcess[str] | None:
+    """What `systemctl ARG ...` said; None where there is none, or it does not come back in time."""
+    try:
+        return subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=within_s, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _systemd_version() -> int | None:
+    said = _systemctl("--version", within_s=ANSWER_S)
+    match = re.match(r"systemd (\d+)", said.stdout) if said else None
+    return int(match[1]) if match else None
+
+
+def _manager_answers() -> bool:
+    said = _systemctl("--user", "show", "--property=Version", within_s=ANSWER_S)
+    return said is not None and said.returncode == 0
+
+
+def _word(question: str) -> str | None:
+    """systemd's one word on the unit; it also comes with an exit code of its own."""
+    said = _systemctl("--user", question, UNIT, within_s=ANSWER_S)
+    return (said.stdout.strip() or None) if said else None
+
+
+def _run(command: Sequence[str]) -> None:
+    said = _systemctl("--user", *command)
+    if said is None or said.returncode != 0:
+        why = said.stderr.strip().replace("\n", "; ") if said else "it could not be run"
+        raise SwitchyardError(f"`systemctl --user {' '.join(command)}` failed: {why}")
+
+
+def _tell(result: Mapping[str, Any], text: str, json_: bool) -> None:
+    if json_:
+        print_json(result)
+    else:
+        Console().print(text.rstrip("\n"), highlight=False, markup=False, soft_wrap=True)

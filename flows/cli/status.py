@@ -1,0 +1,166 @@
+"""The yard on the terminal: routes, engines, incidents. A yard's status in, rich renderables out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from engines.errors import SwitchyardError
+from engines.yard.client import YardClient
+from engines.yard.ports.page import ago, notes, one_line, retired
+from flows.cli.tables import size
+
+STATES = {
+    "ready": "green",
+    "busy": "green",
+    "loading": "yellow",
+    "stopped": "dim",
+    "wedged": "bold red",
+    "failing": "bold red",
+    "dead": "bold red",
+}
+KINDS = {"bad": "bold red", "wait": "yellow", "news": "cyan", "muted": "dim"}
+DAY_S = 86_400
+SHOWN_INCIDENTS = 8
+EVERY_S = 1.0
+NUMBERS = ("in flight", "tok/s", "first token", "memory", "restarts")
+
+Asked = tuple[dict[str, Any] | None, str]
+
+
+def ask(client: YardClient) -> Asked:
+    """What the yard tells of itself, or None and the reason why there is nothing."""
+    try:
+        return client.status(), ""
+    except SwitchyardError as error:
+        return None, str(error)
+
+
+def watch(client: YardClient, out: Console, *, pause: Callable[[float], None] = time.sleep) -> None:
+    """Shows the yard once a second until Ctrl-C; a yard that goes away, or comes back, is part of the picture."""
+    last = shown(ask(client))
+    live = Live(last, console=out, screen=out.is_terminal, auto_refresh=False)
+    try:
+        live.start(refresh=True)  # not `with`: interrupted in its beginning, that would leave the terminal as it is
+        while True:
+            pause(EVERY_S)
+            last = shown(ask(client))
+            live.update(last, refresh=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        live.stop()
+    if out.is_terminal:  # the other screen is gone, and the last picture with it
+        out.print(last)
+
+
+def pids(status: Mapping[str, Any] | None) -> frozenset[int]:
+    """The processes of the yard's engines."""
+    models = status["models"] if status else []
+    return frozenset(engine["pid"] for model in models for engine in model["engines"] if engine["pid"] is not None)
+
+
+def shown(asked: Asked) -> RenderableType:
+    """The yard, or why there is none."""
+    status, why = asked
+    return Text(why, style="dim") if status is None else yard(status)
+
+
+def yard(status: Mapping[str, Any], now: float | None = None) -> Group:
+    """Address, then model by model its route and engines, then the incidents of the last day."""
+    moment = time.time() if now is None else now
+    head = Text.assemble(
+        ("yard ", "bold"), str(status["address"]), (f"  pid {status['pid']}, up {ago(status['since'], moment)}", "dim")
+    )
+    parts: list[RenderableType] = [head]
+    for model in status["models"]:
+        parts += ["", *_route(model), *_engines(model, moment)]
+    parts += [Text(one_line(line, 400), "dim") for line in retired(status)]
+    return Group(*parts, *_incidents(status["incidents"], moment))
+
+
+def _route(model: Mapping[str, Any]) -> list[RenderableType]:
+    """The model, who serves it, and what is to be known about it."""
+    serving = Text(one_line(model["serving"] or "nothing"), "bold cyan" if model["serving"] else "bold red")
+    head = Text.assemble((one_line(model["id"]), "bold"), " → ", serving)
+    return [head, *(Padding(Text(one_line(note, 400), KINDS[kind]), (0, 0, 0, 2)) for kind, note in notes(model))]
+
+
+def _engines(model: Mapping[str, Any], now: float) -> list[RenderableType]:
+    """The figures as a table, then the evidence for each state."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("", "engine", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in NUMBERS:
+        table.add_column(column, justify="right")
+    for engine in model["engines"]:
+        table.add_row(*_engine(engine, serves=engine["engine"] == model["serving"]))
+    return [table, *(Padding(_evidence(engine, now), (0, 0, 0, 3)) for engine in model["engines"])]
+
+
+def _engine(engine: Mapping[str, Any], *, serves: bool) -> list[RenderableType]:
+    first = engine["ttft_ms_series"]
+    runs = engine["pid"] is not None
+    return [
+        Text("●" if serves else " ", style="green" if engine["state"] in ("ready", "busy") else "red"),
+        Text(one_line(engine["engine"]), style="bold" if serves else ""),
+        Text(engine["state"], style=STATES.get(engine["state"], "")),
+        str(engine["in_flight"]),
+        _measured(engine["tokens_per_s"], "{:.1f}", runs),
+        _measured(first[-1] if first else None, "{:.0f} ms", runs),
+        _memory(engine, runs),
+        str(engine["restarts"]),
+    ]
+
+
+def _memory(engine: Mapping[str, Any], runs: bool) -> Text:
+    if not runs:
+        return Text("-", style="dim")
+    memory = Text(size(engine["memory_bytes"]))
+    return memory if engine["vram_bytes"] is None else memory.append(f"\nGPU {size(engine['vram_bytes'])}")
+
+
+def _measured(value: float | None, form: str, runs: bool) -> Text:
+    """A stopped engine has nothing to measure; a running one that was not measured says so."""
+    if value is None:
+        return Text("not measured" if runs else "-", style="dim")
+    return Text(form.format(value))
+
+
+def _evidence(engine: Mapping[str, Any], now: float) -> Text:
+    """The last transition, and which process it is."""
+    since = "" if engine["since"] is None else f", {ago(engine['since'], now)} ago"
+    process = "" if engine["pid"] is None else f", pid {engine['pid']}"
+    loading = f" ({one_line(engine['loading'])})" if engine["loading"] else ""
+    return Text.assemble(
+        (f"{one_line(engine['engine'])}: ", "dim"),
+        f"{one_line(engine['why'])}{loading}{since}",
+        (f" [{one_line(engine['version'])}, {engine['form']}{process}]", "dim"),
+    )
+
+
+def _incidents(incidents: Sequence[Mapping[str, Any]], now: float) -> list[RenderableType]:
+    recent = [incident for incident in incidents if now - incident["at"] <= DAY_S]
+    if not recent:
+        return ["", Text("no incident in the last day", style="dim")]
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(justify="right", no_wrap=True, style="dim")
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    for incident in recent[: -SHOWN_INCIDENTS - 1 : -1]:
+        engine = one_line(incident.get("engine", ""))
+        table.add_row(
+            f"{ago(incident['at'], now)} ago",
+            Text(f"{one_line(incident['model'])} {engine}".strip()),
+            Text(one_line(incident["what"])),
+        )
+    more = len(recent) - SHOWN_INCIDENTS
+    title = f"incidents of the last day: {len(recent)}" + (f", the latest {SHOWN_INCIDENTS}" if more > 0 else "")
+    return ["", Text(title, style="yellow"), table]

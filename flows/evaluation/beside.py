@@ -1,0 +1,82 @@
+"""Whether an evaluation's engines fit into memory beside those that the yard has loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engines.errors import BadInput, SwitchyardError
+from engines.fit import FreeMemory, estimate, free_memory
+from engines.model.header import Header, read_header
+from engines.yard.client import YardClient
+from migrations.plan import Plan
+
+
+class NoRoom(BadInput):
+    """An evaluation would take memory that the engines in service need."""
+
+
+def lacking(plan: Plan, home: Path, *, free: Callable[[], FreeMemory] = free_memory) -> str | None:
+    """The largest lack of memory for an evaluation of `plan` beside what the yard has loaded, on one line.
+
+    None where every engine fits (one runs at a time), and where no yard has an engine loaded.
+    """
+    loaded = _loaded(home)
+    if not loaded:
+        return None
+    headers = _headers(plan)
+    held = sum(size for _, _, size in loaded)
+    memory = _beside(free(), plan, headers, loaded)
+    lacks: list[tuple[int, str]] = []
+    for model in plan.models:
+        for engine in dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)):
+            if (header := headers.get(model.id)) is None:  # never started
+                continue
+            fit = estimate(header, plan.settings_for(model.id), engine, memory=memory)
+            if fit.verdict == "unknown" and (memory.ram_bytes or 0) < 2 * held:
+                lacks.append((0, f"nobody knows whether {model.id} on {engine} fits beside the yard: {fit.why}"))
+            for need in fit.needs:
+                missing = 0 if need.free is None else need.expected - need.free
+                if missing > 0:
+                    room = f"{_size(need.expected)} of {need.device.upper()}, {_size(need.free or 0)} is free"
+                    line = f"{model.id} on {engine} needs {room} beside what the yard serves ({_size(held)})"
+                    lacks.append((missing, f"{line}: {_size(missing)} is missing"))
+    return max(lacks)[1] if lacks else None
+
+
+def _headers(plan: Plan) -> dict[str, Header]:
+    found = {}
+    for model in plan.models:
+        with contextlib.suppress(BadInput):
+            found[model.id] = read_header(model.gguf)
+    return found
+
+
+def _loaded(home: Path) -> list[tuple[str, str, int]]:
+    """(model, engine, bytes held) of every engine that the yard has loaded."""
+    try:
+        routes = YardClient(home).status()["models"]
+    except SwitchyardError:
+        return []
+    sizes = [
+        (r["id"], e["engine"], (e["memory_bytes"] or 0) + (e["vram_bytes"] or 0)) for r in routes for e in r["engines"]
+    ]
+    return [one for one in sizes if one[2]]
+
+
+def _beside(
+    free: FreeMemory, plan: Plan, headers: Mapping[str, Header], loaded: Sequence[tuple[str, str, int]]
+) -> FreeMemory:
+    """`free` without the weights that the yard's engines map: the system counts those pages as free, yet they serve."""
+    mapped = 0
+    for model, engine, held in loaded:
+        if (header := headers.get(model)) is not None:
+            needs = estimate(header, plan.settings_for(model), engine, memory=free).needs
+            mapped += min(header.tensor_bytes, max(0, sum(need.expected for need in needs) - held))
+    return free if free.ram_bytes is None else replace(free, ram_bytes=max(0, free.ram_bytes - mapped))
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"

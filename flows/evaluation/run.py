@@ -1,0 +1,139 @@
+"""Opening a run: records, engines, the client's self-test; closing it with its verdict whatever happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from engines.client.reference_server import self_test
+from engines.driver import Installation, driver
+from engines.errors import BadInput, SwitchyardError
+from engines.home import home as default_home
+from engines.model.header import read_header
+from engines.process.process import end_orphans
+from engines.settings import Serve
+from engines.yard.state import StateFile
+from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
+from flows.experiment_lock import alone
+from flows.orchestrator.run import flow_run_id
+from flows.progress import progress
+from migrations.plan import Plan, recorded_plan
+from tasks.evidence import compatibility
+from tasks.evidence.engine_under_test import Arm
+from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.prompts import load_transcripts
+from tasks.records.payload import redact
+from tasks.records.store import Records, Run, open_records
+
+
+@contextlib.contextmanager
+def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> Iterator[tuple[Bench, Run]]:
+    """The bench and its run, recorded as running; recorded as failed or interrupted if the block breaks off."""
+    home = default_home()
+    end_orphans(home)
+    if not allow_retired:
+        refuse_retired(plan, home)
+    installations = checked(plan)
+    with alone(home, "an evaluation"), open_records() as records:
+        run = _resumed(records, plan, resume) if resume else _started(records, plan)
+        try:
+            bench = Bench(
+                plan=plan,
+                records=records,
+                run_id=run.id,
+                home=home,
+                installations=installations,
+                error_budget=_error_budget(records, run.id),
+                api_key=_engines_key(plan),
+            )
+            yield bench, run
+        except SwitchyardError as error:
+            records.finish_run(run.id, "failed", error=str(error))
+            raise
+        except BaseException as error:  # Ctrl-C and Prefect's cancellation are no Exceptions
+            records.finish_run(run.id, "interrupted", error=type(error).__name__)
+            raise
+
+
+def refuse_retired(plan: Plan, home: Path) -> None:
+    """BadInput for an engine of the plan that was retired here: nothing starts it unasked."""
+    state = StateFile(home / "yard").read()
+    for arm in ARMS:
+        if (gone := state.retired.get(getattr(plan, arm).engine)) is not None:
+            raise BadInput(f"{gone.line(getattr(plan, arm).engine)}; or measure it all the same with --allow-retired")
+
+
+def checked(plan: Plan) -> dict[Arm, Installation]:
+    """Both engines as found here. All that can be known to be wrong before anything starts is said now.
+
+    Raises BadInput where no model file can be read (a single one fails its own model), for a behaviour that does not
+    exist or a key that is not set; EngineNotFound for an engine that is not here.
+    """
+    if len(unread := unreadable(plan)) == len(plan.models):
+        raise BadInput(next(iter(unread.values())))
+    for model in plan.models:
+        if model.transcripts is not None:
+            load_transcripts(model.transcripts)
+    compatibility.known(list(required_behaviours(plan)), "client.requires in the plan")
+    plan.api_key(os.environ)
+    choices = {arm: getattr(plan, arm) for arm in ARMS}
+    return {arm: driver(choice.engine).find(choice.form, choice.binary) for arm, choice in choices.items()}
+
+
+def unreadable(plan: Plan) -> dict[str, str]:
+    """The models whose file cannot be read, each with the reason."""
+    found: dict[str, str] = {}
+    for model in plan.models:
+        try:
+            read_header(model.gguf)
+        except BadInput as error:
+            found[model.id] = str(error)
+    return found
+
+
+def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[str]:
+    """Who meets whom over which models, and what the candidate cannot honour: said before anything is launched."""
+    lines = [
+        f"{arm}: {found.engine} {found.version} ({found.form}: {found.where})" for arm, found in installations.items()
+    ]
+    lines.append(f"models: {', '.join(model.id for model in plan.models)}")
+    lines += [f"{name} cannot be measured: {why}" for name, why in unreadable(plan).items()]
+    candidate = installations["candidate"]
+    lost: dict[str, None] = {}
+    for model in plan.models:
+        serve = Serve(model_id=model.id, gguf=model.gguf, port=1, settings=plan.settings_for(model.id))
+        lost |= dict.fromkeys(driver(candidate.engine).losses(candidate, serve))
+    accepted = set(plan.accepted_losses)
+    return lines + [f"lost on the candidate: {loss}" for loss in lost if loss.partition(":")[0] not in accepted]
+
+
+def _started(records: Records, plan: Plan) -> Run:
+    asked, here = plan.model_dump(mode="json"), machine_circumstances()
+    return records.start_run("evaluate", plan.name, asked, circumstances=here, flow_run_id=flow_run_id())
+
+
+def _resumed(records: Records, plan: Plan, reference: str) -> Run:
+    run = records.find_run(reference)
+    asked = recorded_plan(redact(plan.model_dump(mode="json")))  # as it was stored
+    if recorded_plan(run.plan) != asked:  # a plan stored by an older version has fewer keys
+        raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
+    return records.resume_run(run.id, flow_run_id=flow_run_id())
+
+
+def _engines_key(plan: Plan) -> SecretStr | None:
+    """A key that the engines check where the plan's clients send one; theirs is for the yard, not for engines."""
+    return SecretStr(secrets.token_hex(16)) if plan.api_key_env else None
+
+
+def _error_budget(records: Records, run_id: str) -> dict[str, Any]:
+    """The measuring client's own error, measured before every run (a resumed one included)."""
+    with progress.get().step("self-test of the measuring client"):
+        budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))
+    records.put_evidence(run_id, "-", "-", "self_test", budget)
+    return budget

@@ -1,0 +1,208 @@
+"""Prefect's API for one command: the user's own server where one is set, else one that lives as long as the command.
+
+Prefect's own temporary server shares our process group (Ctrl-C would end it before the run can report its state) and
+survives a SIGKILL of ours. So it is started like an engine: own session, dies with us, known to the register.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from rich.console import Console
+
+from engines.environment import is_loopback, without_proxies
+from engines.errors import BadInput, SwitchyardError
+from engines.home import database_url
+from engines.process import process
+from engines.process.serving import exit_reason, free_port
+from flows.orchestrator.up_file import found
+from flows.progress import ConsoleProgress, progress
+
+Flow = Callable[..., dict[str, Any]]
+
+START_S = 120.0
+OFFLINE = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "switchyard",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+}
+
+
+def prepare_environment(home: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The settings Prefect has to find at its import, as far as the user has not set them: offline, quiet, own home."""
+    wanted = {**OFFLINE, "PREFECT_HOME": str(home / "prefect"), "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore"}
+    # what went wrong is one line of ours; Prefect's traceback would stand above it
+    wanted["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def prepare_process(home: Path) -> None:
+    """Keep other people's Prefect settings out of this process; to be called before Prefect is imported.
+
+    Prefect reads `.env`, `prefect.toml` and `pyproject.toml` of the working directory, whenever it likes, and puts that
+    directory in front of the module path. So the process works in a folder of its own from here on: whoever has a
+    relative path makes it absolute first. BadInput when the folder cannot be made.
+    """
+    from tasks.records.schema.upgrade import absolute, database  # half a second that `--help` need not wait for
+
+    os.environ.update(prepare_environment(home))
+    os.environ["SWITCHYARD_HOME"] = str(home)
+    if database_url() is not None:
+        os.environ["SWITCHYARD_DATABASE_URL"] = absolute(database(None))
+    os.chdir(workplace(home))
+
+
+def workplace(home: Path) -> Path:
+    """The working directory of every process that imports Prefect; made now. BadInput when it cannot be."""
+    folder = home / "prefect"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as problem:
+        raise BadInput(f"{folder} cannot be created ({problem.strerror}): set SWITCHYARD_HOME to another") from problem
+    return folder
+
+
+def with_prefect(home: Path, load: Callable[[], Flow]) -> Flow:
+    """The flow that `load` imports, once a Prefect API answers: the user's own, or one that ends with us.
+
+    Progress goes to standard error from here on.
+    """
+    shown = ConsoleProgress(Console(stderr=True))
+    progress.set(shown)
+    with shown.step("Prefect starts"):
+        server = prefect_api(home)
+        flow = load()  # takes seconds, in which the server starts
+        if server is not None:
+            server.ready()
+    return flow
+
+
+class PrefectServer:
+    """A Prefect API server of our own; `start` returns at once, `ready` waits for it.
+
+    `services` also runs its background services (the scheduler), `ui` its pages; a single command has no use for them.
+    """
+
+    def __init__(self, home: Path, *, port: int | None = None, services: bool = False, ui: bool = False) -> None:
+        self._home = home
+        self._services = services
+        self._ui = ui
+        self._port = port or free_port()
+        self._child: process.ManagedProcess | None = None
+
+    @property
+    def api_url(self) -> str:
+        """Where its API answers."""
+        return f"http://127.0.0.1:{self._port}/api"
+
+    def start(self) -> None:
+        """Begin starting it; about 10 s with a fresh home, half of it later on. BadInput when its port is taken."""
+        if _taken(self._port):
+            raise BadInput(f"port {self._port} is taken: name another with --prefect-port, or end what listens there")
+        argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        argv += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error"]
+        env = {**os.environ, "PREFECT_UI_ENABLED": "1" if self._ui else "0", "PREFECT_API_URL": ""}
+        env["PREFECT_UI_API_URL"] = self.api_url
+        if not self._services:
+            env["PREFECT__SERVER_EPHEMERAL"] = "1"
+        self._child = process.start(
+            "prefect server",
+            argv,
+            state_dir=self._home,
+            log_path=self._home / "logs" / "prefect-server.log",
+            env=env,
+            cwd=workplace(self._home),
+        )
+
+    def ready(self) -> None:
+        """Return when it answers; SwitchyardError with its last words when it died or took too long."""
+        assert self._child is not None
+        deadline = time.monotonic() + START_S
+        with httpx.Client(timeout=2, trust_env=False, verify=False) as http:
+            while time.monotonic() < deadline and self._child.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    if http.get(f"{self.api_url}/health").status_code == 200:
+                        return
+                time.sleep(0.1)
+        words = "\n  ".join(self._child.log_tail()[-5:]) or "it said nothing; is the disk full?"
+        state = exit_reason(self._child)
+        raise SwitchyardError(f"Prefect's API server did not start ({state}, log: {self._child.log.path}):\n  {words}")
+
+    def died(self) -> str | None:
+        """How it ended; None while it runs."""
+        return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
+
+    def start_again(self) -> None:
+        """Return when it answers on the same port as before. Raises as `start` and `ready` do."""
+        self.stop()  # what it has left behind
+        self.start()
+        self.ready()
+
+    def stop(self) -> None:
+        """End it; safe twice."""
+        if self._child is not None:
+            self._child.stop(grace_s=4)
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is merely closing down is no listener
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def prefect_api(home: Path) -> PrefectServer | None:
+    """None where PREFECT_API_URL names a server, else a temporary one that is starting and ends with this process.
+
+    To be called before Prefect is imported: it reads its settings then. And exit handlers run last in, first out:
+    Prefect, which registers its own later, still sends its last events to a server that answers. Stopped any earlier,
+    the server would be missed for more than a minute at the end of every command.
+    """
+    prepare_process(home)
+    if (running := found(home)) is not None:
+        os.environ.setdefault("PREFECT_API_URL", running.api_url)
+    server = None
+    if not os.environ.get("PREFECT_API_URL"):
+        server = PrefectServer(home)
+        atexit.register(server.stop)
+        server.start()
+        os.environ["PREFECT_API_URL"] = server.api_url
+    local = is_loopback(urlsplit(os.environ["PREFECT_API_URL"]).hostname or "")
+    if local:  # Prefect's clients take every proxy variable seriously, and a SOCKS proxy they cannot even read
+        for name in os.environ.keys() - without_proxies(os.environ).keys():
+            del os.environ[name]
+    if server is None:
+        _require_reachable(os.environ["PREFECT_API_URL"], through_proxy=not local)
+    return server
+
+
+def _require_reachable(api_url: str, *, through_proxy: bool) -> None:
+    try:
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=5, trust_env=through_proxy).raise_for_status()
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise BadInput(
+            f"PREFECT_API_URL is {api_url}, and the proxy variables (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) name a proxy "
+            f"that cannot be used: {error}"
+        ) from error
+    except httpx.HTTPError as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise SwitchyardError(
+            f"PREFECT_API_URL is {api_url}, but no Prefect server answers there: start it or unset it ({why})"
+        ) from error

@@ -1,0 +1,113 @@
+"""`switchyard serve`: the plan's models and engines as the yard takes them, and the yard itself in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from engines.driver import Installation, driver, native_driver
+from engines.errors import EngineNotFound
+from engines.redaction import RedactingFormatter
+from engines.yard.engine.launch_spec import Recipe
+from engines.yard.yard import ModelConfig, YardConfig
+from migrations.plan import EngineChoice, Plan
+from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
+
+LEAST_RATIO = 1.01
+
+
+def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> YardConfig:
+    """What `plan` tells the yard; engines are looked for now. One that is not here is no error: the other one serves.
+
+    Raises BadInput when the key's variable is not set, EngineNotFound when there is no engine at all.
+    """
+    found: dict[str, Installation] = {}
+    missing: dict[str, str] = {}
+    for choice in (plan.incumbent, plan.candidate):
+        try:
+            found[choice.engine] = _found(choice)
+        except EngineNotFound as error:
+            missing[choice.engine] = str(error)
+    if not found:
+        raise EngineNotFound("; ".join(missing.values()))
+    with contextlib.suppress(EngineNotFound):  # a third place for the candidate, where there is one
+        native = native_driver(plan.candidate.engine)
+        if native is not None:
+            found[native.name] = native.find()
+    models = tuple(
+        ModelConfig(
+            id=model.id,
+            incumbent=plan.incumbent.engine,
+            candidate=plan.candidate.engine,
+            recipes={
+                engine: Recipe.of(installation, model.id, model.gguf, plan.settings_for(model.id))
+                for engine, installation in found.items()
+            },
+            missing=missing,
+            aliases=model.aliases,
+            engine=model.engine,
+            load=model.load,
+            pin=model.pin,
+        )
+        for model in plan.models
+    )
+    return YardConfig(
+        settings=plan.yard,
+        models=models,
+        api_key=plan.api_key(environment),
+        judge_canary=canary_judge(canary_limits(plan)),
+        judge_shadow=shadow_judge(),
+    )
+
+
+def canary_limits(plan: Plan) -> CanaryLimits:
+    """The plan's limits and looks as they hold for live traffic."""
+    return CanaryLimits(
+        failure_rate_margin=plan.limits.failure_rate_margin,
+        # non-inferiority needs a margin, however small
+        ttft_p50_ratio=max(plan.limits.ttft_p50_ratio, LEAST_RATIO),
+        tpot_p50_ratio=max(plan.limits.tpot_p50_ratio, LEAST_RATIO),
+        looks=plan.sampling.looks,
+    )
+
+
+def _found(choice: EngineChoice) -> Installation:
+    return driver(choice.engine).find(choice.form, choice.binary)
+
+
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """One readable line an event, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("switchyard")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def losses(plan: Plan, config: YardConfig) -> list[str]:
+    """What each engine cannot honour, one line each, without what the plan accepts; said before anything starts."""
+    lines: dict[str, None] = {}
+    for model in config.models:
+        for engine, recipe in model.recipes.items():
+            for loss in driver(engine).losses(recipe.installation, recipe.serve(1, None)):
+                if loss.partition(":")[0] not in plan.accepted_losses:
+                    lines[f"{engine}: {loss}"] = None
+    return list(lines)
+
+
+def plan_path(named: Path | None, home: Path) -> Path:
+    """The plan that was named, else the one the yard served last, else ./switchyard.toml."""
+    remembered = home / "yard" / "plan"
+    if named is None:
+        last = remembered.read_text().strip() if remembered.is_file() else ""
+        return Path(last) if last else Path("switchyard.toml")
+    return named.absolute()
+
+
+def remember_plan(path: Path, home: Path) -> None:
+    """So that `switchyard serve` finds it the next time."""
+    (home / "yard" / "plan").write_text(f"{path.absolute()}\n")

@@ -1,0 +1,367 @@
+"""What live traffic says of a candidate: the requests of a canary, and the copies of a shadow.
+
+Nobody chooses live requests, so they are made comparable first. A block of the gate is a stretch of time that holds
+`block_requests` answers of each engine: what slows the machine slows both arms of a block. Within a block, times are
+brought to one prompt size along a straight line in logarithms (Theil and Sen's slope, from pairs of one engine's own
+requests). From there on it is the gate of `tasks.verdicts.noninferiority`, at planned looks: the watch may ask as
+often as it likes. The first look that fails, else the first that passes, stands.
+
+What this cannot prove, and phase 1 can: every block is of the same start of both engines, and starts differ by 9 to
+14 % on a small machine; the candidate answers only its share, so it was not seen under the whole load; conversations
+are dealt to engines, not requests, so a few odd conversations look like an engine; one that moves to the candidate
+comes without its cached prompt, once; a client that leaves makes no sample, and times are per content chunk: an engine
+that sends several tokens in one looks slower than it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.errors import BadInput
+from tasks.evidence.parity.judge import ParityLimits, compare_answers, judge_answers
+from tasks.verdicts.noninferiority import Metric, Outcome, judge, look_bounds
+from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
+from tasks.verdicts.verdict import CheckResult, Verdict, at_least, not_measured, overall
+
+Sample = Mapping[str, Any]
+SURE = 0.9999  # the watch looks all the time: simulated over 4000 requests, equal engines fail in under 1 % of canaries
+LEAST_MARGIN = 0.001  # of a ratio of 1: not a hair slower
+FEWEST = 3  # failures; two can fall together by chance on any engine
+HOPELESS = 0.05  # surely failing more often than this needs no incumbent's figures
+MOST_ASKED = 1_000_000
+COPIES_FAILED = 0.05
+SIZES_APART = 0.2  # ln of prompt sizes: nearer ones tell no slope
+STEEPEST = 1.5  # a time grows no faster than that with the prompt, attention included
+MOST_PAIRED = 100  # requests of an engine in one block whose pairs are looked at
+CLIENTS_FAULT = re.compile(r"HTTP 4\d\d$")
+
+
+class CanaryLimits(BaseModel):
+    """How much worse the candidate may be on live traffic, and how much traffic is asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    failure_rate_margin: float = Field(
+        0.01, gt=0, le=1, description="share above the incumbent's, 95 % upper bound; 268 clean answers prove 1 %"
+    )
+    ttft_p50_ratio: float = Field(1.10, ge=1, le=100, description="median time to first token over the incumbent's")
+    tpot_p50_ratio: float = Field(1.10, ge=1, le=100, description="median time per content chunk over the incumbent's")
+    looks: tuple[int, ...] = Field((6, 12, 24), min_length=1, description="blocks after which speed is judged")
+    block_requests: int = Field(10, ge=3, description="answers of each engine that make a block")
+    warm_up: int = Field(3, ge=0, description="the candidate's first answers, whose times do not count")
+    min_conversations: int = Field(
+        3, ge=1, description="conversations on each engine; fewer, and it is they that are compared"
+    )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """How many of how many, on each engine."""
+
+    hits: int
+    asked: int
+    incumbent_hits: int
+    incumbent_asked: int
+
+    @property
+    def excess(self) -> float:
+        """The candidate's share over the incumbent's; an incumbent that was not asked has none."""
+        theirs = self.incumbent_hits / self.incumbent_asked if self.incumbent_asked else 0.0
+        return self.hits / self.asked - theirs
+
+    def is_clear(self, margin: float) -> bool:
+        """Whether the candidate is surely worse by more than the margin.
+
+        Were both equally prone, each hit would fall on the candidate by its share of what was asked: the exact
+        conditional test of the soak. Where the incumbent was hardly asked, the candidate's own share must be hopeless.
+        """
+        if self.hits < FEWEST or self.excess <= margin:
+            return False
+        by_chance = self.asked / (self.asked + self.incumbent_asked)
+        falls_here = clopper_pearson_lower(self.hits, self.hits + self.incumbent_hits, SURE)
+        return falls_here > by_chance or clopper_pearson_lower(self.hits, self.asked, SURE) > HOPELESS
+
+    def upper(self, more: int = 0) -> float:
+        """The 95 % upper bound of the excess, after `more` clean ones."""
+        return newcombe_upper(self.hits, self.asked + more, self.incumbent_hits, self.incumbent_asked)
+
+    def more_needed(self, margin: float) -> int | None:
+        """How many clean answers of the candidate would bring the bound within the margin; None: no number would."""
+        if self.upper(MOST_ASKED) > margin:
+            return None
+        low, high = 0, MOST_ASKED
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.upper(middle) <= margin else (middle + 1, high)
+        return low
+
+
+def judge_canary(samples: Sequence[Sample], incumbent: str, candidate: str, limits: CanaryLimits) -> list[CheckResult]:
+    """The checks on the live requests since the canary began; each sample as the yard's `Sample`, as a dict.
+
+    An answer that is the client's own fault (HTTP 4xx) counts for neither engine; a candidate that refuses clearly
+    more conversations than the incumbent is another matter (`canary.refused`). Raises BadInput where both are the same.
+    """
+    if incumbent == candidate:
+        raise BadInput(f"a canary compares two engines, and both are {incumbent}")
+    ours = sorted((s for s in samples if s["engine"] == candidate), key=lambda sample: sample["at"])
+    theirs = sorted((s for s in samples if s["engine"] == incumbent), key=lambda sample: sample["at"])
+    answered, incumbent_answered = _fair(ours), _fair(theirs)
+    streamed, incumbent_streamed = _streamed(answered), _streamed(incumbent_answered)
+    failed = _Share(_failed(answered), len(answered), _failed(incumbent_answered), len(incumbent_answered))
+    empty = _Share(_empty(streamed), len(streamed), _empty(incumbent_streamed), len(incumbent_streamed))
+    margin = limits.failure_rate_margin
+    return [
+        _judge_share("canary.error_rate", failed, margin, f"requests failed{_kinds(answered)}"),
+        _judge_share("canary.silent_empty", empty, margin, "streams ended well without a token"),
+        _judge_refused(ours, theirs, margin),
+        _judge_speed("ttft", answered, incumbent_answered, limits.ttft_p50_ratio, limits),
+        _judge_speed("tpot", answered, incumbent_answered, limits.tpot_p50_ratio, limits),
+    ]
+
+
+def judge_shadow(pairs: Sequence[Mapping[str, Any]], limits: ParityLimits | None = None) -> list[CheckResult]:
+    """What parity's own checks say of live answers and of what the candidate answered to copies of their requests.
+
+    Each pair is `{"sampled": bool, "incumbent": answer, "candidate": answer}`, an answer as `measure_answers` keeps it,
+    without logprobs. Answers drawn with a temperature differ by themselves: of those only degenerate text and unknown
+    finish reasons count. The checks are called `shadow.*` and stand beside `parity.*`, which sees logprobs as well.
+    """
+    limits = limits or ParityLimits()
+    compared = [pair for pair in pairs if not pair["incumbent"]["error"] and not pair["candidate"]["error"]]
+    greedy = [pair for pair in compared if not pair["sampled"]]
+    every = {r.check: r for r in judge_answers(_comparison(compared), limits=limits)}
+    alike = {r.check: r for r in judge_answers(_comparison(greedy), limits=limits)}
+    results = [
+        _judge_copies(pairs),
+        _judge_sizes(compared, limits),
+        every["parity.degenerate"],
+        alike["parity.finish_reason"],
+        alike["parity.mean_length_ratio"],
+        alike["parity.exact_match"],
+    ]
+    return [result.model_copy(update={"check": result.check.replace("parity.", "shadow.")}) for result in results]
+
+
+def canary_judge(limits: CanaryLimits) -> Callable[[Sequence[Sample], str, str], dict[str, Any]]:
+    """What a yard asks of its canary: samples, incumbent, candidate in, `judgement` out."""
+    look_bounds(limits.looks)  # half a second of arithmetic, kept: now, and not beside the first user's stream
+
+    def judge_live(samples: Sequence[Sample], incumbent: str, candidate: str) -> dict[str, Any]:
+        return judgement(judge_canary(samples, incumbent, candidate, limits))
+
+    return judge_live
+
+
+def shadow_judge(limits: ParityLimits | None = None) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """What a yard asks of its shadow: pairs of answers in, `judgement` out."""
+    return lambda pairs: judgement(judge_shadow(pairs, limits))
+
+
+def judgement(results: Sequence[CheckResult]) -> dict[str, Any]:
+    """What the yard acts on and shows: `verdict`, `why` (the checks that hold it) and every check, all plain."""
+    verdict = overall(results)
+    holding = [result for result in results if result.required and result.verdict is verdict]
+    return {
+        "verdict": str(verdict),
+        "why": "; ".join(f"{result.check}: {result.why}" for result in holding) or "nothing was measured",
+        "checks": [result.model_dump(mode="json") for result in results],
+    }
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def _fair(samples: Iterable[Sample]) -> list[Sample]:
+    return [sample for sample in samples if not _clients_fault(sample)]
+
+
+def _clients_fault(sample: Sample) -> bool:
+    return not sample["ok"] and CLIENTS_FAULT.match(sample["error"] or "") is not None
+
+
+def _streamed(samples: Iterable[Sample]) -> list[Sample]:
+    """Streams that ended well: only of those does the yard know whether they said anything."""
+    return [sample for sample in samples if sample["ok"] and (sample["empty"] or sample["ttft_ms"] is not None)]
+
+
+def _failed(samples: Iterable[Sample]) -> int:
+    return sum(not sample["ok"] for sample in samples)
+
+
+def _empty(samples: Iterable[Sample]) -> int:
+    return sum(bool(sample["empty"]) for sample in samples)
+
+
+def _kinds(samples: Iterable[Sample]) -> str:
+    kinds = {str(sample["error"])[:80] for sample in samples if not sample["ok"]}
+    return f" ({'; '.join(sorted(kinds)[:3])})" if kinds else ""
+
+
+def _judge_share(check: str, share: _Share, margin: float, what: str) -> CheckResult:
+    """PASS once the excess is surely within the margin, FAIL as soon as it is surely beyond."""
+    facts: dict[str, Any] = {"check": check, "limit": margin, "unit": "share"}
+    if not share.asked:
+        return not_measured(check, "the candidate answered nothing yet", limit=margin, unit="share")
+    why = f"{share.hits} of {share.asked} {what}, on the incumbent {share.incumbent_hits} of {share.incumbent_asked}"
+    facts["value"] = share.excess
+    if share.is_clear(margin):
+        return CheckResult(**facts, verdict=Verdict.FAIL, why=f"{why}: clearly more than {margin:.1%} above")
+    if not share.incumbent_asked:
+        return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=f"{why}: nothing to compare with")
+    upper = share.upper()
+    why += f", with 95 % confidence at most {upper:.2%} above"
+    if upper <= margin:
+        return CheckResult(**facts, verdict=Verdict.PASS, why=why)
+    more = share.more_needed(margin)
+    settle = "no number of clean answers would settle it" if more is None else f"{more} more clean answers are needed"
+    return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=f"{why}; {settle} for {margin:.1%}")
+
+
+def _judge_refused(ours: Sequence[Sample], theirs: Sequence[Sample], margin: float) -> CheckResult:
+    """Whether the candidate refuses (HTTP 4xx) what the incumbent takes; by conversation, for one client repeats its
+    fault."""
+    share = _Share(*_conversations(ours), *_conversations(theirs))
+    if not share.asked:
+        return not_measured("canary.refused", "the candidate answered nothing yet", unit="share")
+    why = (
+        f"{share.hits} of {share.asked} conversations met HTTP 4xx, on the incumbent {share.incumbent_hits} of "
+        f"{share.incumbent_asked}"
+    )
+    verdict = Verdict.FAIL if share.is_clear(margin) else Verdict.PASS
+    return CheckResult(check="canary.refused", verdict=verdict, value=share.excess, unit="share", why=why)
+
+
+def _conversations(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Conversations that met a 4xx, and all of them."""
+    known = [sample for sample in samples if sample["conversation"]]  # a request lost with its engine has none
+    return len({s["conversation"] for s in known if _clients_fault(s)}), len({s["conversation"] for s in known})
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def _judge_speed(
+    name: str, ours: Sequence[Sample], theirs: Sequence[Sample], ratio: float, limits: CanaryLimits
+) -> CheckResult:
+    check, key = f"canary.{name}_p50_ratio", f"{name}_ms"
+    metric = Metric(name=f"{name}_p50", samples=key, quantile=0.5, margin=max(ratio - 1, LEAST_MARGIN), unit="ms")
+    warm = _measured(ours, key)[limits.warm_up :]
+    incumbent = _measured(theirs, key)
+    fewest = min(len({s["conversation"] for s in arm}) for arm in (warm, incumbent))
+    if not warm or not incumbent:
+        needed = limits.looks[0] * limits.block_requests
+        why = (
+            f"{len(warm)} streamed answers with a time, on the incumbent {len(incumbent)}: {needed} of each are needed"
+        )
+        return not_measured(check, why, limit=ratio, unit="ratio")
+    outcome = _first_decision(metric, _blocks(warm, incumbent, key, limits.block_requests), limits.looks)
+    result = outcome.check_result().model_copy(update={"check": check})
+    if fewest < limits.min_conversations:
+        why = f"{result.why}; from {fewest} conversation(s) on one engine, {limits.min_conversations} are needed"
+        return result.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "why": why})
+    if outcome.blocks_needed is not None and result.verdict is Verdict.INCONCLUSIVE:
+        more = outcome.blocks_needed * limits.block_requests
+        return result.model_copy(update={"why": f"{result.why}; that is {more} more streamed answers of each engine"})
+    return result
+
+
+def _measured(samples: Sequence[Sample], key: str) -> list[Sample]:
+    """The answers that have this time; a stream that came in one piece has a TPOT of 0, which is none."""
+    return [s for s in samples if s["ok"] and s[key] is not None and s[key] > 0 and s["prompt_tokens"] > 0]
+
+
+def _first_decision(metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: Sequence[int]) -> Outcome:
+    """The gate at each look that was reached, as one sequence: FAIL wins, then the first PASS, then the last word."""
+    reached = [look for look in looks if look <= len(blocks)]
+    outcomes = [judge(metric, blocks[:look], looks) for look in reached[:-1]] + [judge(metric, blocks, looks)]
+    for wanted in (Verdict.FAIL, Verdict.PASS):
+        for outcome in outcomes:
+            if outcome.verdict is wanted:
+                return outcome
+    return outcomes[-1]
+
+
+def _blocks(ours: Sequence[Sample], theirs: Sequence[Sample], key: str, block_requests: int) -> list[dict[str, Any]]:
+    """Successive stretches of time, each closed as soon as it holds `block_requests` of each engine.
+
+    A block depends on nothing that comes after it, so a verdict does not move under later traffic.
+    """
+    blocks: list[dict[str, Any]] = []
+    arms: dict[str, list[Sample]] = {"incumbent": [], "candidate": []}
+    stamped = itertools.chain(((s, "incumbent") for s in theirs), ((s, "candidate") for s in ours))
+    for sample, arm in sorted(stamped, key=lambda pair: pair[0]["at"]):
+        arms[arm].append(sample)
+        if min(map(len, arms.values())) >= block_requests:
+            index = len(blocks)
+            blocks.append({"index": index, "order": "AB", "foreign_cpu": {}, "void": None, **_levelled(arms, key)})
+            arms = {"incumbent": [], "candidate": []}
+    return blocks
+
+
+def _levelled(arms: Mapping[str, Sequence[Sample]], key: str) -> dict[str, dict[str, list[float]]]:
+    """Each arm's times as they would be at the block's middle prompt size."""
+    sizes = {arm: np.log([float(s["prompt_tokens"]) for s in samples]) for arm, samples in arms.items()}
+    times = {arm: np.log([float(s[key]) for s in samples]) for arm, samples in arms.items()}
+    slope = _slope([(sizes[arm], times[arm]) for arm in arms])
+    middle = float(np.median(np.concatenate(list(sizes.values()))))
+    return {arm: {key: np.exp(times[arm] - slope * (sizes[arm] - middle)).tolist()} for arm in arms}
+
+
+def _slope(arms: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Change of ln time per ln prompt tokens: the median over pairs of one engine's requests of different size."""
+    slopes = []
+    for sizes, times in arms:
+        step = max(1, math.ceil(len(sizes) / MOST_PAIRED))
+        x, y = sizes[::step], times[::step]
+        first, second = np.triu_indices(len(x), 1)
+        apart = x[second] - x[first]
+        told = np.abs(apart) > SIZES_APART
+        slopes.append((y[second] - y[first])[told] / apart[told])
+    found = np.concatenate(slopes)
+    return float(np.clip(np.median(found), 0.0, STEEPEST)) if len(found) else 0.0
+
+
+# --- copies ----------------------------------------------------------------------------------------------------------
+
+
+def _comparison(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    arms = (
+        {"answers": [{**pair[arm], "id": str(n)} for n, pair in enumerate(pairs)]} for arm in ("incumbent", "candidate")
+    )
+    return compare_answers(*arms)
+
+
+def _judge_copies(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
+    """Copies that the candidate failed on, of requests that the incumbent answered; 59 clean ones bound them at 5 %."""
+    check = "shadow.failed"
+    if not pairs:
+        return not_measured(check, "no request was copied yet", limit=COPIES_FAILED, unit="share")
+    failed = [pair["candidate"]["error"] for pair in pairs if pair["candidate"]["error"]]
+    upper = clopper_pearson_upper(len(failed), len(pairs))
+    why = f"{len(failed)} of {len(pairs)} copies failed" + (f" ({failed[0][:80]})" if failed else "")
+    why += f", with 95 % confidence at most {upper:.1%} (limit {COPIES_FAILED:.0%})"
+    verdict = Verdict.PASS if upper <= COPIES_FAILED else Verdict.INCONCLUSIVE
+    verdict = Verdict.FAIL if len(failed) >= FEWEST else verdict
+    return CheckResult(check=check, verdict=verdict, value=upper, limit=COPIES_FAILED, unit="share", why=why)
+
+
+def _judge_sizes(pairs: Sequence[Mapping[str, Any]], limits: ParityLimits) -> CheckResult:
+    """Prompts read as equally many tokens, where the client asked for usage."""
+    counts = [(pair["incumbent"]["prompt_tokens"], pair["candidate"]["prompt_tokens"]) for pair in pairs]
+    known = [(ours, theirs) for ours, theirs in counts if ours is not None and theirs is not None]
+    limit = limits.prompt_tokens_share
+    if not known:
+        why = "no pair of answers with usage: clients did not ask for it"
+        return not_measured("shadow.prompt_tokens", why, limit=limit, unit="share", required=False)
+    equal = sum(ours == theirs for ours, theirs in known)
+    why = f"{equal} of {len(known)} prompts read as equally many tokens"
+    return at_least("shadow.prompt_tokens", equal / len(known), limit=limit, unit="share", why=why)

@@ -1,0 +1,157 @@
+"""Whether the candidate's API behaves as a client of the incumbent needs it: measured as evidence, judged apart."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from engines.errors import BadInput
+from engines.settings import Endpoint
+from tasks.evidence.behaviours.base import BEHAVIOURS, DEFAULT_REQUIRED, Asker, Behaviour, Outcome
+from tasks.evidence.behaviours.caller import READ_TIMEOUT_S, Malformed, Refused
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, overall
+
+__all__ = ["BEHAVIOURS", "DEFAULT_REQUIRED", "Behaviour", "judge_compatibility", "measure_compatibility"]
+
+Seen = Mapping[str, Any]
+
+GIVE_UP_AFTER = 3
+OBSERVED_CHARACTERS = 400
+UNTRIED = Outcome("errored", f"not tried: the {GIVE_UP_AFTER} behaviours before it got no answer")
+
+
+def measure_compatibility(
+    endpoint: Endpoint,
+    *,
+    names: Sequence[str] | None = None,
+    read_timeout_s: float = READ_TIMEOUT_S,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """What each behaviour did at `endpoint`: `{"engine", "version", "behaviours": {name: {"outcome", ...}}}`.
+
+    An outcome is passed, failed, not_applicable or errored (the connection broke, or `read_timeout_s` seconds
+    brought no byte). After three errored in a row the rest is errored untried: the engine no longer answers.
+    Raises BadInput for a name that is no behaviour. Keep the result as it is: judge_compatibility reads it.
+    """
+    chosen = list(BEHAVIOURS) if names is None else known(names, "names")
+    seen: dict[str, dict[str, Any]] = {}
+    unanswered = 0
+    with Asker(endpoint, read_timeout_s=read_timeout_s) as ask:
+        for name in chosen:
+            started = time.monotonic()
+            outcome = tried(BEHAVIOURS[name], ask) if unanswered < GIVE_UP_AFTER else UNTRIED
+            unanswered = unanswered + 1 if outcome.outcome == "errored" else 0
+            seen[name] = evidence(BEHAVIOURS[name], outcome, (time.monotonic() - started) * 1000)
+            progress(f"{endpoint.engine} {name}: {outcome.outcome} ({outcome.observed[:80]})")
+    return {"engine": endpoint.engine, "version": endpoint.version, "behaviours": seen}
+
+
+def tried(behaviour: Behaviour, ask: Asker) -> Outcome:
+    """The outcome of one behaviour; what it raises becomes an outcome, so that the battery goes on."""
+    try:
+        return behaviour.probe(ask)
+    except (Refused, Malformed) as reason:
+        return Outcome("failed", str(reason))
+    except httpx.HTTPError as reason:
+        return Outcome("errored", f"{type(reason).__name__}: {reason}".rstrip(": "))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as reason:
+        # the answer came, but no client could read its shape
+        return Outcome("failed", f"unreadable answer: {type(reason).__name__}: {reason}")
+
+
+def evidence(behaviour: Behaviour, outcome: Outcome, elapsed_ms: float) -> dict[str, Any]:
+    """One behaviour's record, JSON-able and small."""
+    record: dict[str, Any] = {
+        "outcome": outcome.outcome,
+        "observed": outcome.observed[:OBSERVED_CHARACTERS],
+        "claim": behaviour.claim,
+        "group": behaviour.group,
+        "elapsed_ms": round(elapsed_ms, 1),
+    }
+    if outcome.raw:
+        record["raw"] = json.loads(json.dumps(outcome.raw, default=str))
+    return record
+
+
+def known(names: Collection[str], where: str) -> list[str]:
+    """`names`, in order; BadInput naming the first that is no behaviour, with the closest that are."""
+    for name in names:
+        if name not in BEHAVIOURS:
+            close = difflib.get_close_matches(name, BEHAVIOURS, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(close)}?" if close else f"the names: {', '.join(BEHAVIOURS)}"
+            raise BadInput(f"compatibility {where}: {name!r} is no behaviour; {hint}")
+    return list(names)
+
+
+def judge_compatibility(
+    incumbent: Mapping[str, Any], candidate: Mapping[str, Any], required: Collection[str] = DEFAULT_REQUIRED
+) -> list[CheckResult]:
+    """One check per behaviour, "compatibility.<name>", and the share of the required ones that pass.
+
+    Takes two results of measure_compatibility. A behaviour that the incumbent lacks as well is no regression: it
+    passes, and says so. One that applies to neither is listed without holding the gate. Raises BadInput for a
+    required name that is no behaviour.
+    """
+    needed = frozenset(known(required, "required"))
+    old, new = incumbent["behaviours"], candidate["behaviours"]
+    names = [name for name in BEHAVIOURS if name in old or name in new or name in needed]
+    checks = [judge_behaviour(name, old.get(name), new.get(name), required=name in needed) for name in names]
+    return [*checks, required_passed(checks)]
+
+
+def judge_behaviour(name: str, old: Seen | None, new: Seen | None, *, required: bool) -> CheckResult:
+    """The verdict on one behaviour, from what the incumbent (`old`) and the candidate (`new`) did."""
+    before, after = kind(old), kind(new)
+    if before == after == "not_applicable":
+        return check(name, Verdict.INCONCLUSIVE, f"not applicable: {said(new)}", required=False)
+    if after == "passed":
+        return check(name, Verdict.PASS, said(new), required=required)
+    if after == "errored":
+        return check(name, Verdict.ERROR, said(new), required=required)
+    if after == "missing":
+        return check(name, Verdict.INCONCLUSIVE, "not measured on the candidate", required=required)
+    if before == "passed":
+        lost = "does not apply there" if after == "not_applicable" else "the candidate fails"
+        why = f"the incumbent passes, {lost}: {said(new)}"
+        return check(name, Verdict.FAIL, why, required=required)
+    if before in ("failed", "not_applicable"):
+        lacks = "fails it too" if before == "failed" else "has no use of it"
+        why = f"not a regression: the incumbent {lacks} ({said(old)}); the candidate: {said(new)}"
+        return check(name, Verdict.PASS, why, required=required)
+    reason = "errored there" if before == "errored" else "was not measured there"
+    why = f"no incumbent to compare with: it {reason}; the candidate: {said(new)}"
+    return check(name, Verdict.INCONCLUSIVE, why, required=required)
+
+
+def kind(seen: Seen | None) -> str:
+    """The outcome of one record; "missing" without one."""
+    return "missing" if seen is None else seen["outcome"]
+
+
+def said(seen: Seen | None) -> str:
+    """What one record observed."""
+    return "" if seen is None else str(seen["observed"])
+
+
+def check(name: str, verdict: Verdict, why: str, *, required: bool) -> CheckResult:
+    """A result without a number: a behaviour is a contract."""
+    return CheckResult(check=f"compatibility.{name}", verdict=verdict, why=why, required=required)
+
+
+def required_passed(checks: Collection[CheckResult]) -> CheckResult:
+    """The share of required checks that pass, limit 1; its verdict is the worst among them."""
+    needed = [result for result in checks if result.required]
+    if not needed:
+        return not_measured("compatibility.required_passed", "no required behaviour applies", limit=1.0, unit="ratio")
+    bad = [result.check.partition(".")[2] for result in needed if result.verdict is not Verdict.PASS]
+    share = (len(needed) - len(bad)) / len(needed)
+    why = f"{len(needed) - len(bad)} of {len(needed)} required behaviours pass"
+    return CheckResult(
+        check="compatibility.required_passed", verdict=overall(needed), value=share, limit=1.0, unit="ratio",
+        why=f"{why}; not: {', '.join(bad)}" if bad else why,
+    )  # fmt: skip

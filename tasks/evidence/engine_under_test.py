@@ -1,0 +1,110 @@
+"""One side of the comparison: an engine with one model and its settings, that can be brought up as often as needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engines import environment
+from engines.driver import Driver, Installation
+from engines.process import process
+from engines.process.serving import Served, free_port, serving
+from engines.settings import Endpoint, Serve, Settings
+from engines.yard.client import YardClient, wait_until_serving
+from engines.yard.engine.launch_spec import Recipe
+
+Arm = Literal["incumbent", "candidate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """The incumbent or the candidate, ready to be launched on a fresh port. `home` holds its register and logs."""
+
+    arm: Arm
+    driver: Driver
+    installation: Installation
+    model_id: str
+    gguf: Path
+    settings: Settings
+    home: Path
+    stall_s: float = 120.0
+
+    def serve(self) -> Serve:
+        """What would be launched now, on a port that is free now."""
+        return Serve(model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=self.settings)
+
+    def up(self, progress: Callable[[str], None] = lambda _: None) -> AbstractContextManager[Served]:
+        """The engine, freshly started and ready; ended when the block ends."""
+        log_path = self.home / "logs" / f"{self.arm}-{self.driver.name}-{self.model_id}.log"
+        return serving(
+            self.driver,
+            self.installation,
+            self.serve(),
+            state_dir=self.home,
+            log_path=log_path,
+            stall_s=self.stall_s,
+            progress=progress,
+        )
+
+    def circumstances(self) -> dict[str, object]:
+        """Engine form, version, argv (it holds no secret) and losses, stored with every result."""
+        serve = self.serve()
+        return {
+            "arm": self.arm,
+            "engine": self.driver.name,
+            "form": self.installation.form,
+            "version": self.installation.version,
+            "where": self.installation.where,
+            "argv": self.driver.argv(self.installation, serve),
+            "losses": self.driver.losses(self.installation, serve),
+            "settings": self.settings.model_dump(mode="json"),
+        }
+
+
+class YardContender(Contender):
+    """The same, behind a yard of its own: how a user meets it, and the only way to a native engine.
+
+    Its process is the yard with the engine below it; memory counts both.
+    """
+
+    @contextlib.contextmanager
+    def up(self, progress: Callable[[str], None] = lambda _: None) -> Iterator[Served]:
+        """The yard and the engine, freshly started and ready; ended when the block ends."""
+        folder = self.home / "trial" / f"{self.arm}-{self.model_id}"
+        process.end_orphans(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        recipe = Recipe.of(self.installation, self.model_id, self.gguf, self.settings)
+        (folder / "recipe.json").write_text(recipe.model_dump_json(), encoding="utf-8")
+        port = free_port()
+        child = process.start(
+            f"yard of {self.driver.name} {self.model_id}",
+            [sys.executable, "-m", "engines.yard.single", str(folder / "recipe.json"), str(folder), str(port)],
+            state_dir=self.home,
+            log_path=folder / "yard.log",
+            env={**environment.of_engine(os.environ), "SWITCHYARD_HOME": str(folder)},
+        )
+        try:
+            client = YardClient(folder)
+            wait_until_serving(
+                client, [self.model_id], child.poll, lambda: "\n".join(child.log_tail()), self.stall_s, say=progress
+            )
+            engine = client.status()["models"][0]["engines"][0]
+            endpoint = Endpoint(
+                base_url=f"http://127.0.0.1:{port}",
+                model_id=self.model_id,
+                engine=self.driver.name,
+                version=self.installation.version,
+                context_tokens=engine["context_tokens"],
+            )
+            losses = self.driver.losses(self.installation, self.serve())
+            yield Served(endpoint, child, self.installation, engine["argv"], losses, engine["load_s"])
+        finally:
+            child.stop()

@@ -1,0 +1,263 @@
+"""Faults on purpose: is the engine's death or hang noticed, named and mended, and how fast?
+
+sigkill         the process is killed in the middle of a stream
+sigstop         the process is frozen in the middle of a stream: alive, port open, no token
+truncated_gguf  the model file is cut short
+port_taken      somebody else listens on the port
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from engines.errors import EngineError, EngineExited, PortTaken
+from engines.process.serving import Served, exit_reason, serving
+from tasks.evidence.engine_under_test import Contender
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most
+
+MIN_HANG_S = 2.0
+GAPS_TO_HANG = 20  # a silence of so many of the longest gaps seen is a hang
+POLL_S = 0.02
+DYING_S = 5.0
+SEEN_TOKENS = 4
+COPY_BYTES = 64 * 1024 * 1024
+KINDS = ("sigkill", "sigstop", "truncated_gguf", "port_taken")
+
+
+def measure_faults(contender: Contender, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Per fault: what it was taken for, seconds to notice and to serve again, and what the client saw.
+
+    A drill that cannot be carried out is evidence as well: `{"failed": reason}`.
+    """
+    drills: dict[str, Callable[[Contender], dict[str, Any]]] = {
+        "sigkill": lambda c: _interrupted(c, signal.SIGKILL),
+        "sigstop": lambda c: _interrupted(c, signal.SIGSTOP),
+        "truncated_gguf": _truncated,
+        "port_taken": _port_taken,
+    }
+    evidence: dict[str, Any] = {}
+    for kind, drill in drills.items():
+        progress(kind.replace("_", " "))
+        try:
+            evidence[kind] = drill(contender)
+        except (EngineError, OSError) as error:
+            evidence[kind] = {"failed": str(error).splitlines()[0]}
+    return evidence
+
+
+def judge_faults(
+    evidence: Mapping[str, Any], *, kill_detect_s: float, hang_detect_s: float, recover_s: float
+) -> list[CheckResult]:
+    """Each fault noticed, named rightly, and mended in time: seconds beyond the no-progress and the load time."""
+    results = []
+    for kind, expected in (("sigkill", "dead"), ("sigstop", "wedged")):
+        seen = evidence[kind]
+        if broken := seen.get("failed"):
+            results.append(_unmended(f"faults.{kind}", f"the drill failed: {broken}"))
+            continue
+        limit_s = kill_detect_s if kind == "sigkill" else seen["no_progress_s"] + hang_detect_s
+        results.append(_named(f"faults.{kind}", seen["classified"], expected, seen["client_saw"]))
+        results.append(
+            at_most(
+                f"faults.{kind}_detect_s",
+                seen["detect_s"],
+                limit=limit_s,
+                unit="s",
+                why=f"noticed after {seen['detect_s']:.2f} s as {seen['classified']}: {seen['evidence']}",
+            )
+        )
+        results.append(
+            at_most(
+                f"faults.{kind}_recover_s",
+                seen["recover_s"],
+                limit=seen["load_s"] + recover_s,
+                unit="s",
+                why=f"serving again {seen['recover_s']:.2f} s after that; a start takes {seen['load_s']:.2f} s",
+            )
+        )
+    for kind, expected in (("truncated_gguf", "refused"), ("port_taken", "refused")):
+        seen = evidence[kind]
+        if broken := seen.get("failed"):
+            results.append(_unmended(f"faults.{kind}", f"the drill failed: {broken}"))
+        else:
+            results.append(_named(f"faults.{kind}", seen["classified"], expected, seen["evidence"]))
+    return results
+
+
+def _named(check: str, classified: str, expected: str, detail: str) -> CheckResult:
+    verdict = Verdict.PASS if classified == expected else Verdict.FAIL
+    return CheckResult(check=check, verdict=verdict, why=f"taken for {classified} (right: {expected}); {detail}")
+
+
+def _unmended(check: str, why: str) -> CheckResult:
+    return CheckResult(check=check, verdict=Verdict.ERROR, why=why)
+
+
+def _interrupted(contender: Contender, number: signal.Signals) -> dict[str, Any]:
+    with contender.up() as served:
+        stream = _Stream(served)
+        stream.wait_for(SEEN_TOKENS)
+        no_progress_s = max(MIN_HANG_S, GAPS_TO_HANG * stream.longest_gap_s())
+        served.process.send_signal(number)
+        hit_at = time.monotonic()
+        classified, evidence = _watch(served, stream, no_progress_s)
+        noticed_at = time.monotonic()
+        served.process.stop(grace_s=1.0)
+        stream.end.wait(timeout=10)
+        seen = {
+            "load_s": served.load_s,
+            "no_progress_s": no_progress_s,
+            "classified": classified,
+            "evidence": evidence,
+            "detect_s": noticed_at - hit_at,
+            "client_saw": stream.outcome,
+        }
+    with contender.up():
+        seen["recover_s"] = time.monotonic() - noticed_at
+    return seen
+
+
+def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, str]:
+    """Dead by its pid, wedged by tokens that stopped moving while the process lives; whichever is true first."""
+    while True:
+        if served.process.poll() is not None:
+            return "dead", f"the process ended with {exit_reason(served.process)}"
+        silent_s = stream.silent_s()
+        if silent_s > no_progress_s:
+            with contextlib.suppress(psutil.Error):
+                state = psutil.Process(served.process.pid).status()
+                return "wedged", f"alive ({state}), a request in flight and no token for {silent_s:.1f} s"
+        if stream.end.is_set() and not _ends_soon(served):
+            return "lost stream", f"the stream ended ({stream.outcome}) while the process lives"
+        time.sleep(POLL_S)
+
+
+def _ends_soon(served: Served) -> bool:
+    """True when the process ends within DYING_S: its sockets close before its pid goes, on a GPU by seconds."""
+    limit = time.monotonic() + DYING_S
+    while served.process.poll() is None:
+        if time.monotonic() > limit:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+class _Stream:
+    """One long streamed answer read in a thread, with the arrival time of every chunk."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._arrivals: list[float] = []
+        self.outcome = "still open"
+        self.end = threading.Event()
+        threading.Thread(target=self._read, name="drill", daemon=True).start()
+
+    def wait_for(self, chunks: int, deadline_s: float = 120.0) -> None:
+        """Return when `chunks` chunks arrived; EngineError when the stream ends or the deadline passes before."""
+        limit = time.monotonic() + deadline_s
+        while len(self._arrivals) < chunks:
+            if self.end.is_set() or time.monotonic() > limit:
+                raise EngineError(f"the stream gave {len(self._arrivals)} chunks before the fault: {self.outcome}")
+            time.sleep(POLL_S / 4)
+
+    def longest_gap_s(self) -> float:
+        """The longest pause between chunks so far."""
+        arrivals = list(self._arrivals)
+        return max((b - a for a, b in itertools.pairwise(arrivals)), default=0.0)
+
+    def silent_s(self) -> float:
+        """Seconds since the last chunk."""
+        return time.monotonic() - self._arrivals[-1]
+
+    def _read(self) -> None:
+        endpoint = self._served.endpoint
+        body = {
+            "model": endpoint.model_id,
+            "messages": [{"role": "user", "content": "Tell me a very long story about a river."}],
+            "max_tokens": 400,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        try:
+            with (
+                httpx.Client(timeout=httpx.Timeout(10, read=60), trust_env=False) as http,
+                http.stream(
+                    "POST", endpoint.base_url + "/v1/chat/completions", json=body, headers=endpoint.headers
+                ) as answer,
+            ):
+                last = ""
+                for line in answer.iter_lines():
+                    if line.startswith("data:"):
+                        self._arrivals.append(time.monotonic())
+                        last = line
+                self.outcome = "a whole answer" if last.endswith("[DONE]") else "the stream ended without [DONE]"
+        except httpx.HTTPError as error:
+            self.outcome = f"{type(error).__name__}: {error}"
+        finally:
+            self.end.set()
+
+
+def _truncated(contender: Contender) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=contender.home) as folder:
+        cut = _cut_copy(contender.gguf, Path(folder))
+        started = time.monotonic()
+        try:
+            with replace(contender, gguf=cut, stall_s=30.0).up():
+                return {"classified": "served", "evidence": "it serves a model whose file is cut short"}
+        except EngineExited as error:
+            reason = _reason(error)
+            return {"classified": "refused", "evidence": reason, "detect_s": time.monotonic() - started}
+        except EngineError as error:
+            return {"classified": type(error).__name__, "evidence": str(error).splitlines()[0]}
+
+
+def _cut_copy(gguf: Path, folder: Path) -> Path:
+    """The first 60 % of the file, 64 MiB at most: enough for the header, not for the tensors."""
+    cut = folder / gguf.name
+    with gguf.open("rb") as source, cut.open("wb") as target:
+        target.write(source.read(min(int(gguf.stat().st_size * 0.6), COPY_BYTES)))
+    return cut
+
+
+def _port_taken(contender: Contender) -> dict[str, Any]:
+    serve = contender.serve()
+    with _squatter(serve.port):
+        started = time.monotonic()
+        try:
+            with serving(
+                contender.driver,
+                contender.installation,
+                serve,
+                state_dir=contender.home,
+                log_path=contender.home / "logs" / "port-taken.log",
+            ):
+                return {"classified": "served", "evidence": "it claims to serve a port that somebody else holds"}
+        except PortTaken as error:
+            return {"classified": "refused", "evidence": str(error), "detect_s": time.monotonic() - started}
+
+
+@contextlib.contextmanager
+def _squatter(port: int) -> Iterator[None]:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", port))
+        held.listen()
+        yield
+
+
+def _reason(error: EngineExited) -> str:
+    """The engine's own words: the last logged line that speaks of an error, else the last line."""
+    spoken = [line for line in error.log_tail if "error" in line.lower() or "corrupt" in line.lower()]
+    return (spoken or list(error.log_tail) or [str(error)])[-1][:200]

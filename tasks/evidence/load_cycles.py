@@ -1,0 +1,141 @@
+"""A model loaded and unloaded many times, and an engine that hangs: on a yard of its own, before any traffic moves.
+
+load cycles   unload, load, one token; after each the memory of the yard and of the engine: neither may grow
+hang          the engine's process is stopped (SIGSTOP) and asked: found wedged, replaced, the request served
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from engines.errors import SwitchyardError
+from engines.process.telemetry import private_bytes
+from tasks.evidence.rehearsal import OpenStage, Stage, engine_of, noted_at
+from tasks.verdicts.statistics import theil_sen
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+
+CYCLES, MEMORY, HANG = "native.load_cycles", "native.cycle_memory", "native.hang"
+LEAST_CYCLES = 8  # fewer say nothing about a slope
+WARM_SHARE = 0.2  # of the cycles: caches fill
+LIMIT_BYTES_PER_CYCLE = 1_000_000
+Say = Callable[[str], None]
+
+
+def measure_load_cycles(open_stage: OpenStage, *, cycles: int, say: Say = lambda _: None) -> dict[str, Any]:
+    """`cycles` times unload, load, one token; bytes of the yard and of the engine after each, seconds of each load."""
+    seen: list[dict[str, Any]] = []
+    with open_stage(None) as stage:
+        stage.client.order("promote", say, model=stage.model_id, to=stage.candidate)
+        for number in range(1, cycles + 1):
+            say(f"load cycle {number} of {cycles}")
+            seen.append(_cycle(stage))
+            if not seen[-1]["answered"]:
+                break
+    return {"asked": cycles, "cycles": seen}
+
+
+def measure_hang(open_stage: OpenStage, say: Say = lambda _: None) -> dict[str, Any]:
+    """The candidate's process stopped, then a request: seconds until it was found wedged, and until who answered."""
+    with open_stage(None) as stage:
+        stage.client.order("promote", say, model=stage.model_id, to=stage.candidate)
+        pid = engine_of(stage.route(), stage.candidate)["pid"]
+        if pid is None:
+            raise SwitchyardError(f"{stage.candidate} has no process to stop")
+        say(f"stopping {stage.candidate} and asking it: it should be found wedged")
+        stopped_at = time.time()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        answer = stage.answer()
+        answered_at, noticed_at = time.time(), noted_at(stage, stopped_at, "wedged", "failing", "dead")
+        return {
+            **answer,
+            "detect_s": None if noticed_at is None else noticed_at - stopped_at,
+            "recover_s": answered_at - (noticed_at or stopped_at),
+        }
+
+
+def judge_load_cycles(evidence: Mapping[str, Any], *, limit: float = LIMIT_BYTES_PER_CYCLE) -> list[CheckResult]:
+    """Every cycle answered; the slope of memory (Theil-Sen over the cycles, without the first fifth) under `limit`.
+
+    FAIL where the lower bound of the slope is over the limit, PASS where the upper one is under it.
+    """
+    if why := evidence.get("not_measured"):
+        return [not_measured(CYCLES, why), not_measured(MEMORY, why)]
+    if broken := evidence.get("failed"):
+        return [CheckResult(check=CYCLES, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")]
+    cycles: Sequence[Mapping[str, Any]] = evidence["cycles"]
+    answered = sum(cycle["answered"] for cycle in cycles)
+    whole = answered == evidence["asked"]
+    first = next((str(cycle["error"]) for cycle in cycles if not cycle["answered"]), "")
+    loads = sorted(cycle["load_s"] for cycle in cycles if cycle["load_s"] is not None)
+    middle = f"; a load takes {loads[len(loads) // 2]:.1f} s" if loads else ""
+    why = f"{answered} of {evidence['asked']} times loaded and answered{middle}{': ' + first if first else ''}"
+    results = [CheckResult(check=CYCLES, verdict=Verdict.PASS if whole else Verdict.FAIL, why=why)]
+    return [*results, *(_judge_growth(cycles, part, limit) for part in ("yard", "engine"))]
+
+
+def judge_hang(evidence: Mapping[str, Any]) -> CheckResult:
+    """Found wedged, and the next request answered."""
+    if why := evidence.get("not_measured"):
+        return not_measured(HANG, why)
+    if broken := evidence.get("failed"):
+        return CheckResult(check=HANG, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")
+    found, answered = evidence["detect_s"] is not None, evidence["answered"]
+    detected = f"found wedged after {evidence['detect_s']:.1f} s" if found else "not found wedged"
+    after = f"answered by {evidence['by']} {evidence['recover_s']:.1f} s after that" if answered else evidence["error"]
+    verdict = Verdict.PASS if found and answered else Verdict.FAIL
+    return CheckResult(check=HANG, verdict=verdict, why=f"{detected}; the request: {after}")
+
+
+def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) -> CheckResult:
+    check, key = f"{MEMORY}_{part}", f"{part}_bytes"
+    kept = [(number, cycle[key]) for number, cycle in enumerate(cycles) if cycle[key] is not None]
+    kept = kept[int(WARM_SHARE * len(kept)) :]
+    if len(kept) < LEAST_CYCLES:
+        return not_measured(check, f"{len(kept)} cycles were weighed; a slope needs {LEAST_CYCLES}", unit="bytes/cycle")
+    slope = theil_sen([number for number, _ in kept], [float(value) for _, value in kept])
+    verdict = Verdict.INCONCLUSIVE
+    if slope.low > limit:
+        verdict = Verdict.FAIL
+    elif slope.high < limit:
+        verdict = Verdict.PASS
+    why = (
+        f"memory of the {part} moved by {slope.estimate / 1e3:.0f} kB a cycle (95 % between {slope.low / 1e3:.0f} and "
+        f"{slope.high / 1e3:.0f}) over {len(kept)} cycles"
+    )
+    if verdict is Verdict.INCONCLUSIVE:
+        why += f"; it may be {limit / 1e3:.0f} at most: more cycles (sampling.load_cycles) would tell"
+    return CheckResult(check=check, verdict=verdict, value=slope.estimate, limit=limit, unit="bytes/cycle", why=why)
+
+
+def _cycle(stage: Stage) -> dict[str, Any]:
+    nothing = {"yard_bytes": None, "engine_bytes": None, "load_s": None}
+    try:
+        stage.client.order("unload", model=stage.model_id)
+        stage.client.order("load", model=stage.model_id)
+    except SwitchyardError as error:
+        return {**nothing, "answered": False, "error": str(error).splitlines()[0]}
+    answer, engine = stage.answer(), engine_of(stage.route(), stage.candidate)
+    right = answer["answered"] and answer["by"] == stage.candidate
+    return {
+        "answered": right,
+        "error": answer["error"] or (None if right else f"{answer['by']} answered, not {stage.candidate}"),
+        "load_s": engine["load_s"],
+        "yard_bytes": private_bytes([stage.client.status()["pid"]]),
+        "engine_bytes": _tree_bytes(engine["pid"]),
+    }
+
+
+def _tree_bytes(pid: int | None) -> int | None:
+    if pid is None:
+        return None
+    with contextlib.suppress(psutil.Error):
+        return private_bytes([pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))])
+    return None

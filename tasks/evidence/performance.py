@@ -1,0 +1,390 @@
+"""Speed: paired blocks that restart both engines, and the verdict of `tasks.verdicts.noninferiority` on them.
+
+A block brings each engine up afresh, warms it up, sends both the same prompts and takes both down, in an order
+drawn from the plan's seed. What a block holds is raw: every request's stamped events, the load time, memory, and what
+else used the machine.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engines.client.client import StreamRecord, measure, reconcile
+from engines.errors import EngineError
+from engines.process.serving import Served
+from engines.process.telemetry import Sampler, Telemetry, interval, peak_memory
+from engines.settings import Endpoint
+from tasks.evidence.engine_under_test import Contender
+from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_calibration
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+
+WARMUP_AGREEMENT = 0.10  # two requests in a row closer than this end the warm-up (measurement plan, C.2)
+SAMPLE_EVERY_S = 0.25
+WORDS = tuple("river window copper garden letter winter engine silver market bridge paper kitchen forest".split())  # noqa: SIM905
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every block sends: `requests` prompts of about `prompt_words` words, `max_tokens` tokens each, greedy.
+
+    `concurrency` above 1 adds one closed-loop round per value, for throughput. `seed` fixes the prompts.
+    """
+
+    requests: int
+    max_tokens: int
+    prompt_words: int = 20
+    warmup_min: int = 3
+    warmup_max: int = 10
+    concurrency: tuple[int, ...] = (1,)
+    seed: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformanceLimits:
+    """Largest allowed ratios, candidate over incumbent; each a primary metric of the gate."""
+
+    ttft_p50_ratio: float
+    ttft_p95_ratio: float
+    tpot_p50_ratio: float
+    e2e_p50_ratio: float
+    throughput_ratio: float
+    memory_peak_ratio: float
+    foreign_cpu: float
+
+
+def metrics(limits: PerformanceLimits, workload: Workload) -> list[Metric]:
+    """The primary metrics: promotion needs a PASS of every one of them."""
+    primary = [
+        Metric(name="ttft_p50", samples="ttft_ms", quantile=0.5, margin=limits.ttft_p50_ratio - 1, unit="ms"),
+        Metric(name="ttft_p95", samples="ttft_ms", quantile=0.95, margin=limits.ttft_p95_ratio - 1, unit="ms"),
+        Metric(name="tpot_p50", samples="tpot_ms", quantile=0.5, margin=limits.tpot_p50_ratio - 1, unit="ms"),
+        Metric(name="e2e_p50", samples="e2e_ms", quantile=0.5, margin=limits.e2e_p50_ratio - 1, unit="ms"),
+    ]
+    for level in workload.concurrency:
+        if level > 1:
+            primary.append(
+                Metric(
+                    name=f"throughput_c{level}",
+                    samples=f"throughput_c{level}_tok_s",
+                    quantile=0.5,
+                    margin=limits.throughput_ratio - 1,
+                    unit="tok/s",
+                    higher_is_better=True,
+                )
+            )
+    return primary
+
+
+def _memory_metric(limits: PerformanceLimits) -> Metric:
+    """Peak anonymous memory of the process tree, judged from the same blocks."""
+    margin = limits.memory_peak_ratio - 1
+    return Metric(name="memory_peak", samples="memory_peak_mib", quantile=0.5, margin=margin, unit="MiB")
+
+
+def measure_block(
+    incumbent: Contender,
+    candidate: Contender,
+    workload: Workload,
+    *,
+    index: int,
+    foreign_cpu_limit: float,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """One block's evidence (see `tasks.verdicts.noninferiority.Block`), void with a reason where it cannot count."""
+    order = block_orders(index + 1, workload.seed)[index]
+    arms: dict[str, dict[str, Any]] = {}
+    named = {"A": ("incumbent", incumbent), "B": ("candidate", candidate)}
+    for letter in order:
+        name, contender = named[letter]
+        progress(f"{name} ({contender.driver.name})")
+        arms[name] = _measure_arm(contender, workload, index)
+    foreign = {name: arm["machine"].get("foreign_cpu_fraction") for name, arm in arms.items()}
+    return {
+        "index": index,
+        "order": order,
+        "incumbent": arms["incumbent"],
+        "candidate": arms["candidate"],
+        "foreign_cpu": foreign,
+        "void": _void_reason(arms, foreign, foreign_cpu_limit),
+    }
+
+
+def judge_performance(
+    blocks: Sequence[Mapping[str, Any]],
+    limits: PerformanceLimits,
+    workload: Workload,
+    looks: Sequence[int],
+    *,
+    client_error_ms: Mapping[str, float],
+) -> list[CheckResult]:
+    """The gate on every primary metric and on failed requests, and figures reported beside it."""
+    if not blocks:
+        return [not_measured("performance.ttft_p50_ratio", "no block was measured", limit=limits.ttft_p50_ratio)]
+    results = [
+        judge(metric, blocks, looks, client_error=client_error_ms.get(metric.key)).check_result()
+        for metric in metrics(limits, workload)
+    ]
+    results.append(_judge_errors(blocks))
+    results += _reported(blocks)
+    return results
+
+
+def judge_memory(blocks: Sequence[Mapping[str, Any]], limits: PerformanceLimits, looks: Sequence[int]) -> CheckResult:
+    """`memory.peak_ratio`: peak anonymous memory and swap, judged block by block like a latency."""
+    result = judge(_memory_metric(limits), blocks, looks).check_result()
+    return result.model_copy(update={"check": "memory.peak_ratio"})
+
+
+def judge_client(budget: Mapping[str, Any], limit: float) -> CheckResult:
+    """Whether our own client was light enough to measure at all: its share of one core in the self-test."""
+    share = budget["client_cpu_share"]
+    if share is None:
+        return not_measured("performance.client", "the self-test gave no CPU figure", limit=limit, unit="core")
+    why = f"the measuring client used {share:.1%} of a core in its self-test; chunks were stamped up to "
+    why += f"{budget['lateness_p99_ms']:.2g} ms late (p99)" if budget["lateness_p99_ms"] is not None else "? ms late"
+    verdict = Verdict.PASS if share <= limit else Verdict.INCONCLUSIVE
+    return CheckResult(check="performance.client", verdict=verdict, value=share, limit=limit, unit="core", why=why)
+
+
+def memory_figures(blocks: Sequence[Mapping[str, Any]], budgets: Mapping[str, str]) -> CheckResult:
+    """`memory.steady`: what each engine holds at the end of a block, beside the cache it was allowed to fill."""
+    counted = [block for block in blocks if block["void"] is None]
+    values = {arm: _median_over(counted, arm, "memory_steady_bytes") for arm in ARMS}
+    in_mib = {arm: None if value is None else value / 2**20 for arm, value in values.items()}
+    figure = _figure("memory.steady", in_mib, "MiB", "private memory at the end of a block")
+    shared = {arm: _median_over(counted, arm, "pss_bytes") for arm in ARMS}
+    if shared["incumbent"] is not None and shared["candidate"] is not None:
+        # llama.cpp maps the model file: its weights are page cache, which private memory leaves out
+        mapped = f"; with mapped files {shared['candidate'] / 2**20:.4g} against {shared['incumbent'] / 2**20:.4g} MiB"
+        figure = figure.model_copy(update={"why": figure.why + mapped})
+    allowed = "; ".join(f"{arm}'s cache budget: {budgets[arm]}" for arm in ARMS)
+    return figure.model_copy(update={"why": f"{figure.why} ({allowed})"})
+
+
+def judge_noise(
+    blocks: Sequence[Mapping[str, Any]],
+    limits: PerformanceLimits,
+    workload: Workload,
+    looks: Sequence[int],
+    *,
+    client_error_ms: Mapping[str, float],
+) -> list[CheckResult]:
+    """What the A/A calibration says of this machine; reported, for the blocks carry their own noise to the gate."""
+    errors = {m.name: client_error_ms[m.key] for m in metrics(limits, workload) if m.key in client_error_ms}
+    results = judge_calibration(metrics(limits, workload), blocks, looks, client_errors=errors)
+    return [result.model_copy(update={"required": False}) for result in results]
+
+
+def prompt(words: int, opening: str, seed: int) -> str:
+    """A question of about `words` words that opens with `opening`: a unique opening defeats prefix caches."""
+    chosen = random.Random(seed).choices(WORDS, k=max(words - 12, 4))
+    return f"{opening}: {' '.join(chosen)}. Write a story that uses every one of these words."
+
+
+def body(text: str, max_tokens: int, extra: Mapping[str, object]) -> dict[str, Any]:
+    """A greedy request for exactly `max_tokens` tokens: an early stop would make an engine look fast."""
+    messages = [{"role": "user", "content": text}]
+    return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **extra}
+
+
+def _measure_arm(contender: Contender, workload: Workload, index: int) -> dict[str, Any]:
+    try:
+        with contender.up() as served:
+            return _measure_served(served, contender, workload, index)
+    except EngineError as error:
+        return {"failed": str(error).splitlines()[0], "machine": {}, "records": []}
+
+
+def _measure_served(served: Served, contender: Contender, workload: Workload, index: int) -> dict[str, Any]:
+    extra = contender.driver.neutral_body()
+    warm = _warm_up(served.endpoint, workload, extra, index)
+    telemetry = Telemetry(served.process.pid)
+    with Sampler(served.process.pid, SAMPLE_EVERY_S) as sampler:
+        before = telemetry.snapshot()
+        records = measure(served.endpoint, _bodies(workload, extra, index, "request"), keep_text=False)
+        rounds = {level: _throughput(served.endpoint, workload, extra, index, level) for level in workload.concurrency}
+        after = telemetry.snapshot()
+    resident = Telemetry(served.process.pid, pss_every_s=0).snapshot()["pss_bytes"]
+    arm: dict[str, Any] = {
+        "load_s": served.load_s,
+        "warmup_requests": warm,
+        "records": [record.to_dict() for record in records],
+        "reconciled": [finding for record in records for finding in reconcile(record)],
+        "machine": interval(before, after),
+        "memory_peak_mib": _mib(peak_memory(sampler.samples)),
+        "memory_steady_bytes": after["memory_bytes"],
+        "pss_bytes": resident,
+        # a figure, not a gate: once is enough
+        "prefix_cache": _prefix_cache(served.endpoint, workload, index) if index == 0 else None,
+        "errors": [record.error_type for record in records if not record.ok],
+    }
+    arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if level > 1 and rate}
+    arm["icl_ms"] = [gap for record in records if record.ok for gap in record.metrics()["icl_ms"] or ()]
+    for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s"):
+        arm[name] = _samples(records, name)
+    return arm
+
+
+def _samples(records: Sequence[StreamRecord], name: str) -> list[float]:
+    """One number per request that has it.
+
+    A stream read in one go has a TPOT of 0: the client was held up, or the engine buffers. That is no measurement.
+    """
+    values = [record.metrics()[name] for record in records if record.ok]
+    return [value for value in values if value is not None and value > 0]
+
+
+def _bodies(workload: Workload, extra: Mapping[str, object], index: int, what: str) -> list[dict[str, Any]]:
+    # the same prompts go to both engines of a block; every block has its own
+    return [
+        body(
+            prompt(workload.prompt_words, f"{what} {index}-{number}", workload.seed * 1000 + index * 100 + number),
+            workload.max_tokens,
+            extra,
+        )
+        for number in range(workload.requests)
+    ]
+
+
+def _warm_up(endpoint: Endpoint, workload: Workload, extra: Mapping[str, object], index: int) -> int:
+    """Requests sent and thrown away: `warmup_min`, then until two in a row are alike, `warmup_max` at most."""
+    times: list[float] = []
+    for number in range(workload.warmup_max):
+        text = prompt(workload.prompt_words, f"warm-up {index}-{number}", workload.seed + number)
+        (record,) = measure(endpoint, [body(text, workload.max_tokens, extra)], keep_text=False)
+        elapsed = record.metrics()["e2e_ms"]
+        if elapsed is not None:
+            times.append(elapsed)
+        alike = len(times) >= 2 and abs(times[-1] / times[-2] - 1) < WARMUP_AGREEMENT
+        if number + 1 >= workload.warmup_min and alike:
+            return number + 1
+    return workload.warmup_max
+
+
+def _throughput(
+    endpoint: Endpoint, workload: Workload, extra: Mapping[str, object], index: int, level: int
+) -> float | None:
+    """Output tokens per second over one closed-loop round at `level` requests at a time; None where one failed."""
+    if level == 1:
+        return None
+    records = measure(
+        endpoint, _bodies(workload, extra, index, f"round of {level}"), concurrency=level, keep_text=False
+    )
+    if not all(record.ok and record.completion_tokens for record in records):
+        return None
+    started = min(record.sent_ns for record in records)
+    ended = max(record.sent_ns + record.events[-1].t_ns for record in records)
+    return sum(record.completion_tokens or 0 for record in records) / ((ended - started) / 1e9)
+
+
+def _prefix_cache(endpoint: Endpoint, workload: Workload, index: int) -> dict[str, float | None]:
+    """TTFT of one long prompt sent twice, its cache left on: what a growing conversation gains."""
+    text = prompt(workload.prompt_words * 3, f"prefix {index}", workload.seed)
+    first, second = measure(endpoint, [body(text, 2, {})] * 2, keep_text=False)
+    cold, again = first.metrics()["ttft_ms"], second.metrics()["ttft_ms"]
+    return {
+        "cold_ttft_ms": cold,
+        "cached_ttft_ms": again,
+        "cached_tokens": second.cached_tokens,
+        "prompt_tokens": second.prompt_tokens,
+    }
+
+
+def _mib(n_bytes: int | None) -> list[float]:
+    return [] if n_bytes is None else [n_bytes / 2**20]
+
+
+def _void_reason(
+    arms: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, float | None], limit: float
+) -> str | None:
+    for name, share in foreign.items():
+        if share is not None and share > limit:
+            return f"other programs used {share:.0%} of the CPU while the {name} ran (limit {limit:.0%})"
+    for name, arm in arms.items():
+        if arm.get("failed"):
+            return f"the {name} did not come up: {arm['failed']}"
+        if not arm["ttft_ms"]:
+            return f"no request to the {name} succeeded"
+    return None
+
+
+def _judge_errors(blocks: Sequence[Mapping[str, Any]]) -> CheckResult:
+    """Failed requests and failed starts of the candidate; a void block's failures count too."""
+    failed = {arm: sum(len(b[arm].get("errors", [])) + bool(b[arm].get("failed")) for b in blocks) for arm in ARMS}
+    sent = {arm: sum(len(b[arm].get("records", [])) for b in blocks) for arm in ARMS}
+    worse = failed["candidate"] > failed["incumbent"]
+    why = (
+        f"{failed['candidate']} of {sent['candidate']} requests failed on the candidate, "
+        f"{failed['incumbent']} of {sent['incumbent']} on the incumbent"
+    )
+    return CheckResult(
+        check="performance.errors",
+        verdict=Verdict.FAIL if worse else Verdict.PASS,
+        value=failed["candidate"],
+        limit=failed["incumbent"],
+        unit="requests",
+        why=why,
+    )
+
+
+ARMS = ("incumbent", "candidate")
+
+
+def _reported(blocks: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
+    """Figures that a user asks for and that do not hold the gate."""
+    counted = [block for block in blocks if block["void"] is None]
+    results = []
+    for name, unit, what in (
+        ("load_s", "s", "load to first token"),
+        ("prefill_tok_s", "tok/s", "prefill"),
+        ("decode_tok_s", "tok/s", "decode"),
+        ("icl_ms", "ms", "gap between chunks"),
+    ):
+        values = {arm: _median_over(counted, arm, name) for arm in ARMS}
+        results.append(_figure(f"performance.{name}", values, unit, what))
+    saved = {arm: _prefix_gain(counted, arm) for arm in ARMS}
+    results.append(
+        _figure("performance.prefix_cache_ttft_ratio", saved, "ratio", "TTFT of a repeated prompt over the first")
+    )
+    findings = {arm: sum(len(block[arm].get("reconciled", [])) for block in blocks) for arm in ARMS}
+    results.append(
+        CheckResult(
+            check="performance.accounting",
+            verdict=Verdict.PASS if not findings["candidate"] else Verdict.INCONCLUSIVE,
+            value=findings["candidate"],
+            unit="findings",
+            why=f"client, usage and engine timing disagree {findings['candidate']} times on the candidate, "
+            f"{findings['incumbent']} times on the incumbent",
+            required=False,
+        )
+    )
+    return results
+
+
+def _figure(check: str, values: Mapping[str, float | None], unit: str, what: str) -> CheckResult:
+    candidate, incumbent = values["candidate"], values["incumbent"]
+    if candidate is None or incumbent is None:
+        return not_measured(check, f"{what}: not measured on both engines", unit=unit, required=False)
+    why = f"{what}: candidate {candidate:.4g} {unit}, incumbent {incumbent:.4g} {unit}"
+    return CheckResult(check=check, verdict=Verdict.PASS, value=candidate, unit=unit, why=why, required=False)
+
+
+def _median_over(blocks: Sequence[Mapping[str, Any]], arm: str, name: str) -> float | None:
+    values: list[float] = []
+    for block in blocks:
+        found = block[arm].get(name)
+        values += found if isinstance(found, list) else [found] if found is not None else []
+    return statistics.median(values) if values else None
+
+
+def _prefix_gain(blocks: Sequence[Mapping[str, Any]], arm: str) -> float | None:
+    ratios = [
+        pair["cached_ttft_ms"] / pair["cold_ttft_ms"]
+        for block in blocks
+        if (pair := block[arm].get("prefix_cache")) and pair["cold_ttft_ms"] and pair["cached_ttft_ms"]
+    ]
+    return statistics.median(ratios) if ratios else None

@@ -1,0 +1,224 @@
+"""Before anything starts: will each engine load each model, and has this machine the memory? From the headers alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.errors import BadInput
+from engines.fit import (
+    Fit,
+    FreeMemory,
+    estimate,
+    free_memory,
+    kv_bytes,
+    kv_bytes_per_token,
+    state_bytes_per_sequence,
+    why_unsized,
+)
+from engines.model.header import Header, read_header
+from engines.settings import Settings
+from engines.support import Loads, alternatives, known_architectures, loads
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+
+ENGINES = ("llama.cpp", "mistral.rs")
+
+_LOADS_VERDICTS = {"yes": Verdict.PASS, "no": Verdict.FAIL, "unknown": Verdict.INCONCLUSIVE}
+# "tight" passes: it fits as expected, and only the upper bounds (a full host cache, a margin) do not
+_FIT_VERDICTS = {
+    "fits": Verdict.PASS,
+    "tight": Verdict.PASS,
+    "does not fit": Verdict.FAIL,
+    "unknown": Verdict.INCONCLUSIVE,
+}
+
+
+def preflight(
+    models: Sequence[tuple[str, Path]],
+    *,
+    settings_by_model: Mapping[str, Settings] | None = None,
+    engines: Sequence[str] = ENGINES,
+    context: int | None = None,
+    versions: Mapping[str, str | None] | None = None,
+    memory: FreeMemory | None = None,
+    corrections: Mapping[tuple[str, str], float] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """`{"models": [...]}`, one plain dict per model: what loads it, what it takes, what else could be done.
+
+    `context` (tokens, all sequences together) overrides each model's setting; `versions` maps an engine to its version;
+    `corrections` maps (model, engine) to a measured ratio. Raises BadInput that names the first model it cannot read.
+    """
+    free = memory or free_memory()
+    known_architectures()  # imports gguf and numpy once, a fifth of a second that is no model's own
+    reports = []
+    for model, path in models:
+        progress(f"preflight: {model}")
+        started = time.perf_counter()
+        header = _header_of(model, path)
+        settings = (settings_by_model or {}).get(model, Settings())
+        report = _report(model, header, settings, engines, context, versions or {}, free, corrections or {})
+        reports.append({**report, "elapsed_ms": round((time.perf_counter() - started) * 1000, 1)})
+    return {"models": reports, "free": {"ram_bytes": free.ram_bytes, "vram_bytes": free.vram_bytes}}
+
+
+def _header_of(model: str, path: Path) -> Header:
+    try:
+        return read_header(path)
+    except BadInput as error:
+        raise BadInput(f"model {model!r}: {error}") from error
+
+
+def _report(
+    model: str,
+    header: Header,
+    settings: Settings,
+    engines: Sequence[str],
+    context: int | None,
+    versions: Mapping[str, str | None],
+    free: FreeMemory,
+    corrections: Mapping[tuple[str, str], float],
+) -> dict[str, Any]:
+    answers = {engine: loads(engine, header, version=versions.get(engine)) for engine in engines}
+    fits = {
+        engine: estimate(header, settings, engine, context, memory=free, correction=corrections.get((model, engine)))
+        for engine in engines
+    }
+    return {
+        "model": model,
+        "architecture": header.architecture,
+        "engines": [_engine_report(engine, answers[engine], fits[engine]) for engine in engines],
+        "memory": _memory_report(header, settings, context),
+        "side_by_side": _side_by_side(fits, free),
+        "header": _header_report(header),
+        "alternatives": alternatives(
+            header,
+            blocked=any(answer.answer != "yes" for answer in answers.values()),
+            fits=all(fit.verdict != "does not fit" for fit in fits.values()),
+        ),
+    }
+
+
+def _engine_report(engine: str, answer: Loads, fit: Fit) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "loads": answer.answer,
+        "why": answer.why,
+        "warnings": list(answer.warnings),
+        "fit": fit.as_dict(),
+    }
+
+
+def _memory_report(header: Header, settings: Settings, context: int | None) -> dict[str, Any]:
+    """The model's own figures in bytes, whoever serves it; None where the layout is not known."""
+    unsized = why_unsized(header)
+    tokens = context or settings.context_tokens or header.context_length
+    kv_type = settings.kv_type or "f16"
+    sized = unsized is None
+    total = None
+    if sized and tokens is not None:
+        total = kv_bytes(header, tokens, settings.parallel, settings.ubatch_tokens or 512, kv_type)
+    return {
+        "weights_bytes": header.tensor_bytes,
+        "kv_bytes_per_token": kv_bytes_per_token(header, kv_type) if sized else None,
+        "kv_bytes": total,
+        "state_bytes_per_sequence": state_bytes_per_sequence(header) if sized else None,
+        "context_tokens": tokens,
+        "trained_context_tokens": header.context_length,
+        "kv_type": kv_type,
+        "why_unknown": unsized,
+    }
+
+
+def _side_by_side(fits: Mapping[str, Fit], free: FreeMemory) -> dict[str, Any]:
+    """Whether all the engines fit at once, at their expected figures: a switch without a gap needs that."""
+    if any(fit.verdict == "unknown" for fit in fits.values()):
+        return {"fits": None, "why": "the memory of one of the engines is not known"}
+    reasons, fitting = [], True
+    for device in ("ram", "vram"):
+        needs = [need for fit in fits.values() for need in fit.needs if need.device == device]
+        if not needs:
+            continue
+        total, room = sum(need.expected for need in needs), needs[0].free or 0
+        fitting = fitting and total <= room
+        reasons.append(f"{device.upper()}: {total / 2**30:.2f} GiB together, {room / 2**30:.2f} GiB free")
+    return {"fits": fitting, "why": "; ".join(reasons)}
+
+
+def _header_report(header: Header) -> dict[str, Any]:
+    return {
+        "name": header.name,
+        "n_layers": header.n_layers,
+        "file_bytes": header.file_bytes,
+        "n_shards": len(header.shards),
+        "quant_types": dict(header.quant_types),
+        "tokenizer_model": header.tokenizer_model,
+        "tokenizer_pre": header.tokenizer_pre,
+        "vocab_size": header.vocab_size,
+        "has_chat_template": header.chat_template is not None,
+        "template_shows_tools": header.template_shows_tools,
+        "sliding_window": header.sliding_window,
+        "notes": list(header.notes),
+    }
+
+
+def judge_preflight(report: Mapping[str, Any], incumbent: str, candidate: str) -> list[CheckResult]:
+    """The candidate's two required checks, then the incumbent's and the pair's as information.
+
+    `report` is one entry of `preflight(...)["models"]`. An engine that it does not cover is INCONCLUSIVE.
+    """
+    return [
+        *_judge_engine(report, candidate, "preflight", required=True),
+        *_judge_engine(report, incumbent, "preflight.incumbent", required=False),
+        _judge_side_by_side(report),
+    ]
+
+
+def _judge_engine(report: Mapping[str, Any], engine: str, prefix: str, *, required: bool) -> list[CheckResult]:
+    entry = next((entry for entry in report["engines"] if entry["engine"] == engine), None)
+    if entry is None:
+        why = f"preflight did not look at {engine}"
+        return [not_measured(f"{prefix}.{check}", why, required=required) for check in ("loads", "fit")]
+    return [
+        CheckResult(
+            check=f"{prefix}.loads",
+            verdict=_LOADS_VERDICTS[entry["loads"]],
+            why=f"{engine}: {entry['loads']}: {entry['why']}",
+            required=required,
+        ),
+        _judge_fit(entry["fit"], f"{prefix}.fit", engine, required=required),
+    ]
+
+
+def _judge_fit(fit: Mapping[str, Any], check: str, engine: str, *, required: bool) -> CheckResult:
+    """The device that is fullest at the expected figure gives the value and the limit, in bytes."""
+    measured = [need for need in fit["needs"] if need["free"] is not None]
+    fullest = max(measured, key=lambda need: need["expected"] - need["free"], default=None)
+    return CheckResult(
+        check=check,
+        verdict=_FIT_VERDICTS[fit["verdict"]],
+        value=fullest["expected"] if fullest else None,
+        limit=fullest["free"] if fullest else None,
+        unit="bytes",
+        why=f"{engine}: {fit['verdict']}: {fit['why']}",
+        required=required,
+    )
+
+
+def _judge_side_by_side(report: Mapping[str, Any]) -> CheckResult:
+    pair = report["side_by_side"]
+    verdict = {True: Verdict.PASS, False: Verdict.FAIL, None: Verdict.INCONCLUSIVE}[pair["fits"]]
+    return CheckResult(check="preflight.side_by_side", verdict=verdict, why=pair["why"], required=False)
+
+
+def measured_over_estimated(report: Mapping[str, Any], engine: str, measured: Sequence[int | None]) -> float | None:
+    """Measured (PSS, bytes) over expected RAM of an engine: what corrects its next estimate. None without both."""
+    entry = next((entry for entry in report["engines"] if entry["engine"] == engine), None)
+    needs = [need for need in (entry or {}).get("fit", {}).get("needs", []) if need["device"] == "ram"]
+    seen = [value for value in measured if value]
+    if not needs or not seen or not needs[0]["expected"]:
+        return None
+    return statistics.median(seen) / float(needs[0]["expected"])

@@ -1,0 +1,738 @@
+"""What was measured, judged, learned, done and decided, kept as it happens.
+
+SQLite at `home()/switchyard.db`, or PostgreSQL by URL. A `Records` is cheap to open and is opened per unit of work;
+every call is one short transaction, so that several processes write at once and a killed run keeps what it stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import psutil
+from sqlalchemy import (
+    Column,
+    DateTime,
+    Dialect,
+    Engine,
+    Float,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+    delete,
+    func,
+    select,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import registry
+from sqlalchemy.types import TypeDecorator
+from sqlmodel import Field, Session, SQLModel, col
+
+from engines.errors import BadInput, NoMeasurement, SwitchyardError
+from engines.home import host as this_host
+from tasks.records.payload import pack_json, plan_hash, redact, storable_text, unpack_json
+from tasks.records.schema.upgrade import BUSY_TIMEOUT_S, SCHEMA, Schema, database, explained, open_database, shown
+from tasks.records.series import Point, Series, joined, pack, unpack
+from tasks.verdicts.verdict import CheckResult, Verdict
+
+Arm = Literal["incumbent", "candidate", "both", "-"]
+Status = Literal["running", "done", "interrupted", "failed"]
+StepState = Literal["intent", "done", "failed"]
+
+CHUNK_POINTS = 3600
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A moment with its zone, in UTC; SQLite stores no zone, so it is put back on the way out."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """The moment in UTC; a time without a zone is refused."""
+        if value is not None and value.tzinfo is None:
+            raise SwitchyardError(f"the time {value} has no zone: store times in UTC")
+        return value.astimezone(UTC) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """The moment, aware."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class JsonText(TypeDecorator[Any]):
+    """Plain JSON without secrets, as text: readable with any SQL shell, alike on both databases."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str:
+        """The text of `value`, its secrets redacted; NaN and infinity are refused."""
+        return json.dumps(redact(value), separators=(",", ":"))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        """The value."""
+        return None if value is None else json.loads(value)
+
+
+class _Table(SQLModel, registry=registry()):
+    """Base of our tables: metadata of our own, so that nobody else's tables are created with them."""
+
+
+class Run(_Table, table=True):
+    """One run of a flow: `plan` is what was asked, `circumstances` where it ran, `owner_*` the process that runs it."""
+
+    __tablename__ = "run"
+    __table_args__ = (Index("ix_run_started_at", "started_at"), Index("ix_run_plan_hash", "plan_hash"))
+
+    id: str = Field(primary_key=True)
+    kind: str
+    name: str
+    plan: Any = Field(sa_column=Column("plan_json", JsonText(), nullable=False))
+    plan_hash: str
+    started_at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+    ended_at: datetime | None = Field(default=None, sa_column=Column(UtcTime()))
+    status: str
+    verdict: str | None = None
+    error: str | None = Field(default=None, sa_column=Column(Text()))
+    owner_host: str
+    owner_pid: int
+    owner_created: float
+    circumstances: Any = Field(sa_column=Column(JsonText(), nullable=False))
+    report_path: str | None = None
+    flow_run_id: str | None = None
+
+    @property
+    def owner_alive(self) -> bool | None:
+        """Whether the process that runs it still lives; None when it is on another host."""
+        if self.owner_host != this_host():
+            return None
+        return _lives(self.owner_pid, self.owner_created)
+
+    @property
+    def shown_status(self) -> str:
+        """The stored status, or "killed" for a run whose process died without a word."""
+        return "killed" if self.status == "running" and self.owner_alive is False else self.status
+
+
+class Evidence(_Table, table=True):
+    """One thing measured: `payload` is plain JSON, from which every verdict can be computed again."""
+
+    __tablename__ = "evidence"
+    __table_args__ = (UniqueConstraint("run_id", "model_id", "arm", "kind", "key", name="uq_evidence"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
+    model_id: str
+    arm: str
+    kind: str
+    key: str = ""
+    packed: bytes = Field(sa_column=Column("payload", LargeBinary(), nullable=False))
+    circumstances: Any = Field(sa_column=Column(JsonText(), nullable=False))
+    recorded_at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+
+    @property
+    def payload(self) -> Any:
+        """What was measured."""
+        return unpack_json(self.packed)
+
+
+class Check(_Table, table=True):
+    """One stored `CheckResult`."""
+
+    __tablename__ = "check"
+    __table_args__ = (UniqueConstraint("run_id", "model_id", "check", name="uq_check"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
+    model_id: str
+    check: str
+    verdict: str
+    value: float | None = None
+    limit: float | None = None
+    unit: str = ""
+    why: str = Field(sa_column=Column(Text(), nullable=False))
+    required: bool = True
+    recorded_at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+
+    @property
+    def result(self) -> CheckResult:
+        """The check as it was returned."""
+        return CheckResult(
+            check=self.check,
+            verdict=Verdict(self.verdict),
+            value=self.value,
+            limit=self.limit,
+            unit=self.unit,
+            why=self.why,
+            required=self.required,
+        )
+
+
+class Sample(_Table, table=True):
+    """Up to `CHUNK_POINTS` consecutive points of one series, packed as `tasks.records.series` says."""
+
+    __tablename__ = "sample"
+    __table_args__ = (UniqueConstraint("run_id", "model_id", "arm", "series", "chunk", name="uq_sample"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
+    model_id: str
+    arm: str
+    series: str
+    chunk: int
+    start: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+    n: int
+    packed: bytes = Field(sa_column=Column(LargeBinary(), nullable=False))
+
+
+class Correction(_Table, table=True):
+    """Measured over estimated memory for an engine and an architecture: geometric mean of `samples` launches."""
+
+    __tablename__ = "correction"
+
+    engine: str = Field(primary_key=True)
+    architecture: str = Field(primary_key=True)
+    ratio: float = Field(sa_column=Column(Float(), nullable=False))
+    samples: int
+    updated_at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+
+
+class Step(_Table, table=True):
+    """One step of a migration: "intent" before it acts, "done" or "failed" after; a killed run leaves the intent."""
+
+    __tablename__ = "step"
+    __table_args__ = (UniqueConstraint("run_id", "model_id", "step", name="uq_step"),)
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
+    model_id: str
+    step: str
+    state: str
+    detail: Any = Field(sa_column=Column(JsonText(), nullable=False))
+    at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+
+
+class Decision(_Table, table=True):
+    """What a person decided against, or instead of, the evidence: who, why and when. Never changed or removed."""
+
+    __tablename__ = "decision"
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
+    model_id: str
+    kind: str
+    who: str = Field(sa_column=Column(Text(), nullable=False))
+    why: str = Field(sa_column=Column(Text(), nullable=False))
+    at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
+
+
+METADATA = _Table.metadata
+
+
+def open_records(
+    where: str | Path | None = None, *, schema: Schema = SCHEMA, wait_s: float = BUSY_TIMEOUT_S
+) -> Records:
+    """The records at a path or URL, or at their usual place; created or upgraded in place first.
+
+    Whatever another program keeps locked is waited for no longer than `wait_s` seconds at a time.
+    Raises BadInput in one line for what the user can mend: no such directory, not a database, another program's,
+    a newer Switchyard's. Close it, or use it in a `with`.
+    """
+    url = database(where)
+    return Records(open_database(url, schema, wait_s=wait_s), shown(url))
+
+
+class Records:
+    """The stored rows. Rows that are handed out are copies: to change one, call the method that stores it."""
+
+    def __init__(self, engine: Engine, place: str) -> None:
+        self.engine = engine
+        self.place = place
+        self._writing = engine.execution_options(writes=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the database; safe to call twice."""
+        self.engine.dispose()
+
+    # runs
+
+    def start_run(
+        self, kind: str, name: str, plan: Any, *, circumstances: Any = None, flow_run_id: str | None = None
+    ) -> Run:
+        """A new run in state "running", owned by this process; its id sorts by time."""
+        run = Run(
+            id="",
+            kind=kind,
+            name=storable_text(name),
+            plan=redact(plan),
+            plan_hash=plan_hash(plan),
+            started_at=_now(),
+            status="running",
+            circumstances=redact(circumstances or {}),
+            flow_run_id=flow_run_id,
+            **_this_process(),
+        )
+        with self._write() as session:
+            run.id = _free_id(session, run.started_at)
+            session.add(run)
+        return run
+
+    def find_run(self, ref: str = "latest", *, kind: str | None = None) -> Run:
+        """The run with id `ref`, or the only one whose id begins or ends with it, or this host's latest (of `kind`).
+
+        Raises BadInput when there is none, or when several match.
+        """
+        if ref == "latest":
+            found = self.history(1, kind=kind, host=this_host())
+            if not found:
+                raise BadInput(
+                    f"{self.place}: no run{f' of kind {kind}' if kind else ''} is recorded yet for this host"
+                )
+            return found[0]
+        with self._read() as session:
+            exact = session.get(Run, ref)
+            if exact:
+                return exact
+            some = (col(Run.id).startswith(ref, autoescape=True)) | col(Run.id).endswith(ref, autoescape=True)
+            matches = list(session.scalars(select(Run).where(some).order_by(col(Run.id)).limit(6)))
+        if not ref or not matches:
+            raise BadInput(f"no run {ref!r} in {self.place}: `switchyard history` lists them")
+        if len(matches) > 1:
+            raise BadInput(
+                f"{ref!r} fits several runs: {', '.join(run.id for run in matches[:5])}: give more of the id"
+            )
+        return matches[0]
+
+    def unfinished(self, plan: Any, *, kind: str = "evaluate") -> Run | None:
+        """This host's latest run of just this plan that did not get done and that nobody alive is running."""
+        query = (
+            select(Run)
+            .filter_by(kind=kind, plan_hash=plan_hash(plan), owner_host=this_host())
+            .where(col(Run.status) != "done")
+            .order_by(col(Run.started_at).desc(), col(Run.id).desc())
+        )
+        with self._read() as session:
+            runs = list(session.scalars(query))
+        return next((run for run in runs if run.shown_status != "running"), None)
+
+    def resume_run(self, run_id: str, *, flow_run_id: str | None = None) -> Run:
+        """The run, "running" again and owned by this process. Raises BadInput while another process runs it."""
+        with self._write() as session:
+            run = _existing(session, run_id)
+            mine = _this_process()
+            is_mine = all(getattr(run, name) == value for name, value in mine.items())
+            if run.shown_status == "running" and not is_mine:
+                raise BadInput(
+                    f"run {run_id} is running in process {run.owner_pid} on {run.owner_host}: wait or stop it"
+                )
+            again = {**mine, "status": "running", "ended_at": None, "error": None}
+            for name, value in {**again, **_given(flow_run_id=flow_run_id)}.items():
+                setattr(run, name, value)
+        return run
+
+    def finish_run(
+        self,
+        run_id: str,
+        status: Status = "done",
+        *,
+        verdict: Verdict | None = None,
+        error: str | None = None,
+        report_path: str | Path | None = None,
+    ) -> Run:
+        """The run as it ended; what is None stays as stored."""
+        return self._change_run(
+            run_id,
+            status=status,
+            ended_at=_now(),
+            verdict=verdict.value if verdict else None,
+            error=storable_text(error) if error else None,
+            report_path=str(report_path) if report_path else None,
+        )
+
+    def note_run(
+        self,
+        run_id: str,
+        *,
+        circumstances: Any = None,
+        report_path: str | Path | None = None,
+        flow_run_id: str | None = None,
+        error: str | None = None,
+    ) -> Run:
+        """The run with what became known while or after it ran; None changes nothing."""
+        return self._change_run(
+            run_id,
+            flow_run_id=flow_run_id,
+            error=storable_text(error) if error else None,
+            report_path=str(report_path) if report_path else None,
+            circumstances=None if circumstances is None else redact(circumstances),
+        )
+
+    def history(
+        self, limit: int = 20, *, kind: str | None = None, name: str | None = None, host: str | None = None
+    ) -> list[Run]:
+        """The latest runs, newest first; those of one host of a fleet with `host`."""
+        query = select(Run).order_by(col(Run.started_at).desc(), col(Run.id).desc()).limit(limit)
+        query = query.filter_by(**_given(kind=kind, name=name, owner_host=host))
+        with self._read() as session:
+            return list(session.scalars(query))
+
+    # evidence
+
+    def put_evidence(
+        self,
+        run_id: str,
+        model_id: str,
+        arm: Arm,
+        kind: str,
+        payload: Any,
+        *,
+        key: str = "",
+        circumstances: Any = None,
+    ) -> None:
+        """Stores `payload`, in place of what was stored for the same run, model, arm, kind and key.
+
+        Raises SwitchyardError, naming the place, for NaN and infinity: what was not measured is None.
+        """
+        row = {
+            "run_id": run_id,
+            "model_id": model_id,
+            "arm": arm,
+            "kind": kind,
+            "key": key,
+            "payload": pack_json(payload, what=f"evidence {kind} {key}".strip()),
+            "circumstances": redact(circumstances or {}),
+            "recorded_at": _now(),
+        }
+        self._put(Evidence, [row], on=("run_id", "model_id", "arm", "kind", "key"))
+
+    def get_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> Evidence | None:
+        """The evidence, or None when it was not recorded."""
+        found = self.list_evidence(run_id, model_id=model_id, arm=arm, kind=kind, key=key)
+        return found[0] if found else None
+
+    def has_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> bool:
+        """Whether it was recorded: a run that was killed goes on behind it. The payload is not read."""
+        query = select(col(Evidence.id)).filter_by(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)
+        with self._read() as session:
+            return session.scalar(query) is not None
+
+    def list_evidence(
+        self,
+        run_id: str,
+        *,
+        model_id: str | None = None,
+        arm: Arm | None = None,
+        kind: str | None = None,
+        key: str | None = None,
+    ) -> list[Evidence]:
+        """The evidence of a run, narrowed by what is given, in the order in which it was first recorded."""
+        wanted = _given(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)
+        query = select(Evidence).filter_by(**wanted).order_by(col(Evidence.id))
+        with self._read() as session:
+            return list(session.scalars(query))
+
+    def drop_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> None:
+        """Forgets one piece of evidence, so that a resumed run measures it; none is no error."""
+        query = delete(Evidence).filter_by(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)
+        with self._write() as session:
+            session.execute(query)
+
+    def evidence_circumstances(self, run_id: str, model_id: str) -> list[dict[str, Any]]:
+        """Under which circumstances each piece of evidence of a model was measured. No payload is read."""
+        query = select(col(Evidence.circumstances)).filter_by(run_id=run_id, model_id=model_id)
+        with self._read() as session:
+            return list(session.scalars(query))
+
+    # checks
+
+    def put_checks(self, run_id: str, model_id: str, results: Iterable[CheckResult]) -> None:
+        """Stores each result, in place of one of the same name."""
+        moment = _now()
+        rows = [
+            {
+                **result.model_dump(),
+                "verdict": result.verdict.value,
+                "why": storable_text(result.why),
+                "run_id": run_id,
+                "model_id": model_id,
+                "recorded_at": moment,
+            }
+            for result in results
+        ]
+        self._put(Check, rows, on=("run_id", "model_id", "check"))
+
+    def drop_checks(self, run_id: str, model_id: str | None = None) -> None:
+        """Forgets the verdicts of a run (not its evidence), before all of it is judged anew."""
+        query = delete(Check).filter_by(**_given(run_id=run_id, model_id=model_id))
+        with self._write() as session:
+            session.execute(query)
+
+    def checks(self, run_id: str) -> dict[str, list[CheckResult]]:
+        """The results of a run by model, each in the order in which it was first recorded."""
+        query = select(Check).filter_by(run_id=run_id).order_by(col(Check.id))
+        by_model: dict[str, list[CheckResult]] = {}
+        with self._read() as session:
+            for row in session.scalars(query):
+                by_model.setdefault(row.model_id, []).append(row.result)
+        return by_model
+
+    # steps and decisions
+
+    def put_step(self, run_id: str, model_id: str, step: str, state: StepState, detail: Any = None) -> None:
+        """Stores where a step stands, in place of where it stood; it is on the disk when this returns."""
+        row = {"run_id": run_id, "model_id": model_id, "step": step, "state": state}
+        self._put(Step, [{**row, "detail": detail or {}, "at": _now()}], on=("run_id", "model_id", "step"))
+
+    def steps(self, run_id: str, model_id: str | None = None) -> list[Step]:
+        """The steps of a run, or of one model in it, in the order in which they were first begun."""
+        query = select(Step).filter_by(**_given(run_id=run_id, model_id=model_id)).order_by(col(Step.id))
+        with self._read() as session:
+            return list(session.scalars(query))
+
+    def put_decision(self, run_id: str, model_id: str, kind: str, *, who: str, why: str) -> Decision:
+        """The decision as recorded; the same one said again (a run that is gone on with) stays one row."""
+        same = {
+            "run_id": run_id,
+            "model_id": model_id,
+            "kind": kind,
+            "who": storable_text(who),
+            "why": storable_text(why),
+        }
+        with self._write() as session:
+            found = session.scalar(select(Decision).filter_by(**same))
+            decision = found or Decision(id=None, **same, at=_now())
+            session.add(decision)
+        return decision
+
+    def decisions(self, run_id: str, model_id: str | None = None) -> list[Decision]:
+        """What was decided in a run, or about one model in it, oldest first."""
+        query = select(Decision).filter_by(**_given(run_id=run_id, model_id=model_id)).order_by(col(Decision.id))
+        with self._read() as session:
+            return list(session.scalars(query))
+
+    # samples
+
+    def series_writer(self, run_id: str, model_id: str, arm: Arm, *, every: int = 30) -> SeriesWriter:
+        """A writer of long series that stores them each time one of them has `every` new points."""
+        return SeriesWriter(self, run_id, model_id, arm, every=every)
+
+    def append_samples(self, run_id: str, model_id: str, arm: Arm, series: str, points: Sequence[Point]) -> None:
+        """Stores `points` (epoch seconds, value or None) behind those of the series that are there."""
+        with self.series_writer(run_id, model_id, arm, every=CHUNK_POINTS) as writer:
+            for t, value in points:
+                writer.append(series, t, value)
+
+    def read_samples(self, run_id: str, model_id: str, arm: Arm, series: str) -> Series:
+        """The whole series in order of arrival; empty when nothing was recorded."""
+        query = (
+            select(col(Sample.packed))
+            .filter_by(run_id=run_id, model_id=model_id, arm=arm, series=series)
+            .order_by(col(Sample.chunk))
+        )
+        with self._read() as session:
+            return joined([unpack(packed) for packed in session.scalars(query)])
+
+    def list_series(self, run_id: str) -> list[tuple[str, str, str, int]]:
+        """What series a run has: (model, arm, series, points)."""
+        keys = (col(Sample.model_id), col(Sample.arm), col(Sample.series))
+        query = select(*keys, func.sum(Sample.n)).filter_by(run_id=run_id).group_by(*keys).order_by(*keys)
+        with self._read() as session:
+            return [(model, arm, series, int(n)) for model, arm, series, n in session.execute(query)]
+
+    # corrections
+
+    def learn_correction(self, engine: str, architecture: str, ratio: float) -> Correction:
+        """The correction after one more launch whose measured memory was `ratio` times the estimate."""
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise NoMeasurement(f"a memory ratio of {ratio} teaches nothing: it must be positive")
+        new = {"engine": engine, "architecture": architecture, "ratio": 1.0, "samples": 0, "updated_at": _now()}
+        with self._write() as session:
+            session.execute(self._insert(Correction).on_conflict_do_nothing(), [new])
+            # FOR UPDATE on PostgreSQL; on SQLite the transaction has the lock already
+            row = session.get_one(Correction, (engine, architecture), with_for_update=True)
+            row.ratio = math.exp((row.samples * math.log(row.ratio) + math.log(ratio)) / (row.samples + 1))
+            row.samples += 1
+            row.updated_at = _now()
+        return row
+
+    def correction(self, engine: str, architecture: str) -> Correction | None:
+        """What was learned of an engine and an architecture; None before the first launch."""
+        with self._read() as session:
+            return session.get(Correction, (engine, architecture))
+
+    # how
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Session]:
+        with explained(self.engine.url), Session(self.engine) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[Session]:
+        with explained(self.engine.url), Session(self._writing, expire_on_commit=False) as session:
+            yield session
+            session.commit()
+
+    def _change_run(self, run_id: str, **changes: Any) -> Run:
+        with self._write() as session:
+            run = _existing(session, run_id)
+            for name, value in _given(**changes).items():
+                setattr(run, name, value)
+        return run
+
+    def _insert(self, table: type[_Table]) -> postgresql.Insert | sqlite.Insert:
+        # both databases have ON CONFLICT in the same form; SQLAlchemy keeps one module for each
+        insert = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
+        return insert(METADATA.tables[str(table.__tablename__)])
+
+    def _put(self, table: type[_Table], rows: list[dict[str, Any]], *, on: tuple[str, ...]) -> None:
+        if not rows:
+            return
+        statement = self._insert(table)
+        fresh = {name: statement.excluded[name] for name in rows[0] if name not in on}
+        with self._write() as session:
+            session.execute(statement.on_conflict_do_update(index_elements=list(on), set_=fresh), rows)
+
+
+class SeriesWriter:
+    """Appends to the series of one model and arm; a kill loses less than `every` points of each series.
+
+    The last chunk of a series is rewritten as it grows, so that chunks end up long, and few, however often they are
+    stored. Points wait in memory until a commit took them: a full disk loses none while the process lives.
+    """
+
+    def __init__(self, records: Records, run_id: str, model_id: str, arm: Arm, *, every: int) -> None:
+        self._records = records
+        self._row = {"run_id": run_id, "model_id": model_id, "arm": arm}
+        self._every = max(1, every)
+        self._tails: dict[str, _Tail] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+    def append(self, series: str, t: float, value: float | None) -> None:
+        """Adds one point: epoch seconds (kept to 1 ms) and the value, None for 'not measured'."""
+        if not math.isfinite(t) or (value is not None and not math.isfinite(value)):
+            raise SwitchyardError(f"{series} at {t} is {value}: store None for what was not measured")
+        with self._lock:
+            tail = self._tails.get(series) or self._tails.setdefault(series, _Tail(self._first_chunk(series)))
+            tail.points.append((t, value))
+            if len(tail.points) - tail.stored >= self._every:
+                self._store()
+
+    def flush(self) -> None:
+        """Stores every point that is not stored yet."""
+        with self._lock:
+            self._store()
+
+    def _store(self) -> None:
+        fresh = {series: tail for series, tail in self._tails.items() if len(tail.points) > tail.stored}
+        rows = [row for series, tail in fresh.items() for row in self._rows(series, tail)]
+        self._records._put(Sample, rows, on=("run_id", "model_id", "arm", "series", "chunk"))
+        for tail in fresh.values():
+            tail.settle()
+
+    def _rows(self, series: str, tail: _Tail) -> list[dict[str, Any]]:
+        rows = []
+        for offset in range(0, len(tail.points), CHUNK_POINTS):
+            points = tail.points[offset : offset + CHUNK_POINTS]
+            place = {"series": series, "chunk": tail.chunk + offset // CHUNK_POINTS}
+            start = datetime.fromtimestamp(points[0][0], UTC)
+            rows.append({**self._row, **place, "start": start, "n": len(points), "packed": pack(points)})
+        return rows
+
+    def _first_chunk(self, series: str) -> int:
+        """Behind what an earlier process stored of the same series."""
+        query = select(func.max(Sample.chunk)).filter_by(**self._row, series=series)
+        with self._records._read() as session:
+            last = session.scalar(query)
+        return 0 if last is None else last + 1
+
+
+class _Tail:
+    """The chunk of a series that still grows: its number, its points, and how many of them are stored."""
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self.points: list[Point] = []
+        self.stored = 0
+
+    def settle(self) -> None:
+        """All points are stored: full chunks are let go."""
+        full = len(self.points) // CHUNK_POINTS
+        self.chunk += full
+        self.points = self.points[full * CHUNK_POINTS :]
+        self.stored = len(self.points)
+
+
+def _existing(session: Session, run_id: str) -> Run:
+    run = session.get(Run, run_id, with_for_update=True)
+    if run is None:
+        raise BadInput(f"no run {run_id!r}: `switchyard history` lists them")
+    return run
+
+
+def _free_id(session: Session, moment: datetime) -> str:
+    while True:
+        run_id = f"{moment:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        if session.get(Run, run_id) is None:
+            return run_id
+
+
+def _given(**named: Any) -> dict[str, Any]:
+    """What of `named` is not None."""
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@cache
+def _created(pid: int) -> float:
+    return psutil.Process(pid).create_time()
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"owner_host": this_host(), "owner_pid": pid, "owner_created": _created(pid)}
+
+
+def _lives(pid: int, created: float) -> bool:
+    """Whether the process that had `pid` since `created` is there; the clock may have been set by seconds since."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - created) < 5 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
