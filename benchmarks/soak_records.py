@@ -38,6 +38,7 @@ from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import overall
 
 ROOT = Path(__file__).parents[1]
+RIG = ROOT / "tests" / "rig"
 HABITS = "--ttft-ms 60 --itl-ms 15 --hold-mib 256"
 WINDOWS, WINDOW_S = 432, 600.0  # three days
 DATABASE_BYTES, REPORT_S, GROWTH_BYTES = 50e6, 5.0, 64e6  # to stay under
@@ -187,13 +188,19 @@ def record(seconds: float) -> Recorded:
 
 
 def _start_yard(home: Path) -> subprocess.Popen[bytes]:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(RIG))
     from gguf_files import write_gguf  # type: ignore[import-not-found]
 
     port, gguf = free_port(), write_gguf(home / "m.gguf")
     spec = {"home": str(home), "port": port, "gguf": str(gguf), "mistral.rs": HABITS.split()}
     (home / "spec.json").write_text(json.dumps(spec))
-    argv = [sys.executable, str(ROOT / "tests" / "fake_migration.py"), "yard", str(home / "spec.json"), str(home)]
+    argv = [
+        sys.executable,
+        str(RIG / "fake_migration.py"),
+        "yard",
+        str(home / "spec.json"),
+        str(home),
+    ]
     with (home / "yard.log").open("wb") as log:
         return subprocess.Popen(
             [*argv, str(port)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SERVE = "tests/flows/test_serve.py"
-RECOVERY = "tests/engines/yard/test_recovery.py"
+SERVE = "tests/flows/cli/test_serve.py"
+RECOVERY = "tests/engines/yard/engine/test_recovery.py"
 # name -> variable, value, file, and what `pytest -k` takes
 PROOFS = {
     "streams": ("STREAMS", "64", SERVE, "every_move_under_load"),

@@ -284,7 +284,8 @@ def test_a_host_on_which_nothing_moved_is_back_already(tmp_path: Path, monkeypat
 # --- two hosts for real: PostgreSQL, Prefect, a worker each; only what moves no engine is played
 
 ROOT = Path(flows.__file__).parent.parent
-PLAYED = ROOT / "tests" / "played_fleet.py"
+RIG = ROOT / "tests" / "rig"
+PLAYED = RIG / "played_fleet.py"
 
 
 class Place:
@@ -296,7 +297,7 @@ class Place:
         port = free_port()
         self.environment = {
             **kept,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "PYTHONPATH": f"{ROOT}:{RIG}",
             "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "2",

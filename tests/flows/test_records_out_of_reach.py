@@ -18,6 +18,7 @@ from engines.yard.client import YardClient
 from tasks.records.store import open_records
 
 ROOT = Path(__file__).parents[2]
+RIG = ROOT / "tests" / "rig"
 SOON_S = 20  # a third of what it took to wait for the lock twice
 
 
@@ -35,7 +36,14 @@ def yard(home, tmp_path):
     """A yard over two fake engines whose model was moved from `old` to `new`."""
     gguf = tmp_path / "model.gguf"
     write_gguf(gguf)
-    argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(home), "--port", str(free_port())]
+    argv = [
+        sys.executable,
+        str(RIG / "fake_yard.py"),
+        "--home",
+        str(home),
+        "--port",
+        str(free_port()),
+    ]
     with (tmp_path / "yard.log").open("wb") as log:
         process = subprocess.Popen(
             [*argv, "--gguf", str(gguf)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log

@@ -21,6 +21,7 @@ from tasks.records.store import open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 ROOT = Path(__file__).parents[2]
+RIG = ROOT / "tests" / "rig"
 DIGEST = hashlib.sha256(b"a model").hexdigest()
 KEYS = {
     "OpenAI": "sk-proj-AbCdEf0123456789AbCdEf0123456789",
@@ -58,7 +59,7 @@ def box(tmp_path):
     """A yard in front of an engine that prints keys, and answers every request with them."""
     home, port, gguf = tmp_path / "home", free_port(), tmp_path / "model.gguf"
     write_gguf(gguf)
-    argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(home), "--port", str(port)]
+    argv = [sys.executable, str(RIG / "fake_yard.py"), "--home", str(home), "--port", str(port)]
     habits = ["--old", shlex.join(["--quotes", SAID]), "--new", shlex.join(["--quotes", SAID, "--exit-code", "1"])]
     log = tmp_path / "yard.log"
     with log.open("wb") as output:

@@ -33,6 +33,7 @@ from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, Run, open_records
 
 ROOT = Path(__file__).parents[2]
+RIG = ROOT / "tests" / "rig"
 OLD, NEW, NATIVE = "llama.cpp", "mistral.rs", "mistral.rs-native"
 LONG = 3600.0  # a soak that no test sees the end of
 
@@ -138,7 +139,14 @@ def make_box(tmp_path: Path) -> Iterator[MakeBox]:
         spec.write_text(
             json.dumps({"home": str(home), "port": port, "gguf": str(gguf), "plan": parts, NEW: new.split()})
         )
-        argv = [sys.executable, str(ROOT / "tests" / "fake_migration.py"), "yard", str(spec), str(home), str(port)]
+        argv = [
+            sys.executable,
+            str(RIG / "fake_migration.py"),
+            "yard",
+            str(spec),
+            str(home),
+            str(port),
+        ]
         box = Box(home, load_plan(toml), toml, argv)
         boxes.append(box)
         return box
@@ -285,7 +293,14 @@ def test_an_engine_that_hangs_in_a_window_is_one_failure(make_box: MakeBox) -> N
 def test_a_key_that_is_refused_is_no_failure_of_the_engine(make_box: MakeBox) -> None:
     """It would move traffic back for nothing."""
     box = make_box()
-    argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(box.home), "--port", str(free_port())]
+    argv = [
+        sys.executable,
+        str(RIG / "fake_yard.py"),
+        "--home",
+        str(box.home),
+        "--port",
+        str(free_port()),
+    ]
     box.argv = [*argv, "--gguf", str(box.plan.models[0].gguf), "--api-key=secret"]
     box.start().promoted("new")
     nameless = dataclasses.replace(box.place(), engine="new")

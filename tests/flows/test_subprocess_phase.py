@@ -38,7 +38,8 @@ from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests" / "fake_migration.py"
+RIG = ROOT / "tests" / "rig"
+SCRIPT = RIG / "fake_migration.py"
 OLD, NEW = "llama.cpp", "mistral.rs"
 NATIVE = "mistral.rs-native"
 DECIDED = {"who": "Ada", "reason": "a test"}

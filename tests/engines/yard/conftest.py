@@ -22,6 +22,7 @@ from engines.process.serving import free_port
 from engines.yard.client import YardClient
 
 ROOT = Path(__file__).parents[3]
+RIG = ROOT / "tests" / "rig"
 
 
 @dataclasses.dataclass
@@ -127,7 +128,7 @@ def start_yard(tmp_path: Path) -> Iterator[StartYard]:
         home, port = tmp_path / f"home{len(started)}", free_port()
         home.mkdir()
         quick = {"restart_window_s": 60, "load_stall_s": 20, "memory_back_s": 2}
-        argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(home), "--port", str(port)]
+        argv = [sys.executable, str(RIG / "fake_yard.py"), "--home", str(home), "--port", str(port)]
         argv += ["--gguf", str(gguf), f"--settings={json.dumps({**quick, **(settings or {})})}"]
         argv += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         yard = FakeYard(_start(argv, home / "yard.log"), port, home, argv, home / "yard.log")

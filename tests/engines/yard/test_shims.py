@@ -14,7 +14,7 @@ from engines.errors import EngineNotFound
 from engines.openai.call import Call, Refusal
 from engines.yard.shims import SHIMS, BinaryShim, HostShim, Shim, error_of, logprobs_of, timings_of
 
-STUB = Path(__file__).parents[2] / "mistralrs_stub.py"
+STUB = Path(__file__).parents[2] / "rig" / "mistralrs_stub.py"
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 USAGE = {

@@ -77,7 +77,7 @@ def test_a_program_that_does_not_exist_ends_with_a_reason(tmp_path):
 OWNER = """
     import sys, time
     from pathlib import Path
-    from engines import process
+    from engines.process import process
     child = process.start("engine", [sys.executable, "-c", "import time; time.sleep(600)"],
                           state_dir=Path(sys.argv[1]), log_path=Path(sys.argv[1]) / "e.log")
     print(child.pid, flush=True)

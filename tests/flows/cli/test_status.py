@@ -23,7 +23,8 @@ from engines.yard.client import YardClient
 from flows.cli import status as status_view
 from flows.cli import tables
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+RIG = ROOT / "tests" / "rig"
 NOW = 1_800_000_000.0
 ENGINE = {
     "engine": "old",
@@ -197,7 +198,7 @@ def yard(home, tmp_path):
     write_gguf(tmp_path / "model.gguf")
     home.mkdir()
     port = free_port()
-    argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(home), "--port", str(port)]
+    argv = [sys.executable, str(RIG / "fake_yard.py"), "--home", str(home), "--port", str(port)]
     argv += ["--gguf", str(tmp_path / "model.gguf")]
     log = home / "yard.log"
     with log.open("wb") as output:

@@ -27,7 +27,8 @@ from flows.cli.up import RESTARTS, GaveUp, Yard, _Kept
 from flows.reconcile import reconcile
 from tasks.records.store import Records, open_records
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+RIG = ROOT / "tests" / "rig"
 SERVER, RUNNER = "prefect server", "deployments"  # as they are registered
 DECIDED = {"who": "Ada", "reason": "a test"}
 
@@ -344,7 +345,7 @@ class FakeYard:
         (self.home / "yard").mkdir(parents=True)
         self.log = folder / "yard.log"
         self.client = YardClient(self.home)
-        argv = [sys.executable, str(ROOT / "tests" / "fake_yard.py"), "--home", str(self.home)]
+        argv = [sys.executable, str(RIG / "fake_yard.py"), "--home", str(self.home)]
         argv += ["--port", str(free_port()), "--gguf", str(write_gguf(folder / "m.gguf"))]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)

@@ -41,7 +41,7 @@ from engines.process.serving import free_port
 
 KEY = "secret-of-the-test"
 CONTEXT = 128
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SYSTEM = {"role": "system", "content": "x"}
 HI = [SYSTEM, {"role": "user", "content": "hi"}]
 WEATHER = {

@@ -1,7 +1,7 @@
 """A migration over fake engines in a process of its own, and the yards that it starts; `spec.json` says which.
 
-python tests/fake_migration.py migrate|native SPEC [ORDERS_JSON]     prints the outcome; all engines are fakes
-python tests/fake_migration.py yard SPEC HOME PORT [HIDDEN]
+python tests/rig/fake_migration.py migrate|native SPEC [ORDERS_JSON]     prints the outcome; all engines are fakes
+python tests/rig/fake_migration.py yard SPEC HOME PORT [HIDDEN]
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """A yard in a process of its own over two fake engines, `old` (the incumbent) and `new` (the candidate).
 
-python tests/fake_yard.py --home H --port 8099 --old="--load-s 0.3" --new="--exit-code 1"
+python tests/rig/fake_yard.py --home H --port 8099 --old="--load-s 0.3" --new="--exit-code 1"
 """
 
 import argparse

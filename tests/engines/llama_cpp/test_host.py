@@ -16,7 +16,7 @@ import pytest
 from engines.llama_cpp.host import parser, settings_of
 from engines.process.serving import free_port
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 KEY = "secret-of-the-test"
 
 

@@ -1,6 +1,6 @@
 """A real engine process with bad habits on request: an OpenAI-like server of known speed that lies, stalls or dies.
 
-python tests/fake_engine.py --port 8099 --load-s 0.3 --ttft-ms 20 --itl-ms 5 --die-after-s 2 --ignore-sigterm --chatty
+python tests/rig/fake_engine.py --port 8099 --load-s 0.3 --ttft-ms 20 --itl-ms 5 --die-after-s 2 --chatty
 """
 
 import argparse

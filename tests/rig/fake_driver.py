@@ -12,7 +12,7 @@ FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
 
 class FakeDriver:
-    """Serves with tests/fake_engine.py and the bad habits given."""
+    """Serves with tests/rig/fake_engine.py and the bad habits given."""
 
     name = "fake"
     installer = Installer(pip=())

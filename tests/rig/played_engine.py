@@ -1,6 +1,6 @@
 """Both engines, played: a `binary` for llama.cpp (llama-server's flags) and for mistral.rs (`mistralrs serve`).
 
-The answers are tests/openai_stub.py's. What goes wrong is written in the model file's name, engine first:
+The answers are tests/rig/openai_stub.py's. What goes wrong is written in the model file's name, engine first:
 `candidate-refuses.gguf`, `both-refuse.gguf`, `incumbent-dies.gguf` (in its second chat), `candidate-odd-logprobs.gguf`.
 A file `NAME.gguf.mended` beside it ends that.
 """

@@ -1,7 +1,7 @@
 """Hosts of a fleet on which a migration is played: real runs on real workers, and a file in each home that directs it.
 
-python tests/played_fleet.py deploy HOST ...      puts the played flows in place of those in prefect.yaml
-python tests/played_fleet.py roll-out ARGUMENTS   the rollout, its arguments as JSON; prints the outcome
+python tests/rig/played_fleet.py deploy HOST ...      puts the played flows in place of those in prefect.yaml
+python tests/rig/played_fleet.py roll-out ARGUMENTS   the rollout, its arguments as JSON; prints the outcome
 """
 
 import json

@@ -17,7 +17,7 @@ import pytest
 from gguf_files import write_gguf
 from switchyard_command import json_of
 
-CASES = Path(__file__).parents[1] / "cases" / "init"
+CASES = Path(__file__).parents[2] / "cases" / "init"
 LOCAL = "127.0.0.1"
 # what tests/cases/README.md calls right, as far as it is about the address
 ADDRESSES = {

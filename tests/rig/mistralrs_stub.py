@@ -1,6 +1,6 @@
 """A server process that behaves on the wire as `mistralrs serve` 0.9 does, around a model of a few fixed words.
 
-python tests/mistralrs_stub.py [--stub-version 0.9.2] serve --host 127.0.0.1 -p 8099 --format gguf -m DIR -f FILE
+python tests/rig/mistralrs_stub.py [--stub-version 0.9.2] serve --host 127.0.0.1 -p 8099 --format gguf -m DIR -f FILE
 
 Read at mistral.rs v0.9.2 and the commit after it that made stream errors JSON: `mistralrs-server-core/src/{openai,
 chat_completion,completions,handler_core,streaming}.rs`, `mistralrs-core/src/{response.rs,pipeline/sampling.rs,

@@ -1,4 +1,4 @@
-"""Plans over the engines of tests/played_engine.py, whose evaluation takes seconds."""
+"""Plans over the engines of tests/rig/played_engine.py, whose evaluation takes seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 
 
 def played(folder: Path, name: str) -> Path:
-    """tests/played_engine.py as an executable called `name`."""
+    """tests/rig/played_engine.py as an executable called `name`."""
     path = folder / name
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path[:0] = [{str(TESTS)!r}]\nimport played_engine\nplayed_engine.main()\n"
