@@ -31,9 +31,9 @@ from gate import kayenta_like, single_run_threshold, welch
 from rich.console import Console
 from rich.table import Table
 
-from engines.driver import driver
 from engines.errors import SwitchyardError
 from engines.process.serving import Served
+from engines.registry import driver
 from engines.settings import Settings
 from migrations.demo import demo_plan
 from tasks.evidence.engine_under_test import Arm, Contender

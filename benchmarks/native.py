@@ -38,7 +38,7 @@ from pydantic import SecretStr
 
 from benchmarks.client import foreign
 from engines.client.client import StreamRecord, parse_stream
-from engines.driver import Driver, Form, Installation, driver
+from engines.driver import Driver, Form, Installation
 from engines.errors import BadInput, EngineError, EngineNotFound, SwitchyardError
 from engines.mistral_rs.driver import MistralRsNative
 from engines.mistral_rs.native import arguments as native_arguments
@@ -49,6 +49,7 @@ from engines.mistral_rs.native.requests import Json, Sampling
 from engines.process.process import ManagedProcess
 from engines.process.serving import exit_reason, free_port, in_frames, launch, wait_ready
 from engines.process.telemetry import Telemetry, interval, private_bytes
+from engines.registry import driver
 from engines.settings import Serve, Settings
 from engines.yard.engine.connection import Answer, Door, FrameDoor, Gone, HttpDoor
 

@@ -23,10 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engines.driver import driver
 from engines.errors import EngineNotFound, SwitchyardError
 from engines.process import process
 from engines.process.serving import free_port
+from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.engine.launch_spec import Recipe

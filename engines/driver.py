@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from engines import environment
-from engines.errors import BadInput
 from engines.settings import Serve, Settings
 
+# method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
+Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
 Form = Literal["auto", "binary", "hosted"]
 Found = Literal["binary", "hosted", "native"]
 Dialect = Literal["llama.cpp", "switchyard", "mistralrs"]
@@ -105,14 +106,6 @@ class Driver(Protocol):
         ...
 
 
-def drivers() -> dict[str, Driver]:
-    """Every driver by name, in the order they are shown."""
-    from engines.llama_cpp.driver import LlamaCpp
-    from engines.mistral_rs.driver import MistralRs
-
-    return {driver.name: driver for driver in (LlamaCpp(), MistralRs())}
-
-
 def native_of(name: str) -> str:
     """The name under which engine `name` runs without a server between: a third place for a candidate."""
     return f"{name}-native"
@@ -121,23 +114,6 @@ def native_of(name: str) -> str:
 def base_of(name: str) -> str:
     """The engine whose code runs under `name`: what it loads and what memory it takes are the same in every form."""
     return name.removesuffix(native_of(""))
-
-
-def native_driver(name: str) -> Driver | None:
-    """The driver of engine `name` without a server between; None where it has no such form."""
-    from engines.mistral_rs.driver import MistralRsNative
-
-    return MistralRsNative() if native_of(name) == MistralRsNative.name else None
-
-
-def driver(name: str) -> Driver:
-    """The driver called `name`; BadInput lists the known ones."""
-    from engines.mistral_rs.driver import MistralRsNative
-
-    known = {**drivers(), MistralRsNative.name: MistralRsNative()}
-    if name not in known:
-        raise BadInput(f"unknown engine '{name}': known are {', '.join(known)}")
-    return known[name]
 
 
 def help_flags(text: str) -> frozenset[str]:

@@ -21,9 +21,9 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from engines import install
-from engines.driver import driver
 from engines.errors import BadInput
 from engines.home import home
+from engines.registry import driver
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile, YardState
 from flows.orchestrator.run import flow_run_id

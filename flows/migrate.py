@@ -19,9 +19,9 @@ from typing import Any
 from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 
-from engines.driver import driver, native_driver
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
+from engines.registry import driver, native_driver
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
 from flows.deprecate import deprecate

@@ -17,10 +17,10 @@ from typing import Any
 
 from prefect import flow
 
-from engines.driver import native_driver
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
+from engines.registry import native_driver
 from flows.evaluate import evaluate
 from flows.rollout.steps import Migration, Orders, phase_one
 from flows.rollout.yards import PlanYards

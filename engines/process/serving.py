@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ import httpx
 import psutil
 
 from engines import environment
-from engines.driver import Driver, Installation
+from engines.driver import Ask, Driver, Installation
 from engines.errors import (
     EngineError,
     EngineExited,
@@ -28,15 +27,12 @@ from engines.errors import (
     PortTaken,
     WrongListener,
 )
-from engines.mistral_rs.native import frames
 from engines.process import process
 from engines.process.cpu_wait import CpuWait, is_stopped
 from engines.process.process import ManagedProcess
 from engines.settings import Endpoint, Serve
 
 POLL_S = 0.05
-# method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
-Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
 ASK_AGAIN_S = 1.0  # at most, after an answer that held no token
 REFUSED_S = 10.0  # so long an engine that has stopped loading may refuse completions before that is its last word
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"  # a model without a chat template may take the second only
@@ -331,17 +327,6 @@ def over_http(serve: Serve) -> Ask:
         with contextlib.suppress(ValueError):
             return answer.status_code, answer.json()
         return answer.status_code, None  # a health check in plain text
-
-    return ask
-
-
-def in_frames(serve: Serve) -> Ask:
-    """Asks a native worker."""
-    key = serve.settings.api_key.get_secret_value() if serve.settings.api_key else ""
-
-    def ask(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:
-        data = b"" if body is None else json.dumps(body).encode()
-        return frames.ask(serve.port, key, method, path, data, timeout_s)
 
     return ask
 

@@ -23,11 +23,12 @@ from typing import Any
 import aiohttp
 from pydantic import SecretStr
 
-from engines.driver import Driver, driver, native_of
+from engines.driver import Driver, native_of
 from engines.errors import BadInput
 from engines.openai.call import Call, Refusal
 from engines.process.process import end_orphans
 from engines.redaction import redacted, redacted_text
+from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.capture import Capture
 from engines.yard.engine.connection import Door, FrameDoor, HttpDoor

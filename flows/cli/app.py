@@ -119,7 +119,7 @@ def install(
 ) -> None:
     """Install an engine: with pip, or with the vendor's script once you have confirmed its checksum."""
     from engines import install as installing
-    from engines.driver import driver
+    from engines.registry import driver
 
     chosen = driver(engine)
     if vendor_script:

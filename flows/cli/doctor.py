@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import httpx
 
-from engines.driver import drivers
 from engines.errors import SwitchyardError
 from engines.fit import free_memory
 from engines.home import home
+from engines.registry import drivers
 from flows.cli.tables import size
 from flows.orchestrator.server import PrefectServer, prepare_environment
 from migrations.demo import GEMMA3, INSTALL, SMOLLM2

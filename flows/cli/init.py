@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Installation, driver
+from engines.driver import Installation
 from engines.errors import BadInput, EngineError
 from engines.llama_cpp import argv as llama_server_argv
 from engines.llama_cpp.argv import LlamaServerCommand
+from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import plan_for

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.driver import drivers
 from engines.errors import BadInput, EngineError
+from engines.registry import drivers
 from migrations.plan import load_plan
 from tasks.evidence.preflight import preflight
 

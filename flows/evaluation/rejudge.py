@@ -8,10 +8,10 @@ from typing import Any
 import psutil
 
 from engines.deadline import Background
-from engines.driver import driver
 from engines.errors import BadInput, SwitchyardError
 from engines.process.process import end_orphans, registered
 from engines.redaction import redacted
+from engines.registry import driver
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.trial import ARMS, Bench, Trial
 from migrations.plan import Plan, build_plan, recorded_plan

@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import SecretStr
 
 from engines.client.reference_server import self_test
-from engines.driver import Installation, driver
+from engines.driver import Installation
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home as default_home
 from engines.model.header import read_header
 from engines.process.process import end_orphans
+from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.state import StateFile
 from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours

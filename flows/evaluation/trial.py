@@ -20,13 +20,14 @@ from typing import Any, Literal, cast
 
 from pydantic import SecretStr
 
-from engines.driver import Installation, driver
+from engines.driver import Installation
 from engines.errors import BadInput, EngineExited, SwitchyardError
 from engines.home import host
 from engines.model.digest import model_digest
 from engines.model.header import read_header
 from engines.process import process
 from engines.process.serving import Served, exit_reason
+from engines.registry import driver
 from engines.settings import Endpoint
 from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks.evidence import compatibility, faults, performance, preflight

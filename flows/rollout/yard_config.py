@@ -8,9 +8,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.driver import Installation, driver, native_driver
+from engines.driver import Installation
 from engines.errors import EngineNotFound
 from engines.redaction import RedactingFormatter
+from engines.registry import driver, native_driver
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.yard import ModelConfig, YardConfig
 from migrations.plan import EngineChoice, Plan

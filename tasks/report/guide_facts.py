@@ -19,9 +19,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from engines.driver import driver, native_of
+from engines.driver import native_of
 from engines.errors import BadInput
 from engines.home import host
+from engines.registry import driver
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.state import YardState
 from tasks.records.payload import plan_hash, redact

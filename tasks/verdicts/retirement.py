@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.driver import driver
+from engines.registry import driver
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.state import ModelState, YardState
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured

@@ -12,12 +12,13 @@ import installed
 import pytest
 from pydantic import SecretStr
 
-from engines.driver import Driver, Installation, driver, drivers, help_flags, probe
+from engines.driver import Driver, Installation, help_flags, probe
 from engines.errors import BadInput, EngineNotFound
 from engines.llama_cpp import host as llama_cpp_host
 from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs import host as mistral_rs_host
 from engines.mistral_rs.driver import MistralRs
+from engines.registry import driver, drivers
 from engines.settings import KvType, Serve, Settings
 
 KEY = "secret-of-the-test"

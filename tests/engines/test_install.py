@@ -15,10 +15,11 @@ import pytest
 from fake_driver import FakeDriver
 
 from engines import install
-from engines.driver import Installer, drivers
+from engines.driver import Installer
 from engines.errors import BadInput, EngineError
 from engines.install import VendorScript, fetch_script, pip_command, run_script
 from engines.mistral_rs.driver import MistralRs
+from engines.registry import drivers
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

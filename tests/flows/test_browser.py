@@ -15,8 +15,8 @@ from processes import of_home
 from real_yard import HELLO, LOCAL
 from waiting import until
 
-from engines.driver import driver
 from engines.model.digest import model_digest
+from engines.registry import driver
 from engines.yard.client import YardClient
 from migrations.plan import load_plan, plan_hash
 from tasks.records.store import open_records

@@ -4,6 +4,7 @@ python tests/rig/fake_yard.py --home H --port 8099 --old="--load-s 0.3" --new="-
 """
 
 import argparse
+import copy
 import json
 import shlex
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 from fake_driver import FakeDriver
 from pydantic import SecretStr
 
-from engines.driver import Driver, driver, native_of
+from engines.driver import Driver, native_of
 from engines.errors import SwitchyardError
+from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
@@ -47,7 +49,7 @@ def main() -> None:
     if options.native is not None:
         drivers[native_of("new")] = FakeDriver(*shlex.split(options.native))
     if options.old_driver:
-        drivers["old"] = driver(options.old_driver)
+        drivers["old"] = copy.copy(driver(options.old_driver))
     how = {"old": (options.old_form, options.old_binary)} if options.old_driver else {}
     for name, engine in drivers.items():
         engine.name = name

@@ -22,11 +22,11 @@ from switchyard_command import command
 from traffic import traffic
 from waiting import until
 
-from engines.driver import driver
 from engines.home import host
 from engines.model.digest import model_digest
 from engines.process.process import registered
 from engines.process.serving import free_port
+from engines.registry import driver
 from engines.yard.client import YardClient
 from migrations.plan import load_plan, plan_hash
 from tasks.records.store import Records, open_records

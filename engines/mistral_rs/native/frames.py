@@ -13,8 +13,11 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+
+from engines.driver import Ask
+from engines.settings import Serve
 
 LENGTH = struct.Struct(">I")
 MAX_PIECE = 256 * 2**20
@@ -131,6 +134,17 @@ def ask(port: int, key: str, method: str, path: str, body: bytes = b"", timeout_
             while size := LENGTH.unpack(_exactly(file, LENGTH.size))[0]:
                 parts.append(_exactly(file, min(size, MAX_PIECE)))
     return status, json.loads(b"".join(parts))
+
+
+def in_frames(serve: Serve) -> Ask:
+    """Asks a native worker."""
+    key = serve.settings.api_key.get_secret_value() if serve.settings.api_key else ""
+
+    def one(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:
+        data = b"" if body is None else json.dumps(body).encode()
+        return ask(serve.port, key, method, path, data, timeout_s)
+
+    return one
 
 
 def _exactly(file: Any, size: int) -> bytes:

@@ -19,9 +19,10 @@ from pydantic import SecretStr
 
 from engines.driver import Driver
 from engines.errors import EngineError, EngineRefuses
+from engines.mistral_rs.native.frames import in_frames
 from engines.process.cpu_wait import CpuWait, is_stopped
 from engines.process.process import KILLED_S, ManagedProcess
-from engines.process.serving import CHAT, exit_reason, free_port, in_frames, last_lines, launch, one_token, wait_ready
+from engines.process.serving import CHAT, exit_reason, free_port, last_lines, launch, one_token, wait_ready
 from engines.process.telemetry import private_bytes, process_tree, vram_bytes
 from engines.settings import Serve
 from engines.yard.engine.connection import Answer, Door, Gone

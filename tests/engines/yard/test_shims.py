@@ -9,9 +9,10 @@ import httpx
 import openai
 import pytest
 
-from engines.driver import Installation, drivers
+from engines.driver import Installation
 from engines.errors import EngineNotFound
 from engines.openai.call import Call, Refusal
+from engines.registry import drivers
 from engines.yard.shims import SHIMS, BinaryShim, HostShim, Shim, error_of, logprobs_of, timings_of
 
 STUB = Path(__file__).parents[2] / "rig" / "mistralrs_stub.py"
