@@ -40,10 +40,10 @@ from engines.process.serving import free_port
 from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.settings import Endpoint, Serve, Settings
 from engines.yard.client import YardClient
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
-from engines.yard.yard import ModelConfig, YardConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("nginx", "litellm")

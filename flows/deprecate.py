@@ -31,7 +31,8 @@ from flows.progress import progress
 from flows.rollout.guide import write_guide
 from migrations.plan import Plan, plan_to_toml
 from tasks.evidence.environment import machine_circumstances
-from tasks.records.store import Records, Run, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Run
 from tasks.verdicts.gate import gate, reasons
 from tasks.verdicts.retirement import DAY_S, Standing, judge_retirement, write_archive
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured

@@ -35,7 +35,8 @@ from engines.errors import BadInput, SwitchyardError
 from flows.deployments import Offer, concluded
 from flows.progress import progress
 from tasks.evidence.environment import machine_circumstances
-from tasks.records.store import Records, Run, Status, Step, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Run, Status, Step
 from tasks.verdicts.verdict import Verdict
 
 KIND, UNDO = "fleet", "fleet-rollback"

@@ -38,7 +38,8 @@ from tasks.evidence.environment import machine_circumstances
 from tasks.evidence.rehearsal import route_of
 from tasks.evidence.unmeasured import models_to_retry
 from tasks.records.payload import plan_hash as stored_hash
-from tasks.records.store import Decision, Records, Run, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Decision, Run
 from tasks.verdicts.gate import reasons, run_verdict
 from tasks.verdicts.verdict import CheckResult, Verdict
 

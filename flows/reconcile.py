@@ -16,7 +16,8 @@ from engines.errors import SwitchyardError
 from engines.home import host
 from engines.process.process import end_orphans
 from engines.yard.client import YardClient
-from tasks.records.store import Records, Run, Step
+from tasks.records.store import Records
+from tasks.records.tables import Run, Step
 
 LOOK_BACK = 200
 Say = Callable[[str], None]

@@ -23,7 +23,8 @@ from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan, load_plan
 from tasks.evidence.environment import machine_circumstances
 from tasks.evidence.rehearsal import one_token, route_of
-from tasks.records.store import Records, Run, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Run
 from tasks.verdicts.verdict import Verdict
 
 KIND = "rollback"

@@ -36,7 +36,8 @@ from migrations.plan import Plan, load_plan
 from tasks.evidence.environment import machine_circumstances
 from tasks.evidence.soak.soak import duration, empty_segment
 from tasks.evidence.soak.window import Place, SoakLimits, ending, gist, judge_windows, measure_window
-from tasks.records.store import Evidence, Records, Run, Step, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Evidence, Run, Step
 from tasks.report.report import write_report
 from tasks.verdicts.gate import gate, reasons, run_verdict
 from tasks.verdicts.verdict import Verdict

@@ -11,15 +11,14 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engines.errors import SwitchyardError
 from engines.yard.moves import Moves
 from engines.yard.route import Route
+from engines.yard.sample import Sample
 from engines.yard.state import Canary
-
-if TYPE_CHECKING:
-    from engines.yard.yard import Sample, Yard
+from engines.yard.yard import Yard
 
 KEPT = 20_000  # requests of one canary; the judge's blocks count from its beginning, so the first ones are kept
 JUDGE_SHARE = 20  # the next judgement waits this many times what the last one took: a twentieth of a core at most

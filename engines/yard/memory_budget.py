@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.fit import estimate, free_memory
@@ -18,9 +17,7 @@ from engines.model.header import read_header
 from engines.yard.engine.unit import Unit
 from engines.yard.memory import memory_back, mib
 from engines.yard.route import Route
-
-if TYPE_CHECKING:
-    from engines.yard.yard import Yard
+from engines.yard.yard import Yard
 
 QUIET_S = 10.0  # how long a model that has work may keep another one waiting before it finishes what it has
 LOOK_S = 1.0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engines.yard.engine.health import Health
-
-if TYPE_CHECKING:
-    from engines.yard.yard import Sample, Yard
+from engines.yard.route import Route
+from engines.yard.sample import Sample
 
 TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
@@ -73,9 +71,9 @@ class Metrics:
         """A client that took nothing of its answer."""
         self._cut.inc()
 
-    def text(self, yard: Yard) -> bytes:
+    def text(self, routes: Iterable[Route], incidents: int) -> bytes:
         """Everything now, in Prometheus' text format."""
-        for route in yard.routes.values():
+        for route in routes:
             self._waiting.labels(route.model_id).set(route.waiting)
             self._fallback.labels(route.model_id).set(route.fallback is not None)
             canary = route.state.canary
@@ -90,7 +88,7 @@ class Metrics:
                     self._state.labels(*labels, str(state)).set(state is unit.state)
                 _set_or_drop(self._memory, labels, unit.memory_bytes)
                 _set_or_drop(self._vram, labels, unit.vram_bytes)
-        self._incidents.set(len(yard.journal.incidents))
+        self._incidents.set(incidents)
         return generate_latest(self._registry)
 
     def _counter(self, name: str, meaning: str, labels: list[str]) -> Counter:

@@ -12,19 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Literal, get_args
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.fit import FreeMemory, estimate, free_memory
 from engines.model.header import read_header
 from engines.yard.client import Say
+from engines.yard.config import ModelConfig, YardConfig, loopback_or_key
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.engine.unit import Unit
 from engines.yard.memory import memory_back
+from engines.yard.memory_budget import Residency
 from engines.yard.route import Route
+from engines.yard.shadow import Shadow
 from engines.yard.state import Canary
-from engines.yard.yard import ModelConfig, Yard, YardConfig, loopback_or_key
+from engines.yard.yard import Yard
 
 Form = Literal["auto", "side-by-side", "one-at-a-time"]
 HOLD_SHARE = 0.8  # of the time that a request may wait
@@ -38,8 +41,10 @@ class MoveFailed(SwitchyardError):
 class Moves:
     """The moves of one yard; one at a time for each model."""
 
-    def __init__(self, yard: Yard) -> None:
+    def __init__(self, yard: Yard, shadow: Shadow, residency: Residency) -> None:
         self._yard = yard
+        self._shadow = shadow
+        self._residency = residency
 
     async def promote(self, model: str | None, to: str | None, say: Say, *, form: Form = "auto") -> str:
         """Serve `model` by the engine `to` (the candidate where none is named). Raises BadInput, MoveFailed."""
@@ -99,7 +104,7 @@ class Moves:
         target = self._unit(route, to or route.candidate)
         if target is route.serving:
             raise BadInput(f"{target.engine} serves {route.model_id}; copies go to another engine")
-        self._yard.shadow.set_share(route, target.engine, share)
+        self._shadow.set_share(route, target.engine, share)
         async with self._alone(route, f"shadow on {target.engine} {share:g}", say) as tell:
             if share == 0:
                 if route.state.canary is None or route.state.canary.engine != target.engine:
@@ -144,7 +149,7 @@ class Moves:
     async def _reload_model(self, model: ModelConfig) -> str:
         route = self._yard.routes.get(model.id)
         if route is None:
-            self._yard.residency.admit(self._yard.add(model))
+            self._residency.admit(self._yard.add(model))
             return f"{model.id} is new"
         route.incumbent, route.candidate = model.incumbent, model.candidate
         route.load, route.pin = model.load, model.pin
@@ -161,6 +166,46 @@ class Moves:
                 route.units[engine] = unit
             changed.append(f"{model.id}: {engine} has new settings")
         return "; ".join(changed)
+
+    async def retire(self, engine: str, *, who: str, why: str, archive: str) -> str:
+        """Take an engine out of every route, on the disk first; nothing starts it until it is restored.
+
+        Raises BadInput while a route, a fallback in force, a canary or a shadow needs it, or a model is being moved.
+        """
+        self._require_unneeded(engine)
+        everything = self._yard.state.retire(engine, at=time.time(), who=who, why=why, archive=archive)
+        self._yard.save(everything)
+        for route in self._yard.routes.values():
+            if (unit := route.units.pop(engine, None)) is not None:
+                await unit.stop()
+        self._yard.journal.note("move", "-", f"retired by {who}: {why}", engine=engine)
+        return f"{engine} is retired: nothing starts it until `switchyard restore {engine}`"
+
+    def restore(self, engine: str) -> str:
+        """Have a retired engine back on every route that it was on; it serves when a move, or a person, says so."""
+        back = self._yard.state.retired.get(engine)
+        self._yard.save(self._yard.state.restore(engine))
+        for model_id, recipe in back.recipes.items() if back else ():
+            if (route := self._yard.routes.get(model_id)) is not None and engine not in route.units:
+                route.units[engine] = self._yard.unit(recipe)
+        self._yard.journal.note("move", "-", "restored", engine=engine)
+        return f"{engine} is back; `switchyard promote MODEL --to {engine}` makes it serve"
+
+    def _require_unneeded(self, engine: str) -> None:
+        needs = [what for route in self._yard.routes.values() for what in self._needs(route, engine)]
+        if needs:
+            raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
+
+    def _needs(self, route: Route, engine: str) -> Iterator[str]:
+        if route.state.serving == engine:  # the state has no route that was never moved
+            yield f"{route.model_id} is served by it"
+        if route.fallback == engine:
+            yield f"it is {route.model_id}'s fallback, in force now"
+        if route.moving is not None:
+            yield f"{route.model_id} is being moved ({route.moving})"
+        shadow = self._shadow.status(route)
+        if shadow and shadow["engine"] == engine and shadow["share"] > 0:
+            yield f"it gets copies of {route.model_id}'s requests"
 
     # --- how
 

@@ -22,10 +22,14 @@ from engines.process.process import stop_all
 from engines.process.serving import listener_on
 from engines.yard.canary_analysis import CanaryWatch
 from engines.yard.client import socket_path
+from engines.yard.config import YardConfig, loopback_or_key
+from engines.yard.memory_budget import Residency
 from engines.yard.moves import Moves
 from engines.yard.ports.control import Control, listening
 from engines.yard.ports.gateway import Gateway
-from engines.yard.yard import Yard, YardConfig, loopback_or_key
+from engines.yard.ports.status import Status
+from engines.yard.shadow import Shadow
+from engines.yard.yard import Yard
 
 try:
     import uvloop
@@ -57,7 +61,8 @@ def run(
 
 async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Callable[[Yard], None]) -> None:
     stop = asyncio.Event()
-    moves = Moves(yard)
+    shadow, residency = Shadow(yard), Residency(yard)
+    moves, status = Moves(yard, shadow, residency), Status(yard, shadow)
     reloads: set[asyncio.Task[object]] = set()
     background: list[asyncio.Task[None]] = []
 
@@ -88,7 +93,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     limit = yard.settings.max_header_kib * 1024
-    gateway = Gateway(yard)
+    gateway = Gateway(yard, shadow, residency, status)
     public = web.AppRunner(
         gateway.application(),
         handler_cancellation=True,
@@ -98,7 +103,9 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         max_line_size=limit,
         max_field_size=limit,
     )
-    control = web.AppRunner(Control(yard, moves, stop=stop.set, reload=reload).application(), access_log=None)
+    control = web.AppRunner(
+        Control(yard, moves, residency, status, stop=stop.set, reload=reload).application(), access_log=None
+    )
     try:
         await public.setup()
         await control.setup()
@@ -106,9 +113,9 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await _listen(public, yard)
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
         opened(yard)  # what is lost on the way is said before an engine is launched
-        yard.start()
-        background += [asyncio.create_task(CanaryWatch(yard, moves).run()), asyncio.create_task(yard.shadow.run())]
-        background.append(asyncio.create_task(yard.residency.run()))
+        residency.start()
+        background += [asyncio.create_task(CanaryWatch(yard, moves).run()), asyncio.create_task(shadow.run())]
+        background.append(asyncio.create_task(residency.run()))
         background.append(asyncio.create_task(gateway.watch_clients(lambda: _connections(public))))
         await stop.wait()
     finally:

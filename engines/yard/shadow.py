@@ -20,18 +20,16 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engines.errors import BadInput
 from engines.openai.call import Call, Refusal
 from engines.yard.capture import Lines
 from engines.yard.engine.connection import Gone
 from engines.yard.engine.unit import Unit
+from engines.yard.route import Route
 from engines.yard.shims import shim_for
-
-if TYPE_CHECKING:
-    from engines.yard.route import Route
-    from engines.yard.yard import Yard
+from engines.yard.yard import Yard
 
 Answer = dict[str, Any]
 CHAT = "/v1/chat/completions"

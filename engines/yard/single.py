@@ -11,10 +11,10 @@ from pathlib import Path
 
 from engines.errors import SwitchyardError
 from engines.redaction import RedactingFormatter
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
-from engines.yard.yard import ModelConfig, YardConfig
 
 STOP_S = 2.0
 

@@ -1,4 +1,4 @@
-"""The yard: all models, their routes and engines, and what it tells of them.
+"""The yard: all models, their routes and engines.
 
 It owns the public port and the control socket, keeps engines up, and falls back to the other engine when one cannot be
 kept up. It imports neither Prefect nor a database: it works when both are gone.
@@ -15,8 +15,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,69 +26,24 @@ from engines.driver import Driver, native_of
 from engines.errors import BadInput
 from engines.openai.call import Call, Refusal
 from engines.process.process import end_orphans
-from engines.redaction import redacted, redacted_text
+from engines.redaction import redacted_text
 from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.capture import Capture
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.connection import Door, FrameDoor, HttpDoor
 from engines.yard.engine.health import Transition
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.engine.unit import Flight, Unit
 from engines.yard.journal import Journal
-from engines.yard.memory_budget import Residency
 from engines.yard.metrics import Metrics
 from engines.yard.route import Route
-from engines.yard.settings import Load, YardSettings
-from engines.yard.shadow import Shadow, Tape
+from engines.yard.sample import Sample
 from engines.yard.state import ModelState, StateFile, YardState
 
-# samples, incumbent, candidate -> {"verdict": ..., "why": ..., and what else the status shows}; called in a thread
-JudgeCanary = Callable[[Sequence[Mapping[str, Any]], str, str], Mapping[str, Any]]
-JudgeShadow = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]  # the same of pairs of answers
 SAMPLES = 5000  # live requests remembered for the judgement of a canary
 
 KEPT_S = 2.0  # llama-server closes after 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """One model: the engines that may serve it, as found on this machine, and why one was not."""
-
-    id: str
-    incumbent: str
-    candidate: str
-    recipes: Mapping[str, Recipe]
-    missing: Mapping[str, str] = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-    engine: str = "auto"
-    load: Load = "start"
-    pin: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class YardConfig:
-    """All that the yard is told at its start, and again when the plan is reloaded."""
-
-    settings: YardSettings
-    models: tuple[ModelConfig, ...]
-    api_key: SecretStr | None = None
-    judge_canary: JudgeCanary | None = None
-    judge_shadow: JudgeShadow | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One live request that an engine answered. Times in ms, as the yard saw them; None where there is none."""
-
-    at: float
-    engine: str
-    conversation: str
-    prompt_tokens: int
-    ok: bool
-    error: str | None
-    empty: bool
-    ttft_ms: float | None
-    tpot_ms: float | None
 
 
 class Yard:
@@ -112,12 +66,10 @@ class Yard:
         self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
         self.canary_says: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
         self.look_at_canaries = asyncio.Event()
-        self.shadow = Shadow(self)
         self.capture = Capture(None, 0)
-        self.residency = Residency(self)
         self._drivers = drivers
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
-        self._names: dict[str, str] = {}
+        self.names: dict[str, str] = {}
 
     # --- from start to stop
 
@@ -159,10 +111,6 @@ class Yard:
         self.capture = self._capture()
         for model in self.config.models:
             self.add(model)
-
-    def start(self) -> None:
-        """Every route's engine on its way up."""
-        self.residency.start()
 
     def bring_up(self, route: Route) -> None:
         """The engines that the route needs, on their way up."""
@@ -206,7 +154,7 @@ class Yard:
                 route.units[engine] = self.unit(recipe)
         self.routes[model.id] = route
         self.samples[model.id] = deque(maxlen=SAMPLES)
-        self._names |= {name: model.id for name in (model.id, *model.aliases)}
+        self.names |= {name: model.id for name in (model.id, *model.aliases)}
         for engine, why in model.missing.items():
             if engine not in route.units:
                 self.journal.note("incident", model.id, why, engine=engine)
@@ -305,47 +253,7 @@ class Yard:
         self.journal.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)
         route.units[other].want()
 
-    async def retire(self, engine: str, *, who: str, why: str, archive: str) -> str:
-        """Take an engine out of every route, on the disk first; nothing starts it until it is restored.
-
-        Raises BadInput while a route, a fallback in force, a canary or a shadow needs it, or a model is being moved.
-        """
-        self._require_unneeded(engine)
-        everything = self.state.retire(engine, at=time.time(), who=who, why=why, archive=archive)
-        self._save(everything)
-        for route in self.routes.values():
-            if (unit := route.units.pop(engine, None)) is not None:
-                await unit.stop()
-        self.journal.note("move", "-", f"retired by {who}: {why}", engine=engine)
-        return f"{engine} is retired: nothing starts it until `switchyard restore {engine}`"
-
-    def restore(self, engine: str) -> str:
-        """Have a retired engine back on every route that it was on; it serves when a move, or a person, says so."""
-        back = self.state.retired.get(engine)
-        self._save(self.state.restore(engine))
-        for model_id, recipe in back.recipes.items() if back else ():
-            if (route := self.routes.get(model_id)) is not None and engine not in route.units:
-                route.units[engine] = self.unit(recipe)
-        self.journal.note("move", "-", "restored", engine=engine)
-        return f"{engine} is back; `switchyard promote MODEL --to {engine}` makes it serve"
-
-    def _require_unneeded(self, engine: str) -> None:
-        needs = [what for route in self.routes.values() for what in self._needs(route, engine)]
-        if needs:
-            raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
-
-    def _needs(self, route: Route, engine: str) -> Iterator[str]:
-        if route.state.serving == engine:  # the state has no route that was never moved
-            yield f"{route.model_id} is served by it"
-        if route.fallback == engine:
-            yield f"it is {route.model_id}'s fallback, in force now"
-        if route.moving is not None:
-            yield f"{route.model_id} is being moved ({route.moving})"
-        shadow = self.shadow.status(route)
-        if shadow and shadow["engine"] == engine and shadow["share"] > 0:
-            yield f"it gets copies of {route.model_id}'s requests"
-
-    def _save(self, everything: YardState) -> None:
+    def save(self, everything: YardState) -> None:
         self._file.save(everything)
         self.state = everything
         for model_id, route in self.routes.items():
@@ -364,8 +272,8 @@ class Yard:
 
     def route_for(self, name: str | None) -> Route:
         """The route of a model by any of its names. Refusal 404 where the plan wants unknown names refused."""
-        if name is not None and name in self._names:
-            return self.routes[self._names[name]]
+        if name is not None and name in self.names:
+            return self.routes[self.names[name]]
         if name is not None and self.settings.unknown_model == "refuse":
             known = ", ".join(self.routes)
             raise Refusal(404, f"the model '{name}' does not exist; there are: {known}", code="model_not_found")
@@ -375,10 +283,10 @@ class Yard:
         """The route that an order names; the only one where it names none. BadInput lists the models."""
         if model_id is None and len(self.routes) == 1:
             return next(iter(self.routes.values()))
-        if model_id not in self._names:
+        if model_id not in self.names:
             what = "name the model" if model_id is None else f"no model '{model_id}' here"
             raise BadInput(f"{what}: there are {', '.join(self.routes)}")
-        return self.routes[self._names[model_id]]
+        return self.routes[self.names[model_id]]
 
     def rename(self, config: YardConfig) -> None:
         """Take over what changes without any engine: limits, names, the key."""
@@ -392,21 +300,7 @@ class Yard:
         if before != (self.settings.capture, self.settings.capture_mib):
             self.capture, old = self._capture(), self.capture
             self._loop.run_in_executor(None, old.close)
-        self._names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
-
-    def explain(self, route: Route) -> str:
-        """Why a request would not be served now, in one line."""
-        if self.stopping:
-            return "Switchyard is stopping"
-        if route.unservable is not None:
-            return route.unservable
-        unit = route.serving
-        if route.holding:
-            return f"{route.model_id} is {route.moving or 'being unloaded'}; requests wait"
-        if route.dormant:
-            return f"{route.model_id} is not loaded; the first request loads it"
-        detail = f" ({unit.loading})" if unit.state == "loading" and unit.loading else ""
-        return redacted_text(f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " "))
+        self.names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
 
     def served(self, route: Route, unit: Unit, call: Call, flight: Flight, error: str | None) -> None:
         """Count an answered request, and remember it for the judgement of a canary."""
@@ -426,11 +320,9 @@ class Yard:
         self.samples[route.model_id].append(sample)
         self.metrics.served(route.model_id, sample, flight.chunks)
 
-    def answered(self, route: Route, unit: Unit, call: Call, tape: Tape | None) -> None:
-        """What is done with a good answer once the user has it."""
+    def answered(self, call: Call) -> None:
+        """What is done with a request once its user has a good answer."""
         self.capture.take(call.path, call.body, len(call.raw))
-        if tape is not None:
-            self.shadow.offer(route, unit, call, tape)
 
     def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
         """An engine went away with a request of which nothing had reached the client."""
@@ -440,103 +332,7 @@ class Yard:
         what = "is asked again" if retried else "is given up"
         self.journal.note("incident", route.model_id, f"a request was lost and {what}: {why}", engine=unit.engine)
 
-    # --- what it tells
-
-    def models(self) -> list[dict[str, Any]]:
-        """The entries of `/v1/models`: every name that is served."""
-        return [
-            {
-                "id": name,
-                "object": "model",
-                "created": int(self.started_at),
-                "owned_by": "switchyard",
-                "meta": {"n_ctx": self.routes[model_id].serving.context_tokens},
-            }
-            for name, model_id in self._names.items()
-        ]
-
-    def health_of(self, route: Route) -> dict[str, Any]:
-        """What `/health` adds to its status."""
-        unit = route.serving
-        return {
-            "model": route.model_id,
-            "engine": unit.engine,
-            "state": "unloaded" if route.dormant else str(unit.state),
-            "why": self.explain(route) if route.dormant else redacted_text(unit.why),
-            "fallback": route.fallback is not None,
-        }
-
-    def status(self) -> dict[str, Any]:
-        """Everything, for `switchyard status` and the page; without secrets."""
-        told = {
-            "pid": os.getpid(),
-            "since": self.started_at,
-            "address": f"http://{self.settings.host}:{self.settings.port}",
-            "retired": {engine: gone.line(engine) for engine, gone in self.state.retired.items()},
-            "models": [self._route_status(route) for route in self.routes.values()],
-            "capture": self.capture.status(),
-            "incidents": list(self.journal.incidents),
-            "events": list(self.journal.recent),
-        }
-        return {key: redacted(value) for key, value in told.items()}
-
-    def _route_status(self, route: Route) -> dict[str, Any]:
-        canary, says = route.state.canary, self.canary_says.get(route.model_id)
-        judged = says if says and canary and says["since"] == canary.since else {}
-        return {
-            "id": route.model_id,
-            "serving": route.serving.engine if route.units else None,
-            "committed": route.state.serving,
-            "selected": route.state.selected,
-            "fallback": route.fallback,
-            "undo": route.state.undo,
-            "canary": {**canary.model_dump(), **judged} if canary else None,
-            "last_canary": says if canary is None else None,
-            "shadow": self.shadow.status(route),
-            "waiting": route.waiting,
-            "holding": route.holding,
-            "moving": route.moving,
-            "unservable": route.unservable,
-            "load": route.load,
-            "pin": route.pin,
-            "dormant": route.dormant,
-            "engines": [self._unit_status(unit) for unit in route.units.values()],
-        }
-
-    def _unit_status(self, unit: Unit) -> dict[str, Any]:
-        child, last = unit.child, unit.transitions[-1] if unit.transitions else None
-        return {
-            "engine": unit.engine,
-            "version": unit.recipe.version,
-            "form": unit.recipe.form,
-            "state": str(unit.state),
-            "why": unit.why,
-            "since": last.at if last else None,
-            "loading": unit.loading if unit.state == "loading" else "",
-            "pid": child.pid if child else None,
-            "argv": child.argv if child else None,
-            "log": str(child.log.path) if child else None,
-            "memory_bytes": unit.memory_bytes,
-            "vram_bytes": unit.vram_bytes,
-            "memory_series": list(unit.memory_series),
-            "ttft_ms_series": list(unit.ttft_series),
-            "tokens_per_s": unit.tokens_per_s,
-            "in_flight": len(unit.flights),
-            "load_s": unit.load_s,
-            "restarts": unit.restarts,
-            "context_tokens": unit.context_tokens,
-        }
-
 
 def _digest(conversation: str) -> str:
     """Tells conversations apart without keeping what they say."""
     return hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def loopback_or_key(config: YardConfig) -> None:
-    """Refuse to be reachable from elsewhere without a key. Raises BadInput."""
-    if not config.settings.on_loopback and config.api_key is None:
-        raise BadInput(
-            f"yard.host {config.settings.host} can be reached from other machines: set "
-            'api_key_env = "SWITCHYARD_API_KEY" in the plan and export that variable, or listen on 127.0.0.1'
-        )

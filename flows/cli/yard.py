@@ -32,8 +32,9 @@ def serve(
 
     Ctrl-C or SIGTERM finishes the requests in flight and stops (a second one stops at once); SIGHUP reloads the plan.
     """
+    from engines.yard.config import YardConfig
     from engines.yard.serve import run
-    from engines.yard.yard import Yard, YardConfig
+    from engines.yard.yard import Yard
     from flows.rollout.yard_config import log_to_terminal, losses, plan_path, remember_plan, yard_config
     from migrations.plan import load_plan
 

@@ -12,7 +12,7 @@ from flows.evaluation.run import Bench
 from flows.evaluation.trial import Trial
 from migrations.demo import DEMO_NAME
 from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE, RISKS
-from tasks.records.store import Run
+from tasks.records.tables import Run
 from tasks.report.report import latency_images, write_report
 from tasks.verdicts.gate import gate, reasons, risks, run_verdict
 from tasks.verdicts.verdict import CheckResult, Verdict

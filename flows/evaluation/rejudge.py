@@ -16,7 +16,8 @@ from flows.evaluation.outcome import judge, report
 from flows.evaluation.trial import ARMS, Bench, Trial
 from migrations.plan import Plan, build_plan, recorded_plan
 from tasks.evidence.unmeasured import models_to_retry
-from tasks.records.store import Records, Run, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Run
 
 DATABASE = "the database of the records"
 LOCKED_S = 3.0  # for each lock of another program; our own writers hold theirs for milliseconds

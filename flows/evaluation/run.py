@@ -30,7 +30,8 @@ from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.environment import machine_circumstances
 from tasks.evidence.prompts import load_transcripts
 from tasks.records.payload import redact
-from tasks.records.store import Records, Run, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Run
 
 
 @contextlib.contextmanager

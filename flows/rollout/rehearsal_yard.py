@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from engines.errors import SwitchyardError
+from engines.yard.config import YardConfig
 from engines.yard.serve import run
-from engines.yard.yard import YardConfig
 from flows.rollout.yard_config import log_to_terminal, yard_config
 from migrations.plan import Plan
 

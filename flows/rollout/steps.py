@@ -28,7 +28,8 @@ from flows.rollout.yards import Yards
 from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks.evidence.environment import machine_circumstances
 from tasks.evidence.rehearsal import OpenStage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room, route_of
-from tasks.records.store import Records, Run, Step
+from tasks.records.store import Records
+from tasks.records.tables import Run, Step
 from tasks.verdicts.gate import gate, reasons, run_verdict
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 

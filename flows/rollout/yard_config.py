@@ -12,8 +12,8 @@ from engines.driver import Installation
 from engines.errors import EngineNotFound
 from engines.redaction import RedactingFormatter
 from engines.registry import driver, native_driver
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import Recipe
-from engines.yard.yard import ModelConfig, YardConfig
 from migrations.plan import EngineChoice, Plan
 from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
 

@@ -18,9 +18,9 @@ from engines.environment import of_child
 from engines.process import process
 from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
+from engines.yard.config import YardConfig
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.settings import YardSettings
-from engines.yard.yard import YardConfig
 from flows.rollout.yard_config import plan_path, yard_config
 from migrations.plan import Plan, load_plan, plan_hash, plan_to_toml
 from tasks.evidence.rehearsal import Stage

@@ -26,7 +26,8 @@ from engines.registry import driver
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.state import YardState
 from tasks.records.payload import plan_hash, redact
-from tasks.records.store import Records, Run
+from tasks.records.store import Records
+from tasks.records.tables import Run
 from tasks.report.markup import NOT_MEASURED, memory
 from tasks.report.model_section import ModelRecord
 from tasks.verdicts.gate import gate

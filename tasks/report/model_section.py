@@ -13,7 +13,8 @@ from typing import Any, Self
 from tasks.evidence.parity.judge import compare_answers
 from tasks.evidence.performance import PerformanceLimits, Workload, metrics
 from tasks.records.series import Series
-from tasks.records.store import Arm, Evidence, Records, Run
+from tasks.records.store import Records
+from tasks.records.tables import Arm, Evidence, Run
 from tasks.report import plots
 from tasks.report.markup import NOT_MEASURED, Html, duration, el, figure, joined, quantity
 from tasks.report.plots import ARMS

@@ -19,7 +19,8 @@ from string import Template
 from typing import Any
 
 from engines.errors import BadInput
-from tasks.records.store import Records, Run
+from tasks.records.store import Records
+from tasks.records.tables import Run
 from tasks.report.markup import NOT_MEASURED, Html, duration, el, joined, memory, quantity
 from tasks.report.model_section import ARMS, ModelRecord, latency_figure, model_section, named, row, table, verdict_mark
 

@@ -19,7 +19,7 @@ from processes import of_home
 from switchyard_up import ENDED, MODEL, NEW, Up
 from waiting import until
 
-from tasks.records.store import Run
+from tasks.records.tables import Run
 
 NATIVE = "mistral.rs-native"
 PHASE_S = 900

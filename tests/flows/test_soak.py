@@ -30,7 +30,8 @@ from flows.cli.soak import exit_code, next_step, show
 from flows.soak import markdown, nothing, soak_window, targets
 from migrations.plan import Plan, build_plan, load_plan, plan_to_toml
 from tasks.evidence.soak.window import Place, measure_window
-from tasks.records.store import Records, Run, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Run
 
 ROOT = Path(__file__).parents[2]
 RIG = ROOT / "tests" / "rig"

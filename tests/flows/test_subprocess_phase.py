@@ -543,7 +543,7 @@ port = {port}
 
 def test_hiding_an_engine_is_what_a_machine_without_it_says(plan: Plan) -> None:
     """It was chosen, and it is missing; the other one stays."""
-    from engines.yard.yard import ModelConfig, YardConfig
+    from engines.yard.config import ModelConfig, YardConfig
 
     model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, recipes={OLD: None, NEW: None})  # type: ignore[dict-item]
     (hidden,) = without(YardConfig(settings=plan.yard, models=(model,)), NEW).models

@@ -20,10 +20,10 @@ from pydantic import SecretStr
 from engines.driver import native_of
 from engines.errors import BadInput, SwitchyardError
 from engines.settings import Settings
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
-from engines.yard.yard import ModelConfig, YardConfig
 from flows.rollout.rehearsal_yard import without
 from flows.rollout.yard_config import log_to_terminal
 from flows.rollout.yards import QUICK

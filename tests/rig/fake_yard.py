@@ -17,10 +17,10 @@ from engines.driver import Driver, native_of
 from engines.errors import SwitchyardError
 from engines.registry import driver
 from engines.settings import Settings
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import Recipe
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
-from engines.yard.yard import ModelConfig, YardConfig
 from flows.rollout.yard_config import log_to_terminal
 from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
 

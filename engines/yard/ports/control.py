@@ -18,7 +18,9 @@ from aiohttp import web
 
 from engines.errors import BadInput, SwitchyardError
 from engines.yard.client import Say, short_name
+from engines.yard.memory_budget import Residency
 from engines.yard.moves import Moves
+from engines.yard.ports.status import Status
 from engines.yard.yard import Yard
 
 Order = Callable[[Say], Awaitable[str]]
@@ -28,10 +30,19 @@ class Control:
     """The service."""
 
     def __init__(
-        self, yard: Yard, moves: Moves, *, stop: Callable[[], None], reload: Callable[[], Awaitable[str]]
+        self,
+        yard: Yard,
+        moves: Moves,
+        residency: Residency,
+        status: Status,
+        *,
+        stop: Callable[[], None],
+        reload: Callable[[], Awaitable[str]],
     ) -> None:
         self._yard = yard
         self._moves = moves
+        self._residency = residency
+        self._shown = status
         self._stop = stop
         self._reload = reload
         self._running: set[asyncio.Task[None]] = set()
@@ -93,7 +104,7 @@ class Control:
         return handle
 
     async def _status(self, _: web.Request) -> web.Response:
-        return web.json_response(self._yard.status())
+        return web.json_response(self._shown.status())
 
     async def _samples(self, request: web.Request) -> web.Response:
         route = self._yard.route_of(request.query.get("model"))
@@ -119,19 +130,19 @@ class Control:
 
     def _retire(self, body: dict[str, Any]) -> Order:
         told = {name: str(body.get(name, "")) for name in ("who", "why", "archive")}
-        return lambda _: self._yard.retire(str(body["engine"]), **told)
+        return lambda _: self._moves.retire(str(body["engine"]), **told)
 
     def _restore(self, body: dict[str, Any]) -> Order:
         async def order(_: Say) -> str:
-            return self._yard.restore(str(body["engine"]))
+            return self._moves.restore(str(body["engine"]))
 
         return order
 
     def _load(self, body: dict[str, Any]) -> Order:
-        return lambda _: self._yard.residency.load(self._yard.route_of(body.get("model")))
+        return lambda _: self._residency.load(self._yard.route_of(body.get("model")))
 
     def _unload(self, body: dict[str, Any]) -> Order:
-        return lambda _: self._yard.residency.unload(self._yard.route_of(body.get("model")))
+        return lambda _: self._residency.unload(self._yard.route_of(body.get("model")))
 
     def _stopped(self, _: dict[str, Any]) -> Order:
         async def order(say: Say) -> str:

@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -26,13 +25,13 @@ from engines.process.serving import NOT_SUPPORTED
 from engines.yard import shims
 from engines.yard.engine.connection import Answer, Gone
 from engines.yard.engine.unit import Flight, Unit, failure_words
+from engines.yard.memory_budget import Residency
 from engines.yard.ports.page import page
+from engines.yard.ports.status import Status
 from engines.yard.ports.unread import SOME_BYTES, Comments, StalledClients, Unread, address_of
 from engines.yard.route import Full, Route, Unservable, Waiting
-from engines.yard.shadow import Tape
-
-if TYPE_CHECKING:
-    from engines.yard.yard import Yard
+from engines.yard.shadow import Shadow, Tape
+from engines.yard.yard import Yard
 
 # answered beside the requests in flight: they take no slot
 LIGHT = frozenset({"/v1/chat/completions/input_tokens", "/tokenize", "/detokenize"})
@@ -57,8 +56,11 @@ class ClientLeft(Exception):
 class Gateway:
     """The aiohttp application in front of a yard."""
 
-    def __init__(self, yard: Yard) -> None:
+    def __init__(self, yard: Yard, shadow: Shadow, residency: Residency, status: Status) -> None:
         self._yard = yard
+        self._shadow = shadow
+        self._residency = residency
+        self._status = status
         self._unread = Unread()
 
     def application(self) -> web.Application:
@@ -119,9 +121,9 @@ class Gateway:
         call = parse(path, await request.read())
         route = self._yard.route_for(call.model)
         reply = Reply(request, call, self._unread)
-        self._yard.shadow.make_way(route)
-        self._yard.residency.wake(route)
-        reply.tape = self._yard.shadow.tape(route, call)
+        self._shadow.make_way(route)
+        self._residency.wake(route)
+        reply.tape = self._shadow.tape(route, call)
         try:
             for attempt in range(1, TRIES + 1):
                 unit, flight = await self._turn(route, self._enter(route, call), reply, began)
@@ -134,7 +136,9 @@ class Gateway:
                     unit.give_back(flight)
                 self._yard.served(route, unit, call, flight, reply.error)
                 if reply.error is None:
-                    self._yard.answered(route, unit, call, reply.tape)
+                    self._yard.answered(call)
+                    if reply.tape is not None:
+                        self._shadow.offer(route, unit, call, reply.tape)
                 return await reply.delivered()
             raise Refusal(502, "the engine went away twice while it had this request", code="engine_died")
         except Refusal as refusal:
@@ -160,7 +164,9 @@ class Gateway:
             while not place.turn.done():
                 left = began + self._yard.settings.wait_s - time.monotonic()
                 if left <= 0:
-                    why = f"waited {self._yard.settings.wait_s:.0f} s for {route.model_id}: {self._yard.explain(route)}"
+                    why = (
+                        f"waited {self._yard.settings.wait_s:.0f} s for {route.model_id}: {self._status.explain(route)}"
+                    )
                     raise Refusal(503, why, code="wait_timeout", retry_after_s=10)
                 await asyncio.wait([place.turn], timeout=min(left, self._yard.settings.keepalive_s))
                 if not place.turn.done():
@@ -264,21 +270,21 @@ class Gateway:
         """The truth: 200 only when a request would be served now."""
         route = self._yard.route_for(request.query.get("model"))
         unit = route.serving
-        detail = self._yard.health_of(route)
+        detail = self._status.health_of(route)
         served = unit.state.serves and not route.holding and route.unservable is None
         if served or route.dormant:  # the next request would load it
             return web.json_response({"status": "ok", **detail})
         return self._not_served(route).response(**detail)
 
     def _not_served(self, route: Route) -> Refusal:
-        return Refusal(503, self._yard.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
+        return Refusal(503, self._status.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": self._yard.models()})
+        return web.json_response({"object": "list", "data": self._status.models()})
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
-        for entry in self._yard.models():
+        for entry in self._status.models():
             if entry["id"] == name:
                 return web.json_response(entry)
         raise Refusal(404, f"the model '{name}' does not exist", code="model_not_found")
@@ -292,12 +298,12 @@ class Gateway:
         return web.json_response(await shims.props(unit))
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        text = self._yard.metrics.text(self._yard)
+        text = self._yard.metrics.text(self._yard.routes.values(), len(self._yard.journal.incidents))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _page(self, _: web.Request) -> web.Response:
         newest = sorted((path.name for path in self._reports.glob("*.html")), reverse=True)  # their names are times
-        text = page(self._yard.status(), newest[:SHOWN_REPORTS])
+        text = page(self._status.status(), newest[:SHOWN_REPORTS])
         return web.Response(text=text, content_type="text/html", charset="utf-8")
 
     async def _report(self, request: web.Request) -> web.StreamResponse:

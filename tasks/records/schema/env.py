@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import context
 
 from tasks.records.schema.upgrade import VERSION_TABLE
-from tasks.records.store import METADATA
+from tasks.records.tables import METADATA
 
 context.configure(
     connection=context.config.attributes["connection"],

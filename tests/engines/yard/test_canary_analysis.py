@@ -13,8 +13,8 @@ import pytest
 from waiting import until
 
 from engines.yard.canary_analysis import CanaryWatch
+from engines.yard.sample import Sample
 from engines.yard.state import Canary
-from engines.yard.yard import Sample
 
 # a fake engine on a busy machine is not steady: wide margins, few blocks
 LIMITS = {

@@ -27,7 +27,8 @@ from engines.home import home
 from tasks.records.payload import REDACTED, pack_json, plan_hash, redact, unpack_json
 from tasks.records.schema.upgrade import SCHEMA, VERSION_TABLE, Schema
 from tasks.records.series import pack, unpack
-from tasks.records.store import CHUNK_POINTS, METADATA, Arm, Records, open_records
+from tasks.records.store import CHUNK_POINTS, Records, open_records
+from tasks.records.tables import METADATA, Arm
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 ROOT = Path(tasks.records.store.__file__).parent.parent

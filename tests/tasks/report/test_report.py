@@ -17,7 +17,8 @@ import pytest
 
 from engines.errors import BadInput
 from tasks.records.series import Series
-from tasks.records.store import Arm, Records, open_records
+from tasks.records.store import Records, open_records
+from tasks.records.tables import Arm
 from tasks.report import plots
 from tasks.report.markup import NOT_MEASURED, Html, el, figure, quantity
 from tasks.report.model_section import ModelRecord, pooled, side_by_side

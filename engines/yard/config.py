@@ -1,0 +1,54 @@
+"""What the yard is told at its start, and again when the plan is reloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import SecretStr
+
+from engines.errors import BadInput
+from engines.yard.engine.launch_spec import Recipe
+from engines.yard.settings import Load, YardSettings
+
+# samples, incumbent, candidate -> {"verdict": ..., "why": ..., and what else the status shows}; called in a thread
+JudgeCanary = Callable[[Sequence[Mapping[str, Any]], str, str], Mapping[str, Any]]
+
+
+JudgeShadow = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]  # the same of pairs of answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model: the engines that may serve it, as found on this machine, and why one was not."""
+
+    id: str
+    incumbent: str
+    candidate: str
+    recipes: Mapping[str, Recipe]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    engine: str = "auto"
+    load: Load = "start"
+    pin: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class YardConfig:
+    """All that the yard is told at its start, and again when the plan is reloaded."""
+
+    settings: YardSettings
+    models: tuple[ModelConfig, ...]
+    api_key: SecretStr | None = None
+    judge_canary: JudgeCanary | None = None
+    judge_shadow: JudgeShadow | None = None
+
+
+def loopback_or_key(config: YardConfig) -> None:
+    """Refuse to be reachable from elsewhere without a key. Raises BadInput."""
+    if not config.settings.on_loopback and config.api_key is None:
+        raise BadInput(
+            f"yard.host {config.settings.host} can be reached from other machines: set "
+            'api_key_env = "SWITCHYARD_API_KEY" in the plan and export that variable, or listen on 127.0.0.1'
+        )
