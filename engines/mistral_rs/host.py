@@ -1,6 +1,6 @@
 """mistral.rs behind the OpenAI HTTP API, from its Python wheel: `python -m engines.mistral_rs.host --gguf FILE ...`.
 
-A thin shell around `engines.mistral_rs.native`, which says what the engine can and cannot do. Loading holds Python's global lock:
+A thin shell around `native`, which says what the engine can and cannot do. Loading holds Python's global lock:
 until it is over, a forked child answers 503 on the same port.
 """
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, SecretStr, field_serializer, field_validator
 
 from engines.driver import Found, Installation
 from engines.settings import Serve, Settings
+
+# Modules that engines run in, by the names under which they are stored: those of the first version that stored any.
+# A later version finds them under their present names, and an earlier one still starts what a later one has stored.
+MODULES = {
+    "engines.hosts.llama_cpp": "engines.llama_cpp.host",
+    "engines.hosts.mistral_rs": "engines.mistral_rs.host",
+    "engines.native.worker": "engines.mistral_rs.native.worker",
+}
+STORED_NAMES = {present: stored for stored, present in MODULES.items()}
 
 
 class Recipe(BaseModel):
@@ -25,6 +34,15 @@ class Recipe(BaseModel):
     model_id: str
     gguf: Path
     settings: Settings = Settings()
+
+    @field_validator("program")
+    @classmethod
+    def _under_present_names(cls, program: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(MODULES.get(word, word) for word in program)
+
+    @field_serializer("program")
+    def _under_stored_names(self, program: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(STORED_NAMES.get(word, word) for word in program)
 
     @field_validator("settings")
     @classmethod

@@ -1,5 +1,6 @@
 """state.json: never half, never lost."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from engines.errors import SwitchyardError
 from engines.settings import Settings
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import MODULES, Recipe
 from engines.yard.state import Canary, ModelState, StateFile, YardState
 
 
@@ -35,6 +36,22 @@ def test_what_was_saved_is_read_back(tmp_path):
     file.save(state())
     assert file.load() == (state(), None)
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize(("stored", "present"), MODULES.items())
+def test_a_module_that_moved_is_found_and_still_stored_under_its_old_name(tmp_path, stored, present):
+    """A rollback from a stored recipe finds its module, and the version before the move could start it as well."""
+    assert importlib.util.find_spec(present) is not None
+    file = StateFile(tmp_path)
+    file.save(state())
+    text = json.loads((tmp_path / "state.json").read_text())
+    text["models"]["m"]["recipes"]["old"]["program"] = ["/v/bin/python", "-m", stored]
+    (tmp_path / "state.json").write_text(json.dumps(text))
+    loaded, problem = file.load()
+    assert problem is None
+    assert loaded.models["m"].recipes["old"].program == ("/v/bin/python", "-m", present)
+    file.save(loaded)
+    assert json.loads((tmp_path / "state.json").read_text()) == text
 
 
 def test_no_file_is_an_empty_state(tmp_path):
