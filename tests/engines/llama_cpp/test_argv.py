@@ -351,7 +351,7 @@ def _package(name: str) -> Path:
     """Where an installed package lies, without importing it; skips when it is missing."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        pytest.skip(f"{name} is not installed: pip install 'switchyard[demo]'")
+        pytest.skip(f"{name} is not installed: pip install -e '.[demo]'")
     return Path(spec.origin).parent
 
 

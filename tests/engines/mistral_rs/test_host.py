@@ -577,7 +577,7 @@ def test_whole_and_streamed_answers_say_the_same(http: httpx.Client) -> None:
 @pytest.mark.engine
 def test_the_openai_client_reads_it(base: str) -> None:
     """The public client parses models, a chat with log-probabilities, and errors."""
-    openai = pytest.importorskip("openai", reason="pip install 'switchyard[test]'")
+    openai = pytest.importorskip("openai", reason="pip install -e '.[test]'")
     client = openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0)
     assert [model.id for model in client.models.list()] == ["smol"]
     reply = client.chat.completions.create(

