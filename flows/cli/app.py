@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Switch the inference engine under a local LLM on evidence, one reversible move at a time.\n\n"
@@ -78,6 +79,24 @@ app = typer.Typer(
     "Exit codes: 0 done or gate open, 2 bad input, 3 gate closed, 4 inconclusive, 5 engine or environment error, "
     "130 interrupted.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"switchyard {metadata.version('switchyard-llm')}")
+        except metadata.PackageNotFoundError:
+            print("switchyard, run from a checkout that is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()

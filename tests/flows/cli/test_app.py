@@ -146,6 +146,11 @@ def test_bad_input_is_one_line_and_exit_2(switchyard, arguments, words):
     assert_one_clear_line(switchyard(*arguments), 2, *words)
 
 
+def test_version_and_short_help(switchyard):
+    assert switchyard("--version").stdout.startswith("switchyard 0.")
+    assert "--to" in switchyard("promote", "-h").stdout
+
+
 def test_an_unknown_command_is_exit_2(switchyard):
     done = switchyard("evalute")
     assert done.returncode == 2
