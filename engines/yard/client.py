@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ import httpx
 from engines.errors import BadInput, EngineError, SwitchyardError
 
 Say = Callable[[str], None]
+# Orders carry the version of the control socket that they need, so that an older yard does not misread one: it says
+# the version it has in its status, a yard of the first version says none. Raise VERSION when an order, or a field of
+# one, is added, and enter it in SINCE as "order" or "order.field"; answers and status keep their keys.
+FIRST = VERSION = 1
+SINCE: dict[str, int] = {}
 BAD_INPUT = 2  # how `switchyard serve` ends when the user can mend it
 POLL_S = 0.2
 
@@ -59,7 +64,15 @@ class YardClient:
 
     def order(self, name: str, say: Say = lambda _: None, **body: Any) -> str:
         """Carry out an order; `say` gets each step. Raises BadInput, or SwitchyardError with the yard's own words."""
-        with self._http() as http, self._reachable(), http.stream("POST", f"/{name}", json=body) as answer:
+        needed = version_needed(name, body)
+        # a yard of the first version would carry out what it understands of it
+        if needed > FIRST and self.status().get("orders", FIRST) < needed:
+            raise SwitchyardError(too_old(name))
+        told = {**body, "version": needed}
+        with self._http() as http, self._reachable(), http.stream("POST", f"/{name}", json=told) as answer:
+            if answer.status_code == httpx.codes.NOT_FOUND:
+                raise SwitchyardError(too_old(name))
+            answer.raise_for_status()
             for line in answer.iter_lines():
                 event = json.loads(line)
                 if "error" in event:
@@ -95,6 +108,19 @@ class YardClient:
             raise SwitchyardError(f"no yard runs here ({self._path}): start one with `switchyard serve`") from error
         except httpx.HTTPError as error:
             raise SwitchyardError(f"the yard did not answer: {error or type(error).__name__}") from error
+
+
+def version_needed(name: str, body: Mapping[str, Any]) -> int:
+    """The version of the control socket that has the order `name` with all fields of `body`."""
+    return max(SINCE.get(part, FIRST) for part in (name, *(f"{name}.{field}" for field in body)))
+
+
+def too_old(name: str) -> str:
+    """Why a running yard cannot carry out the order `name` of a newer command, and what to do."""
+    return (
+        f"the running yard is older than this command and cannot carry out `{name}`: restart it (`switchyard stop`, "
+        "then `switchyard serve`; installed as a service: `systemctl --user restart switchyard`)"
+    )
 
 
 def public_address(told: str) -> str:

@@ -181,13 +181,13 @@ class Moves:
         self._yard.journal.note("move", "-", f"retired by {who}: {why}", engine=engine)
         return f"{engine} is retired: nothing starts it until `switchyard restore {engine}`"
 
-    def restore(self, engine: str) -> str:
+    async def restore(self, engine: str) -> str:
         """Have a retired engine back on every route that it was on; it serves when a move, or a person, says so."""
         back = self._yard.state.retired.get(engine)
         self._yard.save(self._yard.state.restore(engine))
         for model_id, recipe in back.recipes.items() if back else ():
             if (route := self._yard.routes.get(model_id)) is not None and engine not in route.units:
-                route.units[engine] = self._yard.unit(recipe)
+                route.units[engine] = self._yard.unit(await self._yard.restorable(recipe))
         self._yard.journal.note("move", "-", "restored", engine=engine)
         return f"{engine} is back; `switchyard promote MODEL --to {engine}` makes it serve"
 

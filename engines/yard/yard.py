@@ -33,7 +33,7 @@ from engines.yard.capture import Capture
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.connection import Door, FrameDoor, HttpDoor
 from engines.yard.engine.health import Transition
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import Recipe, found_again
 from engines.yard.engine.unit import Flight, Unit
 from engines.yard.journal import Journal
 from engines.yard.metrics import Metrics
@@ -151,7 +151,8 @@ class Yard:
         route.load, route.pin = model.load, model.pin
         for engine, recipe in {**route.state.recipes, **model.recipes}.items():
             if engine not in self.state.retired:
-                route.units[engine] = self.unit(recipe)
+                stored = engine not in model.recipes
+                route.units[engine] = self.unit(self._startable(recipe) if stored else recipe)
         self.routes[model.id] = route
         self.samples[model.id] = deque(maxlen=SAMPLES)
         self.names |= {name: model.id for name in (model.id, *model.aliases)}
@@ -177,7 +178,7 @@ class Yard:
         """An engine of this yard, not started."""
         unit = Unit(
             recipe,
-            self._drivers[recipe.engine] if self._drivers else driver(recipe.engine),
+            self._driver(recipe.engine),
             self.settings,
             home=self.home,
             key=self._engine_key,
@@ -188,6 +189,24 @@ class Yard:
         )
         unit.gap = self.metrics.gap(recipe.model_id, recipe.engine)
         return unit
+
+    def _driver(self, engine: str) -> Driver:
+        return self._drivers[engine] if self._drivers else driver(engine)
+
+    def _startable(self, recipe: Recipe, again: tuple[Recipe, str] | None = None) -> Recipe:
+        """A stored recipe as it can be started now; what differs, or is missing, is noted."""
+        found, line = again or found_again(recipe, self._driver(recipe.engine))
+        if line:
+            self.journal.note("yard" if found != recipe else "incident", recipe.model_id, line, engine=recipe.engine)
+        return found
+
+    async def restorable(self, recipe: Recipe) -> Recipe:
+        """The recipe of an engine that was retired: as found at the yard's start, like the next start would take it."""
+        here = {model.id: model.recipes for model in self.config.models}
+        found = here.get(recipe.model_id, {}).get(recipe.engine)
+        if found is not None:
+            return found
+        return self._startable(recipe, await asyncio.to_thread(found_again, recipe, self._driver(recipe.engine)))
 
     def _door(self, recipe: Recipe, serve: Serve) -> Door:
         if recipe.form == "native":

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, SecretStr, field_serializer, field_validator
 
-from engines.driver import Found, Installation
+from engines.driver import Driver, Found, Installation
+from engines.errors import EngineNotFound
 from engines.settings import Serve, Settings
 
-# Modules that engines run in, by the names under which they are stored: those of the first version that stored any.
-# A later version finds them under their present names, and an earlier one still starts what a later one has stored.
+# Modules that engines run in: the name under which each is stored, which is that of the first version that stored it,
+# and its present name. A later version finds what is stored under the present name, and an earlier one can still start
+# what a later one has stored. A move of a module edits the right-hand side; left-hand sides never change.
 MODULES = {
     "engines.hosts.llama_cpp": "engines.llama_cpp.host",
     "engines.hosts.mistral_rs": "engines.mistral_rs.host",
@@ -37,12 +42,12 @@ class Recipe(BaseModel):
 
     @field_validator("program")
     @classmethod
-    def _under_present_names(cls, program: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(MODULES.get(word, word) for word in program)
+    def _under_present_name(cls, program: tuple[str, ...]) -> tuple[str, ...]:
+        return _renamed(program, MODULES)
 
     @field_serializer("program")
-    def _under_stored_names(self, program: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(STORED_NAMES.get(word, word) for word in program)
+    def _under_stored_name(self, program: tuple[str, ...]) -> tuple[str, ...]:
+        return _renamed(program, STORED_NAMES)
 
     @field_validator("settings")
     @classmethod
@@ -82,3 +87,34 @@ class Recipe(BaseModel):
         """What a driver needs to build the command: on loopback, with the yard's own key."""
         settings = self.settings.model_copy(update={"api_key": key})
         return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings)
+
+
+def found_again(recipe: Recipe, driver: Driver) -> tuple[Recipe, str]:
+    """The recipe as this machine can start it now, and a line for people where that is not what was stored.
+
+    A stored program can be gone: a removed build, or the Python environment of an earlier installation. The same
+    version of the engine is then looked for where engines are found. One in a wheel runs our own code, so it runs in
+    our own Python wherever that has the same wheel: another environment may hold another Switchyard. Blocks while it
+    asks a binary for its version.
+    """
+    program = recipe.program[0]
+    is_ours = recipe.form != "binary" and os.path.dirname(program) == os.path.dirname(sys.executable)
+    is_there = os.access(program, os.X_OK)
+    if is_there and (is_ours or recipe.form == "binary"):
+        return recipe, ""
+    what = f"{recipe.engine} {recipe.version} was started with {program}, which is gone"
+    try:
+        found = driver.find("auto" if recipe.form == "native" else recipe.form)
+    except EngineNotFound as error:
+        return recipe, "" if is_there else f"{what}, and is not found elsewhere: {error}"
+    if found.version != recipe.version:
+        how = "name it as an engine of the plan to use that"
+        return recipe, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
+    moved = Recipe.of(found, recipe.model_id, recipe.gguf, recipe.settings)
+    return moved, f"{recipe.engine} {recipe.version} is started with {found.program[0]} now, no longer with {program}"
+
+
+def _renamed(program: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, ...]:
+    """`program` with the module after `-m` under its other name."""
+    before = ("", *program)
+    return tuple(names.get(word, word) if last == "-m" else word for last, word in zip(before, program, strict=False))

@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from engines.errors import BadInput, SwitchyardError
-from engines.yard.client import Say, short_name
+from engines.yard.client import FIRST, VERSION, Say, short_name, too_old
 from engines.yard.memory_budget import Residency
 from engines.yard.moves import Moves
 from engines.yard.ports.status import Status
@@ -79,6 +79,8 @@ class Control:
             async def carry_out() -> None:
                 # a move goes on when the person who ordered it closes the terminal
                 try:
+                    if body.pop("version", FIRST) > VERSION:
+                        raise SwitchyardError(too_old(request.path.strip("/")))
                     lines.put_nowait({"done": await order(body)(lambda step: lines.put_nowait({"step": step}))})
                 except BadInput as error:
                     lines.put_nowait({"error": str(error), "bad_input": True})
@@ -104,7 +106,7 @@ class Control:
         return handle
 
     async def _status(self, _: web.Request) -> web.Response:
-        return web.json_response(self._shown.status())
+        return web.json_response({**self._shown.status(), "orders": VERSION})
 
     async def _samples(self, request: web.Request) -> web.Response:
         route = self._yard.route_of(request.query.get("model"))
@@ -133,10 +135,7 @@ class Control:
         return lambda _: self._moves.retire(str(body["engine"]), **told)
 
     def _restore(self, body: dict[str, Any]) -> Order:
-        async def order(_: Say) -> str:
-            return self._moves.restore(str(body["engine"]))
-
-        return order
+        return lambda _: self._moves.restore(str(body["engine"]))
 
     def _load(self, body: dict[str, Any]) -> Order:
         return lambda _: self._residency.load(self._yard.route_of(body.get("model")))

@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from engines.errors import SwitchyardError
+from engines.driver import Installation
+from engines.errors import EngineNotFound, SwitchyardError
 from engines.settings import Settings
-from engines.yard.engine.launch_spec import MODULES, Recipe
+from engines.yard.engine import launch_spec
+from engines.yard.engine.launch_spec import MODULES, Recipe, found_again
 from engines.yard.state import Canary, ModelState, StateFile, YardState
 
 
@@ -38,20 +41,83 @@ def test_what_was_saved_is_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
 
 
-@pytest.mark.parametrize(("stored", "present"), MODULES.items())
-def test_a_module_that_moved_is_found_and_still_stored_under_its_old_name(tmp_path, stored, present):
-    """A rollback from a stored recipe finds its module, and the version before the move could start it as well."""
-    assert importlib.util.find_spec(present) is not None
+@pytest.mark.parametrize("stored", MODULES)
+def test_a_stored_module_is_there(stored):
+    assert importlib.util.find_spec(MODULES[stored]) is not None
+
+
+@pytest.mark.parametrize("stored", MODULES)
+def test_a_module_that_moved_is_read_under_its_new_name_and_stored_under_its_old_one(tmp_path, monkeypatch, stored):
+    """So a rollback finds the module, and the version before the move can start what this one has stored."""
+    monkeypatch.setitem(launch_spec.MODULES, stored, "elsewhere.host")
+    monkeypatch.setitem(launch_spec.STORED_NAMES, "elsewhere.host", stored)
     file = StateFile(tmp_path)
     file.save(state())
-    text = json.loads((tmp_path / "state.json").read_text())
-    text["models"]["m"]["recipes"]["old"]["program"] = ["/v/bin/python", "-m", stored]
-    (tmp_path / "state.json").write_text(json.dumps(text))
+    text = json.loads(file.path.read_text())
+    # only what follows -m is a module: an engine's own argument may be called the same
+    text["models"]["m"]["recipes"]["old"]["program"] = ["/v/bin/python", "-m", stored, stored]
+    file.path.write_text(json.dumps(text))
     loaded, problem = file.load()
     assert problem is None
-    assert loaded.models["m"].recipes["old"].program == ("/v/bin/python", "-m", present)
+    assert loaded.models["m"].recipes["old"].program == ("/v/bin/python", "-m", "elsewhere.host", stored)
+    assert loaded.models["m"].recipes["old"].installation.program[2] == "elsewhere.host"
     file.save(loaded)
-    assert json.loads((tmp_path / "state.json").read_text()) == text
+    assert json.loads(file.path.read_text()) == text
+
+
+class Finds:
+    """A driver as far as looking for its engine goes: the form that was asked for, found in `program`."""
+
+    def __init__(self, version="1", program="/elsewhere/engine"):
+        self.version, self.program, self.asked = version, program, []
+
+    def find(self, form="auto", binary=None):
+        self.asked.append(form)
+        if self.version is None:
+            raise EngineNotFound("old was not found: install it", engine="old")
+        return Installation("old", "binary", (self.program, "serve"), self.version, where=self.program)
+
+
+GONE = "/gone/bin/python"
+
+
+@pytest.mark.parametrize(
+    ("form", "program", "asked"),
+    [
+        ("binary", sys.executable, []),
+        ("hosted", sys.executable, []),
+        ("native", sys.executable, []),
+        ("binary", "/bin/sh", []),
+        ("hosted", "/bin/sh", ["hosted"]),  # another Python may hold another Switchyard
+        ("native", "/bin/sh", ["auto"]),
+        ("binary", GONE, ["binary"]),
+        ("hosted", GONE, ["hosted"]),
+        ("native", GONE, ["auto"]),
+    ],
+)
+def test_the_same_engine_is_looked_for_where_its_program_may_be_gone(form, program, asked):
+    driver, stored = Finds(), recipe().model_copy(update={"form": form, "program": (program, "x")})
+    found, line = found_again(stored, driver)
+    assert driver.asked == asked
+    assert found.program == (("/elsewhere/engine", "serve") if asked else (program, "x"))
+    assert (found.model_id, found.gguf, found.settings) == (stored.model_id, stored.gguf, stored.settings)
+    assert bool(line) == bool(asked)
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(("version", "why"), [(None, "install it"), ("2", "version 2")])
+@pytest.mark.parametrize("form", ["binary", "hosted", "native"])
+def test_a_program_that_is_gone_for_good_stays_as_stored_with_the_reason(form, version, why):
+    stored = recipe().model_copy(update={"form": form, "program": (GONE,)})
+    found, line = found_again(stored, Finds(version))
+    assert found == stored
+    assert f"{GONE}, which is gone" in line
+    assert why in line
+
+
+def test_another_python_that_has_the_only_wheel_is_kept():
+    stored = recipe().model_copy(update={"form": "hosted", "program": ("/bin/sh",)})
+    assert found_again(stored, Finds(None)) == (stored, "")
 
 
 def test_no_file_is_an_empty_state(tmp_path):
