@@ -106,7 +106,8 @@ class Model:
             file.write(passing)
             file.flush()
             which: Any = Which.GGUF(
-                quantized_model_id=str(arguments.gguf.resolve().parent),
+                # not resolved: a link, as in the Hugging Face cache, may be called otherwise than what it leads to
+                quantized_model_id=str(arguments.gguf.absolute().parent),
                 quantized_filename=shards(arguments.gguf),
                 tokenizer_json=str(arguments.tokenizer_json) if arguments.tokenizer_json else None,
             )

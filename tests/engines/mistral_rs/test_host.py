@@ -504,9 +504,11 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Base address of a loaded host."""
-    port, log = free_port(), tmp_path_factory.mktemp("host") / "log"
-    process = start(installed.smollm2("mistralrs"), port, log)
+    """Base address of a loaded host; its model is a link of another name, as in the Hugging Face cache."""
+    folder = tmp_path_factory.mktemp("host")
+    port, log, link = free_port(), folder / "log", folder / "model.gguf"
+    link.symlink_to(installed.smollm2("mistralrs"))
+    process = start(link, port, log)
     try:
         wait_for("ready", lambda: process.poll() is not None or health(port) == 200)
         assert process.poll() is None, log.read_text(errors="replace")
