@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from importlib import metadata
@@ -351,6 +352,12 @@ def _terminated_like_ctrl_c(interrupted: threading.Event) -> Iterator[None]:
             last_resort.start()
         raise KeyboardInterrupt
 
+    def but_interrupts(lost: Any) -> None:
+        # raised where Python calls back (a weak reference that ends), it goes nowhere: the timer takes over
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(lost)
+
+    sys.unraisablehook = but_interrupts
     # started in the background by a script, SIGINT may be ignored; it must not be
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
