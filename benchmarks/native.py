@@ -44,10 +44,11 @@ from engines.mistral_rs.driver import MistralRsNative
 from engines.mistral_rs.native import arguments as native_arguments
 from engines.mistral_rs.native import worker
 from engines.mistral_rs.native.engine import Native, Reply, json_body
+from engines.mistral_rs.native.frames import in_frames
 from engines.mistral_rs.native.model import Job, Model, first_line
 from engines.mistral_rs.native.requests import Json, Sampling
 from engines.process.process import ManagedProcess
-from engines.process.serving import exit_reason, free_port, in_frames, launch, wait_ready
+from engines.process.serving import exit_reason, free_port, launch, wait_ready
 from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.registry import driver
 from engines.settings import Serve, Settings

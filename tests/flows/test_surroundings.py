@@ -19,6 +19,7 @@ from waiting import until
 from engines.process.process import registered
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
+from engines.yard.engine.launch_spec import MODULES
 
 NOWHERE = "http://127.0.0.1:9"
 PROXIES = {
@@ -223,7 +224,7 @@ def test_an_evaluation_from_there(environment, folder, home):
     def look():
         for name, process in registered(home):
             try:
-                if name != "prefect server" and "engines.hosts" in " ".join(process.cmdline()):
+                if name != "prefect server" and set(MODULES.values()) & set(process.cmdline()):
                     seen[name] = process.environ()
             except psutil.Error:
                 continue

@@ -123,7 +123,7 @@ def test_a_whole_answer_that_nobody_reads_is_cut_too(start_yard):
     yard = start_yard(old="--itl-ms 0", settings={"client_stall_s": 1}).ready()
     with unread(yard, max_tokens=1, fake_pad=20_000_000) as connection:
         until(lambda: "took nothing of its answer" in yard.said(), "the client to be cut")
-        assert ended(connection)
+        until(lambda: ended(connection), "the connection to be cut")
 
 
 def test_a_slow_client_that_reads_on_gets_all_of_it(start_yard):
