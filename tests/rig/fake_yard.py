@@ -13,8 +13,8 @@ from pathlib import Path
 from fake_driver import FakeDriver
 from pydantic import SecretStr
 
-from engines.driver import Driver, native_of
-from engines.errors import SwitchyardError
+from engines.driver import Driver, Installation, native_of
+from engines.errors import EngineNotFound, SwitchyardError
 from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.config import ModelConfig, YardConfig
@@ -23,6 +23,10 @@ from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import log_to_terminal
 from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
+
+
+def not_here(*_: object) -> Installation:
+    raise EngineNotFound("it is not on this machine")
 
 
 def main() -> None:
@@ -53,6 +57,8 @@ def main() -> None:
     how = {"old": (options.old_form, options.old_binary)} if options.old_driver else {}
     for name, engine in drivers.items():
         engine.name = name
+        if name == options.missing:
+            engine.find = not_here
 
     def config() -> YardConfig:
         found = {name: engine.find(*how.get(name, ())) for name, engine in drivers.items() if name != options.missing}

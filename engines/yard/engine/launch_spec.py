@@ -110,7 +110,7 @@ def found_again(recipe: Recipe, driver: Driver) -> tuple[Recipe, str]:
     if found.version != recipe.version:
         how = "name it as an engine of the plan to use that"
         return recipe, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
-    moved = Recipe.of(found, recipe.model_id, recipe.gguf, recipe.settings)
+    moved = Recipe.of(found, recipe.model_id, recipe.gguf, recipe.settings).model_copy(update={"engine": recipe.engine})
     return moved, f"{recipe.engine} {recipe.version} is started with {found.program[0]} now, no longer with {program}"
 
 
