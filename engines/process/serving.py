@@ -286,7 +286,7 @@ class _FirstToken:
         status, answer = self._ask_engine("POST", path, body, None)
         if status != 200:
             self.statuses.append(status)
-            self.refusal = _refusal(status, answer)
+            self.refusal = refusal_words(status, answer)
             return False
         self.took_s = time.monotonic() - asked
         if answer["usage"]["completion_tokens"] < 1:
@@ -303,7 +303,8 @@ def one_token(path: str, served_name: str) -> dict[str, object]:
     return {"model": served_name, **prompt, "max_tokens": 1, "temperature": 0}
 
 
-def _refusal(status: int, answer: Any) -> str:
+def refusal_words(status: int, answer: Any) -> str:
+    """`HTTP 500: what it said` of an error answer's JSON, in one line of at most 300 characters."""
     with contextlib.suppress(KeyError, TypeError):
         return f"HTTP {status}: {answer['error']['message']}".replace("\n", " ")[:300]
     return f"HTTP {status}"

@@ -1,4 +1,4 @@
-"""A home that 268cc56 left behind goes on with this version: through the command line, with real engines."""
+"""A home that 268cc56 left behind keeps working: through the command line, with real engines."""
 
 import contextlib
 import json

@@ -22,7 +22,16 @@ from engines.errors import EngineError, EngineRefuses
 from engines.mistral_rs.native.frames import in_frames
 from engines.process.cpu_wait import CpuWait, is_stopped
 from engines.process.process import KILLED_S, ManagedProcess
-from engines.process.serving import CHAT, exit_reason, free_port, last_lines, launch, one_token, wait_ready
+from engines.process.serving import (
+    CHAT,
+    exit_reason,
+    free_port,
+    last_lines,
+    launch,
+    one_token,
+    refusal_words,
+    wait_ready,
+)
 from engines.process.telemetry import private_bytes, process_tree, vram_bytes
 from engines.settings import Serve
 from engines.yard.engine.connection import Answer, Door, Gone
@@ -706,9 +715,9 @@ def _held_by_kernel(child: ManagedProcess) -> str:
 
 
 def failure_words(status: int, body: bytes) -> str:
-    """`HTTP 500: what it said` of an error answer, in one line."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return f"HTTP {status}: {json.loads(body)['error']['message']}".replace("\n", " ")[:300]
+    """`HTTP 500: what it said` of an error answer's bytes, in one line."""
+    with contextlib.suppress(ValueError):
+        return refusal_words(status, json.loads(body))
     return f"HTTP {status}"
 
 

@@ -1,4 +1,4 @@
-"""Engines that SIGKILL does not end, as a driver or a dead file server leaves them: the yard goes on without them."""
+"""Engines that SIGKILL does not end, as a driver or a dead file server leaves them: the yard serves without them."""
 
 import json
 import os
