@@ -36,7 +36,7 @@ from engines.process.serving import Served
 from engines.registry import driver
 from engines.settings import Settings
 from migrations.demo import demo_plan
-from tasks.evidence.engine_under_test import Arm, Contender
+from tasks.evidence.engine_under_test import Arm, EngineUnderTest
 from tasks.evidence.performance import Workload, measure_block
 from tasks.verdicts.noninferiority import Metric, judge
 
@@ -46,7 +46,7 @@ METRIC = Metric(name="e2e_p50", samples="e2e_ms", quantile=0.5, margin=0.10, uni
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlowedContender(Contender):
+class SlowedContender(EngineUnderTest):
     """A contender whose engine, once ready, gets the CPU for 1 / (1 + slowdown) of the time."""
 
     slowdown: float = 0.0

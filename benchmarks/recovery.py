@@ -29,7 +29,7 @@ from engines.process.serving import free_port
 from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.client import YardClient, wait_until_serving
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from migrations.demo import demo_plan
 from tasks.evidence.rehearsal import engine_of, one_token, route_of
 
@@ -62,14 +62,14 @@ def main() -> int:
     return 0 if reached else 1
 
 
-def _recipe(engine: str, home: Path) -> Recipe:
+def _recipe(engine: str, home: Path) -> LaunchSpec:
     model = demo_plan(home).models[0]
     threads = max((os.cpu_count() or 2) - 1, 1)
     settings = Settings(context_tokens=2048, threads=threads)
-    return Recipe.of(driver(engine).find(), model.id, model.gguf, settings)
+    return LaunchSpec.of(driver(engine).find(), model.id, model.gguf, settings)
 
 
-def _killed(recipe: Recipe, home: Path, kills: int) -> list[dict[str, Any]]:
+def _killed(recipe: LaunchSpec, home: Path, kills: int) -> list[dict[str, Any]]:
     (home / "recipe.json").write_text(recipe.model_dump_json(), encoding="utf-8")
     port = free_port()
     argv = [sys.executable, "-m", "engines.yard.single", str(home / "recipe.json"), str(home), str(port), str(kills)]
@@ -82,7 +82,7 @@ def _killed(recipe: Recipe, home: Path, kills: int) -> list[dict[str, Any]]:
         child.stop()
 
 
-def _kill(client: YardClient, address: str, recipe: Recipe) -> dict[str, Any]:
+def _kill(client: YardClient, address: str, recipe: LaunchSpec) -> dict[str, Any]:
     usual = one_token(address, recipe.model_id, None, wait_s=STALL_S)
     engine = engine_of(route_of(client, recipe.model_id), recipe.engine)
     killed_at = time.time()

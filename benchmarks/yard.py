@@ -41,7 +41,7 @@ from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.settings import Endpoint, Serve, Settings
 from engines.yard.client import YardClient
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 
@@ -241,7 +241,7 @@ class KnownTruth:
 def serve_yard(home: Path, port: int) -> None:
     """The real yard over the known truth, until it is told to stop."""
     driver: Driver = KnownTruth()
-    recipe = Recipe.of(driver.find(), MODEL, home / "no.gguf", Settings(parallel=64))
+    recipe = LaunchSpec.of(driver.find(), MODEL, home / "no.gguf", Settings(parallel=64))
     model = ModelConfig(id=MODEL, incumbent=MODEL, candidate=MODEL, recipes={MODEL: recipe})
     config = YardConfig(settings=YardSettings(port=port), models=(model,))
     run(lambda: config, home=home, drivers={MODEL: driver})

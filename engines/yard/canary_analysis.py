@@ -36,7 +36,7 @@ class _Case:
     not_before: float = 0.0
 
 
-class CanaryWatch:
+class CanaryAnalysis:
     """The loop of one yard."""
 
     def __init__(self, yard: Yard, moves: Moves) -> None:

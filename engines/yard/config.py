@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from engines.errors import BadInput
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.settings import Load, YardSettings
 
 # samples, incumbent, candidate -> {"verdict": ..., "why": ..., and what else the status shows}; called in a thread
@@ -26,7 +26,7 @@ class ModelConfig:
     id: str
     incumbent: str
     candidate: str
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, LaunchSpec]
     missing: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     engine: str = "auto"

@@ -27,7 +27,7 @@ class NoRoom(SwitchyardError):
     """The model does not fit into the memory budget beside those that stay."""
 
 
-class Residency:
+class MemoryBudget:
     """The models of one yard; one is loaded or unloaded at a time."""
 
     def __init__(self, yard: Yard) -> None:

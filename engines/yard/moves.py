@@ -20,10 +20,10 @@ from engines.fit import FreeMemory, estimate, free_memory
 from engines.model.header import read_header
 from engines.yard.client import Say
 from engines.yard.config import ModelConfig, YardConfig, loopback_or_key
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.unit import Unit
 from engines.yard.memory import memory_back
-from engines.yard.memory_budget import Residency
+from engines.yard.memory_budget import MemoryBudget
 from engines.yard.route import Route
 from engines.yard.shadow import Shadow
 from engines.yard.state import Canary
@@ -41,7 +41,7 @@ class MoveFailed(SwitchyardError):
 class Moves:
     """The moves of one yard; one at a time for each model."""
 
-    def __init__(self, yard: Yard, shadow: Shadow, residency: Residency) -> None:
+    def __init__(self, yard: Yard, shadow: Shadow, residency: MemoryBudget) -> None:
         self._yard = yard
         self._shadow = shadow
         self._residency = residency
@@ -318,7 +318,7 @@ class Moves:
             if running:
                 tell(f"{unit.engine} stopped")
 
-    async def _require_room(self, recipe: Recipe, beside: Unit) -> None:
+    async def _require_room(self, recipe: LaunchSpec, beside: Unit) -> None:
         if not await _fits(recipe, beside):
             raise MoveFailed(
                 f"a canary runs both engines at once, and {recipe.engine} does not fit beside the one that serves; "
@@ -358,7 +358,7 @@ class Moves:
             self._yard.reconsider(route)
 
 
-async def _fits(recipe: Recipe, beside: Unit) -> bool:
+async def _fits(recipe: LaunchSpec, beside: Unit) -> bool:
     """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
     free, estimated = await asyncio.to_thread(_estimated, recipe)
     if estimated != "unknown":
@@ -368,7 +368,7 @@ async def _fits(recipe: Recipe, beside: Unit) -> bool:
     )
 
 
-def _estimated(recipe: Recipe) -> tuple[FreeMemory, str]:
+def _estimated(recipe: LaunchSpec) -> tuple[FreeMemory, str]:
     """Files and NVML are read: too slow for the loop that streams pass through."""
     free = free_memory()
     try:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from engines.yard.engine.unit import Flight, Unit
+from engines.yard.engine.unit import InFlight, Unit
 from engines.yard.settings import Load
 from engines.yard.state import ModelState
 
@@ -28,7 +28,7 @@ class Waiting:
     conversation: str
     prompt_tokens: int
     light: bool
-    turn: asyncio.Future[tuple[Unit, Flight]] = field(
+    turn: asyncio.Future[tuple[Unit, InFlight]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 

@@ -20,10 +20,10 @@ from engines.driver import Driver
 from engines.errors import PortTaken, SwitchyardError
 from engines.process.process import stop_all
 from engines.process.serving import listener_on
-from engines.yard.canary_analysis import CanaryWatch
+from engines.yard.canary_analysis import CanaryAnalysis
 from engines.yard.client import socket_path
 from engines.yard.config import YardConfig, loopback_or_key
-from engines.yard.memory_budget import Residency
+from engines.yard.memory_budget import MemoryBudget
 from engines.yard.moves import Moves
 from engines.yard.ports.control import Control, listening
 from engines.yard.ports.gateway import Gateway
@@ -61,7 +61,7 @@ def run(
 
 async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Callable[[Yard], None]) -> None:
     stop = asyncio.Event()
-    shadow, residency = Shadow(yard), Residency(yard)
+    shadow, residency = Shadow(yard), MemoryBudget(yard)
     moves, status = Moves(yard, shadow, residency), Status(yard, shadow)
     reloads: set[asyncio.Task[object]] = set()
     background: list[asyncio.Task[None]] = []
@@ -114,7 +114,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
         opened(yard)  # what is lost on the way is said before an engine is launched
         residency.start()
-        background += [asyncio.create_task(CanaryWatch(yard, moves).run()), asyncio.create_task(shadow.run())]
+        background += [asyncio.create_task(CanaryAnalysis(yard, moves).run()), asyncio.create_task(shadow.run())]
         background.append(asyncio.create_task(residency.run()))
         background.append(asyncio.create_task(gateway.watch_clients(lambda: _connections(public))))
         await stop.wait()

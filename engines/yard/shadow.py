@@ -42,7 +42,7 @@ PAIRS = 200
 JUDGE_SHARE = 20  # the judge waits this many times what it took, so that it holds a twentieth of a core at most
 
 
-class Tape:
+class RecordedAnswer:
     """What the user was told, as it was sent; one that grows too long is given up."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Shadow:
 
     # --- what the gateway calls: cheap, and it never raises
 
-    def tape(self, route: Route, call: Call) -> Tape | None:
+    def tape(self, route: Route, call: Call) -> RecordedAnswer | None:
         """A tape where this request is to be copied; None for most."""
         tally = self._tally(route)
         if call.path != CHAT or tally.share <= 0 or self._random.random() >= tally.share:
@@ -111,9 +111,9 @@ class Shadow:
         if len(self._queue) >= self._yard.settings.shadow_waiting:
             self._count(route, "dropped")
             return None
-        return Tape()
+        return RecordedAnswer()
 
-    def offer(self, route: Route, unit: Unit, call: Call, tape: Tape) -> None:
+    def offer(self, route: Route, unit: Unit, call: Call, tape: RecordedAnswer) -> None:
         """The user has the whole answer of `unit`: a copy waits for the candidate from now on."""
         said = tape.whole
         if unit is self._unit(route) or said is None:
@@ -253,7 +253,7 @@ class Shadow:
                     status, data = shim.whole(upstream.status, await upstream.read())
                     flight.chunk(content=True)
                     return read_answer(data, stream=False, status=status)
-                tape = Tape()
+                tape = RecordedAnswer()
                 async for chunk in upstream.pieces():
                     flight.chunk(content=flight.first is None)
                     tape.add(shim.event(chunk))

@@ -12,14 +12,14 @@ from pathlib import Path
 from engines.errors import SwitchyardError
 from engines.redaction import RedactingFormatter
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 
 STOP_S = 2.0
 
 
-def config_of(recipe: Recipe, port: int, restarts: int = 0) -> YardConfig:
+def config_of(recipe: LaunchSpec, port: int, restarts: int = 0) -> YardConfig:
     """A yard of just this engine; without restarts its death ends in refusals: nothing measured is replaced quietly."""
     model = ModelConfig(
         id=recipe.model_id, incumbent=recipe.engine, candidate=recipe.engine, recipes={recipe.engine: recipe}
@@ -32,7 +32,7 @@ def config_of(recipe: Recipe, port: int, restarts: int = 0) -> YardConfig:
 
 def main() -> None:
     """Serve until told to stop."""
-    recipe, port = Recipe.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
+    recipe, port = LaunchSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
     restarts = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     logging.basicConfig(level=logging.INFO)
     for handler in logging.getLogger().handlers:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.errors import BadInput, SwitchyardError
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 
 
 class Canary(BaseModel):
@@ -37,7 +37,7 @@ class ModelState(BaseModel):
     undo: str | None = None
     canary: Canary | None = None
     selected: str = "auto"
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, LaunchSpec] = {}
     moved_at: float | None = None
 
 
@@ -50,7 +50,7 @@ class Retired(BaseModel):
     who: str
     why: str
     archive: str = ""
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, LaunchSpec] = {}
     undo: tuple[str, ...] = ()  # models whose way back it was
 
     def line(self, engine: str) -> str:

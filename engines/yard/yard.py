@@ -31,10 +31,10 @@ from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.capture import Capture
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.connection import Door, FrameDoor, HttpDoor
+from engines.yard.engine.connection import EngineConnection, FrameDoor, HttpDoor
 from engines.yard.engine.health import Transition
-from engines.yard.engine.launch_spec import Recipe, found_again
-from engines.yard.engine.unit import Flight, Unit
+from engines.yard.engine.launch_spec import LaunchSpec, found_again
+from engines.yard.engine.unit import InFlight, Unit
 from engines.yard.journal import Journal
 from engines.yard.metrics import Metrics
 from engines.yard.route import Route
@@ -174,7 +174,7 @@ class Yard:
         chosen = model.incumbent if model.engine == "auto" else model.engine
         return ModelState(serving=chosen, selected=model.engine, recipes=dict(model.recipes))
 
-    def unit(self, recipe: Recipe) -> Unit:
+    def unit(self, recipe: LaunchSpec) -> Unit:
         """An engine of this yard, not started."""
         unit = Unit(
             recipe,
@@ -193,14 +193,14 @@ class Yard:
     def _driver(self, engine: str) -> Driver:
         return self._drivers[engine] if self._drivers else driver(engine)
 
-    def _startable(self, recipe: Recipe, again: tuple[Recipe, str] | None = None) -> Recipe:
+    def _startable(self, recipe: LaunchSpec, again: tuple[LaunchSpec, str] | None = None) -> LaunchSpec:
         """A stored recipe as it can be started now; what differs, or is missing, is noted."""
         found, line = again or found_again(recipe, self._driver(recipe.engine))
         if line:
             self.journal.note("yard" if found != recipe else "incident", recipe.model_id, line, engine=recipe.engine)
         return found
 
-    async def restorable(self, recipe: Recipe) -> Recipe:
+    async def restorable(self, recipe: LaunchSpec) -> LaunchSpec:
         """The recipe of an engine that was retired: as found at the yard's start, like the next start would take it."""
         here = {model.id: model.recipes for model in self.config.models}
         found = here.get(recipe.model_id, {}).get(recipe.engine)
@@ -208,7 +208,7 @@ class Yard:
             return found
         return self._startable(recipe, await asyncio.to_thread(found_again, recipe, self._driver(recipe.engine)))
 
-    def _door(self, recipe: Recipe, serve: Serve) -> Door:
+    def _door(self, recipe: LaunchSpec, serve: Serve) -> EngineConnection:
         if recipe.form == "native":
             return FrameDoor(serve.host, serve.port, self._engine_key)
         return HttpDoor(serve.base_url, self._engine_key, self.http, self.kept)
@@ -321,7 +321,7 @@ class Yard:
             self._loop.run_in_executor(None, old.close)
         self.names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
 
-    def served(self, route: Route, unit: Unit, call: Call, flight: Flight, error: str | None) -> None:
+    def served(self, route: Route, unit: Unit, call: Call, flight: InFlight, error: str | None) -> None:
         """Count an answered request, and remember it for the judgement of a canary."""
         ttft = None if flight.first is None else (flight.first - flight.sent) * 1000
         gap_s = flight.gap_s

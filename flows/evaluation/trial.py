@@ -31,7 +31,7 @@ from engines.registry import driver
 from engines.settings import Endpoint
 from migrations.plan import ModelPlan, Plan, plan_hash
 from tasks.evidence import compatibility, faults, performance, preflight
-from tasks.evidence.engine_under_test import Arm, Contender, YardContender
+from tasks.evidence.engine_under_test import Arm, EngineUnderTest, YardContender
 from tasks.evidence.parity import judge as parity
 from tasks.evidence.performance import PerformanceLimits, Workload
 from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
@@ -542,13 +542,13 @@ class Trial:
         own = load_transcripts(self.model.transcripts) if self.model.transcripts else []
         return [*own, *load_prompts(self.bench.plan.sampling.parity_prompts)]
 
-    def _contender(self, arm: Arm) -> Contender:
+    def _contender(self, arm: Arm) -> EngineUnderTest:
         choice = getattr(self.bench.plan, arm)
         settings = self.bench.plan.settings_for(self.model.id, api_key=self.bench.api_key)
         # one core is left to the measuring client: it must not disturb what it measures
         threads = settings.threads or max((os.cpu_count() or 2) - 1, 1)
         # a native engine has no port of its own: then both are met as the user will meet them
-        kind = YardContender if self.behind_yards else Contender
+        kind = YardContender if self.behind_yards else EngineUnderTest
         return kind(
             arm=arm,
             driver=driver(choice.engine),
@@ -581,7 +581,7 @@ class Trial:
 
     # --- records ---
 
-    def _block(self, kind: str, incumbent: Contender, candidate: Contender, index: int) -> None:
+    def _block(self, kind: str, incumbent: EngineUnderTest, candidate: EngineUnderTest, index: int) -> None:
         limits, sampling = self._limits(), self.bench.plan.sampling
         wanted = sampling.calibration_blocks if kind == "calibration" else sampling.looks[-1]
         self._gather(
@@ -617,7 +617,7 @@ class Trial:
             self._gather_from(served, arm, missing, eager)
 
     def _gather_from(
-        self, served: Served, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]], contender: Contender
+        self, served: Served, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]], contender: EngineUnderTest
     ) -> None:
         """Each kind of evidence from one engine that serves; a kind that breaks off does not take the others along."""
         failed: Exception | None = None
@@ -638,7 +638,7 @@ class Trial:
         measure: Callable[[], Any],
         *,
         key: str = "",
-        contenders: Sequence[Contender] = (),
+        contenders: Sequence[EngineUnderTest] = (),
     ) -> None:
         records, run_id, model = self.bench.records, self.bench.run_id, self.model.id
         if not records.has_evidence(run_id, model, arm, kind, key=key):
@@ -658,7 +658,7 @@ class Trial:
     def _digest(self) -> str:
         return model_digest(self.model.gguf)
 
-    def _circumstances(self, contenders: Sequence[Contender]) -> dict[str, Any]:
+    def _circumstances(self, contenders: Sequence[EngineUnderTest]) -> dict[str, Any]:
         return {
             "model_digest": self._digest,
             "plan_hash": self.bench.plan_hash,
@@ -672,7 +672,7 @@ def required_behaviours(plan: Plan) -> Collection[str]:
     return plan.client.requires or compatibility.DEFAULT_REQUIRED
 
 
-def _version_number(contender: Contender) -> str | None:
+def _version_number(contender: EngineUnderTest) -> str | None:
     """The version where it is comparable with the support lists; a hosted wheel carries the engine's own."""
     return contender.installation.version if contender.driver.name == "mistral.rs" else None
 

@@ -13,7 +13,7 @@ from engines.errors import EngineNotFound
 from engines.redaction import RedactingFormatter
 from engines.registry import driver, native_driver
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from migrations.plan import EngineChoice, Plan
 from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
 
@@ -44,7 +44,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
             incumbent=plan.incumbent.engine,
             candidate=plan.candidate.engine,
             recipes={
-                engine: Recipe.of(installation, model.id, model.gguf, plan.settings_for(model.id))
+                engine: LaunchSpec.of(installation, model.id, model.gguf, plan.settings_for(model.id))
                 for engine, installation in found.items()
             },
             missing=missing,

@@ -19,7 +19,7 @@ from engines.process import process
 from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.config import YardConfig
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import plan_path, yard_config
 from migrations.plan import Plan, load_plan, plan_hash, plan_to_toml
@@ -46,7 +46,7 @@ class Yards(Protocol):
     settings: YardSettings
     key: SecretStr | None
 
-    def recipes(self, model_id: str) -> Mapping[str, Recipe]:
+    def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
         """The engines of a model as found on this machine, by name."""
         ...
 
@@ -81,7 +81,7 @@ class PlanYards:
     def _config(self) -> YardConfig:
         return yard_config(self.plan)
 
-    def recipes(self, model_id: str) -> Mapping[str, Recipe]:
+    def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
         """The engines of a model as found on this machine, by name."""
         return next(model.recipes for model in self._config.models if model.id == model_id)
 

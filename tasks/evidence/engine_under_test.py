@@ -18,13 +18,13 @@ from engines.process import process
 from engines.process.serving import Served, free_port, serving
 from engines.settings import Endpoint, Serve, Settings
 from engines.yard.client import YardClient, wait_until_serving
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 
 Arm = Literal["incumbent", "candidate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class EngineUnderTest:
     """The incumbent or the candidate, ready to be launched on a fresh port. `home` holds its register and logs."""
 
     arm: Arm
@@ -68,7 +68,7 @@ class Contender:
         }
 
 
-class YardContender(Contender):
+class YardContender(EngineUnderTest):
     """The same, behind a yard of its own: how a user meets it, and the only way to a native engine.
 
     Its process is the yard with the engine below it; memory counts both.
@@ -81,7 +81,7 @@ class YardContender(Contender):
         process.end_orphans(folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        recipe = Recipe.of(self.installation, self.model_id, self.gguf, self.settings)
+        recipe = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings)
         (folder / "recipe.json").write_text(recipe.model_dump_json(), encoding="utf-8")
         port = free_port()
         child = process.start(

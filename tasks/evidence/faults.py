@@ -25,7 +25,7 @@ import psutil
 
 from engines.errors import EngineError, EngineExited, PortTaken
 from engines.process.serving import Served, exit_reason, serving
-from tasks.evidence.engine_under_test import Contender
+from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most
 
 MIN_HANG_S = 2.0
@@ -37,12 +37,12 @@ COPY_BYTES = 64 * 1024 * 1024
 KINDS = ("sigkill", "sigstop", "truncated_gguf", "port_taken")
 
 
-def measure_faults(contender: Contender, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure_faults(contender: EngineUnderTest, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Per fault: what it was taken for, seconds to notice and to serve again, and what the client saw.
 
     A drill that cannot be carried out is evidence as well: `{"failed": reason}`.
     """
-    drills: dict[str, Callable[[Contender], dict[str, Any]]] = {
+    drills: dict[str, Callable[[EngineUnderTest], dict[str, Any]]] = {
         "sigkill": lambda c: _interrupted(c, signal.SIGKILL),
         "sigstop": lambda c: _interrupted(c, signal.SIGSTOP),
         "truncated_gguf": _truncated,
@@ -106,7 +106,7 @@ def _unmended(check: str, why: str) -> CheckResult:
     return CheckResult(check=check, verdict=Verdict.ERROR, why=why)
 
 
-def _interrupted(contender: Contender, number: signal.Signals) -> dict[str, Any]:
+def _interrupted(contender: EngineUnderTest, number: signal.Signals) -> dict[str, Any]:
     with contender.up() as served:
         stream = _Stream(served)
         stream.wait_for(SEEN_TOKENS)
@@ -210,7 +210,7 @@ class _Stream:
             self.end.set()
 
 
-def _truncated(contender: Contender) -> dict[str, Any]:
+def _truncated(contender: EngineUnderTest) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=contender.home) as folder:
         cut = _cut_copy(contender.gguf, Path(folder))
         started = time.monotonic()
@@ -232,7 +232,7 @@ def _cut_copy(gguf: Path, folder: Path) -> Path:
     return cut
 
 
-def _port_taken(contender: Contender) -> dict[str, Any]:
+def _port_taken(contender: EngineUnderTest) -> dict[str, Any]:
     serve = contender.serve()
     with _squatter(serve.port):
         started = time.monotonic()

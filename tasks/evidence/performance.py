@@ -18,7 +18,7 @@ from engines.errors import EngineError
 from engines.process.serving import Served
 from engines.process.telemetry import Sampler, Telemetry, interval, peak_memory
 from engines.settings import Endpoint
-from tasks.evidence.engine_under_test import Contender
+from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_calibration
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
@@ -86,8 +86,8 @@ def _memory_metric(limits: PerformanceLimits) -> Metric:
 
 
 def measure_block(
-    incumbent: Contender,
-    candidate: Contender,
+    incumbent: EngineUnderTest,
+    candidate: EngineUnderTest,
     workload: Workload,
     *,
     index: int,
@@ -191,7 +191,7 @@ def body(text: str, max_tokens: int, extra: Mapping[str, object]) -> dict[str, A
     return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **extra}
 
 
-def _measure_arm(contender: Contender, workload: Workload, index: int) -> dict[str, Any]:
+def _measure_arm(contender: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
     try:
         with contender.up() as served:
             return _measure_served(served, contender, workload, index)
@@ -199,7 +199,7 @@ def _measure_arm(contender: Contender, workload: Workload, index: int) -> dict[s
         return {"failed": str(error).splitlines()[0], "machine": {}, "records": []}
 
 
-def _measure_served(served: Served, contender: Contender, workload: Workload, index: int) -> dict[str, Any]:
+def _measure_served(served: Served, contender: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
     extra = contender.driver.neutral_body()
     warm = _warm_up(served.endpoint, workload, extra, index)
     telemetry = Telemetry(served.process.pid)

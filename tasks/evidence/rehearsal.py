@@ -26,7 +26,7 @@ from engines.fit import FreeMemory, estimate, free_memory
 from engines.model.header import read_header
 from engines.redaction import redacted_text
 from engines.yard.client import YardClient
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 DRILLS = ("hidden_candidate", "killed_candidate", "fallback")
@@ -108,7 +108,7 @@ def one_token(address: str, model_id: str, key: SecretStr | None, *, wait_s: flo
     return {"answered": False, "took_s": time.monotonic() - began, "error": " ".join(error.split())}
 
 
-def room(recipes: Mapping[str, Recipe], held_bytes: int | None, held_vram_bytes: int | None) -> tuple[str, str]:
+def room(recipes: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_bytes: int | None) -> tuple[str, str]:
     """How both engines can be rehearsed beside the one that serves, and why.
 
     "auto" (the yard decides), "one-at-a-time" (memory is tight), or "" where not even one fits: it could push the

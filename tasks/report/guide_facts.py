@@ -23,7 +23,7 @@ from engines.driver import native_of
 from engines.errors import BadInput
 from engines.home import host
 from engines.registry import driver
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import YardState
 from tasks.records.payload import plan_hash, redact
 from tasks.records.store import Records
@@ -388,7 +388,7 @@ def _phase(records: Records, title: str, run: Run, plan: Mapping[str, Any], seen
     )
 
 
-def _engine(recipe: Recipe) -> Engine:
+def _engine(recipe: LaunchSpec) -> Engine:
     argv, losses, serve = list[str](), None, recipe.serve(PORT, None)
     with contextlib.suppress(BadInput):  # an engine that this Switchyard does not know
         known = driver(recipe.engine)

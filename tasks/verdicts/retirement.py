@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.registry import driver
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import ModelState, YardState
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
@@ -90,7 +90,7 @@ def write_archive(folder: Path, engine: str, state: YardState, plan_toml: str) -
     return folder
 
 
-def _by_hand(engine: str, recipes: Mapping[str, Recipe]) -> str:
+def _by_hand(engine: str, recipes: Mapping[str, LaunchSpec]) -> str:
     lines = [
         f"# {engine}, retired",
         "",

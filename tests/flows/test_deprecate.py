@@ -14,7 +14,7 @@ from gguf_files import write_gguf
 from engines.driver import Installation
 from engines.errors import BadInput
 from engines.settings import Settings
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import ModelState, StateFile, YardState
 from flows.deprecate import Deprecation, restore
 from flows.evaluation.run import refuse_retired
@@ -29,9 +29,9 @@ DECIDED = {"who": "Ada", "reason": "all is well"}
 STEPS = ["precondition", "archive", "retire", "guide"]
 
 
-def recipe(engine: str, gguf: Path) -> Recipe:
+def recipe(engine: str, gguf: Path) -> LaunchSpec:
     found = Installation(engine, "binary", (f"/opt/{engine}",), "1", where=f"/opt/{engine}")
-    return Recipe.of(found, "m", gguf, Settings(context_tokens=512))
+    return LaunchSpec.of(found, "m", gguf, Settings(context_tokens=512))
 
 
 class Box:

@@ -21,7 +21,7 @@ from engines.driver import native_of
 from engines.errors import BadInput, SwitchyardError
 from engines.settings import Settings
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from flows.rollout.rehearsal_yard import without
@@ -57,7 +57,7 @@ class Spec:
 
     def config(self, settings: YardSettings) -> YardConfig:
         recipes = {
-            engine: Recipe.of(
+            engine: LaunchSpec.of(
                 self.driver(engine).find(), "m", Path(self.told["gguf"]), Settings(parallel=4, context_tokens=512)
             ).model_copy(update={"engine": engine})
             for engine in (OLD, NEW, NATIVE)
@@ -76,7 +76,7 @@ class FakeYards:
         self.home = spec.home
         self.settings = spec.plan.yard
 
-    def recipes(self, model_id: str) -> Mapping[str, Recipe]:
+    def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
         return self._spec.config(self.settings).models[0].recipes
 
     def absent(self, model_id: str) -> Mapping[str, str]:

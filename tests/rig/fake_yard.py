@@ -18,7 +18,7 @@ from engines.errors import EngineNotFound, SwitchyardError
 from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import log_to_terminal
@@ -72,7 +72,7 @@ def main() -> None:
                 pin=model in options.pin.split(","),
                 missing={options.missing: f"{options.missing} was not found"} if options.missing else {},
                 recipes={
-                    name: Recipe.of(
+                    name: LaunchSpec.of(
                         installation,
                         model,
                         options.gguf,

@@ -25,7 +25,7 @@ from engines.mistral_rs.native.engine import Native, Reply, in_stream, json_body
 MAX_BODY_BYTES = 64 * 2**20
 
 
-class Door:
+class WorkerConnection:
     """Answers requests, one at a time on each connection."""
 
     def __init__(self, native: Native, key: str) -> None:
@@ -103,7 +103,7 @@ async def serve(arguments: argparse.Namespace, native: Native, key: str) -> None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, os._exit, 0)
-    door = Door(native, key)
+    door = WorkerConnection(native, key)
     server = await asyncio.start_server(door.answer, arguments.host, arguments.port, limit=frames.LINE_LIMIT)
     say(f"ready for frames on {arguments.host}:{arguments.port}")
     await server.serve_forever()

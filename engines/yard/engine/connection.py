@@ -39,7 +39,7 @@ class Answer(Protocol):
         ...
 
 
-class Door(Protocol):
+class EngineConnection(Protocol):
     """One engine's way in."""
 
     def ask(

@@ -24,7 +24,7 @@ MODULES = {
 STORED_NAMES = {present: stored for stored, present in MODULES.items()}
 
 
-class Recipe(BaseModel):
+class LaunchSpec(BaseModel):
     """One engine as installed here, with one model and its settings. It holds no secret."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +55,7 @@ class Recipe(BaseModel):
         return settings.model_copy(update={"api_key": None})
 
     @classmethod
-    def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings) -> Recipe:
+    def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings) -> LaunchSpec:
         """The recipe of an engine that was found on this machine."""
         return cls(
             engine=found.engine,
@@ -89,7 +89,7 @@ class Recipe(BaseModel):
         return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings)
 
 
-def found_again(recipe: Recipe, driver: Driver) -> tuple[Recipe, str]:
+def found_again(recipe: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
     """The recipe as this machine can start it now, and a line for people where that is not what was stored.
 
     A stored program can be gone: a removed build, or the Python environment of an earlier installation. The same
@@ -110,7 +110,9 @@ def found_again(recipe: Recipe, driver: Driver) -> tuple[Recipe, str]:
     if found.version != recipe.version:
         how = "name it as an engine of the plan to use that"
         return recipe, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
-    moved = Recipe.of(found, recipe.model_id, recipe.gguf, recipe.settings).model_copy(update={"engine": recipe.engine})
+    moved = LaunchSpec.of(found, recipe.model_id, recipe.gguf, recipe.settings).model_copy(
+        update={"engine": recipe.engine}
+    )
     return moved, f"{recipe.engine} {recipe.version} is started with {found.program[0]} now, no longer with {program}"
 
 

@@ -34,9 +34,9 @@ from engines.process.serving import (
 )
 from engines.process.telemetry import private_bytes, process_tree, vram_bytes
 from engines.settings import Serve
-from engines.yard.engine.connection import Answer, Door, Gone
+from engines.yard.engine.connection import Answer, EngineConnection, Gone
 from engines.yard.engine.health import PATIENCE, Health, Rate, RestartBudget, Transition, stall_limit_s, token_limit_s
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.threads import in_thread
 from engines.yard.settings import YardSettings
 
@@ -56,7 +56,7 @@ SERIES = 240  # 20 minutes of memory, the last 240 first tokens
 Told = TypeVar("Told")
 
 
-class Flight:
+class InFlight:
     """One request on an engine's process. Times are monotonic seconds; `gap` takes the seconds between chunks."""
 
     def __init__(
@@ -108,13 +108,13 @@ class Unit:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: LaunchSpec,
         driver: Driver,
         settings: YardSettings,
         *,
         home: Path,
         key: SecretStr | None,
-        open_door: Callable[[Recipe, Serve], Door],
+        open_door: Callable[[LaunchSpec, Serve], EngineConnection],
         changed: Callable[[Unit], None] = lambda _: None,
         transition: Callable[[Unit, Transition], None] = lambda _, __: None,
         incident: Callable[[Unit, str], None] = lambda _, __: None,
@@ -123,9 +123,9 @@ class Unit:
         self.driver = driver
         self.state = Health.STOPPED
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
-        self.flights: set[Flight] = set()
+        self.flights: set[InFlight] = set()
         self.child: ManagedProcess | None = None
-        self._door: Door | None = None
+        self._door: EngineConnection | None = None
         self.context_tokens: int | None = None
         self.load_s: float | None = None
         self.loading = ""
@@ -180,7 +180,7 @@ class Unit:
         return self.recipe.settings.parallel
 
     @property
-    def door(self) -> Door:
+    def door(self) -> EngineConnection:
         """The way in, once it has served; after its end whoever asks there is told that it is gone."""
         assert self._door is not None
         return self._door
@@ -248,7 +248,7 @@ class Unit:
         while self.flights:
             await self._moved.wait()
 
-    async def end_of(self, flight: Flight) -> str:
+    async def end_of(self, flight: InFlight) -> str:
         """Why the process of a request that broke off ended; '' when it lives.
 
         A broken connection is seen a moment before the end of the process.
@@ -271,16 +271,16 @@ class Unit:
         """True when a request can be handed to it now."""
         return self.accepts and not self._doubted and len(self.flights) < self.slots
 
-    def take(self, prompt_tokens: int) -> Flight:
+    def take(self, prompt_tokens: int) -> InFlight:
         """Count a request in; the caller has seen `has_room`."""
-        flight = Flight(prompt_tokens, self.child, self.gap)
+        flight = InFlight(prompt_tokens, self.child, self.gap)
         self.flights.add(flight)
         self._cached, self._missed = True, 0
         if self.state is Health.READY:
             self._change(Health.BUSY, "a request is in flight")
         return flight
 
-    def give_back(self, flight: Flight) -> None:
+    def give_back(self, flight: InFlight) -> None:
         """Count a request out, and learn its speed; safe twice, and after the end of its process."""
         if flight not in self.flights:
             return
@@ -302,7 +302,7 @@ class Unit:
         else:
             self._announce()
 
-    def _learn_outcome(self, flight: Flight) -> None:
+    def _learn_outcome(self, flight: InFlight) -> None:
         if not flight.generates:
             return
         if not flight.failure:
@@ -509,7 +509,7 @@ class Unit:
             f"(limit {limit:.1f} s{self._silence.excused()})"
         )
 
-    def _working(self) -> list[Flight]:
+    def _working(self) -> list[InFlight]:
         """The requests by which the engine is judged: those whose clients take what it sends."""
         return [flight for flight in self.flights if not flight.held]
 
@@ -542,7 +542,7 @@ class Unit:
             self.memory_series.append(self.memory_bytes)
             self.held_bytes = max(self.held_bytes or 0, self.memory_bytes + (self.vram_bytes or 0))
 
-    def _limit_s(self, flight: Flight) -> float:
+    def _limit_s(self, flight: InFlight) -> float:
         least = self.settings.wedged_after_s
         if flight.first is not None:
             return token_limit_s(least_s=least, token_s=self.token_gap.value)
@@ -703,7 +703,7 @@ async def _stopped(child: ManagedProcess, grace_s: float) -> bool:
     return not child.given_up and child.poll() is not None
 
 
-def _ended(flight: Flight) -> str:
+def _ended(flight: InFlight) -> str:
     return "" if flight.process is None else flight.process.ended_because
 
 

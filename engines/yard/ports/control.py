@@ -18,7 +18,7 @@ from aiohttp import web
 
 from engines.errors import BadInput, SwitchyardError
 from engines.yard.client import FIRST, VERSION, Say, short_name, too_old
-from engines.yard.memory_budget import Residency
+from engines.yard.memory_budget import MemoryBudget
 from engines.yard.moves import Moves
 from engines.yard.ports.status import Status
 from engines.yard.yard import Yard
@@ -33,7 +33,7 @@ class Control:
         self,
         yard: Yard,
         moves: Moves,
-        residency: Residency,
+        residency: MemoryBudget,
         status: Status,
         *,
         stop: Callable[[], None],

@@ -24,13 +24,13 @@ from engines.openai.call import GENERATING, Call, Refusal, parse, told_prefill_r
 from engines.process.serving import NOT_SUPPORTED
 from engines.yard import shims
 from engines.yard.engine.connection import Answer, Gone
-from engines.yard.engine.unit import Flight, Unit, failure_words
-from engines.yard.memory_budget import Residency
+from engines.yard.engine.unit import InFlight, Unit, failure_words
+from engines.yard.memory_budget import MemoryBudget
 from engines.yard.ports.page import page
 from engines.yard.ports.status import Status
 from engines.yard.ports.unread import SOME_BYTES, Comments, StalledClients, Unread, address_of
 from engines.yard.route import Full, Route, Unservable, Waiting
-from engines.yard.shadow import Shadow, Tape
+from engines.yard.shadow import RecordedAnswer, Shadow
 from engines.yard.yard import Yard
 
 # answered beside the requests in flight: they take no slot
@@ -56,7 +56,7 @@ class ClientLeft(Exception):
 class Gateway:
     """The aiohttp application in front of a yard."""
 
-    def __init__(self, yard: Yard, shadow: Shadow, residency: Residency, status: Status) -> None:
+    def __init__(self, yard: Yard, shadow: Shadow, residency: MemoryBudget, status: Status) -> None:
         self._yard = yard
         self._shadow = shadow
         self._residency = residency
@@ -158,7 +158,7 @@ class Gateway:
         except Unservable as why:
             raise Refusal(503, str(why), code="model_unavailable", retry_after_s=30) from None
 
-    async def _turn(self, route: Route, place: Waiting, reply: Reply, began: float) -> tuple[Unit, Flight]:
+    async def _turn(self, route: Route, place: Waiting, reply: Reply, began: float) -> tuple[Unit, InFlight]:
         """The engine and the place on it; a stream that waits long is kept alive with comments."""
         try:
             while not place.turn.done():
@@ -178,7 +178,7 @@ class Gateway:
             route.leave(place)
             raise
 
-    async def _exchange(self, route: Route, unit: Unit, flight: Flight, call: Call, reply: Reply) -> None:
+    async def _exchange(self, route: Route, unit: Unit, flight: InFlight, call: Call, reply: Reply) -> None:
         """Until the engine is done with the request; what the client has not taken by then needs no engine."""
         shim, flight.generates = shims.shim_for(unit, call), call.path in GENERATING
         try:
@@ -201,7 +201,7 @@ class Gateway:
                 raise Unanswered(ended or str(gone)) from gone
             await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
 
-    async def _stream(self, route: Route, answer: Answer, flight: Flight, shim: shims.Shim, reply: Reply) -> None:
+    async def _stream(self, route: Route, answer: Answer, flight: InFlight, shim: shims.Shim, reply: Reply) -> None:
         last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
         comments = Comments()
         async for chunk in answer.pieces():
@@ -232,7 +232,7 @@ class Gateway:
         elif flight.first is None and not flight.failure:
             flight.failure = "an answer without content"
 
-    async def _hold_back(self, route: Route, flight: Flight, reply: Reply) -> None:
+    async def _hold_back(self, route: Route, flight: InFlight, reply: Reply) -> None:
         """Read no more of the engine until the client has taken some; not for ever while others wait for the place."""
         began = time.monotonic()
         flight.hold()
@@ -329,7 +329,7 @@ class Reply:
         self._comments = Comments()
         self.begun_with_content = False
         self.error: str | None = None
-        self.tape: Tape | None = None
+        self.tape: RecordedAnswer | None = None
 
     @property
     def response(self) -> web.StreamResponse:

@@ -20,7 +20,7 @@ from engines.errors import EngineError
 from engines.process.serving import Served, exit_reason
 from engines.process.telemetry import Sampler
 from engines.settings import Endpoint
-from tasks.evidence.engine_under_test import Contender
+from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.statistics import Slope, bucket_medians, poisson_upper_rate, theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
@@ -55,7 +55,7 @@ ASKS = (
 
 
 def soak(
-    contender: Contender,
+    contender: EngineUnderTest,
     *,
     soak_s: float,
     done: Sequence[Mapping[str, Any]],

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from waiting import until
 
-from engines.yard.canary_analysis import CanaryWatch
+from engines.yard.canary_analysis import CanaryAnalysis
 from engines.yard.sample import Sample
 from engines.yard.state import Canary
 
@@ -188,7 +188,7 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def watched(self):
-        task = asyncio.create_task(CanaryWatch(self.yard, self).run())
+        task = asyncio.create_task(CanaryAnalysis(self.yard, self).run())
         yield
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

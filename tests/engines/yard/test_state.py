@@ -12,12 +12,12 @@ from engines.driver import Installation
 from engines.errors import EngineNotFound, SwitchyardError
 from engines.settings import Settings
 from engines.yard.engine import launch_spec
-from engines.yard.engine.launch_spec import MODULES, Recipe, found_again
+from engines.yard.engine.launch_spec import MODULES, LaunchSpec, found_again
 from engines.yard.state import Canary, ModelState, StateFile, YardState
 
 
 def recipe(**settings):
-    return Recipe(
+    return LaunchSpec(
         engine="old",
         form="binary",
         program=("/bin/old", "serve"),
@@ -158,7 +158,7 @@ def test_a_recipe_holds_no_key(tmp_path):
 
 
 def test_a_recipe_makes_the_same_command_again():
-    again = Recipe.model_validate(json.loads(recipe(parallel=3).model_dump_json()))
+    again = LaunchSpec.model_validate(json.loads(recipe(parallel=3).model_dump_json()))
     assert again == recipe(parallel=3)
     assert again.installation.knows("--a")
     assert again.serve(8099, None).settings.parallel == 3

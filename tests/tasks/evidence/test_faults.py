@@ -13,7 +13,7 @@ from fake_driver import FakeDriver
 from engines.driver import Installation
 from engines.process.process import registered
 from engines.settings import Serve, Settings
-from tasks.evidence.engine_under_test import Contender
+from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.evidence.faults import KINDS, judge_faults, measure_faults
 from tasks.verdicts.verdict import Verdict, overall
 
@@ -33,11 +33,11 @@ class FileCheckingFake(FakeDriver):
         return [*super().argv(installation, serve), *check]
 
 
-def contender(home: Path, driver: FakeDriver) -> Contender:
+def contender(home: Path, driver: FakeDriver) -> EngineUnderTest:
     """A candidate served by the fake engine, with a model of 4 KiB."""
     gguf = home / "m.gguf"
     gguf.write_bytes(b"GGUF" * 1024)
-    return Contender(
+    return EngineUnderTest(
         arm="candidate",
         driver=driver,
         installation=driver.find(),

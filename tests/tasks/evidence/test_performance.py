@@ -11,7 +11,7 @@ from fake_driver import FakeDriver
 
 from engines.process.process import registered
 from engines.settings import Settings
-from tasks.evidence.engine_under_test import Arm, Contender
+from tasks.evidence.engine_under_test import Arm, EngineUnderTest
 from tasks.evidence.performance import (
     PerformanceLimits,
     Workload,
@@ -41,11 +41,11 @@ PRIMARY = ["ttft_p50", "ttft_p95", "tpot_p50", "e2e_p50"]
 SAMPLES = ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s")
 
 
-def contender(home: Path, arm: Arm, *habits: str) -> Contender:
+def contender(home: Path, arm: Arm, *habits: str) -> EngineUnderTest:
     """A fake engine as one side of the comparison."""
     driver, gguf = FakeDriver(*habits), home / "m.gguf"
     gguf.write_bytes(b"GGUF")
-    return Contender(
+    return EngineUnderTest(
         arm=arm, driver=driver, installation=driver.find(), model_id="m", gguf=gguf, settings=Settings(), home=home
     )
 

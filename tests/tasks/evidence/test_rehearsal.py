@@ -13,7 +13,7 @@ from gguf_files import write_gguf
 from engines.driver import Installation
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.settings import Settings
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from tasks.evidence.rehearsal import Stage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room
 from tasks.verdicts.verdict import Verdict, overall
 
@@ -110,9 +110,9 @@ def test_an_engine_that_the_yard_lacks_is_named() -> None:
         engine_of({"id": "m", "engines": [{"engine": OLD}]}, NEW)
 
 
-def recipes(gguf: Path, **settings: Any) -> dict[str, Recipe]:
+def recipes(gguf: Path, **settings: Any) -> dict[str, LaunchSpec]:
     return {
-        engine: Recipe.of(Installation(engine, "binary", ("x",), "1"), "m", gguf, Settings(**settings))
+        engine: LaunchSpec.of(Installation(engine, "binary", ("x",), "1"), "m", gguf, Settings(**settings))
         for engine in (OLD, NEW)
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines.settings import Settings
-from engines.yard.engine.launch_spec import Recipe
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import ModelState, YardState
 from migrations.plan import Plan, build_plan
 from tasks.records.store import Records, open_records
@@ -72,10 +72,10 @@ def plan() -> Plan:
     return build_plan({"models": models, **engines, **own})
 
 
-def recipe(engine: str, plan: Plan, model: str) -> Recipe:
+def recipe(engine: str, plan: Plan, model: str) -> LaunchSpec:
     settings = Settings(context_tokens=4096, mlock=True)
     program = "/home/paula/bin/llama-server" if engine == OLD else "/usr/local/bin/mistralrs"
-    return Recipe(
+    return LaunchSpec(
         engine=engine,
         form="binary",
         program=(program,),

@@ -13,7 +13,7 @@ from fake_driver import FakeDriver
 
 from engines.process.process import registered
 from engines.settings import Settings
-from tasks.evidence.engine_under_test import Contender
+from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.evidence.soak.soak import DAY_S, RESTARTS_ALLOWED, judge_leak, judge_stability, soak
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -27,7 +27,7 @@ class Soaked:
     def __init__(self, home: Path, *habits: str, done: Sequence[dict[str, Any]] = (), **options: Any) -> None:
         driver, gguf = FakeDriver(*habits), home / "m.gguf"
         gguf.write_bytes(b"GGUF")
-        candidate = Contender(
+        candidate = EngineUnderTest(
             arm="candidate",
             driver=driver,
             installation=driver.find(),
