@@ -11,7 +11,8 @@ import pytest
 from benchmarks import native
 from engines.errors import BadInput
 from engines.mistral_rs.native.engine import Reply
-from engines.mistral_rs.native.requests import DONE, Json, sse
+from engines.mistral_rs.native.requests import Json
+from engines.openai.sse import DONE, write_event
 
 
 def test_missing_numbers_are_told_as_missing() -> None:
@@ -52,8 +53,8 @@ async def test_a_stream_in_process_is_measured_like_any_other() -> None:
         for word in ("one ", "two ", "three"):
             await asyncio.sleep(0.002)
             yield b""
-            yield sse({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
-        yield sse({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+            yield write_event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]})
+        yield write_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
         yield DONE
 
     async def ask(method: str, path: str, body: Json) -> Reply:

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import aiohttp
 
 from engines.errors import BadInput, NoMeasurement
+from engines.openai.sse import DONE_DATA, SseSplitter, read_event
 from engines.redaction import redacted_text
 from engines.settings import Endpoint
 
@@ -247,29 +248,13 @@ def parse_stream(chunks: Iterable[tuple[int, bytes]], record: StreamRecord, *, k
     return reader.finish()
 
 
-class _SseSplitter:
-    """Chunks in, whole SSE events out (WHATWG HTML, 9.2.6); `rest` is what has no blank line after it yet."""
-
-    def __init__(self) -> None:
-        self.rest = b""
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        data = self.rest + data
-        if b"\r" in data:
-            # a trailing \r may be the first half of \r\n: it stays for the next chunk to decide
-            held = b"\r" if data.endswith(b"\r") else b""
-            data = data.removesuffix(held).replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
-        *events, self.rest = data.split(b"\n\n")
-        yield from events
-
-
 class _RecordReader:
     """Fills a record from chunks, a few at a time."""
 
     def __init__(self, record: StreamRecord, *, keep_text: bool) -> None:
         self._record = record
         self._keep_text = keep_text
-        self._splitter = _SseSplitter()
+        self._splitter = SseSplitter()
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._tools: dict[int, dict[str, Any]] = {}
@@ -280,7 +265,7 @@ class _RecordReader:
 
     def finish(self) -> StreamRecord:
         record, rest = self._record, self._splitter.rest
-        if _data_of(rest)[1].strip() == b"[DONE]":
+        if read_event(rest)[1].strip() == DONE_DATA:
             record.done = True
         if not (record.done or record.cancelled or record.error_type):
             record.error_type = "stream_truncated"
@@ -293,10 +278,10 @@ class _RecordReader:
         return record
 
     def _read_event(self, t_ns: int, raw: bytes) -> None:
-        name, data = _data_of(raw)
+        name, data = read_event(raw)
         if not data:
             self._record.keepalives += 1
-        elif data == b"[DONE]":
+        elif data == DONE_DATA:
             self._record.done = True
         else:
             n_chars, kind = self._read_data(name, data)
@@ -364,20 +349,6 @@ class _RecordReader:
         if self._record.error_type is None:
             self._record.error_type, self._record.error = error_type, text
         return 0, "error"
-
-
-def _data_of(event: bytes) -> tuple[bytes, bytes]:
-    """(event name, data lines joined); both empty for a comment."""
-    if event.startswith(b"data: ") and b"\n" not in event:
-        return b"", event[6:]
-    name, data = b"", []
-    for line in event.split(b"\n"):
-        label, _, value = line.partition(b":")
-        if label == b"data":
-            data.append(value.removeprefix(b" "))
-        elif label == b"event":
-            name = value.strip()
-    return name, b"\n".join(data)
 
 
 def _head(data: bytes) -> str:

@@ -33,6 +33,7 @@ from engines.mistral_rs.native import requests as shapes
 from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
 from engines.mistral_rs.native.engine import Native, Reply, in_stream, json_body, refusal
 from engines.mistral_rs.native.requests import ApiError
+from engines.openai.sse import write_event
 
 MAX_BODY_BYTES = 50 * 1024 * 1024
 STOP_GRACE_S = 1.0
@@ -107,7 +108,7 @@ class Answer:
 
     async def _say_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._begun:
-            await send({"type": "http.response.body", "body": shapes.sse(STOPPING)})
+            await send({"type": "http.response.body", "body": write_event(STOPPING)})
         else:
             await JSONResponse(STOPPING, 503)(scope, receive, send)
 

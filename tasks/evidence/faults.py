@@ -24,6 +24,7 @@ import httpx
 import psutil
 
 from engines.errors import EngineError, EngineExited, PortTaken
+from engines.openai.sse import DONE_DATA, payloads
 from engines.process.serving import Served, exit_reason, serving
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most
@@ -198,12 +199,11 @@ class _Stream:
                     "POST", endpoint.base_url + "/v1/chat/completions", json=body, headers=endpoint.headers
                 ) as answer,
             ):
-                last = ""
-                for line in answer.iter_lines():
-                    if line.startswith("data:"):
-                        self._arrivals.append(time.monotonic())
-                        last = line
-                self.outcome = "a whole answer" if last.endswith("[DONE]") else "the stream ended without [DONE]"
+                last = b""
+                for data in payloads(answer.iter_bytes()):
+                    self._arrivals.append(time.monotonic())
+                    last = data
+                self.outcome = "a whole answer" if last == DONE_DATA else "the stream ended without [DONE]"
         except httpx.HTTPError as error:
             self.outcome = f"{type(error).__name__}: {error}"
         finally:

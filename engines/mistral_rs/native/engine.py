@@ -35,6 +35,7 @@ from engines.mistral_rs.native.generation import (
 )
 from engines.mistral_rs.native.model import Job, Model, first_line, new_id
 from engines.mistral_rs.native.requests import ApiError, Json, Piece
+from engines.openai.sse import DONE, write_event
 
 KEEP_ALIVE_S = 10.0
 Frames = AsyncGenerator[bytes, None]
@@ -79,7 +80,7 @@ async def in_stream(frames: Frames) -> Frames:
         except ApiError as error:
             if not begun:
                 raise
-            yield shapes.sse(error.body)
+            yield write_event(error.body)
 
 
 def json_body(data: bytes) -> Json:
@@ -181,18 +182,18 @@ class Native:
                         continue
                     for choice in [*opening, shapes.piece_choice(plan.head, index, piece, offset)]:
                         if choice:
-                            yield shapes.sse(plan.head.body(stream=True, choices=[choice]))
+                            yield write_event(plan.head.body(stream=True, choices=[choice]))
                     opening, offset, finish = [], offset + len(piece.content), piece.finish or finish
                     usages += [piece.usage] if piece.usage else []
             closing = plan.head.body(stream=True, choices=[shapes.closing_choice(plan.head, index, finish)])
             last = index == len(plan.jobs) - 1
             timings = {"timings": shapes.timings_body(usages)} if last and not plan.include_usage else {}
-            yield shapes.sse(closing | timings)
+            yield write_event(closing | timings)
         if plan.include_usage:
             body = plan.head.body(stream=True, choices=[])
             told = {"usage": shapes.usage_body(usages, plan.n), "timings": shapes.timings_body(usages)}
-            yield shapes.sse(body | told)
-        yield shapes.DONE
+            yield write_event(body | told)
+        yield DONE
 
     async def _answer(self, plan: Plan, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
         content = keep_alive(self.frames(plan), KEEP_ALIVE_S) if plan.stream else await self.whole(plan)

@@ -18,7 +18,6 @@ Json = dict[str, Any]
 GRAMMARS = ("regex", "lark", "json_schema")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_CHOICES = 128
-DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -675,11 +674,6 @@ class Head:
         """A response or chunk with these choices."""
         kind = "text_completion" if not self.chat else "chat.completion.chunk" if stream else "chat.completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-
-def sse(body: Json) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def chunk_choice(index: int, delta: Json, *, finish: str | None = None, logprobs: Json | None = None) -> Json:

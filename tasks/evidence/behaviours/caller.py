@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import httpx
 
+from engines.openai.sse import DONE_DATA, payloads
 from engines.redaction import redacted_text
 from engines.settings import Endpoint
 
 Json = dict[str, Any]
 Messages = str | list[Json]
 
-DONE = "[DONE]"
 READ_TIMEOUT_S = 60.0
 
 
@@ -165,19 +164,6 @@ def user(text: str) -> Json:
     return {"role": "user", "content": text}
 
 
-def data_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The payload of each `data:` line of an event stream.
-
-    Split at line feeds only: httpx's own line reader also splits at U+2028 and U+0085, which JSON may hold.
-    """
-    rest = b""
-    for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
-    if rest.startswith(b"data:"):
-        yield rest[5:].strip()
-
-
 class Caller:
     """Speaks to one endpoint; every request has a limit on silence, none on its whole length."""
 
@@ -227,7 +213,7 @@ class Caller:
                 response.read()
                 return Streamed(refusal=as_reply(response))
             streamed = Streamed(content_type=response.headers.get("content-type", ""))
-            for data in data_lines(response.iter_bytes()):
+            for data in payloads(response.iter_bytes()):
                 take(streamed, data)
                 if leave_after is not None and len(streamed.arrivals_s) >= leave_after:
                     break
@@ -245,7 +231,7 @@ def as_reply(response: httpx.Response) -> Reply:
 
 def take(streamed: Streamed, data: bytes) -> None:
     """Add one event's payload to `streamed`."""
-    if data == DONE.encode():
+    if data == DONE_DATA:
         streamed.done = True
         return
     streamed.after_done += streamed.done
