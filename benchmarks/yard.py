@@ -33,8 +33,9 @@ import uvloop
 
 from engines.client.client import StreamRecord, measure
 from engines.client.reference_server import lateness_ms
-from engines.driver import Dialect, Driver, Form, Installation, Installer
+from engines.driver import Driver, Form, Installation, Installer
 from engines.errors import EngineError
+from engines.openai.dialect import Dialect
 from engines.process.process import ManagedProcess, start
 from engines.process.serving import free_port
 from engines.process.telemetry import Telemetry, interval, private_bytes
@@ -231,8 +232,8 @@ class KnownTruth:
     def progress(self, answer: bytes) -> tuple[int, ...]:
         return ()
 
-    def dialect(self, installation: Installation) -> Dialect:
-        return "llama.cpp"
+    def dialect(self, installation: Installation) -> type[Dialect]:
+        return Dialect
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         return model_id

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engines import environment
+from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
 # method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
 Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
 Form = Literal["auto", "binary", "hosted"]
 Found = Literal["binary", "hosted", "native"]
-Dialect = Literal["llama.cpp", "switchyard", "mistralrs"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Driver(Protocol):
         """The model's name that this engine answers to."""
         ...
 
-    def dialect(self, installation: Installation) -> Dialect:
-        """How it speaks over HTTP; clients of llama.cpp's server are served in theirs whichever it is."""
+    def dialect(self, installation: Installation) -> type[Dialect]:
+        """Brings its requests and answers to the shapes of llama.cpp's server, for which clients were written."""
         ...
 
     def neutral_body(self) -> dict[str, object]:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Dialect, Form, Installation, Installer, help_flags, probe, scrubbed
+from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
+from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
 COMMON_PLACES = (
@@ -127,9 +128,9 @@ class LlamaCpp:
         """Any: llama-server answers to every name."""
         return model_id
 
-    def dialect(self, installation: Installation) -> Dialect:
+    def dialect(self, installation: Installation) -> type[Dialect]:
         """llama.cpp's own, hosted or not."""
-        return "llama.cpp"
+        return Dialect
 
     def neutral_body(self) -> dict[str, object]:
         """Prompt cache off per request: cached prefixes would make a prefill look free."""

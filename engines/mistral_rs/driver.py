@@ -11,8 +11,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.driver import Dialect, Form, Installation, Installer, help_flags, native_of, probe, scrubbed
+from engines.driver import Form, Installation, Installer, help_flags, native_of, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
+from engines.mistral_rs.dialect import BinaryDialect, HostDialect
+from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
 COMMON_PLACES = (
@@ -103,9 +105,9 @@ class MistralRs:
         """The binary answers to its own id or `default` only."""
         return "default" if installation.form == "binary" else model_id
 
-    def dialect(self, installation: Installation) -> Dialect:
+    def dialect(self, installation: Installation) -> type[Dialect]:
         """Our host's, which is close to llama.cpp's, or the binary's own."""
-        return "mistralrs" if installation.form == "binary" else "switchyard"
+        return BinaryDialect if installation.form == "binary" else HostDialect
 
     def neutral_body(self) -> dict[str, object]:
         """Nothing: its prefix cache matches whole prefixes only, so unique prompt openings are enough."""

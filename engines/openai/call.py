@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from aiohttp import web
-
 BYTES_PER_TOKEN = 3  # of a request's JSON; only to guess how long a prompt may take
 LEAST_TOLD = 32
 LLAMA_CPP_PREFILL = re.compile(rb'"prompt_n":\s*(\d+)[^}]*?"prompt_ms":\s*(\d+(?:\.\d+)?)')
@@ -32,11 +30,6 @@ class Refusal(Exception):
     def body(self) -> dict[str, Any]:
         """`{"error": {...}}`."""
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
-
-    def response(self, **detail: Any) -> web.Response:
-        """The whole answer; `detail` stands beside the error."""
-        headers = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
-        return web.json_response({**self.body(), **detail}, status=self.status, headers=headers)
 
     def event(self) -> bytes:
         """The same inside a stream that has begun, and its end: clients raise it as an error."""

@@ -28,7 +28,6 @@ from engines.yard.capture import Lines
 from engines.yard.engine.connection import Gone
 from engines.yard.engine.unit import Unit
 from engines.yard.route import Route
-from engines.yard.shims import shim_for
 from engines.yard.yard import Yard
 
 Answer = dict[str, Any]
@@ -247,20 +246,20 @@ class Shadow:
     async def _ask(self, unit: Unit, call: Call) -> Answer:
         flight = unit.take(call.prompt_tokens)
         try:
-            shim = shim_for(unit, call)
-            async with unit.door.ask("POST", call.path, shim.request()) as upstream:
+            dialect = unit.dialect(call)
+            async with unit.door.ask("POST", call.path, dialect.request()) as upstream:
                 if not call.stream or upstream.status != 200:
-                    status, data = shim.whole(upstream.status, await upstream.read())
+                    status, data = dialect.whole(upstream.status, await upstream.read())
                     flight.chunk(content=True)
                     return read_answer(data, stream=False, status=status)
                 tape = RecordedAnswer()
                 async for chunk in upstream.pieces():
                     flight.chunk(content=flight.first is None)
-                    tape.add(shim.event(chunk))
-                tape.add(shim.rest())
-            if shim.early_error is not None:
-                return read_answer(shim.early_error[1], stream=False, status=shim.early_error[0])
-            return read_answer(tape.whole or b"", stream=True) | ({"error": shim.error} if shim.error else {})
+                    tape.add(dialect.event(chunk))
+                tape.add(dialect.rest())
+            if dialect.early_error is not None:
+                return read_answer(dialect.early_error[1], stream=False, status=dialect.early_error[0])
+            return read_answer(tape.whole or b"", stream=True) | ({"error": dialect.error} if dialect.error else {})
         except Refusal as refusal:
             return no_answer(str(refusal))
         except Gone as gone:

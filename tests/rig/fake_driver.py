@@ -5,7 +5,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.driver import Dialect, Installation, Installer
+from engines.driver import Installation, Installer
+from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -44,8 +45,8 @@ class FakeDriver:
     def progress(self, answer: bytes) -> tuple[int, ...]:
         return tuple(json.loads(answer))
 
-    def dialect(self, installation: Installation) -> Dialect:
-        return "llama.cpp"
+    def dialect(self, installation: Installation) -> type[Dialect]:
+        return Dialect
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         return model_id

@@ -20,6 +20,8 @@ from pydantic import SecretStr
 from engines.driver import Driver
 from engines.errors import EngineError, EngineRefuses
 from engines.mistral_rs.native.frames import in_frames
+from engines.openai.call import Call
+from engines.openai.dialect import Dialect
 from engines.process.cpu_wait import CpuWait, is_stopped
 from engines.process.process import KILLED_S, ManagedProcess
 from engines.process.serving import (
@@ -260,6 +262,11 @@ class Unit:
         return _ended(flight)
 
     # --- requests
+
+    def dialect(self, call: Call) -> Dialect:
+        """What brings `call` and its answer to the shapes that clients expect."""
+        found, model_id = self.recipe.installation, self.recipe.model_id
+        return self.driver.dialect(found)(call, self.driver.served_name(found, model_id), model_id)
 
     @property
     def accepts(self) -> bool:

