@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engines import environment
+from engines.model.header import Header
+from engines.model.loads import Loads
+from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
@@ -78,6 +81,18 @@ class Driver(Protocol):
         """The child's environment: `base` without stray engine variables, with what this engine needs."""
         ...
 
+    def loads(self, header: Header, version: str | None = None) -> Loads:
+        """Whether this engine at `version` (None: not known) loads the model, and why."""
+        ...
+
+    def memory_parts(self, case: MemoryCase) -> list[Part]:
+        """Everything that takes memory while this engine serves the model."""
+        ...
+
+    def memory_notes(self, case: MemoryCase) -> list[str]:
+        """What to know about these figures, one line each."""
+        ...
+
     def losses(self, installation: Installation, serve: Serve) -> list[str]:
         """What was asked for and this engine cannot honour, one line each: named, never dropped quietly."""
         ...
@@ -109,11 +124,6 @@ class Driver(Protocol):
 def native_of(name: str) -> str:
     """The name under which engine `name` runs without a server between: a third place for a candidate."""
     return f"{name}-native"
-
-
-def base_of(name: str) -> str:
-    """The engine whose code runs under `name`: what it loads and what memory it takes are the same in every form."""
-    return name.removesuffix(native_of(""))
 
 
 def help_flags(text: str) -> frozenset[str]:

@@ -15,6 +15,10 @@ from typing import Any
 
 from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
+from engines.llama_cpp import memory, support
+from engines.model.header import Header
+from engines.model.loads import Loads
+from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
@@ -102,6 +106,18 @@ class LlamaCpp:
                 filter(None, [str(installation.libraries), base.get("LD_LIBRARY_PATH", "")])
             )
         return env
+
+    def loads(self, header: Header, version: str | None = None) -> Loads:
+        """By the installed gguf package's list."""
+        return support.loads(header)
+
+    def memory_parts(self, case: MemoryCase) -> list[Part]:
+        """By `engines.llama_cpp.memory`."""
+        return memory.memory_parts(case)
+
+    def memory_notes(self, case: MemoryCase) -> list[str]:
+        """Of the same estimate."""
+        return memory.memory_notes(case)
 
     def losses(self, installation: Installation, serve: Serve) -> list[str]:
         """Settings that llama.cpp has no word for."""

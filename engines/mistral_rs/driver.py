@@ -13,7 +13,11 @@ from pathlib import Path
 
 from engines.driver import Form, Installation, Installer, help_flags, native_of, probe, scrubbed
 from engines.errors import BadInput, EngineNotFound
+from engines.mistral_rs import memory, support
 from engines.mistral_rs.dialect import BinaryDialect, HostDialect
+from engines.model.header import Header
+from engines.model.loads import Loads
+from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
@@ -85,6 +89,18 @@ class MistralRs:
         if installation.form != "binary" and serve.settings.api_key is not None:
             env["SWITCHYARD_ENGINE_API_KEY"] = serve.settings.api_key.get_secret_value()
         return env
+
+    def loads(self, header: Header, version: str | None = None) -> Loads:
+        """By the lists of `support.toml`."""
+        return support.loads(header, version)
+
+    def memory_parts(self, case: MemoryCase) -> list[Part]:
+        """By `engines.mistral_rs.memory`."""
+        return memory.memory_parts(case)
+
+    def memory_notes(self, case: MemoryCase) -> list[str]:
+        """Of the same estimate."""
+        return memory.memory_notes(case)
 
     def losses(self, installation: Installation, serve: Serve) -> list[str]:
         """Settings mistral.rs cannot honour (flags read at 0.9.2, wheel seen at 0.9.5)."""

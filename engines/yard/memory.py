@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from engines.errors import SwitchyardError
-from engines.fit import FreeMemory, free_memory
+from engines.model.free_memory import FreeMemory, free_memory
 
 SHARE = 0.75  # of what the stopped engine held, as Ollama waits for; the rest is the driver's own
 POLL_S = 0.25

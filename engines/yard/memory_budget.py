@@ -12,7 +12,8 @@ import contextlib
 import time
 
 from engines.errors import BadInput, EngineError, SwitchyardError
-from engines.fit import estimate, free_memory
+from engines.fit import estimate
+from engines.model.free_memory import free_memory
 from engines.model.header import read_header
 from engines.yard.engine.unit import Unit
 from engines.yard.memory import memory_back, mib

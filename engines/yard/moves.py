@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Literal, get_args
 
 from engines.errors import BadInput, EngineError, SwitchyardError
-from engines.fit import FreeMemory, estimate, free_memory
+from engines.fit import estimate
+from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
 from engines.yard.client import Say
 from engines.yard.config import ModelConfig, YardConfig, loopback_or_key

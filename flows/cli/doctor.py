@@ -16,8 +16,8 @@ from typing import Any, Literal
 import httpx
 
 from engines.errors import SwitchyardError
-from engines.fit import free_memory
 from engines.home import home
+from engines.model.free_memory import free_memory
 from engines.registry import drivers
 from flows.cli.tables import size
 from flows.orchestrator.server import PrefectServer, prepare_environment

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from engines.errors import BadInput, SwitchyardError
-from engines.fit import FreeMemory, estimate, free_memory
+from engines.fit import estimate
+from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
 from engines.yard.client import YardClient
 from migrations.plan import Plan

@@ -9,22 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import BadInput
-from engines.fit import (
-    Fit,
-    FreeMemory,
-    estimate,
-    free_memory,
-    kv_bytes,
-    kv_bytes_per_token,
-    state_bytes_per_sequence,
-    why_unsized,
-)
+from engines.fit import Fit, estimate
+from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
+from engines.model.loads import Loads, known_architectures
+from engines.model.memory import kv_bytes, kv_bytes_per_token, state_bytes_per_sequence, why_unsized
+from engines.registry import DRIVERS
 from engines.settings import Settings
-from engines.support import Loads, alternatives, known_architectures, loads
+from engines.support import alternatives, loads
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
-
-ENGINES = ("llama.cpp", "mistral.rs")
 
 _LOADS_VERDICTS = {"yes": Verdict.PASS, "no": Verdict.FAIL, "unknown": Verdict.INCONCLUSIVE}
 # "tight" passes: it fits as expected, and only the upper bounds (a full host cache, a margin) do not
@@ -40,7 +33,7 @@ def preflight(
     models: Sequence[tuple[str, Path]],
     *,
     settings_by_model: Mapping[str, Settings] | None = None,
-    engines: Sequence[str] = ENGINES,
+    engines: Sequence[str] = (),
     context: int | None = None,
     versions: Mapping[str, str | None] | None = None,
     memory: FreeMemory | None = None,
@@ -49,10 +42,11 @@ def preflight(
 ) -> dict[str, Any]:
     """`{"models": [...]}`, one plain dict per model: what loads it, what it takes, what else could be done.
 
-    `context` (tokens, all sequences together) overrides each model's setting; `versions` maps an engine to its version;
+    `engines` are the incumbent and the candidate (default: all); `context` (tokens, all sequences together) overrides
+    each model's setting; `versions` maps an engine to its version;
     `corrections` maps (model, engine) to a measured ratio. Raises BadInput that names the first model it cannot read.
     """
-    free = memory or free_memory()
+    engines, free = engines or list(DRIVERS), memory or free_memory()
     known_architectures()  # imports gguf and numpy once, a fifth of a second that is no model's own
     reports = []
     for model, path in models:
@@ -95,9 +89,7 @@ def _report(
         "side_by_side": _side_by_side(fits, free),
         "header": _header_report(header),
         "alternatives": alternatives(
-            header,
-            blocked=any(answer.answer != "yes" for answer in answers.values()),
-            fits=all(fit.verdict != "does not fit" for fit in fits.values()),
+            answers, incumbent=engines[0], fits=all(fit.verdict != "does not fit" for fit in fits.values())
         ),
     }
 

@@ -22,7 +22,8 @@ import psutil
 from pydantic import SecretStr
 
 from engines.errors import BadInput, SwitchyardError
-from engines.fit import FreeMemory, estimate, free_memory
+from engines.fit import estimate
+from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
 from engines.redaction import redacted_text
 from engines.yard.client import YardClient

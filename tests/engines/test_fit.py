@@ -9,21 +9,19 @@ import pytest
 from gguf_files import LLAMA, nemotron_keys, write_gguf
 
 from engines.errors import BadInput
-from engines.fit import (
+from engines.fit import estimate
+from engines.model.free_memory import FreeMemory, _cgroup_free, free_memory
+from engines.model.header import Header, read_header
+from engines.model.memory import (
     GIB,
     MIB,
-    FreeMemory,
-    _cgroup_free,
     compute_bytes,
-    estimate,
-    free_memory,
     kv_bytes,
     kv_bytes_per_token,
     recurrent_layers,
     state_bytes_per_sequence,
     weights_bytes,
 )
-from engines.model.header import Header, read_header
 from engines.settings import Settings
 
 PLENTY = FreeMemory(ram_bytes=512 * GIB)

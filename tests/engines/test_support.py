@@ -10,7 +10,8 @@ from gguf_files import nemotron_keys, write_gguf
 
 from engines.errors import BadInput
 from engines.model.header import Header, read_header
-from engines.support import alternatives, loads, parse_version
+from engines.model.loads import parse_version
+from engines.support import alternatives, loads
 
 
 def header(tmp_path: Path, architecture: str = "llama", **options: object) -> Header:
@@ -122,7 +123,9 @@ def test_an_engine_without_a_list_is_bad_input(tmp_path: Path) -> None:
 
 def test_a_blocked_nemotron_gets_models_of_its_class(tmp_path: Path) -> None:
     """And the ways out that keep the model."""
-    choices = alternatives(header(tmp_path, "nemotron_h_moe", keys=nemotron_keys()), blocked=True)
+    nemotron = header(tmp_path, "nemotron_h_moe", keys=nemotron_keys())
+    answers = {engine: loads(engine, nemotron) for engine in ("llama.cpp", "mistral.rs")}
+    choices = alternatives(answers, incumbent="llama.cpp")
     assert any("Qwen3-30B-A3B" in choice for choice in choices)
     assert any("stay on llama.cpp" in choice for choice in choices)
     assert any("vLLM" in choice for choice in choices)
@@ -130,7 +133,8 @@ def test_a_blocked_nemotron_gets_models_of_its_class(tmp_path: Path) -> None:
 
 def test_nothing_blocked_needs_no_alternative(tmp_path: Path) -> None:
     """The list is empty, not noise."""
-    assert alternatives(header(tmp_path), blocked=False) == []
+    answers = {"mistral.rs": loads("mistral.rs", header(tmp_path), version="0.9.2")}
+    assert alternatives(answers, incumbent="llama.cpp") == []
 
 
 @pytest.mark.parametrize(

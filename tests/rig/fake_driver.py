@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.driver import Installation, Installer
+from engines.model.header import Header
+from engines.model.loads import Loads
+from engines.model.memory import MemoryCase, Part, exactly
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
@@ -32,6 +35,15 @@ class FakeDriver:
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         return dict(base)
+
+    def loads(self, header: Header, version: str | None = None) -> Loads:
+        return Loads("yes", "a fake loads everything")
+
+    def memory_parts(self, case: MemoryCase) -> list[Part]:
+        return [exactly("weights", "ram", case.header.tensor_bytes, "all that a fake pretends to hold")]
+
+    def memory_notes(self, case: MemoryCase) -> list[str]:
+        return []
 
     def losses(self, installation: Installation, serve: Serve) -> list[str]:
         return []

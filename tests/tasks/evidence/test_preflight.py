@@ -10,7 +10,8 @@ import pytest
 from gguf_files import LLAMA, nemotron_keys, write_gguf
 
 from engines.errors import BadInput
-from engines.fit import GIB, FreeMemory
+from engines.model.free_memory import FreeMemory
+from engines.model.memory import GIB
 from engines.settings import Settings
 from tasks.evidence.preflight import judge_preflight, preflight
 from tasks.verdicts.verdict import Verdict, overall

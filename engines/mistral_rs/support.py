@@ -1,0 +1,107 @@
+"""What mistral.rs loads from a GGUF, by the lists in `support.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from engines.errors import BadInput
+from engines.model.header import Header, Tensor
+from engines.model.loads import Loads, parse_version
+
+LISTS = Path(__file__).with_suffix(".toml")
+
+
+def loads(header: Header, version: str | None) -> Loads:
+    """Whether mistral.rs at `version` (None: not known) loads the model; the reason names the tensor, key or list."""
+    lists, installed = _lists(), parse_version(version)
+    aged, warnings, refused = _list_age(lists, version, installed), tuple(_warnings(header)), _refused(header, lists)
+    obstacles = _obstacles(header, lists, refused)
+    if obstacles:
+        return Loads("no", "; ".join(obstacles) + aged, warnings, tuple(_alternatives(header, lists, refused)))
+    if header.architecture not in lists["text"]:
+        why = f"{header.architecture!r} is listed as multimodal only: it needs its projector (mmproj) file"
+        return Loads("unknown", why + aged, warnings, tuple(_alternatives(header, lists, refused)))
+    if installed and installed < _must_parse(lists["minimum_version"]):
+        why = f"{header.architecture!r} is in the list read at {lists['read_at']}, but {version} is older than"
+        why = f"{why} {lists['minimum_version']}, before which only a handful of architectures was there: update it"
+        return Loads("unknown", why, warnings)
+    why = f"architecture {header.architecture!r} and all {len(header.tensors)} tensors are of types in its source list"
+    seen = lists["seen"].get(header.architecture)
+    return Loads("yes", why + (f", and a model of it was seen to load with {seen}" if seen else "") + aged, warnings)
+
+
+@lru_cache(maxsize=1)
+def _lists() -> dict[str, Any]:
+    return tomllib.loads(LISTS.read_text(encoding="utf-8"))
+
+
+def _obstacles(header: Header, lists: dict[str, Any], refused: list[Tensor]) -> list[str]:
+    obstacles, architecture = [], header.architecture
+    if architecture not in lists["text"] and architecture not in lists["projector"]:
+        known = len(lists["text"])
+        obstacles.append(f"architecture {architecture!r} is not among the {known} that mistral.rs reads from a GGUF")
+    if header.endianness == "big":
+        obstacles.append("the file is big-endian; mistral.rs reads little-endian only")
+    if refused:
+        first, more = refused[0], f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        obstacles.append(f"tensor {first.name} is {first.type}{more}; mistral.rs reads no {_family(first.type, lists)}")
+    return obstacles
+
+
+def _refused(header: Header, lists: dict[str, Any]) -> list[Tensor]:
+    only_for = lists["tensor_types_for"]
+    readable = {*lists["tensor_types"], *(kind for kind, names in only_for.items() if header.architecture in names)}
+    return [tensor for tensor in header.tensors if tensor.type not in readable]
+
+
+def _alternatives(header: Header, lists: dict[str, Any], refused: list[Tensor]) -> list[str]:
+    choices = []
+    if refused:
+        choices.append("another quantization of the same model without IQ*, TQ* or NVFP4 tensors: plain Q4_K_M, Q8_0")
+    if header.architecture not in lists["text"]:
+        choices += [row["text"] for row in lists["alternatives"] if header.architecture in row["for"]]
+    return choices
+
+
+def _family(kind: str, lists: dict[str, Any]) -> str:
+    for prefix in ("IQ", "TQ"):
+        if kind.startswith(prefix):
+            return f"{prefix}* type"
+    only_for = lists["tensor_types_for"].get(kind)
+    return f"{kind} outside {', '.join(only_for)}" if only_for else kind
+
+
+def _list_age(lists: dict[str, Any], version: str | None, installed: tuple[int, ...] | None) -> str:
+    """How the lists' version relates to the installed one, as the end of a sentence."""
+    read_at = lists["read_at"]
+    if installed is None:
+        why = f"version {version!r} cannot be read as a number" if version else "the installed version is not known"
+        return f" (list read at {read_at}; {why})"
+    if installed > _must_parse(read_at):
+        return f" (list read at {read_at}; {version} is newer and may differ)"
+    return f" ({read_at} source list)"
+
+
+def _warnings(header: Header) -> list[str]:
+    warnings = []
+    if header.tokenizer_model == "llama":
+        warnings.append(
+            "tokenizer.ggml.model is 'llama': mistral.rs builds a Unigram tokenizer from it, which may split text "
+            "differently (seen with 0.9.5: into letters, without an error); compare token counts first, or give it "
+            "the model's tokenizer.json"
+        )
+    if header.template_shows_tools is False:
+        warnings.append("the chat template never names tools: a request's tools are dropped without an error")
+    if header.chat_template is None:
+        warnings.append("the file has no chat template: chat requests need one from elsewhere")
+    return warnings
+
+
+def _must_parse(version: str) -> tuple[int, ...]:
+    parsed = parse_version(version)
+    if parsed is None:
+        raise BadInput(f"{LISTS.name}: {version!r} is not a version")
+    return parsed

@@ -1,0 +1,92 @@
+"""Memory that a new process may take on this machine now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+Device = Literal["ram", "vram"]
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Free bytes; None where they cannot be read (VRAM: or there is no NVIDIA GPU)."""
+
+    ram_bytes: int | None
+    vram_bytes: int | None = None
+    n_gpus: int = 0
+
+    def of(self, device: Device) -> int | None:
+        return self.ram_bytes if device == "ram" else self.vram_bytes
+
+
+def free_memory() -> FreeMemory:
+    """What is free now: RAM under the tightest cgroup limit, and VRAM over all NVIDIA GPUs."""
+    available, limited = psutil.virtual_memory().available, _cgroup_free()
+    return FreeMemory(available if limited is None else min(available, limited), *_free_vram())
+
+
+def _free_vram() -> tuple[int | None, int]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library, no permission: each says the same, that no NVIDIA GPU can be used
+        return None, 0
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        free = [int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles]
+        return (sum(free), len(free)) if free else (None, 0)
+    except pynvml.NVMLError:
+        return None, 0
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes left under the tightest memory limit of this process's cgroups (v2 or v1); None without a limit."""
+    rooms = [
+        room
+        for limit, usage, folder in _cgroup_folders(root, own)
+        if (room := _room(folder / limit, folder / usage, folder / "memory.stat")) is not None
+    ]
+    return min(rooms, default=None)
+
+
+def _cgroup_folders(root: Path, own: Path) -> list[tuple[str, str, Path]]:
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        controllers, path = line.split(":", 2)[1:]
+        v1 = "memory" in controllers.split(",")
+        if controllers and not v1:
+            continue
+        base = root / "memory" if v1 else root
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+        leaf = base / path.lstrip("/")
+        found += [(*names, folder) for folder in (leaf, *leaf.parents) if folder.is_relative_to(base)]
+    return found
+
+
+def _room(limit: Path, usage: Path, stat: Path) -> int | None:
+    try:
+        ceiling, used = int(limit.read_text()), int(usage.read_text())
+    except (OSError, ValueError):  # "max" is how v2 spells "no limit"
+        return None
+    if ceiling >= 1 << 60:  # how v1 spells it
+        return None
+    return max(ceiling - used + _reclaimable(stat), 0)
+
+
+def _reclaimable(stat: Path) -> int:
+    try:
+        pairs = dict(line.split()[:2] for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(pairs.get("inactive_file", 0))

@@ -1,0 +1,32 @@
+"""Whether an engine loads a model, as an answer with its reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Whether an engine loads a model, why, what to watch although it does, and what else a user could do."""
+
+    answer: Literal["yes", "no", "unknown"]
+    why: str
+    warnings: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=1)
+def known_architectures() -> frozenset[str]:
+    """The architecture names of the installed gguf package."""
+    from gguf.constants import MODEL_ARCH_NAMES  # pulls in numpy: 0.2 s that only a process which reads a model pays
+
+    return frozenset(MODEL_ARCH_NAMES.values())
+
+
+def parse_version(version: str | None) -> tuple[int, ...] | None:
+    """`(0, 9, 5)` for "0.9.5", "v0.9.5" or "mistralrs 0.9.5"; None when there is no such number in it."""
+    match = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", version or "")
+    return tuple(int(part or 0) for part in match.groups()) if match else None

@@ -1,0 +1,273 @@
+"""Bytes that a model takes in any engine: weights, KV cache, recurrent state, scratch buffers; from its GGUF header.
+
+The formulas follow llama.cpp (`llama-kv-cache*.cpp`, `llama-hparams.cpp`, `src/models`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+
+from engines.errors import BadInput
+from engines.model.free_memory import Device, FreeMemory
+from engines.model.header import Header
+from engines.model.loads import known_architectures
+from engines.settings import Settings
+
+MIB, GIB = 1 << 20, 1 << 30
+
+# bytes per element: ggml's block size over its items
+KV_BYTES = MappingProxyType(
+    {
+        "f32": Fraction(4),
+        "f16": Fraction(2),
+        "bf16": Fraction(2),
+        "q8_0": Fraction(34, 32),
+        "q5_1": Fraction(24, 32),
+        "q5_0": Fraction(22, 32),
+        "q4_1": Fraction(20, 32),
+        "q4_0": Fraction(18, 32),
+        "f8e4m3": Fraction(1),
+    }
+)
+F32_BYTES = 4
+SWA_CELL_PADDING = 256  # llama.cpp#17037
+DEFAULT_UBATCH = 512
+GPU_MARGIN = GIB  # --fit-target
+CUDA_CONTEXT = (300 * MIB, 450 * MIB, 600 * MIB)
+
+# a layer is recurrent iff it has no KV head; for the second set: and no feed-forward part either
+RECURRENT_WITHOUT_KV = frozenset({"granitehybrid", "jamba", "kimi-linear", "lfm2", "lfm2moe", "plamo2"})
+RECURRENT_WITHOUT_KV_AND_FFN = frozenset({"nemotron_h", "nemotron_h_moe"})
+# every full_attention_interval-th layer (default 4) is attention, the others are recurrent
+RECURRENT_BY_INTERVAL = frozenset({"qwen3next", "qwen35", "qwen35moe"})
+RECURRENT_ALL = frozenset({"arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"})
+RECURRENT_BESIDE_ATTENTION = frozenset({"falcon-h1"})
+# encoders, speech and diffusion models: they keep no KV cache of the kind sized here
+# fmt: off
+NOT_SIZED = frozenset((
+    "bert", "clip", "dream", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llada", "llada-moe",
+    "llama-embed", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "rnd1", "t5", "t5encoder",
+    "wavtokenizer-dec",
+))
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that takes memory: bytes low / expected / high on one device, and why."""
+
+    name: str
+    device: Device
+    low: int
+    expected: int
+    high: int
+    why: str
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """What an engine's parts are computed from; `gpu_layers` of n_layers + 1 means the output too."""
+
+    header: Header
+    settings: Settings
+    context: int
+    gpu_layers: int
+    free: FreeMemory
+
+    @property
+    def ubatch(self) -> int:
+        return self.settings.ubatch_tokens or DEFAULT_UBATCH
+
+    @property
+    def state_bytes(self) -> int:
+        """Recurrent state of all sequences."""
+        return state_bytes_per_sequence(self.header) * self.settings.parallel
+
+
+def why_unsized(header: Header) -> str | None:
+    """Why this model's memory cannot be computed from its header; None when it can."""
+    architecture = header.architecture
+    if header.kind != "model":
+        return f"the file holds a {header.kind}, not a model"
+    if architecture not in known_architectures():
+        return f"the memory layout of architecture {architecture!r} is not known"
+    if architecture in NOT_SIZED:
+        return f"{architecture!r} keeps no KV cache of the kind that is sized here"
+    if header.indexer_key_length:
+        return f"{architecture!r} keeps a sparse-attention index beside its KV cache, which is not sized here"
+    if any(tensor.type.startswith("type ") for tensor in header.tensors):
+        return "it has tensors of a type that the installed gguf package does not know"
+    if any(attention_layers(header)) and not is_mla(header) and not (header.key_length and header.value_length):
+        return "the header has neither key_length nor head_count with embedding_length"
+    if any(recurrent_layers(header)) and _state_elements(header) is None:
+        return "the header lacks the sizes of its recurrent layers"
+    return None
+
+
+def is_mla(header: Header) -> bool:
+    """Whether the KV cache holds compressed latents; as llama.cpp, only where the file has the MLA head lengths."""
+    return bool(header.kv_lora_rank and header.key_length_mla)
+
+
+def recurrent_layers(header: Header) -> tuple[bool, ...]:
+    """Which layers keep a state instead of (for falcon-h1: beside) KV cells."""
+    architecture, layers = header.architecture, range(header.n_layers)
+    if architecture in RECURRENT_ALL | RECURRENT_BESIDE_ATTENTION:
+        return (True,) * header.n_layers
+    if architecture in RECURRENT_WITHOUT_KV:
+        return tuple(header.head_count_kv[layer] == 0 for layer in layers)
+    if architecture in RECURRENT_WITHOUT_KV_AND_FFN:
+        return tuple(header.head_count_kv[layer] == 0 and header.feed_forward_length[layer] == 0 for layer in layers)
+    if architecture in RECURRENT_BY_INTERVAL:
+        interval = header.ssm.full_attention_interval or 4
+        return tuple((layer + 1) % interval != 0 for layer in layers)
+    return (False,) * header.n_layers
+
+
+def attention_layers(header: Header) -> tuple[bool, ...]:
+    """Which layers keep KV cells of their own: those with KV heads that are not recurrent and do not share."""
+    recurrent = recurrent_layers(header)
+    own = header.n_layers - header.shared_kv_layers
+    both = header.architecture in RECURRENT_BESIDE_ATTENTION
+    return tuple(
+        layer < own and header.head_count_kv[layer] > 0 and (both or not recurrent[layer])
+        for layer in range(header.n_layers)
+    )
+
+
+def kv_bytes_per_token(header: Header, kv_type: str = "f16") -> int:
+    """Bytes that one token adds to the KV cache while it is inside every layer's window; 0 for a recurrent model."""
+    return math.ceil(sum(_layer_kv_bytes(header, layer, kv_type) for layer in _kv_layers(header)))
+
+
+def kv_bytes(
+    header: Header,
+    context: int,
+    parallel: int = 1,
+    ubatch: int = DEFAULT_UBATCH,
+    kv_type: str = "f16",
+    *,
+    unified: bool = True,
+) -> int:
+    """Bytes of the whole KV cache for `context` tokens over all sequences together.
+
+    Sliding layers keep `min(context, pad(window * parallel + ubatch, 256))` cells. With `unified=False` each sequence
+    has a cache of its own, as llama.cpp makes them when `--parallel` is given: the padding is then paid per sequence.
+    """
+    return math.ceil(
+        sum(
+            _layer_kv_bytes(header, layer, kv_type) * _cells(header, layer, context, parallel, ubatch, unified=unified)
+            for layer in _kv_layers(header)
+        )
+    )
+
+
+def _kv_layers(header: Header) -> list[int]:
+    return [layer for layer, keeps in enumerate(attention_layers(header)) if keeps]
+
+
+def _layer_kv_bytes(header: Header, layer: int, kv_type: str) -> Fraction:
+    if kv_type not in KV_BYTES:
+        raise BadInput(f"kv_type {kv_type!r} is not one of {', '.join(KV_BYTES)}")
+    element = KV_BYTES[kv_type]
+    if is_mla(header):
+        return element * ((header.kv_lora_rank or 0) + (header.rope_dimension or 0))
+    key, value = header.key_length or 0, header.value_length or 0
+    if header.sliding[layer]:
+        key, value = header.key_length_swa or key, header.value_length_swa or value
+    return element * header.head_count_kv[layer] * (key + value)
+
+
+def _cells(header: Header, layer: int, context: int, parallel: int, ubatch: int, *, unified: bool) -> int:
+    if not header.sliding[layer] or not header.sliding_window:
+        return context
+    if unified:
+        return min(context, _padded(header.sliding_window * parallel + ubatch))
+    return parallel * min(math.ceil(context / parallel), _padded(header.sliding_window + ubatch))
+
+
+def _padded(cells: int) -> int:
+    return -(-cells // SWA_CELL_PADDING) * SWA_CELL_PADDING
+
+
+def state_bytes_per_sequence(header: Header) -> int:
+    """Bytes of recurrent state, f32, for one sequence; 0 for a model without recurrent layers.
+
+    Raises BadInput where the header lacks the sizes.
+    """
+    n_recurrent = sum(recurrent_layers(header))
+    if not n_recurrent:
+        return 0
+    elements = _state_elements(header)
+    if elements is None:
+        raise BadInput(f"{header.path}: the header lacks the sizes of its recurrent layers; convert the model again")
+    return n_recurrent * elements * F32_BYTES
+
+
+def _state_elements(header: Header) -> int | None:
+    """Elements of one layer's state: `n_embd_r + n_embd_s` of llama-hparams.cpp; None when the header lacks a size."""
+    ssm, embedding = header.ssm, header.embedding_length or 0
+    if ssm.wkv_head_size:
+        return (ssm.token_shift_count or 2) * embedding + embedding * ssm.wkv_head_size
+    if ssm.shortconv_cache:
+        return embedding * (ssm.shortconv_cache - 1)
+    if ssm.kda_head_dim:
+        heads, taps = max(header.head_count, default=0), ssm.conv_kernel - 1 if ssm.conv_kernel else 3
+        return 3 * taps * heads * ssm.kda_head_dim + heads * ssm.kda_head_dim**2
+    if not (ssm.conv_kernel and ssm.inner_size and ssm.state_size):
+        return None
+    convolution = (ssm.conv_kernel - 1) * (ssm.inner_size + 2 * ssm.group_count * ssm.state_size)
+    return convolution + ssm.state_size * ssm.inner_size
+
+
+def weights_bytes(header: Header, gpu_layers: int = 0) -> dict[Device, int]:
+    """Tensor bytes per device as llama.cpp places them: the last `gpu_layers` layers and, over n_layers, the output.
+
+    `token_embd` stays on the CPU; it counts again on the GPU when the output is tied to it.
+    """
+    first_on_gpu = max(header.n_layers + 1 - gpu_layers, 0)
+    output_on_gpu = gpu_layers > header.n_layers
+    placed: dict[Device, int] = {"ram": 0, "vram": 0}
+    for tensor in header.tensors:
+        on_gpu = tensor.layer >= first_on_gpu if tensor.layer is not None else output_on_gpu
+        placed["vram" if on_gpu and not _is_input(tensor.name) else "ram"] += tensor.n_bytes
+    tied = header.tensor("token_embd.weight")
+    if output_on_gpu and tied and not header.tensor("output.weight"):
+        placed["vram"] += tied.n_bytes
+    return placed
+
+
+def _is_input(name: str) -> bool:
+    return name.startswith(("token_embd", "per_layer_token_embd", "position_embd", "token_types"))
+
+
+def compute_bytes(header: Header, context: int, parallel: int, ubatch: int) -> tuple[int, int, int]:
+    """Low, expected, high bytes of scratch buffers: logits, attention mask, the widest layer's activations. Rough.
+
+    Recent llama.cpp reserves logits for one output per sequence, older builds for the whole micro-batch; the mask takes
+    2 bytes per cell with flash attention, 4 without.
+    """
+    vocab, embedding = header.vocab_size or 0, header.embedding_length or 0
+    widest = max((*header.feed_forward_length, embedding), default=0)
+    cells = context if _kv_layers(header) else 0
+    activations = ubatch * (2 * widest + 6 * embedding) * F32_BYTES
+    low = vocab * parallel * F32_BYTES + cells * ubatch * 2 + activations // 2
+    expected = vocab * parallel * F32_BYTES + cells * ubatch * 2 + activations
+    high = vocab * ubatch * F32_BYTES + cells * ubatch * 4 + 2 * activations
+    return low, expected, high
+
+
+def exactly(name: str, device: Device, n_bytes: int, why: str) -> Part:
+    """A part whose size is certain."""
+    return Part(name, device, n_bytes, n_bytes, n_bytes, why)
+
+
+def gpu_overhead() -> list[Part]:
+    """What any engine takes on a GPU beside the model, and what should stay free."""
+    return [
+        Part("CUDA context", "vram", *CUDA_CONTEXT, "driver and kernels"),
+        Part("margin", "vram", 0, 0, GPU_MARGIN, "what llama.cpp's --fit leaves free; a desktop takes it"),
+    ]
