@@ -1,9 +1,10 @@
-"""The measuring client against known truth: lateness and CPU per chunk at 1, 8 and 32 streams, beside httpx and openai.
+"""The measuring client against the reference server, beside httpx and openai: lateness and CPU per chunk.
 
     python -m benchmarks.client
 
-Clients take turns in one run, each in its own process, so that their costs do not mix and the machine's drift meets
-all of them. Every stream asks for 64 tokens, 20 ms apart; the content of each chunk is the time it was sent.
+1, 8 and 32 streams at a time. Clients take turns in one run, each in its own process, so that their costs do not mix
+and the machine's drift meets all of them. Every stream asks for 64 tokens, 20 ms apart; the content of each chunk is
+the time it was sent.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 
 import uvloop
 
-from engines.client.client import measure
-from engines.client.reference_server import known_truth_server, lateness_ms, self_test
+from engines.client.load import measure
+from engines.client.self_test import lateness_ms, reference_server, self_test
 from engines.process.telemetry import Telemetry, interval
 from engines.settings import Endpoint
 
@@ -30,7 +31,7 @@ CLIENTS = ("switchyard", "httpx", "openai")
 STREAMS = (1, 8, 32)
 TOKENS, TTFT_MS, ITL_MS = 64, 100, 20
 LATENESS_P99_MS, CPU_US = 1.5, 50.0  # at 32 streams
-BODY: dict[str, Any] = {"model": "known-truth", "messages": [{"role": "user", "content": "time"}]}
+BODY: dict[str, Any] = {"model": "reference-server", "messages": [{"role": "user", "content": "time"}]}
 
 Lateness = list[float]
 
@@ -50,7 +51,7 @@ def run_client(client: str, streams: int, base_url: str) -> dict[str, float]:
 
 
 def _switchyard(base_url: str, streams: int, tokens: int) -> Lateness:
-    endpoint = Endpoint(base_url=base_url, model_id="known-truth", engine="known-truth")
+    endpoint = Endpoint(base_url=base_url, model_id="reference-server", engine="reference-server")
     records = measure(endpoint, [{**BODY, "max_tokens": tokens}] * streams, concurrency=streams)
     return [late for record in records for late in lateness_ms(record)]
 
@@ -84,7 +85,7 @@ def _openai(base_url: str, streams: int, tokens: int) -> Lateness:
     async def one(client: openai.AsyncOpenAI) -> Lateness:
         late: Lateness = []
         stream = await client.chat.completions.create(
-            model="known-truth", messages=[{"role": "user", "content": "time"}], max_tokens=tokens, stream=True
+            model="reference-server", messages=[{"role": "user", "content": "time"}], max_tokens=tokens, stream=True
         )
         async for chunk in stream:
             now = time.monotonic_ns()
@@ -119,7 +120,7 @@ def in_child(client: str, streams: int, base_url: str) -> dict[str, Any]:
 def collect(rounds: int) -> list[dict[str, Any]]:
     """Every client at every number of streams, `rounds` times, the clients taking turns in alternating order."""
     found = []
-    with known_truth_server(ttft_ms=TTFT_MS, itl_ms=ITL_MS, tokens=TOKENS) as endpoint:
+    with reference_server(ttft_ms=TTFT_MS, itl_ms=ITL_MS, tokens=TOKENS) as endpoint:
         for turn in range(rounds):
             for streams in STREAMS:
                 for client in CLIENTS if turn % 2 == 0 else reversed(CLIENTS):

@@ -37,7 +37,8 @@ import uvloop
 from pydantic import SecretStr
 
 from benchmarks.client import foreign
-from engines.client.client import StreamRecord, parse_stream
+from engines.client.read_stream import parse_stream
+from engines.client.record import StreamRecord
 from engines.driver import Driver, Form, Installation
 from engines.errors import BadInput, EngineError, EngineNotFound, SwitchyardError
 from engines.mistral_rs.driver import MistralRsNative

@@ -31,8 +31,9 @@ import httpx
 import psutil
 import uvloop
 
-from engines.client.client import StreamRecord, measure
-from engines.client.reference_server import lateness_ms
+from engines.client.load import measure
+from engines.client.record import StreamRecord
+from engines.client.self_test import lateness_ms
 from engines.driver import Driver, Form, Installation, Installer
 from engines.errors import EngineError
 from engines.openai.dialect import Dialect
@@ -48,7 +49,7 @@ from engines.yard.settings import YardSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("nginx", "litellm")
-MODEL = "known-truth"
+MODEL = "reference-server"
 TTFT_MS, ITL_MS = 50, 20
 TOKENS = (48, 80)  # least and most of a reply: streams of one length would begin and end together
 STREAMS = (1, 8, 32)
@@ -240,7 +241,7 @@ class KnownTruth:
 
 
 def serve_yard(home: Path, port: int) -> None:
-    """The real yard over the known truth, until it is told to stop."""
+    """The real yard over the reference server, until it is told to stop."""
     driver: Driver = KnownTruth()
     recipe = LaunchSpec.of(driver.find(), MODEL, home / "no.gguf", Settings(parallel=64))
     model = ModelConfig(id=MODEL, incumbent=MODEL, candidate=MODEL, recipes={MODEL: recipe})

@@ -6,21 +6,21 @@ import httpx
 import pytest
 
 from benchmarks import yard
-from engines.client.reference_server import known_truth_server
+from engines.client.self_test import reference_server
 
 
-def test_known_truth_answers_what_the_yard_asks_before_it_serves() -> None:
+def test_reference_server_answers_what_the_yard_asks_before_it_serves() -> None:
     """Health, the list of models, and one token in one piece."""
-    with known_truth_server() as endpoint, httpx.Client(base_url=endpoint.base_url, trust_env=False) as http:
+    with reference_server() as endpoint, httpx.Client(base_url=endpoint.base_url, trust_env=False) as http:
         assert http.get("/health").status_code == 200
-        assert http.get("/v1/models").json()["data"][0]["id"] == "known-truth"
+        assert http.get("/v1/models").json()["data"][0]["id"] == "reference-server"
         answer = http.post("/v1/chat/completions", json={"messages": [], "max_tokens": 1}).json()
     assert answer["usage"]["completion_tokens"] == 1
     assert answer["choices"][0]["message"]["content"].isdigit()
 
 
 def test_loads_pass_through_the_yard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls and streams come through the real yard over the known truth, none of them fails."""
+    """Calls and streams come through the real yard over the reference server, none of them fails."""
     monkeypatch.setattr(yard, "REQUESTS", {2: 6})
     monkeypatch.setattr(yard, "TOKENS", (4, 6))
     with yard.the_yard(tmp_path) as (through, direct):

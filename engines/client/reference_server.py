@@ -1,12 +1,12 @@
-"""A server whose timing is known exactly, and the self-test of the measuring client against it.
+"""A server whose timing is known exactly, against which `self_test` measures the client.
 
     python -m engines.client.reference_server --port 0 --ttft-ms 50 --itl-ms 10 --tokens 32
 
 prints `listening PORT` and streams chunks shaped like llama.cpp's. The content of every chunk is the monotonic time,
 in ns, at which it was handed to the kernel; client and server share that clock on one host, so receive minus send is
 the client's lateness, with nothing estimated. A request that asks for no stream is answered at once: what a call takes
-then is all its way. It ends when its stdin closes: so it dies with its parent, even when that one is killed; with
-`--forever` somebody else ends it.
+then is all overhead. It ends when its stdin closes, so it dies with its parent even when that one is killed; with
+`--forever` it runs until it is stopped. It imports nothing of ours, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -16,47 +16,13 @@ import asyncio
 import contextlib
 import json
 import os
-import queue
-import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypedDict
-
-if TYPE_CHECKING:
-    from engines.client.client import StreamRecord
-    from engines.settings import Endpoint
 
 CHUNK_BYTES = 278  # of a llama.cpp content chunk
 STAMP_DIGITS = 20
-START_S = 20.0
-
-
-class ErrorBudget(TypedDict):
-    """What the client adds to the truth on this machine, now. Times in ms; None where nothing was measured.
-
-    `ttft_error` is the client's TTFT minus the server's (its first chunk minus the arrival of the request): it holds
-    connecting, sending and the lateness of the first chunk. `client_cpu_share` is of one core.
-    """
-
-    streams: int
-    n_chunks: int
-    n_requests: int
-    n_failed: int
-    lateness_p50_ms: float | None
-    lateness_p99_ms: float | None
-    ttft_error_p50_ms: float | None
-    ttft_error_p99_ms: float | None
-    tpot_error_percent: float | None
-    cpu_us_per_chunk: float | None
-    client_cpu_share: float | None
-    passed: bool
-    why: str
-
-
-# --- the server ---------------------------------------------------------------------------------------------------
+MODEL = "reference-server"
+_COMMON = {"id": "chatcmpl-1", "created": 0, "model": MODEL}
 
 
 class _Connection(asyncio.Protocol):
@@ -84,7 +50,7 @@ class _Connection(asyncio.Protocol):
         if head.startswith(b"GET /health "):
             return self._answer({"status": "ok"})
         if head.startswith(b"GET /v1/models "):
-            return self._answer({"object": "list", "data": [{"id": "known-truth", "object": "model"}]})
+            return self._answer({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
         if not head.startswith(b"POST /v1/chat/completions "):
             return self._refuse(404, "only POST /v1/chat/completions is served")
         try:
@@ -152,8 +118,7 @@ def _usage(tokens: int) -> dict[str, int]:
 def _completion(tokens: int) -> dict[str, object]:
     message = {"role": "assistant", "content": f"{time.monotonic_ns():0{STAMP_DIGITS}d}"}
     choice = {"index": 0, "message": message, "finish_reason": "length"}
-    common = {"id": "chatcmpl-known-truth", "object": "chat.completion", "created": 0, "model": "known-truth"}
-    return {**common, "choices": [choice], "usage": _usage(tokens)}
+    return {**_COMMON, "object": "chat.completion", "choices": [choice], "usage": _usage(tokens)}
 
 
 def _whole(status: str, fields: dict[str, object], more_headers: str = "") -> bytes:
@@ -163,8 +128,7 @@ def _whole(status: str, fields: dict[str, object], more_headers: str = "") -> by
 
 
 def _event(fields: dict[str, object]) -> bytes:
-    common = {"id": "chatcmpl-known-truth", "object": "chat.completion.chunk", "created": 0, "model": "known-truth"}
-    return b"data: " + json.dumps({**common, **fields}).encode() + b"\n\n"
+    return b"data: " + json.dumps({**_COMMON, "object": "chat.completion.chunk", **fields}).encode() + b"\n\n"
 
 
 def _framed(event: bytes) -> bytes:
@@ -199,159 +163,6 @@ async def _serve(port: int, ttft_ms: float, itl_ms: float, tokens: int, *, forev
         threading.Thread(target=wait_for_stdin, daemon=True).start()
     await parent_gone.wait()
     server.close()
-
-
-# --- the self-test ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def known_truth_server(*, ttft_ms: float = 50, itl_ms: float = 10, tokens: int = 32) -> Iterator[Endpoint]:
-    """Where the server answers, while the context lasts; raises EngineExited or EngineStalled if it never does."""
-    from engines.environment import of_child  # not at the top: the server process must start fast
-    from engines.settings import Endpoint
-
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "engines.client.reference_server",
-            f"--ttft-ms={ttft_ms}",
-            f"--itl-ms={itl_ms}",
-            f"--tokens={tokens}",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=of_child(os.environ),
-    )
-    try:
-        port = _port_of(child)
-        yield Endpoint(base_url=f"http://127.0.0.1:{port}", model_id="known-truth", engine="known-truth")
-    finally:
-        _stop(child)
-
-
-def _port_of(child: subprocess.Popen[bytes]) -> int:
-    from engines.errors import EngineExited, EngineStalled
-
-    assert child.stdout is not None
-    assert child.stderr is not None
-    lines: queue.Queue[bytes] = queue.Queue()
-    read_line = child.stdout.readline
-    threading.Thread(target=lambda: lines.put(read_line()), daemon=True).start()
-    try:
-        line = lines.get(timeout=START_S)
-    except queue.Empty as late:
-        raise EngineStalled(f"the known-truth server did not start in {START_S:g} s", stalled_s=START_S) from late
-    if not line.startswith(b"listening "):
-        tail = tuple(child.stderr.read().decode(errors="replace").splitlines()[-5:])
-        status = child.wait()
-        reason = tail[-1] if tail else "it said nothing"
-        raise EngineExited(
-            f"the known-truth server exited with {status}: {reason}",
-            returncode=status,
-            engine="known-truth",
-            log_tail=tail,
-        )
-    return int(line.split()[1])
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    child.kill()  # it holds nothing that needs an orderly end
-    child.wait()
-    for pipe in (child.stdin, child.stdout, child.stderr):
-        if pipe:
-            pipe.close()
-
-
-def lateness_ms(record: StreamRecord) -> list[float]:
-    """Receive minus send of each content chunk of a known-truth stream; needs the record's text."""
-    text = record.text or ""
-    stamps = [int(text[start : start + STAMP_DIGITS]) for start in range(0, len(text), STAMP_DIGITS)]
-    return [
-        (record.sent_ns + event.t_ns - stamp) / 1e6 for event, stamp in zip(record.output_events, stamps, strict=True)
-    ]
-
-
-def self_test(
-    *,
-    streams: int = 4,
-    rounds: int = 4,
-    ttft_ms: float = 50,
-    itl_ms: float = 10,
-    tokens: int = 32,
-    max_lateness_p99_ms: float = 3.0,
-    max_tpot_error_percent: float = 1.0,
-    max_cpu_share: float = 0.5,
-) -> ErrorBudget:
-    """The client's error budget on this machine, now; some 2-3 s with the defaults.
-
-    `streams` requests at a time, `rounds` times, after one round of warm-up. 3 ms of lateness lets a margin of 10 % on
-    a TTFT of 90 ms be told from the client's own error with a factor of three; past half a core the client disturbs.
-    """
-    from engines.client.client import measure
-
-    body = {"messages": [{"role": "user", "content": "time"}]}
-    with known_truth_server(ttft_ms=ttft_ms, itl_ms=itl_ms, tokens=tokens) as endpoint:
-        measure(endpoint, [body] * streams, concurrency=streams, stall_s=START_S)
-        wall_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        records = measure(endpoint, [body] * (streams * rounds), concurrency=streams, stall_s=START_S)
-        cpu_ns, wall_ns = time.thread_time_ns() - cpu_ns, time.monotonic_ns() - wall_ns
-    budget = _budget(streams, records, cpu_ns, wall_ns)
-    budget["why"] = "; ".join(_objections(budget, max_lateness_p99_ms, max_tpot_error_percent, max_cpu_share))
-    budget["passed"] = not budget["why"]
-    budget["why"] = budget["why"] or "the client sees every chunk, in time"
-    return budget
-
-
-def resolves(error_p99: float, value: float, margin: float) -> bool:
-    """Whether `margin` (0.1 for 10 %) of `value` is at least three times the client's error, in the same unit."""
-    return margin * value >= 3 * error_p99
-
-
-def _budget(streams: int, records: list[StreamRecord], cpu_ns: int, wall_ns: int) -> ErrorBudget:
-    good = [record for record in records if record.ok]
-    late = [value for record in good for value in lateness_ms(record)]
-    timed = [(record, record.engine_timings) for record in good if record.engine_timings]
-    ttft = [record.ttft_ms - truth["prompt_ms"] for record, truth in timed]
-    tpot = [abs(record.decode_ms / truth["predicted_ms"] - 1) for record, truth in timed if truth["predicted_ms"] > 0]
-    return ErrorBudget(
-        streams=streams,
-        n_chunks=len(late),
-        n_requests=len(records),
-        n_failed=len(records) - len(good),
-        lateness_p50_ms=_quantile(late, 0.5),
-        lateness_p99_ms=_quantile(late, 0.99),
-        ttft_error_p50_ms=_quantile(ttft, 0.5),
-        ttft_error_p99_ms=_quantile(ttft, 0.99),
-        tpot_error_percent=100 * max(tpot) if tpot else None,
-        cpu_us_per_chunk=cpu_ns / 1e3 / len(late) if late else None,
-        client_cpu_share=cpu_ns / wall_ns if wall_ns else None,
-        passed=False,
-        why="",
-    )
-
-
-def _objections(budget: ErrorBudget, lateness_ms: float, tpot_percent: float, cpu_share: float) -> Iterator[str]:
-    if budget["n_failed"]:
-        yield f"{budget['n_failed']} of {budget['n_requests']} streams failed"
-    limits = {
-        "lateness p99": (budget["lateness_p99_ms"], lateness_ms, "ms"),
-        "largest TPOT error": (budget["tpot_error_percent"], tpot_percent, "%"),
-        "CPU of the client": (budget["client_cpu_share"], cpu_share, "of a core"),
-    }
-    for name, (value, limit, unit) in limits.items():
-        if value is None:
-            yield f"{name} was not measured"
-        elif value > limit:
-            yield f"{name} is {value:.3g} {unit}, {limit:g} allowed"
-
-
-def _quantile(values: list[float], share: float) -> float | None:
-    """The `share` quantile by linear interpolation; None without values."""
-    if len(values) < 2:
-        return values[0] if values else None
-    return statistics.quantiles(values, n=1000, method="inclusive")[round(share * 1000) - 1]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from engines.client.reference_server import self_test
+from engines.client.self_test import self_test
 from engines.driver import Installation
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home as default_home

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.client.client import StreamRecord, measure, reconcile
+from engines.client.load import measure
+from engines.client.record import StreamRecord, reconcile
 from engines.errors import EngineError
 from engines.process.serving import Served
 from engines.process.telemetry import Sampler, Telemetry, interval, peak_memory

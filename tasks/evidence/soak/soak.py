@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engines.client.client import StreamRecord, client_session, stream_chat
+from engines.client.client import client_session, stream_chat
+from engines.client.record import StreamRecord
 from engines.errors import EngineError
 from engines.process.serving import Served, exit_reason
 from engines.process.telemetry import Sampler

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from pydantic import SecretStr
 
-from engines.client.client import StreamRecord
+from engines.client.record import StreamRecord
 from engines.errors import BadInput, SwitchyardError
 from engines.process.telemetry import Sampler, private_bytes
 from engines.settings import Endpoint

@@ -1,0 +1,251 @@
+"""The record of one streamed request: stamped events, the latencies from them, and whether the engine agrees."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from engines.errors import NoMeasurement
+
+Kind = Literal["role", "content", "reasoning", "tool", "usage", "empty", "error"]
+
+
+ErrorType = Literal[
+    "connect", "timeout", "http_4xx", "http_5xx", "stream_truncated", "invalid_json", "hang", "error_event"
+]
+
+
+_LETTER: dict[Kind, str] = {
+    "role": "r",
+    "content": "c",
+    "reasoning": "n",
+    "tool": "t",
+    "usage": "u",
+    "empty": "e",
+    "error": "x",
+}
+
+
+_KIND: dict[str, Kind] = {letter: kind for kind, letter in _LETTER.items()}
+
+
+OUTPUT_KINDS: frozenset[Kind] = frozenset({"content", "reasoning", "tool"})
+
+
+class Event(NamedTuple):
+    """One SSE event: ns after the request was sent, bytes on the wire, characters of output, and what it carried."""
+
+    t_ns: int
+    n_bytes: int
+    n_content_chars: int
+    kind: Kind
+
+
+@dataclass(slots=True)
+class StreamRecord:
+    """All that one streamed request left behind; the derived numbers raise NoMeasurement where there is nothing.
+
+    `sent_ns` is taken before the connection is opened, on the monotonic clock. `scheduled_ns` is set in open loop,
+    and latencies then count from it. `engine_timings` is in ms and tokens, named as llama.cpp names them.
+    """
+
+    sent_ns: int
+    scheduled_ns: int | None = None
+    status: int | None = None
+    error_type: ErrorType | None = None
+    error: str | None = None
+    cancelled: bool = False
+    done: bool = False
+    finish_reason: str | None = None
+    events: list[Event] = field(default_factory=list)
+    keepalives: int = 0
+    first_chunk_tokens: int = 1
+    usage: dict[str, int] | None = None
+    engine_timings: dict[str, float] | None = None
+    text: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """The stream came to its end, or was cancelled by us, without an error."""
+        return self.error_type is None
+
+    @property
+    def output_events(self) -> list[Event]:
+        """Events with non-empty content, reasoning or tool delta, in order of arrival."""
+        return [event for event in self.events if event.kind in OUTPUT_KINDS]
+
+    @property
+    def dispatch_delay_ms(self) -> float:
+        """From the scheduled to the actual sending; the client's own delay, not the engine's."""
+        if self.scheduled_ns is None:
+            raise NoMeasurement("no dispatch delay: the request was not sent on a schedule")
+        return (self.sent_ns - self.scheduled_ns) / 1e6
+
+    @property
+    def ttft_ms(self) -> float:
+        """Scheduled (open loop) or sent (closed loop) to the first event with output."""
+        return self._since_start_ms(self._output()[0])
+
+    @property
+    def e2e_ms(self) -> float:
+        """Scheduled (open loop) or sent (closed loop) to the last event with output."""
+        return self._since_start_ms(self._output()[-1])
+
+    @property
+    def icl_ms(self) -> list[float]:
+        """Gaps between successive events with output: n-1 values for n events."""
+        output = self._output(at_least=2)
+        return [(after.t_ns - before.t_ns) / 1e6 for before, after in itertools.pairwise(output)]
+
+    @property
+    def tpot_ms(self) -> float:
+        """(last - first event with output) / (completion tokens - tokens in the first event).
+
+        A natural stop counts a token that has no event, which reads 1/n low: compare speeds at a fixed length.
+        """
+        return self.decode_ms / self._decoded_tokens()
+
+    @property
+    def decode_ms(self) -> float:
+        """From the first to the last event with output, on the client's clock."""
+        output = self._output(at_least=2)
+        return (output[-1].t_ns - output[0].t_ns) / 1e6
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens after the first event per second of decode; 1000 / tpot_ms."""
+        decode_ms = self.decode_ms
+        if decode_ms <= 0:
+            raise NoMeasurement("no decode rate: all output arrived at one instant")
+        return 1000 * self._decoded_tokens() / decode_ms
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Prompt tokens that were not cached, per second of TTFT; so it includes the front-end and one decode step."""
+        prompt, cached = self.prompt_tokens, self.cached_tokens
+        if prompt is None:
+            raise NoMeasurement("no prefill rate: the stream carried no usage.prompt_tokens")
+        if prompt - (cached or 0) < 1:
+            raise NoMeasurement("no prefill rate: the whole prompt was cached")
+        return 1000 * (prompt - (cached or 0)) / self.ttft_ms
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """As `usage` says; None when it does not."""
+        return (self.usage or {}).get("prompt_tokens")
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """As `usage` says, else the engine's own timing; None when neither does."""
+        from_usage = (self.usage or {}).get("completion_tokens")
+        return from_usage if from_usage is not None else whole_number(self.engine_timings, "predicted_n")
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens taken from a cache, by `usage`, else by the engine's timing; None when neither says."""
+        from_usage = (self.usage or {}).get("cached_tokens")
+        return from_usage if from_usage is not None else whole_number(self.engine_timings, "cache_n")
+
+    def metrics(self) -> dict[str, Any]:
+        """The derived numbers by name; None where there is no measurement."""
+        names = ("ttft_ms", "tpot_ms", "icl_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s", "dispatch_delay_ms")
+        return {name: measured(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, some 12 bytes an event: times as gaps in ns, kinds as one letter each. `from_dict` undoes it."""
+        plain: dict[str, Any] = {
+            name: getattr(self, name) for name in self.__slots__ if name != "events" and getattr(self, name) is not None
+        }
+        times = [0, *(event.t_ns for event in self.events)]
+        plain["events"] = {
+            "gap_ns": [after - before for before, after in itertools.pairwise(times)],
+            "bytes": [event.n_bytes for event in self.events],
+            "chars": [event.n_content_chars for event in self.events],
+            "kinds": "".join(_LETTER[event.kind] for event in self.events),
+        }
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> StreamRecord:
+        """The record that `to_dict` was called on."""
+        columns = plain["events"]
+        events, t_ns = [], 0
+        for gap, n_bytes, chars, letter in zip(
+            columns["gap_ns"], columns["bytes"], columns["chars"], columns["kinds"], strict=True
+        ):
+            t_ns += gap
+            events.append(Event(t_ns, n_bytes, chars, _KIND[letter]))
+        return cls(**{**plain, "events": events})
+
+    def _output(self, at_least: int = 1) -> list[Event]:
+        output = self.output_events
+        if len(output) < at_least:
+            raise NoMeasurement(
+                f"{len(output)} events with output, {at_least} needed ({self.error_type or 'no error'})"
+            )
+        return output
+
+    def _since_start_ms(self, event: Event) -> float:
+        start_ns = self.sent_ns if self.scheduled_ns is None else self.scheduled_ns
+        return (self.sent_ns + event.t_ns - start_ns) / 1e6
+
+    def _decoded_tokens(self) -> int:
+        tokens = self.completion_tokens
+        if tokens is None:
+            raise NoMeasurement("no token count: the stream carried neither usage nor timings")
+        if tokens < 2 or tokens <= self.first_chunk_tokens:
+            raise NoMeasurement(f"{tokens} tokens, {self.first_chunk_tokens} of them in the first event: no decode")
+        return tokens - self.first_chunk_tokens
+
+
+def measured(record: StreamRecord, name: str) -> Any:
+    try:
+        return getattr(record, name)
+    except NoMeasurement:
+        return None
+
+
+def whole_number(numbers: dict[str, float] | None, name: str) -> int | None:
+    value = (numbers or {}).get(name)
+    return None if value is None else int(value)
+
+
+def reconcile(record: StreamRecord) -> list[dict[str, Any]]:
+    """Disagreements between client, `usage` and engine timing, with the numbers; empty when they agree.
+
+    A stop token is counted by `usage` but carries no text, and old llama.cpp builds count the first token's time as
+    decode (ggml-org/llama.cpp#5863): one token of difference is none.
+    """
+    chunks, tokens = len(record.output_events), (record.usage or {}).get("completion_tokens")
+    expected = None if tokens is None else tokens - record.first_chunk_tokens + 1
+    timed_n = (record.engine_timings or {}).get("predicted_n")
+    found = [
+        _disagreement("content_chunks_vs_usage", chunks, expected, limit=1, unit="tokens"),
+        _disagreement("usage_vs_engine_tokens", tokens, timed_n, limit=0, unit="tokens"),
+        _decode_disagreement(record),
+    ]
+    if record.ok and not record.cancelled and tokens is None:
+        why = "the stream ended without usage.completion_tokens"
+        found.append({"finding": "usage_missing", "client": chunks, "engine": None, "unit": "tokens", "why": why})
+    return [finding for finding in found if finding]
+
+
+def _decode_disagreement(record: StreamRecord) -> dict[str, Any] | None:
+    client_ms, tpot_ms = measured(record, "decode_ms"), measured(record, "tpot_ms")
+    engine_ms = (record.engine_timings or {}).get("predicted_ms")
+    if client_ms is None or tpot_ms is None:
+        return None
+    limit = tpot_ms + max(5.0, 0.05 * client_ms)
+    return _disagreement("client_vs_engine_decode", client_ms, engine_ms, limit=limit, unit="ms")
+
+
+def _disagreement(
+    finding: str, client: float | None, engine: float | None, *, limit: float, unit: str
+) -> dict[str, Any] | None:
+    if client is None or engine is None or abs(client - engine) <= limit:
+        return None
+    why = f"{client:.6g} against {engine:.6g} {unit}: apart by {abs(client - engine):.4g}, {limit:.4g} allowed"
+    return {"finding": finding, "client": client, "engine": engine, "limit": limit, "unit": unit, "why": why}
