@@ -72,7 +72,7 @@ class Replay:
             "incumbent": {"engine": "llama.cpp"},
             "candidate": {"engine": "mistral.rs"},
         }
-        plan["sampling"], plan["limits"] = {"soak_s": WINDOWS * WINDOW_S}, {}
+        plan["measure"], plan["limits"] = {"soak_s": WINDOWS * WINDOW_S}, {}
         self.run = records.start_run("soak", "replay", plan)
         told = {"engine": "mistral.rs", "version": "replayed", "form": "binary", "argv": ["mistralrs", "serve"]}
         self.target = Target(MODEL, "mistral.rs", "replayed", told, 0.0)

@@ -49,7 +49,7 @@ threads = 1
 [[models]]
 id = "smollm2"
 gguf = "{gguf}"
-[sampling]
+[measure]
 requests_per_block = 1
 warmup_min = 0
 warmup_max = 1

@@ -30,7 +30,7 @@ from flows.orchestrator.run import flow_run_id
 from flows.progress import progress
 from flows.rollout.guide import write_guide
 from migrations.plan import Plan, plan_to_toml
-from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.environment import machine_environment
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run
 from tasks.verdicts.gate import gate, reasons
@@ -83,7 +83,7 @@ class Deprecation:
             self.records.resume_run(unfinished.id, flow_run_id=flow_run_id())
             if unfinished
             else self.records.start_run(
-                self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run_id()
+                self.kind, self.plan.name, plan, environment=machine_environment(), flow_run_id=flow_run_id()
             )
         )
         self._run_id = found.id

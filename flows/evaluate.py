@@ -66,7 +66,7 @@ def try_model(trial: Trial, *, with_soak: bool = True) -> None:
         attempt(trial, arm, "compatibility", partial(trial.compatibility, arm))
     if trial.does_not_start():
         return
-    if trial.bench.plan.sampling.calibration_blocks:
+    if trial.bench.plan.measure.calibration_blocks:
         attempt(trial, "incumbent", "calibration", trial.calibration)
     attempt(trial, "both", "performance", trial.performance)
     attempt(trial, "both", "soak", trial.soak if with_soak else trial.leave_soak_out)

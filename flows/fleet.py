@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from engines.errors import BadInput, SwitchyardError
 from flows.deployments import Offer, concluded
 from flows.progress import progress
-from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.environment import machine_environment
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run, Status, Step
 from tasks.verdicts.verdict import Verdict
@@ -418,7 +418,7 @@ def _opened(
         say(f"going on with run {unfinished.id}")
         run = records.resume_run(unfinished.id, flow_run_id=flow_run_id)
     else:
-        run = records.start_run(kind, name, asked, circumstances=machine_circumstances(), flow_run_id=flow_run_id)
+        run = records.start_run(kind, name, asked, environment=machine_environment(), flow_run_id=flow_run_id)
     return Journal(records, run, hosts, say=say, poll_s=poll_s)
 
 

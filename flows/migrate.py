@@ -34,10 +34,10 @@ from flows.rollout.approval import Answer, Asks, Question, asks, in_prefect, nob
 from flows.rollout.steps import Orders, PhaseOne, phase_one
 from flows.subprocess_phase import subprocess_phase
 from migrations.plan import ModelPlan, Plan, load_plan
-from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import route_of
 from tasks.evidence.unmeasured import models_to_retry
-from tasks.records.payload import plan_hash as stored_hash
+from tasks.records.payload import plan_hash
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Decision, Run
 from tasks.verdicts.gate import reasons, run_verdict
@@ -163,7 +163,7 @@ class Whole:
         if found.run_id is None or not open_ended or model.id in self.orders.override:
             return False
         run = self.records.find_run(found.run_id)
-        same = run.plan_hash == stored_hash(self.plan.model_dump(mode="json"))  # another plan is not resumed
+        same = run.plan_hash == plan_hash(self.plan.model_dump(mode="json"))  # another plan is not resumed
         return same and model.id in models_to_retry(self.records, run.id)
 
     def _verdict(self, model: ModelPlan) -> PhaseOne:
@@ -348,7 +348,7 @@ class Whole:
         if self._run is None and self._unfinished() is None:
             plan = self.plan.model_dump(mode="json")
             self._run = self.records.start_run(
-                KIND, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=self._flow_run_id
+                KIND, self.plan.name, plan, environment=machine_environment(), flow_run_id=self._flow_run_id
             )
         assert self._run is not None
         return self._run

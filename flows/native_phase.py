@@ -95,7 +95,7 @@ class NativeMigration(Migration):
         stage = self._stage(model)
         return {
             "hang": _or_why(lambda: measure_hang(stage, self.say)),
-            "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=self.plan.sampling.load_cycles, say=self.say)),
+            "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=self.plan.measure.load_cycles, say=self.say)),
         }
 
 

@@ -21,7 +21,7 @@ from engines.home import host
 from engines.yard.client import YardClient, public_address
 from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan, load_plan
-from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import one_token, route_of
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run
@@ -144,7 +144,7 @@ def _begun(plan: Plan | None, model: str, wish: Wish) -> tuple[Records, Run]:
             KIND,
             plan.name if plan else "-",
             plan.model_dump(mode="json") if plan else {},
-            circumstances=machine_circumstances(),
+            environment=machine_environment(),
             flow_run_id=wish.flow_run_id,
         )
         if wish.who:

@@ -33,7 +33,7 @@ from flows.experiment_lock import SOAK, Busy, alone
 from flows.progress import progress
 from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan, load_plan
-from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.environment import machine_environment
 from tasks.evidence.soak.soak import duration, empty_segment
 from tasks.evidence.soak.window import Place, SoakLimits, ending, gist, judge_windows, measure_window
 from tasks.records.store import Records, open_records
@@ -112,7 +112,7 @@ class _Soak:
     def __init__(self, plan: Plan, home: Path, records: Records, *, window_s: float, say: Say, in_flow: bool) -> None:
         self.plan, self.home, self.records, self.say = plan, home, records, say
         self.window_s, self.in_flow = window_s, in_flow
-        self.soak_s = plan.sampling.soak_s
+        self.soak_s = plan.measure.soak_s
         self.key = plan.api_key(os.environ)
         self._as_json = plan.model_dump(mode="json")
         self._run: Run | None = None
@@ -167,7 +167,7 @@ class _Soak:
                 length_s=length_s,
                 offset_s=_exposure_s(before),
                 before=before[-1] if before else None,
-                seed=self.plan.sampling.seed + index,
+                seed=self.plan.measure.seed + index,
                 on_memory=series.append,
             )
         put_window(self.records, self.run_id, target, index, window)
@@ -230,10 +230,10 @@ class _Soak:
         run_id = self._evaluation(model_id)
         rows = self.records.list_evidence(run_id, model_id=model_id, arm="incumbent", kind=KIND) if run_id else []
         if rows:
-            circumstances = {**rows[-1].circumstances, "run": run_id}
+            environment = {**rows[-1].environment, "run": run_id}
             total = summed(row.payload for row in rows)
             self.records.put_evidence(
-                self.run_id, model_id, "incumbent", KIND, total, key="evaluation", circumstances=circumstances
+                self.run_id, model_id, "incumbent", KIND, total, key="evaluation", environment=environment
             )
 
     def _evaluation(self, model_id: str) -> str | None:
@@ -317,9 +317,9 @@ class _Soak:
         run = self._unfinished()
         if run is not None:
             return self.records.resume_run(run.id, flow_run_id=flow_run.id)
-        circumstances = machine_circumstances()
+        environment = machine_environment()
         return self.records.start_run(
-            KIND, self.plan.name, self._as_json, circumstances=circumstances, flow_run_id=flow_run.id
+            KIND, self.plan.name, self._as_json, environment=environment, flow_run_id=flow_run.id
         )
 
     def _unfinished(self) -> Run | None:
@@ -377,7 +377,7 @@ def put_window(records: Records, run_id: str, target: Target, index: int, window
         KIND,
         window,
         key=f"{index:05d}",
-        circumstances={"engines": [{**engine, "argv": engine["argv"] or []}]},
+        environment={"engines": [{**engine, "argv": engine["argv"] or []}]},
     )
 
 
@@ -442,7 +442,7 @@ def _exposure_s(windows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _identity(row: Evidence) -> tuple[str, str]:
-    engine = row.circumstances["engines"][0]
+    engine = row.environment["engines"][0]
     return str(engine["engine"]), str(engine["version"])
 
 

@@ -11,7 +11,7 @@ from engines.errors import BadInput
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
-from migrations.plan import Canary, Client, Course, Limits, ModelPlan, Plan, Retire, Sampling, plan_to_toml
+from migrations.plan import Canary, Client, Course, Limits, Measure, ModelPlan, Plan, Retire, plan_to_toml
 
 DEMO_NAME = "demo"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
@@ -26,7 +26,7 @@ WHOLE_LIMITS = {
     "kill_detect_s": 10.0,
     "recover_s": 30.0,
 }
-WHOLE_SAMPLING = {"parity_prompts": 6, "parity_tokens": 24, "calibration_blocks": 0, "looks": (3,)}
+WHOLE_MEASURE = {"parity_prompts": 6, "parity_tokens": 24, "calibration_blocks": 0, "looks": (3,)}
 # of a client that chats and streams; the whole list would take a CPU wheel ten minutes more
 WHOLE_NEEDS = (
     "chat_answer",
@@ -55,10 +55,10 @@ def demo_plan(home: Path, *, soak_s: float | None = None) -> Plan:
         # its GGUF carries no chat template: llama.cpp would fall back to another model's, mistral.rs refuse to chat
         ModelPlan(id="gemma3-270m", gguf=_gemma3(home / "models"), settings=Settings(chat_template=GEMMA3_TEMPLATE)),
     ]
-    sampling = DEMO if soak_s is None else Sampling.model_validate({**DEMO.model_dump(), "soak_s": soak_s})
+    measure = DEMO if soak_s is None else Measure.model_validate({**DEMO.model_dump(), "soak_s": soak_s})
     # the host cache would count as memory growth of the incumbent
     settings = Settings(context_tokens=2048, host_cache_mib=0)
-    return plan_for(models, name=DEMO_NAME, sampling=sampling, settings=settings)
+    return plan_for(models, name=DEMO_NAME, measure=measure, settings=settings)
 
 
 def whole_demo_plan(home: Path) -> Plan:
@@ -73,7 +73,7 @@ def whole_demo_plan(home: Path) -> Plan:
             "name": "demo-migration",
             "limits": Limits.model_validate(WHOLE_LIMITS),
             "client": Client(requires=WHOLE_NEEDS),
-            "sampling": Sampling.model_validate({**plan.sampling.model_dump(), **WHOLE_SAMPLING}),
+            "measure": Measure.model_validate({**plan.measure.model_dump(), **WHOLE_MEASURE}),
             # more threads than free cores bring the CPU wheel to a standstill, which the yard takes for a hang
             "settings": plan.settings.model_copy(update={"threads": 1}),
             "canary": canary,

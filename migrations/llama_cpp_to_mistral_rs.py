@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from migrations.plan import EngineChoice, ModelPlan, Plan, Sampling, build_plan
+from migrations.plan import EngineChoice, Measure, ModelPlan, Plan, build_plan
 from tasks.verdicts.risks import Phase, Risk
 
 NAME = "llama.cpp-to-mistral.rs"
@@ -72,7 +72,7 @@ RISKS = (
 
 # Tuning that mistral.rs has no word for. Accepted, because its effect on speed and memory is measured. A loss of
 # behaviour or of safety (an ignored request parameter, an API key, the context limit) is never accepted unasked.
-ACCEPTED_LOSSES = {
+ACCEPTED_UNSUPPORTED = {
     "mlock": "the weights are a private copy; performance.* and memory.* show what paging costs",
     "cache_reuse_tokens": "the prefix cache matches whole prefixes only; performance.* shows the time to first token",
     "host_cache_mib": "the prefix cache is counted in entries, not in MiB; memory.* shows its size",
@@ -81,7 +81,7 @@ ACCEPTED_LOSSES = {
     "flash_attention": "a build feature, not a flag; performance.* shows its effect",
 }
 
-DEMO = Sampling(
+DEMO = Measure(
     requests_per_block=3,
     warmup_min=1,
     warmup_max=2,
@@ -107,12 +107,12 @@ DEMO_CANNOT_PROVE = (
 
 
 def plan_for(models: Sequence[ModelPlan], **overrides: object) -> Plan:
-    """The built-in plan for `models`; `overrides` replace whole fields of Plan (`sampling=DEMO`, `limits=...`)."""
+    """The built-in plan for `models`; `overrides` replace whole fields of Plan (`measure=DEMO`, `limits=...`)."""
     declared = {
         "name": NAME,
         "incumbent": INCUMBENT,
         "candidate": CANDIDATE,
         "models": tuple(models),
-        "accepted_losses": tuple(ACCEPTED_LOSSES),
+        "accepted_unsupported": tuple(ACCEPTED_UNSUPPORTED),
     }
     return build_plan({**declared, **overrides}, where=NAME)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import math
 import re
 import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -38,6 +41,7 @@ from engines.errors import BadInput
 from engines.model.digest import model_digest, shards
 from engines.settings import Settings
 from engines.yard.settings import Load, YardSettings
+from tasks.records.payload import RENAMED_KEYS, with_old_keys
 
 EngineName = Literal["llama.cpp", "mistral.rs", "mistral.rs-native"]
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
@@ -59,8 +63,13 @@ def _keyless(settings: Settings) -> Settings:
     return settings
 
 
+def _either(table: str, key: str) -> AliasChoices:
+    """The names under which a renamed key of a plan is read, the new one first."""
+    return AliasChoices(key, RENAMED_KEYS[table][key])
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True)
 
 
 class EngineChoice(_Part):
@@ -113,7 +122,7 @@ class ModelPlan(_Part):
         return settings.model_dump(mode=info.mode, exclude_unset=True, exclude_none=True)
 
 
-class Sampling(_Part):
+class Measure(_Part):
     """How much is measured. More costs time; less leaves verdicts INCONCLUSIVE, never falsely PASS."""
 
     requests_per_block: int = Field(20, ge=1, le=1000, description="requests to each engine in one block; p95 needs 20")
@@ -125,8 +134,12 @@ class Sampling(_Part):
         max_length=8,
         description="blocks after which a verdict is tried; each restarts both engines; the last is the maximum",
     )
-    max_void_blocks: int = Field(
-        12, ge=0, le=500, description="blocks that may be void (a neighbour took the CPU) and repeated before giving up"
+    max_discarded_blocks: int = Field(
+        12,
+        ge=0,
+        le=500,
+        validation_alias=_either("measure", "max_discarded_blocks"),
+        description="blocks that may be discarded (another process took the CPU) and repeated before giving up",
     )
     calibration_blocks: int = Field(
         6,
@@ -158,7 +171,7 @@ class Sampling(_Part):
     seed: int = Field(20261122, ge=0, le=2**32 - 1, description="same seed, same prompts, order and arrivals")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Sampling:
+    def _ordered(self) -> Measure:
         if self.warmup_min > self.warmup_max:
             raise ValueError(f"warmup_min {self.warmup_min} is above warmup_max {self.warmup_max}; raise warmup_max")
         if list(self.looks) != sorted(set(self.looks)):
@@ -188,7 +201,11 @@ class Limits(_Part):
         0.97,
         description="share of greedy tokens that agree; two engines reach 97.65 % on equal weights, Q3_K_M 90 %",
     )
-    top1_lower: Share = Field(0.95, description="95 % lower bound of that share: few prompts cannot pass by luck")
+    top1_lower_bound: Share = Field(
+        0.95,
+        validation_alias=_either("limits", "top1_lower_bound"),
+        description="95 % lower bound of that share: few prompts cannot pass by luck",
+    )
     mean_kld: float = Field(
         0.005,
         gt=0,
@@ -246,8 +263,10 @@ class Limits(_Part):
 
     @model_validator(mode="after")
     def _ordered(self) -> Limits:
-        if self.top1_lower > self.top1_agreement:
-            raise ValueError(f"top1_lower {self.top1_lower} is above top1_agreement {self.top1_agreement}; lower it")
+        if self.top1_lower_bound > self.top1_agreement:
+            raise ValueError(
+                f"top1_lower_bound {self.top1_lower_bound} is above top1_agreement {self.top1_agreement}; lower it"
+            )
         if self.mean_kld > self.p99_kld:
             raise ValueError(f"mean_kld {self.mean_kld} is above p99_kld {self.p99_kld}; a mean lies under its tail")
         return self
@@ -330,12 +349,16 @@ class Plan(_Part):
         pattern=r"^[A-Z_][A-Z0-9_]*$",
         description="environment variable that holds the API key of clients; the key itself is never in a plan",
     )
-    accepted_losses: tuple[str, ...] = Field((), description="names of what the candidate cannot honour and you accept")
+    accepted_unsupported: tuple[str, ...] = Field(
+        (),
+        validation_alias=_either("", "accepted_unsupported"),
+        description="names of what the candidate does not support and you accept",
+    )
     incumbent: EngineChoice = Field(description="the engine that serves now")
     candidate: EngineChoice = Field(description="the engine that is proposed")
     settings: Settings = Field(Settings(), description="how every model is served, in words that belong to no engine")
     models: tuple[ModelPlan, ...] = Field(min_length=1, description="every model in use; each gets its own verdict")
-    sampling: Sampling = Field(Sampling(), description="how much is measured")
+    measure: Measure = Field(Measure(), validation_alias=_either("", "measure"), description="how much is measured")
     limits: Limits = Field(Limits(), description="where a difference stops being acceptable, and why there")
     client: Client = Field(Client(), description="what the programs in front of the engine need")
     canary: Canary = Field(Canary(), description="how live traffic moves: in which shares, and how much decides each")
@@ -430,6 +453,7 @@ def load_plan(path: Path) -> Plan:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{where}: not valid TOML: {error}") from None
+    _warn_of_old_keys(where, data)
     lines = _lines(text)
     # JSON, because strict mode (no "20" for 20, no true for 1) then still takes strings for paths and arrays for tuples
     as_json = json.dumps(_resolved(data, path.absolute().parent), default=str)
@@ -441,6 +465,22 @@ def load_plan(path: Path) -> Plan:
     if missing:
         raise BadInput(_one_line(where, missing, lines))
     return plan
+
+
+def _warn_of_old_keys(where: str, data: Mapping[str, Any]) -> None:
+    found = []
+    for table, keys in RENAMED_KEYS.items():
+        for name in {table, RENAMED_KEYS[""].get(table, table)}:
+            part = data.get(name) if name else data
+            found += [f"{old} is now {new}" for new, old in keys.items() if isinstance(part, dict) and old in part]
+    if found:
+        _warn(f"{where}: {', '.join(found)}; the old name is still read")
+
+
+@cache
+def _warn(line: str) -> None:
+    """Log `line`, once in a process: a command reads its plan several times."""
+    logging.getLogger("switchyard").warning("%s", line)
 
 
 def recorded_plan(data: object) -> Plan:
@@ -456,7 +496,7 @@ def build_plan(data: Mapping[str, object], *, where: str = "plan") -> Plan:
         raise BadInput(_one_line(where, _problems(error), {})) from None
 
 
-def plan_hash(plan: Plan) -> str:
+def content_hash(plan: Plan) -> str:
     """sha256 (hex) of what the plan means, by content and not by path.
 
     Models, transcripts, templates and binaries enter by their `model_digest`, settings as each model gets them. So a
@@ -467,25 +507,27 @@ def plan_hash(plan: Plan) -> str:
     identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard"})
     identity["engines"] = [_engine_identity(choice) for choice in (plan.incumbent, plan.candidate)]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(with_old_keys(identity), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def plan_to_toml(plan: Plan, *, header_comment: str = "", losses: Sequence[str] = ()) -> str:
     """`plan` as TOML with every field's reason as a comment above it; `load_plan` reads the same plan back.
 
-    `losses` (a driver's own lines) are written as comments above `accepted_losses`.
+    `losses` (a driver's own lines) are written as comments above `accepted_unsupported`.
     """
     blocks = [_comment(header_comment)] if header_comment else []
     lost = "\n".join(f"  - {_flat(loss)}" for loss in losses)
     note = f"The candidate cannot honour these:\n{lost}" if losses else ""
-    blocks.append(_keys(plan, notes={"accepted_losses": note}))
+    blocks.append(_keys(plan, notes={"accepted_unsupported": note}))
     for name in ("incumbent", "candidate", "settings"):
         blocks.append(_section(plan, name))
     for model in plan.models:
         blocks.append(_table("[[models]]", model))
         if _fields(model.settings, only_set=True):
             blocks.append(_table("[models.settings]", model.settings, only_set=True))
-    for name in ("sampling", "limits", "client", "canary", "migrate", "retire", "yard"):
+    for name in ("measure", "limits", "client", "canary", "migrate", "retire", "yard"):
         blocks.append(_section(plan, name))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -688,7 +730,7 @@ def _unknown_word(location: Location, value: object, known: list[str]) -> str:
 
 def _description(location: Location) -> str:
     parent = _model_at(location[:-1])
-    field = parent.model_fields.get(str(location[-1])) if parent else None
+    field = parent.model_fields.get(_new_name(parent, str(location[-1]))) if parent else None
     return (field.description if field else None) or "a value is needed"
 
 
@@ -698,9 +740,17 @@ def _model_at(location: Location) -> type[BaseModel] | None:
     for part in location:
         if isinstance(part, int):
             continue
-        field = here.model_fields.get(part) if here else None
+        field = here.model_fields.get(_new_name(here, part)) if here else None
         here = _model_in(field.annotation) if field else None
     return here
+
+
+def _new_name(part: type[BaseModel], key: str) -> str:
+    """The name of the field that is also read under `key`."""
+    for name, field in part.model_fields.items():
+        if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
+            return name
+    return key
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -388,7 +388,7 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
     """The plan, and the run to go on with. A resumed run keeps the plan it was started with."""
     from flows.evaluation.rejudge import plan_of
     from migrations.demo import demo_plan
-    from migrations.plan import Sampling, load_plan
+    from migrations.plan import Measure, load_plan
 
     soak_s = _seconds(soak) if soak else None
     if resume:
@@ -404,8 +404,8 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
         return demo_plan(home, soak_s=soak_s), None
     plan = load_plan(Path(target))
     if soak_s is not None:
-        sampling = Sampling.model_validate({**plan.sampling.model_dump(), "soak_s": soak_s})
-        plan = plan.model_copy(update={"sampling": sampling})
+        measure = Measure.model_validate({**plan.measure.model_dump(), "soak_s": soak_s})
+        plan = plan.model_copy(update={"measure": measure})
     return plan, None
 
 

@@ -27,7 +27,7 @@ from flows.progress import progress
 from migrations.plan import Plan, recorded_plan
 from tasks.evidence import compatibility
 from tasks.evidence.engine_under_test import Arm
-from tasks.evidence.environment import machine_circumstances
+from tasks.evidence.environment import machine_environment
 from tasks.evidence.prompts import load_transcripts
 from tasks.records.payload import redact
 from tasks.records.store import Records, open_records
@@ -111,13 +111,13 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
     for model in plan.models:
         serve = Serve(model_id=model.id, gguf=model.gguf, port=1, settings=plan.settings_for(model.id))
         lost |= dict.fromkeys(driver(candidate.engine).losses(candidate, serve))
-    accepted = set(plan.accepted_losses)
+    accepted = set(plan.accepted_unsupported)
     return lines + [f"lost on the candidate: {loss}" for loss in lost if loss.partition(":")[0] not in accepted]
 
 
 def _started(records: Records, plan: Plan) -> Run:
-    asked, here = plan.model_dump(mode="json"), machine_circumstances()
-    return records.start_run("evaluate", plan.name, asked, circumstances=here, flow_run_id=flow_run_id())
+    asked, here = plan.model_dump(mode="json"), machine_environment()
+    return records.start_run("evaluate", plan.name, asked, environment=here, flow_run_id=flow_run_id())
 
 
 def _resumed(records: Records, plan: Plan, reference: str) -> Run:

@@ -29,7 +29,7 @@ from engines.process import process
 from engines.process.serving import Served, exit_reason
 from engines.registry import driver
 from engines.settings import Endpoint
-from migrations.plan import ModelPlan, Plan, plan_hash
+from migrations.plan import ModelPlan, Plan, content_hash
 from tasks.evidence import compatibility, faults, performance, preflight
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest, YardContender
 from tasks.evidence.parity import judge as parity
@@ -79,9 +79,9 @@ class Bench:
     api_key: SecretStr | None = None
 
     @cached_property
-    def plan_hash(self) -> str:
+    def content_hash(self) -> str:
         """What the plan means, by content: frozen before the first measurement."""
-        return plan_hash(self.plan)
+        return content_hash(self.plan)
 
 
 class Unmeasured(SwitchyardError):
@@ -134,7 +134,7 @@ class Trial:
     def compatibility(self, arm: Arm) -> None:
         """The battery of API behaviours, and the effect of parameters beyond OpenAI's."""
         plan = self.bench.plan
-        names = None if plan.sampling.every_behaviour else sorted(required_behaviours(plan))
+        names = None if plan.measure.every_behaviour else sorted(required_behaviours(plan))
         self._gather_served(
             arm,
             {
@@ -145,13 +145,13 @@ class Trial:
 
     def answers(self, arm: Arm) -> None:
         """Greedy answers with logprobs and the engine's own noise; of a model turned down already, a glimpse."""
-        sampling, prompts = self.bench.plan.sampling, self._prompts()
+        amounts, prompts = self.bench.plan.measure, self._prompts()
         asked: dict[str, Any] = {
-            "max_tokens": sampling.parity_tokens,
-            "top_logprobs": sampling.top_logprobs,
+            "max_tokens": amounts.parity_tokens,
+            "top_logprobs": amounts.top_logprobs,
             "progress": self.say,
         }
-        floor_tokens = min(FLOOR_TOKENS, sampling.parity_tokens)
+        floor_tokens = min(FLOOR_TOKENS, amounts.parity_tokens)
         noisy = prompts[: max(2, len(prompts) // FLOOR_SHARE)]
         if self.turned_down():
             glimpse = prompts[:GLIMPSE_PROMPTS]
@@ -169,18 +169,18 @@ class Trial:
     def calibration(self) -> None:
         """The incumbent against itself: this machine's own noise."""
         incumbent = self.contenders["incumbent"]
-        for index in range(self.bench.plan.sampling.calibration_blocks):
+        for index in range(self.bench.plan.measure.calibration_blocks):
             self._block("calibration", incumbent, incumbent, index)
 
     def performance(self) -> None:
         """Paired blocks until a look decides; void blocks are repeated, within the plan's allowance, and counted."""
-        sampling, workload = self.bench.plan.sampling, self._workload()
+        amounts, workload = self.bench.plan.measure, self._workload()
         metrics = performance.metrics(self._limits(), workload)
         errors = {metric.name: error for metric in metrics if (error := self._client_error(metric.key)) is not None}
-        for index in range(sampling.looks[-1] + sampling.max_void_blocks):
+        for index in range(amounts.looks[-1] + amounts.max_discarded_blocks):
             self._block("performance", self.contenders["incumbent"], self.contenders["candidate"], index)
             blocks = self._payloads(BOTH, "performance")
-            decision = decision_reached(metrics, blocks, sampling.looks, client_errors=errors)
+            decision = decision_reached(metrics, blocks, amounts.looks, client_errors=errors)
             if decision.stop:
                 self.say(f"speed: {decision.why}")
                 break
@@ -192,8 +192,8 @@ class Trial:
             return
         records, run_id = self.bench.records, self.bench.run_id
         if (earlier := self._earlier_soak()) is not None:
-            circumstances = self._circumstances([self.contenders[arm] for arm in ARMS])
-            records.put_evidence(run_id, self.model.id, BOTH, SOAK_OF, {"run_id": earlier}, circumstances=circumstances)
+            environment = self._environment([self.contenders[arm] for arm in ARMS])
+            records.put_evidence(run_id, self.model.id, BOTH, SOAK_OF, {"run_id": earlier}, environment=environment)
             return
         why = "not measured: this evaluation left the soak out, as scheduled ones do, and no earlier one of the same "
         why += f"plan, model file and engines has one; `switchyard evaluate --resume {run_id}` adds it"
@@ -211,14 +211,14 @@ class Trial:
         """Whether a run soaked both engines for the planned time; of `versions`, under this very plan, where given."""
         for arm in ARMS:
             rows = self.bench.records.list_evidence(run_id, model_id=self.model.id, arm=arm, kind="soak")
-            if sum(row.payload["exposure_s"] for row in rows) < self.bench.plan.sampling.soak_s:
+            if sum(row.payload["exposure_s"] for row in rows) < self.bench.plan.measure.soak_s:
                 return False
             if versions is None:
                 continue
-            for seen in (row.circumstances for row in rows):
+            for seen in (row.environment for row in rows):
                 engine = seen["engines"][0]["version"] if seen.get("engines") else None
                 under = (seen.get("plan_hash"), seen.get("model_digest"), engine)
-                if under != (self.bench.plan_hash, self._digest, versions[arm]):
+                if under != (self.bench.content_hash, self._digest, versions[arm]):
                     return False
         return True
 
@@ -261,7 +261,7 @@ class Trial:
     def _soak(self, arm: Arm, stop: threading.Event) -> None:
         """Saved in segments, memory every second."""
         records, run_id, model = self.bench.records, self.bench.run_id, self.model.id
-        soak_s = self.bench.plan.sampling.soak_s
+        soak_s = self.bench.plan.measure.soak_s
         done = self._payloads(arm, "soak")
         if sum(segment["exposure_s"] for segment in done) >= soak_s:
             return
@@ -269,7 +269,7 @@ class Trial:
 
         def save(index: int, segment: dict[str, Any]) -> None:
             records.put_evidence(
-                run_id, model, arm, "soak", segment, key=f"{index:05d}", circumstances=self._circumstances([contender])
+                run_id, model, arm, "soak", segment, key=f"{index:05d}", environment=self._environment([contender])
             )
 
         with records.series_writer(run_id, model, arm) as series:
@@ -280,7 +280,7 @@ class Trial:
                 save=save,
                 on_memory=lambda t, value: series.append("memory_bytes", t, value),
                 segment_s=min(60.0, soak_s / SEGMENTS_IN_A_SOAK),
-                seed=self.bench.plan.sampling.seed,
+                seed=self.bench.plan.measure.seed,
                 stop=stop,
                 progress=lambda what: self.say(f"{arm}: {what}"),
             )
@@ -329,11 +329,11 @@ class Trial:
 
     def _put_unmeasured(self, arm: Arm | Literal["both"], what: str, record: dict[str, Any]) -> None:
         used = [self.contenders[one] for one in (ARMS if arm == "both" else (arm,))]
-        circumstances: dict[str, Any] = {}
+        environment: dict[str, Any] = {}
         with contextlib.suppress(Exception):  # what broke the check may break its description as well
-            circumstances = self._circumstances(used)
+            environment = self._environment(used)
         records, run_id = self.bench.records, self.bench.run_id
-        records.put_evidence(run_id, self.model.id, arm, KIND, record, key=what, circumstances=circumstances)
+        records.put_evidence(run_id, self.model.id, arm, KIND, record, key=what, environment=environment)
 
     # --- judging ---
 
@@ -415,25 +415,25 @@ class Trial:
         return None if probed is None or behaviours is None else parity.with_behaviours(probed, behaviours)
 
     def _judge_performance(self) -> list[CheckResult]:
-        sampling, workload, limits = self.bench.plan.sampling, self._workload(), self._limits()
+        amounts, workload, limits = self.bench.plan.measure, self._workload(), self._limits()
         blocks = self._payloads(BOTH, "performance")
         if not blocks:
             return [self._missing("performance.ttft_p50_ratio", limit=limits.ttft_p50_ratio, unit="ratio")]
         errors = {
             key: error for key in ("ttft_ms", "tpot_ms", "e2e_ms") if (error := self._client_error(key)) is not None
         }
-        results = performance.judge_performance(blocks, limits, workload, sampling.looks, client_error_ms=errors)
+        results = performance.judge_performance(blocks, limits, workload, amounts.looks, client_error_ms=errors)
         results.append(performance.judge_client(self.bench.error_budget, self.bench.plan.limits.client_cpu))
-        results.append(performance.judge_memory(blocks, limits, sampling.looks))
+        results.append(performance.judge_memory(blocks, limits, amounts.looks))
         budgets: dict[str, str] = {arm: c.driver.cache_budget(c.settings) for arm, c in self.contenders.items()}
         results.append(performance.memory_figures(blocks, budgets))
         calibration = self._payloads(BOTH, "calibration")
         if calibration:
-            results += performance.judge_noise(calibration, limits, workload, sampling.looks, client_error_ms=errors)
+            results += performance.judge_noise(calibration, limits, workload, amounts.looks, client_error_ms=errors)
         return results
 
     def _judge_soak(self) -> list[CheckResult]:
-        limits, soak_s = self.bench.plan.limits, self.bench.plan.sampling.soak_s
+        limits, soak_s = self.bench.plan.limits, self.bench.plan.measure.soak_s
         records, model, run_id = self.bench.records, self.model.id, self._soak_run()
         segments = {
             arm: [row.payload for row in sorted(rows, key=lambda row: row.key)]
@@ -510,24 +510,24 @@ class Trial:
         limits = self.bench.plan.limits
         return parity.ParityLimits(
             top1_agreement=limits.top1_agreement,
-            top1_lower_bound=limits.top1_lower,
+            top1_lower_bound=limits.top1_lower_bound,
             mean_kld=limits.mean_kld,
             p99_kld=limits.p99_kld,
             tie_gap_nats=limits.tie_gap_nats,
         )
 
     def _workload(self) -> Workload:
-        sampling = self.bench.plan.sampling
+        amounts = self.bench.plan.measure
         context = self.contenders["incumbent"].settings.context_tokens or 4096
         return Workload(
-            requests=sampling.requests_per_block,
-            max_tokens=sampling.max_tokens,
+            requests=amounts.requests_per_block,
+            max_tokens=amounts.max_tokens,
             # "long" is half of the context, at about 1.4 tokens a word
-            prompt_words=20 if sampling.prompt_set == "short" else int(context / 2 / 1.4),
-            warmup_min=sampling.warmup_min,
-            warmup_max=sampling.warmup_max,
-            concurrency=sampling.concurrency,
-            seed=sampling.seed,
+            prompt_words=20 if amounts.prompt_set == "short" else int(context / 2 / 1.4),
+            warmup_min=amounts.warmup_min,
+            warmup_max=amounts.warmup_max,
+            concurrency=amounts.concurrency,
+            seed=amounts.seed,
         )
 
     def _client_error(self, key: str) -> float | None:
@@ -540,7 +540,7 @@ class Trial:
 
     def _prompts(self) -> list[Prompt]:
         own = load_transcripts(self.model.transcripts) if self.model.transcripts else []
-        return [*own, *load_prompts(self.bench.plan.sampling.parity_prompts)]
+        return [*own, *load_prompts(self.bench.plan.measure.parity_prompts)]
 
     def _contender(self, arm: Arm) -> EngineUnderTest:
         choice = getattr(self.bench.plan, arm)
@@ -582,8 +582,8 @@ class Trial:
     # --- records ---
 
     def _block(self, kind: str, incumbent: EngineUnderTest, candidate: EngineUnderTest, index: int) -> None:
-        limits, sampling = self._limits(), self.bench.plan.sampling
-        wanted = sampling.calibration_blocks if kind == "calibration" else sampling.looks[-1]
+        limits, amounts = self._limits(), self.bench.plan.measure
+        wanted = amounts.calibration_blocks if kind == "calibration" else amounts.looks[-1]
         self._gather(
             BOTH,
             kind,
@@ -644,7 +644,7 @@ class Trial:
         if not records.has_evidence(run_id, model, arm, kind, key=key):
             payload = measure()
             used = contenders or [self.contenders[one] for one in (ARMS if arm == "both" else (arm,))]
-            records.put_evidence(run_id, model, arm, kind, payload, key=key, circumstances=self._circumstances(used))
+            records.put_evidence(run_id, model, arm, kind, payload, key=key, environment=self._environment(used))
 
     def _payload(self, arm: Arm | Literal["both"], kind: str) -> Any:
         found = self.bench.records.get_evidence(self.bench.run_id, self.model.id, arm, kind)
@@ -658,12 +658,12 @@ class Trial:
     def _digest(self) -> str:
         return model_digest(self.model.gguf)
 
-    def _circumstances(self, contenders: Sequence[EngineUnderTest]) -> dict[str, Any]:
+    def _environment(self, contenders: Sequence[EngineUnderTest]) -> dict[str, Any]:
         return {
             "model_digest": self._digest,
-            "plan_hash": self.bench.plan_hash,
-            "seed": self.bench.plan.sampling.seed,
-            "engines": [contender.circumstances() for contender in contenders],
+            "plan_hash": self.bench.content_hash,
+            "seed": self.bench.plan.measure.seed,
+            "engines": [contender.environment() for contender in contenders],
         }
 
 

@@ -25,8 +25,8 @@ from flows.experiment_lock import alone
 from flows.orchestrator.run import flow_run_id
 from flows.rollout import yards as yard_processes
 from flows.rollout.yards import Yards
-from migrations.plan import ModelPlan, Plan, plan_hash
-from tasks.evidence.environment import machine_circumstances
+from migrations.plan import ModelPlan, Plan, content_hash
+from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import OpenStage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room, route_of
 from tasks.records.store import Records
 from tasks.records.tables import Run, Step
@@ -82,13 +82,13 @@ class PhaseOne:
 
 def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version: str) -> PhaseOne:
     """The verdict of this host's latest evaluation of just this plan, model file and version of the candidate."""
-    identity = (plan_hash(plan), model_digest(model.gguf))
+    identity = (content_hash(plan), model_digest(model.gguf))
     other: str | None = None
     for run in records.history(LOOK_BACK, kind="evaluate", host=host()):
         results = records.checks(run.id).get(model.id) if run.status == "done" else None
         if not results:
             continue
-        under = records.evidence_circumstances(run.id, model.id)
+        under = records.evidence_environments(run.id, model.id)
         if not under or any((seen.get("plan_hash"), seen.get("model_digest")) != identity for seen in under):
             other = other or run.id
             continue
@@ -588,7 +588,7 @@ class Migration:
             return self.records.resume_run(unfinished.id, flow_run_id=flow_run_id())
         plan = self.plan.model_dump(mode="json")
         return self.records.start_run(
-            self.kind, self.plan.name, plan, circumstances=machine_circumstances(), flow_run_id=flow_run_id()
+            self.kind, self.plan.name, plan, environment=machine_environment(), flow_run_id=flow_run_id()
         )
 
     def _unfinished(self) -> Run | None:

@@ -71,7 +71,7 @@ def canary_limits(plan: Plan) -> CanaryLimits:
         # non-inferiority needs a margin, however small
         ttft_p50_ratio=max(plan.limits.ttft_p50_ratio, LEAST_RATIO),
         tpot_p50_ratio=max(plan.limits.tpot_p50_ratio, LEAST_RATIO),
-        looks=plan.sampling.looks,
+        looks=plan.measure.looks,
     )
 
 
@@ -95,7 +95,7 @@ def losses(plan: Plan, config: YardConfig) -> list[str]:
     for model in config.models:
         for engine, recipe in model.recipes.items():
             for loss in driver(engine).losses(recipe.installation, recipe.serve(1, None)):
-                if loss.partition(":")[0] not in plan.accepted_losses:
+                if loss.partition(":")[0] not in plan.accepted_unsupported:
                     lines[f"{engine}: {loss}"] = None
     return list(lines)
 

@@ -22,7 +22,7 @@ from engines.yard.config import YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import plan_path, yard_config
-from migrations.plan import Plan, load_plan, plan_hash, plan_to_toml
+from migrations.plan import Plan, content_hash, load_plan, plan_to_toml
 from tasks.evidence.rehearsal import Stage
 
 STOP_S = 30.0
@@ -92,7 +92,7 @@ class PlanYards:
     def differs(self) -> str | None:
         """Why the yard that runs is not one of this plan, by content."""
         served = plan_path(None, self.home)
-        if not served.is_file() or plan_hash(load_plan(served)) == plan_hash(self.plan):
+        if not served.is_file() or content_hash(load_plan(served)) == content_hash(self.plan):
             return None
         return f"the yard that runs serves another plan ({served}): stop it with `switchyard stop` and migrate again"
 

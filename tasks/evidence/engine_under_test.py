@@ -53,8 +53,8 @@ class EngineUnderTest:
             progress=progress,
         )
 
-    def circumstances(self) -> dict[str, object]:
-        """Engine form, version, argv (it holds no secret) and losses, stored with every result."""
+    def environment(self) -> dict[str, object]:
+        """Engine form, version, argv (it holds no secret) and what it does not support, stored with every result."""
         serve = self.serve()
         return {
             "arm": self.arm,
@@ -63,7 +63,7 @@ class EngineUnderTest:
             "version": self.installation.version,
             "where": self.installation.where,
             "argv": self.driver.argv(self.installation, serve),
-            "losses": self.driver.losses(self.installation, serve),
+            "unsupported": self.driver.losses(self.installation, serve),
             "settings": self.settings.model_dump(mode="json"),
         }
 

@@ -18,7 +18,7 @@ _PACKAGES = (
 )
 
 
-def machine_circumstances() -> dict[str, object]:
+def machine_environment() -> dict[str, object]:
     """Host, CPU, RAM, GPUs, kernel, Python, package versions and clock; None for what this machine does not tell."""
     clock = time.get_clock_info("perf_counter")
     return {

@@ -111,7 +111,7 @@ def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) 
         f"{slope.high / 1e3:.0f}) over {len(kept)} cycles"
     )
     if verdict is Verdict.INCONCLUSIVE:
-        why += f"; it may be {limit / 1e3:.0f} at most: more cycles (sampling.load_cycles) would tell"
+        why += f"; it may be {limit / 1e3:.0f} at most: more cycles (measure.load_cycles) would tell"
     return CheckResult(check=check, verdict=verdict, value=slope.estimate, limit=limit, unit="bytes/cycle", why=why)
 
 

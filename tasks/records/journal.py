@@ -44,9 +44,7 @@ def journal(
     run = RunJournal(
         records,
         unfinished,
-        lambda: records.start_run(
-            kind, name or plan["name"], plan, circumstances=environment(), flow_run_id=flow_run_id
-        ),
+        lambda: records.start_run(kind, name or plan["name"], plan, environment=environment(), flow_run_id=flow_run_id),
         flow_run_id,
         say,
     )

@@ -18,6 +18,13 @@ from pydantic import BaseModel, SecretStr
 from engines.errors import SwitchyardError
 from engines.redaction import REDACTED, is_secret_name, redacted_text, redacted_word
 
+# keys of a plan that have been renamed, by their table: read under both names, hashed under the old one
+RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
+    "": {"measure": "sampling", "accepted_unsupported": "accepted_losses"},
+    "measure": {"max_discarded_blocks": "max_void_blocks"},
+    "limits": {"top1_lower_bound": "top1_lower"},
+}
+
 
 def redact(value: Any) -> Any:
     """A plain JSON copy of `value` in which every secret reads "[redacted]"; an unset one stays None.
@@ -45,9 +52,21 @@ def unpack_json(packed: bytes) -> Any:
 
 
 def plan_hash(plan: Any) -> str:
-    """SHA-256 (hex) of the plan without its secrets; the order of keys does not matter."""
-    text = json.dumps(redact(plan), sort_keys=True, separators=(",", ":"))
+    """SHA-256 (hex) of the plan without its secrets; the order of keys and their renaming do not matter."""
+    text = json.dumps(with_old_keys(redact(plan)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def with_old_keys(plan: Any) -> Any:
+    """A plan's JSON form under the keys of its first version, by which it has been hashed ever since."""
+    if not isinstance(plan, dict):
+        return plan
+    named = {
+        table: {RENAMED_KEYS[table].get(key, key): item for key, item in plan[table].items()}
+        for table in RENAMED_KEYS
+        if isinstance(plan.get(table), dict)
+    }
+    return {RENAMED_KEYS[""].get(key, key): item for key, item in (plan | named).items()}
 
 
 def storable_text(text: str) -> str:

@@ -87,7 +87,7 @@ class Records:
     # runs
 
     def start_run(
-        self, kind: str, name: str, plan: Any, *, circumstances: Any = None, flow_run_id: str | None = None
+        self, kind: str, name: str, plan: Any, *, environment: Any = None, flow_run_id: str | None = None
     ) -> Run:
         """A new run in state "running", owned by this process; its id sorts by time."""
         run = Run(
@@ -98,7 +98,7 @@ class Records:
             plan_hash=plan_hash(plan),
             started_at=_now(),
             status="running",
-            circumstances=redact(circumstances or {}),
+            environment=redact(environment or {}),
             flow_run_id=flow_run_id,
             **_this_process(),
         )
@@ -183,7 +183,7 @@ class Records:
         self,
         run_id: str,
         *,
-        circumstances: Any = None,
+        environment: Any = None,
         report_path: str | Path | None = None,
         flow_run_id: str | None = None,
         error: str | None = None,
@@ -194,7 +194,7 @@ class Records:
             flow_run_id=flow_run_id,
             error=storable_text(error) if error else None,
             report_path=str(report_path) if report_path else None,
-            circumstances=None if circumstances is None else redact(circumstances),
+            environment=None if environment is None else redact(environment),
         )
 
     def history(
@@ -217,7 +217,7 @@ class Records:
         payload: Any,
         *,
         key: str = "",
-        circumstances: Any = None,
+        environment: Any = None,
     ) -> None:
         """Stores `payload`, in place of what was stored for the same run, model, arm, kind and key.
 
@@ -230,7 +230,7 @@ class Records:
             "kind": kind,
             "key": key,
             "payload": pack_json(payload, what=f"evidence {kind} {key}".strip()),
-            "circumstances": redact(circumstances or {}),
+            "environment": redact(environment or {}),
             "recorded_at": _now(),
         }
         self._put(Evidence, [row], on=("run_id", "model_id", "arm", "kind", "key"))
@@ -267,9 +267,9 @@ class Records:
         with self._write() as session:
             session.execute(query)
 
-    def evidence_circumstances(self, run_id: str, model_id: str) -> list[dict[str, Any]]:
-        """Under which circumstances each piece of evidence of a model was measured. No payload is read."""
-        query = select(col(Evidence.circumstances)).filter_by(run_id=run_id, model_id=model_id)
+    def evidence_environments(self, run_id: str, model_id: str) -> list[dict[str, Any]]:
+        """Under which environment each piece of evidence of a model was measured. No payload is read."""
+        query = select(col(Evidence.environment)).filter_by(run_id=run_id, model_id=model_id)
         with self._read() as session:
             return list(session.scalars(query))
 

@@ -77,7 +77,7 @@ class _Table(SQLModel, registry=registry()):
 
 
 class Run(_Table, table=True):
-    """One run of a flow: `plan` is what was asked, `circumstances` where it ran, `owner_*` the process that runs it."""
+    """One run of a flow: `plan` is what was asked, `environment` where it ran, `owner_*` the process that runs it."""
 
     __tablename__ = "run"
     __table_args__ = (Index("ix_run_started_at", "started_at"), Index("ix_run_plan_hash", "plan_hash"))
@@ -95,7 +95,7 @@ class Run(_Table, table=True):
     owner_host: str
     owner_pid: int
     owner_created: float
-    circumstances: Any = Field(sa_column=Column(JsonText(), nullable=False))
+    environment: Any = Field(sa_column=Column(JsonText(), nullable=False))
     report_path: str | None = None
     flow_run_id: str | None = None
 
@@ -125,7 +125,7 @@ class Evidence(_Table, table=True):
     kind: str
     key: str = ""
     packed: bytes = Field(sa_column=Column("payload", LargeBinary(), nullable=False))
-    circumstances: Any = Field(sa_column=Column(JsonText(), nullable=False))
+    environment: Any = Field(sa_column=Column(JsonText(), nullable=False))
     recorded_at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
 
     @property

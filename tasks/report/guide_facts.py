@@ -261,11 +261,11 @@ def gather(
         incumbent=incumbent,
         candidate=str(told["candidate"]["engine"]),
         host=host(),
-        machine=_machine((runs[0].circumstances or {}) if runs else {}),
+        machine=_machine((runs[0].environment or {}) if runs else {}),
         at=now,
         address=_address(str(yard.get("host", "127.0.0.1")), int(yard.get("port", 8080))),
         key_variable=told.get("api_key_env") or "",
-        accepted=tuple(told.get("accepted_losses") or ()),
+        accepted=tuple(told.get("accepted_unsupported") or ()),
         models=tuple(_model(records, runs, told, model, state) for model in told["models"]),
         decisions=_decisions(records, runs),
         retirement=retirement or _retired(state, incumbent),
@@ -273,7 +273,7 @@ def gather(
     )
     hosts = {
         facts.host,
-        *(str(h) for run in runs for h in (run.owner_host, (run.circumstances or {}).get("host")) if h),
+        *(str(h) for run in runs for h in (run.owner_host, (run.environment or {}).get("host")) if h),
     }
     account, hidden = pwd.getpwuid(os.getuid()), () if show_host else tuple(hosts)
     files = tuple(_files(told, state))
@@ -401,7 +401,7 @@ def _measured(engine: Mapping[str, Any]) -> Engine:
     """The engine as it stands beside the evidence, where no recipe is kept."""
     settings = {name: value for name, value in (engine.get("settings") or {}).items() if value is not None}
     form, version = str(engine.get("form") or NOT_RECORDED), str(engine.get("version") or NOT_RECORDED)
-    argv, losses = engine.get("argv") or [], tuple(engine.get("losses") or ())
+    argv, losses = engine.get("argv") or [], tuple(engine.get("unsupported") or ())
     return Engine(str(engine["engine"]), form, version, _command(argv), _settings(settings), losses)
 
 

@@ -75,10 +75,10 @@ NEXT_STEPS = (
     ("faults", "Keep the incumbent until the candidate's faults are noticed and mended in time."),
 )
 UNPROVEN = (
-    ("performance", "Plan more blocks (sampling.looks) or quiet the machine, and evaluate again."),
+    ("performance", "Plan more blocks (measure.looks) or quiet the machine, and evaluate again."),
     ("memory", "Plan more blocks or a longer soak, and evaluate again."),
-    ("parity", "Plan more prompts (sampling.parity_prompts), and evaluate again."),
-    ("stability", "Soak for longer (sampling.soak_s), and evaluate again."),
+    ("parity", "Plan more prompts (measure.parity_prompts), and evaluate again."),
+    ("stability", "Soak for longer (measure.soak_s), and evaluate again."),
 )
 
 
@@ -120,11 +120,11 @@ class ModelRecord:
 
     @cached_property
     def engines(self) -> dict[str, Mapping[str, Any]]:
-        """By arm: engine, version, form, argv and losses, as they stood beside the last evidence."""
+        """By arm: engine, version, form, argv and what it does not support, as they stood beside the last evidence."""
         seen: dict[str, Mapping[str, Any]] = {}
         for (arm, _), found in self.evidence.items():
-            for engine in (found[-1].circumstances or {}).get("engines", []):
-                seen[str(engine.get("arm", arm))] = {"argv": [], "losses": [], **engine}
+            for engine in (found[-1].environment or {}).get("engines", []):
+                seen[str(engine.get("arm", arm))] = {"argv": [], "unsupported": [], **engine}
         return {arm: seen[arm] for arm in ARMS if arm in seen}
 
     @property
@@ -135,7 +135,7 @@ class ModelRecord:
     @property
     def digest(self) -> str | None:
         """The digest of the model file that was measured."""
-        found = (rows[-1].circumstances or {} for rows in self.evidence.values())
+        found = (rows[-1].environment or {} for rows in self.evidence.values())
         return next((row["model_digest"] for row in found if row.get("model_digest")), None)
 
     @property
@@ -353,11 +353,11 @@ def _ratio_plot(model: ModelRecord) -> Html:
 
 def _metrics(model: ModelRecord) -> list[tuple[Metric, str]]:
     """What the blocks are judged by, with the names of the checks."""
-    limits, sampling = model.plan.get("limits") or {}, model.plan.get("sampling") or {}
+    limits, amounts = model.plan.get("limits") or {}, model.plan.get("measure") or {}
     wanted = PerformanceLimits.__dataclass_fields__
     if not wanted.keys() <= limits.keys():
         return []
-    workload = Workload(requests=1, max_tokens=1, concurrency=tuple(sampling.get("concurrency") or (1,)))
+    workload = Workload(requests=1, max_tokens=1, concurrency=tuple(amounts.get("concurrency") or (1,)))
     primary = metrics(PerformanceLimits(**{name: limits[name] for name in wanted}), workload)
     peak = Metric(
         name="memory_peak",
@@ -374,7 +374,7 @@ def _ratio_row(model: ModelRecord, metric: Metric, check: str) -> plots.RatioRow
     ratios = [(math.exp(block_log_ratio(metric, block)), block.get("void") is not None) for block in usable]
     if not ratios:
         return None
-    looks = (model.plan.get("sampling") or {}).get("looks") or (6, 12, 24)
+    looks = (model.plan.get("measure") or {}).get("looks") or (6, 12, 24)
     outcome, result = judge(metric, model.blocks(), tuple(looks)), model.check(check)
     return plots.RatioRow(
         label=_label(metric.name),

@@ -74,7 +74,7 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
         _header(run, outcome, models),
         *(model_section(model) for model in models),
         _cannot_prove(outcome.get("cannot_prove") or []),
-        _circumstances(run, models, None if self_test is None else self_test.payload),
+        _environment(run, models, None if self_test is None else self_test.payload),
     )
     title = joined(f"{run.name}: {outcome.get('verdict', NOT_MEASURED)} · Switchyard report {run.id}")
     return _template().substitute(title=title, body=body)
@@ -149,10 +149,10 @@ def _cannot_prove(lines: Sequence[str]) -> Html | None:
     return joined(el("h2", "What this run cannot prove, however it comes out"), el("ul", *items))
 
 
-# --- circumstances ---------------------------------------------------------------------------------------------------
+# --- environment ---------------------------------------------------------------------------------------------------
 
 
-def _circumstances(run: Run, models: Sequence[ModelRecord], self_test: Mapping[str, Any] | None) -> Html:
+def _environment(run: Run, models: Sequence[ModelRecord], self_test: Mapping[str, Any] | None) -> Html:
     return joined(
         el("h2", "Circumstances"),
         table(("", ""), [row(("", el("b", name)), ("", value)) for name, value in _facts(run, models)]),
@@ -169,7 +169,7 @@ def _circumstances(run: Run, models: Sequence[ModelRecord], self_test: Mapping[s
 
 
 def _facts(run: Run, models: Sequence[ModelRecord]) -> list[tuple[str, str]]:
-    machine = run.circumstances if isinstance(run.circumstances, Mapping) else {}
+    machine = run.environment if isinstance(run.environment, Mapping) else {}
     packages, clock = machine.get("packages") or {}, machine.get("clock") or {}
     facts = [
         ("host", _or_missing(machine.get("host"))),
@@ -222,9 +222,12 @@ def _blocks(model: ModelRecord) -> Html:
 
 
 def _losses(run: Run, models: Sequence[ModelRecord]) -> list[Html]:
-    accepted = set((run.plan or {}).get("accepted_losses") or ()) if isinstance(run.plan, Mapping) else set()
+    accepted = set((run.plan or {}).get("accepted_unsupported") or ()) if isinstance(run.plan, Mapping) else set()
     lines = dict.fromkeys(
-        (named(engine), str(loss)) for model in models for engine in model.engines.values() for loss in engine["losses"]
+        (named(engine), str(loss))
+        for model in models
+        for engine in model.engines.values()
+        for loss in engine["unsupported"]
     )
     if not lines:
         seen = any(model.engines for model in models)

@@ -18,7 +18,7 @@ from waiting import until
 from engines.model.digest import model_digest
 from engines.registry import driver
 from engines.yard.client import YardClient
-from migrations.plan import load_plan, plan_hash
+from migrations.plan import content_hash, load_plan
 from tasks.records.store import open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -46,14 +46,14 @@ def evaluated(plan_path: Path, home: Path) -> None:
     """On record: an evaluation that did not settle it, so that a person is asked."""
     plan, version = load_plan(plan_path), driver(NEW).find("hosted", None).version
     under = {
-        "plan_hash": plan_hash(plan),
+        "plan_hash": content_hash(plan),
         "model_digest": model_digest(plan.models[0].gguf),
         "engines": [{"arm": "candidate", "version": version}],
     }
     home.mkdir()
     with open_records(home / "switchyard.db") as records:
         run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
-        records.put_evidence(run.id, MODEL, "both", "performance", {}, circumstances=under)
+        records.put_evidence(run.id, MODEL, "both", "performance", {}, environment=under)
         unsure = CheckResult(check="performance.x", verdict=Verdict.INCONCLUSIVE, why="more blocks would settle it")
         records.put_checks(run.id, MODEL, [unsure])
         records.finish_run(run.id, "done", verdict=Verdict.INCONCLUSIVE)

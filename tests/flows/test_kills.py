@@ -25,7 +25,7 @@ NATIVE = "mistral.rs-native"
 PHASE_S = 900
 OVER_S = 5.0
 PARTS = """
-[sampling]
+[measure]
 requests_per_block = 1
 warmup_min = 0
 warmup_max = 1

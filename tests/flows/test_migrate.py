@@ -19,7 +19,7 @@ from flows.experiment_lock import SOAK, Busy, alone
 from flows.migrate import KIND, Phases, Whole
 from flows.rollout.approval import Answer, Question
 from flows.rollout.steps import Orders
-from migrations.plan import Plan, build_plan, plan_hash
+from migrations.plan import Plan, build_plan, content_hash
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -79,11 +79,11 @@ class Box:
         run = self.records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
         for model in plan.models:
             under = {
-                "plan_hash": plan_hash(plan),
+                "plan_hash": content_hash(plan),
                 "model_digest": model_digest(model.gguf),
                 "engines": [{"arm": "candidate", "version": "1"}],
             }
-            self.records.put_evidence(run.id, model.id, "both", "performance", {}, circumstances=under)
+            self.records.put_evidence(run.id, model.id, "both", "performance", {}, environment=under)
             result = CheckResult(check="parity.x", verdict=self.verdicts[model.id], why="seen")
             self.records.put_checks(run.id, model.id, [result])
         self.records.finish_run(run.id, "done")

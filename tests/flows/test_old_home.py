@@ -21,8 +21,7 @@ from waiting import until
 
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
-from migrations.plan import build_plan
-from migrations.plan import plan_hash as meaning
+from migrations.plan import build_plan, content_hash
 from tasks.records.payload import plan_hash
 
 WHEELS = ("xllamacpp", "mistralrs", installed.MODEL)
@@ -276,7 +275,7 @@ def test_a_plan_of_268cc56_has_both_its_hashes_still(tmp_path):
         (told_model,) = told["models"]
         here = build_plan({**told, "models": [{**told_model, "gguf": str(model)}]})
         meant = [json.loads(row[0]).get("plan_hash") for row in db.execute("select circumstances from evidence")]
-        assert {meaning(here)} == {found for found in meant if found}
+        assert {content_hash(here)} == {found for found in meant if found}
     db.close()
 
 

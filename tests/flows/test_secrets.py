@@ -101,14 +101,14 @@ def test_whatever_is_recorded(tmp_path, home, switchyard):
     """Each way into the records, the compressed ones opened again; the write-ahead log is looked at as well."""
     with open_records(home / "switchyard.db") as records:
         plan = {"name": "p", "model_digest": DIGEST, "said": SAID}
-        run = records.start_run("evaluate", SAID, plan, circumstances={"argv": ["serve", "--api-key", KEYS["argv"]]})
+        run = records.start_run("evaluate", SAID, plan, environment={"argv": ["serve", "--api-key", KEYS["argv"]]})
         records.put_evidence(
             run.id, "m", "candidate", "answers", {"error": SAID, "digest": DIGEST, "deep": [{"x": SAID}]}
         )
         records.put_checks(run.id, "m", [CheckResult(check="parity.x", verdict=Verdict.FAIL, why=SAID)])
         records.put_step(run.id, "m", "promote", "failed", {"why": SAID})
         records.put_decision(run.id, "m", "override", who="Ada", why=SAID)
-        records.note_run(run.id, error=SAID, circumstances={"why": SAID})
+        records.note_run(run.id, error=SAID, environment={"why": SAID})
         records.finish_run(run.id, "failed", error=SAID)
         (evidence,) = records.list_evidence(run.id)
         assert_clean("evidence", zlib.decompress(evidence.packed).decode())

@@ -124,7 +124,7 @@ MakeBox = Callable[..., Box]
 
 @pytest.fixture
 def make_box(tmp_path: Path) -> Iterator[MakeBox]:
-    """Makes a box; `new` are habits of the candidate, `yard` and `sampling` parts of the plan."""
+    """Makes a box; `new` are habits of the candidate, `yard` and `measure` parts of the plan."""
     boxes: list[Box] = []
 
     def make(new: str = "", soak_s: float = LONG, **yard: Any) -> Box:
@@ -132,7 +132,7 @@ def make_box(tmp_path: Path) -> Iterator[MakeBox]:
         home, port = folder / "home", free_port()
         home.mkdir(parents=True)
         gguf = write_gguf(folder / "m.gguf")
-        parts = {"yard": {"port": port, "load_stall_s": 20, "memory_back_s": 2, **yard}, "sampling": {"soak_s": soak_s}}
+        parts = {"yard": {"port": port, "load_stall_s": 20, "memory_back_s": 2, **yard}, "measure": {"soak_s": soak_s}}
         engines = {"incumbent": {"engine": OLD}, "candidate": {"engine": NEW}}
         plan = build_plan({"name": "a box", "models": [{"id": "m", "gguf": str(gguf)}], **engines, **parts})
         toml, spec = folder / "plan.toml", folder / "spec.json"
@@ -225,8 +225,8 @@ def test_a_window_is_evidence_and_the_next_one_joins_the_run(box: Box) -> None:
         row = records.list_evidence(run.id, kind="soak", arm="candidate")[0]
         series = {name: points for _, _, name, points in records.list_series(run.id)}
         assert {check.check for check in records.checks(run.id)["m"]} >= {"stability.failures", "stability.served"}
-    assert row.circumstances["engines"][0]["engine"] == NEW
-    assert row.circumstances["engines"][0]["argv"]
+    assert row.environment["engines"][0]["engine"] == NEW
+    assert row.environment["engines"][0]["argv"]
     assert set(series) == {"memory_bytes", "yard_memory_bytes"}
     assert all(points >= 4 for points in series.values())
 

@@ -33,7 +33,7 @@ from flows.rollout.rehearsal_yard import without
 from flows.rollout.steps import Orders, phase_one
 from flows.rollout.yard_config import remember_plan
 from flows.rollout.yards import PlanYards
-from migrations.plan import Plan, build_plan, plan_hash, plan_to_toml
+from migrations.plan import Plan, build_plan, content_hash, plan_to_toml
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -188,7 +188,7 @@ def test_one_that_was_rolled_back_by_hand_starts_anew(make_box: MakeBox) -> None
 
 # phase 3: the same once more, without a server between
 
-DRILLS = {"sampling": {"load_cycles": 10}, "yard": {"wedged_after_s": 1, "load_stall_s": 20, "memory_back_s": 2}}
+DRILLS = {"measure": {"load_cycles": 10}, "yard": {"wedged_after_s": 1, "load_stall_s": 20, "memory_back_s": 2}}
 AT_ONCE = {"without_canary": True}
 
 
@@ -398,16 +398,16 @@ def plan(tmp_path: Path) -> Plan:
     return build_plan({"models": [{"id": "m", "gguf": gguf}], **engines})
 
 
-def evaluated(records: Records, plan: Plan, verdict: Verdict, **circumstances: Any) -> str:
+def evaluated(records: Records, plan: Plan, verdict: Verdict, **environment: Any) -> str:
     """A recorded evaluation of the plan that came to `verdict`."""
     under = {
-        "plan_hash": plan_hash(plan),
+        "plan_hash": content_hash(plan),
         "model_digest": model_digest(plan.models[0].gguf),
         "engines": [{"arm": "candidate", "version": "1"}],
-        **circumstances,
+        **environment,
     }
     run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
-    records.put_evidence(run.id, "m", "both", "performance", {}, circumstances=under)
+    records.put_evidence(run.id, "m", "both", "performance", {}, environment=under)
     records.put_checks(run.id, "m", [CheckResult(check="parity.x", verdict=verdict, why="seen")])
     records.finish_run(run.id, "done", verdict=verdict)
     return run.id
@@ -428,7 +428,7 @@ def test_only_the_latest_evaluation_counts(records: Records, plan: Plan) -> None
 
 
 @pytest.mark.parametrize(
-    ("circumstances", "said"),
+    ("environment", "said"),
     [
         ({"plan_hash": "another"}, "evaluated another plan or another model file"),
         ({"model_digest": "another"}, "evaluated another plan or another model file"),
@@ -436,10 +436,10 @@ def test_only_the_latest_evaluation_counts(records: Records, plan: Plan) -> None
     ],
 )
 def test_an_evaluation_of_something_else_opens_nothing(
-    records: Records, plan: Plan, circumstances: dict[str, Any], said: str
+    records: Records, plan: Plan, environment: dict[str, Any], said: str
 ) -> None:
     """Another plan, another file, another version of the candidate."""
-    evaluated(records, plan, Verdict.PASS, **circumstances)
+    evaluated(records, plan, Verdict.PASS, **environment)
     found = phase_one(records, plan, plan.models[0], "1")
     assert not found.open
     assert found.why.endswith(said)

@@ -241,7 +241,7 @@ def test_an_evaluation_from_there(environment, folder, home):
 
 
 QUICK = """
-[sampling]
+[measure]
 requests_per_block = 1
 warmup_min = 0
 warmup_max = 1

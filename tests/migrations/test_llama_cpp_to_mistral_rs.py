@@ -59,11 +59,11 @@ def test_risks_are_the_four_of_the_register() -> None:
     assert all(entry.mitigation for entry in migration.RISKS)
 
 
-def test_accepted_losses_are_settings_with_a_reason() -> None:
+def test_accepted_unsupported_are_settings_with_a_reason() -> None:
     """Only tuning is accepted unasked: nothing that changes behaviour or safety."""
-    assert set(migration.ACCEPTED_LOSSES) <= set(Settings.model_fields)
-    assert not {"api_key", "context_tokens", "seed", "prefill_assistant", "jinja"} & set(migration.ACCEPTED_LOSSES)
-    assert all(migration.ACCEPTED_LOSSES.values())
+    assert set(migration.ACCEPTED_UNSUPPORTED) <= set(Settings.model_fields)
+    assert not {"api_key", "context_tokens", "seed", "prefill_assistant", "jinja"} & set(migration.ACCEPTED_UNSUPPORTED)
+    assert all(migration.ACCEPTED_UNSUPPORTED.values())
 
 
 def test_plan_for_models_is_a_whole_plan() -> None:
@@ -77,17 +77,15 @@ def test_plan_for_models_is_a_whole_plan() -> None:
 
 def test_overrides_replace_fields() -> None:
     """What is given wins; what is not stays as declared."""
-    plan = migration.plan_for([MODEL], sampling=migration.DEMO, name="demo", settings=Settings(threads=1))
-    assert (plan.name, plan.sampling, plan.settings.threads) == ("demo", migration.DEMO, 1)
-    assert plan.accepted_losses == tuple(migration.ACCEPTED_LOSSES)
+    plan = migration.plan_for([MODEL], measure=migration.DEMO, name="demo", settings=Settings(threads=1))
+    assert (plan.name, plan.measure, plan.settings.threads) == ("demo", migration.DEMO, 1)
+    assert plan.accepted_unsupported == tuple(migration.ACCEPTED_UNSUPPORTED)
 
 
 def test_wrong_override_is_bad_input() -> None:
     """One line, as for a file."""
-    with pytest.raises(
-        BadInput, match=r"^llama\.cpp-to-mistral\.rs: smapling: unknown key; did you mean 'sampling'\?$"
-    ):
-        migration.plan_for([MODEL], smapling=migration.DEMO)
+    with pytest.raises(BadInput, match=r"^llama\.cpp-to-mistral\.rs: maesure: unknown key; did you mean 'measure'\?$"):
+        migration.plan_for([MODEL], maesure=migration.DEMO)
     with pytest.raises(BadInput, match=r"^llama\.cpp-to-mistral\.rs: models: is empty: "):
         migration.plan_for([])
 

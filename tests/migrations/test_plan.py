@@ -20,12 +20,12 @@ from migrations.plan import (
     Client,
     EngineChoice,
     Limits,
+    Measure,
     ModelPlan,
     Plan,
-    Sampling,
     build_plan,
+    content_hash,
     load_plan,
-    plan_hash,
     plan_to_toml,
     recorded_plan,
 )
@@ -54,8 +54,8 @@ def write(tmp_path: Path) -> Write:
     """Writes a plan.toml beside a model file called small.gguf."""
     (tmp_path / "small.gguf").write_bytes(b"GGUF small")
 
-    def _write(text: str) -> Path:
-        path = tmp_path / "plan.toml"
+    def _write(text: str, name: str = "plan.toml") -> Path:
+        path = tmp_path / name
         path.write_text(text)
         return path
 
@@ -76,7 +76,7 @@ def test_smallest_plan_loads_with_defaults(write: Write) -> None:
     path = write(PLAN)
     plan = load_plan(path)
     assert plan.models[0].gguf == path.parent / "small.gguf"
-    assert (plan.sampling, plan.limits, plan.client) == (Sampling(), Limits(), Client())
+    assert (plan.measure, plan.limits, plan.client) == (Measure(), Limits(), Client())
 
 
 def test_model_settings_win_field_by_field(write: Write) -> None:
@@ -138,25 +138,25 @@ CANARY_KEYS = ", ".join(Canary.model_fields)
         ("[limits]\nttft = 1.1", "limits.ttft (line 14): unknown key; did you mean 'ttft_p50_ratio'?"),
         ("[limits]\nzzz = 1.1", f"limits.zzz (line 14): unknown key; known: {LIMITS_KEYS}"),
         (
-            "[limits]\ntop1_lower = 0.99",
-            "limits (line 13): top1_lower 0.99 is above top1_agreement 0.97; lower it",
+            "[limits]\ntop1_lower_bound = 0.99",
+            "limits (line 13): top1_lower_bound 0.99 is above top1_agreement 0.97; lower it",
         ),
         (
             "[limits]\nmean_kld = 0.1",
             "limits (line 13): mean_kld 0.1 is above p99_kld 0.05; a mean lies under its tail",
         ),
-        ("[sampling]\nmax_tokens = true", "sampling.max_tokens (line 14): true is not a whole number"),
-        ("[sampling]\nmax_tokens = 2.5", "sampling.max_tokens (line 14): 2.5 is not a whole number"),
-        ("[sampling]\nmax_tokens = 1", "sampling.max_tokens (line 14): 1 is below 2; write 2 or more"),
-        ("[sampling]\nlooks = 6", "sampling.looks (line 14): 6 is not a list in [brackets]"),
-        ("[sampling]\nlooks = [2]", "sampling.looks[0] (line 14): 2 is below 3; write 3 or more"),
+        ("[measure]\nmax_tokens = true", "measure.max_tokens (line 14): true is not a whole number"),
+        ("[measure]\nmax_tokens = 2.5", "measure.max_tokens (line 14): 2.5 is not a whole number"),
+        ("[measure]\nmax_tokens = 1", "measure.max_tokens (line 14): 1 is below 2; write 2 or more"),
+        ("[measure]\nlooks = 6", "measure.looks (line 14): 6 is not a list in [brackets]"),
+        ("[measure]\nlooks = [2]", "measure.looks[0] (line 14): 2 is below 3; write 3 or more"),
         (
-            "[sampling]\nlooks = [12, 6]",
-            "sampling (line 13): looks [12, 6] must rise, each value once; write [6, 12, 24] for instance",
+            "[measure]\nlooks = [12, 6]",
+            "measure (line 13): looks [12, 6] must rise, each value once; write [6, 12, 24] for instance",
         ),
         (
-            "[sampling]\nlooks = []",
-            f"sampling.looks (line 14): is empty: {Sampling.model_fields['looks'].description}",
+            "[measure]\nlooks = []",
+            f"measure.looks (line 14): is empty: {Measure.model_fields['looks'].description}",
         ),
         (
             "[canary]\nsteps = [0.5, 0.05]",
@@ -169,12 +169,12 @@ CANARY_KEYS = ", ".join(Canary.model_fields)
         ("[canary]\nmax_minutes = 0.0", "canary.max_minutes (line 14): 0.0 is not above 0.0; write more than 0.0"),
         ("[canary]\nshares = 5", f"canary.shares (line 14): unknown key; known: {CANARY_KEYS}"),
         (
-            "[sampling]\nwarmup_min = 20",
-            "sampling (line 13): warmup_min 20 is above warmup_max 10; raise warmup_max",
+            "[measure]\nwarmup_min = 20",
+            "measure (line 13): warmup_min 20 is above warmup_max 10; raise warmup_max",
         ),
         (
-            "[sampling]\nprompt_set = 'shrt'",
-            "sampling.prompt_set (line 14): unknown 'shrt'; known: short, long; did you mean 'short'?",
+            "[measure]\nprompt_set = 'shrt'",
+            "measure.prompt_set (line 14): unknown 'shrt'; known: short, long; did you mean 'short'?",
         ),
         ("[setings]\nparallel = 2", "setings (line 13): unknown key; did you mean 'settings'?"),
         ("[models.settings]\nctx = 2", "models[0].settings.ctx (line 14): unknown key; did you mean 'context_tokens'?"),
@@ -211,7 +211,7 @@ CANARY_KEYS = ", ".join(Canary.model_fields)
             "relative paths start at the plan's own directory",
         ),
         (
-            "[limits]\nttft = 1.1\ntpot_p50_ratio = 0.1\n[sampling]\nmax_tokens = 0",
+            "[limits]\nttft = 1.1\ntpot_p50_ratio = 0.1\n[measure]\nmax_tokens = 0",
             "limits.ttft (line 14): unknown key; did you mean 'ttft_p50_ratio'?",
         ),
     ],
@@ -226,7 +226,7 @@ def test_what_is_wrong_is_said_in_one_line(write: Write, added: str, line: str) 
 
 def test_several_errors_are_counted(write: Write) -> None:
     """The first is told, the others are counted."""
-    path = write(PLAN + "[limits]\nttft_p50_ratio = 0.5\ntpot_p50_ratio = 0.1\n[sampling]\nmax_tokens = 0")
+    path = write(PLAN + "[limits]\nttft_p50_ratio = 0.5\ntpot_p50_ratio = 0.1\n[measure]\nmax_tokens = 0")
     assert refusal(path).endswith("(and 2 more)")
 
 
@@ -322,11 +322,11 @@ def a_full_plan() -> Plan:
     return a_plan(
         name=odd,
         api_key_env="KEY",
-        accepted_losses=("mlock", odd),
+        accepted_unsupported=("mlock", odd),
         incumbent=EngineChoice(engine="llama.cpp", form="binary", binary=Path("/bin/llama-server")),
         settings=Settings(context_tokens=524288, flash_attention=True, chat_template=Path("/t.jinja")),
         models=models,
-        sampling=Sampling(looks=(6,), concurrency=(1, 4), soak_s=0.5),
+        measure=Measure(looks=(6,), concurrency=(1, 4), soak_s=0.5),
         limits=Limits(mean_kld=1e-5, leak_bytes_per_day=1e9),
         client=Client(requires=("chat.basic",)),
         canary=Canary(steps=(0.01, 0.99), min_requests=1, max_minutes=0.5),
@@ -391,17 +391,17 @@ def test_at_most_six_primary_metrics() -> None:
 def test_hash_means_content_not_place(tmp_path: Path, write: Write) -> None:
     """A moved plan, another key order and a default written out keep the hash; another model or limit changes it."""
     plan = load_plan(write(PLAN))
-    before = plan_hash(plan)
+    before = content_hash(plan)
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     (moved / "renamed.gguf").write_bytes(b"GGUF small")
     (moved / "plan.toml").write_text(PLAN.replace("small.gguf", "renamed.gguf") + "[models.settings]\nparallel = 1\n")
-    assert plan_hash(load_plan(moved / "plan.toml")) == before
-    assert plan_hash(plan.model_copy(update={"limits": Limits(ttft_p50_ratio=1.05)})) != before
+    assert content_hash(load_plan(moved / "plan.toml")) == before
+    assert content_hash(plan.model_copy(update={"limits": Limits(ttft_p50_ratio=1.05)})) != before
     # how traffic moves changes nothing about what was measured
-    assert plan_hash(plan.model_copy(update={"canary": Canary(steps=(0.1,))})) == before
+    assert content_hash(plan.model_copy(update={"canary": Canary(steps=(0.1,))})) == before
     (tmp_path / "small.gguf").write_bytes(b"GGUF smalL")
-    assert plan_hash(plan) != before
+    assert content_hash(plan) != before
 
 
 def test_hash_covers_template_and_binary(tmp_path: Path, write: Write) -> None:
@@ -410,10 +410,10 @@ def test_hash_covers_template_and_binary(tmp_path: Path, write: Write) -> None:
         (tmp_path / name).write_text("one")
     text = PLAN.replace('"mistral.rs"', '"mistral.rs"\nbinary = "engine"') + "[settings]\nchat_template = 't.jinja'"
     plan = load_plan(write(text))
-    seen = {plan_hash(plan)}
+    seen = {content_hash(plan)}
     for name in ("t.jinja", "engine"):
         (tmp_path / name).write_text("two")
-        seen.add(plan_hash(plan))
+        seen.add(content_hash(plan))
     assert len(seen) == 3
 
 
@@ -470,8 +470,39 @@ def test_a_recorded_plan_of_two_builds_can_still_be_read(tmp_path: Path) -> None
 def test_both_hashes_of_a_plan_stay_what_they_were(tmp_path: Path, write: Write) -> None:
     """Stored verdicts are found by them: a plan that uses no new key keeps both."""
     plan = load_plan(write(PLAN))
-    assert plan_hash(plan) == "dd8ec0fd79f46323362212d5610e7070a7f8b8ce3fe08e6802c6b2b0cc666c11"
+    assert content_hash(plan) == "dd8ec0fd79f46323362212d5610e7070a7f8b8ce3fe08e6802c6b2b0cc666c11"
     stored = plan.model_dump(mode="json")
     for model in stored["models"]:
         model["gguf"] = "/m.gguf"
     assert payload.plan_hash(stored) == "03933499f8519d2d6f02e5827f06be2e1d5b032730c7e969b8f019792c8432d5"
+
+
+OLD = """accepted_losses = ["mlock"]
+{plan}
+[sampling]
+max_void_blocks = 3
+[limits]
+top1_lower = 0.9
+"""
+NEW = OLD.replace("accepted_losses", "accepted_unsupported").replace("sampling", "measure")
+NEW = NEW.replace("max_void_blocks", "max_discarded_blocks").replace("top1_lower", "top1_lower_bound")
+
+
+def test_renamed_keys_are_read_under_their_old_names(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    """One line says so, however often the plan is read; the hashes are those of the old names."""
+    old, new = write(OLD.format(plan=PLAN), "old.toml"), write(NEW.format(plan=PLAN), "new.toml")
+    plan = load_plan(old)
+    assert (load_plan(old), load_plan(new)) == (plan, plan)
+    assert (plan.accepted_unsupported, plan.measure.max_discarded_blocks, plan.limits.top1_lower_bound) == (
+        ("mlock",),
+        3,
+        0.9,
+    )
+    assert [record.message for record in caplog.records] == [
+        f"{old}: sampling is now measure, accepted_losses is now accepted_unsupported, max_void_blocks is now "
+        "max_discarded_blocks, top1_lower is now top1_lower_bound; the old name is still read"
+    ]
+    told = json.loads(plan.model_dump_json())
+    assert set(payload.RENAMED_KEYS[""]) < set(told)
+    assert payload.plan_hash(told) == payload.plan_hash(payload.with_old_keys(told))
+    assert build_plan(payload.with_old_keys(told)) == plan == recorded_plan(payload.with_old_keys(told))

@@ -37,12 +37,12 @@ binary = "{played(folder, "llama-server")}"
 engine = "mistral.rs"
 binary = "{played(folder, "mistralrs")}"
 {"".join(tables)}
-[sampling]
+[measure]
 requests_per_block = 1
 warmup_min = 0
 warmup_max = 1
 looks = [3]
-max_void_blocks = 0
+max_discarded_blocks = 0
 calibration_blocks = 0
 max_tokens = 4
 parity_prompts = 2

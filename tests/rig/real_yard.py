@@ -18,7 +18,7 @@ HELLO = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"
 def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard=""):
     return f"""
 name = "serve"
-accepted_losses = ["seed", "prefix cache", "prefill_assistant", "parallel"]
+accepted_unsupported = ["seed", "prefix cache", "prefill_assistant", "parallel"]
 [incumbent]
 engine = "llama.cpp"
 form = "binary"

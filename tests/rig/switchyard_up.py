@@ -28,7 +28,7 @@ from engines.process.process import registered
 from engines.process.serving import free_port
 from engines.registry import driver
 from engines.yard.client import YardClient
-from migrations.plan import load_plan, plan_hash
+from migrations.plan import content_hash, load_plan
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -203,11 +203,11 @@ class Up:
         with self.records() as records:
             run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
             under = {
-                "plan_hash": plan_hash(plan),
+                "plan_hash": content_hash(plan),
                 "model_digest": model_digest(plan.models[0].gguf),
                 "engines": [{"arm": "candidate", "version": version}],
             }
-            records.put_evidence(run.id, MODEL, "both", "performance", {}, circumstances=under)
+            records.put_evidence(run.id, MODEL, "both", "performance", {}, environment=under)
             records.put_checks(run.id, MODEL, [CheckResult(check="parity.x", verdict=Verdict.PASS, why="seen")])
             records.finish_run(run.id, "done", verdict=Verdict.PASS)
 

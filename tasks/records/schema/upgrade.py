@@ -40,7 +40,7 @@ class Schema:
     head: str
 
 
-SCHEMA = Schema(scripts=Path(__file__).parent, head="0002")
+SCHEMA = Schema(scripts=Path(__file__).parent, head="0003")
 
 
 def database(where: str | Path | None) -> URL:

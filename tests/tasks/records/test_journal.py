@@ -49,7 +49,7 @@ def test_what_is_recorded_opens_the_run(records: Records) -> None:
         assert records.find_run(run.id).status == "running"
         run.finish("interrupted", verdict=Verdict.INCONCLUSIVE, error="the next window follows")
     stored = records.find_run()
-    assert (stored.kind, stored.name, stored.circumstances) == ("migrate", "nightly", {"host": "box"})
+    assert (stored.kind, stored.name, stored.environment) == ("migrate", "nightly", {"host": "box"})
     assert (stored.status, stored.verdict, stored.error) == ("interrupted", "INCONCLUSIVE", "the next window follows")
     assert stored.flow_run_id == "f-1"
     assert [(step.step, step.state, step.detail) for step in run.steps("tiny")] == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -24,6 +26,7 @@ from sqlalchemy import create_engine, text
 import tasks.records.store
 from engines.errors import BadInput, NoMeasurement, SwitchyardError
 from engines.home import home
+from engines.home import host as this_host
 from tasks.records.payload import REDACTED, pack_json, plan_hash, redact, unpack_json
 from tasks.records.schema.upgrade import SCHEMA, VERSION_TABLE, Schema
 from tasks.records.series import pack, unpack
@@ -119,13 +122,13 @@ def test_sqlite_is_opened_with_wal_and_foreign_keys(sqlite_records: Records) -> 
 
 def test_a_run_keeps_its_plan_its_owner_and_its_end(records: Records) -> None:
     """Times come back in UTC, with their zone."""
-    run = records.start_run("evaluate", "nightly", {"limits": {"ttft": 1.1}}, circumstances={"host": "box"})
+    run = records.start_run("evaluate", "nightly", {"limits": {"ttft": 1.1}}, environment={"host": "box"})
     assert run.shown_status == "running"
-    records.note_run(run.id, flow_run_id="f-1", circumstances={"host": "box", "cpu": "x"})
+    records.note_run(run.id, flow_run_id="f-1", environment={"host": "box", "cpu": "x"})
     records.finish_run(run.id, verdict=Verdict.FAIL, report_path=Path("report.html"))
     stored = records.find_run(run.id)
     assert stored.plan == {"limits": {"ttft": 1.1}}
-    assert stored.circumstances == {"host": "box", "cpu": "x"}
+    assert stored.environment == {"host": "box", "cpu": "x"}
     assert (stored.status, stored.verdict, stored.report_path) == ("done", "FAIL", "report.html")
     assert (stored.flow_run_id, stored.owner_pid) == ("f-1", os.getpid())
     assert stored.ended_at is not None
@@ -211,12 +214,12 @@ def test_evidence_comes_back_as_it_was_and_is_replaced_by_its_key(records: Recor
     incumbent: Arm = "incumbent"
     where = (run.id, "smol", incumbent, "performance.block")
     records.put_evidence(*where, {"old": 1}, key="0")
-    records.put_evidence(*where, payload, key="0", circumstances={"argv": ["x", "--api-key", "s3cret"]})
+    records.put_evidence(*where, payload, key="0", environment={"argv": ["x", "--api-key", "s3cret"]})
     records.put_evidence(*where, [1], key="1")
     stored = records.get_evidence(*where, key="0")
     assert stored is not None
     assert stored.payload == payload
-    assert stored.circumstances == {"argv": ["x", "--api-key", REDACTED]}
+    assert stored.environment == {"argv": ["x", "--api-key", REDACTED]}
     assert [row.key for row in records.list_evidence(run.id, kind="performance.block")] == ["0", "1"]
     assert records.has_evidence(*where, key="1")
     assert not records.has_evidence(*where, key="2")
@@ -287,13 +290,13 @@ def test_a_decision_is_recorded_once_and_keeps_its_name_and_reason(records: Reco
     assert [made.kind for made in records.decisions(run.id)] == ["override", "override", "without-canary"]
 
 
-def test_circumstances_are_read_without_the_payloads(records: Records) -> None:
+def test_environment_are_read_without_the_payloads(records: Records) -> None:
     """Of one model, all of them: a run that was gone on with may have measured under several."""
     run = records.start_run("evaluate", "n", {})
     for key, digest in (("1", "a"), ("2", "b")):
-        records.put_evidence(run.id, "m", "both", "performance", {}, key=key, circumstances={"model_digest": digest})
-    records.put_evidence(run.id, "n", "both", "performance", {}, circumstances={"model_digest": "c"})
-    assert records.evidence_circumstances(run.id, "m") == [{"model_digest": "a"}, {"model_digest": "b"}]
+        records.put_evidence(run.id, "m", "both", "performance", {}, key=key, environment={"model_digest": digest})
+    records.put_evidence(run.id, "n", "both", "performance", {}, environment={"model_digest": "c"})
+    assert records.evidence_environments(run.id, "m") == [{"model_digest": "a"}, {"model_digest": "b"}]
 
 
 # samples
@@ -582,22 +585,56 @@ def test_an_older_database_is_upgraded_without_loss_and_backed_up(
     assert not list(file.parent.glob("*.tmp"))
 
 
-def test_the_first_schema_is_upgraded_without_loss(file: Path, tmp_path: Path) -> None:
-    """A database of the first Switchyard: its rows stay, steps and decisions can be recorded beside them."""
-    scripts = tmp_path / "first"
-    shutil.copytree(SCHEMA.scripts, scripts, ignore=shutil.ignore_patterns("__pycache__", "r0002*"))
-    with open_records(file, schema=Schema(scripts=scripts, head="0001")) as first:
-        run = first.start_run("evaluate", "n", {"a": 1})
-        first.put_evidence(run.id, "m", "candidate", "memory", {"x": 1})
-        first.put_checks(run.id, "m", [at_most("c", 1.0, limit=2.0, unit="s")])
-    with open_records(file) as records:
-        assert records.find_run().plan == {"a": 1}
-        assert [row.payload for row in records.list_evidence(run.id)] == [{"x": 1}]
-        assert records.checks(run.id)["m"][0].check == "c"
-        assert records.steps(run.id) == []
-        records.put_step(run.id, "m", "yard", "done")
-        records.put_decision(run.id, "m", "override", who="Ada", why="a test")
-    assert file.with_name("switchyard.db.bak-0001").is_file()
+FIRST_PLAN = {
+    "name": "n",
+    "accepted_losses": ["seed"],
+    "sampling": {"max_void_blocks": 3, "looks": [3]},
+    "limits": {"top1_lower": 0.9},
+}
+FIRST_ENVIRONMENT = {"model_digest": "d", "engines": [{"arm": "candidate", "losses": ["seed: ignored"]}]}
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_the_first_schema_is_upgraded_without_loss(database: str, file: Path, request: pytest.FixtureRequest) -> None:
+    """Rows of the first Switchyard: they are found by the same hash, under the names of today."""
+    where = file if database == "sqlite" else emptied(request.getfixturevalue("postgresql_url"))
+    with open_records(where, schema=Schema(scripts=SCHEMA.scripts, head="0001")) as first, first.engine.begin() as rows:
+        hashed = hashlib.sha256(json.dumps(FIRST_PLAN, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        told = {"plan": json.dumps(FIRST_PLAN), "hash": hashed, "at": datetime(2026, 11, 1, tzinfo=UTC)}
+        told |= {
+            "here": this_host(),
+            "env": json.dumps(FIRST_ENVIRONMENT),
+            "machine": '{"host": "box"}',
+            "payload": pack_json({"x": 1}),
+        }
+        columns = "id, kind, name, plan_json, plan_hash, started_at, status, owner_host, owner_pid, owner_created"
+        rows.execute(
+            text(
+                f"INSERT INTO run ({columns}, circumstances) VALUES "
+                "('r', 'evaluate', 'n', :plan, :hash, :at, 'failed', :here, 1, 1.0, :machine)"
+            ),
+            told,
+        )
+        columns = "run_id, model_id, arm, kind, key, payload, circumstances, recorded_at"
+        rows.execute(
+            text(f"INSERT INTO evidence ({columns}) VALUES ('r', 'm', 'both', 'memory', '', :payload, :env, :at)"), told
+        )
+    with open_records(where) as records:
+        run = records.find_run()
+        assert run.plan == {
+            "name": "n",
+            "accepted_unsupported": ["seed"],
+            "measure": {"max_discarded_blocks": 3, "looks": [3]},
+            "limits": {"top1_lower_bound": 0.9},
+        }
+        assert records.unfinished(run.plan) == run
+        environment = {"model_digest": "d", "engines": [{"arm": "candidate", "unsupported": ["seed: ignored"]}]}
+        assert run.environment == {"host": "box"}
+        assert [(row.payload, row.environment) for row in records.list_evidence("r")] == [({"x": 1}, environment)]
+        assert records.steps("r") == []
+        records.put_step("r", "m", "yard", "done")
+        records.put_decision("r", "m", "override", who="Ada", why="a test")
+    assert file.with_name("switchyard.db.bak-0001").is_file() == (database == "sqlite")
 
 
 def test_an_upgrade_that_fails_changes_nothing(file: Path, next_schema: Callable[[str], Schema]) -> None:

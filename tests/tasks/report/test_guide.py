@@ -68,7 +68,7 @@ def plan() -> Plan:
         {"id": "large", "gguf": "/mnt/big disk/large-Q4.gguf", "transcripts": "/home/paula/chats.jsonl"},
     ]
     engines = {"incumbent": {"engine": OLD}, "candidate": {"engine": NEW}}
-    own = {"name": "move", "api_key_env": "NANOBOT_KEY", "accepted_losses": ["mlock"], "yard": {"port": 8088}}
+    own = {"name": "move", "api_key_env": "NANOBOT_KEY", "accepted_unsupported": ["mlock"], "yard": {"port": 8088}}
     return build_plan({"models": models, **engines, **own})
 
 
@@ -103,16 +103,16 @@ def behaviours(**outcomes: str) -> dict[str, Any]:
 
 def put_evaluation(records: Records, plan: Plan, checks: dict[str, list[CheckResult]], *, done: bool = True) -> str:
     """An evaluation of every model in `checks`, with what both engines' APIs did."""
-    circumstances = {"host": "paulas-box", "cpu": "A CPU", "ram_bytes": 8 * 2**30, "gpus": []}
-    run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"), circumstances=circumstances)
-    engine = {"arm": "incumbent", "engine": OLD, "version": "b1111", "form": "binary", "losses": []}
+    environment = {"host": "paulas-box", "cpu": "A CPU", "ram_bytes": 8 * 2**30, "gpus": []}
+    run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"), environment=environment)
+    engine = {"arm": "incumbent", "engine": OLD, "version": "b1111", "form": "binary", "unsupported": []}
     under = {"model_digest": "sha256:feed", "engines": [{**engine, "argv": ["llama-server", "--port", "41234"]}]}
     for model, results in checks.items():
         for arm, tools in (("incumbent", "passed"), ("candidate", "failed")):
             seen = behaviours(chat="passed", tools=tools)
-            records.put_evidence(run.id, model, arm, "compatibility", seen, circumstances=under)
+            records.put_evidence(run.id, model, arm, "compatibility", seen, environment=under)
             effect = {"parameters": {"min_p": {"effect": arm == "incumbent", "observed": "no change"}}}
-            records.put_evidence(run.id, model, arm, "parity.parameters", effect, circumstances=under)
+            records.put_evidence(run.id, model, arm, "parity.parameters", effect, environment=under)
         records.put_checks(run.id, model, results)
     records.finish_run(run.id, "done" if done else "interrupted")
     return run.id
@@ -301,7 +301,7 @@ def test_overrides_and_gaps_are_known_limits(facts: Facts):
 
 def test_a_changed_plan_and_a_cut_run_are_known_limits(records: Records, plan: Plan):
     """Evidence about another plan, or of a run that did not end, is said to be that."""
-    other = plan.model_copy(update={"accepted_losses": ()})
+    other = plan.model_copy(update={"accepted_unsupported": ()})
     put_evaluation(records, other, {"small": SMALL}, done=False)
     said = section(guide.markdown(gather(records, plan, YardState(), home=HOME, now=NOW)), "Known limits")
     assert "the plan was changed since this run" in said

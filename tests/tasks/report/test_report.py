@@ -33,8 +33,8 @@ PLAN: dict[str, Any] = {
     "incumbent": {"engine": "llama.cpp"},
     "candidate": {"engine": "mistral.rs"},
     "models": [{"id": "m", "gguf": "/models/m <1>.gguf"}],
-    "accepted_losses": ["mlock"],
-    "sampling": {"looks": [3, 6], "concurrency": [1]},
+    "accepted_unsupported": ["mlock"],
+    "measure": {"looks": [3, 6], "concurrency": [1]},
     "limits": {
         "ttft_p50_ratio": 1.1,
         "ttft_p95_ratio": 1.2,
@@ -98,10 +98,10 @@ def records(tmp_path: Path) -> Iterator[Records]:
 def engine(arm: str, **more: object) -> dict[str, Any]:
     name = PLAN[arm]["engine"]
     argv = [name, "--model", "/models/m <1>.gguf", "--port", "1234"]
-    return {"arm": arm, "engine": name, "version": "1.0", "form": "binary", "argv": argv, "losses": [], **more}
+    return {"arm": arm, "engine": name, "version": "1.0", "form": "binary", "argv": argv, "unsupported": [], **more}
 
 
-def circumstances(*arms: str) -> dict[str, Any]:
+def environment(*arms: str) -> dict[str, Any]:
     return {"model_digest": "sha256:abc", "engines": [engine(arm) for arm in arms]}
 
 
@@ -143,28 +143,28 @@ def answer(prompt: str, text: str, *, tokens: int = 5, second: float = -1.2) -> 
 
 def put_model(records: Records, run_id: str, *, blocks: int = 4) -> list[CheckResult]:
     """Evidence of every kind for model "m", and its checks, stored."""
-    both, name = circumstances("incumbent", "candidate"), "m"
+    both, name = environment("incumbent", "candidate"), "m"
     for index in range(blocks):
         void = "other programs <b>used</b> 40%" if index == 1 else None
         records.put_evidence(
-            run_id, name, "both", "performance", block(index, void=void), key=f"{index:05d}", circumstances=both
+            run_id, name, "both", "performance", block(index, void=void), key=f"{index:05d}", environment=both
         )
     said: dict[Arm, tuple[str, ...]] = {
         "incumbent": ("one two three", "same text"),
         "candidate": (f"one {EVIL}", "same text"),
     }
     for arm, texts in said.items():
-        own = circumstances(arm)
+        own = environment(arm)
         answers = [answer(f"p{number}", text) for number, text in enumerate(texts)]
-        records.put_evidence(run_id, name, arm, "parity.answers", {"answers": answers}, circumstances=own)
+        records.put_evidence(run_id, name, arm, "parity.answers", {"answers": answers}, environment=own)
         counts = {f"p{n}": {"tokens": 20 + n + (n == 1 and arm == "candidate")} for n in range(3)}
-        records.put_evidence(run_id, name, arm, "parity.tokens", {"prompts": counts, "raw": []}, circumstances=own)
+        records.put_evidence(run_id, name, arm, "parity.tokens", {"prompts": counts, "raw": []}, environment=own)
         seen = {"outcome": "passed", "observed": EVIL, "claim": "it answers", "group": "chat"}
         behaviours = {"chat": seen, "api_key": seen}
-        records.put_evidence(run_id, name, arm, "compatibility", {"behaviours": behaviours}, circumstances=own)
+        records.put_evidence(run_id, name, arm, "compatibility", {"behaviours": behaviours}, environment=own)
         failure = {"at_s": 4.0, "type": "crash", "error": EVIL}
         soak = {"exposure_s": 30.0, "requests": 7, "failures": [failure] if arm == "candidate" else []}
-        records.put_evidence(run_id, name, arm, "soak", soak, key="00000", circumstances=own)
+        records.put_evidence(run_id, name, arm, "soak", soak, key="00000", environment=own)
         records.append_samples(run_id, name, arm, "memory_bytes", [(1e9 + t, 2**28 + 1000 * t) for t in range(60)])
     checks = [
         at_most("performance.ttft_p50_ratio", 1.0512345678901, limit=1.1, unit="ratio"),
@@ -193,7 +193,7 @@ def outcome(run_id: str, checks: list[CheckResult], **more: Any) -> dict[str, An
 
 def started(records: Records, name: str = "trial") -> str:
     machine = {"host": EVIL, "ram_bytes": 2**34, "gpus": None, "packages": {"httpx": "0.28"}, "clock": {}}
-    return records.start_run("evaluate", name, PLAN, circumstances=machine).id
+    return records.start_run("evaluate", name, PLAN, environment=machine).id
 
 
 def full_page(records: Records, path: Path, **more: Any) -> str:
