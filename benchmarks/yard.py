@@ -221,7 +221,7 @@ class KnownTruth:
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         return dict(base)
 
-    def losses(self, installation: Installation, serve: Serve) -> list[str]:
+    def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         return []
 
     def cache_budget(self, settings: Settings) -> str:

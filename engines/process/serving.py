@@ -94,7 +94,7 @@ def serving(
             context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
             api_key=serve.settings.api_key,
         )
-        losses = driver.losses(installation, serve)
+        losses = driver.unsupported(installation, serve)
         yield Served(endpoint, child, installation, child.argv, losses, load_s, settings_seen=seen)
     finally:
         with _signals_held():

@@ -113,7 +113,7 @@ def _losses(plan: Plan) -> list[str]:
     except EngineError:
         installation = Installation("mistral.rs", "hosted", (), "not installed")
     serve = Serve(model_id="model", gguf=plan.models[0].gguf, port=1, settings=plan.settings)
-    return mistral_rs.losses(installation, serve)
+    return mistral_rs.unsupported(installation, serve)
 
 
 def _existing(path: Path) -> Path:

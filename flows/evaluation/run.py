@@ -110,7 +110,7 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
     lost: dict[str, None] = {}
     for model in plan.models:
         serve = Serve(model_id=model.id, gguf=model.gguf, port=1, settings=plan.settings_for(model.id))
-        lost |= dict.fromkeys(driver(candidate.engine).losses(candidate, serve))
+        lost |= dict.fromkeys(driver(candidate.engine).unsupported(candidate, serve))
     accepted = set(plan.accepted_unsupported)
     return lines + [f"lost on the candidate: {loss}" for loss in lost if loss.partition(":")[0] not in accepted]
 

@@ -94,7 +94,7 @@ def losses(plan: Plan, config: YardConfig) -> list[str]:
     lines: dict[str, None] = {}
     for model in config.models:
         for engine, recipe in model.recipes.items():
-            for loss in driver(engine).losses(recipe.installation, recipe.serve(1, None)):
+            for loss in driver(engine).unsupported(recipe.installation, recipe.serve(1, None)):
                 if loss.partition(":")[0] not in plan.accepted_unsupported:
                     lines[f"{engine}: {loss}"] = None
     return list(lines)

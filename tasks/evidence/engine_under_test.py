@@ -63,7 +63,7 @@ class EngineUnderTest:
             "version": self.installation.version,
             "where": self.installation.where,
             "argv": self.driver.argv(self.installation, serve),
-            "unsupported": self.driver.losses(self.installation, serve),
+            "unsupported": self.driver.unsupported(self.installation, serve),
             "settings": self.settings.model_dump(mode="json"),
         }
 
@@ -104,7 +104,7 @@ class YardContender(EngineUnderTest):
                 version=self.installation.version,
                 context_tokens=engine["context_tokens"],
             )
-            losses = self.driver.losses(self.installation, self.serve())
+            losses = self.driver.unsupported(self.installation, self.serve())
             yield Served(endpoint, child, self.installation, engine["argv"], losses, engine["load_s"])
         finally:
             child.stop()

@@ -392,7 +392,7 @@ def _engine(recipe: LaunchSpec) -> Engine:
     argv, losses, serve = list[str](), None, recipe.serve(PORT, None)
     with contextlib.suppress(BadInput):  # an engine that this Switchyard does not know
         known = driver(recipe.engine)
-        argv, losses = known.argv(recipe.installation, serve), tuple(known.losses(recipe.installation, serve))
+        argv, losses = known.argv(recipe.installation, serve), tuple(known.unsupported(recipe.installation, serve))
     settings = recipe.settings.model_dump(mode="json", exclude_defaults=True)
     return Engine(recipe.engine, recipe.form, recipe.version, _command(argv), _settings(settings), losses)
 

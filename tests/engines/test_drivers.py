@@ -106,7 +106,7 @@ def environment(installation: Installation, asked: Serve, base: Mapping[str, str
 
 def lost(installation: Installation, asked: Serve) -> set[str]:
     """The names of the settings that are lost."""
-    return {loss.partition(":")[0] for loss in driver(installation.engine).losses(installation, asked)}
+    return {loss.partition(":")[0] for loss in driver(installation.engine).unsupported(installation, asked)}
 
 
 def what_starts(installation: Installation, asked: Serve) -> tuple[list[str], dict[str, str]]:
@@ -302,7 +302,7 @@ def test_the_key_of_the_hosted_form_is_the_hosts_variable() -> None:
 def test_a_key_is_never_in_argv_or_in_a_loss(installation: Installation) -> None:
     """Anybody on the machine can read an argv."""
     assert KEY not in " ".join(argv(installation, serve(TWELVE)))
-    assert KEY not in " ".join(driver(installation.engine).losses(installation, serve(TWELVE)))
+    assert KEY not in " ".join(driver(installation.engine).unsupported(installation, serve(TWELVE)))
 
 
 def test_every_setting_is_exercised_here() -> None:
@@ -334,7 +334,7 @@ def test_every_kv_type_is_honoured_or_named_as_lost(installation: Installation, 
 @every_installation
 def test_losses_are_one_line_with_a_name_in_front(installation: Installation) -> None:
     """A plan accepts a loss by that name."""
-    for loss in driver(installation.engine).losses(installation, serve(**OTHER)):
+    for loss in driver(installation.engine).unsupported(installation, serve(**OTHER)):
         name, colon, rest = loss.partition(": ")
         assert colon
         assert rest

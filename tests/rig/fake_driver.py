@@ -45,7 +45,7 @@ class FakeDriver:
     def memory_notes(self, case: MemoryCase) -> list[str]:
         return []
 
-    def losses(self, installation: Installation, serve: Serve) -> list[str]:
+    def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         return []
 
     def cache_budget(self, settings: Settings) -> str:
