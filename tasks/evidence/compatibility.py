@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,17 +11,16 @@ import httpx
 
 from engines.errors import BadInput
 from engines.settings import Endpoint
-from tasks.evidence.behaviours.base import BEHAVIOURS, DEFAULT_REQUIRED, Asker, Behaviour, Outcome
+from tasks.evidence.behaviours.base import Asker, Behaviour, NotApplicable, Observation
+from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
 from tasks.evidence.behaviours.caller import READ_TIMEOUT_S, Malformed, Refused
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, overall
-
-__all__ = ["BEHAVIOURS", "DEFAULT_REQUIRED", "Behaviour", "judge_compatibility", "measure_compatibility"]
 
 Seen = Mapping[str, Any]
 
 GIVE_UP_AFTER = 3
 OBSERVED_CHARACTERS = 400
-UNTRIED = Outcome("errored", f"not tried: the {GIVE_UP_AFTER} behaviours before it got no answer")
+UNTRIED = Observation("errored", f"not tried: the {GIVE_UP_AFTER} behaviours before it got no answer")
 
 
 def measure_compatibility(
@@ -51,31 +49,30 @@ def measure_compatibility(
     return {"engine": endpoint.engine, "version": endpoint.version, "behaviours": seen}
 
 
-def tried(behaviour: Behaviour, ask: Asker) -> Outcome:
-    """The outcome of one behaviour; what it raises becomes an outcome, so that the battery goes on."""
+def tried(behaviour: Behaviour, ask: Asker) -> Observation:
+    """What one behaviour observed; an error of its own becomes an outcome, so that the battery continues."""
     try:
         return behaviour.probe(ask)
+    except NotApplicable as reason:
+        return Observation("not_applicable", str(reason))
     except (Refused, Malformed) as reason:
-        return Outcome("failed", str(reason))
+        return Observation("failed", str(reason))
     except httpx.HTTPError as reason:
-        return Outcome("errored", f"{type(reason).__name__}: {reason}".rstrip(": "))
+        return Observation("errored", f"{type(reason).__name__}: {reason}".rstrip(": "))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as reason:
         # the answer came, but no client could read its shape
-        return Outcome("failed", f"unreadable answer: {type(reason).__name__}: {reason}")
+        return Observation("failed", f"unreadable answer: {type(reason).__name__}: {reason}")
 
 
-def evidence(behaviour: Behaviour, outcome: Outcome, elapsed_ms: float) -> dict[str, Any]:
+def evidence(behaviour: Behaviour, seen: Observation, elapsed_ms: float) -> dict[str, Any]:
     """One behaviour's record, JSON-able and small."""
-    record: dict[str, Any] = {
-        "outcome": outcome.outcome,
-        "observed": outcome.observed[:OBSERVED_CHARACTERS],
+    return {
+        "outcome": seen.outcome,
+        "observed": seen.observed[:OBSERVED_CHARACTERS],
         "claim": behaviour.claim,
         "group": behaviour.group,
         "elapsed_ms": round(elapsed_ms, 1),
     }
-    if outcome.raw:
-        record["raw"] = json.loads(json.dumps(outcome.raw, default=str))
-    return record
 
 
 def known(names: Collection[str], where: str) -> list[str]:

@@ -22,7 +22,7 @@ READ_TIMEOUT_S = 60.0
 class Refused(Exception):
     """A request that had to be served was answered with another status than 200."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: ApiReply) -> None:
         super().__init__(f"HTTP {reply.status}: {reply.error_text}")
         self.reply = reply
 
@@ -32,7 +32,7 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True)
-class Reply:
+class ApiReply:
     """One complete answer; `body` is None when it is not JSON."""
 
     status: int
@@ -51,7 +51,7 @@ class Reply:
         message = self.error.get("message")
         return redacted_text(" ".join(str(message or self.raw or "(empty body)").split()))[:160]
 
-    def served(self) -> Reply:
+    def served(self) -> ApiReply:
         """This reply; raises Refused unless it is a 200 and Malformed unless it is a JSON object."""
         if self.status != 200:
             raise Refused(self)
@@ -105,14 +105,14 @@ class Streamed:
     after_done: int = 0
     undecodable: list[str] = field(default_factory=list)
     arrivals_s: list[float] = field(default_factory=list)
-    refusal: Reply | None = None
+    refusal: ApiReply | None = None
 
     def served(self) -> Streamed:
         """This stream; raises Refused when the server refused it, before or after its 200."""
         if self.refusal is not None:
             raise Refused(self.refusal)
         if self.error:
-            raise Refused(Reply(200, json.dumps(self.error), self.error))
+            raise Refused(ApiReply(200, json.dumps(self.error), self.error))
         return self
 
     @property
@@ -186,11 +186,11 @@ class Caller:
             base_url=self.endpoint.base_url, headers=headers, timeout=self.timeout, trust_env=False, **options
         )
 
-    def get(self, path: str) -> Reply:
+    def get(self, path: str) -> ApiReply:
         """The answer to GET `path`."""
         return as_reply(self.http.get(path))
 
-    def post(self, path: str, body: Json | bytes) -> Reply:
+    def post(self, path: str, body: Json | bytes) -> ApiReply:
         """The answer to POST `path`; bytes go out as they are, labelled JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return as_reply(self.http.post(path, content=content, headers={"Content-Type": "application/json"}))
@@ -201,7 +201,7 @@ class Caller:
         fields = {"model": self.endpoint.model_id, "messages": turns, "temperature": 0, "max_tokens": 8} | params
         return {key: value for key, value in fields.items() if value is not None}
 
-    def chat(self, messages: Messages, **params: Any) -> Reply:
+    def chat(self, messages: Messages, **params: Any) -> ApiReply:
         """The answer to one chat request."""
         return self.post("/v1/chat/completions", self.body(messages, **params))
 
@@ -220,13 +220,13 @@ class Caller:
             return streamed
 
 
-def as_reply(response: httpx.Response) -> Reply:
+def as_reply(response: httpx.Response) -> ApiReply:
     """`response`, read, with its JSON where it has any."""
     try:
         body = json.loads(response.content)
     except (UnicodeDecodeError, json.JSONDecodeError):
         body = None
-    return Reply(response.status_code, response.text, body)
+    return ApiReply(response.status_code, response.text, body)
 
 
 def take(streamed: Streamed, data: bytes) -> None:

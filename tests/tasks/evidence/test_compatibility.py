@@ -18,7 +18,8 @@ from openai_stub import CONTEXT_TOKENS, KEY, MODEL, stub
 
 from engines.errors import BadInput
 from engines.settings import Endpoint
-from tasks.evidence.compatibility import BEHAVIOURS, DEFAULT_REQUIRED, judge_compatibility, measure_compatibility
+from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
+from tasks.evidence.compatibility import judge_compatibility, measure_compatibility
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 HABITS = {

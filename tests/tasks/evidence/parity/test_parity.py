@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engines.settings import Endpoint
-from tasks.evidence.compatibility import BEHAVIOURS
+from tasks.evidence.behaviours.battery import BEHAVIOURS
 from tasks.evidence.parity.judge import (
     BEHAVIOUR_OF,
     ParityLimits,
