@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import Flow, flow
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
@@ -19,6 +19,7 @@ from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
+from pydantic import Field
 
 from engines.errors import BadInput
 from engines.home import home as default_home
@@ -37,7 +38,7 @@ from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
 from flows.rollout.approval import asks, in_advance
-from flows.rollout.steps import Orders
+from flows.rollout.orders import Orders
 from flows.rollout.yard_config import plan_path
 from flows.schedules import EVALUATE, RECONCILE, SOAK
 from migrations.plan import Plan, load_plan
@@ -101,7 +102,7 @@ def migrate(
         without_canary=without_canary,
         without_rehearsal=without_rehearsal,
     )
-    return concluded(migrated(_loaded(plan)[1], orders))
+    return concluded(migrated(*_loaded(plan), orders))
 
 
 @flow(name="rollback", flow_run_name=lambda: _name("rollback"), persist_result=False)
@@ -145,7 +146,7 @@ def retire(
         uninstall: also remove what Switchyard installed of it
     """
     loaded, _ = _loaded(plan)
-    return concluded(deprecation.deprecate.fn(loaded, who=who, reason=reason, at_once=now, uninstall=uninstall))
+    return concluded(deprecation.deprecate(loaded, who=who, reason=reason, at_once=now, uninstall=uninstall))
 
 
 @flow(name="report", flow_run_name=lambda: _name("report"), persist_result=False)
@@ -159,7 +160,7 @@ def report(run: str = "latest") -> Any:
 
 
 @flow(name="soak", flow_run_name=lambda: _name("soak"), persist_result=False)
-def soak(plan: str = "", window_s: float = 240, late_minutes: int = 8) -> Any:
+def soak(plan: str = "", window_s: Annotated[float, Field(ge=1, le=86_400)] = 240, late_minutes: int = 8) -> Any:
     """Add one window of load to the soak of the engine that serves; over days the windows become a verdict.
 
     Args:
@@ -167,7 +168,7 @@ def soak(plan: str = "", window_s: float = 240, late_minutes: int = 8) -> Any:
         window_s: seconds of load that this run adds
         late_minutes: a scheduled run that starts later than this is left out
     """
-    return _unless_late(late_minutes, lambda: soaking.soak.fn(plan, window_s))
+    return _unless_late(late_minutes, lambda: soaking.soak(plan, window_s))
 
 
 @flow(name="reconcile", flow_run_name="reconcile", persist_result=False)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prefect import flow, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from engines import install
@@ -218,7 +218,6 @@ def take(step: str, work: Callable[[], None]) -> None:
         work()
 
 
-@flow(name="deprecate", flow_run_name="deprecate {plan.name}", persist_result=False)
 def deprecate(
     plan: Plan, who: str = "", reason: str = "", at_once: bool = False, uninstall: bool = False
 ) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def gather(model: str, arm: str, evidence: str, work: Callable[[], None]) -> Non
         work()
 
 
-@flow(name="evaluate", flow_run_name="evaluate {plan.name}", persist_result=False)
+@flow(name="evaluate-plan", flow_run_name="evaluate {plan.name}", persist_result=False)
 def evaluate(
     plan: Plan, resume: str | None = None, allow_retired: bool = False, with_soak: bool = True
 ) -> dict[str, Any]:

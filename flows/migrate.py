@@ -27,13 +27,14 @@ from engines.yard.state import StateFile
 from flows.deprecate import deprecate
 from flows.evaluate import evaluate
 from flows.experiment_lock import alone
-from flows.native_phase import native_phase
+from flows.native_phase import to_native
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollout.approval import Answer, Asks, Question, asks, in_prefect, nobody
-from flows.rollout.steps import Orders, PhaseOne, phase_one
-from flows.subprocess_phase import subprocess_phase
-from migrations.plan import ModelPlan, Plan, load_plan
+from flows.rollout.orders import Orders
+from flows.rollout.phase_one import PhaseOne, phase_one
+from flows.subprocess_phase import to_subprocess
+from migrations.plan import ModelPlan, Plan
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import route_of
 from tasks.evidence.unmeasured import models_to_retry
@@ -54,8 +55,8 @@ class Phases:
     """What carries out each phase; a model's move takes the plan's path as well, retirement who approves it and why."""
 
     evaluate: Callable[[Plan, str | None], Outcome]
-    subprocess: Callable[[Plan, Orders, Path], Outcome]
-    native: Callable[[Plan, Orders, Path], Outcome]
+    subprocess: Callable[[Plan, Path, Orders], Outcome]
+    native: Callable[[Plan, Path, Orders], Outcome]
     deprecate: Callable[[Plan, str, str], Outcome]
     version: Callable[[Plan], str]  # of the candidate, as found here: another one's verdict does not count
 
@@ -65,7 +66,7 @@ def _version(plan: Plan) -> str:
 
 
 # as plain functions of the one flow: a subflow cannot be suspended for an answer
-REAL = Phases(evaluate.fn, subprocess_phase.fn, native_phase.fn, deprecate.fn, _version)
+REAL = Phases(evaluate.fn, to_subprocess, to_native, deprecate, _version)
 
 
 class Waits(Exception):
@@ -249,7 +250,7 @@ class Whole:
         move = self.phases.subprocess if phase == "subprocess" else self.phases.native
         self._journal()
         self._put(model.id, phase, "intent")
-        outcome = move(self.plan, orders, self.path)
+        outcome = move(self.plan, self.path, orders)
         self._put(model.id, phase, "done" if outcome["verdict"] == "PASS" else "failed", run=outcome["run_id"])
         return outcome
 
@@ -394,12 +395,12 @@ def publish(outcome: Outcome) -> None:
     )
 
 
-def migrated(path: Path, orders: Orders) -> Outcome:
-    """All four phases of the plan at `path`, under the records and a Prefect run: the outcome, published."""
+def migrated(plan: Plan, path: Path, orders: Orders) -> Outcome:
+    """All four phases of `plan`, which `path` holds, under the records and a Prefect run: the outcome, published."""
     folder = default_home()
     with open_records() as records:
         outcome = Whole(
-            load_plan(path),
+            plan,
             path,
             folder,
             records,

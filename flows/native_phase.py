@@ -22,10 +22,12 @@ from engines.home import home
 from engines.process.process import end_orphans
 from engines.registry import native_driver
 from flows.evaluate import evaluate
-from flows.rollout.steps import Migration, Orders, phase_one
+from flows.rollout.orders import Orders
+from flows.rollout.phase_one import phase_one
+from flows.rollout.steps import Migration
 from flows.rollout.yards import PlanYards
 from flows.subprocess_phase import carried_out
-from migrations.plan import EngineChoice, ModelPlan, Plan
+from migrations.plan import EngineChoice, ModelPlan, Plan, load_plan
 from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
 from tasks.evidence.rehearsal import engine_of, room, route_of
 from tasks.records.store import open_records
@@ -107,12 +109,17 @@ def _or_why(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"failed": str(error).splitlines()[0]}
 
 
-@flow(name="migrate-native", flow_run_name="migrate {plan.name} · native", persist_result=False)
-def native_phase(plan: Plan, orders: Orders | None = None, plan_path: Path | None = None) -> dict[str, Any]:
+@flow(name="migrate-native", flow_run_name="migrate {plan_path.stem} · native", persist_result=False)
+def native_phase(plan_path: Path, orders: Orders | None = None) -> dict[str, Any]:
+    """Phase 3 by itself, of the plan at this path."""
+    return to_native(load_plan(plan_path), plan_path, orders or Orders())
+
+
+def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
     """Put the candidate's native form behind the public port, for every model of the plan or those `orders` names."""
-    folder, derived = home(), native_plan(plan, (orders or Orders()).models)
+    folder, derived = home(), native_plan(plan, orders.models)
     end_orphans(folder)
-    _conform(derived, orders or Orders())
+    _conform(derived, orders)
     return carried_out(NativeMigration, derived, PlanYards(plan, folder, plan_path), orders)
 
 

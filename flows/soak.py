@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from prefect import flow
 from prefect.runtime import flow_run
-from pydantic import Field
 
 from engines.driver import native_of
 from engines.errors import SwitchyardError
@@ -495,19 +493,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _run_name() -> str:
-    asked = flow_run.parameters or {}
-    return f"soak {Path(str(asked.get('plan') or 'the plan served')).stem}"
-
-
-@flow(name="soak", flow_run_name=_run_name, persist_result=False)
-def soak(plan: str = "", window_s: Annotated[float, Field(ge=1, le=86_400)] = 240) -> Outcome:
-    """Load what the candidate serves for one window, and judge the soak so far; as often as the schedule says.
-
-    Args:
-        plan: the plan file (.toml); empty: the one the yard served last
-        window_s: seconds of load in this window, shared by the models
-    """
+def soak(plan: str = "", window_s: float = 240) -> Outcome:
+    """Load what the candidate serves for one window, and judge the soak so far; `plan` as `deployments.soak` has it."""
     folder = default_home()
     path = plan_path(Path(plan) if plan else None, folder).absolute()
     say = progress.get().say

@@ -22,10 +22,11 @@ from prefect.cache_policies import NO_CACHE
 from engines.home import home
 from engines.process.process import end_orphans
 from flows.progress import progress
-from flows.rollout.steps import Migration, Orders
+from flows.rollout.orders import Orders
+from flows.rollout.steps import Migration
 from flows.rollout.yard_config import canary_limits
 from flows.rollout.yards import PlanYards
-from migrations.plan import Plan
+from migrations.plan import Plan, load_plan
 from tasks.evidence.canary import judge_canary
 from tasks.records.store import open_records
 
@@ -37,15 +38,20 @@ def take(model: str, step: str, work: Callable[[], None]) -> None:
         work()
 
 
-@flow(name="migrate", flow_run_name="migrate {plan.name} · subprocess", persist_result=False)
-def subprocess_phase(plan: Plan, orders: Orders | None = None, plan_path: Path | None = None) -> dict[str, Any]:
+@flow(name="migrate-subprocess", flow_run_name="migrate {plan_path.stem} · subprocess", persist_result=False)
+def subprocess_phase(plan_path: Path, orders: Orders | None = None) -> dict[str, Any]:
+    """Phase 2 by itself, of the plan at this path."""
+    return to_subprocess(load_plan(plan_path), plan_path, orders or Orders())
+
+
+def to_subprocess(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
     """Put the candidate behind the public port, for every model of the plan or those that `orders` names."""
     folder = home()
     end_orphans(folder)
     return carried_out(Migration, plan, PlanYards(plan, folder, plan_path), orders)
 
 
-def carried_out(kind: type[Migration], plan: Plan, yards: PlanYards, orders: Orders | None) -> dict[str, Any]:
+def carried_out(kind: type[Migration], plan: Plan, yards: PlanYards, orders: Orders) -> dict[str, Any]:
     """A migration of this kind under the records and a Prefect run: its outcome, published."""
     with open_records() as records:
         outcome = kind(

@@ -50,7 +50,7 @@ def migrate(
     are asked on the terminal. `--phase subprocess` and `--phase native` carry out one move by itself. Killed or
     interrupted, the same command goes on where it stopped; meanwhile the yard serves.
     """
-    from flows.rollout.steps import Orders
+    from flows.rollout.orders import Orders
     from flows.rollout.yard_config import plan_path
     from migrations.plan import load_plan
 
@@ -89,7 +89,7 @@ def demo(json_: Json = False) -> None:
     """
     from flows.cli.demo_traffic import traffic
     from flows.rollback import Wish, roll_back
-    from flows.rollout.steps import Orders
+    from flows.rollout.orders import Orders
     from migrations.demo import whole_demo_file
 
     folder, errors = home(), Console(stderr=True)
@@ -199,7 +199,7 @@ def _migrated(phase: str, plan: Any, orders: Any, path: Path, folder: Path) -> d
         errors.print(f"ended, left behind by a killed run: {ended}", style="dim", highlight=False)
     with open_records():  # records that cannot be written are better known before anything moves
         pass
-    return with_prefect(folder, lambda: _flow(phase))(plan, orders, path)
+    return with_prefect(folder, lambda: _flow(phase))(path, orders)
 
 
 def _flow(phase: str) -> Callable[..., dict[str, Any]]:

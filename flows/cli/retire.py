@@ -37,8 +37,9 @@ def retire(
     from migrations.plan import load_plan
 
     folder = home()
-    loaded = load_plan(plan_path(plan, folder).absolute())
-    outcome = _retired(loaded, folder, who=who, reason=reason, at_once=now, uninstall=uninstall)
+    path = plan_path(plan, folder).absolute()
+    load_plan(path)  # what is wrong with it is better known before Prefect starts
+    outcome = _retired(path, folder, who=who, reason=reason, now=now, uninstall=uninstall)
     if json_:
         print_json({**outcome, "next": next_step(outcome)})
     else:
@@ -91,16 +92,16 @@ def restore(
         Console().print(done, highlight=False, soft_wrap=True)
 
 
-def _retired(plan: Any, folder: Path, **how: Any) -> dict[str, Any]:
+def _retired(path: Path, folder: Path, **how: Any) -> dict[str, Any]:
     """The flow, under the user's Prefect server or a temporary one."""
     from flows.orchestrator.server import with_prefect
 
     def flow() -> Any:
-        from flows.deprecate import deprecate
+        from flows.deployments import retire
 
-        return deprecate
+        return retire
 
-    return with_prefect(folder, flow)(plan, **how)
+    return with_prefect(folder, flow)(str(path), **how)
 
 
 def _show(outcome: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ def soak(
 
 
 def _flow() -> Callable[..., dict[str, Any]]:
-    from flows.soak import soak as flow
+    from flows.deployments import soak as flow
 
     return flow
 

@@ -12,20 +12,17 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
-from engines.home import host
-from engines.model.digest import model_digest
 from engines.yard.client import YardClient, public_address, wait_until_serving
 from flows.experiment_lock import alone
 from flows.orchestrator.run import flow_run_id
 from flows.rollout import yards as yard_processes
+from flows.rollout.orders import Orders
+from flows.rollout.phase_one import phase_one
 from flows.rollout.yards import Yards
-from migrations.plan import ModelPlan, Plan, content_hash
+from migrations.plan import ModelPlan, Plan
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import OpenStage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room, route_of
 from tasks.records.store import Records
@@ -35,76 +32,13 @@ from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 POLL_S = 5.0
 SETTLE_S = 0.5
-LOOK_BACK = 200  # evaluations; an older one than these is no evidence any more
 Say = Callable[[str], None]
 Judge = Callable[[Sequence[Mapping[str, Any]], str, str], list[CheckResult]]  # samples, incumbent, candidate
 Do = Callable[[str, str, Callable[[], None]], None]
 
 
-class Orders(BaseModel):
-    """What a person asked of a migration beyond its plan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    models: tuple[str, ...] = Field((), description="migrate these models only; all of the plan's without")
-    override: tuple[str, ...] = Field((), description="models that go on although phase 1 has not opened their gate")
-    who: str = Field("", description="name of the person who decides that; recorded")
-    reason: str = Field("", description="why; recorded")
-    without_canary: bool = Field(False, description="move all traffic at once; recorded")
-    without_rehearsal: bool = Field(False, description="do not rehearse the fallback first; recorded")
-
-    def checked(self, plan: Plan) -> Orders:
-        """These orders. Raises BadInput for an unknown model, and for a decision without a name and a reason."""
-        for model_id in (*self.models, *self.override):
-            plan.model(model_id)
-        decides = bool(self.override) or self.without_canary or self.without_rehearsal
-        if decides and not (self.who.strip() and self.reason.strip()):
-            raise BadInput(
-                "a decision against the evidence is recorded with a name and a reason: add --who and --reason"
-            )
-        return self
-
-
 class Closed(Exception):
     """The model does not move; its checks, or the text, say why."""
-
-
-@dataclass(frozen=True)
-class PhaseOne:
-    """What phase 1 says of a model: whether its gate is open, why not, by which run; `verdict` where it has one."""
-
-    open: bool
-    why: str
-    run_id: str | None = None
-    verdict: Verdict | None = None
-    checks: tuple[CheckResult, ...] = ()
-
-
-def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version: str) -> PhaseOne:
-    """The verdict of this host's latest evaluation of just this plan, model file and version of the candidate."""
-    identity = (content_hash(plan), model_digest(model.gguf))
-    other: str | None = None
-    for run in records.history(LOOK_BACK, kind="evaluate", host=host()):
-        results = records.checks(run.id).get(model.id) if run.status == "done" else None
-        if not results:
-            continue
-        under = records.evidence_environments(run.id, model.id)
-        if not under or any((seen.get("plan_hash"), seen.get("model_digest")) != identity for seen in under):
-            other = other or run.id
-            continue
-        versions = {e["version"] for seen in under for e in seen.get("engines", ()) if e["arm"] == "candidate"}
-        if versions != {candidate_version}:
-            measured = ", ".join(sorted(versions)) or "no version"
-            return PhaseOne(False, f"run {run.id} measured {measured}; here is {candidate_version}", run.id)
-        verdict = gate(results)
-        if verdict is Verdict.PASS:
-            return PhaseOne(True, f"run {run.id} opened it", run.id, verdict, tuple(results))
-        shut = reasons(results)
-        first = f": {shut[0].check}: {shut[0].why}" if shut else ""
-        return PhaseOne(False, f"run {run.id} came to {verdict}{first}", run.id, verdict, tuple(results))
-    if other:
-        return PhaseOne(False, f"run {other} evaluated another plan or another model file", other)
-    return PhaseOne(False, "it was never evaluated")
 
 
 def plainly(_model: str, _step: str, work: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from engines.yard.state import ModelState, StateFile
 from flows.experiment_lock import SOAK, Busy, alone
 from flows.migrate import KIND, Phases, Whole
 from flows.rollout.approval import Answer, Question
-from flows.rollout.steps import Orders
+from flows.rollout.orders import Orders
 from migrations.plan import Plan, build_plan, content_hash
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
@@ -90,7 +90,7 @@ class Box:
         return {}
 
     def _move(self, to: str) -> Any:
-        def move(_: Plan, orders: Orders, __: Path) -> dict[str, Any]:
+        def move(_: Plan, __: Path, orders: Orders) -> dict[str, Any]:
             (model,) = orders.models
             override = f" over {orders.who}" if orders.override else ""
             self._note(f"{model} to {to}{override}")

@@ -463,7 +463,7 @@ from pathlib import Path
 from flows.orchestrator.server import with_prefect
 
 def load():
-    from flows.soak import soak
+    from flows.deployments import soak
     return soak
 
 flow = with_prefect(Path(os.environ["SWITCHYARD_HOME"]), load)

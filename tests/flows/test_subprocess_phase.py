@@ -29,8 +29,9 @@ from engines.errors import BadInput
 from engines.model.digest import model_digest
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
+from flows.rollout.orders import Orders
+from flows.rollout.phase_one import phase_one
 from flows.rollout.rehearsal_yard import without
-from flows.rollout.steps import Orders, phase_one
 from flows.rollout.yard_config import remember_plan
 from flows.rollout.yards import PlanYards
 from migrations.plan import Plan, build_plan, content_hash, plan_to_toml

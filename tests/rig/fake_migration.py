@@ -107,7 +107,8 @@ def judge(samples: Sequence[Mapping[str, Any]], incumbent: str, candidate: str) 
 def migrate(spec: Spec, told: str, *, native: bool) -> None:
     # here, not above: the yards, which are many, would load Prefect for nothing
     from flows.native_phase import NativeMigration, native_plan
-    from flows.rollout.steps import Migration, Orders
+    from flows.rollout.orders import Orders
+    from flows.rollout.steps import Migration
     from tasks.records.store import open_records
 
     orders = Orders.model_validate_json(told)

@@ -1,0 +1,52 @@
+"""What phase 1 says of a model: the verdict of its latest evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.home import host
+from engines.model.digest import model_digest
+from migrations.plan import ModelPlan, Plan, content_hash
+from tasks.records.store import Records
+from tasks.verdicts.gate import gate, reasons
+from tasks.verdicts.verdict import CheckResult, Verdict
+
+LOOK_BACK = 200  # evaluations; an older one than these is no evidence any more
+
+
+@dataclass(frozen=True)
+class PhaseOne:
+    """What phase 1 says of a model: whether its gate is open, why not, by which run; `verdict` where it has one."""
+
+    open: bool
+    why: str
+    run_id: str | None = None
+    verdict: Verdict | None = None
+    checks: tuple[CheckResult, ...] = ()
+
+
+def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version: str) -> PhaseOne:
+    """The verdict of this host's latest evaluation of just this plan, model file and version of the candidate."""
+    identity = (content_hash(plan), model_digest(model.gguf))
+    other: str | None = None
+    for run in records.history(LOOK_BACK, kind="evaluate", host=host()):
+        results = records.checks(run.id).get(model.id) if run.status == "done" else None
+        if not results:
+            continue
+        under = records.evidence_environments(run.id, model.id)
+        if not under or any((seen.get("plan_hash"), seen.get("model_digest")) != identity for seen in under):
+            other = other or run.id
+            continue
+        versions = {e["version"] for seen in under for e in seen.get("engines", ()) if e["arm"] == "candidate"}
+        if versions != {candidate_version}:
+            measured = ", ".join(sorted(versions)) or "no version"
+            return PhaseOne(False, f"run {run.id} measured {measured}; here is {candidate_version}", run.id)
+        verdict = gate(results)
+        if verdict is Verdict.PASS:
+            return PhaseOne(True, f"run {run.id} opened it", run.id, verdict, tuple(results))
+        shut = reasons(results)
+        first = f": {shut[0].check}: {shut[0].why}" if shut else ""
+        return PhaseOne(False, f"run {run.id} came to {verdict}{first}", run.id, verdict, tuple(results))
+    if other:
+        return PhaseOne(False, f"run {other} evaluated another plan or another model file", other)
+    return PhaseOne(False, "it was never evaluated")
