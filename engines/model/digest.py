@@ -1,20 +1,19 @@
-"""Who a model file is, whatever it is called and wherever it lies."""
+"""Content digest of a model file, independent of name and path."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import BinaryIO
 
 from engines.errors import BadInput
+from engines.model.gguf import shard_paths
 
 EDGE_BYTES = 16 * 1024 * 1024
 SAMPLE_BYTES = 64 * 1024
 SAMPLES = 256
 WHOLE_UP_TO_BYTES = 2 * EDGE_BYTES + SAMPLES * SAMPLE_BYTES
-SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
 def model_digest(path: Path, *, full: bool = False) -> str:
@@ -34,14 +33,12 @@ def model_digest(path: Path, *, full: bool = False) -> str:
 
 def shards(path: Path) -> list[Path]:
     """The files of a split GGUF (`name-00001-of-00003.gguf`) in order, or just `path`; all of them must exist."""
-    match = SHARD.match(path.name)
-    count = int(match["count"]) if match else 1
-    if match is None or count < 2:
-        return [path]
-    files = [path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf") for number in range(1, count + 1)]
+    files = shard_paths(path)
+    if len(files) == 1:
+        return files
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise BadInput(f"{path}: {len(missing)} of {count} shards are missing; fetch {missing[0]}")
+        raise BadInput(f"{path}: {len(missing)} of {len(files)} shards are missing; fetch {missing[0]}")
     return files
 
 

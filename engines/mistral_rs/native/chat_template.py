@@ -1,79 +1,19 @@
-"""What a GGUF file says about text: its chat template, its tokens as bytes, its special tokens.
-
-Read here rather than with the `gguf` package, whose reader builds a NumPy view of every array entry: over ten seconds
-for a vocabulary of 262 144 tokens. Layout: ggml `docs/gguf.md`.
-"""
+"""What a GGUF file says about text: its chat template, its tokens as bytes, its special tokens."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import mmap
-import struct
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engines.errors import BadInput
 from engines.model.header import template_shows_tools
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
 CONTROL_TOKEN = 3
-
-
-class _Cursor:
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.at = 0
-
-    def scalar(self, kind: int) -> Any:
-        layout = _SCALARS[kind]
-        (value,) = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
-        return value
-
-    def string(self) -> str:
-        (length,) = struct.unpack_from("<Q", self.data, self.at)
-        start = self.at + 8
-        self.at = start + length
-        return self.data[start : self.at].decode("utf-8", "replace")
-
-    def array(self) -> list[Any]:
-        kind, count = self.scalar(4), self.scalar(10)
-        if kind == _STRING:
-            return [self.string() for _ in range(count)]
-        if kind == _ARRAY:
-            return [self.array() for _ in range(count)]
-        layout = f"<{count}{_SCALARS[kind][1]}"
-        values = struct.unpack_from(layout, self.data, self.at)
-        self.at += struct.calcsize(layout)
-        return list(values)
-
-    def value(self) -> Any:
-        kind = self.scalar(4)
-        return self.string() if kind == _STRING else self.array() if kind == _ARRAY else self.scalar(kind)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The key-value pairs of the GGUF file at *path*; BadInput when it is missing or no GGUF of version 2 or 3."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _metadata(_Cursor(data), path)
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise BadInput(f"{path}: cannot be read as GGUF ({error}); check the file") from error
-
-
-def _metadata(cursor: _Cursor, path: Path) -> dict[str, Any]:
-    magic, version = cursor.scalar(4), cursor.scalar(4)
-    if magic != 0x46554747 or version not in (2, 3):
-        raise BadInput(f"{path}: no GGUF of version 2 or 3; check the file")
-    cursor.scalar(10)
-    pairs = cursor.scalar(10)
-    return {cursor.string(): cursor.value() for _ in range(pairs)}
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -89,9 +29,9 @@ _BYTE_OF = _byte_of_character()
 class Vocabulary:
     """Token ids as bytes, exactly: also of tokens that hold a part of one code point."""
 
-    def __init__(self, metadata: dict[str, Any]) -> None:
-        self.tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-        self._types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.tokens: Sequence[str] = metadata.get("tokenizer.ggml.tokens", [])
+        self._types: Sequence[int] = metadata.get("tokenizer.ggml.token_type", [])
         self._byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
         self._metadata = metadata
 

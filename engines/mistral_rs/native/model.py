@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from engines.mistral_rs.native import requests as shapes
-from engines.mistral_rs.native.chat_template import ChatTemplate, Vocabulary, read_metadata
+from engines.mistral_rs.native.chat_template import ChatTemplate, Vocabulary
 from engines.mistral_rs.native.requests import ApiError, Json, Piece
+from engines.model.gguf import read_metadata, shard_paths
 
 RENDERED = "rendered prompt"
 # llguidance takes one of these that the vocabulary has as the end of a text (toktrie_hf_tokenizers, `from_tokenizer`)
@@ -49,14 +50,6 @@ def on_cpu(force_cpu: bool) -> bool:
     return force_cpu or ("cuda" not in importlib.metadata.version("mistralrs") and sys.platform != "darwin")
 
 
-def shards(gguf: Path) -> list[str]:
-    """The file names of a split GGUF, of which *gguf* is the first; otherwise *gguf* alone."""
-    match = re.fullmatch(r"(.+)-00001-of-(\d{5})\.gguf", gguf.name)
-    if match is None:
-        return [gguf.name]
-    return [f"{match[1]}-{part:05d}-of-{match[2]}.gguf" for part in range(1, int(match[2]) + 1)]
-
-
 def compact(schema: str) -> str:
     """The schema, without white space in what it allows: the compact JSON that OpenAI's structured outputs give.
 
@@ -77,7 +70,7 @@ class Model:
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Load; raises what the wheel raises. Takes seconds to minutes and holds the global lock meanwhile."""
         gguf: Path = arguments.gguf
-        metadata = read_metadata(gguf)
+        metadata: dict[str, Any] = read_metadata(gguf)
         self.vocabulary = Vocabulary({} if arguments.tokenizer_json else metadata)
         source = arguments.chat_template.read_text() if arguments.chat_template else None
         self.template = ChatTemplate(source or metadata.get("tokenizer.chat_template", ""), Vocabulary(metadata))
@@ -108,7 +101,7 @@ class Model:
             which: Any = Which.GGUF(
                 # not resolved: a link, as in the Hugging Face cache, may be called otherwise than what it leads to
                 quantized_model_id=str(arguments.gguf.absolute().parent),
-                quantized_filename=shards(arguments.gguf),
+                quantized_filename=[path.name for path in shard_paths(arguments.gguf)],
                 tokenizer_json=str(arguments.tokenizer_json) if arguments.tokenizer_json else None,
             )
             return Runner(which=which, max_seqs=arguments.slots, jinja_explicit=file.name, **extra)

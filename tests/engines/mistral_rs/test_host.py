@@ -25,7 +25,7 @@ import pytest
 from engines.errors import BadInput
 from engines.mistral_rs.host import listen
 from engines.mistral_rs.native import requests as shapes
-from engines.mistral_rs.native.chat_template import ChatTemplate, TemplateRefused, Vocabulary, read_metadata
+from engines.mistral_rs.native.chat_template import ChatTemplate, TemplateRefused, Vocabulary
 from engines.mistral_rs.native.generation import (
     Admitted,
     Counters,
@@ -35,8 +35,8 @@ from engines.mistral_rs.native.generation import (
     reckoned,
     until_stop,
 )
-from engines.mistral_rs.native.model import shards
 from engines.mistral_rs.native.requests import ApiError, Head, Piece, Usage
+from engines.model.gguf import read_metadata, shard_paths
 from engines.process.serving import free_port
 
 KEY = "secret-of-the-test"
@@ -453,7 +453,7 @@ def test_metadata_of_a_small_gguf_is_read(tmp_path: Path) -> None:
     ]
     good = tmp_path / "good.gguf"
     good.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs))
-    assert read_metadata(good) == {"a.number": 7, "a.text": "é", "a.list": ["x", "y"]}
+    assert read_metadata(good) == {"a.number": 7, "a.text": "é", "a.list": ("x", "y")}
     good.write_bytes(b"no GGUF at all")
     with pytest.raises(BadInput, match=r"good\.gguf"):
         read_metadata(good)
@@ -461,8 +461,9 @@ def test_metadata_of_a_small_gguf_is_read(tmp_path: Path) -> None:
 
 def test_all_parts_of_a_split_model_are_loaded() -> None:
     """The first part names the others."""
-    assert shards(Path("m-00001-of-00002.gguf")) == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
-    assert shards(Path("m.gguf")) == ["m.gguf"]
+    first, second = Path("m-00001-of-00002.gguf"), Path("m-00002-of-00002.gguf")
+    assert shard_paths(first) == [first, second]
+    assert shard_paths(Path("m.gguf")) == [Path("m.gguf")]
 
 
 # --- the real host --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def test_scalar_keys_are_spread_over_the_layers(tmp_path: Path) -> None:
     assert (header.architecture, header.n_layers, header.context_length) == ("llama", 2, 4096)
     assert header.head_count == (4, 4)
     assert header.head_count_kv == (2, 2)
-    assert (header.key_length, header.key_length_explicit) == (16, False)
+    assert header.key_length == 16
     assert (header.vocab_size, header.tokenizer_model, header.endianness) == (4, "gpt2", "little")
 
 
@@ -30,7 +30,7 @@ def test_arrays_give_each_layer_its_own_number(tmp_path: Path) -> None:
     header = read_header(write_gguf(tmp_path / "m.gguf", "nemotron_h_moe", keys=nemotron_keys()))
     assert header.head_count_kv[0] == 0
     assert sum(header.head_count_kv) == 12
-    assert (header.key_length, header.key_length_explicit) == (128, True)
+    assert header.key_length == 128
 
 
 def test_tensor_table_agrees_with_the_gguf_package(tmp_path: Path) -> None:
