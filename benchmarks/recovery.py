@@ -69,30 +69,30 @@ def _recipe(engine: str, home: Path) -> LaunchSpec:
     return LaunchSpec.of(driver(engine).find(), model.id, model.gguf, settings)
 
 
-def _killed(recipe: LaunchSpec, home: Path, kills: int) -> list[dict[str, Any]]:
-    (home / "recipe.json").write_text(recipe.model_dump_json(), encoding="utf-8")
+def _killed(spec: LaunchSpec, home: Path, kills: int) -> list[dict[str, Any]]:
+    (home / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
     port = free_port()
-    argv = [sys.executable, "-m", "engines.yard.single", str(home / "recipe.json"), str(home), str(port), str(kills)]
+    argv = [sys.executable, "-m", "engines.yard.single", str(home / "spec.json"), str(home), str(port), str(kills)]
     child = process.start("yard", argv, state_dir=home, log_path=home / "yard.log")
     try:
         client, address = YardClient(home), f"http://127.0.0.1:{port}"
-        wait_until_serving(client, [recipe.model_id], child.poll, stall_s=STALL_S, say=lambda _: None)
-        return [_kill(client, address, recipe) for _ in range(kills)]
+        wait_until_serving(client, [spec.model_id], child.poll, stall_s=STALL_S, say=lambda _: None)
+        return [_kill(client, address, spec) for _ in range(kills)]
     finally:
         child.stop()
 
 
-def _kill(client: YardClient, address: str, recipe: LaunchSpec) -> dict[str, Any]:
-    usual = one_token(address, recipe.model_id, None, wait_s=STALL_S)
-    engine = engine_of(route_of(client, recipe.model_id), recipe.engine)
+def _kill(client: YardClient, address: str, spec: LaunchSpec) -> dict[str, Any]:
+    usual = one_token(address, spec.model_id, None, wait_s=STALL_S)
+    engine = engine_of(route_of(client, spec.model_id), spec.engine)
     killed_at = time.time()
     os.kill(engine["pid"], signal.SIGKILL)
-    answer = one_token(address, recipe.model_id, None, wait_s=STALL_S)
+    answer = one_token(address, spec.model_id, None, wait_s=STALL_S)
     answered_at = time.time()
     if not (usual["answered"] and answer["answered"]):
-        raise SwitchyardError(f"{recipe.engine} was not served: {usual['error'] or answer['error']}")
+        raise SwitchyardError(f"{spec.engine} was not served: {usual['error'] or answer['error']}")
     deaths = [e["at"] for e in client.status()["events"] if e["at"] >= killed_at and e["what"].startswith("dead")]
-    load_s = engine_of(route_of(client, recipe.model_id), recipe.engine)["load_s"]
+    load_s = engine_of(route_of(client, spec.model_id), spec.engine)["load_s"]
     beyond_s = answered_at - killed_at - load_s - usual["took_s"]
     return {"detect_s": deaths[0] - killed_at, "load_s": load_s, "beyond_s": beyond_s}
 

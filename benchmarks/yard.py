@@ -243,8 +243,8 @@ class KnownTruth:
 def serve_yard(home: Path, port: int) -> None:
     """The real yard over the reference server, until it is told to stop."""
     driver: Driver = KnownTruth()
-    recipe = LaunchSpec.of(driver.find(), MODEL, home / "no.gguf", Settings(parallel=64))
-    model = ModelConfig(id=MODEL, incumbent=MODEL, candidate=MODEL, recipes={MODEL: recipe})
+    spec = LaunchSpec.of(driver.find(), MODEL, home / "no.gguf", Settings(parallel=64))
+    model = ModelConfig(id=MODEL, incumbent=MODEL, candidate=MODEL, specs={MODEL: spec})
     config = YardConfig(settings=YardSettings(port=port), models=(model,))
     run(lambda: config, home=home, drivers={MODEL: driver})
 

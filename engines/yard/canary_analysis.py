@@ -16,7 +16,7 @@ from typing import Any
 from engines.errors import SwitchyardError
 from engines.yard.moves import Moves
 from engines.yard.route import Route
-from engines.yard.sample import Sample
+from engines.yard.sample import LiveSample
 from engines.yard.state import Canary
 from engines.yard.yard import Yard
 
@@ -25,12 +25,12 @@ JUDGE_SHARE = 20  # the next judgement waits this many times what the last one t
 
 
 @dataclass
-class _Case:
+class _Analysis:
     """What is known of one canary, as long as it lasts."""
 
     canary: Canary
-    kept: list[Sample] = field(default_factory=list)
-    last: Sample | None = None  # the newest one that was judged
+    kept: list[LiveSample] = field(default_factory=list)
+    last: LiveSample | None = None  # the newest one that was judged
     ready: bool = False
     broken: bool = False
     not_before: float = 0.0
@@ -42,7 +42,7 @@ class CanaryAnalysis:
     def __init__(self, yard: Yard, moves: Moves) -> None:
         self._yard = yard
         self._moves = moves
-        self._cases: dict[str, _Case] = {}
+        self._cases: dict[str, _Analysis] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -74,9 +74,9 @@ class CanaryAnalysis:
         elif says["verdict"] == "PASS" and not case.ready:
             case.ready = True
             what = f"canary is ready to promote at {case.canary.weight:.0%}: `switchyard promote {route.model_id}`"
-            self._yard.journal.note("canary", route.model_id, what, engine=case.canary.engine)
+            self._yard.events.note("canary", route.model_id, what, engine=case.canary.engine)
 
-    def _case(self, route: Route) -> _Case | None:
+    def _case(self, route: Route) -> _Analysis | None:
         """The case of the canary that is on now; an order, of the same weight too, begins a new one."""
         canary = route.state.canary
         if canary is None:
@@ -84,11 +84,11 @@ class CanaryAnalysis:
             return None
         case = self._cases.get(route.model_id)
         if case is None or case.canary is not canary:
-            case = self._cases[route.model_id] = _Case(canary)
-            self._yard.canary_says.pop(route.model_id, None)
+            case = self._cases[route.model_id] = _Analysis(canary)
+            self._yard.canary_verdicts.pop(route.model_id, None)
         return case
 
-    async def _judged(self, route: Route, case: _Case) -> dict[str, Any] | None:
+    async def _judged(self, route: Route, case: _Analysis) -> dict[str, Any] | None:
         """What the judge says of all requests so far; None when there is nothing new, or no judge."""
         judge, samples = self._yard.judge_canary, self._samples(route, case)
         began = time.monotonic()
@@ -104,12 +104,12 @@ class CanaryAnalysis:
         except Exception as error:
             says = {"verdict": "ERROR", "why": f"the judge of the canary failed: {type(error).__name__}: {error}"}
             if not case.broken:
-                self._yard.journal.note("incident", route.model_id, says["why"], engine=case.canary.engine)
+                self._yard.events.note("incident", route.model_id, says["why"], engine=case.canary.engine)
             case.broken = True
         case.not_before = time.monotonic() + JUDGE_SHARE * (time.monotonic() - began)
         return {**says, "requests": self._counts(samples)}
 
-    def _samples(self, route: Route, case: _Case) -> list[Sample]:
+    def _samples(self, route: Route, case: _Analysis) -> list[LiveSample]:
         """The first KEPT requests since the order, and of those behind them the ones that the yard remembers."""
         since = case.canary.since or 0.0
         newer = [sample for sample in self._yard.samples[route.model_id] if sample.at >= since]
@@ -121,29 +121,29 @@ class CanaryAnalysis:
         case.kept += newer[:room]
         return case.kept + newer[room:]
 
-    def _counts(self, samples: list[Sample]) -> dict[str, int]:
+    def _counts(self, samples: list[LiveSample]) -> dict[str, int]:
         counts: dict[str, int] = {}
         for sample in samples:
             counts[sample.engine] = counts.get(sample.engine, 0) + 1
         return counts
 
-    def _says(self, route: Route, case: _Case, says: dict[str, Any]) -> None:
+    def _says(self, route: Route, case: _Analysis, says: dict[str, Any]) -> None:
         canary = case.canary
         about = {"engine": canary.engine, "weight": canary.weight, "since": canary.since, "at": time.time()}
-        self._yard.canary_says[route.model_id] = {**about, **says}
+        self._yard.canary_verdicts[route.model_id] = {**about, **says}
 
-    def _take_out(self, route: Route, case: _Case, why: str) -> None:
+    def _take_out(self, route: Route, case: _Analysis, why: str) -> None:
         """Roll the canary back, beside the loop: its last requests may take a while to end."""
         engine = case.canary.engine
-        self._yard.journal.note("incident", route.model_id, f"the canary failed and is taken out: {why}", engine=engine)
+        self._yard.events.note("incident", route.model_id, f"the canary failed and is taken out: {why}", engine=engine)
         task = asyncio.create_task(self._end(route, case))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _end(self, route: Route, case: _Case) -> None:
+    async def _end(self, route: Route, case: _Analysis) -> None:
         engine = case.canary.engine
         try:
             await self._moves.canary(route.model_id, engine, 0.0, lambda _: None)
         except SwitchyardError as error:
             case.last = None  # judged again at the next turn
-            self._yard.journal.note("incident", route.model_id, f"the canary stays for now: {error}", engine=engine)
+            self._yard.events.note("incident", route.model_id, f"the canary stays for now: {error}", engine=engine)

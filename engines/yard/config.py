@@ -26,7 +26,7 @@ class ModelConfig:
     id: str
     incumbent: str
     candidate: str
-    recipes: Mapping[str, LaunchSpec]
+    specs: Mapping[str, LaunchSpec]
     missing: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     engine: str = "auto"

@@ -24,7 +24,7 @@ QUIET_S = 10.0  # how long a model that has work may keep another one waiting be
 LOOK_S = 1.0
 
 
-class NoRoom(SwitchyardError):
+class OverBudget(SwitchyardError):
     """The model does not fit into the memory budget beside those that stay."""
 
 
@@ -43,8 +43,8 @@ class MemoryBudget:
 
     def admit(self, route: Route) -> None:
         """A model that is new here."""
-        route.dormant = route.load == "demand" or self._yard.settings.memory_budget_mib is not None
-        if not route.dormant:
+        route.unloaded = route.load == "demand" or self._yard.settings.memory_budget_mib is not None
+        if not route.unloaded:
             self._yard.bring_up(route)
         elif route.load == "start":
             self._wake_soon(route, evict=False)
@@ -52,11 +52,11 @@ class MemoryBudget:
     def wake(self, route: Route) -> None:
         """A request is there: load its model if it is not loaded."""
         route.used_at = time.monotonic()
-        if route.dormant:
+        if route.unloaded:
             self._wake_soon(route, evict=True)
 
     async def load(self, route: Route) -> str:
-        """Load a model now, and return once it serves. Raises NoRoom, EngineError."""
+        """Load a model now, and return once it serves. Raises OverBudget, EngineError."""
         async with self._one:
             await self._load(route, evict=True)
         return f"{route.model_id} is loaded: {route.serving.engine}"
@@ -98,17 +98,17 @@ class MemoryBudget:
         async with self._one:
             try:
                 await self._load(route, evict=evict)
-            except NoRoom as why:
-                self._yard.journal.note("incident" if evict else "yard", route.model_id, str(why))
+            except OverBudget as why:
+                self._yard.events.note("incident" if evict else "yard", route.model_id, str(why))
                 route.refuse_waiting(str(why))
             except EngineError as error:  # a fallback may serve; else its requests wait for the restart, or are refused
                 self._yard.log.warning("%s: %s", route.model_id, error)
 
     async def _load(self, route: Route, *, evict: bool) -> None:
-        if not route.dormant:
+        if not route.unloaded:
             return
         await self._make_room(route, evict=evict)
-        route.dormant = False
+        route.unloaded = False
         self._yard.bring_up(route)
         await route.serving.ready(first_try=True)  # a restart of its own must not keep other models waiting
 
@@ -123,7 +123,7 @@ class MemoryBudget:
             if victim is None and evict and least + self._held_bytes() <= budget:
                 return  # it may fit: it is tried, and from then on its own measure counts
             if victim is None:
-                raise NoRoom(
+                raise OverBudget(
                     f"{route.model_id} needs {mib(need)} and {mib(self._held_bytes())} of the budget of {mib(budget)} "
                     "are taken by models that stay; raise yard.memory_budget_mib, or unload one"
                 )
@@ -141,12 +141,12 @@ class MemoryBudget:
             await asyncio.sleep(LOOK_S / 4)
 
     def _may_go(self, route: Route) -> bool:
-        return not (route.dormant or route.pin or route.moving or route.holding or route.state.canary) and any(
+        return not (route.unloaded or route.pin or route.moving or route.holding or route.state.canary) and any(
             unit.child is not None for unit in route.units.values()
         )
 
     async def _unload(self, route: Route, why: str) -> str:
-        if route.dormant:
+        if route.unloaded:
             return f"{route.model_id} is not loaded"
         began, route.holding = time.monotonic(), True
         try:
@@ -154,7 +154,7 @@ class MemoryBudget:
             units = [unit for unit in route.units.values() if unit.child is not None]
             held, vram = sum(unit.memory_bytes or 0 for unit in units), _vram(units)
             before = await asyncio.to_thread(free_memory)
-            route.dormant = True
+            route.unloaded = True
             for unit in route.units.values():
                 await unit.stop()
             with contextlib.suppress(SwitchyardError):
@@ -163,7 +163,7 @@ class MemoryBudget:
             route.holding = False
         told = f"unloaded ({why}) after {time.monotonic() - began:.1f} s; {mib(held)} of RAM"
         told += f" and {mib(vram)} of VRAM" if vram else ""
-        self._yard.journal.note("move", route.model_id, f"{told} are back")
+        self._yard.events.note("move", route.model_id, f"{told} are back")
         if route.waiting:
             self.wake(route)
         return f"{route.model_id} is {told} are back"
@@ -178,17 +178,17 @@ def needed_bytes(unit: Unit) -> tuple[int, int]:
     if unit.held_bytes is not None:
         return unit.held_bytes, unit.held_bytes
     try:
-        fit = estimate(read_header(unit.recipe.gguf), unit.recipe.settings, unit.recipe.engine, memory=free_memory())
+        fit = estimate(read_header(unit.spec.gguf), unit.spec.settings, unit.spec.engine, memory=free_memory())
         if fit.needs:
             return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
     except SwitchyardError:
         pass
-    size = unit.recipe.gguf.stat().st_size
+    size = unit.spec.gguf.stat().st_size
     return size, size
 
 
 def _is_quiet(route: Route) -> bool:
-    return not route.waiting and not any(unit.flights for unit in route.units.values())
+    return not route.waiting and not any(unit.in_flight for unit in route.units.values())
 
 
 def _vram(units: list[Unit]) -> int | None:

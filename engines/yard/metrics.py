@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from engines.yard.engine.health import Health
 from engines.yard.route import Route
-from engines.yard.sample import Sample
+from engines.yard.sample import LiveSample
 
 TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
@@ -47,7 +47,7 @@ class Metrics:
         observe: Callable[[float], None] = self._gap.labels(model, engine).observe
         return observe
 
-    def served(self, model: str, sample: Sample, chunks: int) -> None:
+    def served(self, model: str, sample: LiveSample, chunks: int) -> None:
         """An answered request."""
         outcome = "error" if not sample.ok else "empty" if sample.empty else "ok"
         self._requests.labels(model, sample.engine, outcome).inc()
@@ -82,7 +82,7 @@ class Metrics:
                 of_canary = canary.weight if canary and canary.engine == unit.engine else 0.0
                 rest = 1.0 - (canary.weight if canary else 0.0)
                 self._weight.labels(*labels).set(rest if unit is route.serving else of_canary)
-                self._in_flight.labels(*labels).set(len(unit.flights))
+                self._in_flight.labels(*labels).set(len(unit.in_flight))
                 self._restarts.labels(*labels).set(unit.restarts)
                 for state in Health:
                     self._state.labels(*labels, str(state)).set(state is unit.state)

@@ -30,7 +30,7 @@ from engines.yard.shadow import Shadow
 from engines.yard.state import Canary
 from engines.yard.yard import Yard
 
-Form = Literal["auto", "side-by-side", "one-at-a-time"]
+MoveForm = Literal["auto", "side-by-side", "one-at-a-time"]
 HOLD_SHARE = 0.8  # of the time that a request may wait
 LEAST_LOAD_S = 5.0
 
@@ -42,19 +42,19 @@ class MoveFailed(SwitchyardError):
 class Moves:
     """The moves of one yard; one at a time for each model."""
 
-    def __init__(self, yard: Yard, shadow: Shadow, residency: MemoryBudget) -> None:
+    def __init__(self, yard: Yard, shadow: Shadow, memory_budget: MemoryBudget) -> None:
         self._yard = yard
         self._shadow = shadow
-        self._residency = residency
+        self._memory_budget = memory_budget
 
-    async def promote(self, model: str | None, to: str | None, say: Say, *, form: Form = "auto") -> str:
+    async def promote(self, model: str | None, to: str | None, say: Say, *, form: MoveForm = "auto") -> str:
         """Serve `model` by the engine `to` (the candidate where none is named). Raises BadInput, MoveFailed."""
         route = self._yard.route_of(model)
         target = self._unit(route, to or route.candidate)
-        async with self._alone(route, f"promote to {target.engine}", say) as tell:
-            return await self._move(route, target, tell, form, undo=route.state.serving)
+        async with self._alone(route, f"promote to {target.engine}", say) as report:
+            return await self._move(route, target, report, form, undo=route.state.serving)
 
-    async def rollback(self, model: str | None, say: Say, *, form: Form = "auto") -> str:
+    async def rollback(self, model: str | None, say: Say, *, form: MoveForm = "auto") -> str:
         """Back to the last good route: the canary taken out, or the engine before the last move."""
         route = self._yard.route_of(model)
         if route.state.canary is not None:
@@ -62,8 +62,8 @@ class Moves:
         if route.state.undo is None:
             raise BadInput(f"nothing to roll back: {route.model_id} was not moved; {route.state.serving} serves it")
         target = self._unit(route, route.state.undo)
-        async with self._alone(route, f"roll back to {target.engine}", say) as tell:
-            return await self._move(route, target, tell, form, undo=None)
+        async with self._alone(route, f"roll back to {target.engine}", say) as report:
+            return await self._move(route, target, report, form, undo=None)
 
     async def use(self, model: str | None, engine: str, say: Say) -> str:
         """Choose an engine by hand, or leave the choice to the moves again (`auto`)."""
@@ -85,17 +85,17 @@ class Moves:
             raise BadInput(f"{target.engine} serves {route.model_id} already; a canary is another engine")
         if weight == 0 and route.state.canary is None:
             return f"no canary on {route.model_id}"
-        async with self._alone(route, f"canary {target.engine} {weight:g}", say) as tell:
+        async with self._alone(route, f"canary {target.engine} {weight:g}", say) as report:
             if weight == 0:
                 self._yard.commit(route, canary=None)
-                tell(f"canary out; {target.engine} finishes {len(target.flights)} request(s)")
+                report(f"canary out; {target.engine} finishes {len(target.in_flight)} request(s)")
                 if target is not route.serving:  # the fallback stays up
                     await target.idle()
                     await target.stop()
                 return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
             if not target.state.serves:
-                await self._require_room(target.recipe, route.serving)
-                await self._bring_up(route, target, tell, self._yard.settings.move_s)
+                await self._require_room(target.spec, route.serving)
+                await self._bring_up(route, target, report, self._yard.settings.move_s)
             self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight, since=time.time()))
             return f"{route.model_id}: {target.engine} answers {weight:.0%} of the conversations"
 
@@ -106,14 +106,14 @@ class Moves:
         if target is route.serving:
             raise BadInput(f"{target.engine} serves {route.model_id}; copies go to another engine")
         self._shadow.set_share(route, target.engine, share)
-        async with self._alone(route, f"shadow on {target.engine} {share:g}", say) as tell:
+        async with self._alone(route, f"shadow on {target.engine} {share:g}", say) as report:
             if share == 0:
                 if route.state.canary is None or route.state.canary.engine != target.engine:
-                    await self._retire([target], tell)
+                    await self._retire([target], report)
                 return f"{route.model_id}: nothing is copied any more"
             if not target.state.serves:
-                await self._require_room(target.recipe, route.serving)
-                await self._bring_up(route, target, tell, self._yard.settings.move_s)
+                await self._require_room(target.spec, route.serving)
+                await self._bring_up(route, target, report, self._yard.settings.move_s)
         return f"{route.model_id}: {target.engine} gets copies of {share:.0%} of the chat requests"
 
     async def drain(self, model: str | None, say: Say, *, on: bool) -> str:
@@ -123,9 +123,9 @@ class Moves:
             route.holding = False
             route.hand_over()
             return f"{route.model_id} takes requests again"
-        async with self._alone(route, "drain", say) as tell:
+        async with self._alone(route, "drain", say) as report:
             route.holding = True
-            tell(f"holding new requests; {sum(len(unit.flights) for unit in route.units.values())} in flight")
+            report(f"holding new requests; {sum(len(unit.in_flight) for unit in route.units.values())} in flight")
             await asyncio.gather(*(unit.idle() for unit in route.units.values()))
             return f"{route.model_id} is drained; new requests wait until `switchyard drain --off`"
 
@@ -150,19 +150,19 @@ class Moves:
     async def _reload_model(self, model: ModelConfig) -> str:
         route = self._yard.routes.get(model.id)
         if route is None:
-            self._residency.admit(self._yard.add(model))
+            self._memory_budget.admit(self._yard.add(model))
             return f"{model.id} is new"
         route.incumbent, route.candidate = model.incumbent, model.candidate
         route.load, route.pin = model.load, model.pin
         changed = []
-        for engine, recipe in model.recipes.items():
-            known = engine in route.units and route.units[engine].recipe == recipe
+        for engine, spec in model.specs.items():
+            known = engine in route.units and route.units[engine].spec == spec
             if known or engine in self._yard.state.retired:
                 continue
-            unit = self._yard.unit(recipe)
+            unit = self._yard.unit(spec)
             if engine in route.units and route.units[engine].child is not None:
-                async with self._alone(route, f"{engine} with its new settings", lambda _: None) as tell:
-                    await self._move(route, unit, tell, "auto", undo=route.state.undo)
+                async with self._alone(route, f"{engine} with its new settings", lambda _: None) as report:
+                    await self._move(route, unit, report, "auto", undo=route.state.undo)
             else:
                 route.units[engine] = unit
             changed.append(f"{model.id}: {engine} has new settings")
@@ -179,17 +179,17 @@ class Moves:
         for route in self._yard.routes.values():
             if (unit := route.units.pop(engine, None)) is not None:
                 await unit.stop()
-        self._yard.journal.note("move", "-", f"retired by {who}: {why}", engine=engine)
+        self._yard.events.note("move", "-", f"retired by {who}: {why}", engine=engine)
         return f"{engine} is retired: nothing starts it until `switchyard restore {engine}`"
 
     async def restore(self, engine: str) -> str:
         """Have a retired engine back on every route that it was on; it serves when a move, or a person, says so."""
         back = self._yard.state.retired.get(engine)
         self._yard.save(self._yard.state.restore(engine))
-        for model_id, recipe in back.recipes.items() if back else ():
+        for model_id, spec in back.specs.items() if back else ():
             if (route := self._yard.routes.get(model_id)) is not None and engine not in route.units:
-                route.units[engine] = self._yard.unit(await self._yard.restorable(recipe))
-        self._yard.journal.note("move", "-", "restored", engine=engine)
+                route.units[engine] = self._yard.unit(await self._yard.restorable(spec))
+        self._yard.events.note("move", "-", "restored", engine=engine)
         return f"{engine} is back; `switchyard promote MODEL --to {engine}` makes it serve"
 
     def _require_unneeded(self, engine: str) -> None:
@@ -210,61 +210,61 @@ class Moves:
 
     # --- how
 
-    async def _move(self, route: Route, target: Unit, tell: Say, form: Form, *, undo: str | None) -> str:
-        if form not in get_args(Form):
-            raise BadInput(f"form '{form}' is unknown: write {', '.join(get_args(Form))}")
+    async def _move(self, route: Route, target: Unit, report: Say, form: MoveForm, *, undo: str | None) -> str:
+        if form not in get_args(MoveForm):
+            raise BadInput(f"form '{form}' is unknown: write {', '.join(get_args(MoveForm))}")
         old = route.serving
         if old is target:
             if route.state.serving != target.engine:  # the fallback is made the choice
                 self._settle(route, target, undo=route.state.undo)
-            await self._bring_up(route, target, tell, self._yard.settings.move_s)
+            await self._bring_up(route, target, report, self._yard.settings.move_s)
             return f"{route.model_id} is served by {target.engine} already"
-        self._yard.commit(route)  # both recipes on the disk before anything changes
-        tell(f"way back saved: {old.engine} {old.recipe.version}")
+        self._yard.commit(route)  # both specs on the disk before anything changes
+        report(f"way back saved: {old.engine} {old.spec.version}")
         if form == "auto":
-            beside = target.state.serves or await _fits(target.recipe, old)
+            beside = target.state.serves or await _fits(target.spec, old)
             form = "side-by-side" if beside else "one-at-a-time"
-        tell(f"moving {form.replace('-', ' ')}")
+        report(f"moving {form.replace('-', ' ')}")
         if form == "side-by-side":
-            await self._side_by_side(route, old, target, tell, undo)
+            await self._side_by_side(route, old, target, report, undo)
         else:
-            await self._one_at_a_time(route, old, target, tell, undo)
+            await self._one_at_a_time(route, old, target, report, undo)
         return f"{route.model_id} is served by {target.engine}"
 
-    async def _side_by_side(self, route: Route, old: Unit, target: Unit, tell: Say, undo: str | None) -> None:
+    async def _side_by_side(self, route: Route, old: Unit, target: Unit, report: Say, undo: str | None) -> None:
         ran_before = target.state.serves
-        await self._bring_up(route, target, tell, self._yard.settings.move_s)
+        await self._bring_up(route, target, report, self._yard.settings.move_s)
         try:
             self._settle(route, target, undo=undo)
         except SwitchyardError:  # a full disk: nothing was moved
             if not ran_before:
                 await target.stop()
             raise
-        tell(f"new requests go to {target.engine}; {old.engine} finishes {len(old.flights)}")
-        await self._retire([unit for unit in {*route.units.values(), old} if unit is not target], tell)
+        report(f"new requests go to {target.engine}; {old.engine} finishes {len(old.in_flight)}")
+        await self._retire([unit for unit in {*route.units.values(), old} if unit is not target], report)
 
-    async def _one_at_a_time(self, route: Route, old: Unit, target: Unit, tell: Say, undo: str | None) -> None:
+    async def _one_at_a_time(self, route: Route, old: Unit, target: Unit, report: Say, undo: str | None) -> None:
         # those who wait are given up after wait_s: by then the new engine serves, or the old one does again
         until = time.monotonic() + HOLD_SHARE * self._yard.settings.wait_s
         route.holding = True
         try:
-            tell(f"holding new requests; {len(old.flights)} in flight on {old.engine}")
+            report(f"holding new requests; {len(old.in_flight)} in flight on {old.engine}")
             await self._drained(route, old, (until - time.monotonic()) / 2)
             held, before = old.vram_bytes, await asyncio.to_thread(free_memory)
-            tell(f"stopping {old.engine}")
+            report(f"stopping {old.engine}")
             await old.stop()
             try:
                 if (
                     old.given_up is not None
                 ):  # its memory does not come back: the other may fit beside it, or nothing does
-                    tell(old.why)
+                    report(old.why)
                 else:
-                    tell(await memory_back(held, before, self._yard.settings.memory_back_s))
+                    report(await memory_back(held, before, self._yard.settings.memory_back_s))
                 left = until - time.monotonic() - 2 * (old.load_s or 0)
-                await self._bring_up(route, target, tell, min(self._yard.settings.move_s, max(left, LEAST_LOAD_S)))
+                await self._bring_up(route, target, report, min(self._yard.settings.move_s, max(left, LEAST_LOAD_S)))
                 self._settle(route, target, undo=undo)
             except BaseException:
-                tell(f"putting {old.engine} back")
+                report(f"putting {old.engine} back")
                 await target.stop()
                 with contextlib.suppress(EngineError):  # then the yard falls back, and the reason of the move is told
                     await old.ready()
@@ -272,14 +272,14 @@ class Moves:
         finally:
             route.holding = False
             route.hand_over()
-        tell(f"new requests go to {target.engine}")
+        report(f"new requests go to {target.engine}")
 
     async def _drained(self, route: Route, unit: Unit, within_s: float) -> None:
         try:
             await asyncio.wait_for(unit.idle(), within_s)
         except TimeoutError:
             raise MoveFailed(
-                f"{route.model_id} stays on {unit.engine}: {len(unit.flights)} request(s) were not done within "
+                f"{route.model_id} stays on {unit.engine}: {len(unit.in_flight)} request(s) were not done within "
                 f"{within_s:.0f} s, and no longer may others be held; try again when it is quieter"
             ) from None
 
@@ -294,35 +294,35 @@ class Moves:
                 route.units[target.engine] = replaced
             raise
         route.fallback = route.unservable = None
-        route.dormant = False
+        route.unloaded = False
         route.hand_over()
 
-    async def _bring_up(self, route: Route, target: Unit, tell: Say, within_s: float) -> None:
+    async def _bring_up(self, route: Route, target: Unit, report: Say, within_s: float) -> None:
         """One real token from the target, or MoveFailed with it stopped again."""
         if target.state.serves:
             return
-        tell(f"starting {target.engine} {target.recipe.version}")
+        report(f"starting {target.engine} {target.spec.version}")
         try:
             await target.ready(within_s, first_try=True)
         except EngineError as error:
             if target is not route.serving:
                 await target.stop()
             raise MoveFailed(f"{route.model_id} stays on {route.state.serving}: {error}") from error
-        tell(f"{target.engine} gave its first token after {target.load_s or 0:.1f} s")
+        report(f"{target.engine} gave its first token after {target.load_s or 0:.1f} s")
 
-    async def _retire(self, units: Iterable[Unit], tell: Say) -> None:
+    async def _retire(self, units: Iterable[Unit], report: Say) -> None:
         """End engines that no new request goes to, once their requests are done."""
         for unit in units:
             running = unit.child is not None
             await unit.idle()
             await unit.stop()
             if running:
-                tell(f"{unit.engine} stopped")
+                report(f"{unit.engine} stopped")
 
-    async def _require_room(self, recipe: LaunchSpec, beside: Unit) -> None:
-        if not await _fits(recipe, beside):
+    async def _require_room(self, spec: LaunchSpec, beside: Unit) -> None:
+        if not await _fits(spec, beside):
             raise MoveFailed(
-                f"a canary runs both engines at once, and {recipe.engine} does not fit beside the one that serves; "
+                f"a canary runs both engines at once, and {spec.engine} does not fit beside the one that serves; "
                 "`promote` moves one at a time"
             )
 
@@ -338,30 +338,30 @@ class Moves:
 
     @contextlib.asynccontextmanager
     async def _alone(self, route: Route, what: str, say: Say) -> AsyncIterator[Say]:
-        """One move of a model at a time; every step in the journal."""
+        """One move of a model at a time; every step in the event log."""
         if route.moving is not None:
             raise BadInput(f"{route.model_id} is being moved already ({route.moving}); wait until that is done")
         route.moving = what
 
-        def tell(step: str) -> None:
-            self._yard.journal.note("move", route.model_id, step)
+        def report(step: str) -> None:
+            self._yard.events.note("move", route.model_id, step)
             say(step)
 
-        self._yard.journal.note("move", route.model_id, f"begin: {what}")
+        self._yard.events.note("move", route.model_id, f"begin: {what}")
         try:
-            yield tell
-            self._yard.journal.note("move", route.model_id, f"done: {what}")
+            yield report
+            self._yard.events.note("move", route.model_id, f"done: {what}")
         except BaseException as error:
-            self._yard.journal.note("incident", route.model_id, f"{what} failed: {error or type(error).__name__}")
+            self._yard.events.note("incident", route.model_id, f"{what} failed: {error or type(error).__name__}")
             raise
         finally:
             route.moving = None
             self._yard.reconsider(route)
 
 
-async def _fits(recipe: LaunchSpec, beside: Unit) -> bool:
+async def _fits(spec: LaunchSpec, beside: Unit) -> bool:
     """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
-    free, estimated = await asyncio.to_thread(_estimated, recipe)
+    free, estimated = await asyncio.to_thread(_estimated, spec)
     if estimated != "unknown":
         return estimated == "fits"
     return _holds(free.ram_bytes, beside.memory_bytes) and (
@@ -369,11 +369,11 @@ async def _fits(recipe: LaunchSpec, beside: Unit) -> bool:
     )
 
 
-def _estimated(recipe: LaunchSpec) -> tuple[FreeMemory, str]:
+def _estimated(spec: LaunchSpec) -> tuple[FreeMemory, str]:
     """Files and NVML are read: too slow for the loop that streams pass through."""
     free = free_memory()
     try:
-        return free, estimate(read_header(recipe.gguf), recipe.settings, recipe.engine, memory=free).verdict
+        return free, estimate(read_header(spec.gguf), spec.settings, spec.engine, memory=free).verdict
     except SwitchyardError:
         return free, "unknown"
 

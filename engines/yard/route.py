@@ -52,7 +52,7 @@ class Route:
         self.max_waiting = max_waiting
         self.load: Load = "start"
         self.pin = False
-        self.dormant = False  # not in memory; the next request loads it
+        self.unloaded = False  # not in memory; the next request loads it
         self.used_at = time.monotonic()  # the last request
         self._waiting: deque[Waiting] = deque()
 
@@ -102,8 +102,8 @@ class Route:
         if place in self._waiting:
             self._waiting.remove(place)
         elif place.turn.done() and not place.turn.cancelled() and place.turn.exception() is None:
-            unit, flight = place.turn.result()
-            unit.give_back(flight)
+            unit, running = place.turn.result()
+            unit.give_back(running)
 
     def hand_over(self) -> None:
         """Give each waiting request whose engine has room its turn; called after every change."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Sample:
+class LiveSample:
     """One live request that an engine answered. Times in ms, as the yard saw them; None where there is none."""
 
     at: float

@@ -61,8 +61,8 @@ def run(
 
 async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Callable[[Yard], None]) -> None:
     stop = asyncio.Event()
-    shadow, residency = Shadow(yard), MemoryBudget(yard)
-    moves, status = Moves(yard, shadow, residency), Status(yard, shadow)
+    shadow, memory_budget = Shadow(yard), MemoryBudget(yard)
+    moves, status = Moves(yard, shadow, memory_budget), Status(yard, shadow)
     reloads: set[asyncio.Task[object]] = set()
     background: list[asyncio.Task[None]] = []
 
@@ -93,7 +93,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     limit = yard.settings.max_header_kib * 1024
-    gateway = Gateway(yard, shadow, residency, status)
+    gateway = Gateway(yard, shadow, memory_budget, status)
     public = web.AppRunner(
         gateway.application(),
         handler_cancellation=True,
@@ -104,7 +104,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         max_field_size=limit,
     )
     control = web.AppRunner(
-        Control(yard, moves, residency, status, stop=stop.set, reload=reload).application(), access_log=None
+        Control(yard, moves, memory_budget, status, stop=stop.set, reload=reload).application(), access_log=None
     )
     try:
         await public.setup()
@@ -113,9 +113,9 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await _listen(public, yard)
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
         opened(yard)  # what is lost on the way is said before an engine is launched
-        residency.start()
+        memory_budget.start()
         background += [asyncio.create_task(CanaryAnalysis(yard, moves).run()), asyncio.create_task(shadow.run())]
-        background.append(asyncio.create_task(residency.run()))
+        background.append(asyncio.create_task(memory_budget.run()))
         background.append(asyncio.create_task(gateway.watch_clients(lambda: _connections(public))))
         await stop.wait()
     finally:

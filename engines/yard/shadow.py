@@ -30,12 +30,12 @@ from engines.yard.engine.unit import Unit
 from engines.yard.route import Route
 from engines.yard.yard import Yard
 
-Answer = dict[str, Any]
+ChatAnswer = dict[str, Any]
 CHAT = "/v1/chat/completions"
 POLL_S = 0.1
 QUIET_S = 0.5  # an agent's next request comes right after its last answer
 TRIES = 3
-TAPE_BYTES = 2 * 2**20
+RECORDED_BYTES = 2 * 2**20
 SHOWN_CHARACTERS = 32_768
 PAIRS = 200
 JUDGE_SHARE = 20  # the judge waits this many times what it took, so that it holds a twentieth of a core at most
@@ -51,13 +51,13 @@ class RecordedAnswer:
     def add(self, piece: bytes) -> None:
         """One more piece of the answer."""
         self._size += len(piece)
-        if self._size <= TAPE_BYTES:
+        if self._size <= RECORDED_BYTES:
             self._pieces.append(piece)
 
     @property
     def whole(self) -> bytes | None:
         """All of it; None when it was too long."""
-        return b"".join(self._pieces) if self._size <= TAPE_BYTES else None
+        return b"".join(self._pieces) if self._size <= RECORDED_BYTES else None
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ class Copy:
 
     model_id: str
     call: Call
-    answer: Answer
+    answer: ChatAnswer
     tries: int = 0
 
 
@@ -91,7 +91,7 @@ class Shadow:
         self._tallies: dict[str, Tally] = {}
         self._queue: deque[Copy] = deque()
         self._arrived = asyncio.Event()
-        self._asking: asyncio.Task[Answer] | None = None
+        self._asking: asyncio.Task[ChatAnswer] | None = None
         self._asked: tuple[Copy, Unit] | None = None
         self._busy_at = time.monotonic()
         self._judge_from = 0.0
@@ -100,8 +100,8 @@ class Shadow:
 
     # --- what the gateway calls: cheap, and it never raises
 
-    def tape(self, route: Route, call: Call) -> RecordedAnswer | None:
-        """A tape where this request is to be copied; None for most."""
+    def recorder(self, route: Route, call: Call) -> RecordedAnswer | None:
+        """A recorder of the answer where this request is to be copied; None for most requests."""
         tally = self._tally(route)
         if call.path != CHAT or tally.share <= 0 or self._random.random() >= tally.share:
             return None
@@ -112,9 +112,9 @@ class Shadow:
             return None
         return RecordedAnswer()
 
-    def offer(self, route: Route, unit: Unit, call: Call, tape: RecordedAnswer) -> None:
+    def offer(self, route: Route, unit: Unit, call: Call, recorded: RecordedAnswer) -> None:
         """The user has the whole answer of `unit`: a copy waits for the candidate from now on."""
-        said = tape.whole
+        said = recorded.whole
         if unit is self._unit(route) or said is None:
             return
         self._queue.append(Copy(route.model_id, call, read_answer(said, stream=call.stream)))
@@ -206,10 +206,10 @@ class Shadow:
             return True
         ours = self._asked is not None
         if self._yard.settings.shadow_when == "slot":
-            return route.waiting > 0 or len(unit.flights) > ours
+            return route.waiting > 0 or len(unit.in_flight) > ours
         routes = self._yard.routes.values()
-        flights = sum(len(one.flights) for other in routes for one in other.units.values())
-        return flights > ours or any(other.waiting for other in routes)
+        in_flight = sum(len(one.in_flight) for other in routes for one in other.units.values())
+        return in_flight > ours or any(other.waiting for other in routes)
 
     async def _next(self) -> None:
         """One copy, to its end or until somebody needs the room."""
@@ -243,33 +243,33 @@ class Shadow:
         else:
             self._count(route, "dropped")
 
-    async def _ask(self, unit: Unit, call: Call) -> Answer:
-        flight = unit.take(call.prompt_tokens)
+    async def _ask(self, unit: Unit, call: Call) -> ChatAnswer:
+        running = unit.take(call.prompt_tokens)
         try:
             dialect = unit.dialect(call)
-            async with unit.door.ask("POST", call.path, dialect.request()) as upstream:
+            async with unit.connection.ask("POST", call.path, dialect.request()) as upstream:
                 if not call.stream or upstream.status != 200:
                     status, data = dialect.whole(upstream.status, await upstream.read())
-                    flight.chunk(content=True)
+                    running.chunk(content=True)
                     return read_answer(data, stream=False, status=status)
-                tape = RecordedAnswer()
+                recorded = RecordedAnswer()
                 async for chunk in upstream.pieces():
-                    flight.chunk(content=flight.first is None)
-                    tape.add(dialect.event(chunk))
-                tape.add(dialect.rest())
+                    running.chunk(content=running.first is None)
+                    recorded.add(dialect.event(chunk))
+                recorded.add(dialect.rest())
             if dialect.early_error is not None:
                 return read_answer(dialect.early_error[1], stream=False, status=dialect.early_error[0])
-            return read_answer(tape.whole or b"", stream=True) | ({"error": dialect.error} if dialect.error else {})
+            return read_answer(recorded.whole or b"", stream=True) | ({"error": dialect.error} if dialect.error else {})
         except Refusal as refusal:
             return no_answer(str(refusal))
         except Gone as gone:
             return no_answer(str(gone))
         finally:
-            unit.give_back(flight)
+            unit.give_back(running)
 
     # --- what is made of it
 
-    def _compare(self, route: Route, unit: Unit, copy: Copy, candidate: Answer) -> None:
+    def _compare(self, route: Route, unit: Unit, copy: Copy, candidate: ChatAnswer) -> None:
         tally = self._tally(route)
         sampled = is_sampled(copy.call.body)
         found = compare(copy.answer, candidate, sampled=sampled)
@@ -303,7 +303,7 @@ class Shadow:
             tally.says = dict(await asyncio.to_thread(judge, list(tally.pairs)))
         except Exception as error:
             tally.says = {"verdict": "ERROR", "why": f"{type(error).__name__}: {error}"}
-            self._yard.journal.note("incident", "-", f"the judge of the shadow failed: {tally.says['why']}")
+            self._yard.events.note("incident", "-", f"the judge of the shadow failed: {tally.says['why']}")
         self._judge_from = time.monotonic() + JUDGE_SHARE * (time.monotonic() - began)
 
     def _count(self, route: Route, outcome: str) -> None:
@@ -331,7 +331,7 @@ def is_sampled(body: Mapping[str, Any]) -> bool:
     return body.get("temperature") != 0 and body.get("top_k") != 1
 
 
-def compare(incumbent: Answer, candidate: Answer, *, sampled: bool) -> dict[str, Any]:
+def compare(incumbent: ChatAnswer, candidate: ChatAnswer, *, sampled: bool) -> dict[str, Any]:
     """The `outcomes` to count for a pair, and the character at which the texts part (None where equal or not compared).
 
     `failed` or `copied`; of the copied `empty` where only the candidate said nothing; then `sampled`, or `exact` or
@@ -359,7 +359,7 @@ def first_difference(one: str, other: str) -> int | None:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def read_answer(data: bytes, *, stream: bool, status: int = 200) -> Answer:
+def read_answer(data: bytes, *, stream: bool, status: int = 200) -> ChatAnswer:
     """A chat answer as the parity check keeps it (without logprobs), out of what an engine sent.
 
     Arguments of tool calls are brought to one spelling: JSON with sorted keys, as it came where it is none.
@@ -391,7 +391,7 @@ def read_answer(data: bytes, *, stream: bool, status: int = 200) -> Answer:
     }
 
 
-def no_answer(error: str) -> Answer:
+def no_answer(error: str) -> ChatAnswer:
     """An answer that did not come."""
     nothing = dict.fromkeys(("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"))
     return {
@@ -458,13 +458,13 @@ def _error_text(body: Mapping[str, Any]) -> str:
     return str(error.get("message") if isinstance(error, dict) else error)[:500]
 
 
-def _shown(answer: Answer) -> str:
+def _shown(answer: ChatAnswer) -> str:
     return f"{answer['reasoning']}\0{answer['text']}" if answer["reasoning"] else str(answer["text"])
 
 
-def _says_nothing(answer: Answer) -> bool:
+def _says_nothing(answer: ChatAnswer) -> bool:
     return not (answer["text"] or answer["reasoning"] or answer["tool_calls"])
 
 
-def _size(answer: Answer) -> int:
+def _size(answer: ChatAnswer) -> int:
     return len(answer["text"]) + len(answer["reasoning"]) + 1024

@@ -18,39 +18,38 @@ from engines.errors import BadInput, SwitchyardError
 from engines.yard.engine.launch_spec import LaunchSpec
 
 
-class Canary(BaseModel):
-    """A share of conversations that another engine answers."""
+class _Stored(BaseModel):
+    # `specs` is stored as "recipes", the name that the first versions gave it: both ways over an update need it
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class Canary(_Stored):
+    """A share of conversations that another engine answers."""
 
     engine: str
     weight: float = Field(gt=0, lt=1)
     since: float | None = None  # when it was ordered; only requests from then on count
 
 
-class ModelState(BaseModel):
+class ModelState(_Stored):
     """The route of one model. `undo` is the engine that served before the last move; None when nothing was moved."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     serving: str
     undo: str | None = None
     canary: Canary | None = None
     selected: str = "auto"
-    recipes: dict[str, LaunchSpec] = {}
+    specs: dict[str, LaunchSpec] = Field({}, alias="recipes")
     moved_at: float | None = None
 
 
-class Retired(BaseModel):
-    """An engine that may not be started any more, and all it takes to have it back: its recipes, by model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Retired(_Stored):
+    """An engine that may not be started any more, and all it takes to have it back: its specs, by model."""
 
     at: float  # s since the epoch
     who: str
     why: str
     archive: str = ""
-    recipes: dict[str, LaunchSpec] = {}
+    specs: dict[str, LaunchSpec] = Field({}, alias="recipes")
     undo: tuple[str, ...] = ()  # models whose way back it was
 
     def line(self, engine: str) -> str:
@@ -59,10 +58,8 @@ class Retired(BaseModel):
         return f"{engine} was retired on {day} by {self.who} ({self.why}); `switchyard restore {engine}` brings it back"
 
 
-class YardState(BaseModel):
+class YardState(_Stored):
     """All routes, by model, and the engines that are retired."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     models: dict[str, ModelState] = {}
@@ -84,11 +81,9 @@ class YardState(BaseModel):
             raise BadInput(f"{self.retired[engine].line(engine)}; there is nothing left to retire")
         if needs := self.needs(engine):
             raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
-        recipes = {
-            model_id: route.recipes[engine] for model_id, route in self.models.items() if engine in route.recipes
-        }
+        specs = {model_id: route.specs[engine] for model_id, route in self.models.items() if engine in route.specs}
         undo = tuple(model_id for model_id, route in self.models.items() if route.undo == engine)
-        gone = Retired(at=at, who=who, why=why, archive=archive, recipes=recipes, undo=undo)
+        gone = Retired(at=at, who=who, why=why, archive=archive, specs=specs, undo=undo)
         models = {model_id: _without(route, engine) for model_id, route in self.models.items()}
         return self.model_copy(update={"models": models, "retired": {**self.retired, engine: gone}})
 
@@ -98,13 +93,17 @@ class YardState(BaseModel):
             known = ", ".join(self.retired) or "none"
             raise BadInput(f"{engine} is not retired; retired: {known}")
         back, models = self.retired[engine], dict(self.models)
-        for model_id, recipe in back.recipes.items():
+        for model_id, spec in back.specs.items():
             if (route := models.get(model_id)) is not None:
                 undo = engine if model_id in back.undo and route.undo is None else route.undo
-                recipes = {**route.recipes, engine: recipe}
-                models[model_id] = route.model_copy(update={"recipes": recipes, "undo": undo})
+                specs = {**route.specs, engine: spec}
+                models[model_id] = route.model_copy(update={"specs": specs, "undo": undo})
         retired = {name: gone for name, gone in self.retired.items() if name != engine}
         return self.model_copy(update={"models": models, "retired": retired})
+
+    def text(self) -> str:
+        """The JSON that is stored."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
 
     def with_model(self, model_id: str, route: ModelState) -> YardState:
         """The same, with one route changed."""
@@ -112,10 +111,10 @@ class YardState(BaseModel):
 
 
 def _without(route: ModelState, engine: str) -> ModelState:
-    recipes = {name: recipe for name, recipe in route.recipes.items() if name != engine}
+    specs = {name: spec for name, spec in route.specs.items() if name != engine}
     undo = None if route.undo == engine else route.undo
     selected = "auto" if route.selected == engine else route.selected
-    return route.model_copy(update={"recipes": recipes, "undo": undo, "selected": selected})
+    return route.model_copy(update={"specs": specs, "undo": undo, "selected": selected})
 
 
 class StateFile:
@@ -153,7 +152,7 @@ class StateFile:
         partial = self.path.with_suffix(".part")
         try:
             with partial.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(state.model_dump(mode="json"), indent=1))
+                file.write(state.text())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)

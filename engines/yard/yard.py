@@ -31,14 +31,14 @@ from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.capture import Capture
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.connection import EngineConnection, FrameDoor, HttpDoor
+from engines.yard.engine.connection import EngineConnection, FrameConnection, HttpConnection
 from engines.yard.engine.health import Transition
 from engines.yard.engine.launch_spec import LaunchSpec, found_again
 from engines.yard.engine.unit import InFlight, Unit
-from engines.yard.journal import Journal
+from engines.yard.event_log import EventLog
 from engines.yard.metrics import Metrics
 from engines.yard.route import Route
-from engines.yard.sample import Sample
+from engines.yard.sample import LiveSample
 from engines.yard.state import ModelState, StateFile, YardState
 
 SAMPLES = 5000  # live requests remembered for the judgement of a canary
@@ -57,14 +57,14 @@ class Yard:
         self.log = logging.getLogger("switchyard.yard")
         self.metrics = Metrics()
         self.routes: dict[str, Route] = {}
-        self.samples: dict[str, deque[Sample]] = {}
+        self.samples: dict[str, deque[LiveSample]] = {}
         self.started_at = time.time()
         self.stopping = False
         self.http: aiohttp.ClientSession
         self.kept: aiohttp.ClientSession  # of requests that generate
         self.config = config
         self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
-        self.canary_says: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
+        self.canary_verdicts: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
         self.look_at_canaries = asyncio.Event()
         self.capture = Capture(None, 0)
         self._drivers = drivers
@@ -92,9 +92,9 @@ class Yard:
 
     async def open(self) -> None:
         """Routes as last committed; no engine is started yet."""
-        self.journal = Journal(self.folder, self.log)
+        self.events = EventLog(self.folder, self.log)
         for ended in await asyncio.to_thread(end_orphans, self.home):
-            self.journal.note("yard", "-", f"ended, left behind by a yard that was killed: {ended}")
+            self.events.note("yard", "-", f"ended, left behind by a yard that was killed: {ended}")
         # a kept-alive connection that an engine closes while we send would look like its death: see the gateway
         self.http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False, trust_env=False
@@ -106,7 +106,7 @@ class Yard:
         self._file = StateFile(self.folder)
         self.state, problem = self._file.load()
         if problem:
-            self.journal.note("incident", "-", problem)
+            self.events.note("incident", "-", problem)
         self._loop = asyncio.get_running_loop()
         self.capture = self._capture()
         for model in self.config.models:
@@ -114,7 +114,7 @@ class Yard:
 
     def bring_up(self, route: Route) -> None:
         """The engines that the route needs, on their way up."""
-        route.dormant = False
+        route.unloaded = False
         if route.units:
             route.serving.want()
         if (canary := route.state.canary) is not None and canary.engine in route.units:
@@ -142,23 +142,23 @@ class Yard:
     def note_problem(self, what: str) -> None:
         """An incident from a thread of the yard's own."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is told any more
-            self._loop.call_soon_threadsafe(self.journal.note, "incident", "-", what)
+            self._loop.call_soon_threadsafe(self.events.note, "incident", "-", what)
 
     def add(self, model: ModelConfig) -> Route:
         """A model with its route and engines. One whose engine is not here is served by the other one."""
         route = Route(model.id, self._restored(model), {}, max_waiting=self.settings.max_waiting)
         route.incumbent, route.candidate = model.incumbent, model.candidate
         route.load, route.pin = model.load, model.pin
-        for engine, recipe in {**route.state.recipes, **model.recipes}.items():
+        for engine, spec in {**route.state.specs, **model.specs}.items():
             if engine not in self.state.retired:
-                stored = engine not in model.recipes
-                route.units[engine] = self.unit(self._startable(recipe) if stored else recipe)
+                stored = engine not in model.specs
+                route.units[engine] = self.unit(self._startable(spec) if stored else spec)
         self.routes[model.id] = route
         self.samples[model.id] = deque(maxlen=SAMPLES)
         self.names |= {name: model.id for name in (model.id, *model.aliases)}
         for engine, why in model.missing.items():
             if engine not in route.units:
-                self.journal.note("incident", model.id, why, engine=engine)
+                self.events.note("incident", model.id, why, engine=engine)
         if route.state.serving not in route.units:
             gone = self.state.retired.get(route.state.serving)
             self._fall_back(route, route.state.serving, "is retired" if gone else "is not on this machine")
@@ -172,54 +172,54 @@ class Yard:
         if known is not None:
             return known.model_copy(update={"serving": model.engine, "undo": known.serving, "selected": model.engine})
         chosen = model.incumbent if model.engine == "auto" else model.engine
-        return ModelState(serving=chosen, selected=model.engine, recipes=dict(model.recipes))
+        return ModelState(serving=chosen, selected=model.engine, specs=dict(model.specs))
 
-    def unit(self, recipe: LaunchSpec) -> Unit:
+    def unit(self, spec: LaunchSpec) -> Unit:
         """An engine of this yard, not started."""
         unit = Unit(
-            recipe,
-            self._driver(recipe.engine),
+            spec,
+            self._driver(spec.engine),
             self.settings,
             home=self.home,
             key=self._engine_key,
-            open_door=self._door,
+            connect=self._connection,
             changed=self._on_change,
             transition=self._on_transition,
-            incident=lambda unit, why: self.journal.note("incident", unit.recipe.model_id, why, engine=unit.engine),
+            incident=lambda unit, why: self.events.note("incident", unit.spec.model_id, why, engine=unit.engine),
         )
-        unit.gap = self.metrics.gap(recipe.model_id, recipe.engine)
+        unit.gap = self.metrics.gap(spec.model_id, spec.engine)
         return unit
 
     def _driver(self, engine: str) -> Driver:
         return self._drivers[engine] if self._drivers else driver(engine)
 
-    def _startable(self, recipe: LaunchSpec, again: tuple[LaunchSpec, str] | None = None) -> LaunchSpec:
-        """A stored recipe as it can be started now; what differs, or is missing, is noted."""
-        found, line = again or found_again(recipe, self._driver(recipe.engine))
+    def _startable(self, spec: LaunchSpec, again: tuple[LaunchSpec, str] | None = None) -> LaunchSpec:
+        """A stored spec as it can be started now; what differs, or is missing, is noted."""
+        found, line = again or found_again(spec, self._driver(spec.engine))
         if line:
-            self.journal.note("yard" if found != recipe else "incident", recipe.model_id, line, engine=recipe.engine)
+            self.events.note("yard" if found != spec else "incident", spec.model_id, line, engine=spec.engine)
         return found
 
-    async def restorable(self, recipe: LaunchSpec) -> LaunchSpec:
-        """The recipe of an engine that was retired: as found at the yard's start, like the next start would take it."""
-        here = {model.id: model.recipes for model in self.config.models}
-        found = here.get(recipe.model_id, {}).get(recipe.engine)
+    async def restorable(self, spec: LaunchSpec) -> LaunchSpec:
+        """The spec of an engine that was retired: as found at the yard's start, like the next start would take it."""
+        here = {model.id: model.specs for model in self.config.models}
+        found = here.get(spec.model_id, {}).get(spec.engine)
         if found is not None:
             return found
-        return self._startable(recipe, await asyncio.to_thread(found_again, recipe, self._driver(recipe.engine)))
+        return self._startable(spec, await asyncio.to_thread(found_again, spec, self._driver(spec.engine)))
 
-    def _door(self, recipe: LaunchSpec, serve: Serve) -> EngineConnection:
-        if recipe.form == "native":
-            return FrameDoor(serve.host, serve.port, self._engine_key)
-        return HttpDoor(serve.base_url, self._engine_key, self.http, self.kept)
+    def _connection(self, spec: LaunchSpec, serve: Serve) -> EngineConnection:
+        if spec.form == "native":
+            return FrameConnection(serve.host, serve.port, self._engine_key)
+        return HttpConnection(serve.base_url, self._engine_key, self.http, self.kept)
 
     # --- what changes by itself
 
     def _on_transition(self, unit: Unit, transition: Transition) -> None:
-        self.journal.note("state", unit.recipe.model_id, f"{transition.state}: {transition.why}", engine=unit.engine)
+        self.events.note("state", unit.spec.model_id, f"{transition.state}: {transition.why}", engine=unit.engine)
 
     def _on_change(self, unit: Unit) -> None:
-        route = self.routes.get(unit.recipe.model_id)
+        route = self.routes.get(unit.spec.model_id)
         if route is not None:
             self.reconsider(route)
 
@@ -241,7 +241,7 @@ class Yard:
         """No engine can be kept up. Requests are refused with the reason, and all are tried again in a while."""
         why = f"no engine can serve {route.model_id}: {unit.engine}: {unit.why}".replace("\n", " ")
         route.unservable = redacted_text(why)
-        self.journal.note("incident", route.model_id, route.unservable, engine=unit.engine)
+        self.events.note("incident", route.model_id, route.unservable, engine=unit.engine)
 
         def try_again() -> None:
             if self.routes.get(route.model_id) is route and route.unservable is not None and not self.stopping:
@@ -269,7 +269,7 @@ class Yard:
             self._give_up(route, route.units[engine])
             return
         route.fallback = other
-        self.journal.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)
+        self.events.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)
         route.units[other].want()
 
     def save(self, everything: YardState) -> None:
@@ -280,8 +280,8 @@ class Yard:
 
     def commit(self, route: Route, **changes: Any) -> None:
         """Change a route, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
-        recipes = {engine: unit.recipe for engine, unit in route.units.items()}
-        state = route.state.model_copy(update={"recipes": recipes, **changes})
+        specs = {engine: unit.spec for engine, unit in route.units.items()}
+        state = route.state.model_copy(update={"specs": specs, **changes})
         everything = self.state.with_model(route.model_id, state)
         self._file.save(everything)
         self.state, route.state = everything, state
@@ -321,23 +321,23 @@ class Yard:
             self._loop.run_in_executor(None, old.close)
         self.names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
 
-    def served(self, route: Route, unit: Unit, call: Call, flight: InFlight, error: str | None) -> None:
+    def served(self, route: Route, unit: Unit, call: Call, running: InFlight, error: str | None) -> None:
         """Count an answered request, and remember it for the judgement of a canary."""
-        ttft = None if flight.first is None else (flight.first - flight.sent) * 1000
-        gap_s = flight.gap_s
-        sample = Sample(
+        ttft = None if running.first is None else (running.first - running.sent) * 1000
+        gap_s = running.gap_s
+        sample = LiveSample(
             at=time.time(),
             engine=unit.engine,
             conversation=_digest(call.conversation()) if route.state.canary else "",
-            prompt_tokens=flight.prompt_tokens,
+            prompt_tokens=running.prompt_tokens,
             ok=error is None,
             error=error and redacted_text(error),
-            empty=error is None and flight.first is None and call.stream,
+            empty=error is None and running.first is None and call.stream,
             ttft_ms=ttft if call.stream else None,
             tpot_ms=gap_s * 1000 if call.stream and gap_s is not None else None,
         )
         self.samples[route.model_id].append(sample)
-        self.metrics.served(route.model_id, sample, flight.chunks)
+        self.metrics.served(route.model_id, sample, running.chunks)
 
     def answered(self, call: Call) -> None:
         """What is done with a request once its user has a good answer."""
@@ -346,10 +346,10 @@ class Yard:
     def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
         """An engine went away with a request of which nothing had reached the client."""
         self.metrics.lost(route.model_id, unit.engine)
-        nothing = Sample(time.time(), unit.engine, "", 0, False, f"lost: {why}", False, None, None)
+        nothing = LiveSample(time.time(), unit.engine, "", 0, False, f"lost: {why}", False, None, None)
         self.samples[route.model_id].append(nothing)  # what became of the request is another engine's sample
         what = "is asked again" if retried else "is given up"
-        self.journal.note("incident", route.model_id, f"a request was lost and {what}: {why}", engine=unit.engine)
+        self.events.note("incident", route.model_id, f"a request was lost and {what}: {why}", engine=unit.engine)
 
 
 def _digest(conversation: str) -> str:

@@ -23,7 +23,7 @@ def without(config: YardConfig, engine: str) -> YardConfig:
         dataclasses.replace(
             model,
             engine=engine,
-            recipes={name: recipe for name, recipe in model.recipes.items() if name != engine},
+            specs={name: recipe for name, recipe in model.specs.items() if name != engine},
             missing={**model.missing, engine: f"{engine} is hidden for the rehearsal"},
         )
         for model in config.models

@@ -43,7 +43,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
             id=model.id,
             incumbent=plan.incumbent.engine,
             candidate=plan.candidate.engine,
-            recipes={
+            specs={
                 engine: LaunchSpec.of(installation, model.id, model.gguf, plan.settings_for(model.id))
                 for engine, installation in found.items()
             },
@@ -93,7 +93,7 @@ def losses(plan: Plan, config: YardConfig) -> list[str]:
     """What each engine cannot honour, one line each, without what the plan accepts; said before anything starts."""
     lines: dict[str, None] = {}
     for model in config.models:
-        for engine, recipe in model.recipes.items():
+        for engine, recipe in model.specs.items():
             for loss in driver(engine).unsupported(recipe.installation, recipe.serve(1, None)):
                 if loss.partition(":")[0] not in plan.accepted_unsupported:
                     lines[f"{engine}: {loss}"] = None

@@ -83,7 +83,7 @@ class PlanYards:
 
     def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
         """The engines of a model as found on this machine, by name."""
-        return next(model.recipes for model in self._config.models if model.id == model_id)
+        return next(model.specs for model in self._config.models if model.id == model_id)
 
     def absent(self, model_id: str) -> Mapping[str, str]:
         """Why an engine was not found, by name."""

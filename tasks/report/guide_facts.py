@@ -301,7 +301,7 @@ def _files(plan: Mapping[str, Any], state: YardState) -> Iterable[Path]:
     ):
         keys = ("gguf", "transcripts", "chat_template", "tokenizer_json")
         yield from (Path(part[key]) for key in keys if part.get(key))
-    held = [route.recipes for route in state.models.values()] + [gone.recipes for gone in state.retired.values()]
+    held = [route.specs for route in state.models.values()] + [gone.specs for gone in state.retired.values()]
     yield from (recipe.gguf for recipes in held for recipe in recipes.values())
 
 
@@ -341,7 +341,7 @@ def _model(
         (title, run) for kind, more, title in PHASES if (run := _latest(records, runs, plan["name"] + more, kind, name))
     ]
     seen = [ModelRecord.read(records, run, {"model": name}) for _, run in judged]
-    recipe = (route.recipes if route else {}).get(incumbent) or (gone.recipes if gone else {}).get(name)
+    recipe = (route.specs if route else {}).get(incumbent) or (gone.specs if gone else {}).get(name)
     measured = next((engine for one in seen for engine in one.engines.values() if engine["engine"] == incumbent), None)
     back = [step.at for _, run in judged for step in records.steps(run.id, name) if step.step == "rollback"]
     return Model(
@@ -350,7 +350,7 @@ def _model(
         file=str(told["gguf"]),
         digest=next((one.digest for one in seen if one.digest), NOT_MEASURED),
         before=_engine(recipe) if recipe else _measured(measured) if measured else None,
-        now=_engine(route.recipes[route.serving]) if route and route.serving in route.recipes else None,
+        now=_engine(route.specs[route.serving]) if route and route.serving in route.specs else None,
         serving=route.serving if route else None,
         undo=route.undo if route else None,
         moved=route is not None and route.serving != incumbent,

@@ -80,12 +80,12 @@ def _judge_window(model: Standing, window_s: float, now: float, waived: str | No
 def write_archive(folder: Path, engine: str, state: YardState, plan_toml: str) -> Path:
     """All it takes to have the engine back, by `switchyard restore` or by hand; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipes = {name: route.recipes[engine] for name, route in state.models.items() if engine in route.recipes}
-    recipes |= state.retired[engine].recipes if engine in state.retired else {}
+    recipes = {name: route.specs[engine] for name, route in state.models.items() if engine in route.specs}
+    recipes |= state.retired[engine].specs if engine in state.retired else {}
     told = {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}
     (folder / "recipes.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     (folder / "plan.toml").write_text(plan_toml, encoding="utf-8")
-    (folder / "state.json").write_text(json.dumps(state.model_dump(mode="json"), indent=1), encoding="utf-8")
+    (folder / "state.json").write_text(state.text(), encoding="utf-8")
     (folder / "README.md").write_text(_by_hand(engine, recipes), encoding="utf-8")
     return folder
 

@@ -46,7 +46,7 @@ class Box:
     def put(self, *, serving: str = NEW, moved_days: float | None = 30.0, undo: str | None = OLD) -> None:
         recipes = {engine: recipe(engine, self.gguf) for engine in (OLD, NEW)}
         moved = None if moved_days is None else time.time() - moved_days * DAY
-        self.file.save(YardState(models={"m": ModelState(serving=serving, undo=undo, recipes=recipes, moved_at=moved)}))
+        self.file.save(YardState(models={"m": ModelState(serving=serving, undo=undo, specs=recipes, moved_at=moved)}))
 
     def plan(self, **parts: Any) -> Plan:
         engines = {"incumbent": {"engine": OLD}, "candidate": {"engine": NEW}}
@@ -75,7 +75,7 @@ def test_approved_and_past_its_window_it_is_archived_and_retired(box: Box, recor
     outcome = box.retire(records, **DECIDED)
     assert (outcome["result"], outcome["verdict"]) == ("retired", "PASS"), outcome
     assert box.state.retired[OLD].who == "Ada"
-    assert OLD not in box.state.models["m"].recipes
+    assert OLD not in box.state.models["m"].specs
     assert box.state.models["m"].undo is None
     archive = Path(outcome["archive"])
     assert set(json.loads((archive / "recipes.json").read_text())) == {"m"}
@@ -160,7 +160,7 @@ def test_restored_without_a_yard_it_is_the_way_back_again(box: Box, records: Rec
     assert "is back" in restore(OLD, box.home, lambda _: None)
     assert box.state.retired == {}
     assert box.state.models["m"].undo == OLD
-    assert OLD in box.state.models["m"].recipes
+    assert OLD in box.state.models["m"].specs
     with pytest.raises(BadInput, match="not retired"):
         restore(OLD, box.home, lambda _: None)
 

@@ -546,6 +546,6 @@ def test_hiding_an_engine_is_what_a_machine_without_it_says(plan: Plan) -> None:
     """It was chosen, and it is missing; the other one stays."""
     from engines.yard.config import ModelConfig, YardConfig
 
-    model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, recipes={OLD: None, NEW: None})  # type: ignore[dict-item]
+    model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, specs={OLD: None, NEW: None})  # type: ignore[dict-item]
     (hidden,) = without(YardConfig(settings=plan.yard, models=(model,)), NEW).models
-    assert (set(hidden.recipes), hidden.engine, set(hidden.missing)) == ({OLD}, NEW, {NEW})
+    assert (set(hidden.specs), hidden.engine, set(hidden.missing)) == ({OLD}, NEW, {NEW})

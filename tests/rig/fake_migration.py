@@ -62,7 +62,7 @@ class Spec:
             ).model_copy(update={"engine": engine})
             for engine in (OLD, NEW, NATIVE)
         }
-        model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, recipes=recipes)
+        model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, specs=recipes)
         return YardConfig(settings=settings, models=(model,), api_key=None)
 
 
@@ -77,7 +77,7 @@ class FakeYards:
         self.settings = spec.plan.yard
 
     def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
-        return self._spec.config(self.settings).models[0].recipes
+        return self._spec.config(self.settings).models[0].specs
 
     def absent(self, model_id: str) -> Mapping[str, str]:
         return {}

@@ -71,7 +71,7 @@ def main() -> None:
                 load=options.load,
                 pin=model in options.pin.split(","),
                 missing={options.missing: f"{options.missing} was not found"} if options.missing else {},
-                recipes={
+                specs={
                     name: LaunchSpec.of(
                         installation,
                         model,

@@ -25,7 +25,7 @@ class Gone(ConnectionError):
     """The engine, or the connection to it, went away."""
 
 
-class Answer(Protocol):
+class EngineAnswer(Protocol):
     """An answer that has begun."""
 
     status: int
@@ -44,7 +44,7 @@ class EngineConnection(Protocol):
 
     def ask(
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AbstractAsyncContextManager[Answer]:
+    ) -> AbstractAsyncContextManager[EngineAnswer]:
         """The answer, as soon as it begins; leaving the block early leaves the engine. Raises Gone."""
         ...
 
@@ -76,7 +76,7 @@ class _Asking:
                 limit.reschedule(asyncio.get_running_loop().time())
 
 
-class HttpDoor:
+class HttpConnection:
     """An engine that is a server.
 
     A kept connection saves 0.8 ms before the first token. An engine may close one just as it is used again: what
@@ -96,7 +96,7 @@ class HttpDoor:
     @contextlib.asynccontextmanager
     async def ask(
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[EngineAnswer]:
         try:
             async with self._asking.one(timeout_s), await self._asked(method, path, body) as answer:
                 yield HttpAnswer(answer)
@@ -139,7 +139,7 @@ class HttpAnswer:
                 yield chunk
 
 
-class FrameDoor:
+class FrameConnection:
     """A native worker."""
 
     def __init__(self, host: str, port: int, key: SecretStr | None) -> None:
@@ -149,7 +149,7 @@ class FrameDoor:
     @contextlib.asynccontextmanager
     async def ask(
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[EngineAnswer]:
         try:
             async with self._asking.one(timeout_s), self._client.ask(method, path, body) as answer:
                 yield answer

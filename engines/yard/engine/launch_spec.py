@@ -56,7 +56,7 @@ class LaunchSpec(BaseModel):
 
     @classmethod
     def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings) -> LaunchSpec:
-        """The recipe of an engine that was found on this machine."""
+        """The spec of an engine that was found on this machine."""
         return cls(
             engine=found.engine,
             form=found.form,
@@ -89,31 +89,29 @@ class LaunchSpec(BaseModel):
         return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings)
 
 
-def found_again(recipe: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
-    """The recipe as this machine can start it now, and a line for people where that is not what was stored.
+def found_again(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
+    """The spec as this machine can start it now, and a line for people where that is not what was stored.
 
     A stored program can be gone: a removed build, or the Python environment of an earlier installation. The same
     version of the engine is then looked for where engines are found. One in a wheel runs our own code, so it runs in
     our own Python wherever that has the same wheel: another environment may hold another Switchyard. Blocks while it
     asks a binary for its version.
     """
-    program = recipe.program[0]
-    is_ours = recipe.form != "binary" and os.path.dirname(program) == os.path.dirname(sys.executable)
+    program = spec.program[0]
+    is_ours = spec.form != "binary" and os.path.dirname(program) == os.path.dirname(sys.executable)
     is_there = os.access(program, os.X_OK)
-    if is_there and (is_ours or recipe.form == "binary"):
-        return recipe, ""
-    what = f"{recipe.engine} {recipe.version} was started with {program}, which is gone"
+    if is_there and (is_ours or spec.form == "binary"):
+        return spec, ""
+    what = f"{spec.engine} {spec.version} was started with {program}, which is gone"
     try:
-        found = driver.find("auto" if recipe.form == "native" else recipe.form)
+        found = driver.find("auto" if spec.form == "native" else spec.form)
     except EngineNotFound as error:
-        return recipe, "" if is_there else f"{what}, and is not found elsewhere: {error}"
-    if found.version != recipe.version:
+        return spec, "" if is_there else f"{what}, and is not found elsewhere: {error}"
+    if found.version != spec.version:
         how = "name it as an engine of the plan to use that"
-        return recipe, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
-    moved = LaunchSpec.of(found, recipe.model_id, recipe.gguf, recipe.settings).model_copy(
-        update={"engine": recipe.engine}
-    )
-    return moved, f"{recipe.engine} {recipe.version} is started with {found.program[0]} now, no longer with {program}"
+        return spec, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
+    moved = LaunchSpec.of(found, spec.model_id, spec.gguf, spec.settings).model_copy(update={"engine": spec.engine})
+    return moved, f"{spec.engine} {spec.version} is started with {found.program[0]} now, no longer with {program}"
 
 
 def _renamed(program: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from engines.process.serving import (
 )
 from engines.process.telemetry import private_bytes, process_tree, vram_bytes
 from engines.settings import Serve
-from engines.yard.engine.connection import Answer, EngineConnection, Gone
+from engines.yard.engine.connection import EngineAnswer, EngineConnection, Gone
 from engines.yard.engine.health import PATIENCE, Health, Rate, RestartBudget, Transition, stall_limit_s, token_limit_s
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.threads import in_thread
@@ -110,24 +110,24 @@ class Unit:
 
     def __init__(
         self,
-        recipe: LaunchSpec,
+        spec: LaunchSpec,
         driver: Driver,
         settings: YardSettings,
         *,
         home: Path,
         key: SecretStr | None,
-        open_door: Callable[[LaunchSpec, Serve], EngineConnection],
+        connect: Callable[[LaunchSpec, Serve], EngineConnection],
         changed: Callable[[Unit], None] = lambda _: None,
         transition: Callable[[Unit, Transition], None] = lambda _, __: None,
         incident: Callable[[Unit, str], None] = lambda _, __: None,
     ) -> None:
-        self.recipe = recipe
+        self.spec = spec
         self.driver = driver
         self.state = Health.STOPPED
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
-        self.flights: set[InFlight] = set()
+        self.in_flight: set[InFlight] = set()
         self.child: ManagedProcess | None = None
-        self._door: EngineConnection | None = None
+        self._connection: EngineConnection | None = None
         self.context_tokens: int | None = None
         self.load_s: float | None = None
         self.loading = ""
@@ -146,7 +146,7 @@ class Unit:
         self.settings = settings
         self._home = home
         self._key = key
-        self._open_door = open_door
+        self._connect = connect
         self._changed = changed
         self._transition = transition
         self._incident = incident
@@ -174,18 +174,18 @@ class Unit:
     @property
     def engine(self) -> str:
         """The driver's name."""
-        return self.recipe.engine
+        return self.spec.engine
 
     @property
     def slots(self) -> int:
         """Requests it takes at a time."""
-        return self.recipe.settings.parallel
+        return self.spec.settings.parallel
 
     @property
-    def door(self) -> EngineConnection:
+    def connection(self) -> EngineConnection:
         """The way in, once it has served; after its end whoever asks there is told that it is gone."""
-        assert self._door is not None
-        return self._door
+        assert self._connection is not None
+        return self._connection
 
     @property
     def why(self) -> str:
@@ -208,7 +208,7 @@ class Unit:
         self._wanted = True
         self._wake.set()
         if self._owner is None:
-            self._owner = asyncio.create_task(self._own(), name=f"owner of {self.recipe.model_id} on {self.engine}")
+            self._owner = asyncio.create_task(self._own(), name=f"owner of {self.spec.model_id} on {self.engine}")
 
     def forgive(self) -> None:
         """Give it its restarts back."""
@@ -247,25 +247,25 @@ class Unit:
 
     async def idle(self) -> None:
         """Return when no request is in flight on it."""
-        while self.flights:
+        while self.in_flight:
             await self._moved.wait()
 
-    async def end_of(self, flight: InFlight) -> str:
+    async def end_of(self, running: InFlight) -> str:
         """Why the process of a request that broke off ended; '' when it lives.
 
         A broken connection is seen a moment before the end of the process.
         """
         deadline = time.monotonic() + SETTLE_S
-        while not _ended(flight) and (left := deadline - time.monotonic()) > 0:
+        while not _ended(running) and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), left)
-        return _ended(flight)
+        return _ended(running)
 
     # --- requests
 
     def dialect(self, call: Call) -> Dialect:
         """What brings `call` and its answer to the shapes that clients expect."""
-        found, model_id = self.recipe.installation, self.recipe.model_id
+        found, model_id = self.spec.installation, self.spec.model_id
         return self.driver.dialect(found)(call, self.driver.served_name(found, model_id), model_id)
 
     @property
@@ -276,47 +276,47 @@ class Unit:
     @property
     def has_room(self) -> bool:
         """True when a request can be handed to it now."""
-        return self.accepts and not self._doubted and len(self.flights) < self.slots
+        return self.accepts and not self._doubted and len(self.in_flight) < self.slots
 
     def take(self, prompt_tokens: int) -> InFlight:
         """Count a request in; the caller has seen `has_room`."""
-        flight = InFlight(prompt_tokens, self.child, self.gap)
-        self.flights.add(flight)
+        running = InFlight(prompt_tokens, self.child, self.gap)
+        self.in_flight.add(running)
         self._cached, self._missed = True, 0
         if self.state is Health.READY:
             self._change(Health.BUSY, "a request is in flight")
-        return flight
+        return running
 
-    def give_back(self, flight: InFlight) -> None:
+    def give_back(self, running: InFlight) -> None:
         """Count a request out, and learn its speed; safe twice, and after the end of its process."""
-        if flight not in self.flights:
+        if running not in self.in_flight:
             return
-        self.flights.discard(flight)
-        self._learn_outcome(flight)
-        if flight.first is not None:
-            self.tokens += flight.chunks
-            self.ttft_series.append((flight.first - flight.sent) * 1000)
-            if (gap_s := flight.gap_s) is not None:
+        self.in_flight.discard(running)
+        self._learn_outcome(running)
+        if running.first is not None:
+            self.tokens += running.chunks
+            self.ttft_series.append((running.first - running.sent) * 1000)
+            if (gap_s := running.gap_s) is not None:
                 self.token_gap.learn(gap_s)
         # never learnt from the time to the first token: a prompt that lay in the cache would look 100 times faster
-        if flight.prefill_rate is not None:
-            self.prefill.learn(flight.prefill_rate)
+        if running.prefill_rate is not None:
+            self.prefill.learn(running.prefill_rate)
         self._progressed = time.monotonic()
-        if not self.flights:
+        if not self.in_flight:
             self._step_s = 0.0
-        if self.state is Health.BUSY and not self.flights:
+        if self.state is Health.BUSY and not self.in_flight:
             self._change(Health.READY, "its last request is done")
         else:
             self._announce()
 
-    def _learn_outcome(self, flight: InFlight) -> None:
-        if not flight.generates:
+    def _learn_outcome(self, running: InFlight) -> None:
+        if not running.generates:
             return
-        if not flight.failure:
-            if flight.first is not None:
+        if not running.failure:
+            if running.first is not None:
                 self._failures.clear()
             return
-        self._failures.append(flight.failure)
+        self._failures.append(running.failure)
         if len(self._failures) >= self.settings.failed_requests and not self._doubted:
             self._doubted = True
             self._wake.set()
@@ -387,30 +387,30 @@ class Unit:
 
     async def _end(self, grace_s: float) -> None:
         child = self.child
-        if grace_s == 0 and self._door is not None:  # whoever waits for an answer of it is told now
-            self._door.close()
+        if grace_s == 0 and self._connection is not None:  # whoever waits for an answer of it is told now
+            self._connection.close()
         if child is not None:
             child.ended_because = child.ended_because or "it was asked to stop"
             if not await _stopped(child, grace_s):
                 self._given_up = child
-        if self._door is not None:
-            self._door.close()
+        if self._connection is not None:
+            self._connection.close()
         self.child = None
         self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
         # whoever still holds an answer of it is no request on the next process
-        self.flights = set()
+        self.in_flight = set()
         self._failures, self._doubted = [], False
 
     async def _start(self) -> None:
         if self.given_up is not None:
             raise EngineRefuses(f"{_held_by_kernel(self.given_up)}; none is started beside it", engine=self.engine)
-        self._change(Health.LOADING, f"starting {self.engine} {self.recipe.version}")
-        serve = self.recipe.serve(free_port(), self._key)
-        log = self._home / "logs" / f"yard-{self.engine}-{self.recipe.model_id}.log"
+        self._change(Health.LOADING, f"starting {self.engine} {self.spec.version}")
+        serve = self.spec.serve(free_port(), self._key)
+        log = self._home / "logs" / f"yard-{self.engine}-{self.spec.model_id}.log"
         began = time.monotonic()
         try:
             self.child = await in_thread(
-                lambda: launch(self.driver, self.recipe.installation, serve, state_dir=self._home, log_path=log),
+                lambda: launch(self.driver, self.spec.installation, serve, state_dir=self._home, log_path=log),
                 name=f"launch of {self.engine}",
             )
         except OSError as error:
@@ -423,15 +423,15 @@ class Unit:
                 self.engine,
                 serve,
                 child,
-                served_name=self.driver.served_name(self.recipe.installation, self.recipe.model_id),
+                served_name=self.driver.served_name(self.spec.installation, self.spec.model_id),
                 stall_s=self.settings.load_stall_s,
                 progress=self._note_loading,
-                ask=in_frames(serve) if self.recipe.form == "native" else None,
+                ask=in_frames(serve) if self.spec.form == "native" else None,
             ),
             name=f"readiness of {self.engine}",
         )
         self.load_s = time.monotonic() - began
-        self._door = self._open_door(self.recipe, serve)
+        self._connection = self._connect(self.spec, serve)
         context = seen.get("context_tokens")
         self.context_tokens = context if isinstance(context, int) else serve.settings.context_tokens
         rate = seen.get("prefill_tokens_per_s")
@@ -506,8 +506,8 @@ class Unit:
             if self._missed < self.settings.failed_probes:
                 return None
             return Health.FAILING, f"idle; {self._missed} consecutive liveness probes failed"
-        moved = max(self._progressed, *(flight.moved for flight in working))
-        limit = max(self._limit_s(flight) for flight in working)
+        moved = max(self._progressed, *(running.moved for running in working))
+        limit = max(self._limit_s(running) for running in working)
         still = await self._silence.since(moved, limit)
         if still <= limit:
             return None
@@ -518,16 +518,16 @@ class Unit:
 
     def _working(self) -> list[InFlight]:
         """The requests by which the engine is judged: those whose clients take what it sends."""
-        return [flight for flight in self.flights if not flight.held]
+        return [running for running in self.in_flight if not running.held]
 
     def _next_question(self) -> asyncio.Task[None] | None:
         """How far it is, when it works in silence; whether it lives, when it has been idle for long."""
         now = time.monotonic()
-        if self._doubted and len(self.flights) < self.slots:
+        if self._doubted and len(self.in_flight) < self.slots:
             return asyncio.create_task(self._ask_after_failures())
         if working := self._working():
-            still = now - max(self._progressed, *(flight.moved for flight in working))
-            every = min(ASK_PROGRESS_S, max(self._limit_s(flight) for flight in working) / 4)
+            still = now - max(self._progressed, *(running.moved for running in working))
+            every = min(ASK_PROGRESS_S, max(self._limit_s(running) for running in working) / 4)
             if still <= every or now - self._asked < every:
                 return None
             self._asked = now
@@ -540,7 +540,7 @@ class Unit:
 
     async def _weigh(self, child: ManagedProcess) -> None:
         """Memory of the process tree, and tokens/s since the last time (in flight included)."""
-        now, tokens = time.monotonic(), self.tokens + sum(flight.chunks for flight in self.flights)
+        now, tokens = time.monotonic(), self.tokens + sum(running.chunks for running in self.in_flight)
         if self._weighed:
             self.tokens_per_s = max(tokens - self._counted, 0) / (now - self._weighed)
         self._weighed, self._counted = now, tokens
@@ -549,16 +549,16 @@ class Unit:
             self.memory_series.append(self.memory_bytes)
             self.held_bytes = max(self.held_bytes or 0, self.memory_bytes + (self.vram_bytes or 0))
 
-    def _limit_s(self, flight: InFlight) -> float:
+    def _limit_s(self, running: InFlight) -> float:
         least = self.settings.wedged_after_s
-        if flight.first is not None:
+        if running.first is not None:
             return token_limit_s(least_s=least, token_s=self.token_gap.value)
         return stall_limit_s(
             least_s=max(least, PATIENCE * self._step_s),
-            prompt_tokens=flight.prompt_tokens,
+            prompt_tokens=running.prompt_tokens,
             prefill_rate=self.prefill.value,
             sees_prompt_progress=self.driver.sees_prompt_progress,
-            batch_tokens=self.recipe.settings.batch_tokens or DEFAULT_BATCH_TOKENS,
+            batch_tokens=self.spec.settings.batch_tokens or DEFAULT_BATCH_TOKENS,
         )
 
     async def _ask_progress(self) -> None:
@@ -573,7 +573,7 @@ class Unit:
     async def _ask_for_life(self) -> None:
         # a completion would push the client's prompt out of an engine with a single slot, or queue behind a request
         # whose client takes nothing: its own loop answers instead
-        neutral = not self.flights and (self.driver.probe_is_neutral or not self._cached)
+        neutral = not self.in_flight and (self.driver.probe_is_neutral or not self._cached)
         alive = not await (self._one_token() if neutral else self._silent())
         if not self._working():  # a client that came meanwhile is the better evidence
             self._missed = 0 if alive else self._missed + 1
@@ -605,7 +605,7 @@ class Unit:
 
     async def _one_token(self) -> str:
         """'' once it has produced one token, else what went wrong."""
-        body = one_token(self._probe_path, self.driver.served_name(self.recipe.installation, self.recipe.model_id))
+        body = one_token(self._probe_path, self.driver.served_name(self.spec.installation, self.spec.model_id))
         within_s = max(self.settings.wedged_after_s, PATIENCE * self._token_s)
         failure = await self._in_time(self._completion(json.dumps(body).encode()), within_s)
         return f"no answer within {within_s:.0f} s" if failure is None else failure
@@ -613,7 +613,7 @@ class Unit:
     async def _completion(self, body: bytes) -> str:
         began = time.monotonic()
         try:
-            async with self.door.ask("POST", self._probe_path, body) as answer:
+            async with self.connection.ask("POST", self._probe_path, body) as answer:
                 told = await answer.read()
             if answer.status != 200:
                 return failure_words(answer.status, told)
@@ -639,8 +639,8 @@ class Unit:
         finally:
             task.cancel()
 
-    def _get(self, path: str) -> contextlib.AbstractAsyncContextManager[Answer]:
-        return self.door.ask("GET", path)
+    def _get(self, path: str) -> contextlib.AbstractAsyncContextManager[EngineAnswer]:
+        return self.connection.ask("GET", path)
 
     async def _pause(self, seconds: float) -> None:
         self._wake.clear()
@@ -710,8 +710,8 @@ async def _stopped(child: ManagedProcess, grace_s: float) -> bool:
     return not child.given_up and child.poll() is not None
 
 
-def _ended(flight: InFlight) -> str:
-    return "" if flight.process is None else flight.process.ended_because
+def _ended(running: InFlight) -> str:
+    return "" if running.process is None else running.process.ended_because
 
 
 def _held_by_kernel(child: ManagedProcess) -> str:

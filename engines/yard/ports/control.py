@@ -33,7 +33,7 @@ class Control:
         self,
         yard: Yard,
         moves: Moves,
-        residency: MemoryBudget,
+        memory_budget: MemoryBudget,
         status: Status,
         *,
         stop: Callable[[], None],
@@ -41,7 +41,7 @@ class Control:
     ) -> None:
         self._yard = yard
         self._moves = moves
-        self._residency = residency
+        self._memory_budget = memory_budget
         self._shown = status
         self._stop = stop
         self._reload = reload
@@ -138,10 +138,10 @@ class Control:
         return lambda _: self._moves.restore(str(body["engine"]))
 
     def _load(self, body: dict[str, Any]) -> Order:
-        return lambda _: self._residency.load(self._yard.route_of(body.get("model")))
+        return lambda _: self._memory_budget.load(self._yard.route_of(body.get("model")))
 
     def _unload(self, body: dict[str, Any]) -> Order:
-        return lambda _: self._residency.unload(self._yard.route_of(body.get("model")))
+        return lambda _: self._memory_budget.unload(self._yard.route_of(body.get("model")))
 
     def _stopped(self, _: dict[str, Any]) -> Order:
         async def order(say: Say) -> str:

@@ -24,7 +24,7 @@ from aiohttp import web
 from engines.openai.call import GENERATING, Call, Refusal, parse, told_prefill_rate
 from engines.openai.dialect import Dialect
 from engines.process.serving import NOT_SUPPORTED
-from engines.yard.engine.connection import Answer, Gone
+from engines.yard.engine.connection import EngineAnswer, Gone
 from engines.yard.engine.unit import InFlight, Unit, failure_words
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.ports.page import page
@@ -58,10 +58,10 @@ class ClientLeft(Exception):
 class Gateway:
     """The aiohttp application in front of a yard."""
 
-    def __init__(self, yard: Yard, shadow: Shadow, residency: MemoryBudget, status: Status) -> None:
+    def __init__(self, yard: Yard, shadow: Shadow, memory_budget: MemoryBudget, status: Status) -> None:
         self._yard = yard
         self._shadow = shadow
-        self._residency = residency
+        self._memory_budget = memory_budget
         self._status = status
         self._unread = Unread()
 
@@ -124,23 +124,23 @@ class Gateway:
         route = self._yard.route_for(call.model)
         reply = Reply(request, call, self._unread)
         self._shadow.make_way(route)
-        self._residency.wake(route)
-        reply.tape = self._shadow.tape(route, call)
+        self._memory_budget.wake(route)
+        reply.recorded = self._shadow.recorder(route, call)
         try:
             for attempt in range(1, TRIES + 1):
-                unit, flight = await self._turn(route, self._enter(route, call), reply, began)
+                unit, running = await self._turn(route, self._enter(route, call), reply, began)
                 try:
-                    await self._exchange(route, unit, flight, call, reply)
+                    await self._exchange(route, unit, running, call, reply)
                 except Unanswered as gone:
                     self._yard.note_loss(route, unit, str(gone), retried=attempt < TRIES)
                     continue
                 finally:
-                    unit.give_back(flight)
-                self._yard.served(route, unit, call, flight, reply.error)
+                    unit.give_back(running)
+                self._yard.served(route, unit, call, running, reply.error)
                 if reply.error is None:
                     self._yard.answered(call)
-                    if reply.tape is not None:
-                        self._shadow.offer(route, unit, call, reply.tape)
+                    if reply.recorded is not None:
+                        self._shadow.offer(route, unit, call, reply.recorded)
                 return await reply.delivered()
             raise Refusal(502, "the engine went away twice while it had this request", code="engine_died")
         except Refusal as refusal:
@@ -180,64 +180,66 @@ class Gateway:
             route.leave(place)
             raise
 
-    async def _exchange(self, route: Route, unit: Unit, flight: InFlight, call: Call, reply: Reply) -> None:
+    async def _exchange(self, route: Route, unit: Unit, running: InFlight, call: Call, reply: Reply) -> None:
         """Until the engine is done with the request; what the client has not taken by then needs no engine."""
-        dialect, flight.generates = unit.dialect(call), call.path in GENERATING
+        dialect, running.generates = unit.dialect(call), call.path in GENERATING
         try:
-            async with unit.door.ask("POST", call.path, dialect.request()) as answer:
+            async with unit.connection.ask("POST", call.path, dialect.request()) as answer:
                 if call.stream and answer.status == 200:
-                    await self._stream(route, answer, flight, dialect, reply)
+                    await self._stream(route, answer, running, dialect, reply)
                     return
                 data = await answer.read()
-                flight.chunk(content=True)
-                flight.prefill_rate = told_prefill_rate(data[-END_BYTES:])
+                running.chunk(content=True)
+                running.prefill_rate = told_prefill_rate(data[-END_BYTES:])
                 status, data = dialect.whole(answer.status, data)
-                flight.failure = _failure(call, status, data)
+                running.failure = _failure(call, status, data)
                 await reply.whole(status, data)
         except Gone as gone:
-            ended = await unit.end_of(flight)
+            ended = await unit.end_of(running)
             if not ended:
-                flight.failure = str(gone)
+                running.failure = str(gone)
             if not reply.begun_with_content:
                 await reply.close_comment()
                 raise Unanswered(ended or str(gone)) from gone
             await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
 
-    async def _stream(self, route: Route, answer: Answer, flight: InFlight, dialect: Dialect, reply: Reply) -> None:
+    async def _stream(
+        self, route: Route, answer: EngineAnswer, running: InFlight, dialect: Dialect, reply: Reply
+    ) -> None:
         last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
         comments = Comments()
         async for chunk in answer.pieces():
             last.append(chunk)
             if not comments.only(chunk):  # an engine's own keep-alive is no progress
-                flight.chunk(content=flight.first is None and CONTENT.search(chunk) is not None)
+                running.chunk(content=running.first is None and CONTENT.search(chunk) is not None)
             if not dialect.changes_streams and chunk.startswith(b'data: {"error"'):
                 dialect.error = "the engine told an error in its stream"
-                flight.failure = _failure_in_stream(chunk)
+                running.failure = _failure_in_stream(chunk)
             told = dialect.event(chunk) if dialect.changes_streams else chunk
             if dialect.early_error is not None:
-                flight.failure = _failure(reply.call, *dialect.early_error)
+                running.failure = _failure(reply.call, *dialect.early_error)
                 await reply.whole(*dialect.early_error)
                 return
             if told:
                 await reply.pass_on(told)
                 if reply.is_full:
-                    await self._hold_back(route, flight, reply)
+                    await self._hold_back(route, running, reply)
         end = b"".join(last)
-        flight.prefill_rate = told_prefill_rate(end)
+        running.prefill_rate = told_prefill_rate(end)
         if b"[DONE]" not in end:
             raise Gone("the stream ended without its end")
         if told := dialect.rest():
             await reply.pass_on(told)
         reply.error = dialect.error
         if dialect.changes_streams and dialect.error:
-            flight.failure = dialect.error
-        elif flight.first is None and not flight.failure:
-            flight.failure = "an answer without content"
+            running.failure = dialect.error
+        elif running.first is None and not running.failure:
+            running.failure = "an answer without content"
 
-    async def _hold_back(self, route: Route, flight: InFlight, reply: Reply) -> None:
+    async def _hold_back(self, route: Route, running: InFlight, reply: Reply) -> None:
         """Read no more of the engine until the client has taken some; not for ever while others wait for the place."""
         began = time.monotonic()
-        flight.hold()
+        running.hold()
         while reply.is_full:
             limit_s = self._yard.settings.client_stall_s
             if route.waiting and time.monotonic() - began > limit_s:
@@ -245,7 +247,7 @@ class Gateway:
                 raise ClientLeft
             await asyncio.sleep(UNREAD_POLL_S)
             reply.count()
-        flight.release()
+        running.release()
 
     async def deliver(self, within_s: float) -> None:
         """Return when clients have taken what their engines answered, or after `within_s`."""
@@ -264,7 +266,7 @@ class Gateway:
 
     def _note_cut(self, peer: str, why: str) -> None:
         self._yard.metrics.cut_client()
-        self._yard.journal.note("yard", "-", f"cut the client at {peer}: it {why}")
+        self._yard.events.note("yard", "-", f"cut the client at {peer}: it {why}")
 
     # --- what the yard answers itself
 
@@ -274,7 +276,7 @@ class Gateway:
         unit = route.serving
         detail = self._status.health_of(route)
         served = unit.state.serves and not route.holding and route.unservable is None
-        if served or route.dormant:  # the next request would load it
+        if served or route.unloaded:  # the next request would load it
             return web.json_response({"status": "ok", **detail})
         return _error(self._not_served(route), **detail)
 
@@ -295,12 +297,12 @@ class Gateway:
         """As llama.cpp has it: clients read the context size here, whichever engine serves."""
         route = self._yard.route_for(request.query.get("model"))
         unit = route.serving
-        if not (unit.state.serves or route.dormant):
+        if not (unit.state.serves or route.unloaded):
             raise self._not_served(route)
         return web.json_response(await props(unit))
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        text = self._yard.metrics.text(self._yard.routes.values(), len(self._yard.journal.incidents))
+        text = self._yard.metrics.text(self._yard.routes.values(), len(self._yard.events.incidents))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _page(self, _: web.Request) -> web.Response:
@@ -331,7 +333,7 @@ class Reply:
         self._comments = Comments()
         self.begun_with_content = False
         self.error: str | None = None
-        self.tape: RecordedAnswer | None = None
+        self.recorded: RecordedAnswer | None = None
 
     @property
     def response(self) -> web.StreamResponse:
@@ -373,8 +375,8 @@ class Reply:
         """A piece of the stream, as it came."""
         if not self.begun_with_content:
             self.begun_with_content = not self._comments.only(chunk)
-        if self.tape is not None:
-            self.tape.add(chunk)
+        if self.recorded is not None:
+            self.recorded.add(chunk)
         await self._write(chunk)
 
     async def cut(self, refusal: Refusal) -> None:
@@ -386,8 +388,8 @@ class Reply:
         """An answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
         if status >= 400:
             self.error = f"HTTP {status}"
-        if self.tape is not None:
-            self.tape.add(data)
+        if self.recorded is not None:
+            self.recorded.add(data)
         if self._response is None:
             self._whole = web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
             return

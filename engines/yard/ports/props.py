@@ -23,24 +23,24 @@ async def props(unit: Unit) -> dict[str, Any]:
     found = await _own_props(unit) if unit.state.serves else {}
     if "default_generation_settings" in found and "model_path" in found:
         return found
-    trained = await asyncio.to_thread(_trained_context, unit.recipe.gguf)
-    settings = unit.recipe.settings
+    trained = await asyncio.to_thread(_trained_context, unit.spec.gguf)
+    settings = unit.spec.settings
     configured = unit.context_tokens or (settings.context_tokens and settings.context_tokens // settings.parallel)
     limits = [limit for limit in (configured, trained) if limit]
     known = {
         "default_generation_settings": {"n_ctx": min(limits, default=None)},
         "total_slots": unit.slots,
-        "model_alias": unit.recipe.model_id,
-        "model_path": str(unit.recipe.gguf),
+        "model_alias": unit.spec.model_id,
+        "model_path": str(unit.spec.gguf),
         "modalities": {"vision": False, "audio": False},
-        "build_info": f"{unit.engine} {unit.recipe.version}",
+        "build_info": f"{unit.engine} {unit.spec.version}",
     }
     return {**known, **found}
 
 
 async def _own_props(unit: Unit) -> dict[str, Any]:
     try:
-        async with unit.door.ask("GET", "/props", timeout_s=5) as answer:
+        async with unit.connection.ask("GET", "/props", timeout_s=5) as answer:
             found = json.loads(await answer.read()) if answer.status == 200 else {}
             return found if isinstance(found, dict) else {}
     except (Gone, ValueError):

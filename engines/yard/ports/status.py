@@ -28,7 +28,7 @@ class Status:
         unit = route.serving
         if route.holding:
             return f"{route.model_id} is {route.moving or 'being unloaded'}; requests wait"
-        if route.dormant:
+        if route.unloaded:
             return f"{route.model_id} is not loaded; the first request loads it"
         detail = f" ({unit.loading})" if unit.state == "loading" and unit.loading else ""
         return redacted_text(f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " "))
@@ -52,8 +52,8 @@ class Status:
         return {
             "model": route.model_id,
             "engine": unit.engine,
-            "state": "unloaded" if route.dormant else str(unit.state),
-            "why": self.explain(route) if route.dormant else redacted_text(unit.why),
+            "state": "unloaded" if route.unloaded else str(unit.state),
+            "why": self.explain(route) if route.unloaded else redacted_text(unit.why),
             "fallback": route.fallback is not None,
         }
 
@@ -66,13 +66,13 @@ class Status:
             "retired": {engine: gone.line(engine) for engine, gone in self._yard.state.retired.items()},
             "models": [self._route_status(route) for route in self._yard.routes.values()],
             "capture": self._yard.capture.status(),
-            "incidents": list(self._yard.journal.incidents),
-            "events": list(self._yard.journal.recent),
+            "incidents": list(self._yard.events.incidents),
+            "events": list(self._yard.events.recent),
         }
         return {key: redacted(value) for key, value in told.items()}
 
     def _route_status(self, route: Route) -> dict[str, Any]:
-        canary, says = route.state.canary, self._yard.canary_says.get(route.model_id)
+        canary, says = route.state.canary, self._yard.canary_verdicts.get(route.model_id)
         judged = says if says and canary and says["since"] == canary.since else {}
         return {
             "id": route.model_id,
@@ -90,7 +90,7 @@ class Status:
             "unservable": route.unservable,
             "load": route.load,
             "pin": route.pin,
-            "dormant": route.dormant,
+            "dormant": route.unloaded,
             "engines": [self._unit_status(unit) for unit in route.units.values()],
         }
 
@@ -98,8 +98,8 @@ class Status:
         child, last = unit.child, unit.transitions[-1] if unit.transitions else None
         return {
             "engine": unit.engine,
-            "version": unit.recipe.version,
-            "form": unit.recipe.form,
+            "version": unit.spec.version,
+            "form": unit.spec.form,
             "state": str(unit.state),
             "why": unit.why,
             "since": last.at if last else None,
@@ -112,7 +112,7 @@ class Status:
             "memory_series": list(unit.memory_series),
             "ttft_ms_series": list(unit.ttft_series),
             "tokens_per_s": unit.tokens_per_s,
-            "in_flight": len(unit.flights),
+            "in_flight": len(unit.in_flight),
             "load_s": unit.load_s,
             "restarts": unit.restarts,
             "context_tokens": unit.context_tokens,

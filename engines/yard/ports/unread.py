@@ -79,7 +79,7 @@ class Comments:
         return True
 
 
-class Connection(Protocol):
+class ClientConnection(Protocol):
     """A client's connection, as the HTTP library has it."""
 
     transport: asyncio.Transport | None
@@ -96,9 +96,9 @@ class StalledClients:
     """Finds the connections whose clients take nothing of what waits for them."""
 
     def __init__(self) -> None:
-        self._seen: dict[Connection, _Seen] = {}
+        self._seen: dict[ClientConnection, _Seen] = {}
 
-    def cut(self, connections: Iterable[Connection], limit_s: float) -> list[str]:
+    def cut(self, connections: Iterable[ClientConnection], limit_s: float) -> list[str]:
         """End the connections whose clients took nothing for `limit_s`; their addresses."""
         now, cut, before = time.monotonic(), [], self._seen
         self._seen = {}

@@ -13,7 +13,7 @@ import pytest
 from waiting import until
 
 from engines.yard.canary_analysis import CanaryAnalysis
-from engines.yard.sample import Sample
+from engines.yard.sample import LiveSample
 from engines.yard.state import Canary
 
 # a fake engine on a busy machine is not steady: wide margins, few blocks
@@ -72,7 +72,7 @@ def begin(start_yard, weight=0.5, **options):
     return yard
 
 
-def journal(yard, kind):
+def events(yard, kind):
     return [event["what"] for event in yard.orders.status()["events"] if event["kind"] == kind]
 
 
@@ -92,7 +92,7 @@ def test_a_good_canary_is_ready_to_promote(start_yard):
     assert (canary["engine"], canary["weight"], canary["verdict"]) == ("new", 0.5, "PASS")
     assert {check["check"] for check in canary["checks"]} >= {"canary.error_rate", "canary.ttft_p50_ratio"}
     assert min(canary["requests"]["old"], canary["requests"]["new"]) > 24
-    assert journal(yard, "canary") == ["canary is ready to promote at 50%: `switchyard promote m`"]
+    assert events(yard, "canary") == ["canary is ready to promote at 50%: `switchyard promote m`"]
     assert yard.route()["serving"] == "old"
 
 
@@ -114,7 +114,7 @@ def test_a_bad_canary_rolls_itself_back(start_yard, habits, why):
     last = yard.route()["last_canary"]
     assert (last["engine"], last["verdict"]) == ("new", "FAIL")
     assert why in last["why"]
-    assert any("the canary failed and is taken out" in what and why in what for what in journal(yard, "incident"))
+    assert any("the canary failed and is taken out" in what and why in what for what in events(yard, "incident"))
     assert yard.engine("new")["state"] == "stopped"
     assert yard.route()["serving"] == "old"
 
@@ -169,9 +169,9 @@ class Bench:
             routes={"m": self.route},
             samples={"m": collections.deque(maxlen=10)},
             settings=types.SimpleNamespace(canary_judge_s=0.01),
-            journal=types.SimpleNamespace(note=lambda kind, *what, **_: self.notes.append((kind, what[-1]))),
+            events=types.SimpleNamespace(note=lambda kind, *what, **_: self.notes.append((kind, what[-1]))),
             judge_canary=judge,
-            canary_says={},
+            canary_verdicts={},
             look_at_canaries=asyncio.Event(),
             stopping=False,
         )
@@ -183,7 +183,7 @@ class Bench:
     def answered(self, number, since=0.0):
         """Live requests that ended now, or `since` seconds from now."""
         for _ in range(number):
-            sample = Sample(time.time() + since, "new", "c", 10, True, None, False, 5.0, 1.0)
+            sample = LiveSample(time.time() + since, "new", "c", 10, True, None, False, 5.0, 1.0)
             self.yard.samples["m"].append(sample)
 
     @contextlib.asynccontextmanager
@@ -211,8 +211,8 @@ async def test_a_judge_that_breaks_is_an_incident():
     async with bench.watched():
         for _ in range(3):
             bench.answered(1)
-            await until_true(lambda: bench.yard.canary_says.get("m", {}).get("verdict") == "ERROR")
-            bench.yard.canary_says.clear()
+            await until_true(lambda: bench.yard.canary_verdicts.get("m", {}).get("verdict") == "ERROR")
+            bench.yard.canary_verdicts.clear()
         assert [kind for kind, _ in bench.notes] == ["incident"]
         assert "ZeroDivisionError: by nothing" in bench.notes[0][1]
         assert bench.moves == []

@@ -16,7 +16,7 @@ from engines.yard.engine.launch_spec import MODULES, LaunchSpec, found_again
 from engines.yard.state import Canary, ModelState, StateFile, YardState
 
 
-def recipe(**settings):
+def spec(**settings):
     return LaunchSpec(
         engine="old",
         form="binary",
@@ -30,7 +30,7 @@ def recipe(**settings):
 
 
 def state():
-    route = ModelState(serving="old", undo="new", canary=Canary(engine="new", weight=0.1), recipes={"old": recipe()})
+    route = ModelState(serving="old", undo="new", canary=Canary(engine="new", weight=0.1), specs={"old": spec()})
     return YardState().with_model("m", route)
 
 
@@ -59,8 +59,8 @@ def test_a_module_that_moved_is_read_under_its_new_name_and_stored_under_its_old
     file.path.write_text(json.dumps(text))
     loaded, problem = file.load()
     assert problem is None
-    assert loaded.models["m"].recipes["old"].program == ("/v/bin/python", "-m", "elsewhere.host", stored)
-    assert loaded.models["m"].recipes["old"].installation.program[2] == "elsewhere.host"
+    assert loaded.models["m"].specs["old"].program == ("/v/bin/python", "-m", "elsewhere.host", stored)
+    assert loaded.models["m"].specs["old"].installation.program[2] == "elsewhere.host"
     file.save(loaded)
     assert json.loads(file.path.read_text()) == text
 
@@ -96,7 +96,7 @@ GONE = "/gone/bin/python"
     ],
 )
 def test_the_same_engine_is_looked_for_where_its_program_may_be_gone(form, program, asked):
-    driver, stored = Finds(), recipe().model_copy(update={"form": form, "program": (program, "x")})
+    driver, stored = Finds(), spec().model_copy(update={"form": form, "program": (program, "x")})
     found, line = found_again(stored, driver)
     assert driver.asked == asked
     assert found.program == (("/elsewhere/engine", "serve") if asked else (program, "x"))
@@ -108,7 +108,7 @@ def test_the_same_engine_is_looked_for_where_its_program_may_be_gone(form, progr
 @pytest.mark.parametrize(("version", "why"), [(None, "install it"), ("2", "version 2")])
 @pytest.mark.parametrize("form", ["binary", "hosted", "native"])
 def test_a_program_that_is_gone_for_good_stays_as_stored_with_the_reason(form, version, why):
-    stored = recipe().model_copy(update={"form": form, "program": (GONE,)})
+    stored = spec().model_copy(update={"form": form, "program": (GONE,)})
     found, line = found_again(stored, Finds(version))
     assert found == stored
     assert f"{GONE}, which is gone" in line
@@ -116,7 +116,7 @@ def test_a_program_that_is_gone_for_good_stays_as_stored_with_the_reason(form, v
 
 
 def test_another_python_that_has_the_only_wheel_is_kept():
-    stored = recipe().model_copy(update={"form": "hosted", "program": ("/bin/sh",)})
+    stored = spec().model_copy(update={"form": "hosted", "program": ("/bin/sh",)})
     assert found_again(stored, Finds(None)) == (stored, "")
 
 
@@ -151,14 +151,14 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
 
 def test_a_recipe_holds_no_key(tmp_path):
     file = StateFile(tmp_path)
-    secret = recipe(api_key="hunter2-secret")
-    file.save(YardState().with_model("m", ModelState(serving="old", recipes={"old": secret})))
+    secret = spec(api_key="hunter2-secret")
+    file.save(YardState().with_model("m", ModelState(serving="old", specs={"old": secret})))
     assert "hunter2" not in file.path.read_text()
     assert secret.serve(1, None).settings.api_key is None
 
 
 def test_a_recipe_makes_the_same_command_again():
-    again = LaunchSpec.model_validate(json.loads(recipe(parallel=3).model_dump_json()))
-    assert again == recipe(parallel=3)
+    again = LaunchSpec.model_validate(json.loads(spec(parallel=3).model_dump_json()))
+    assert again == spec(parallel=3)
     assert again.installation.knows("--a")
     assert again.serve(8099, None).settings.parallel == 3

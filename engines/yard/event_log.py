@@ -17,7 +17,7 @@ FILE_BYTES = 4 * 1024 * 1024
 REMEMBERED = 200
 
 
-class Journal:
+class EventLog:
     """`events.jsonl` and its predecessor `events.jsonl.1`. A full disk loses lines, never the yard."""
 
     def __init__(self, folder: Path, log: logging.Logger) -> None:
