@@ -33,6 +33,9 @@ from migrations.plan import ModelPlan, Plan, content_hash
 from tasks.evidence import compatibility, faults, performance, preflight
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest, YardContender
 from tasks.evidence.parity import judge as parity
+from tasks.evidence.parity.answers import measure_answers, measure_floor
+from tasks.evidence.parity.parameters import measure_ignored_parameters, with_behaviours
+from tasks.evidence.parity.tokens import judge_prompt_tokens, measure_prompt_tokens
 from tasks.evidence.performance import PerformanceLimits, Workload
 from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
 from tasks.evidence.soak import soak
@@ -48,6 +51,7 @@ from tasks.evidence.unmeasured import (
     summary,
 )
 from tasks.records.store import Records
+from tasks.verdicts.limits import ParityLimits
 from tasks.verdicts.noninferiority import decision_reached
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, overall
 
@@ -128,7 +132,7 @@ class Trial:
     def prompt_tokens(self, arm: Arm) -> None:
         """How many tokens each prompt is to this engine: the cheapest way to see another tokenizer or template."""
         self._gather_served(
-            arm, {"parity.tokens": lambda e: parity.measure_prompt_tokens(e, self._prompts(), progress=self.say)}
+            arm, {"parity.tokens": lambda e: measure_prompt_tokens(e, self._prompts(), progress=self.say)}
         )
 
     def compatibility(self, arm: Arm) -> None:
@@ -139,7 +143,7 @@ class Trial:
             arm,
             {
                 "compatibility": lambda e: compatibility.measure_compatibility(e, names=names, progress=self.say),
-                "parity.parameters": lambda e: parity.measure_ignored_parameters(e, progress=self.say),
+                "parity.parameters": lambda e: measure_ignored_parameters(e, progress=self.say),
             },
         )
 
@@ -156,13 +160,13 @@ class Trial:
         if self.turned_down():
             glimpse = prompts[:GLIMPSE_PROMPTS]
             asked["max_tokens"] = GLIMPSE_TOKENS
-            self._gather_served(arm, {"parity.answers": lambda e: parity.measure_answers(e, glimpse, **asked)})
+            self._gather_served(arm, {"parity.answers": lambda e: measure_answers(e, glimpse, **asked)})
             return
         self._gather_served(
             arm,
             {
-                "parity.answers": lambda e: parity.measure_answers(e, prompts, **asked),
-                "parity.floor": lambda e: parity.measure_floor(e, noisy, **{**asked, "max_tokens": floor_tokens}),
+                "parity.answers": lambda e: measure_answers(e, prompts, **asked),
+                "parity.floor": lambda e: measure_floor(e, noisy, **{**asked, "max_tokens": floor_tokens}),
             },
         )
 
@@ -380,7 +384,7 @@ class Trial:
         tokens = {arm: self._payload(arm, "parity.tokens") for arm in ARMS}
         if tokens["incumbent"] is None or tokens["candidate"] is None:
             return []
-        return parity.judge_prompt_tokens(tokens["incumbent"], tokens["candidate"], self._parity_limits())
+        return judge_prompt_tokens(tokens["incumbent"], tokens["candidate"], self._parity_limits())
 
     def _judge_compatibility(self) -> list[CheckResult]:
         seen = {arm: self._payload(arm, "compatibility") for arm in ARMS}
@@ -412,7 +416,7 @@ class Trial:
 
     def _parameters(self, arm: Arm) -> dict[str, Any] | None:
         probed, behaviours = self._payload(arm, "parity.parameters"), self._payload(arm, "compatibility")
-        return None if probed is None or behaviours is None else parity.with_behaviours(probed, behaviours)
+        return None if probed is None or behaviours is None else with_behaviours(probed, behaviours)
 
     def _judge_performance(self) -> list[CheckResult]:
         amounts, workload, limits = self.bench.plan.measure, self._workload(), self._limits()
@@ -506,9 +510,9 @@ class Trial:
             foreign_cpu=limits.foreign_cpu,
         )
 
-    def _parity_limits(self) -> parity.ParityLimits:
+    def _parity_limits(self) -> ParityLimits:
         limits = self.bench.plan.limits
-        return parity.ParityLimits(
+        return ParityLimits(
             top1_agreement=limits.top1_agreement,
             top1_lower_bound=limits.top1_lower_bound,
             mean_kld=limits.mean_kld,

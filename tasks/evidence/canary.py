@@ -26,7 +26,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput
-from tasks.evidence.parity.judge import ParityLimits, compare_answers, judge_answers
+from tasks.evidence.parity.compare import compare_answers
+from tasks.evidence.parity.judge import judge_answers
+from tasks.verdicts.limits import ParityLimits
 from tasks.verdicts.noninferiority import Metric, Outcome, judge, look_bounds
 from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, not_measured, overall

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
-from tasks.evidence.parity.judge import compare_answers
+from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.performance import PerformanceLimits, Workload, metrics
 from tasks.records.series import Series
 from tasks.records.store import Records

@@ -13,24 +13,19 @@ import pytest
 
 from engines.settings import Endpoint
 from tasks.evidence.behaviours.battery import BEHAVIOURS
-from tasks.evidence.parity.judge import (
+from tasks.evidence.parity.answers import measure_answers, measure_floor
+from tasks.evidence.parity.compare import compare_answers, fill_missing, kld
+from tasks.evidence.parity.degenerate import degenerate
+from tasks.evidence.parity.judge import judge_answers, judge_parity
+from tasks.evidence.parity.parameters import (
     BEHAVIOUR_OF,
-    ParityLimits,
-    compare_answers,
-    degenerate,
-    fill_missing,
-    judge_answers,
     judge_ignored_parameters,
-    judge_parity,
-    judge_prompt_tokens,
-    kld,
-    measure_answers,
-    measure_floor,
     measure_ignored_parameters,
-    measure_prompt_tokens,
     with_behaviours,
 )
+from tasks.evidence.parity.tokens import judge_prompt_tokens, measure_prompt_tokens
 from tasks.evidence.prompts import load_prompts
+from tasks.verdicts.limits import ParityLimits
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 Evidence = dict[str, Any]

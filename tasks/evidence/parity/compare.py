@@ -1,0 +1,365 @@
+"""Compare two engines' answers: distributions up to the first different token, texts and lengths."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Any
+
+from tasks.evidence.parity.asking import Evidence
+from tasks.evidence.parity.degenerate import degenerate_answer
+from tasks.verdicts.statistics import percentile, wilson
+
+
+def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: float = 0.5) -> Evidence:
+    """Two `measure_answers`, prompt by prompt: top-1 agreement, KLD, delta-p, divergences, texts, lengths.
+
+    Positions run up to and including the first different token; after it the contexts differ and nothing is compared.
+    Prompts that the engines read as different numbers of tokens are listed and left out of the positions. A divergence
+    is explained iff the incumbent holds the candidate's token less than `tie_gap_nats` under its own; as the
+    second-best token is at least as near, its top two are then a near tie. `explained` is None where neither engine
+    shows the logprobs at the difference.
+    """
+    theirs = {answer["id"]: answer for answer in candidate["answers"]}
+    pairs = [(answer, theirs[answer["id"]]) for answer in incumbent["answers"] if answer["id"] in theirs]
+    sound = [(ours, other) for ours, other in pairs if not ours["error"] and not other["error"]]
+    aligned = [pair for pair in sound if pair[0]["prompt_tokens"] == pair[1]["prompt_tokens"]]
+    match = _Match(aligned)
+    walks = [_walk(ours, other, match) for ours, other in aligned]
+    steps = [step for walk in walks for step in walk.steps]
+    hidden = sum(walk.hidden for walk in walks)
+    divergences = [
+        _divergence(ours, other, walk, tie_gap_nats)
+        for (ours, other), walk in zip(aligned, walks, strict=True)
+        if walk.diverged is not None
+    ]
+    return {
+        "prompts": len(incumbent["answers"]),
+        "prompts_compared": len(aligned),
+        "prompt_tokens_differ": [ours["id"] for ours, other in sound if (ours, other) not in aligned],
+        "errors": [
+            f"{ours['id']}: {ours['error'] or other['error']}" for ours, other in pairs if (ours, other) not in sound
+        ],
+        "matched_by": match.by,
+        "tie_gap_nats": tie_gap_nats,
+        **_position_numbers(steps, hidden, sum(not walk.unseen for walk in walks if walk.diverged), len(divergences)),
+        "hidden_positions": hidden,
+        "divergences": divergences,
+        "median_divergence_position": median(d["position"] for d in divergences) if divergences else None,
+        **_text_numbers(sound),
+    }
+
+
+def _position_numbers(steps: list[tuple[float, float]], hidden: int, seen: int, diverged: int) -> Evidence:
+    """Agreement, KLD (nats) and delta-p over all compared positions; None without any.
+
+    `hidden` tokens agree (their text does) but have no KLD; of the `diverged` positions `seen` have one.
+    """
+    if not steps:
+        return dict.fromkeys(
+            ("top1_agreement", "top1_low", "top1_high", "mean_kld", "p99_kld", "max_kld", "rms_delta_p")
+        ) | {
+            "positions": 0,
+            "same_top1": 0,
+        }
+    klds = [kld for kld, _ in steps]
+    same = len(steps) - seen + hidden
+    trials = same + diverged
+    low, high = wilson(same, trials, 0.90)  # both ends of the two-sided 90 %: one-sided 95 % each
+    return {
+        "positions": len(steps),
+        "same_top1": same,
+        "top1_agreement": same / trials,
+        "top1_low": low,
+        "top1_high": high,
+        "mean_kld": fmean(klds),
+        "p99_kld": percentile(klds, 0.99),
+        "max_kld": max(klds),
+        "rms_delta_p": math.sqrt(fmean(delta * delta for _, delta in steps)),
+    }
+
+
+class _Match:
+    """How tokens of both engines are told to be the same: by id on one vocabulary, else by text.
+
+    By text, the end of the answer is one token whatever its name: llama.cpp shows it as an empty text, mistral.rs as
+    `<|im_end|>`; tokens that share a text (parts of characters do) are one outcome.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Evidence, Evidence]]) -> None:
+        ours, theirs = _vocabulary(a for a, _ in pairs), _vocabulary(b for _, b in pairs)
+        shared = [ours[i] == theirs[i] for i in ours.keys() & theirs.keys() if _readable(ours[i], theirs[i])]
+        complete = all(p[2] is not None for pair in pairs for answer in pair for p in answer["positions"])
+        self.by = "id" if complete and shared and fmean(shared) > 0.99 else "text"
+        self.ends = {""} | {
+            answer["positions"][-1][0]
+            for pair in pairs
+            for answer in pair
+            if answer["positions"] and answer["finish_reason"] == "stop" and not answer["text"].endswith(_last(answer))
+        }
+
+    def key(self, token: list[Any]) -> Any:
+        """What two tokens have in common when they are the same."""
+        if self.by == "id":
+            return token[2]
+        return "" if token[0] in self.ends else token[0]
+
+    def top(self, position: list[Any]) -> dict[Any, float]:
+        """Probability by key of the tokens shown at one position, the generated one among them."""
+        shown: dict[Any, float] = {}
+        listed = (
+            position[3] if any(self.key(t) == self.key(position) for t in position[3]) else [position, *position[3]]
+        )
+        for token in listed:
+            shown[self.key(token)] = shown.get(self.key(token), 0.0) + math.exp(min(0.0, token[1]))
+        return shown
+
+    def same(self, ours: list[Any], theirs: list[Any]) -> bool:
+        """Both engines generated this token; by id, whole characters must agree too (llama.cpp shows them joined)."""
+        if self.key(ours) != self.key(theirs):
+            return False
+        return self.by == "text" or ours[0] == theirs[0] or not _readable(ours[0], theirs[0])
+
+
+def _vocabulary(answers: Iterable[Evidence]) -> dict[int, str]:
+    tokens = (token for answer in answers for position in answer["positions"] for token in position[3])
+    return {token[2]: token[0] for token in tokens if token[2] is not None}
+
+
+def _readable(*texts: str) -> bool:
+    """Whole characters on both sides, neither a special token nor a part of a character."""
+    return all(text and "\ufffd" not in text and not text.startswith("<") for text in texts)
+
+
+def _last(answer: Evidence) -> str:
+    return str(answer["positions"][-1][0])
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """(KLD, delta-p) by position, tokens passed unseen, and the first difference; `unseen`: it has no step."""
+
+    steps: list[tuple[float, float]]
+    hidden: int
+    diverged: tuple[int, int] | None = None
+    unseen: bool = False
+    gap: float | None = None
+    choice_gap: float | None = None
+
+
+def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
+    """(KLD, delta-p) at each position both engines show, and where the first different token is.
+
+    llama.cpp shows one entry, that of the last token, for a character made of several tokens; mistral.rs shows each
+    token as U+FFFD. Where the texts agree, the walk goes on behind the character and counts what it passed as hidden.
+    """
+    ours, theirs = incumbent["positions"], candidate["positions"]
+    steps: list[tuple[float, float]] = []
+    i = j = hidden = 0
+    while i < len(ours) and j < len(theirs):
+        if not match.same(ours[i], theirs[j]):
+            passed = _past_character(incumbent, candidate, i, j)
+            if passed is None:
+                return _diverged(_Walk(steps, hidden), incumbent, candidate, (i, j), match)
+            hidden += passed[0] - i + passed[1] - j
+            i, j = passed
+        steps.append(_step(match, ours[i], theirs[j]))
+        i, j = i + 1, j + 1
+    # llama.cpp lists the end of the answer as a position of its own, our host of mistral.rs does not: no difference
+    left = [position for position in ours[i:] if position[0] not in match.ends]
+    left_there = [position for position in theirs[j:] if position[0] not in match.ends]
+    ended_early = (left and candidate["finish_reason"] != "length") or (
+        left_there and incumbent["finish_reason"] != "length"
+    )
+    end = _Walk(steps, hidden)
+    return replace(end, diverged=(i, j), unseen=True) if ended_early and ours and theirs else end
+
+
+def _diverged(walk: _Walk, incumbent: Evidence, candidate: Evidence, at: tuple[int, int], match: _Match) -> _Walk:
+    """The end of a walk at different tokens, with the incumbent's gaps there.
+
+    Where the difference lies within a character that one engine shows as one entry, the other's nearest tie within that
+    character stands in for both gaps, and the position has no KLD.
+    """
+    ours, theirs = incumbent["positions"], candidate["positions"]
+    i, j = at
+    if _hides(ours[i]) or _hides(theirs[j]):
+        shown = [] if _hides(theirs[j]) else _parts(theirs, j)
+        shown = shown if _hides(ours[i]) else _parts(ours, i)
+        gap = min(map(_tie_gap, shown), default=None)
+        return replace(walk, diverged=at, unseen=True, gap=gap, choice_gap=gap)
+    walk.steps.append(_step(match, ours[i], theirs[j]))
+    top = match.top(ours[i])
+    chosen, least = top[match.key(ours[i])], min(top.values())
+    second = max((p for key, p in top.items() if key != match.key(ours[i])), default=least)
+    # a token that the incumbent does not list is under the last one that it lists
+    other = top.get(match.key(theirs[j]), least)
+    return replace(walk, diverged=at, gap=_nats(chosen, second), choice_gap=_nats(chosen, other))
+
+
+def _hides(position: list[Any]) -> bool:
+    """The entry shows a whole character, but its token is only the last part of it (llama.cpp joins the parts)."""
+    return "\ufffd" not in position[0] and any(t[2] == position[2] and "\ufffd" in t[0] for t in position[3])
+
+
+def _parts(positions: list[list[Any]], start: int) -> list[list[Any]]:
+    """The entry at `start`, with the parts of a character that follow when it is one."""
+    end = start + 1
+    while end < len(positions) and "\ufffd" in positions[start][0] and "\ufffd" in positions[end][0]:
+        end += 1
+    return positions[start:end]
+
+
+def _tie_gap(position: list[Any]) -> float:
+    """Nats between the two best tokens; infinite where fewer are listed."""
+    best = sorted((token[1] for token in position[3]), reverse=True)
+    return best[0] - best[1] if len(best) > 1 else math.inf
+
+
+def _nats(larger: float, smaller: float) -> float:
+    return math.log(max(larger, 1e-12) / max(smaller, 1e-12))
+
+
+def _past_character(incumbent: Evidence, candidate: Evidence, i: int, j: int) -> tuple[int, int] | None:
+    """Indices of the last token of the character that one engine shows whole and the other in parts; None if unlike."""
+    ours, theirs = incumbent["positions"], candidate["positions"]
+    if "\ufffd" in theirs[j][0] and "\ufffd" not in ours[i][0]:
+        last = _end_of_parts(ours, i, theirs, j, candidate["text"])
+        return None if last is None else (i, last)
+    if "\ufffd" in ours[i][0] and "\ufffd" not in theirs[j][0]:
+        last = _end_of_parts(theirs, j, ours, i, incumbent["text"])
+        return None if last is None else (last, j)
+    return None
+
+
+def _end_of_parts(whole: list[list[Any]], at: int, parts: list[list[Any]], start: int, parts_text: str) -> int | None:
+    """Where in `parts` the text of `whole[at]` ends: same last id, and the other engine's text has it at that place."""
+    text, _, token_id, _ = whole[at]
+    offset = sum(len(position[0]) for position in whole[:at])
+    if token_id is None or not text or not parts_text.startswith(text, offset):
+        return None
+    for index in range(start, min(len(parts), start + 4 * len(text))):  # UTF-8 has at most 4 bytes a character
+        if "\ufffd" not in parts[index][0]:
+            return None
+        if parts[index][2] == token_id:
+            return index
+    return None
+
+
+def _step(match: _Match, ours: list[Any], theirs: list[Any]) -> tuple[float, float]:
+    """(KLD in nats, delta-p of the incumbent's token) at one position."""
+    shown, other = match.top(ours), match.top(theirs)
+    filled, tail = fill_missing(shown, other)
+    return kld(shown, filled, tail), filled[match.key(ours)] - shown[match.key(ours)]
+
+
+def fill_missing(shown: dict[Any, float], other: dict[Any, float]) -> tuple[dict[Any, float], float]:
+    """The other engine's probabilities of the `shown` tokens and of all the rest, as near to `shown` as can be.
+
+    A token that the other engine does not list has there at most the least probability it lists; what the other lists
+    beyond `shown` belongs to the rest. Within these bounds the unknown masses are those with the smallest KLD (each a
+    common multiple of the incumbent's, clipped at its bound), so the KLD from them is a lower bound of the true one.
+    """
+    missing = [key for key in shown if key not in other]
+    free = max(0.0, 1.0 - sum(other[key] for key in shown if key in other))
+    if not missing:
+        return {key: other[key] for key in shown}, free
+    cap = min(other.values(), default=1.0)
+    floor = min(free, sum(p for key, p in other.items() if key not in shown))
+    rest = max(0.0, 1.0 - sum(shown.values()))
+
+    def spread(multiple: float) -> tuple[list[float], float]:
+        return [min(cap, multiple * shown[key]) for key in missing], max(floor, multiple * rest)
+
+    low, high = 0.0, 1e6
+    for _ in range(80):
+        middle = (low + high) / 2
+        masses, tail = spread(middle)
+        low, high = (middle, high) if sum(masses) + tail < free else (low, middle)
+    masses, _ = spread(low)
+    tail = max(0.0, free - sum(masses))
+    return {key: other.get(key, 0.0) for key in shown} | dict(zip(missing, masses, strict=True)), tail
+
+
+def kld(shown: dict[Any, float], filled: dict[Any, float], tail: float) -> float:
+    """sum p ln(p/q) in nats over the incumbent's listed tokens and one bucket for all the others; never negative.
+
+    p is the incumbent's. The bucket makes it a lower bound of the KLD over the whole vocabulary, by which llama.cpp's
+    perplexity tool defines it (llama.cpp#5081); with 20 tokens listed they differ little.
+    """
+    least = 1e-12
+    terms = [p * math.log(p / max(filled[key], least)) for key, p in shown.items() if p > 0]
+    rest = max(0.0, 1.0 - sum(shown.values()))
+    if rest > least:
+        terms.append(rest * math.log(rest / max(tail, least)))
+    return max(0.0, sum(terms))
+
+
+def _divergence(incumbent: Evidence, candidate: Evidence, walk: _Walk, tie_gap_nats: float) -> Evidence:
+    assert walk.diverged is not None
+    i, j = walk.diverged
+    gap = walk.choice_gap
+    return {
+        "prompt": incumbent["id"],
+        "position": i,
+        "gap_nats": walk.gap,
+        "choice_gap_nats": gap,
+        "explained": None if gap is None else gap < tie_gap_nats,
+        "incumbent_token": incumbent["positions"][i][0] if i < len(incumbent["positions"]) else None,
+        "candidate_token": candidate["positions"][j][0] if j < len(candidate["positions"]) else None,
+        "incumbent_text": incumbent["text"],
+        "candidate_text": candidate["text"],
+    }
+
+
+def _text_numbers(pairs: Sequence[tuple[Evidence, Evidence]]) -> Evidence:
+    """Shares over whole answers: equal texts, finish reasons, lengths, degenerate ones."""
+    alike = [(a, b) for a, b in pairs if a["text"] == b["text"] and a["tool_calls"] == b["tool_calls"]]
+    ours = {a["id"]: degenerate_answer(a) for a, _ in pairs}
+    theirs = {b["id"]: degenerate_answer(b) for _, b in pairs}
+    return {
+        "exact_match_share": len(alike) / len(pairs) if pairs else None,
+        "finish_reason_agreement": share_of(a["finish_reason"] == b["finish_reason"] for a, b in pairs),
+        "finish_reasons": {
+            "incumbent": _tally(a["finish_reason"] for a, _ in pairs),
+            "candidate": _tally(b["finish_reason"] for _, b in pairs),
+            "differ_on_equal_text": [
+                f"{a['id']}: {a['finish_reason']} vs {b['finish_reason']}"
+                for a, b in alike
+                if a["finish_reason"] != b["finish_reason"]
+            ],
+        },
+        "length": _length_ratio([(a["completion_tokens"], b["completion_tokens"]) for a, b in pairs]),
+        "degenerate": {
+            "incumbent": {key: why for key, why in ours.items() if why},
+            "candidate": {key: why for key, why in theirs.items() if why},
+        },
+    }
+
+
+def _tally(reasons: Iterable[str | None]) -> dict[str, int]:
+    return dict(Counter(str(reason) for reason in reasons))
+
+
+def share_of(claims: Iterable[bool]) -> float | None:
+    kept = list(claims)
+    return sum(kept) / len(kept) if kept else None
+
+
+def _length_ratio(lengths: list[tuple[int | None, int | None]]) -> Evidence:
+    """Candidate's mean tokens over the incumbent's with a 95 % bootstrap interval over prompts (fixed seed)."""
+    known = [(a, b) for a, b in lengths if a and b is not None]
+    if len(known) < 2:
+        return {"prompts": len(known), "ratio": None, "low": None, "high": None}
+
+    def ratio(sample: Sequence[tuple[int, int]]) -> float:
+        return sum(b for _, b in sample) / sum(a for a, _ in sample)
+
+    rng = random.Random(20)
+    resampled = [ratio(rng.choices(known, k=len(known))) for _ in range(2000)]
+    low, high = percentile(resampled, 0.025), percentile(resampled, 0.975)
+    return {"prompts": len(known), "ratio": ratio(known), "low": low, "high": high}

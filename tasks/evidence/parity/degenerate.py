@@ -1,0 +1,90 @@
+"""Text that is no answer at all: empty, garbage, a loop, scripts nobody asked for."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+from tasks.evidence.parity.asking import Evidence
+
+LOOP = "loop"
+
+
+def degenerate_answer(answer: Evidence) -> str | None:
+    if answer["tool_calls"]:
+        return None
+    # tokens that are parts of characters all look alike, so only whole ones can be counted
+    tokens = [position[0] for position in answer["positions"]]
+    whole = tokens if tokens and not any("\ufffd" in token for token in tokens) else None
+    return degenerate(answer["text"] or answer["reasoning"], whole, prompt=answer["prompt"])
+
+
+def degenerate(text: str, tokens: Sequence[str] | None = None, *, prompt: str = "") -> str | None:
+    """Why `text` is no answer at all, or None: empty, garbage characters, a loop, scripts nobody asked for.
+
+    Reasons that begin with "loop" come from small models by themselves; the others mean something is broken.
+    `tokens` are the generated tokens' texts, words otherwise. Says nothing on whether an answer is good or true.
+    """
+    bare = text.strip().rstrip("\ufffd")  # an answer cut at its token limit may end within a character
+    if not bare:
+        return "empty"
+    units = list(tokens) if tokens else _units(bare)
+    return _garbage(bare) or _wordless(bare) or _foreign(bare, prompt) or _loops(bare, units)
+
+
+def _units(text: str) -> list[str]:
+    """Words, or characters where the script has no spaces."""
+    words = text.split()
+    return words if len(words) * 12 >= len(text) else list(text)
+
+
+def _garbage(text: str) -> str | None:
+    bad = sum(
+        c == "\ufffd" or (unicodedata.category(c) in {"Cc", "Cn", "Co", "Cs"} and c not in "\n\r\t") for c in text
+    )
+    share = bad / len(text)
+    return f"{share:.0%} replacement, control or unassigned characters" if share > 0.10 else None
+
+
+def _wordless(text: str) -> str | None:
+    content = any(c.isalnum() or unicodedata.category(c) in {"So", "Sm", "Sc"} for c in text)
+    return f"no letters in {len(text)} characters" if len(text) >= 8 and not content else None
+
+
+def _foreign(text: str, prompt: str) -> str | None:
+    """Letters of three or more scripts that the prompt does not use, beside Latin, as more than a fifth of all."""
+    letters = Counter(_script(c) for c in text if c.isalpha())
+    expected = {_script(c) for c in prompt if c.isalpha()} | {"LATIN"}
+    foreign = {script: n for script, n in letters.items() if script not in expected and n >= 2}
+    if len(foreign) >= 3 and sum(foreign.values()) > 0.2 * sum(letters.values()):
+        return f"mixed scripts: {', '.join(sorted(foreign))}"
+    return None
+
+
+def _script(letter: str) -> str:
+    """The script by the first word of the character's name; Chinese and Japanese are one."""
+    name = unicodedata.name(letter, "UNKNOWN").split()[0]
+    return "CJK" if name in {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "FULLWIDTH", "HALFWIDTH"} else name
+
+
+def _loops(text: str, units: list[str]) -> str | None:
+    run = max((len(found.group()) for found in re.finditer(r"(\S)\1*", text)), default=0)
+    if run >= 24 and run >= 0.3 * len(text):
+        return f"{LOOP}: one character {run} times"
+    for period in range(1, len(units) // 4 + 1):
+        covered = _covered_by_tail(units, period)
+        if covered >= max(12, 4 * period, len(units) // 2):
+            return f"{LOOP}: {' '.join(units[-period:])[:40]!r} {covered // period} times"
+    if len(units) >= 24 and len(set(units)) < 0.15 * len(units):
+        return f"{LOOP}: {len(set(units))} different of {len(units)} tokens"
+    return None
+
+
+def _covered_by_tail(units: list[str], period: int) -> int:
+    """How many of the last units repeat with this period; a last, incomplete round counts."""
+    covered = period
+    while covered < len(units) and units[-covered - 1] == units[-covered - 1 + period]:
+        covered += 1
+    return covered

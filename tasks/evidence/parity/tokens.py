@@ -1,0 +1,178 @@
+"""Prompt tokens: do both engines read a prompt as equally many, and if not, is it the tokenizer or the template?"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+
+from engines.client.read_stream import read_usage
+from engines.settings import Endpoint
+from tasks.evidence.behaviours.caller import Caller
+from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, chat_body, origin, post
+from tasks.evidence.prompts import Prompt
+from tasks.verdicts.limits import DEFAULT_LIMITS, ParityLimits
+from tasks.verdicts.verdict import CheckResult, at_least, not_measured
+
+# without any template: where their token counts differ, the tokenizers differ
+RAW_TEXTS = (
+    "The capital of France is",
+    "Hello, world! It's 7:05 o'clock.",
+    "   three spaces,\ttab\n\nand two newlines\n",
+    "def area(r):\n    return 3.14159 * r ** 2\n",
+    "1234567890 0.1 1e-9 0x1F",
+    "Größe, naïve, œuvre, Zażółć gęślą jaźń",
+    "Москва, Αθήνα, Ελλάδα",
+    "東京は今日も晴れです。北京今天下雨。",
+    "مرحبا بالعالم שלום नमस्ते สวัสดี",
+    "👨‍👩‍👧‍👦 🇩🇪 👍🏽 cafe\u0301",
+)
+
+
+def measure_prompt_tokens(
+    endpoint: Endpoint, prompts: Sequence[Prompt], progress: Progress = lambda _: None, *, timeout_s: float = TIMEOUT_S
+) -> Evidence:
+    """The tokens of every prompt with its template, and of raw texts without.
+
+    Counted by `/v1/chat/completions/input_tokens` and `/tokenize` where the engine has them (nothing is generated, and
+    the first prompt's count is checked against `usage.prompt_tokens`), else from one-token requests. A prompt that is
+    refused is kept with its error. For prompts with tools `tools_shown` says whether the tools changed the count: a
+    template without tool support drops them and answers 200. `raw[].ids` are the ids of `/tokenize`, None where the
+    engine has none.
+    """
+    started = time.monotonic()
+    counted: dict[str, Evidence] = {}
+    with Caller(endpoint, read_timeout_s=timeout_s) as caller:
+        counter = _counter(caller, endpoint, prompts)
+        for number, prompt in enumerate(prompts, 1):
+            counted[prompt.id] = _prompt_tokens(counter, endpoint, prompt)
+            if number % 10 == 0 or number == len(prompts):
+                progress(f"{endpoint.engine}: counted the tokens of {number}/{len(prompts)} prompts")
+        raw = [_raw_tokens(caller, endpoint, text) for text in RAW_TEXTS]
+    return origin(endpoint) | {"prompts": counted, "raw": raw, "seconds": time.monotonic() - started}
+
+
+TokenCounter = Callable[[Evidence], tuple[int | None, str | None]]
+
+
+def _counter(caller: Caller, endpoint: Endpoint, prompts: Sequence[Prompt]) -> TokenCounter:
+    """How this engine's prompt tokens are counted: without generating, where that agrees with `usage` on one prompt."""
+
+    def by_usage(body: Evidence) -> tuple[int | None, str | None]:
+        return _counted(caller, "/v1/chat/completions", body)
+
+    def by_count(body: Evidence) -> tuple[int | None, str | None]:
+        answer, error = post(caller, "/v1/chat/completions/input_tokens", body)
+        tokens = (answer or {}).get("input_tokens")
+        return (tokens, None) if isinstance(tokens, int) else (None, error or "no input_tokens in the answer")
+
+    if not prompts:
+        return by_usage
+    body = chat_body(endpoint, prompts[0], max_tokens=1)
+    tokens, _ = by_count(body)
+    return by_count if tokens is not None and tokens == by_usage(body)[0] else by_usage
+
+
+def _prompt_tokens(count: TokenCounter, endpoint: Endpoint, prompt: Prompt) -> Evidence:
+    tokens, error = count(chat_body(endpoint, prompt, max_tokens=1))
+    shown = None
+    if prompt.tools and tokens is not None:
+        bare = prompt.model_copy(update={"tools": None})
+        without, _ = count(chat_body(endpoint, bare, max_tokens=1))
+        shown = None if without is None else tokens > without
+    return {"tokens": tokens, "error": error, "tools_shown": shown, "preview": _preview(prompt)}
+
+
+def _preview(prompt: Prompt) -> str:
+    last = prompt.messages[-1].content
+    text = last if isinstance(last, str) else json.dumps(last, ensure_ascii=False)
+    return text if len(text) <= 48 else f"{text[:47]}…"
+
+
+def _raw_tokens(caller: Caller, endpoint: Endpoint, text: str) -> Evidence:
+    # llama.cpp reads `content`, vLLM reads `prompt`
+    body = {"model": endpoint.model_id, "content": text, "prompt": text, "add_special": True}
+    answer, _ = post(caller, "/tokenize", body)
+    ids = answer.get("tokens") if answer else None
+    if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
+        return {"text": text, "tokens": len(ids), "error": None, "ids": ids}
+    body = {"model": endpoint.model_id, "prompt": text, "max_tokens": 1, "temperature": 0}
+    tokens, error = _counted(caller, "/v1/completions", body)
+    return {"text": text, "tokens": tokens, "error": error, "ids": None}
+
+
+def _counted(caller: Caller, path: str, body: Evidence) -> tuple[int | None, str | None]:
+    """(prompt tokens, None) or (None, why there are none)."""
+    answer, error = post(caller, path, body)
+    if answer is None:
+        return None, error
+    tokens = (read_usage(answer.get("usage")) or {}).get("prompt_tokens")
+    return (tokens, None) if tokens is not None else (None, "no usage.prompt_tokens in the answer")
+
+
+def judge_prompt_tokens(
+    incumbent: Evidence, candidate: Evidence, limits: ParityLimits = DEFAULT_LIMITS
+) -> list[CheckResult]:
+    """`parity.prompt_tokens`: the share of prompts read as equally many tokens, and, where they are not, the cause.
+
+    A prompt that only the candidate refuses counts as unequal; one that the incumbent refuses is left out. When this
+    fails, answers need not be measured: they would answer other prompts.
+    """
+    check, limit = "parity.prompt_tokens", limits.prompt_tokens_share
+    ours = {key: found for key, found in incumbent["prompts"].items() if found["tokens"] is not None}
+    theirs = candidate["prompts"]
+    asked = [key for key in ours if key in theirs]
+    uncounted = [key for key in asked if theirs[key]["tokens"] is None and "usage" in (theirs[key]["error"] or "")]
+    if not asked or uncounted:
+        why = f"{len(uncounted)} answers without usage.prompt_tokens" if uncounted else "no prompt counted by both"
+        return [not_measured(check, why, limit=limit, unit="share")]
+    unequal = [key for key in asked if ours[key]["tokens"] != theirs[key]["tokens"]]
+    share = 1.0 - len(unequal) / len(asked)
+    refused = len(incumbent["prompts"]) - len(ours)
+    note = f"; {refused} that the incumbent refuses left out" if refused else ""
+    if not unequal:
+        dropped = sum(found["tools_shown"] is False for found in ours.values())
+        note += f"; {dropped} with tools that the template does not show" if dropped else ""
+        return [
+            at_least(check, share, limit=limit, unit="share", why=f"{len(asked)} of {len(asked)} prompts equal{note}")
+        ]
+    why = f"{_cause(incumbent, candidate)}; {_examples(ours, theirs, unequal, len(asked))}{note}"
+    return [at_least(check, share, limit=limit, unit="share", why=why)]
+
+
+def _examples(ours: Evidence, theirs: Evidence, unequal: list[str], asked: int) -> str:
+    """Refusals once with their words, then up to three prompts with both counts."""
+    refused = [key for key in unequal if theirs[key]["tokens"] is None]
+    counted = [key for key in unequal if theirs[key]["tokens"] is not None]
+    parts = []
+    if refused:
+        parts.append(
+            f"{len(refused)} of {asked} prompts refused by the candidate ({theirs[refused[0]]['error'][:160]})"
+        )
+    if counted:
+        shown = [
+            f"{ours[key]['preview']!r}: {ours[key]['tokens']} vs {theirs[key]['tokens']} tokens" for key in counted[:3]
+        ]
+        parts.append(f"{len(counted)} of {asked} prompts differ: {'; '.join(shown)}")
+    return "; ".join(parts)
+
+
+def _cause(incumbent: Evidence, candidate: Evidence) -> str:
+    """Tokenizer or template, from the texts that no template touches."""
+    counts = [
+        (ours, theirs)
+        for ours, theirs in zip(incumbent["raw"], candidate["raw"], strict=True)
+        if ours["tokens"] is not None and theirs["tokens"] is not None
+    ]
+    if not counts:
+        return "cause unknown, tokenizer or template (raw texts were not counted by both engines)"
+    differences = {theirs["tokens"] - ours["tokens"] for ours, theirs in counts}
+    if differences == {0}:
+        return f"cause: chat template ({len(counts)} of {len(counts)} raw texts are read alike)"
+    if len(differences) == 1:
+        return f"cause: start token ({differences.pop():+d} on every raw text, whatever its length)"
+    ours, theirs = next((ours, theirs) for ours, theirs in counts if ours["tokens"] != theirs["tokens"])
+    return (
+        f"cause: tokenizer, raw {ours['text']!r} is {ours['tokens']} vs {theirs['tokens']} tokens "
+        "(an explicit tokenizer.json for the candidate may mend it)"
+    )
