@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from engines.driver import Driver, native_of
 from engines.errors import BadInput
 from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs.driver import MistralRs, MistralRsNative
 
 # in the order they are shown
-DRIVERS: Mapping[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs())}
-NATIVE: Mapping[str, Driver] = {one.name: one for one in (MistralRsNative(),)}
-
-
-def drivers() -> dict[str, Driver]:
-    """Every driver of a server, by name."""
-    return dict(DRIVERS)
+DRIVERS: dict[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs())}
+NATIVE: dict[str, Driver] = {one.name: one for one in (MistralRsNative(),)}
 
 
 def native_driver(name: str) -> Driver | None:
@@ -24,9 +17,13 @@ def native_driver(name: str) -> Driver | None:
     return NATIVE.get(native_of(name))
 
 
+def known_engines() -> tuple[str, ...]:
+    """Every engine's name, native forms last."""
+    return (*DRIVERS, *NATIVE)
+
+
 def driver(name: str) -> Driver:
     """The driver called `name`; BadInput lists the known ones."""
-    known = {**DRIVERS, **NATIVE}
-    if name not in known:
-        raise BadInput(f"unknown engine '{name}': known are {', '.join(known)}")
-    return known[name]
+    if name not in known_engines():
+        raise BadInput(f"unknown engine '{name}': known are {', '.join(known_engines())}")
+    return DRIVERS.get(name) or NATIVE[name]

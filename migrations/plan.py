@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -39,11 +40,11 @@ from engines.driver import Form
 from engines.environment import withhold
 from engines.errors import BadInput
 from engines.model.digest import model_digest, shards
+from engines.registry import known_engines
 from engines.settings import Settings
 from engines.yard.settings import Load, YardSettings
 from tasks.records.payload import RENAMED_KEYS, with_old_keys
 
-EngineName = Literal["llama.cpp", "mistral.rs", "mistral.rs-native"]
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
 RECORDED = "recorded"  # in the context of a validation: the plan is read back from the records
 API_KEY_MEND = (
@@ -54,6 +55,17 @@ API_KEY_MEND = (
 Ratio = Annotated[float, Field(ge=1.0, le=100.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Location = tuple[int | str, ...]
+
+
+def _known(name: str, *others: str) -> str:
+    names = (*others, *known_engines())
+    if name not in names:
+        raise PydanticCustomError("literal_error", "not an engine", {"expected": ", ".join(map(repr, names))})
+    return name
+
+
+EngineName = Annotated[str, AfterValidator(_known)]
+EngineOrAuto = Annotated[str, AfterValidator(lambda name: _known(name, "auto"))]
 
 
 def _keyless(settings: Settings) -> Settings:
@@ -104,7 +116,7 @@ class ModelPlan(_Part):
         None, description="JSONL of the user's own chat requests (messages, tools), replayed by the parity checks"
     )
     aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
-    engine: Literal["auto", EngineName] = Field(
+    engine: EngineOrAuto = Field(
         "auto",
         description="who serves it: auto leaves that to promote and rollback; an engine's name is a choice by hand",
     )

@@ -18,7 +18,7 @@ import httpx
 from engines.errors import SwitchyardError
 from engines.home import home
 from engines.model.free_memory import free_memory
-from engines.registry import drivers
+from engines.registry import DRIVERS
 from flows.cli.tables import size
 from flows.orchestrator.server import PrefectServer, prepare_environment
 from migrations.demo import GEMMA3, INSTALL, SMOLLM2
@@ -68,7 +68,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    for name, driver in drivers().items():
+    for name, driver in DRIVERS.items():
         try:
             found = driver.find()
             yield Finding(name, "ok", f"{found.version}, {found.form}: {found.where}")

@@ -13,8 +13,8 @@ from engines.llama_cpp.argv import LlamaServerCommand
 from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.settings import YardSettings
-from migrations.llama_cpp_to_mistral_rs import plan_for
-from migrations.plan import EngineChoice, ModelPlan, Plan, plan_to_toml
+from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
+from migrations.plan import ModelPlan, Plan, plan_to_toml
 
 KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 
@@ -71,7 +71,7 @@ def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
             chosen[0] = chosen[0].model_copy(update={"id": command.model_id})
     elif command.gguf not in [model.gguf for model in chosen]:
         chosen.insert(0, ModelPlan(id=command.model_id, gguf=_existing(command.gguf)))
-    incumbent = EngineChoice(engine="llama.cpp", binary=_binary(command))
+    incumbent = INCUMBENT.model_copy(update={"binary": _binary(command)})
     yard = YardSettings(host=command.host, port=command.port)
     key = {"api_key_env": KEY_VARIABLE} if command.has_api_key or not yard.on_loopback else {}
     return plan_for(chosen, incumbent=incumbent, settings=command.settings, yard=yard, **key)
@@ -106,14 +106,14 @@ def _binary(command: LlamaServerCommand) -> Path | None:
 
 
 def _losses(plan: Plan) -> list[str]:
-    """What mistral.rs cannot honour of the plan's settings, named by the driver for the form found here."""
-    mistral_rs = driver("mistral.rs")
+    """What the candidate does not support of the plan's settings, named by its driver for the form found here."""
+    candidate = driver(plan.candidate.engine)
     try:
-        installation = mistral_rs.find()
+        installation = candidate.find()
     except EngineError:
-        installation = Installation("mistral.rs", "hosted", (), "not installed")
+        installation = Installation(candidate.name, "hosted", (), "not installed")
     serve = Serve(model_id="model", gguf=plan.models[0].gguf, port=1, settings=plan.settings)
-    return mistral_rs.unsupported(installation, serve)
+    return candidate.unsupported(installation, serve)
 
 
 def _existing(path: Path) -> Path:

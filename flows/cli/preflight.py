@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.errors import BadInput, EngineError
-from engines.registry import drivers
+from engines.registry import DRIVERS, driver
 from migrations.plan import load_plan
 from tasks.evidence.preflight import preflight
 
@@ -19,14 +20,15 @@ def examine(targets: Sequence[Path], *, context: int | None) -> dict[str, Any]:
         raise BadInput(f"{plans[0]}: give one plan, or GGUF files, not both")
     if not plans:
         models = [(model_id, path) for model_id, path in zip(_ids(targets), targets, strict=True)]
-        return preflight(models, context=context, versions=_versions())
+        return preflight(models, context=context, versions=_versions(list(DRIVERS)))
     plan = load_plan(plans[0])
+    engines = list(dict.fromkeys([plan.incumbent.engine, plan.candidate.engine]))
     return preflight(
         [(model.id, model.gguf) for model in plan.models],
         settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
-        engines=list(dict.fromkeys([plan.incumbent.engine, plan.candidate.engine])),
+        engines=engines,
         context=context,
-        versions=_versions(),
+        versions=_versions(engines),
     )
 
 
@@ -36,9 +38,10 @@ def _ids(paths: Sequence[Path]) -> list[str]:
     return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
 
 
-def _versions() -> dict[str, str | None]:
-    """The mistral.rs version on this machine, where there is one: its list of architectures depends on it."""
-    try:
-        return {"mistral.rs": drivers()["mistral.rs"].find().version}
-    except EngineError:
-        return {}
+def _versions(engines: Sequence[str]) -> dict[str, str]:
+    """The version of each engine that is on this machine: what it loads may depend on it."""
+    versions = {}
+    for engine in engines:
+        with contextlib.suppress(EngineError):
+            versions[engine] = driver(engine).find().version
+    return versions

@@ -117,7 +117,7 @@ class Trial:
                 [(self.model.id, self.model.gguf)],
                 settings_by_model={self.model.id: self.contenders["incumbent"].settings},
                 engines=self._engines(),
-                versions={c.driver.name: _version_number(c) for c in self.contenders.values()},
+                versions={c.driver.name: c.installation.version for c in self.contenders.values()},
                 corrections=self._corrections(),
             )
             found: dict[str, Any] = report["models"][0]
@@ -674,11 +674,6 @@ class Trial:
 def required_behaviours(plan: Plan) -> Collection[str]:
     """The API behaviours that hold the gate: the plan's own list, else what a tool-calling agent uses."""
     return plan.client.requires or compatibility.DEFAULT_REQUIRED
-
-
-def _version_number(contender: EngineUnderTest) -> str | None:
-    """The version where it is comparable with the support lists; a hosted wheel carries the engine's own."""
-    return contender.installation.version if contender.driver.name == "mistral.rs" else None
 
 
 def _judged(area: str, judge: Callable[[], list[CheckResult]]) -> list[CheckResult]:

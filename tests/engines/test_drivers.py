@@ -18,7 +18,7 @@ from engines.llama_cpp import host as llama_cpp_host
 from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs import host as mistral_rs_host
 from engines.mistral_rs.driver import MistralRs
-from engines.registry import driver, drivers
+from engines.registry import DRIVERS, driver
 from engines.settings import KvType, Serve, Settings
 
 KEY = "secret-of-the-test"
@@ -344,7 +344,7 @@ def test_losses_are_one_line_with_a_name_in_front(installation: Installation) ->
 
 def test_both_drivers_are_listed_by_name() -> None:
     """An unknown name is refused with the known ones."""
-    assert list(drivers()) == ["llama.cpp", "mistral.rs"]
+    assert list(DRIVERS) == ["llama.cpp", "mistral.rs"]
     with pytest.raises(BadInput, match=r"unknown engine 'ollama': known are llama\.cpp, mistral\.rs"):
         driver("ollama")
 

@@ -19,7 +19,7 @@ from engines.driver import Installer
 from engines.errors import BadInput, EngineError
 from engines.install import VendorScript, fetch_script, pip_command, run_script
 from engines.mistral_rs.driver import MistralRs
-from engines.registry import drivers
+from engines.registry import DRIVERS
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -59,10 +59,10 @@ def published(vendor: tuple[Path, str], text: str) -> ScriptedDriver:
     return ScriptedDriver(f"{address}/install.sh")
 
 
-@pytest.mark.parametrize("name", drivers())
+@pytest.mark.parametrize("name", DRIVERS)
 def test_pip_installs_into_the_python_that_runs_us(name: str) -> None:
     """Another Python's pip would install where we do not look."""
-    driver = drivers()[name]
+    driver = DRIVERS[name]
     argv = pip_command("install", *driver.installer.pip)
     assert argv[:4] == [sys.executable, "-m", "pip", "install"]
     assert driver.installer.pip

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from engines.errors import EngineNotFound
-from engines.registry import drivers
+from engines.registry import DRIVERS
 
 STUB = Path(__file__).parents[2] / "rig" / "mistralrs_stub.py"
 CHAT = "/v1/chat/completions"
@@ -159,7 +159,7 @@ def test_a_streamed_chat_looks_the_same_from_both_real_engines(start_yard):
     seen = {}
     for name, form in (("llama.cpp", "auto"), ("mistral.rs", "hosted")):
         try:
-            drivers()[name].find(form)
+            DRIVERS[name].find(form)
         except EngineNotFound as error:
             pytest.skip(f"{error}; or pip install -e '.[demo]'")
         yard = start_yard(old_driver=name, old_form=form, gguf=models[0], parallel=1).ready()
