@@ -32,8 +32,10 @@ from rich.table import Table
 from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
 from flows.soak import Target, put_window, report
-from tasks.evidence.soak.soak import DAY_S, empty_segment
-from tasks.evidence.soak.window import Place, SoakLimits, gist, judge_windows, measure_window
+from tasks.evidence.soak.judge import DAY_S
+from tasks.evidence.soak.judge_windows import SoakLimits, judge_windows, window_summary
+from tasks.evidence.soak.segment import empty_segment
+from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import overall
 
@@ -270,8 +272,8 @@ def _add(replay: Replay, windows: int) -> None:
 
 def _judged(records: Records, replay: Replay, soak_s: float) -> list[Any]:
     rows = records.list_evidence(replay.run.id, model_id=MODEL, arm="candidate", kind="soak")
-    gists = [gist(row.payload) for row in sorted(rows, key=lambda row: row.key)]
-    return judge_windows([], gists, soak_s=soak_s, limits=LIMITS, is_over=True)
+    summaries = [window_summary(row.payload) for row in sorted(rows, key=lambda row: row.key)]
+    return judge_windows([], summaries, soak_s=soak_s, limits=LIMITS, is_over=True)
 
 
 def _timed(work: Any) -> float:

@@ -32,8 +32,10 @@ from flows.progress import progress
 from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan, load_plan
 from tasks.evidence.environment import machine_environment
-from tasks.evidence.soak.soak import duration, empty_segment
-from tasks.evidence.soak.window import Place, SoakLimits, ending, gist, judge_windows, measure_window
+from tasks.evidence.soak.judge import duration
+from tasks.evidence.soak.judge_windows import SoakLimits, ending, judge_windows, window_summary
+from tasks.evidence.soak.segment import empty_segment
+from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Evidence, Run, Step
 from tasks.report.report import write_report
@@ -151,7 +153,7 @@ class _Soak:
             before = self._windows(target)
             left_s = self.soak_s - _exposure_s(before)
             window = self._measure(target, min(self.window_s / len(going), max(left_s, 0.0)), before)
-            models.append(self._judged(target, [*before, gist(window)]))
+            models.append(self._judged(target, [*before, window_summary(window)]))
         return self._concluded(models)
 
     # --- one model
@@ -210,7 +212,7 @@ class _Soak:
         broke = max((step.at for step in self._steps(self.run_id, target, BREACH)), default=None)
         rows = self.records.list_evidence(self.run_id, model_id=target.model_id, arm="candidate", kind=KIND)
         return [
-            gist(row.payload)
+            window_summary(row.payload)
             for row in sorted(rows, key=lambda row: row.key)
             if _identity(row) == target.identity and (broke is None or row.recorded_at > broke)
         ]

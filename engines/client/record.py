@@ -9,8 +9,6 @@ from typing import Any, Literal, NamedTuple
 from engines.errors import NoMeasurement
 
 Kind = Literal["role", "content", "reasoning", "tool", "usage", "empty", "error"]
-
-
 ErrorType = Literal[
     "connect", "timeout", "http_4xx", "http_5xx", "stream_truncated", "invalid_json", "hang", "error_event"
 ]

@@ -39,6 +39,7 @@ from tasks.evidence.parity.tokens import judge_prompt_tokens, measure_prompt_tok
 from tasks.evidence.performance import PerformanceLimits, Workload
 from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
 from tasks.evidence.soak import soak
+from tasks.evidence.soak.judge import judge_leak, judge_stability
 from tasks.evidence.unmeasured import (
     KIND,
     LAUNCH,
@@ -452,14 +453,14 @@ class Trial:
         series = records.read_samples(run_id, model, "candidate", "memory_bytes")
         points = series.points()
         results = [
-            *soak.judge_stability(
+            *judge_stability(
                 segments["incumbent"],
                 segments["candidate"],
                 soak_s=soak_s,
                 failures_per_day=limits.failures_per_day,
                 throughput_retention=limits.throughput_retention,
             ),
-            soak.judge_leak(
+            judge_leak(
                 [t for t, _ in points],
                 [value for _, value in points],
                 soak_s=soak_s,

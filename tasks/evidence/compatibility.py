@@ -17,7 +17,6 @@ from tasks.evidence.behaviours.caller import READ_TIMEOUT_S, Malformed, Refused
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, overall
 
 Seen = Mapping[str, Any]
-
 GIVE_UP_AFTER = 3
 OBSERVED_CHARACTERS = 400
 UNTRIED = Observation("errored", f"not tried: the {GIVE_UP_AFTER} behaviours before it got no answer")

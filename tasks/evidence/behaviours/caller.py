@@ -15,7 +15,6 @@ from engines.settings import Endpoint
 
 Json = dict[str, Any]
 Messages = str | list[Json]
-
 READ_TIMEOUT_S = 60.0
 
 

@@ -117,8 +117,6 @@ def max_tokens_beyond_context(ask: Asker) -> Observation:
 
 
 LONG_PROMPT_WORDS = 128
-
-
 LONG_WORDS = "the cat sat on a mat and then it ran to an old red barn"
 
 

@@ -9,8 +9,6 @@ from tasks.evidence.behaviours.base import Asker, NotApplicable, Observation, be
 from tasks.evidence.behaviours.caller import Json, user
 
 CODES = ["zebra-7", "zebra-8"]
-
-
 CODE_SCHEMA = {
     "type": "object", "properties": {"code": {"type": "string", "enum": CODES}},
     "required": ["code"], "additionalProperties": False,

@@ -74,11 +74,7 @@ def error_leaves_no_trace(ask: Asker) -> Observation:
 
 
 LEFT_TOKENS = 200
-
-
 LEAVING = "Write a very long story about a king, with many chapters."
-
-
 GAUGE = re.compile(
     r"^(?:llamacpp:requests_processing|mistralrs_sequences_running|vllm:num_requests_running)(?:\{.*\})? (\S+)$",
     re.MULTILINE,

@@ -13,7 +13,6 @@ from tasks.evidence.prompts import Prompt
 
 Evidence = dict[str, Any]
 Progress = Callable[[str], None]
-
 TIMEOUT_S = 600.0  # a CPU build can need minutes for a long prompt
 
 

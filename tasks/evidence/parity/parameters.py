@@ -12,8 +12,6 @@ from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, origin, 
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 WISH = "Write a short story about a lighthouse and its keeper."
-
-
 SCHEMA = {
     "type": "object",
     "properties": {"zq": {"type": "integer"}},
@@ -118,8 +116,6 @@ _PROBES: dict[str, Callable[[_Probe], Evidence]] = {
     "repetition_penalty": _changes_greedy(repetition_penalty=1.8),
     "min_p": _makes_greedy(min_p=0.999),
 }
-
-
 # OpenAI's own parameters, and the API behaviour that proves each one's effect
 BEHAVIOUR_OF = {
     "max_tokens": "max_tokens",

@@ -14,7 +14,8 @@ from fake_driver import FakeDriver
 from engines.process.process import registered
 from engines.settings import Settings
 from tasks.evidence.engine_under_test import EngineUnderTest
-from tasks.evidence.soak.soak import DAY_S, RESTARTS_ALLOWED, judge_leak, judge_stability, soak
+from tasks.evidence.soak.judge import DAY_S, judge_leak, judge_stability
+from tasks.evidence.soak.soak import RESTARTS_ALLOWED, soak
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 DAYS_3 = 3 * DAY_S

@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 
 from benchmarks.soak_records import Replay, recorded_like
-from tasks.evidence.soak.soak import DAY_S, empty_segment
-from tasks.evidence.soak.window import (
+from tasks.evidence.soak.judge import DAY_S, LEAK
+from tasks.evidence.soak.judge_windows import (
     DECODE_DRIFT,
     FAILURES,
-    KEPT,
-    LEAK,
     SERVED,
     SILENT_EMPTY,
     TTFT_DRIFT,
     YARD_LEAK,
     SoakLimits,
     ending,
-    gist,
     judge_windows,
     slope_within,
+    window_summary,
 )
+from tasks.evidence.soak.segment import empty_segment
+from tasks.evidence.soak.window import KEPT
 from tasks.records.store import open_records
 from tasks.verdicts.statistics import theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict
@@ -225,9 +225,9 @@ def test_a_soak_of_hours_is_not_held_to_a_drift() -> None:
 def test_a_gist_is_small_and_judged_alike() -> None:
     """Medians in place of lists."""
     whole = window(0.0, ttft_ms=[1.0, 2.0, None, 9.0], decode_tok_s=[5.0], prompt_tokens=[1] * 4)
-    short = gist(whole)
+    short = window_summary(whole)
     assert (short["ttft_ms"], short["decode_tok_s"], short["prompt_tokens"]) == ([2.0], [5.0], [])
-    assert gist(short)["ttft_ms"] == [2.0]
+    assert window_summary(short)["ttft_ms"] == [2.0]
 
 
 # on the disk

@@ -1,0 +1,203 @@
+"""Judge a soak: failures, empty answers, throughput and memory growth, and what they do not prove."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.verdicts.statistics import Slope, bucket_medians, poisson_upper_rate, theil_sen
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
+
+DAY_S = 86_400
+WARM_SHARE = 0.1  # of the soak, and 6 h at most, before memory is judged: caches fill first
+BUCKETS = 12
+LEAK = "memory.leak_bytes_per_day"
+LEAK_UNIT = "bytes/day"
+
+
+def judge_stability(
+    incumbent: Sequence[Mapping[str, Any]],
+    candidate: Sequence[Mapping[str, Any]],
+    *,
+    soak_s: float,
+    failures_per_day: float,
+    throughput_retention: float,
+) -> list[CheckResult]:
+    """Failures against the incumbent's and the limit, silent-empty answers, throughput at the end."""
+    if not candidate:
+        return [not_measured("stability.failures", "the candidate was not soaked")]
+    ours, theirs = _totals(candidate), _totals(incumbent)
+    return [
+        _judge_failures(ours, theirs),
+        _judge_rate(ours, theirs, soak_s, failures_per_day),
+        _judge_silent_empty(ours, theirs),
+        _judge_retention(candidate, throughput_retention),
+    ]
+
+
+def judge_leak(
+    times_s: Sequence[float], memory_bytes: Sequence[float | None], *, soak_s: float, limit_bytes_per_day: float
+) -> CheckResult:
+    """The slope of memory (Theil-Sen on bucket medians, after a warm-up) with its 95 % bounds, in bytes a day.
+
+    FAIL iff the lower bound is over 0 and the slope over the limit; PASS iff the upper bound is under the limit. Slopes
+    of a soak shorter than a day are reported and not required: a cache that fills looks like a leak for hours.
+    """
+    required = soak_s >= DAY_S
+    points = [(t - times_s[0], v) for t, v in zip(times_s, memory_bytes, strict=True) if v is not None]
+    if not points:
+        why = "no memory was sampled during the soak"
+        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+    kept = [(t, value) for t, value in points if t >= warm_up_s(soak_s)]
+    width_s = max(soak_s / BUCKETS / 2, 1.0)
+    # a candidate that died early has samples in its warm-up alone
+    times, medians = bucket_medians([t for t, _ in kept], [v for _, v in kept], width_s) if kept else ([], [])
+    if len(medians) < 4:
+        why = f"{len(medians)} medians of memory after the warm-up; at least 4 are needed for a slope"
+        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+    return judge_slope(theil_sen(times, medians), soak_s=soak_s, limit_bytes_per_day=limit_bytes_per_day)
+
+
+def warm_up_s(soak_s: float) -> float:
+    """How long memory is not judged at first."""
+    return min(WARM_SHARE * soak_s, 6 * 3600)
+
+
+def judge_slope(slope: Slope, *, soak_s: float, limit_bytes_per_day: float) -> CheckResult:
+    """The verdict on a slope of memory in bytes per second, as `judge_leak` says."""
+    required = soak_s >= DAY_S
+    per_day = {"slope": slope.estimate * DAY_S, "low": slope.low * DAY_S, "high": slope.high * DAY_S}
+    verdict = Verdict.INCONCLUSIVE
+    if per_day["low"] > 0 and per_day["slope"] > limit_bytes_per_day:
+        verdict = Verdict.FAIL
+    elif per_day["high"] < limit_bytes_per_day:
+        verdict = Verdict.PASS
+    why = (
+        f"memory moved by {per_day['slope'] / 1e6:.3g} MB a day (95 % between {per_day['low'] / 1e6:.3g} and "
+        f"{per_day['high'] / 1e6:.3g}), limit {limit_bytes_per_day / 1e6:.3g}"
+    )
+    if not required:
+        verdict = Verdict.INCONCLUSIVE
+        why += f"; {duration(soak_s)} cannot tell a filling cache from a leak: soak for two days"
+    return CheckResult(
+        check=LEAK,
+        verdict=verdict,
+        value=per_day["slope"],
+        limit=limit_bytes_per_day,
+        unit=LEAK_UNIT,
+        why=why,
+        required=required,
+    )
+
+
+def _totals(segments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    failures = [failure for segment in segments for failure in segment["failures"]]
+    return {
+        "exposure_s": sum(segment["exposure_s"] for segment in segments),
+        "requests": sum(segment["requests"] for segment in segments),
+        "failures": failures,
+        "silent_empty": sum(segment["silent_empty"] for segment in segments),
+    }
+
+
+def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> CheckResult:
+    """Exact conditional test: were both engines equally prone, each failure would fall on the candidate by exposure."""
+    k, k_theirs = len(ours["failures"]), len(theirs["failures"])
+    exposure = (
+        f"{duration(ours['exposure_s'])} and {ours['requests']} requests (incumbent: {k_theirs} in "
+        f"{duration(theirs['exposure_s'])} and {theirs['requests']})"
+    )
+    if k == 0 and ours["requests"]:
+        verdict, why = Verdict.PASS, f"no failure in {exposure}"
+    elif not ours["requests"]:
+        verdict, why = Verdict.FAIL, f"the candidate served no request; {_kinds(ours['failures'])}"
+    else:
+        chance = _at_least(k, k + k_theirs, ours["exposure_s"] / (ours["exposure_s"] + theirs["exposure_s"] or 1))
+        verdict = Verdict.FAIL if chance < 0.05 or (k_theirs == 0 and k >= 3) else Verdict.INCONCLUSIVE
+        why = f"{k} failures ({_kinds(ours['failures'])}) in {exposure}; by chance alone {chance:.0%}"
+    return CheckResult(check="stability.failures", verdict=verdict, value=k, limit=0, unit="failures", why=why)
+
+
+def _judge_rate(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], soak_s: float, failures_per_day: float
+) -> CheckResult:
+    """The 95 % upper bound of the failure rate. Required where the planned soak is long enough to prove the limit."""
+    check, unit = "stability.failure_rate_upper95", "failures/day"
+    can_prove = poisson_upper_rate(0, soak_s / DAY_S) <= failures_per_day * 1.001
+    if not ours["exposure_s"]:
+        return not_measured(check, "no exposure", limit=failures_per_day, unit=unit, required=can_prove)
+    upper = poisson_upper_rate(len(ours["failures"]), ours["exposure_s"] / DAY_S)
+    per_request = poisson_upper_rate(len(ours["failures"]), ours["requests"]) if ours["requests"] else None
+    why = f"with 95 % confidence under {upper:.3g} failures a day"
+    why += f" and under {per_request:.2%} of requests" if per_request is not None else ""
+    if theirs["exposure_s"]:
+        why += (
+            f" (incumbent: under {poisson_upper_rate(len(theirs['failures']), theirs['exposure_s'] / DAY_S):.3g} a day)"
+        )
+    if upper <= failures_per_day:
+        verdict = Verdict.PASS
+    else:
+        verdict = Verdict.INCONCLUSIVE
+        needed_s = poisson_upper_rate(len(ours["failures"]), 1.0) / failures_per_day * DAY_S
+        why += f"; to prove under {failures_per_day:g} a day it needs {duration(needed_s)} without another failure"
+    return CheckResult(
+        check=check,
+        verdict=verdict,
+        value=upper,
+        limit=failures_per_day,
+        unit=unit,
+        why=why,
+        required=can_prove,
+    )
+
+
+def _judge_silent_empty(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> CheckResult:
+    if not ours["requests"]:
+        return not_measured("stability.silent_empty", "the candidate served no request", unit="answers")
+    return at_most(
+        "stability.silent_empty",
+        ours["silent_empty"],
+        limit=theirs["silent_empty"],
+        unit="answers",
+        why=f"{ours['silent_empty']} of {ours['requests']} answers were a 200 without a token "
+        f"(incumbent: {theirs['silent_empty']} of {theirs['requests']})",
+    )
+
+
+def _judge_retention(segments: Sequence[Mapping[str, Any]], limit: float) -> CheckResult:
+    """Decode speed of the last third over the first; reported, for a neighbour on the machine moves it as well."""
+    check, rates = "stability.throughput_retention", _known(segments, "decode_tok_s")
+    if len(rates) < 9:
+        return not_measured(
+            check, f"{len(rates)} measured answers; 9 are needed", limit=limit, unit="ratio", required=False
+        )
+    third = len(rates) // 3
+    ratio = statistics.median(rates[-third:]) / statistics.median(rates[:third])
+    verdict = Verdict.PASS if ratio >= limit else Verdict.INCONCLUSIVE
+    why = f"decode at the end ran at {ratio:.0%} of its speed at the start"
+    return CheckResult(check=check, verdict=verdict, value=ratio, limit=limit, unit="ratio", why=why, required=False)
+
+
+def _known(segments: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [value for segment in segments for value in segment[name] if value is not None]
+
+
+def _kinds(failures: Sequence[Mapping[str, Any]]) -> str:
+    counted: dict[str, int] = {}
+    for failure in failures:
+        counted[str(failure["type"])] = counted.get(str(failure["type"]), 0) + 1
+    return ", ".join(f"{number} {kind}" for kind, number in counted.items()) or "none"
+
+
+def _at_least(k: int, n: int, p: float) -> float:
+    """P(X >= k) of a binomial."""
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+
+def duration(seconds: float) -> str:
+    """As people say it: `2.0 min`, `3.0 h` or `3.0 days`."""
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"

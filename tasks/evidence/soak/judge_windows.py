@@ -1,0 +1,264 @@
+"""Judge the windows of a soak of a serving engine, during it and at its end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.evidence.soak.judge import BUCKETS, DAY_S, LEAK, LEAK_UNIT, duration, judge_slope, judge_stability, warm_up_s
+from tasks.verdicts.statistics import (
+    Slope,
+    bucket_medians,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    newcombe_upper,
+    normal_quantile,
+    theil_sen,
+)
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+
+MEDIANS_FOR_SLOPE = 4
+# looked at after every window: at 95 % one look in forty would be a false alarm, and an alarm moves traffic
+LOOK_CONFIDENCE = 0.999
+END_CONFIDENCE = 0.95
+SERVED = "stability.served"
+TTFT_DRIFT = "stability.ttft_drift"
+DECODE_DRIFT = "stability.decode_drift"
+FAILURES = "stability.failures"
+SILENT_EMPTY = "stability.silent_empty"
+# by share, for the incumbent was asked for minutes; and over days, for the drift has bounds
+JUDGED_OTHERWISE = (SILENT_EMPTY, "stability.throughput_retention")
+YARD_LEAK = "memory.yard_leak_bytes_per_day"
+ENDS_IT = (SERVED, FAILURES, TTFT_DRIFT, DECODE_DRIFT)  # failed, these end a soak at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakLimits:
+    """The limits of a plan that a soak is held to, by the plan's names."""
+
+    failures_per_day: float
+    throughput_retention: float
+    ttft_p50_ratio: float
+    leak_bytes_per_day: float
+    failure_rate_margin: float
+
+
+def window_summary(window: Mapping[str, Any]) -> dict[str, Any]:
+    """The window with the median in place of each list of times: what a thousand of them are judged by."""
+    return {
+        **window,
+        "ttft_ms": _median(window["ttft_ms"]),
+        "decode_tok_s": _median(window["decode_tok_s"]),
+        "prompt_tokens": [],
+    }
+
+
+def _median(values: Sequence[float | None]) -> list[float]:
+    known = [value for value in values if value is not None]
+    return [statistics.median(known)] if known else []
+
+
+def judge_windows(
+    incumbent: Sequence[Mapping[str, Any]],
+    windows: Sequence[Mapping[str, Any]],
+    *,
+    soak_s: float,
+    limits: SoakLimits,
+    is_over: bool,
+) -> list[CheckResult]:
+    """Every check on the windows of one model, in order of time; `incumbent` are segments of an evaluation's soak.
+
+    Before the soak `is_over` they are preliminary, and a drift is held to 99.9 % for it is looked at again and again.
+    """
+    stability = judge_stability(
+        incumbent,
+        windows,
+        soak_s=soak_s,
+        failures_per_day=limits.failures_per_day,
+        throughput_retention=limits.throughput_retention,
+    )
+    confidence = END_CONFIDENCE if is_over else LOOK_CONFIDENCE
+    return [
+        judge_served(windows),
+        *(result for result in stability if result.check not in JUDGED_OTHERWISE),
+        judge_silent_empty(incumbent, windows, margin=limits.failure_rate_margin),
+        *judge_drift(windows, soak_s=soak_s, limits=limits, confidence=confidence),
+        judge_leak_of_lives(windows, soak_s=soak_s, limit_bytes_per_day=limits.leak_bytes_per_day),
+        judge_yard_leak(windows, limit_bytes_per_day=limits.leak_bytes_per_day),
+    ]
+
+
+def ending(results: Sequence[CheckResult]) -> list[CheckResult]:
+    """The failed checks that end a soak before its time."""
+    return [r for r in results if r.check in ENDS_IT and r.required and r.verdict is Verdict.FAIL]
+
+
+def judge_served(windows: Sequence[Mapping[str, Any]]) -> CheckResult:
+    """FAIL when the yard had to put another engine, or none, in the place of the one that is soaked."""
+    if not windows:
+        return not_measured(SERVED, "no window yet")
+    out = [window["outage"] for window in windows if window["outage"]]
+    if out:
+        return CheckResult(check=SERVED, verdict=Verdict.FAIL, why=f"it could not be kept up: {out[-1]}")
+    return CheckResult(check=SERVED, verdict=Verdict.PASS, why=f"it served in all {len(windows)} windows")
+
+
+def judge_silent_empty(
+    incumbent: Sequence[Mapping[str, Any]], windows: Sequence[Mapping[str, Any]], *, margin: float
+) -> CheckResult:
+    """The share of answers without a token over the incumbent's. Shares, for the two were not asked equally long.
+
+    PASS without any, or when the 95 % upper bound of the difference is within `margin`; FAIL when the lower bound is
+    beyond it.
+    """
+    (k, n), (k_theirs, n_theirs) = _empties(windows), _empties(incumbent)
+    if not n:
+        return not_measured(SILENT_EMPTY, "no request was answered", limit=margin, unit="share")
+    upper = newcombe_upper(k, n, k_theirs, n_theirs) if n_theirs else clopper_pearson_upper(k, n)
+    lower = clopper_pearson_lower(k, n) - (k_theirs / n_theirs if n_theirs else 0.0)
+    verdict = Verdict.PASS if k == 0 or upper <= margin else Verdict.FAIL if lower > margin else Verdict.INCONCLUSIVE
+    why = f"{k} of {n} answers were a 200 without a token (incumbent: {k_theirs} of {n_theirs}); under {upper:.2%} more"
+    return CheckResult(check=SILENT_EMPTY, verdict=verdict, value=upper, limit=margin, unit="share", why=why)
+
+
+def _empties(segments: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    return sum(one["silent_empty"] for one in segments), sum(one["requests"] for one in segments)
+
+
+def judge_drift(
+    windows: Sequence[Mapping[str, Any]], *, soak_s: float, limits: SoakLimits, confidence: float
+) -> list[CheckResult]:
+    """TTFT and decode speed at the end of the soak over its beginning: Theil-Sen on the logarithms of the medians.
+
+    FAIL when the whole interval lies beyond the limit, PASS when it lies within. Not before a day has gone by: other
+    traffic has its hours, and a morning looks like a drift. Required of soaks of a day and longer.
+    """
+    required = soak_s >= DAY_S
+    return [
+        _judge_drift(TTFT_DRIFT, "ttft_ms", windows, required, confidence, most=limits.ttft_p50_ratio),
+        _judge_drift(DECODE_DRIFT, "decode_tok_s", windows, required, confidence, least=limits.throughput_retention),
+    ]
+
+
+def _judge_drift(
+    check: str,
+    name: str,
+    windows: Sequence[Mapping[str, Any]],
+    required: bool,
+    confidence: float,
+    *,
+    most: float = math.inf,
+    least: float = 0.0,
+) -> CheckResult:
+    limit = most if least == 0.0 else least
+    known = [(_middle(one), math.log(one[name][0])) for one in windows if one[name] and one[name][0] > 0]
+    span_s = known[-1][0] - known[0][0] if known else 0.0
+    if span_s < DAY_S:
+        why = f"{duration(span_s)} of windows so far; a day is needed to tell a drift from the hours of other traffic"
+        return not_measured(check, why, limit=limit, unit="ratio", required=required)
+    times, medians = bucket_medians([t for t, _ in known], [value for _, value in known], span_s / BUCKETS / 2)
+    slope = theil_sen(times, medians, confidence)
+    ratio, *bounds = (_ratio(rate, span_s) for rate in (slope.estimate, slope.low, slope.high))
+    low, high = bounds
+    verdict = Verdict.INCONCLUSIVE
+    if high < least or low > most:
+        verdict = Verdict.FAIL
+    elif least <= low and high <= most:
+        verdict = Verdict.PASS
+    why = (
+        f"{ratio:.1%} of its beginning after {duration(span_s)} ({confidence:.1%} between {low:.1%} and {high:.1%}), "
+        f"by the medians of {len(known)} windows"
+    )
+    return CheckResult(check=check, verdict=verdict, value=ratio, limit=limit, unit="ratio", why=why, required=required)
+
+
+def _ratio(rate: float, span_s: float) -> float:
+    """exp(rate x span); an unbounded slope, or an absurd one, has no bound."""
+    return math.exp(rate * span_s) if rate * span_s < 700 else math.inf
+
+
+def judge_leak_of_lives(
+    windows: Sequence[Mapping[str, Any]], *, soak_s: float, limit_bytes_per_day: float
+) -> CheckResult:
+    """The slope of the engine's memory by `judge_leak`'s rule, over slopes within the life of one process.
+
+    By wall time, not by exposure: the limit is in bytes a day of uptime, the process serves between the windows too,
+    and what it grew by then would otherwise be squeezed into the minutes of the windows. A restart sets memory back: a
+    line across it would be neither the leak nor its cure, so no pair of points from two lives counts.
+    """
+    required = soak_s >= DAY_S
+    lives: dict[str, list[tuple[float, float]]] = {}
+    for life in (life for window in windows for life in window["lives"] if life["memory_bytes"] is not None):
+        lives.setdefault(life["life"], []).append(((life["from"] + life["until"]) / 2, life["memory_bytes"]))
+    if not lives:
+        why = "no memory was sampled during the soak"
+        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+    return _judge_lives(list(lives.values()), soak_s=soak_s, limit_bytes_per_day=limit_bytes_per_day)
+
+
+def _judge_lives(
+    lives: Sequence[Sequence[tuple[float, float]]], *, soak_s: float, limit_bytes_per_day: float
+) -> CheckResult:
+    first, last = min(life[0][0] for life in lives), max(life[-1][0] for life in lives)
+    span_s = last - first
+    warm = [[point for point in life if point[0] - life[0][0] >= warm_up_s(min(soak_s, span_s))] for life in lives]
+    width_s = max(span_s / BUCKETS / 2, 1.0)
+    parts = [bucket_medians([t for t, _ in life], [v for _, v in life], width_s) for life in warm if life]
+    usable = [part for part in parts if len(part[0]) > 1]
+    n_points = sum(len(times) for times, _ in usable)
+    if n_points < MEDIANS_FOR_SLOPE:
+        why = (
+            f"{n_points} medians of memory in {len(lives)} lives of the engine after the warm-up of each; at least "
+            f"{MEDIANS_FOR_SLOPE} are needed for a slope"
+        )
+        required = soak_s >= DAY_S
+        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+    slope = slope_within(usable)
+    # what a day cannot tell, the first hours of a long soak cannot either
+    result = judge_slope(slope, soak_s=min(soak_s, span_s), limit_bytes_per_day=limit_bytes_per_day)
+    why = f"{result.why}; within {len(usable)} of {len(lives)} lives of the engine"
+    return result.model_copy(update={"why": why, "required": soak_s >= DAY_S})
+
+
+def slope_within(parts: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Slope:
+    """The median of the slopes of all pairs within a part, and Sen's interval from the sum of Kendall's variances.
+
+    The slope of Hirsch, Slack and Smith (1982), whose parts are seasons. The x of a part differ from one another.
+    """
+    slopes = sorted(
+        (y2 - y1) / (x2 - x1)
+        for xs, ys in parts
+        for i, (x1, y1) in enumerate(zip(xs, ys, strict=True))
+        for x2, y2 in zip(xs[:i], ys[:i], strict=True)
+    )
+    sizes = [len(xs) for xs, _ in parts]
+    variance = sum(n * (n - 1) * (2 * n + 5) for n in sizes) / 18.0
+    low_rank = math.floor((len(slopes) - normal_quantile((1 + confidence) / 2) * math.sqrt(variance)) / 2.0) - 1
+    bounded = low_rank >= 0
+    return Slope(
+        estimate=statistics.median(slopes),
+        low=slopes[low_rank] if bounded else -math.inf,
+        high=slopes[len(slopes) - 1 - low_rank] if bounded else math.inf,
+        n_points=sum(sizes),
+    )
+
+
+def judge_yard_leak(windows: Sequence[Mapping[str, Any]], *, limit_bytes_per_day: float) -> CheckResult:
+    """The same of the yard's own memory; reported, for the candidate is not to blame."""
+    lives: dict[str, list[tuple[float, float]]] = {}
+    for window in windows:
+        if window["yard_memory_bytes"] is not None:
+            lives.setdefault(window["yard_life"], []).append((_middle(window), window["yard_memory_bytes"]))
+    if not lives:
+        why = "the yard's memory was not sampled"
+        return not_measured(YARD_LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=False)
+    judged = _judge_lives(list(lives.values()), soak_s=DAY_S, limit_bytes_per_day=limit_bytes_per_day)
+    why = judged.why.replace("of the engine", "of the yard")
+    return judged.model_copy(update={"check": YARD_LEAK, "why": why, "required": False})
+
+
+def _middle(window: Mapping[str, Any]) -> float:
+    return float((window["started_at"] + window["ended_at"]) / 2)
