@@ -33,10 +33,11 @@ from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
 from flows.soak import Target, put_window, report
 from tasks.evidence.soak.judge import DAY_S
-from tasks.evidence.soak.judge_windows import SoakLimits, judge_windows, window_summary
+from tasks.evidence.soak.judge_windows import judge_windows, window_summary
 from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, open_records
+from tasks.verdicts.limits import Limits
 from tasks.verdicts.verdict import overall
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ HABITS = "--ttft-ms 60 --itl-ms 15 --hold-mib 256"
 WINDOWS, WINDOW_S = 432, 600.0  # three days
 DATABASE_BYTES, REPORT_S, GROWTH_BYTES = 50e6, 5.0, 64e6  # to stay under
 MODEL = "m"
-LIMITS = SoakLimits(
+LIMITS = Limits(
     failures_per_day=1.0,
     throughput_retention=0.9,
     ttft_p50_ratio=1.1,

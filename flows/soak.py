@@ -33,7 +33,7 @@ from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan, load_plan
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.soak.judge import duration
-from tasks.evidence.soak.judge_windows import SoakLimits, ending, judge_windows, window_summary
+from tasks.evidence.soak.judge_windows import ending, judge_windows, window_summary
 from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, open_records
@@ -183,7 +183,7 @@ class _Soak:
         exposure_s = _exposure_s(windows)
         is_over = exposure_s >= self.soak_s
         incumbent = self._incumbent(target.model_id)
-        limits = soak_limits(self.plan)
+        limits = self.plan.limits
         results = judge_windows(incumbent, windows, soak_s=self.soak_s, limits=limits, is_over=is_over)
         self.records.put_checks(self.run_id, target.model_id, results)
         ended_by = ending(results)
@@ -398,18 +398,6 @@ def report(records: Records, run_id: str, plan_name: str, home: Path) -> Path:
     path = write_report(records, run_id, outcome, home / "reports" / f"{run_id}.html")
     records.note_run(run_id, report_path=path)
     return path
-
-
-def soak_limits(plan: Plan) -> SoakLimits:
-    """What of the plan's limits a soak is held to."""
-    limits = plan.limits
-    return SoakLimits(
-        failures_per_day=limits.failures_per_day,
-        throughput_retention=limits.throughput_retention,
-        ttft_p50_ratio=limits.ttft_p50_ratio,
-        leak_bytes_per_day=limits.leak_bytes_per_day,
-        failure_rate_margin=limits.failure_rate_margin,
-    )
 
 
 def summed(segments: Iterator[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from engines.errors import BadInput
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
-from migrations.plan import Canary, Client, Course, Limits, Measure, ModelPlan, Plan, Retire, plan_to_toml
+from migrations.plan import CanarySteps, Course, ModelPlan, Plan, Retire, plan_to_toml
+from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 
 DEMO_NAME = "demo"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
@@ -67,12 +68,12 @@ def whole_demo_plan(home: Path) -> Plan:
     They are the demo's own: they show the way, and say nothing about which engine is better.
     """
     plan = demo_plan(home, soak_s=WHOLE_SOAK_S)
-    canary = Canary(steps=(0.5,), min_requests=12, max_minutes=15)
+    canary = CanarySteps(steps=(0.5,), min_requests=12, max_minutes=15)
     return plan.model_copy(
         update={
             "name": "demo-migration",
             "limits": Limits.model_validate(WHOLE_LIMITS),
-            "client": Client(requires=WHOLE_NEEDS),
+            "client": ClientNeeds(requires=WHOLE_NEEDS),
             "measure": Measure.model_validate({**plan.measure.model_dump(), **WHOLE_MEASURE}),
             # more threads than free cores bring the CPU wheel to a standstill, which the yard takes for a hang
             "settings": plan.settings.model_copy(update={"threads": 1}),

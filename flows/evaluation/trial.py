@@ -36,7 +36,7 @@ from tasks.evidence.parity import judge as parity
 from tasks.evidence.parity.answers import measure_answers, measure_floor
 from tasks.evidence.parity.parameters import measure_ignored_parameters, with_behaviours
 from tasks.evidence.parity.tokens import judge_prompt_tokens, measure_prompt_tokens
-from tasks.evidence.performance import PerformanceLimits, Workload
+from tasks.evidence.performance import Workload
 from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
 from tasks.evidence.soak import soak
 from tasks.evidence.soak.judge import judge_leak, judge_stability
@@ -52,7 +52,6 @@ from tasks.evidence.unmeasured import (
     summary,
 )
 from tasks.records.store import Records
-from tasks.verdicts.limits import ParityLimits
 from tasks.verdicts.noninferiority import decision_reached
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, overall
 
@@ -180,7 +179,7 @@ class Trial:
     def performance(self) -> None:
         """Paired blocks until a look decides; void blocks are repeated, within the plan's allowance, and counted."""
         amounts, workload = self.bench.plan.measure, self._workload()
-        metrics = performance.metrics(self._limits(), workload)
+        metrics = performance.metrics(self.bench.plan.limits, workload)
         errors = {metric.name: error for metric in metrics if (error := self._client_error(metric.key)) is not None}
         for index in range(amounts.looks[-1] + amounts.max_discarded_blocks):
             self._block("performance", self.contenders["incumbent"], self.contenders["candidate"], index)
@@ -385,7 +384,7 @@ class Trial:
         tokens = {arm: self._payload(arm, "parity.tokens") for arm in ARMS}
         if tokens["incumbent"] is None or tokens["candidate"] is None:
             return []
-        return judge_prompt_tokens(tokens["incumbent"], tokens["candidate"], self._parity_limits())
+        return judge_prompt_tokens(tokens["incumbent"], tokens["candidate"], self.bench.plan.limits)
 
     def _judge_compatibility(self) -> list[CheckResult]:
         seen = {arm: self._payload(arm, "compatibility") for arm in ARMS}
@@ -411,7 +410,7 @@ class Trial:
             ignored_incumbent=self._parameters("incumbent"),
             ignored_candidate=self._parameters("candidate"),
             required_parameters=self.bench.plan.client.required_parameters,
-            limits=self._parity_limits(),
+            limits=self.bench.plan.limits,
         )
         return results
 
@@ -420,7 +419,7 @@ class Trial:
         return None if probed is None or behaviours is None else with_behaviours(probed, behaviours)
 
     def _judge_performance(self) -> list[CheckResult]:
-        amounts, workload, limits = self.bench.plan.measure, self._workload(), self._limits()
+        amounts, workload, limits = self.bench.plan.measure, self._workload(), self.bench.plan.limits
         blocks = self._payloads(BOTH, "performance")
         if not blocks:
             return [self._missing("performance.ttft_p50_ratio", limit=limits.ttft_p50_ratio, unit="ratio")]
@@ -499,28 +498,6 @@ class Trial:
 
     # --- how the plan's numbers reach the tasks ---
 
-    def _limits(self) -> PerformanceLimits:
-        limits = self.bench.plan.limits
-        return PerformanceLimits(
-            ttft_p50_ratio=limits.ttft_p50_ratio,
-            ttft_p95_ratio=limits.ttft_p95_ratio,
-            tpot_p50_ratio=limits.tpot_p50_ratio,
-            e2e_p50_ratio=limits.e2e_p50_ratio,
-            throughput_ratio=limits.throughput_ratio,
-            memory_peak_ratio=limits.memory_peak_ratio,
-            foreign_cpu=limits.foreign_cpu,
-        )
-
-    def _parity_limits(self) -> ParityLimits:
-        limits = self.bench.plan.limits
-        return ParityLimits(
-            top1_agreement=limits.top1_agreement,
-            top1_lower_bound=limits.top1_lower_bound,
-            mean_kld=limits.mean_kld,
-            p99_kld=limits.p99_kld,
-            tie_gap_nats=limits.tie_gap_nats,
-        )
-
     def _workload(self) -> Workload:
         amounts = self.bench.plan.measure
         context = self.contenders["incumbent"].settings.context_tokens or 4096
@@ -587,7 +564,7 @@ class Trial:
     # --- records ---
 
     def _block(self, kind: str, incumbent: EngineUnderTest, candidate: EngineUnderTest, index: int) -> None:
-        limits, amounts = self._limits(), self.bench.plan.measure
+        limits, amounts = self.bench.plan.limits, self.bench.plan.measure
         wanted = amounts.calibration_blocks if kind == "calibration" else amounts.looks[-1]
         self._gather(
             BOTH,

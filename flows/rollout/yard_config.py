@@ -15,9 +15,8 @@ from engines.registry import driver, native_driver
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from migrations.plan import EngineChoice, Plan
-from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
-
-LEAST_RATIO = 1.01
+from tasks.evidence.canary import canary_judge, shadow_judge
+from tasks.verdicts.limits import CanaryLimits
 
 
 def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> YardConfig:
@@ -66,13 +65,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
 
 def canary_limits(plan: Plan) -> CanaryLimits:
     """The plan's limits and looks as they hold for live traffic."""
-    return CanaryLimits(
-        failure_rate_margin=plan.limits.failure_rate_margin,
-        # non-inferiority needs a margin, however small
-        ttft_p50_ratio=max(plan.limits.ttft_p50_ratio, LEAST_RATIO),
-        tpot_p50_ratio=max(plan.limits.tpot_p50_ratio, LEAST_RATIO),
-        looks=plan.measure.looks,
-    )
+    return CanaryLimits(**plan.limits.model_dump(), looks=plan.measure.looks)
 
 
 def _found(choice: EngineChoice) -> Installation:

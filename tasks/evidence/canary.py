@@ -23,19 +23,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.judge import judge_answers
-from tasks.verdicts.limits import ParityLimits
+from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits, Limits
 from tasks.verdicts.noninferiority import Metric, Outcome, judge, look_bounds
 from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, not_measured, overall
 
 Sample = Mapping[str, Any]
 SURE = 0.9999  # the watch looks all the time: simulated over 4000 requests, equal engines fail in under 1 % of canaries
-LEAST_MARGIN = 0.001  # of a ratio of 1: not a hair slower
+LEAST_RATIO = 1.01  # non-inferiority needs a margin, however small
 FEWEST = 3  # failures; two can fall together by chance on any engine
 HOPELESS = 0.05  # surely failing more often than this needs no incumbent's figures
 MOST_ASKED = 1_000_000
@@ -44,24 +43,6 @@ SIZES_APART = 0.2  # ln of prompt sizes: nearer ones tell no slope
 STEEPEST = 1.5  # a time grows no faster than that with the prompt, attention included
 MOST_PAIRED = 100  # requests of an engine in one block whose pairs are looked at
 CLIENTS_FAULT = re.compile(r"HTTP 4\d\d$")
-
-
-class CanaryLimits(BaseModel):
-    """How much worse the candidate may be on live traffic, and how much traffic is asked for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    failure_rate_margin: float = Field(
-        0.01, gt=0, le=1, description="share above the incumbent's, 95 % upper bound; 268 clean answers prove 1 %"
-    )
-    ttft_p50_ratio: float = Field(1.10, ge=1, le=100, description="median time to first token over the incumbent's")
-    tpot_p50_ratio: float = Field(1.10, ge=1, le=100, description="median time per content chunk over the incumbent's")
-    looks: tuple[int, ...] = Field((6, 12, 24), min_length=1, description="blocks after which speed is judged")
-    block_requests: int = Field(10, ge=3, description="answers of each engine that make a block")
-    warm_up: int = Field(3, ge=0, description="the candidate's first answers, whose times do not count")
-    min_conversations: int = Field(
-        3, ge=1, description="conversations on each engine; fewer, and it is they that are compared"
-    )
 
 
 @dataclass(frozen=True)
@@ -130,14 +111,14 @@ def judge_canary(samples: Sequence[Sample], incumbent: str, candidate: str, limi
     ]
 
 
-def judge_shadow(pairs: Sequence[Mapping[str, Any]], limits: ParityLimits | None = None) -> list[CheckResult]:
+def judge_shadow(pairs: Sequence[Mapping[str, Any]], limits: Limits | None = None) -> list[CheckResult]:
     """What parity's own checks say of live answers and of what the candidate answered to copies of their requests.
 
     Each pair is `{"sampled": bool, "incumbent": answer, "candidate": answer}`, an answer as `measure_answers` keeps it,
     without logprobs. Answers drawn with a temperature differ by themselves: of those only degenerate text and unknown
     finish reasons count. The checks are called `shadow.*` and stand beside `parity.*`, which sees logprobs as well.
     """
-    limits = limits or ParityLimits()
+    limits = limits or Limits()
     compared = [pair for pair in pairs if not pair["incumbent"]["error"] and not pair["candidate"]["error"]]
     greedy = [pair for pair in compared if not pair["sampled"]]
     every = {r.check: r for r in judge_answers(_comparison(compared), limits=limits)}
@@ -163,7 +144,7 @@ def canary_judge(limits: CanaryLimits) -> Callable[[Sequence[Sample], str, str],
     return judge_live
 
 
-def shadow_judge(limits: ParityLimits | None = None) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+def shadow_judge(limits: Limits | None = None) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
     """What a yard asks of its shadow: pairs of answers in, `judgement` out."""
     return lambda pairs: judgement(judge_shadow(pairs, limits))
 
@@ -255,7 +236,8 @@ def _judge_speed(
     name: str, ours: Sequence[Sample], theirs: Sequence[Sample], ratio: float, limits: CanaryLimits
 ) -> CheckResult:
     check, key = f"canary.{name}_p50_ratio", f"{name}_ms"
-    metric = Metric(name=f"{name}_p50", samples=key, quantile=0.5, margin=max(ratio - 1, LEAST_MARGIN), unit="ms")
+    ratio = max(ratio, LEAST_RATIO)
+    metric = Metric(name=f"{name}_p50", samples=key, quantile=0.5, margin=ratio - 1, unit="ms")
     warm = _measured(ours, key)[limits.warm_up :]
     incumbent = _measured(theirs, key)
     fewest = min(len({s["conversation"] for s in arm}) for arm in (warm, incumbent))
@@ -356,11 +338,11 @@ def _judge_copies(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
     return CheckResult(check=check, verdict=verdict, value=upper, limit=COPIES_FAILED, unit="share", why=why)
 
 
-def _judge_sizes(pairs: Sequence[Mapping[str, Any]], limits: ParityLimits) -> CheckResult:
+def _judge_sizes(pairs: Sequence[Mapping[str, Any]], limits: Limits) -> CheckResult:
     """Prompts read as equally many tokens, where the client asked for usage."""
     counts = [(pair["incumbent"]["prompt_tokens"], pair["candidate"]["prompt_tokens"]) for pair in pairs]
     known = [(ours, theirs) for ours, theirs in counts if ours is not None and theirs is not None]
-    limit = limits.prompt_tokens_share
+    limit = PROMPT_TOKENS_SHARE
     if not known:
         why = "no pair of answers with usage: clients did not ask for it"
         return not_measured("shadow.prompt_tokens", why, limit=limit, unit="share", required=False)

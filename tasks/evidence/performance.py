@@ -20,6 +20,7 @@ from engines.process.serving import Served
 from engines.process.telemetry import Sampler, Telemetry, interval, peak_memory
 from engines.settings import Endpoint
 from tasks.evidence.engine_under_test import EngineUnderTest
+from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_calibration
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
@@ -44,20 +45,7 @@ class Workload:
     seed: int = 7
 
 
-@dataclass(frozen=True, kw_only=True)
-class PerformanceLimits:
-    """Largest allowed ratios, candidate over incumbent; each a primary metric of the gate."""
-
-    ttft_p50_ratio: float
-    ttft_p95_ratio: float
-    tpot_p50_ratio: float
-    e2e_p50_ratio: float
-    throughput_ratio: float
-    memory_peak_ratio: float
-    foreign_cpu: float
-
-
-def metrics(limits: PerformanceLimits, workload: Workload) -> list[Metric]:
+def metrics(limits: Limits, workload: Workload) -> list[Metric]:
     """The primary metrics: promotion needs a PASS of every one of them."""
     primary = [
         Metric(name="ttft_p50", samples="ttft_ms", quantile=0.5, margin=limits.ttft_p50_ratio - 1, unit="ms"),
@@ -80,7 +68,7 @@ def metrics(limits: PerformanceLimits, workload: Workload) -> list[Metric]:
     return primary
 
 
-def _memory_metric(limits: PerformanceLimits) -> Metric:
+def memory_metric(limits: Limits) -> Metric:
     """Peak anonymous memory of the process tree, judged from the same blocks."""
     margin = limits.memory_peak_ratio - 1
     return Metric(name="memory_peak", samples="memory_peak_mib", quantile=0.5, margin=margin, unit="MiB")
@@ -116,7 +104,7 @@ def measure_block(
 
 def judge_performance(
     blocks: Sequence[Mapping[str, Any]],
-    limits: PerformanceLimits,
+    limits: Limits,
     workload: Workload,
     looks: Sequence[int],
     *,
@@ -134,9 +122,9 @@ def judge_performance(
     return results
 
 
-def judge_memory(blocks: Sequence[Mapping[str, Any]], limits: PerformanceLimits, looks: Sequence[int]) -> CheckResult:
+def judge_memory(blocks: Sequence[Mapping[str, Any]], limits: Limits, looks: Sequence[int]) -> CheckResult:
     """`memory.peak_ratio`: peak anonymous memory and swap, judged block by block like a latency."""
-    result = judge(_memory_metric(limits), blocks, looks).check_result()
+    result = judge(memory_metric(limits), blocks, looks).check_result()
     return result.model_copy(update={"check": "memory.peak_ratio"})
 
 
@@ -168,7 +156,7 @@ def memory_figures(blocks: Sequence[Mapping[str, Any]], budgets: Mapping[str, st
 
 def judge_noise(
     blocks: Sequence[Mapping[str, Any]],
-    limits: PerformanceLimits,
+    limits: Limits,
     workload: Workload,
     looks: Sequence[int],
     *,

@@ -17,13 +17,7 @@ from pydantic import BaseModel, SecretStr
 
 from engines.errors import SwitchyardError
 from engines.redaction import REDACTED, is_secret_name, redacted_text, redacted_word
-
-# keys of a plan that have been renamed, by their table: read under both names, hashed under the old one
-RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
-    "": {"measure": "sampling", "accepted_unsupported": "accepted_losses"},
-    "measure": {"max_discarded_blocks": "max_void_blocks"},
-    "limits": {"top1_lower_bound": "top1_lower"},
-}
+from tasks.verdicts.limits import RENAMED_KEYS
 
 
 def redact(value: Any) -> Any:

@@ -11,13 +11,14 @@ from functools import cached_property
 from typing import Any, Self
 
 from tasks.evidence.parity.compare import compare_answers
-from tasks.evidence.performance import PerformanceLimits, Workload, metrics
+from tasks.evidence.performance import Workload, memory_metric, metrics
 from tasks.records.series import Series
 from tasks.records.store import Records
 from tasks.records.tables import Arm, Evidence, Run
 from tasks.report import plots
 from tasks.report.markup import NOT_MEASURED, Html, duration, el, figure, joined, quantity
 from tasks.report.plots import ARMS
+from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_log_ratio, judge
 from tasks.verdicts.statistics import percentile
 from tasks.verdicts.verdict import CheckResult, Verdict
@@ -354,18 +355,11 @@ def _ratio_plot(model: ModelRecord) -> Html:
 def _metrics(model: ModelRecord) -> list[tuple[Metric, str]]:
     """What the blocks are judged by, with the names of the checks."""
     limits, amounts = model.plan.get("limits") or {}, model.plan.get("measure") or {}
-    wanted = PerformanceLimits.__dataclass_fields__
-    if not wanted.keys() <= limits.keys():
+    wanted = {name for name in Limits.model_fields if name.endswith("_ratio")} - {"memory_headroom_ratio"}
+    if not wanted <= limits.keys():  # of another Switchyard's plan
         return []
     workload = Workload(requests=1, max_tokens=1, concurrency=tuple(amounts.get("concurrency") or (1,)))
-    primary = metrics(PerformanceLimits(**{name: limits[name] for name in wanted}), workload)
-    peak = Metric(
-        name="memory_peak",
-        samples="memory_peak_mib",
-        quantile=0.5,
-        margin=limits["memory_peak_ratio"] - 1,
-        unit="MiB",
-    )
+    primary, peak = metrics(Limits(**limits), workload), memory_metric(Limits(**limits))
     return [(metric, f"performance.{metric.name}_ratio") for metric in primary] + [(peak, "memory.peak_ratio")]
 
 

@@ -16,11 +16,8 @@ from engines.errors import BadInput
 from engines.model.digest import WHOLE_UP_TO_BYTES, model_digest
 from engines.settings import Settings
 from migrations.plan import (
-    Canary,
-    Client,
+    CanarySteps,
     EngineChoice,
-    Limits,
-    Measure,
     ModelPlan,
     Plan,
     build_plan,
@@ -30,6 +27,7 @@ from migrations.plan import (
     recorded_plan,
 )
 from tasks.records import payload
+from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plan.toml"
 PLAN = """
@@ -76,7 +74,7 @@ def test_smallest_plan_loads_with_defaults(write: Write) -> None:
     path = write(PLAN)
     plan = load_plan(path)
     assert plan.models[0].gguf == path.parent / "small.gguf"
-    assert (plan.measure, plan.limits, plan.client) == (Measure(), Limits(), Client())
+    assert (plan.measure, plan.limits, plan.client) == (Measure(), Limits(), ClientNeeds())
 
 
 def test_model_settings_win_field_by_field(write: Write) -> None:
@@ -124,7 +122,7 @@ MEND_KEY = (
 )
 NAME_ONLY = "must be the NAME of an environment variable in capitals, such as SWITCHYARD_API_KEY"
 LIMITS_KEYS = ", ".join(Limits.model_fields)
-CANARY_KEYS = ", ".join(Canary.model_fields)
+CANARY_KEYS = ", ".join(CanarySteps.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +162,7 @@ CANARY_KEYS = ", ".join(Canary.model_fields)
         ),
         ("[canary]\nsteps = [1.0]", "canary.steps[0] (line 14): 1.0 is above 0.99; write 0.99 or less"),
         ("[canary]\nsteps = [0.0]", "canary.steps[0] (line 14): 0.0 is not above 0.0; write more than 0.0"),
-        ("[canary]\nsteps = []", f"canary.steps (line 14): is empty: {Canary.model_fields['steps'].description}"),
+        ("[canary]\nsteps = []", f"canary.steps (line 14): is empty: {CanarySteps.model_fields['steps'].description}"),
         ("[canary]\nmin_requests = 0", "canary.min_requests (line 14): 0 is below 1; write 1 or more"),
         ("[canary]\nmax_minutes = 0.0", "canary.max_minutes (line 14): 0.0 is not above 0.0; write more than 0.0"),
         ("[canary]\nshares = 5", f"canary.shares (line 14): unknown key; known: {CANARY_KEYS}"),
@@ -328,8 +326,8 @@ def a_full_plan() -> Plan:
         models=models,
         measure=Measure(looks=(6,), concurrency=(1, 4), soak_s=0.5),
         limits=Limits(mean_kld=1e-5, leak_bytes_per_day=1e9),
-        client=Client(requires=("chat.basic",)),
-        canary=Canary(steps=(0.01, 0.99), min_requests=1, max_minutes=0.5),
+        client=ClientNeeds(requires=("chat.basic",)),
+        canary=CanarySteps(steps=(0.01, 0.99), min_requests=1, max_minutes=0.5),
     )
 
 
@@ -399,7 +397,7 @@ def test_hash_means_content_not_place(tmp_path: Path, write: Write) -> None:
     assert content_hash(load_plan(moved / "plan.toml")) == before
     assert content_hash(plan.model_copy(update={"limits": Limits(ttft_p50_ratio=1.05)})) != before
     # how traffic moves changes nothing about what was measured
-    assert content_hash(plan.model_copy(update={"canary": Canary(steps=(0.1,))})) == before
+    assert content_hash(plan.model_copy(update={"canary": CanarySteps(steps=(0.1,))})) == before
     (tmp_path / "small.gguf").write_bytes(b"GGUF smalL")
     assert content_hash(plan) != before
 

@@ -22,7 +22,8 @@ from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.serve import run
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import log_to_terminal
-from tasks.evidence.canary import CanaryLimits, canary_judge, shadow_judge
+from tasks.evidence.canary import canary_judge, shadow_judge
+from tasks.verdicts.limits import CanaryLimits
 
 
 def not_here(*_: object) -> Installation:

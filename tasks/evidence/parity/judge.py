@@ -18,7 +18,16 @@ from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.degenerate import LOOP
 from tasks.evidence.parity.parameters import judge_ignored_parameters
 from tasks.evidence.parity.tokens import judge_prompt_tokens
-from tasks.verdicts.limits import DEFAULT_LIMITS, ParityLimits
+from tasks.verdicts.limits import (
+    DEFAULT_LIMITS,
+    EXCESS_DEGENERATE,
+    FLOOR_FACTOR,
+    LENGTH_MARGIN,
+    LENGTH_REQUIRED_FROM,
+    MIN_POSITIONS,
+    UNEXPLAINED_DIVERGENCES,
+    Limits,
+)
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 
@@ -32,7 +41,7 @@ def judge_parity(
     ignored_incumbent: Evidence | None = None,
     ignored_candidate: Evidence | None = None,
     required_parameters: Sequence[str] = (),
-    limits: ParityLimits = DEFAULT_LIMITS,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> list[CheckResult]:
     """All parity checks for which there is evidence; the cheap gate first."""
     results = judge_prompt_tokens(tokens_incumbent, tokens_candidate, limits)
@@ -45,7 +54,7 @@ def judge_parity(
 
 
 def judge_answers(
-    comparison: Evidence, floors: Sequence[Evidence] = (), limits: ParityLimits = DEFAULT_LIMITS
+    comparison: Evidence, floors: Sequence[Evidence] = (), limits: Limits = DEFAULT_LIMITS
 ) -> list[CheckResult]:
     """The checks on a `compare_answers`, with the engines' own noise (`measure_floor` of each) as the least limit."""
     return [
@@ -67,7 +76,7 @@ def _basis(comparison: Evidence) -> str:
     return f"{first}{comparison['positions']} positions of {comparison['prompts_compared']} prompts"
 
 
-def _judge_top1(comparison: Evidence, limits: ParityLimits) -> CheckResult:
+def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:
     check, share = "parity.top1_agreement", comparison["top1_agreement"]
     if share is None:
         return not_measured(
@@ -84,27 +93,27 @@ def _judge_top1(comparison: Evidence, limits: ParityLimits) -> CheckResult:
     return CheckResult(check=check, verdict=verdict, value=share, limit=limits.top1_agreement, unit="share", why=why)
 
 
-def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: ParityLimits) -> list[CheckResult]:
+def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits) -> list[CheckResult]:
     results = []
     for name, least in (("mean_kld", limits.mean_kld), ("p99_kld", limits.p99_kld)):
         noise = [floor[run][name] for floor in floors for run in ("repeat", "cached", "parallel")]
         own = max((value for value in noise if value is not None), default=0.0)
         # the fixed p99 limit is far over any mean that passes: it does not move with the floor
-        limit = max(least, limits.floor_factor * own) if name == "mean_kld" else least
+        limit = max(least, FLOOR_FACTOR * own) if name == "mean_kld" else least
         value, check = comparison[name], f"parity.{name}"
         why = (
             f"{_basis(comparison)}; own noise {own:.2g}" if floors else f"{_basis(comparison)}; own noise not measured"
         )
-        if value is None or (value <= limit and comparison["positions"] < limits.min_positions):
-            why += f"; {limits.min_positions} positions wanted"
+        if value is None or (value <= limit and comparison["positions"] < MIN_POSITIONS):
+            why += f"; {MIN_POSITIONS} positions wanted"
             results.append(not_measured(check, why, limit=limit, unit="nats").model_copy(update={"value": value}))
         else:
             results.append(at_most(check, value, limit=limit, unit="nats", why=why))
     return results
 
 
-def _judge_divergences(comparison: Evidence, limits: ParityLimits) -> CheckResult:
-    check, limit = "parity.explained_divergences", limits.unexplained_divergences
+def _judge_divergences(comparison: Evidence, limits: Limits) -> CheckResult:
+    check, limit = "parity.explained_divergences", UNEXPLAINED_DIVERGENCES
     if not comparison["positions"]:
         return not_measured(check, f"no logprobs to compare: {_basis(comparison)}", limit=limit, unit="divergences")
     found = comparison["divergences"]
@@ -124,9 +133,9 @@ def _judge_divergences(comparison: Evidence, limits: ParityLimits) -> CheckResul
     return at_most(check, len(unexplained), limit=limit, unit="divergences", why=why)
 
 
-def _judge_degenerate(comparison: Evidence, limits: ParityLimits) -> CheckResult:
+def _judge_degenerate(comparison: Evidence, limits: Limits) -> CheckResult:
     """Broken text may not appear more often; loops, which small models make by themselves, not significantly so."""
-    check, limit = "parity.degenerate", limits.excess_degenerate
+    check, limit = "parity.degenerate", EXCESS_DEGENERATE
     if comparison["exact_match_share"] is None:
         return not_measured(check, "no answers by both engines", limit=limit, unit="answers")
     ours, theirs = comparison["degenerate"]["incumbent"], comparison["degenerate"]["candidate"]
@@ -171,14 +180,12 @@ def _judge_finish(comparison: Evidence) -> CheckResult:
     return at_most(check, len(differ) + sum(strange.values()), limit=0, unit="answers", why=why)
 
 
-def _judge_length(comparison: Evidence, limits: ParityLimits) -> CheckResult:
+def _judge_length(comparison: Evidence, limits: Limits) -> CheckResult:
     check, length = "parity.mean_length_ratio", comparison["length"]
-    required = length["prompts"] >= limits.length_required_from
+    required = length["prompts"] >= LENGTH_REQUIRED_FROM
     if length["ratio"] is None:
-        return not_measured(
-            check, "completion tokens of fewer than 2 answers", limit=1 + limits.length_margin, required=False
-        )
-    inside = 1 / (1 + limits.length_margin), 1 + limits.length_margin
+        return not_measured(check, "completion tokens of fewer than 2 answers", limit=1 + LENGTH_MARGIN, required=False)
+    inside = 1 / (1 + LENGTH_MARGIN), 1 + LENGTH_MARGIN
     low, high = length["low"], length["high"]
     verdict = Verdict.INCONCLUSIVE
     if inside[0] <= low and high <= inside[1]:

@@ -11,7 +11,7 @@ from engines.settings import Endpoint
 from tasks.evidence.behaviours.caller import Caller
 from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, chat_body, origin, post
 from tasks.evidence.prompts import Prompt
-from tasks.verdicts.limits import DEFAULT_LIMITS, ParityLimits
+from tasks.verdicts.limits import DEFAULT_LIMITS, PROMPT_TOKENS_SHARE, Limits
 from tasks.verdicts.verdict import CheckResult, at_least, not_measured
 
 # without any template: where their token counts differ, the tokenizers differ
@@ -110,15 +110,13 @@ def _counted(caller: Caller, path: str, body: Evidence) -> tuple[int | None, str
     return (tokens, None) if tokens is not None else (None, "no usage.prompt_tokens in the answer")
 
 
-def judge_prompt_tokens(
-    incumbent: Evidence, candidate: Evidence, limits: ParityLimits = DEFAULT_LIMITS
-) -> list[CheckResult]:
+def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits = DEFAULT_LIMITS) -> list[CheckResult]:
     """`parity.prompt_tokens`: the share of prompts read as equally many tokens, and, where they are not, the cause.
 
     A prompt that only the candidate refuses counts as unequal; one that the incumbent refuses is left out. When this
     fails, answers need not be measured: they would answer other prompts.
     """
-    check, limit = "parity.prompt_tokens", limits.prompt_tokens_share
+    check, limit = "parity.prompt_tokens", PROMPT_TOKENS_SHARE
     ours = {key: found for key, found in incumbent["prompts"].items() if found["tokens"] is not None}
     theirs = candidate["prompts"]
     asked = [key for key in ours if key in theirs]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tasks.evidence.soak.judge import BUCKETS, DAY_S, LEAK, LEAK_UNIT, duration, judge_slope, judge_stability, warm_up_s
+from tasks.verdicts.limits import Limits
 from tasks.verdicts.statistics import (
     Slope,
     bucket_medians,
@@ -35,17 +35,6 @@ YARD_LEAK = "memory.yard_leak_bytes_per_day"
 ENDS_IT = (SERVED, FAILURES, TTFT_DRIFT, DECODE_DRIFT)  # failed, these end a soak at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class SoakLimits:
-    """The limits of a plan that a soak is held to, by the plan's names."""
-
-    failures_per_day: float
-    throughput_retention: float
-    ttft_p50_ratio: float
-    leak_bytes_per_day: float
-    failure_rate_margin: float
-
-
 def window_summary(window: Mapping[str, Any]) -> dict[str, Any]:
     """The window with the median in place of each list of times: what a thousand of them are judged by."""
     return {
@@ -66,7 +55,7 @@ def judge_windows(
     windows: Sequence[Mapping[str, Any]],
     *,
     soak_s: float,
-    limits: SoakLimits,
+    limits: Limits,
     is_over: bool,
 ) -> list[CheckResult]:
     """Every check on the windows of one model, in order of time; `incumbent` are segments of an evaluation's soak.
@@ -129,7 +118,7 @@ def _empties(segments: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def judge_drift(
-    windows: Sequence[Mapping[str, Any]], *, soak_s: float, limits: SoakLimits, confidence: float
+    windows: Sequence[Mapping[str, Any]], *, soak_s: float, limits: Limits, confidence: float
 ) -> list[CheckResult]:
     """TTFT and decode speed at the end of the soak over its beginning: Theil-Sen on the logarithms of the medians.
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from engines.errors import BadInput
-from tasks.evidence.canary import CanaryLimits, judge_canary, judge_shadow, judgement
+from tasks.evidence.canary import judge_canary, judge_shadow, judgement
+from tasks.verdicts.limits import CanaryLimits
 from tasks.verdicts.verdict import CheckResult, Verdict, overall
 
 LIMITS = CanaryLimits()

@@ -13,7 +13,6 @@ from engines.process.process import registered
 from engines.settings import Settings
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest
 from tasks.evidence.performance import (
-    PerformanceLimits,
     Workload,
     body,
     judge_memory,
@@ -23,10 +22,11 @@ from tasks.evidence.performance import (
     metrics,
     prompt,
 )
+from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import block_orders
 from tasks.verdicts.verdict import CheckResult, Verdict, overall
 
-LIMITS = PerformanceLimits(
+LIMITS = Limits(
     ttft_p50_ratio=1.10,
     ttft_p95_ratio=1.20,
     tpot_p50_ratio=1.10,

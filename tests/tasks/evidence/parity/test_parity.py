@@ -25,7 +25,7 @@ from tasks.evidence.parity.parameters import (
 )
 from tasks.evidence.parity.tokens import judge_prompt_tokens, measure_prompt_tokens
 from tasks.evidence.prompts import load_prompts
-from tasks.verdicts.limits import ParityLimits
+from tasks.verdicts.limits import LENGTH_REQUIRED_FROM
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 Evidence = dict[str, Any]
@@ -293,13 +293,12 @@ def test_equal_text_that_ends_for_another_reason_fails() -> None:
 
 def test_length_is_reported_and_gates_only_on_many_prompts() -> None:
     """Twice as long is seen with few prompts, and holds the gate from the stated number on."""
-    a = answers(*(answer(f"p{n}", text="x y", completion_tokens=10) for n in range(5)))
-    b = answers(*(answer(f"p{n}", text="x y", completion_tokens=20) for n in range(5)))
-    comparison = compare_answers(a, b)
-    result = one(judge_answers(comparison), "parity.mean_length_ratio")
-    assert (result.verdict, result.value, result.required) == (Verdict.FAIL, 2.0, False)
-    strict = judge_answers(comparison, limits=ParityLimits(length_required_from=5))
-    assert one(strict, "parity.mean_length_ratio").required
+    for prompts in (5, LENGTH_REQUIRED_FROM - 1, LENGTH_REQUIRED_FROM):
+        a = answers(*(answer(f"p{n}", text="x y", completion_tokens=10) for n in range(prompts)))
+        b = answers(*(answer(f"p{n}", text="x y", completion_tokens=20) for n in range(prompts)))
+        result = one(judge_answers(compare_answers(a, b)), "parity.mean_length_ratio")
+        assert (result.verdict, result.value) == (Verdict.FAIL, 2.0)
+        assert result.required == (prompts == LENGTH_REQUIRED_FROM)
 
 
 # --- degenerate text

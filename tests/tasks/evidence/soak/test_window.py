@@ -18,7 +18,6 @@ from tasks.evidence.soak.judge_windows import (
     SILENT_EMPTY,
     TTFT_DRIFT,
     YARD_LEAK,
-    SoakLimits,
     ending,
     judge_windows,
     slope_within,
@@ -27,13 +26,14 @@ from tasks.evidence.soak.judge_windows import (
 from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import KEPT
 from tasks.records.store import open_records
+from tasks.verdicts.limits import Limits
 from tasks.verdicts.statistics import theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 DAYS_3 = 3 * DAY_S
 STEP_S = 3600.0  # from window to window: as many as it takes, and few enough to judge in milliseconds
 MB = 1e6
-LIMITS = SoakLimits(
+LIMITS = Limits(
     failures_per_day=1.0,
     throughput_retention=0.9,
     ttft_p50_ratio=1.1,
