@@ -41,7 +41,8 @@ from flows.rollout.approval import asks, in_advance
 from flows.rollout.orders import Orders
 from flows.rollout.yard_config import plan_path
 from flows.schedules import EVALUATE, RECONCILE, SOAK
-from migrations.plan import Plan, load_plan
+from migrations.plan import Plan
+from migrations.plan_file import load_plan
 from tasks.records.store import open_records
 
 BREACH = "switchyard.soak.breached"

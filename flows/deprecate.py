@@ -29,7 +29,8 @@ from engines.yard.state import StateFile, YardState
 from flows.orchestrator.run import flow_run_id
 from flows.progress import progress
 from flows.rollout.guide import write_guide
-from migrations.plan import Plan, plan_to_toml
+from migrations.plan import Plan
+from migrations.plan_file import plan_to_toml
 from tasks.evidence.environment import machine_environment
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run

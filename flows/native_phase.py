@@ -27,7 +27,8 @@ from flows.rollout.phase_one import phase_one
 from flows.rollout.steps import Migration
 from flows.rollout.yards import PlanYards
 from flows.subprocess_phase import carried_out
-from migrations.plan import EngineChoice, ModelPlan, Plan, load_plan
+from migrations.plan import EngineChoice, ModelPlan, Plan
+from migrations.plan_file import load_plan
 from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
 from tasks.evidence.rehearsal import engine_of, room, route_of
 from tasks.records.store import open_records

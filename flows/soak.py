@@ -30,7 +30,8 @@ from engines.yard.state import StateFile
 from flows.experiment_lock import SOAK, Busy, alone
 from flows.progress import progress
 from flows.rollout.yard_config import plan_path
-from migrations.plan import Plan, load_plan
+from migrations.plan import Plan
+from migrations.plan_file import load_plan
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.soak.judge import duration
 from tasks.evidence.soak.judge_windows import ending, judge_windows, window_summary

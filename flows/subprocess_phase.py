@@ -26,7 +26,8 @@ from flows.rollout.orders import Orders
 from flows.rollout.steps import Migration
 from flows.rollout.yard_config import canary_limits
 from flows.rollout.yards import PlanYards
-from migrations.plan import Plan, load_plan
+from migrations.plan import Plan
+from migrations.plan_file import load_plan
 from tasks.evidence.canary import judge_canary
 from tasks.records.store import open_records
 

@@ -11,7 +11,8 @@ from engines.errors import BadInput
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
-from migrations.plan import CanarySteps, Course, ModelPlan, Plan, Retire, plan_to_toml
+from migrations.plan import CanarySteps, Course, ModelPlan, Plan, Retire
+from migrations.plan_file import plan_to_toml
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 
 DEMO_NAME = "demo"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from migrations.plan import EngineChoice, ModelPlan, Plan, build_plan
+from migrations.plan import EngineChoice, ModelPlan, Plan
+from migrations.plan_file import build_plan
 from tasks.verdicts.limits import Measure
 from tasks.verdicts.risks import Phase, Risk
 

@@ -388,7 +388,7 @@ def _what_to_run(target: str | None, resume: str | None, soak: str | None, home:
     """The plan, and the run to go on with. A resumed run keeps the plan it was started with."""
     from flows.evaluation.rejudge import plan_of
     from migrations.demo import demo_plan
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
     from tasks.verdicts.limits import Measure
 
     soak_s = _seconds(soak) if soak else None

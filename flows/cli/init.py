@@ -14,7 +14,8 @@ from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
-from migrations.plan import ModelPlan, Plan, plan_to_toml
+from migrations.plan import ModelPlan, Plan
+from migrations.plan_file import plan_to_toml
 
 KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 

@@ -52,7 +52,7 @@ def migrate(
     """
     from flows.rollout.orders import Orders
     from flows.rollout.yard_config import plan_path
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
 
     folder = home()
     path = plan_path(plan, folder).absolute()

@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.errors import BadInput, EngineError
 from engines.registry import DRIVERS, driver
-from migrations.plan import load_plan
+from migrations.plan_file import load_plan
 from tasks.evidence.preflight import preflight
 
 

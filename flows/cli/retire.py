@@ -34,7 +34,7 @@ def retire(
     Exit code 0: retired. 3: something still needs it. 4: its rollback window is open, or nobody has approved yet.
     """
     from flows.rollout.yard_config import plan_path
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
 
     folder = home()
     path = plan_path(plan, folder).absolute()
@@ -58,7 +58,7 @@ def guide(
     """Write the migration guide from the records: what changed, what was lost, who stays and why, how to undo it."""
     from flows.rollout.guide import write_guide
     from flows.rollout.yard_config import plan_path
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
     from tasks.records.store import open_records
 
     folder = home()

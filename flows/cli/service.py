@@ -193,7 +193,7 @@ def _root() -> Path:
 
 
 def _checked(path: Path) -> Plan:
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
 
     plan = load_plan(path)
     if not plan.yard.on_loopback and plan.api_key_env is None:

@@ -30,7 +30,7 @@ def soak(
     """
     from flows.orchestrator.server import with_prefect
     from flows.rollout.yard_config import plan_path
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
 
     folder = home()
     path = plan_path(plan, folder).absolute()

@@ -69,7 +69,7 @@ def up(
     Runs until Ctrl-C or `switchyard down`, which stop all of it. Works offline, on loopback, without telemetry.
     """
     from flows.rollout.yard_config import plan_path
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
 
     folder, out = home(), Console(stderr=True)
     path = plan_path(plan, folder).absolute()

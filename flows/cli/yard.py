@@ -36,7 +36,7 @@ def serve(
     from engines.yard.serve import run
     from engines.yard.yard import Yard
     from flows.rollout.yard_config import log_to_terminal, losses, plan_path, remember_plan, yard_config
-    from migrations.plan import load_plan
+    from migrations.plan_file import load_plan
 
     folder = home()
     path = plan_path(plan, folder)

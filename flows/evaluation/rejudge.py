@@ -14,7 +14,8 @@ from engines.redaction import redacted
 from engines.registry import driver
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.trial import ARMS, Bench, Trial
-from migrations.plan import Plan, build_plan, recorded_plan
+from migrations.plan import Plan
+from migrations.plan_file import build_plan, recorded_plan
 from tasks.evidence.unmeasured import models_to_retry
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run

@@ -24,7 +24,8 @@ from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behav
 from flows.experiment_lock import alone
 from flows.orchestrator.run import flow_run_id
 from flows.progress import progress
-from migrations.plan import Plan, recorded_plan
+from migrations.plan import Plan
+from migrations.plan_file import recorded_plan
 from tasks.evidence import compatibility
 from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.environment import machine_environment

@@ -22,7 +22,8 @@ from engines.yard.config import YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import plan_path, yard_config
-from migrations.plan import Plan, content_hash, load_plan, plan_to_toml
+from migrations.plan import Plan, content_hash
+from migrations.plan_file import load_plan, plan_to_toml
 from tasks.evidence.rehearsal import Stage
 
 STOP_S = 30.0

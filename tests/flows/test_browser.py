@@ -18,7 +18,8 @@ from waiting import until
 from engines.model.digest import model_digest
 from engines.registry import driver
 from engines.yard.client import YardClient
-from migrations.plan import content_hash, load_plan
+from migrations.plan import content_hash
+from migrations.plan_file import load_plan
 from tasks.records.store import open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 

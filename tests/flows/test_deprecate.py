@@ -18,7 +18,8 @@ from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import ModelState, StateFile, YardState
 from flows.deprecate import Deprecation, restore
 from flows.evaluation.run import refuse_retired
-from migrations.plan import Plan, build_plan
+from migrations.plan import Plan
+from migrations.plan_file import build_plan
 from tasks.records.store import Records, open_records
 from tasks.verdicts.retirement import Standing, judge_retirement
 from tasks.verdicts.verdict import Verdict

@@ -19,7 +19,8 @@ from flows.experiment_lock import SOAK, Busy, alone
 from flows.migrate import KIND, Phases, Whole
 from flows.rollout.approval import Answer, Question
 from flows.rollout.orders import Orders
-from migrations.plan import Plan, build_plan, content_hash
+from migrations.plan import Plan, content_hash
+from migrations.plan_file import build_plan
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 

@@ -21,7 +21,8 @@ from waiting import until
 
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
-from migrations.plan import build_plan, content_hash
+from migrations.plan import content_hash
+from migrations.plan_file import build_plan
 from tasks.records.payload import plan_hash
 
 WHEELS = ("xllamacpp", "mistralrs", installed.MODEL)

@@ -28,7 +28,8 @@ from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
 from flows.cli.soak import exit_code, next_step, show
 from flows.soak import markdown, nothing, soak_window, targets
-from migrations.plan import Plan, build_plan, load_plan, plan_to_toml
+from migrations.plan import Plan
+from migrations.plan_file import build_plan, load_plan, plan_to_toml
 from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run
@@ -235,7 +236,7 @@ def test_a_window_killed_half_way_leaves_a_run_that_the_next_one_joins(box: Box)
     """kill -9: its evidence is lost, the run is not."""
     code = (
         "import sys; from pathlib import Path; from flows.soak import soak_window; "
-        "from migrations.plan import load_plan; from tasks.records.store import open_records; "
+        "from migrations.plan_file import load_plan; from tasks.records.store import open_records; "
         "home = Path(sys.argv[2]); "
         "soak_window(load_plan(Path(sys.argv[1])), home, open_records(home / 'switchyard.db'), window_s=600)"
     )

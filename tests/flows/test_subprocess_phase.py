@@ -34,7 +34,8 @@ from flows.rollout.phase_one import phase_one
 from flows.rollout.rehearsal_yard import without
 from flows.rollout.yard_config import remember_plan
 from flows.rollout.yards import PlanYards
-from migrations.plan import Plan, build_plan, content_hash, plan_to_toml
+from migrations.plan import Plan, content_hash
+from migrations.plan_file import build_plan, plan_to_toml
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 

@@ -10,7 +10,8 @@ import pytest
 from engines.errors import BadInput
 from engines.settings import Settings
 from migrations import llama_cpp_to_mistral_rs as migration
-from migrations.plan import ModelPlan, Plan, plan_to_toml
+from migrations.plan import ModelPlan, Plan
+from migrations.plan_file import plan_to_toml
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.risks import Risk
 

@@ -15,17 +15,8 @@ from pydantic import SecretStr
 from engines.errors import BadInput
 from engines.model.digest import WHOLE_UP_TO_BYTES, model_digest
 from engines.settings import Settings
-from migrations.plan import (
-    CanarySteps,
-    EngineChoice,
-    ModelPlan,
-    Plan,
-    build_plan,
-    content_hash,
-    load_plan,
-    plan_to_toml,
-    recorded_plan,
-)
+from migrations.plan import CanarySteps, EngineChoice, ModelPlan, Plan, content_hash
+from migrations.plan_file import build_plan, load_plan, plan_to_toml, recorded_plan
 from tasks.records import payload
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 

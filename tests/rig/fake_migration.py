@@ -27,7 +27,8 @@ from engines.yard.settings import YardSettings
 from flows.rollout.rehearsal_yard import without
 from flows.rollout.yard_config import log_to_terminal
 from flows.rollout.yards import QUICK
-from migrations.plan import Plan, build_plan
+from migrations.plan import Plan
+from migrations.plan_file import build_plan
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most
 
 OLD, NEW = "llama.cpp", "mistral.rs"

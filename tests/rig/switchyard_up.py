@@ -28,7 +28,8 @@ from engines.process.process import registered
 from engines.process.serving import free_port
 from engines.registry import driver
 from engines.yard.client import YardClient
-from migrations.plan import content_hash, load_plan
+from migrations.plan import content_hash
+from migrations.plan_file import load_plan
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 

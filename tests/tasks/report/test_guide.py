@@ -13,7 +13,8 @@ import pytest
 from engines.settings import Settings
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import ModelState, YardState
-from migrations.plan import Plan, build_plan
+from migrations.plan import Plan
+from migrations.plan_file import build_plan
 from tasks.records.store import Records, open_records
 from tasks.report import guide
 from tasks.report.guide import SECTIONS

@@ -1,0 +1,412 @@
+"""The plan as a file: read from TOML with one line for what is wrong, and written back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from engines.errors import BadInput
+from engines.model.digest import shards
+from engines.settings import Settings
+from migrations.plan import API_KEY_MEND, RECORDED, Plan
+from tasks.verdicts.limits import RENAMED_KEYS
+
+PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
+
+
+Location = tuple[int | str, ...]
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in the TOML file at `path`; relative paths in it start at its directory, and the files must exist.
+
+    Raises BadInput with one line: the file, the key, the line, what is wrong and how to mend it.
+    """
+    where = str(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{where}: no such file; `switchyard init` writes a plan") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{where}: cannot be read: {error.strerror or error}") from error
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{where}: not valid TOML: {error}") from None
+    _warn_of_old_keys(where, data)
+    lines = _lines(text)
+    # JSON, because strict mode (no "20" for 20, no true for 1) then still takes strings for paths and arrays for tuples
+    as_json = json.dumps(_resolved(data, path.absolute().parent), default=str)
+    try:
+        plan = Plan.model_validate_json(as_json, strict=True)
+    except ValidationError as error:
+        raise BadInput(_one_line(where, _problems(error), lines)) from None
+    missing = list(_missing_files(plan))
+    if missing:
+        raise BadInput(_one_line(where, missing, lines))
+    return plan
+
+
+def _warn_of_old_keys(where: str, data: Mapping[str, Any]) -> None:
+    found = []
+    for table, keys in RENAMED_KEYS.items():
+        for name in {table, RENAMED_KEYS[""].get(table, table)}:
+            part = data.get(name) if name else data
+            found += [f"{old} is now {new}" for new, old in keys.items() if isinstance(part, dict) and old in part]
+    if found:
+        _warn(f"{where}: {', '.join(found)}; the old name is still read")
+
+
+@cache
+def _warn(line: str) -> None:
+    """Log `line`, once in a process: a command reads its plan several times."""
+    logging.getLogger("switchyard").warning("%s", line)
+
+
+def recorded_plan(data: object) -> Plan:
+    """The plan of a run on record, also one that would be refused today: it is read, and nothing starts by it."""
+    return Plan.model_validate_json(json.dumps(data), context={RECORDED: True})
+
+
+def build_plan(data: Mapping[str, object], *, where: str = "plan") -> Plan:
+    """A plan out of `data` (a form's values, or parts already built); BadInput in one line, `where` first."""
+    try:
+        return Plan.model_validate(dict(data))
+    except ValidationError as error:
+        raise BadInput(_one_line(where, _problems(error), {})) from None
+
+
+def plan_to_toml(plan: Plan, *, header_comment: str = "", losses: Sequence[str] = ()) -> str:
+    """`plan` as TOML with every field's reason as a comment above it; `load_plan` reads the same plan back.
+
+    `losses` (a driver's own lines) are written as comments above `accepted_unsupported`.
+    """
+    blocks = [_comment(header_comment)] if header_comment else []
+    lost = "\n".join(f"  - {_flat(loss)}" for loss in losses)
+    note = f"The candidate cannot honour these:\n{lost}" if losses else ""
+    blocks.append(_keys(plan, notes={"accepted_unsupported": note}))
+    for name in ("incumbent", "candidate", "settings"):
+        blocks.append(_section(plan, name))
+    for model in plan.models:
+        blocks.append(_table("[[models]]", model))
+        if _fields(model.settings, only_set=True):
+            blocks.append(_table("[models.settings]", model.settings, only_set=True))
+    for name in ("measure", "limits", "client", "canary", "migrate", "retire", "yard"):
+        blocks.append(_section(plan, name))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _resolved(value: Any, base: Path) -> Any:
+    """`value` with every path in it made absolute from `base`."""
+    if isinstance(value, list):
+        return [_resolved(item, base) for item in value]
+    if not isinstance(value, dict):
+        return value
+    resolved = {}
+    for key, item in value.items():
+        is_path = key in PATH_KEYS and isinstance(item, str)
+        resolved[key] = str(base / Path(item).expanduser()) if is_path else _resolved(item, base)
+    return resolved
+
+
+def _named_files(plan: Plan) -> Iterable[tuple[Location, Path | None]]:
+    yield ("incumbent", "binary"), plan.incumbent.binary
+    yield ("candidate", "binary"), plan.candidate.binary
+    owners: list[tuple[Location, Settings]] = [(("settings",), plan.settings)]
+    for index, model in enumerate(plan.models):
+        yield ("models", index, "gguf"), model.gguf
+        yield ("models", index, "transcripts"), model.transcripts
+        owners.append((("models", index, "settings"), model.settings))
+    for location, settings in owners:
+        yield (*location, "chat_template"), settings.chat_template
+        yield (*location, "tokenizer_json"), settings.tokenizer_json
+
+
+def _missing_files(plan: Plan) -> Iterable[tuple[Location, str]]:
+    for location, file in _named_files(plan):
+        if file is None:
+            continue
+        if not file.is_file():
+            what = "is a directory, not a file" if file.is_dir() else "no such file"
+            yield location, f"{file}: {what}; relative paths start at the plan's own directory"
+        elif location[-1] == "gguf":
+            try:
+                shards(file)
+            except BadInput as error:
+                yield location, str(error)
+
+
+_NOT_A = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text in quotes",
+    "path": "a path in quotes",
+    "tuple": "a list in [brackets]",
+    "model": "a table of keys",
+    "dict": "a table of keys",
+}
+
+
+# what people who know llama.cpp's flags write
+_LLAMA_WORDS = {
+    "ctx": "context_tokens",
+    "ctx_size": "context_tokens",
+    "n_ctx": "context_tokens",
+    "ngl": "gpu_layers",
+    "cache_ram": "host_cache_mib",
+    "cache_type_k": "kv_type",
+    "cache_type_v": "kv_type",
+}
+
+
+def _one_line(where: str, problems: Sequence[tuple[Location, str]], lines: Mapping[Location, int]) -> str:
+    """The problem that comes first in the file, and how many more there are."""
+
+    def line_of(location: Location) -> int | None:
+        return next((lines[location[:end]] for end in range(len(location), 0, -1) if location[:end] in lines), None)
+
+    location, what = min(problems, key=lambda problem: line_of(problem[0]) or math.inf)
+    line = line_of(location)
+    at = f"{_key(location)} (line {line}): " if line else f"{_key(location)}: " if location else ""
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _flat(f"{where}: {at}{what}{others}")
+
+
+def _key(location: Location) -> str:
+    """`models[0].gguf` for ("models", 0, "gguf")."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).removeprefix(".")
+
+
+def _problems(error: ValidationError) -> list[tuple[Location, str]]:
+    details = error.errors(include_url=False)
+    places = [detail["loc"] for detail in details]
+    # a list whose entries are wrong is also reported as empty: that is no second problem
+    return [
+        _problem(detail)
+        for detail in details
+        if detail["type"] != "too_short" or not any(_is_inside(place, detail["loc"]) for place in places)
+    ]
+
+
+def _is_inside(place: Location, outer: Location) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
+
+
+def _problem(detail: ErrorDetails) -> tuple[Location, str]:
+    location = detail["loc"]
+    if detail["type"] == "api_key_in_plan":
+        return (*location, "api_key"), API_KEY_MEND
+    leaf = location[-1] if location else ""
+    if leaf == "api_key":
+        return location, API_KEY_MEND
+    if leaf == "api_key_env":  # somebody may have put the key itself there: do not echo it
+        return location, "must be the NAME of an environment variable in capitals, such as SWITCHYARD_API_KEY"
+    return location, _mend(detail)
+
+
+def _mend(detail: ErrorDetails) -> str:
+    """What is wrong with one value, and what to write instead."""
+    kind, context, location = detail["type"], detail.get("ctx", {}), detail["loc"]
+    value = _shown(detail["input"])
+    match kind:
+        case "value_error":
+            return str(context["error"])
+        case "extra_forbidden":
+            return _unknown_key(location)
+        case "missing":
+            return f"is missing: {_description(location)}"
+        case "literal_error":
+            return _unknown_word(location, detail["input"], re.findall(r"'([^']*)'", context["expected"]))
+        case "greater_than_equal":
+            return f"{value} is below {context['ge']}; write {context['ge']} or more"
+        case "less_than_equal":
+            return f"{value} is above {context['le']}; write {context['le']} or less"
+        case "greater_than":
+            return f"{value} is not above {context['gt']}; write more than {context['gt']}"
+        case "too_short" | "string_too_short":
+            return f"is empty: {_description(location)}"
+        case "too_long" | "string_too_long":
+            return f"is too long; {context['max_length']} at most"
+        case "string_pattern_mismatch":
+            return f"{value} does not fit: {_description(location)}"
+        case "int_from_float":
+            return f"{value} is not a whole number"
+        case "finite_number":
+            return f"{value} is not a number"
+    expected = _NOT_A.get(kind.partition("_")[0])
+    return f"{value} is not {expected}" if expected else f"{value}: {detail['msg']}"
+
+
+def _shown(value: object) -> str:
+    """`value` as it would stand in TOML, cut short; tables are not shown, for one may hold a key."""
+    if isinstance(value, str | Path):
+        text = f"'{value}'"
+    elif isinstance(value, dict | BaseModel) or (isinstance(value, list | tuple) and any(map(_is_table, value))):
+        text = "a list of tables" if isinstance(value, list | tuple) else "a table"
+    else:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict | list | tuple | BaseModel)
+
+
+def _unknown_key(location: Location) -> str:
+    parent = _model_at(location[:-1])
+    known = [name for name in parent.model_fields if name != "api_key"] if parent else []
+    key = str(location[-1])
+    close = (
+        [_LLAMA_WORDS.get(key, "")] if _LLAMA_WORDS.get(key) in known else difflib.get_close_matches(key, known, n=1)
+    )
+    close = close or [name for name in known if name.startswith(key)]
+    return f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known: {', '.join(known)}"
+
+
+def _unknown_word(location: Location, value: object, known: list[str]) -> str:
+    noun = "engine " if location[-1] == "engine" else ""
+    close = difflib.get_close_matches(str(value), known, n=1)
+    guess = f"; did you mean '{close[0]}'?" if close else ""
+    return f"unknown {noun}{_shown(value)}; known: {', '.join(known)}{guess}"
+
+
+def _description(location: Location) -> str:
+    parent = _model_at(location[:-1])
+    field = parent.model_fields.get(_new_name(parent, str(location[-1]))) if parent else None
+    return (field.description if field else None) or "a value is needed"
+
+
+def _model_at(location: Location) -> type[BaseModel] | None:
+    """The part of the plan that `location` leads to, where it is one."""
+    here: type[BaseModel] | None = Plan
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = here.model_fields.get(_new_name(here, part)) if here else None
+        here = _model_in(field.annotation) if field else None
+    return here
+
+
+def _new_name(part: type[BaseModel], key: str) -> str:
+    """The name of the field that is also read under `key`."""
+    for name, field in part.model_fields.items():
+        if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
+            return name
+    return key
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for inner in get_args(annotation) if (model := _model_in(inner))), None)
+
+
+_HEADER = re.compile(r"^\s*(?P<open>\[\[?)\s*(?P<name>[\w.\-\"' ]+?)\s*\]\]?\s*(?:#.*)?$")
+
+
+_KEY = re.compile(r"^\s*(?P<name>[\w.\-\"' ]+?)\s*=")
+
+
+def _lines(text: str) -> dict[Location, int]:
+    """The line of every table and key in a TOML text; keys inside inline tables are found by their parent only."""
+    found: dict[Location, int] = {}
+    entries: dict[Location, int] = {}
+    table: Location = ()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            table = ()
+            parts = _parts(header["name"])
+            for depth, part in enumerate(parts, start=1):
+                table = (*table, part)
+                if header["open"] == "[[" and depth == len(parts):
+                    found.setdefault(table, number)
+                    entries[table] = entries.get(table, -1) + 1
+                if table in entries:
+                    table = (*table, entries[table])
+            found.setdefault(table, number)
+        elif key := _KEY.match(line):
+            found.setdefault((*table, *_parts(key["name"])), number)
+    return found
+
+
+def _parts(dotted: str) -> list[str]:
+    return [part.strip().strip("\"'") for part in dotted.split(".")]
+
+
+def _section(plan: Plan, name: str) -> str:
+    summary = Plan.model_fields[name].description or ""
+    return _table(f"[{name}]", getattr(plan, name), summary=summary)
+
+
+def _table(header: str, part: BaseModel, *, summary: str = "", only_set: bool = False) -> str:
+    keys = _keys(part, only_set=only_set)
+    return "\n".join(filter(None, [_comment(summary), header, keys]))
+
+
+def _keys(part: BaseModel, *, only_set: bool = False, notes: Mapping[str, str] | None = None) -> str:
+    """The keys of `part` that hold plain values, each under its description."""
+    lines: list[str] = []
+    for name, value in _fields(part, only_set=only_set).items():
+        comment = "\n".join(filter(None, [type(part).model_fields[name].description, (notes or {}).get(name, "")]))
+        lines += [*([_comment(comment)] if comment else []), f"{name} = {_value(value)}"]
+    return "\n".join(lines)
+
+
+def _fields(part: BaseModel, *, only_set: bool = False) -> dict[str, object]:
+    """Plain values of `part` by name, without those that TOML cannot say (None) and those that are parts themselves."""
+    names = [name for name in type(part).model_fields if not only_set or name in part.model_fields_set]
+    values = {name: getattr(part, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None and not _is_part(value)}
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, BaseModel) or (isinstance(value, tuple) and any(isinstance(v, BaseModel) for v in value))
+
+
+def _value(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int():
+            return str(value)
+        case float():
+            whole = math.isfinite(value) and value == int(value) and abs(value) < 1e15
+            return f"{value:.1f}" if whole else repr(value)
+        case tuple() | list():
+            return f"[{', '.join(_value(item) for item in value)}]"
+    # JSON's escapes are TOML's, but TOML also wants DEL escaped
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _comment(text: str) -> str:
+    lines = [wrapped for line in text.splitlines() for wrapped in textwrap.wrap(_printable(line), 112) or [""]]
+    return "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _flat(text: str) -> str:
+    """`text` on one line."""
+    return " ".join(text.split())
