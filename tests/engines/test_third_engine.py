@@ -14,7 +14,7 @@ from engines.fit import estimate
 from engines.model.header import read_header
 from engines.settings import Settings
 from engines.support import loads
-from migrations.plan import build_plan
+from migrations.plan_file import build_plan
 from tasks.evidence.preflight import preflight
 
 
