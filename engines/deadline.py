@@ -1,7 +1,9 @@
-"""Work that may hang (a locked database, a server that does not answer), waited for no longer than told."""
+"""Work that may hang (a locked database, a file under /proc that a driver holds), with a limit to the wait for it."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -12,9 +14,9 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """`work`, begun at once in a thread that ends with the process; `what` names it in an error."""
+    """`work`, begun at once in a daemon thread; `what` names it in an error, `done` is called there at its end."""
 
-    def __init__(self, what: str, work: Callable[[], T]) -> None:
+    def __init__(self, what: str, work: Callable[[], T], done: Callable[[], object] = lambda: None) -> None:
         self._what = what
         self._done = threading.Event()
         self._result: T
@@ -27,6 +29,7 @@ class Background(Generic[T]):
                 self._problem = problem
             finally:
                 self._done.set()
+                done()
 
         threading.Thread(target=run, name=what, daemon=True).start()
 
@@ -37,3 +40,19 @@ class Background(Generic[T]):
         if self._problem is not None:
             raise self._problem
         return self._result
+
+
+async def in_thread(work: Callable[[], T], *, name: str, within_s: float | None = None) -> T:
+    """The result of `work`, called in a daemon thread. Raises TimeoutError; the thread is left behind then.
+
+    `asyncio.to_thread` waits for its threads when the program ends: one that hangs would keep it from ending.
+    """
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell_loop() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(ended.set)
+
+    background = Background(name, work, tell_loop)
+    await asyncio.wait_for(ended.wait(), within_s)
+    return background.result(0)

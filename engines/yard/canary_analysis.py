@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engines.errors import SwitchyardError
+from engines.yard.metrics import LiveSample
 from engines.yard.moves import Moves
+from engines.yard.orders import CanaryOrder
 from engines.yard.route import Route
-from engines.yard.sample import LiveSample
 from engines.yard.state import Canary
 from engines.yard.yard import Yard
 
@@ -60,7 +61,7 @@ class CanaryAnalysis:
         if case is None or route.moving is not None or route.fallback is not None or self._yard.stopping:
             return
         unit = route.units.get(case.canary.engine)
-        if unit is None or unit.out_of_budget:
+        if unit is None or unit.budget.exhausted:
             why = f"{case.canary.engine} cannot be kept up: {unit.why if unit else 'it is gone'}"
             self._says(route, case, {"verdict": "FAIL", "why": why})
             self._take_out(route, case, why)
@@ -143,7 +144,7 @@ class CanaryAnalysis:
     async def _end(self, route: Route, case: _Analysis) -> None:
         engine = case.canary.engine
         try:
-            await self._moves.canary(route.model_id, engine, 0.0, lambda _: None)
+            await self._moves.canary(CanaryOrder(model=route.model_id, to=engine), lambda _: None)
         except SwitchyardError as error:
             case.last = None  # judged again at the next turn
             self._yard.events.note("incident", route.model_id, f"the canary stays for now: {error}", engine=engine)

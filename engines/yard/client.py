@@ -6,21 +6,17 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from engines.errors import BadInput, EngineError, SwitchyardError
+from engines.yard.orders import FIRST, order_of, too_old, version_needed
 
 Say = Callable[[str], None]
-# Orders carry the version of the control socket that they need, so that an older yard does not misread one: it says
-# the version it has in its status, a yard of the first version says none. Raise VERSION when an order, or a field of
-# one, is added, and enter it in SINCE as "order" or "order.field"; answers and status keep their keys.
-FIRST = VERSION = 1
-SINCE: dict[str, int] = {}
-BAD_INPUT = 2  # how `switchyard serve` ends when the user can mend it
+BAD_INPUT = 2  # exit status of `switchyard serve` when the user can fix it
 POLL_S = 0.2
 
 
@@ -54,22 +50,22 @@ class YardClient:
         return True
 
     def status(self) -> dict[str, Any]:
-        """Everything it tells of itself."""
+        """Everything it reports of itself."""
         return self._get("/status")
 
     def samples(self, model: str | None = None) -> list[dict[str, Any]]:
         """Its latest live requests of a model, oldest first."""
-        found: list[dict[str, Any]] = self._get("/samples", **({"model": model} if model else {}))["samples"]
-        return found
+        return list(self._get("/samples", **({"model": model} if model else {}))["samples"])
 
     def order(self, name: str, say: Say = lambda _: None, **body: Any) -> str:
         """Carry out an order; `say` gets each step. Raises BadInput, or SwitchyardError with the yard's own words."""
-        needed = version_needed(name, body)
+        fields = order_of(name, body).model_dump(exclude_unset=True)
+        needed = version_needed(name, fields)
         # a yard of the first version would carry out what it understands of it
         if needed > FIRST and self.status().get("orders", FIRST) < needed:
             raise SwitchyardError(too_old(name))
-        told = {**body, "version": needed}
-        with self._http() as http, self._reachable(), http.stream("POST", f"/{name}", json=told) as answer:
+        fields["version"] = needed
+        with self._http() as http, self._reachable(), http.stream("POST", f"/{name}", json=fields) as answer:
             if answer.status_code == httpx.codes.NOT_FOUND:
                 raise SwitchyardError(too_old(name))
             answer.raise_for_status()
@@ -80,12 +76,11 @@ class YardClient:
                 if "done" in event:
                     return str(event["done"])
                 say(event["step"])
-        raise SwitchyardError(f"the yard went away while it carried out `{name}`: see `switchyard status`")
+        raise SwitchyardError(f"the yard ended while it carried out `{name}`: see `switchyard status`")
 
     def _get(self, path: str, **query: str) -> dict[str, Any]:
         with self._http() as http, self._reachable():
-            found: dict[str, Any] = http.get(path, params=query, timeout=10).raise_for_status().json()
-            return found
+            return dict(http.get(path, params=query, timeout=10).raise_for_status().json())
 
     @contextlib.contextmanager
     def _http(self) -> Iterator[httpx.Client]:
@@ -93,7 +88,7 @@ class YardClient:
             raise SwitchyardError(f"no yard runs here ({self._path}): start one with `switchyard serve`")
         with (
             short_name(self._path) as name,
-            # no TLS on a socket: loading certificates would cost 45 ms of CPU a question
+            # no TLS on a socket: loading certificates would cost 45 ms of CPU a request
             httpx.Client(
                 transport=httpx.HTTPTransport(uds=name, verify=False), base_url="http://yard", timeout=None
             ) as http,
@@ -110,22 +105,9 @@ class YardClient:
             raise SwitchyardError(f"the yard did not answer: {error or type(error).__name__}") from error
 
 
-def version_needed(name: str, body: Mapping[str, Any]) -> int:
-    """The version of the control socket that has the order `name` with all fields of `body`."""
-    return max(SINCE.get(part, FIRST) for part in (name, *(f"{name}.{field}" for field in body)))
-
-
-def too_old(name: str) -> str:
-    """Why a running yard cannot carry out the order `name` of a newer command, and what to do."""
-    return (
-        f"the running yard is older than this command and cannot carry out `{name}`: restart it (`switchyard stop`, "
-        "then `switchyard serve`; installed as a service: `systemctl --user restart switchyard`)"
-    )
-
-
-def public_address(told: str) -> str:
-    """Where a program of this host reaches the port that a yard tells: one that listens everywhere is here as well."""
-    return told.replace("//0.0.0.0:", "//127.0.0.1:").replace("//:::", "//[::1]:")
+def public_address(reported: str) -> str:
+    """Where a program of this host reaches the address that a yard reports: 0.0.0.0 is here as well."""
+    return reported.replace("//0.0.0.0:", "//127.0.0.1:").replace("//:::", "//[::1]:")
 
 
 def wait_until_serving(
@@ -139,8 +121,8 @@ def wait_until_serving(
 ) -> None:
     """Return when every one of `models` has an engine that serves.
 
-    An engine that loads may take its time: the yard itself sees when that stalls. A yard that does not answer has
-    `stall_s` since its last line. Raises BadInput or EngineError with its last words.
+    A load has no limit here: the yard itself sees when it stalls. A yard that does not answer has `stall_s` since its
+    last line of output, `said()`. Raises BadInput or EngineError with that line.
     """
     moved, words = time.monotonic(), ""
     while True:
@@ -150,7 +132,7 @@ def wait_until_serving(
         loading = _loading(client, models)
         if loading == "":
             return
-        say(loading or "the yard starts")
+        say(loading or "the yard is starting")
         if loading is not None or said() != words:
             moved, words = time.monotonic(), said()
         elif time.monotonic() - moved > stall_s:
@@ -180,4 +162,4 @@ def _last_words(said: str) -> str:
     """The line with which the yard gave up."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line.partition("error:")[2].strip() for line in lines if line.startswith("error:")]
-    return (errors or lines or ["the yard ended without a word"])[-1]
+    return (errors or lines or ["the yard ended without a message"])[-1]

@@ -13,19 +13,27 @@ import time
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.fit import estimate
-from engines.model.free_memory import free_memory
+from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
+from engines.yard.client import Say
 from engines.yard.engine.unit import Unit
-from engines.yard.memory import memory_back, mib
+from engines.yard.orders import Order
 from engines.yard.route import Route
 from engines.yard.yard import Yard
 
+SHARE_BACK = 0.75  # of what the stopped engine held, as Ollama waits for; the rest is the driver's own
+POLL_S = 0.25
+SETTLES_S = 2.0  # where NVML does not report how much a process holds
 QUIET_S = 10.0  # how long a model that has work may keep another one waiting before it finishes what it has
 LOOK_S = 1.0
 
 
 class OverBudget(SwitchyardError):
     """The model does not fit into the memory budget beside those that stay."""
+
+
+class MemoryHeld(SwitchyardError):
+    """A stopped engine's memory did not come back in time."""
 
 
 class MemoryBudget:
@@ -55,14 +63,16 @@ class MemoryBudget:
         if route.unloaded:
             self._wake_soon(route, evict=True)
 
-    async def load(self, route: Route) -> str:
+    async def load(self, order: Order, _: Say) -> str:
         """Load a model now, and return once it serves. Raises OverBudget, EngineError."""
+        route = self._yard.route_of(order.model)
         async with self._one:
             await self._load(route, evict=True)
         return f"{route.model_id} is loaded: {route.serving.engine}"
 
-    async def unload(self, route: Route) -> str:
+    async def unload(self, order: Order, _: Say) -> str:
         """End a model's engines once their requests are done. Raises BadInput for one that is moved or has a canary."""
+        route = self._yard.route_of(order.model)
         canary = route.state.canary
         if route.moving or route.holding or canary:
             what = route.moving or (f"a canary on {canary.engine}" if canary else "being drained")
@@ -152,7 +162,7 @@ class MemoryBudget:
         try:
             await asyncio.gather(*(unit.idle() for unit in route.units.values()))
             units = [unit for unit in route.units.values() if unit.child is not None]
-            held, vram = sum(unit.memory_bytes or 0 for unit in units), _vram(units)
+            held, vram = sum(unit.stats.memory_bytes or 0 for unit in units), _vram(units)
             before = await asyncio.to_thread(free_memory)
             route.unloaded = True
             for unit in route.units.values():
@@ -170,13 +180,13 @@ class MemoryBudget:
 
     def _held_bytes(self) -> int:
         units = [unit for route in self._yard.routes.values() for unit in route.units.values()]
-        return sum(needed_bytes(unit)[1] for unit in units if unit.holds_memory)
+        return sum(needed_bytes(unit)[1] for unit in units if unit.child is not None or unit.given_up is not None)
 
 
 def needed_bytes(unit: Unit) -> tuple[int, int]:
     """What an engine holds, at least and expected: as measured, else as estimated, else the size of its file."""
-    if unit.held_bytes is not None:
-        return unit.held_bytes, unit.held_bytes
+    if unit.stats.held_bytes is not None:
+        return unit.stats.held_bytes, unit.stats.held_bytes
     try:
         fit = estimate(read_header(unit.spec.gguf), unit.spec.settings, unit.spec.engine, memory=free_memory())
         if fit.needs:
@@ -192,5 +202,34 @@ def _is_quiet(route: Route) -> bool:
 
 
 def _vram(units: list[Unit]) -> int | None:
-    known = [unit.vram_bytes for unit in units if unit.vram_bytes is not None]
+    known = [unit.stats.vram_bytes for unit in units if unit.stats.vram_bytes is not None]
     return sum(known) if known else None
+
+
+async def memory_back(vram_held: int | None, before: FreeMemory, within_s: float) -> str:
+    """Wait until a stopped engine's memory is back; what came back since `before`, in words.
+
+    RAM is back with the end of the process. VRAM is the driver's to give back: raises MemoryHeld when it does not.
+    """
+    if before.vram_bytes is None:
+        return "its memory is back: the process is gone, and there is no GPU"
+    began, seen = time.monotonic(), 0
+    while True:
+        waited, last = time.monotonic() - began, seen
+        free = await asyncio.to_thread(free_memory)
+        seen = max((free.vram_bytes or 0) - before.vram_bytes, 0)
+        if vram_held is not None and seen >= SHARE_BACK * vram_held:
+            return f"VRAM is back: {mib(seen)} of {mib(vram_held)} after {waited:.1f} s"
+        if vram_held is None and waited >= SETTLES_S and seen == last:
+            return f"VRAM has settled {waited:.1f} s after the stop, {mib(seen)} more are free"
+        if waited > within_s:
+            raise MemoryHeld(
+                f"only {mib(seen)} of {mib(vram_held or 0)} of VRAM came back within {waited:.0f} s; "
+                "`nvidia-smi` shows who holds it"
+            )
+        await asyncio.sleep(POLL_S)
+
+
+def mib(n_bytes: int) -> str:
+    """`512 MiB`."""
+    return f"{n_bytes / 2**20:.0f} MiB"

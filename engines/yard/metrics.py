@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engines.yard.engine.health import Health
 from engines.yard.route import Route
-from engines.yard.sample import LiveSample
 
 TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+
+
+@dataclass(frozen=True)
+class LiveSample:
+    """One live request that an engine answered. Times in ms, as the yard saw them; None where there is none."""
+
+    at: float
+    engine: str
+    conversation: str
+    prompt_tokens: int
+    ok: bool
+    error: str | None
+    empty: bool
+    ttft_ms: float | None
+    tpot_ms: float | None
 
 
 class Metrics:
@@ -86,8 +101,8 @@ class Metrics:
                 self._restarts.labels(*labels).set(unit.restarts)
                 for state in Health:
                     self._state.labels(*labels, str(state)).set(state is unit.state)
-                _set_or_drop(self._memory, labels, unit.memory_bytes)
-                _set_or_drop(self._vram, labels, unit.vram_bytes)
+                _set_or_drop(self._memory, labels, unit.stats.memory_bytes)
+                _set_or_drop(self._vram, labels, unit.stats.vram_bytes)
         self._incidents.set(incidents)
         return generate_latest(self._registry)
 

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Literal, get_args
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.fit import estimate
@@ -23,14 +22,23 @@ from engines.yard.client import Say
 from engines.yard.config import ModelConfig, YardConfig, loopback_or_key
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.unit import Unit
-from engines.yard.memory import memory_back
-from engines.yard.memory_budget import MemoryBudget
+from engines.yard.memory_budget import MemoryBudget, memory_back
+from engines.yard.orders import (
+    CanaryOrder,
+    DrainOrder,
+    MoveForm,
+    PromoteOrder,
+    RestoreOrder,
+    RetireOrder,
+    RollbackOrder,
+    ShadowOrder,
+    UseOrder,
+)
 from engines.yard.route import Route
 from engines.yard.shadow import Shadow
 from engines.yard.state import Canary
 from engines.yard.yard import Yard
 
-MoveForm = Literal["auto", "side-by-side", "one-at-a-time"]
 HOLD_SHARE = 0.8  # of the time that a request may wait
 LEAST_LOAD_S = 5.0
 
@@ -47,45 +55,43 @@ class Moves:
         self._shadow = shadow
         self._memory_budget = memory_budget
 
-    async def promote(self, model: str | None, to: str | None, say: Say, *, form: MoveForm = "auto") -> str:
-        """Serve `model` by the engine `to` (the candidate where none is named). Raises BadInput, MoveFailed."""
-        route = self._yard.route_of(model)
-        target = self._unit(route, to or route.candidate)
-        async with self._alone(route, f"promote to {target.engine}", say) as report:
-            return await self._move(route, target, report, form, undo=route.state.serving)
+    async def promote(self, order: PromoteOrder, say: Say) -> str:
+        """Serve the model by the engine `to`. Raises BadInput, MoveFailed."""
+        route, target = self._target(order.model, order.to)
+        async with self._moving(route, f"promote to {target.engine}", say) as report:
+            return await self._move(route, target, report, order.form, undo=route.state.serving)
 
-    async def rollback(self, model: str | None, say: Say, *, form: MoveForm = "auto") -> str:
-        """Back to the last good route: the canary taken out, or the engine before the last move."""
-        route = self._yard.route_of(model)
-        if route.state.canary is not None:
-            return await self.canary(model, route.state.canary.engine, 0.0, say)
+    async def rollback(self, order: RollbackOrder, say: Say) -> str:
+        """Go back to the last good route: the canary taken out, or the engine before the last move."""
+        route = self._yard.route_of(order.model)
+        if (canary := route.state.canary) is not None:
+            return await self.canary(CanaryOrder(model=order.model, to=canary.engine), say)
         if route.state.undo is None:
             raise BadInput(f"nothing to roll back: {route.model_id} was not moved; {route.state.serving} serves it")
-        target = self._unit(route, route.state.undo)
-        async with self._alone(route, f"roll back to {target.engine}", say) as report:
-            return await self._move(route, target, report, form, undo=None)
+        _, target = self._target(order.model, route.state.undo)
+        async with self._moving(route, f"roll back to {target.engine}", say) as report:
+            return await self._move(route, target, report, order.form, undo=None)
 
-    async def use(self, model: str | None, engine: str, say: Say) -> str:
+    async def use(self, order: UseOrder, say: Say) -> str:
         """Choose an engine by hand, or leave the choice to the moves again (`auto`)."""
-        route = self._yard.route_of(model)
+        route, engine = self._yard.route_of(order.model), order.engine
         if engine != "auto":
-            self._unit(route, engine)
+            self._target(order.model, engine)
         self._yard.commit(route, selected=engine)
         if engine == "auto":
             return f"{route.model_id}: promote and rollback decide; {route.state.serving} serves"
-        return await self.promote(model, engine, say)
+        return await self.promote(PromoteOrder(model=order.model, to=engine), say)
 
-    async def canary(self, model: str | None, to: str | None, weight: float, say: Say) -> str:
+    async def canary(self, order: CanaryOrder, say: Say) -> str:
         """Let `to` answer a share of the conversations; 0 takes it out again."""
-        route = self._yard.route_of(model)
-        target = self._unit(route, to or route.candidate)
+        (route, target), weight = self._target(order.model, order.to), order.weight
         if not 0 <= weight < 1:
             raise BadInput(f"weight {weight} must be at least 0 and below 1; `promote` moves all of it")
         if target.engine == route.state.serving:
             raise BadInput(f"{target.engine} serves {route.model_id} already; a canary is another engine")
         if weight == 0 and route.state.canary is None:
             return f"no canary on {route.model_id}"
-        async with self._alone(route, f"canary {target.engine} {weight:g}", say) as report:
+        async with self._moving(route, f"canary {target.engine} {weight:g}", say) as report:
             if weight == 0:
                 self._yard.commit(route, canary=None)
                 report(f"canary out; {target.engine} finishes {len(target.in_flight)} request(s)")
@@ -93,37 +99,32 @@ class Moves:
                     await target.idle()
                     await target.stop()
                 return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
-            if not target.state.serves:
-                await self._require_room(target.spec, route.serving)
-                await self._bring_up(route, target, report, self._yard.settings.move_s)
+            await self._bring_up_beside(route, target, report)
             self._yard.commit(route, canary=Canary(engine=target.engine, weight=weight, since=time.time()))
             return f"{route.model_id}: {target.engine} answers {weight:.0%} of the conversations"
 
-    async def shadow(self, model: str | None, to: str | None, share: float, say: Say) -> str:
-        """Copy a share of the chat requests to `to` (the candidate), brought up beside; 0 ends that, and the engine."""
-        route = self._yard.route_of(model)
-        target = self._unit(route, to or route.candidate)
+    async def shadow(self, order: ShadowOrder, say: Say) -> str:
+        """Copy a share of the chat requests to `to`, brought up beside; 0 ends that, and the engine."""
+        (route, target), share = self._target(order.model, order.to), order.share
         if target is route.serving:
             raise BadInput(f"{target.engine} serves {route.model_id}; copies go to another engine")
         self._shadow.set_share(route, target.engine, share)
-        async with self._alone(route, f"shadow on {target.engine} {share:g}", say) as report:
+        async with self._moving(route, f"shadow on {target.engine} {share:g}", say) as report:
             if share == 0:
                 if route.state.canary is None or route.state.canary.engine != target.engine:
-                    await self._retire([target], report)
+                    await self._end([target], report)
                 return f"{route.model_id}: nothing is copied any more"
-            if not target.state.serves:
-                await self._require_room(target.spec, route.serving)
-                await self._bring_up(route, target, report, self._yard.settings.move_s)
+            await self._bring_up_beside(route, target, report)
         return f"{route.model_id}: {target.engine} gets copies of {share:.0%} of the chat requests"
 
-    async def drain(self, model: str | None, say: Say, *, on: bool) -> str:
-        """Hold new requests and return when none is in flight (`on`), or let them go on again."""
-        route = self._yard.route_of(model)
-        if not on:
+    async def drain(self, order: DrainOrder, say: Say) -> str:
+        """Hold new requests and return when none is in flight (`on`), or take requests again."""
+        route = self._yard.route_of(order.model)
+        if not order.on:
             route.holding = False
             route.hand_over()
             return f"{route.model_id} takes requests again"
-        async with self._alone(route, "drain", say) as report:
+        async with self._moving(route, "drain", say) as report:
             route.holding = True
             report(f"holding new requests; {sum(len(unit.in_flight) for unit in route.units.values())} in flight")
             await asyncio.gather(*(unit.idle() for unit in route.units.values()))
@@ -143,7 +144,7 @@ class Moves:
         kept = {model.id for model in config.models}
         for route in [route for route in self._yard.routes.values() if route.model_id not in kept]:
             del self._yard.routes[route.model_id]
-            await self._retire(route.units.values(), lambda _: None)
+            await self._end(route.units.values(), lambda _: None)
             changes.append(f"{route.model_id} is gone")
         return "plan reloaded: " + ("; ".join(filter(None, changes)) or "limits and names only")
 
@@ -161,41 +162,40 @@ class Moves:
                 continue
             unit = self._yard.unit(spec)
             if engine in route.units and route.units[engine].child is not None:
-                async with self._alone(route, f"{engine} with its new settings", lambda _: None) as report:
+                async with self._moving(route, f"{engine} with its new settings", lambda _: None) as report:
                     await self._move(route, unit, report, "auto", undo=route.state.undo)
             else:
                 route.units[engine] = unit
             changed.append(f"{model.id}: {engine} has new settings")
         return "; ".join(changed)
 
-    async def retire(self, engine: str, *, who: str, why: str, archive: str) -> str:
+    async def retire(self, order: RetireOrder, _: Say) -> str:
         """Take an engine out of every route, on the disk first; nothing starts it until it is restored.
 
         Raises BadInput while a route, a fallback in force, a canary or a shadow needs it, or a model is being moved.
         """
-        self._require_unneeded(engine)
-        everything = self._yard.state.retire(engine, at=time.time(), who=who, why=why, archive=archive)
-        self._yard.save(everything)
+        engine = order.engine
+        if needs := [need for route in self._yard.routes.values() for need in self._needs(route, engine)]:
+            raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
+        self._yard.save(
+            self._yard.state.retire(engine, at=time.time(), who=order.who, why=order.why, archive=order.archive)
+        )
         for route in self._yard.routes.values():
             if (unit := route.units.pop(engine, None)) is not None:
                 await unit.stop()
-        self._yard.events.note("move", "-", f"retired by {who}: {why}", engine=engine)
+        self._yard.events.note("move", "-", f"retired by {order.who}: {order.why}", engine=engine)
         return f"{engine} is retired: nothing starts it until `switchyard restore {engine}`"
 
-    async def restore(self, engine: str) -> str:
-        """Have a retired engine back on every route that it was on; it serves when a move, or a person, says so."""
+    async def restore(self, order: RestoreOrder, _: Say) -> str:
+        """Have a retired engine back on every route that it was on; it serves when a move, or a person, wants it to."""
+        engine = order.engine
         back = self._yard.state.retired.get(engine)
         self._yard.save(self._yard.state.restore(engine))
         for model_id, spec in back.specs.items() if back else ():
             if (route := self._yard.routes.get(model_id)) is not None and engine not in route.units:
-                route.units[engine] = self._yard.unit(await self._yard.restorable(spec))
+                route.units[engine] = self._yard.unit(await self._yard.spec_to_restore(spec))
         self._yard.events.note("move", "-", "restored", engine=engine)
         return f"{engine} is back; `switchyard promote MODEL --to {engine}` makes it serve"
-
-    def _require_unneeded(self, engine: str) -> None:
-        needs = [what for route in self._yard.routes.values() for what in self._needs(route, engine)]
-        if needs:
-            raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
 
     def _needs(self, route: Route, engine: str) -> Iterator[str]:
         if route.state.serving == engine:  # the state has no route that was never moved
@@ -211,13 +211,11 @@ class Moves:
     # --- how
 
     async def _move(self, route: Route, target: Unit, report: Say, form: MoveForm, *, undo: str | None) -> str:
-        if form not in get_args(MoveForm):
-            raise BadInput(f"form '{form}' is unknown: write {', '.join(get_args(MoveForm))}")
         old = route.serving
         if old is target:
             if route.state.serving != target.engine:  # the fallback is made the choice
                 self._settle(route, target, undo=route.state.undo)
-            await self._bring_up(route, target, report, self._yard.settings.move_s)
+            await self._bring_up(route, target, report)
             return f"{route.model_id} is served by {target.engine} already"
         self._yard.commit(route)  # both specs on the disk before anything changes
         report(f"way back saved: {old.engine} {old.spec.version}")
@@ -233,7 +231,7 @@ class Moves:
 
     async def _side_by_side(self, route: Route, old: Unit, target: Unit, report: Say, undo: str | None) -> None:
         ran_before = target.state.serves
-        await self._bring_up(route, target, report, self._yard.settings.move_s)
+        await self._bring_up(route, target, report)
         try:
             self._settle(route, target, undo=undo)
         except SwitchyardError:  # a full disk: nothing was moved
@@ -241,7 +239,7 @@ class Moves:
                 await target.stop()
             raise
         report(f"new requests go to {target.engine}; {old.engine} finishes {len(old.in_flight)}")
-        await self._retire([unit for unit in {*route.units.values(), old} if unit is not target], report)
+        await self._end([unit for unit in {*route.units.values(), old} if unit is not target], report)
 
     async def _one_at_a_time(self, route: Route, old: Unit, target: Unit, report: Say, undo: str | None) -> None:
         # those who wait are given up after wait_s: by then the new engine serves, or the old one does again
@@ -250,13 +248,11 @@ class Moves:
         try:
             report(f"holding new requests; {len(old.in_flight)} in flight on {old.engine}")
             await self._drained(route, old, (until - time.monotonic()) / 2)
-            held, before = old.vram_bytes, await asyncio.to_thread(free_memory)
+            held, before = old.stats.vram_bytes, await asyncio.to_thread(free_memory)
             report(f"stopping {old.engine}")
             await old.stop()
             try:
-                if (
-                    old.given_up is not None
-                ):  # its memory does not come back: the other may fit beside it, or nothing does
+                if old.given_up is not None:  # its memory stays taken: the other may fit beside it, or nothing does
                     report(old.why)
                 else:
                     report(await memory_back(held, before, self._yard.settings.memory_back_s))
@@ -266,7 +262,7 @@ class Moves:
             except BaseException:
                 report(f"putting {old.engine} back")
                 await target.stop()
-                with contextlib.suppress(EngineError):  # then the yard falls back, and the reason of the move is told
+                with contextlib.suppress(EngineError):  # then the yard falls back; the move's own reason is reported
                     await old.ready()
                 raise
         finally:
@@ -297,20 +293,20 @@ class Moves:
         route.unloaded = False
         route.hand_over()
 
-    async def _bring_up(self, route: Route, target: Unit, report: Say, within_s: float) -> None:
+    async def _bring_up(self, route: Route, target: Unit, report: Say, within_s: float | None = None) -> None:
         """One real token from the target, or MoveFailed with it stopped again."""
         if target.state.serves:
             return
         report(f"starting {target.engine} {target.spec.version}")
         try:
-            await target.ready(within_s, first_try=True)
+            await target.ready(self._yard.settings.move_s if within_s is None else within_s, first_try=True)
         except EngineError as error:
             if target is not route.serving:
                 await target.stop()
             raise MoveFailed(f"{route.model_id} stays on {route.state.serving}: {error}") from error
         report(f"{target.engine} gave its first token after {target.load_s or 0:.1f} s")
 
-    async def _retire(self, units: Iterable[Unit], report: Say) -> None:
+    async def _end(self, units: Iterable[Unit], report: Say) -> None:
         """End engines that no new request goes to, once their requests are done."""
         for unit in units:
             running = unit.child is not None
@@ -319,25 +315,31 @@ class Moves:
             if running:
                 report(f"{unit.engine} stopped")
 
-    async def _require_room(self, spec: LaunchSpec, beside: Unit) -> None:
-        if not await _fits(spec, beside):
+    async def _bring_up_beside(self, route: Route, target: Unit, report: Say) -> None:
+        if target.state.serves:
+            return
+        if not await _fits(target.spec, route.serving):
             raise MoveFailed(
-                f"a canary runs both engines at once, and {spec.engine} does not fit beside the one that serves; "
+                f"a canary runs both engines at once, and {target.engine} does not fit beside the one that serves; "
                 "`promote` moves one at a time"
             )
+        await self._bring_up(route, target, report)
 
-    def _unit(self, route: Route, engine: str) -> Unit:
+    def _target(self, model: str | None, engine: str | None) -> tuple[Route, Unit]:
+        """The route that an order names, and the engine on it: the candidate where it names none."""
+        route = self._yard.route_of(model)
+        engine = engine or route.candidate
         if (gone := self._yard.state.retired.get(engine)) is not None:
             raise BadInput(gone.line(engine))
         if engine not in route.units:
             raise BadInput(
                 f"{engine} cannot serve {route.model_id} here: there is {', '.join(route.units)}; "
-                f"see `switchyard doctor` for what is missing"
+                "see `switchyard doctor` for what is missing"
             )
-        return route.units[engine]
+        return route, route.units[engine]
 
     @contextlib.asynccontextmanager
-    async def _alone(self, route: Route, what: str, say: Say) -> AsyncIterator[Say]:
+    async def _moving(self, route: Route, what: str, say: Say) -> AsyncIterator[Say]:
         """One move of a model at a time; every step in the event log."""
         if route.moving is not None:
             raise BadInput(f"{route.model_id} is being moved already ({route.moving}); wait until that is done")
@@ -364,8 +366,8 @@ async def _fits(spec: LaunchSpec, beside: Unit) -> bool:
     free, estimated = await asyncio.to_thread(_estimated, spec)
     if estimated != "unknown":
         return estimated == "fits"
-    return _holds(free.ram_bytes, beside.memory_bytes) and (
-        beside.vram_bytes is None or _holds(free.vram_bytes, beside.vram_bytes)
+    return _holds(free.ram_bytes, beside.stats.memory_bytes) and (
+        beside.stats.vram_bytes is None or _holds(free.vram_bytes, beside.stats.vram_bytes)
     )
 
 

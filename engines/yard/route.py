@@ -8,7 +8,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from engines.yard.engine.unit import InFlight, Unit
+from engines.yard.engine.in_flight import InFlight
+from engines.yard.engine.unit import Unit
 from engines.yard.settings import Load
 from engines.yard.state import ModelState
 

@@ -1,7 +1,7 @@
 """The yard: all models, their routes and engines.
 
-It owns the public port and the control socket, keeps engines up, and falls back to the other engine when one cannot be
-kept up. It imports neither Prefect nor a database: it works when both are gone.
+It keeps engines up, and falls back to the other engine when one cannot be kept up. It imports neither Prefect nor a
+database: it works when both are gone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,16 @@ from engines.settings import Serve
 from engines.yard.capture import Capture
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.connection import EngineConnection, FrameConnection, HttpConnection
-from engines.yard.engine.health import Transition
-from engines.yard.engine.launch_spec import LaunchSpec, found_again
-from engines.yard.engine.unit import InFlight, Unit
+from engines.yard.engine.in_flight import InFlight
+from engines.yard.engine.launch_spec import LaunchSpec, relocated
+from engines.yard.engine.unit import Unit
 from engines.yard.event_log import EventLog
-from engines.yard.metrics import Metrics
+from engines.yard.metrics import LiveSample, Metrics
 from engines.yard.route import Route
-from engines.yard.sample import LiveSample
 from engines.yard.state import ModelState, StateFile, YardState
 
 SAMPLES = 5000  # live requests remembered for the judgement of a canary
-
-KEPT_S = 2.0  # llama-server closes after 5
+KEPT_S = 2.0  # llama-server closes a kept connection after 5
 
 
 class Yard:
@@ -67,15 +65,15 @@ class Yard:
         self.canary_verdicts: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
         self.look_at_canaries = asyncio.Event()
         self.capture = Capture(None, 0)
-        self._drivers = drivers
+        self.names: dict[str, str] = {}  # of models, aliases included, and the id of each
+        self._driver: Callable[[str], Driver] = drivers.__getitem__ if drivers else driver
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
-        self.names: dict[str, str] = {}
 
     # --- from start to stop
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """The only yard of this home: a second one would fight over its engines and its state."""
+        """Be the only yard of this home while the block runs. Raises BadInput when another one is."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self.folder / "lock").open("a+") as lock:
             try:
@@ -91,10 +89,10 @@ class Yard:
             yield
 
     async def open(self) -> None:
-        """Routes as last committed; no engine is started yet."""
+        """Read the routes as last committed; no engine is started yet."""
         self.events = EventLog(self.folder, self.log)
         for ended in await asyncio.to_thread(end_orphans, self.home):
-            self.events.note("yard", "-", f"ended, left behind by a yard that was killed: {ended}")
+            self.events.note("yard", "-", f"ended a process left behind by a yard that was killed: {ended}")
         # a kept-alive connection that an engine closes while we send would look like its death: see the gateway
         self.http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False, trust_env=False
@@ -108,12 +106,12 @@ class Yard:
         if problem:
             self.events.note("incident", "-", problem)
         self._loop = asyncio.get_running_loop()
-        self.capture = self._capture()
+        self.capture = self._open_capture()
         for model in self.config.models:
             self.add(model)
 
     def bring_up(self, route: Route) -> None:
-        """The engines that the route needs, on their way up."""
+        """Start the engines that the route needs; returns at once."""
         route.unloaded = False
         if route.units:
             route.serving.want()
@@ -121,7 +119,7 @@ class Yard:
             route.units[canary.engine].want()
 
     async def stop(self) -> None:
-        """Requests in flight get `stop_s`; then every engine is ended."""
+        """Give requests in flight `stop_s`; then end every engine."""
         self.stopping = True
         for route in self.routes.values():
             route.unservable = "Switchyard is stopping"
@@ -134,25 +132,25 @@ class Yard:
         await self.kept.close()
         await asyncio.to_thread(self.capture.close)
 
-    def _capture(self) -> Capture:
+    def _open_capture(self) -> Capture:
         settings = self.settings
         path = None if settings.capture is None else self.folder / settings.capture
         return Capture(path, settings.capture_mib * 2**20, self.note_problem)
 
     def note_problem(self, what: str) -> None:
-        """An incident from a thread of the yard's own."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is told any more
+        """Note an incident from a thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.events.note, "incident", "-", what)
 
     def add(self, model: ModelConfig) -> Route:
-        """A model with its route and engines. One whose engine is not here is served by the other one."""
-        route = Route(model.id, self._restored(model), {}, max_waiting=self.settings.max_waiting)
+        """Add a model with its route and engines. One whose engine is not here is served by the other one."""
+        route = Route(model.id, self._route_state(model), {}, max_waiting=self.settings.max_waiting)
         route.incumbent, route.candidate = model.incumbent, model.candidate
         route.load, route.pin = model.load, model.pin
         for engine, spec in {**route.state.specs, **model.specs}.items():
             if engine not in self.state.retired:
                 stored = engine not in model.specs
-                route.units[engine] = self.unit(self._startable(spec) if stored else spec)
+                route.units[engine] = self.unit(self._relocated(spec) if stored else spec)
         self.routes[model.id] = route
         self.samples[model.id] = deque(maxlen=SAMPLES)
         self.names |= {name: model.id for name in (model.id, *model.aliases)}
@@ -164,7 +162,7 @@ class Yard:
             self._fall_back(route, route.state.serving, "is retired" if gone else "is not on this machine")
         return route
 
-    def _restored(self, model: ModelConfig) -> ModelState:
+    def _route_state(self, model: ModelConfig) -> ModelState:
         """The route as last committed; a model that is new here is served by its incumbent, or the engine chosen."""
         known = self.state.models.get(model.id)
         if known is not None and model.engine in ("auto", known.serving):
@@ -184,29 +182,27 @@ class Yard:
             key=self._engine_key,
             connect=self._connection,
             changed=self._on_change,
-            transition=self._on_transition,
+            transition=lambda unit, new: self.events.note(
+                "state", unit.spec.model_id, f"{new.state}: {new.why}", engine=unit.engine
+            ),
             incident=lambda unit, why: self.events.note("incident", unit.spec.model_id, why, engine=unit.engine),
         )
         unit.gap = self.metrics.gap(spec.model_id, spec.engine)
         return unit
 
-    def _driver(self, engine: str) -> Driver:
-        return self._drivers[engine] if self._drivers else driver(engine)
-
-    def _startable(self, spec: LaunchSpec, again: tuple[LaunchSpec, str] | None = None) -> LaunchSpec:
+    def _relocated(self, spec: LaunchSpec, search: tuple[LaunchSpec, str] | None = None) -> LaunchSpec:
         """A stored spec as it can be started now; what differs, or is missing, is noted."""
-        found, line = again or found_again(spec, self._driver(spec.engine))
+        found, line = search or relocated(spec, self._driver(spec.engine))
         if line:
             self.events.note("yard" if found != spec else "incident", spec.model_id, line, engine=spec.engine)
         return found
 
-    async def restorable(self, spec: LaunchSpec) -> LaunchSpec:
-        """The spec of an engine that was retired: as found at the yard's start, like the next start would take it."""
-        here = {model.id: model.specs for model in self.config.models}
-        found = here.get(spec.model_id, {}).get(spec.engine)
-        if found is not None:
-            return found
-        return self._startable(spec, await asyncio.to_thread(found_again, spec, self._driver(spec.engine)))
+    async def spec_to_restore(self, spec: LaunchSpec) -> LaunchSpec:
+        """The spec of a retired engine: as found at the yard's start, else where this machine has it now."""
+        for model in self.config.models:
+            if model.id == spec.model_id and spec.engine in model.specs:
+                return model.specs[spec.engine]
+        return self._relocated(spec, await asyncio.to_thread(relocated, spec, self._driver(spec.engine)))
 
     def _connection(self, spec: LaunchSpec, serve: Serve) -> EngineConnection:
         if spec.form == "native":
@@ -215,30 +211,27 @@ class Yard:
 
     # --- what changes by itself
 
-    def _on_transition(self, unit: Unit, transition: Transition) -> None:
-        self.events.note("state", unit.spec.model_id, f"{transition.state}: {transition.why}", engine=unit.engine)
-
     def _on_change(self, unit: Unit) -> None:
         route = self.routes.get(unit.spec.model_id)
         if route is not None:
             self.reconsider(route)
 
     def reconsider(self, route: Route) -> None:
-        """Fall back from an engine that cannot be kept up (a move under way decides for itself); then hand over."""
+        """Fall back from an engine that cannot be kept up (a move under way decides itself); hand requests over."""
         if self.stopping:
             return
         canary = route.state.canary
-        if canary is not None and canary.engine in route.units and route.units[canary.engine].out_of_budget:
+        if canary is not None and canary.engine in route.units and route.units[canary.engine].budget.exhausted:
             self.look_at_canaries.set()
         unit = route.serving
         if unit.state.serves:
             route.unservable = None
-        elif unit.out_of_budget and route.moving is None and route.unservable is None:
+        elif unit.budget.exhausted and route.moving is None and route.unservable is None:
             self._fall_back(route, unit.engine, unit.why)
         route.hand_over()
 
     def _give_up(self, route: Route, unit: Unit) -> None:
-        """No engine can be kept up. Requests are refused with the reason, and all are tried again in a while."""
+        """Refuse requests with the reason, and try all engines again in a while: none can be kept up."""
         why = f"no engine can serve {route.model_id}: {unit.engine}: {unit.why}".replace("\n", " ")
         route.unservable = redacted_text(why)
         self.events.note("incident", route.model_id, route.unservable, engine=unit.engine)
@@ -250,21 +243,22 @@ class Yard:
                     return
                 route.fallback = route.unservable = None
                 for each in route.units.values():
-                    each.forgive()
+                    each.budget.reset()
                 route.serving.want()
 
         asyncio.get_running_loop().call_later(self.settings.try_again_s, try_again)
 
     def _fall_back(self, route: Route, engine: str, why: str) -> None:
-        """Another engine serves until a person, or a move, says otherwise. The committed route stays as it is.
+        """Have another engine serve until a person, or a move, decides otherwise; the committed route stays as it is.
 
         Native falls back to the same engine as a subprocess, and what else fails to the incumbent. Nothing falls back
         to native: what keeps an engine from coming up hardly spares the form that nothing stands between.
         """
         native = native_of(route.candidate)
         first = (route.candidate, route.incumbent) if engine == native else (route.incumbent, route.candidate)
-        able = [name for name, unit in route.units.items() if name not in (engine, native) and not unit.out_of_budget]
-        other = next((name for name in (*first, *able) if name in able), None)
+        able = [name for name, unit in route.units.items() if not unit.budget.exhausted]
+        others = (name for name in (*first, *able) if name in able and name not in (engine, native))
+        other = next(others, None)
         if other is None:
             self._give_up(route, route.units[engine])
             return
@@ -273,18 +267,17 @@ class Yard:
         route.units[other].want()
 
     def save(self, everything: YardState) -> None:
+        """Change routes, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
         self._file.save(everything)
         self.state = everything
         for model_id, route in self.routes.items():
             route.state = everything.models.get(model_id, route.state)
 
     def commit(self, route: Route, **changes: Any) -> None:
-        """Change a route, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
+        """Change one route, as `save` does."""
         specs = {engine: unit.spec for engine, unit in route.units.items()}
         state = route.state.model_copy(update={"specs": specs, **changes})
-        everything = self.state.with_model(route.model_id, state)
-        self._file.save(everything)
-        self.state, route.state = everything, state
+        self.save(self.state.with_model(route.model_id, state))
         route.hand_over()
 
     # --- what requests ask
@@ -314,16 +307,15 @@ class Yard:
         for route in self.routes.values():
             route.max_waiting = config.settings.max_waiting
             for unit in route.units.values():
-                unit.settings = config.settings
+                unit.apply(config.settings)
         self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
         if before != (self.settings.capture, self.settings.capture_mib):
-            self.capture, old = self._capture(), self.capture
+            self.capture, old = self._open_capture(), self.capture
             self._loop.run_in_executor(None, old.close)
         self.names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
 
     def served(self, route: Route, unit: Unit, call: Call, running: InFlight, error: str | None) -> None:
         """Count an answered request, and remember it for the judgement of a canary."""
-        ttft = None if running.first is None else (running.first - running.sent) * 1000
         gap_s = running.gap_s
         sample = LiveSample(
             at=time.time(),
@@ -333,25 +325,21 @@ class Yard:
             ok=error is None,
             error=error and redacted_text(error),
             empty=error is None and running.first is None and call.stream,
-            ttft_ms=ttft if call.stream else None,
+            ttft_ms=running.ttft_ms if call.stream else None,
             tpot_ms=gap_s * 1000 if call.stream and gap_s is not None else None,
         )
         self.samples[route.model_id].append(sample)
         self.metrics.served(route.model_id, sample, running.chunks)
 
-    def answered(self, call: Call) -> None:
-        """What is done with a request once its user has a good answer."""
-        self.capture.take(call.path, call.body, len(call.raw))
-
     def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
-        """An engine went away with a request of which nothing had reached the client."""
+        """Count a request that an engine's end took with it, before anything of its answer had reached the client."""
         self.metrics.lost(route.model_id, unit.engine)
-        nothing = LiveSample(time.time(), unit.engine, "", 0, False, f"lost: {why}", False, None, None)
-        self.samples[route.model_id].append(nothing)  # what became of the request is another engine's sample
-        what = "is asked again" if retried else "is given up"
-        self.events.note("incident", route.model_id, f"a request was lost and {what}: {why}", engine=unit.engine)
+        lost = LiveSample(time.time(), unit.engine, "", 0, False, f"lost: {why}", False, None, None)
+        self.samples[route.model_id].append(lost)  # what became of the request is another engine's sample
+        what = f"engine dropped a request; {'retrying' if retried else 'giving up'}: {why}"
+        self.events.note("incident", route.model_id, what, engine=unit.engine)
 
 
 def _digest(conversation: str) -> str:
-    """Tells conversations apart without keeping what they say."""
+    """A name of a conversation that does not hold what it says."""
     return hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

@@ -1,8 +1,8 @@
 """Health is progress: the states of an engine, and the arithmetic that tells busy from wedged. Pure; it has no clock.
 
 stopped -> loading -> ready <-> busy
-busy -> wedged                  work in flight, and no token and no prompt progress for too long
-ready -> failing                idle, and no sign of life
+busy -> wedged                  requests in flight, and no token and no prompt progress for too long
+ready -> failing                idle, and no answer to liveness probes
 loading, ready, busy -> dead    the process ended
 wedged, failing, dead           a restart, within the budget; then the fallback
 """
@@ -78,24 +78,22 @@ class RestartBudget:
     """So many restarts in so long; each waits longer than the one before it."""
 
     def __init__(self, restarts: int, window_s: float) -> None:
+        self.exhausted = False  # nothing starts it until `reset`
         self._restarts = restarts
         self._window_s = window_s
         self._used: deque[float] = deque()
 
-    def used(self, now: float) -> int:
-        """Restarts within the window that ends now (monotonic seconds)."""
+    def spend(self, now: float) -> float | None:
+        """Seconds to wait before the restart that is due now (monotonic seconds); None when the budget is spent."""
         while self._used and now - self._used[0] > self._window_s:
             self._used.popleft()
-        return len(self._used)
-
-    def spend(self, now: float) -> float | None:
-        """Seconds to wait before the restart that is due now; None when the budget is spent."""
-        used = self.used(now)
+        used = len(self._used)
         if used >= self._restarts:
             return None
         self._used.append(now)
         return BACK_OFF_S[min(used, len(BACK_OFF_S) - 1)]
 
     def reset(self) -> None:
-        """A person, or a move, asked for this engine: it gets its whole budget again."""
+        """Give the whole budget back: a person, or a move, asked for this engine."""
         self._used.clear()
+        self.exhausted = False

@@ -89,7 +89,7 @@ class LaunchSpec(BaseModel):
         return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings)
 
 
-def found_again(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
+def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
     """The spec as this machine can start it now, and a line for people where that is not what was stored.
 
     A stored program can be gone: a removed build, or the Python environment of an earlier installation. The same

@@ -17,17 +17,16 @@ from typing import Any
 from aiohttp import web
 
 from engines.errors import BadInput, SwitchyardError
-from engines.yard.client import FIRST, VERSION, Say, short_name, too_old
+from engines.yard.client import Say, short_name
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.moves import Moves
+from engines.yard.orders import FIRST, VERSION, order_of, too_old
 from engines.yard.ports.status import Status
 from engines.yard.yard import Yard
 
-Order = Callable[[Say], Awaitable[str]]
-
 
 class Control:
-    """The service."""
+    """The service. `stop` begins the end of the yard, `reload` takes over the plan anew."""
 
     def __init__(
         self,
@@ -40,122 +39,79 @@ class Control:
         reload: Callable[[], Awaitable[str]],
     ) -> None:
         self._yard = yard
-        self._moves = moves
-        self._memory_budget = memory_budget
-        self._shown = status
-        self._stop = stop
-        self._reload = reload
+        self._status = status
         self._running: set[asyncio.Task[None]] = set()
+
+        async def stop_yard(_: Any, say: Say) -> str:
+            say("stopping")
+            stop()
+            return "the yard stops; requests in flight are finished first"
+
+        async def reload_plan(_: Any, __: Say) -> str:
+            return await reload()
+
+        self._carry_out: dict[str, Callable[[Any, Say], Awaitable[str]]] = {
+            "promote": moves.promote,
+            "rollback": moves.rollback,
+            "canary": moves.canary,
+            "shadow": moves.shadow,
+            "use": moves.use,
+            "drain": moves.drain,
+            "retire": moves.retire,
+            "restore": moves.restore,
+            "load": memory_budget.load,
+            "unload": memory_budget.unload,
+            "stop": stop_yard,
+            "reload": reload_plan,
+        }
 
     def application(self) -> web.Application:
         """Its routes."""
         app = web.Application()
-        app.router.add_get("/status", self._status)
-        app.router.add_get("/samples", self._samples)
-        for name, order in {
-            "promote": self._promote,
-            "rollback": self._rollback,
-            "canary": self._canary,
-            "shadow": self._shadow,
-            "use": self._use,
-            "drain": self._drain,
-            "retire": self._retire,
-            "restore": self._restore,
-            "load": self._load,
-            "unload": self._unload,
-            "stop": self._stopped,
-            "reload": self._reloaded,
-        }.items():
-            app.router.add_post(f"/{name}", self._ordered(order))
+        app.router.add_get("/status", self._get_status)
+        app.router.add_get("/samples", self._get_samples)
+        app.router.add_post(f"/{{name:{'|'.join(self._carry_out)}}}", self._post_order)
         return app
 
-    def _ordered(
-        self, order: Callable[[dict[str, Any]], Order]
-    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            body = await request.json() if request.can_read_body else {}
-            lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    async def _post_order(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        body = await request.json() if request.can_read_body else {}
+        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
-            async def carry_out() -> None:
-                # a move goes on when the person who ordered it closes the terminal
-                try:
-                    if body.pop("version", FIRST) > VERSION:
-                        raise SwitchyardError(too_old(request.path.strip("/")))
-                    lines.put_nowait({"done": await order(body)(lambda step: lines.put_nowait({"step": step}))})
-                except BadInput as error:
-                    lines.put_nowait({"error": str(error), "bad_input": True})
-                except SwitchyardError as error:
-                    lines.put_nowait({"error": str(error)})
-                except Exception as error:
-                    self._yard.log.exception("an order failed")
-                    lines.put_nowait({"error": f"{type(error).__name__}: {error} (a bug; see the yard's log)"})
-                finally:
-                    lines.put_nowait(None)
+        async def carry_out() -> None:
+            # a move goes on when the person who ordered it closes the terminal
+            try:
+                if body.pop("version", FIRST) > VERSION:
+                    raise SwitchyardError(too_old(name))
+                order = order_of(name, body)
+                done = await self._carry_out[name](order, lambda step: lines.put_nowait({"step": step}))
+                lines.put_nowait({"done": done})
+            except SwitchyardError as error:
+                bad_input = {"bad_input": True} if isinstance(error, BadInput) else {}
+                lines.put_nowait({"error": str(error), **bad_input})
+            except Exception as error:
+                self._yard.log.exception("an order failed")
+                lines.put_nowait({"error": f"{type(error).__name__}: {error} (a bug; see the yard's log)"})
+            finally:
+                lines.put_nowait(None)
 
-            task = asyncio.create_task(carry_out())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-            await response.prepare(request)
-            with contextlib.suppress(ConnectionError):
-                while (line := await lines.get()) is not None:
-                    await response.write(json.dumps(line).encode() + b"\n")
-                await response.write_eof()
-            return response
+        task = asyncio.create_task(carry_out())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while (line := await lines.get()) is not None:
+                await response.write(json.dumps(line).encode() + b"\n")
+            await response.write_eof()
+        return response
 
-        return handle
+    async def _get_status(self, _: web.Request) -> web.Response:
+        return web.json_response({**self._status.status(), "orders": VERSION})
 
-    async def _status(self, _: web.Request) -> web.Response:
-        return web.json_response({**self._shown.status(), "orders": VERSION})
-
-    async def _samples(self, request: web.Request) -> web.Response:
+    async def _get_samples(self, request: web.Request) -> web.Response:
         route = self._yard.route_of(request.query.get("model"))
         return web.json_response({"samples": [vars(sample) for sample in self._yard.samples[route.model_id]]})
-
-    def _promote(self, body: dict[str, Any]) -> Order:
-        return lambda say: self._moves.promote(body.get("model"), body.get("to"), say, form=body.get("form", "auto"))
-
-    def _rollback(self, body: dict[str, Any]) -> Order:
-        return lambda say: self._moves.rollback(body.get("model"), say, form=body.get("form", "auto"))
-
-    def _canary(self, body: dict[str, Any]) -> Order:
-        return lambda say: self._moves.canary(body.get("model"), body.get("to"), float(body.get("weight", 0)), say)
-
-    def _shadow(self, body: dict[str, Any]) -> Order:
-        return lambda say: self._moves.shadow(body.get("model"), body.get("to"), float(body.get("share", 0)), say)
-
-    def _use(self, body: dict[str, Any]) -> Order:
-        return lambda say: self._moves.use(body.get("model"), str(body.get("engine")), say)
-
-    def _drain(self, body: dict[str, Any]) -> Order:
-        return lambda say: self._moves.drain(body.get("model"), say, on=bool(body.get("on", True)))
-
-    def _retire(self, body: dict[str, Any]) -> Order:
-        told = {name: str(body.get(name, "")) for name in ("who", "why", "archive")}
-        return lambda _: self._moves.retire(str(body["engine"]), **told)
-
-    def _restore(self, body: dict[str, Any]) -> Order:
-        return lambda _: self._moves.restore(str(body["engine"]))
-
-    def _load(self, body: dict[str, Any]) -> Order:
-        return lambda _: self._memory_budget.load(self._yard.route_of(body.get("model")))
-
-    def _unload(self, body: dict[str, Any]) -> Order:
-        return lambda _: self._memory_budget.unload(self._yard.route_of(body.get("model")))
-
-    def _stopped(self, _: dict[str, Any]) -> Order:
-        async def order(say: Say) -> str:
-            say("stopping")
-            self._stop()
-            return "the yard stops; requests in flight are finished first"
-
-        return order
-
-    def _reloaded(self, _: dict[str, Any]) -> Order:
-        async def order(_: Say) -> str:
-            return await self._reload()
-
-        return order
 
 
 def listening(path: Path) -> socket.socket:

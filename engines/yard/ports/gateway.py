@@ -25,7 +25,9 @@ from engines.openai.call import GENERATING, Call, Refusal, parse, told_prefill_r
 from engines.openai.dialect import Dialect
 from engines.process.serving import NOT_SUPPORTED
 from engines.yard.engine.connection import EngineAnswer, Gone
-from engines.yard.engine.unit import InFlight, Unit, failure_words
+from engines.yard.engine.in_flight import InFlight
+from engines.yard.engine.liveness import failure_words
+from engines.yard.engine.unit import Unit
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.ports.page import page
 from engines.yard.ports.props import props
@@ -138,7 +140,7 @@ class Gateway:
                     unit.give_back(running)
                 self._yard.served(route, unit, call, running, reply.error)
                 if reply.error is None:
-                    self._yard.answered(call)
+                    self._yard.capture.take(call.path, call.body, len(call.raw))
                     if reply.recorded is not None:
                         self._shadow.offer(route, unit, call, reply.recorded)
                 return await reply.delivered()

@@ -13,7 +13,7 @@ import pytest
 from waiting import until
 
 from engines.yard.canary_analysis import CanaryAnalysis
-from engines.yard.sample import LiveSample
+from engines.yard.metrics import LiveSample
 from engines.yard.state import Canary
 
 # a fake engine on a busy machine is not steady: wide margins, few blocks
@@ -176,8 +176,8 @@ class Bench:
             stopping=False,
         )
 
-    async def canary(self, model, to, weight, say):
-        self.moves.append((model, to, weight))
+    async def canary(self, order, say):
+        self.moves.append((order.model, order.to, order.weight))
         self.route.state.canary = None
 
     def answered(self, number, since=0.0):

@@ -12,7 +12,7 @@ from engines.driver import Installation
 from engines.errors import EngineNotFound, SwitchyardError
 from engines.settings import Settings
 from engines.yard.engine import launch_spec
-from engines.yard.engine.launch_spec import MODULES, LaunchSpec, found_again
+from engines.yard.engine.launch_spec import MODULES, LaunchSpec, relocated
 from engines.yard.state import Canary, ModelState, StateFile, YardState
 
 
@@ -97,7 +97,7 @@ GONE = "/gone/bin/python"
 )
 def test_the_same_engine_is_looked_for_where_its_program_may_be_gone(form, program, asked):
     driver, stored = Finds(), spec().model_copy(update={"form": form, "program": (program, "x")})
-    found, line = found_again(stored, driver)
+    found, line = relocated(stored, driver)
     assert driver.asked == asked
     assert found.program == (("/elsewhere/engine", "serve") if asked else (program, "x"))
     assert (found.model_id, found.gguf, found.settings) == (stored.model_id, stored.gguf, stored.settings)
@@ -109,7 +109,7 @@ def test_the_same_engine_is_looked_for_where_its_program_may_be_gone(form, progr
 @pytest.mark.parametrize("form", ["binary", "hosted", "native"])
 def test_a_program_that_is_gone_for_good_stays_as_stored_with_the_reason(form, version, why):
     stored = spec().model_copy(update={"form": form, "program": (GONE,)})
-    found, line = found_again(stored, Finds(version))
+    found, line = relocated(stored, Finds(version))
     assert found == stored
     assert f"{GONE}, which is gone" in line
     assert why in line
@@ -117,7 +117,7 @@ def test_a_program_that_is_gone_for_good_stays_as_stored_with_the_reason(form, v
 
 def test_another_python_that_has_the_only_wheel_is_kept():
     stored = spec().model_copy(update={"form": "hosted", "program": ("/bin/sh",)})
-    assert found_again(stored, Finds(None)) == (stored, "")
+    assert relocated(stored, Finds(None)) == (stored, "")
 
 
 def test_no_file_is_an_empty_state(tmp_path):

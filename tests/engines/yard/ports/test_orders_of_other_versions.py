@@ -10,10 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import create_model
 from switchyard_command import command
 
 from engines.errors import SwitchyardError
-from engines.yard import client
+from engines.yard import orders
 from engines.yard.client import YardClient, short_name, socket_path
 from engines.yard.ports.control import listening
 
@@ -116,8 +117,9 @@ def test_the_status_of_an_old_yard_is_shown(old):
     assert "Traceback" not in done.stderr
 
 
-def test_an_order_that_an_old_yard_does_not_have_is_one_line_with_what_to_do(old):
+def test_an_order_that_an_old_yard_does_not_have_is_one_line_with_what_to_do(old, monkeypatch):
     home, taken = old
+    monkeypatch.setitem(orders.ORDERS, "upgrade", orders.Order)
     with pytest.raises(
         SwitchyardError, match=r"older than this command.*`upgrade`.*restart it.*switchyard stop"
     ) as told:
@@ -130,7 +132,9 @@ def test_an_order_that_an_old_yard_does_not_have_is_one_line_with_what_to_do(old
 def test_a_newer_form_of_an_order_is_not_misread_by_an_old_yard(old, monkeypatch, newer):
     """268cc56 takes any field and leaves out what it does not know: it must not get the order at all."""
     home, taken = old
-    monkeypatch.setitem(client.SINCE, newer, LATER)
+    monkeypatch.setitem(orders.SINCE, newer, LATER)
+    newer_promote = create_model("PromoteOrder", __base__=orders.PromoteOrder, slots=(bool, False))
+    monkeypatch.setitem(orders.ORDERS, "promote", newer_promote)
     with pytest.raises(SwitchyardError, match="older than this command"):
         YardClient(home).order("promote", model="smollm2", slots=True)
     assert taken == []
@@ -147,7 +151,7 @@ def test_a_yard_refuses_what_needs_a_newer_one_and_takes_orders_without_a_versio
         assert yard.orders.status()["models"][0]["serving"] == "old"
         done = http.post("/promote", json={"model": "m", "to": "new"}).text.splitlines()[-1]
         assert json.loads(done) == {"done": "m is served by new"}
-        assert http.get("/status").json()["orders"] == client.VERSION
+        assert http.get("/status").json()["orders"] == orders.VERSION
 
 
 def test_a_command_of_268cc56_finds_all_it_reads_in_the_status(start_yard):

@@ -1,0 +1,223 @@
+"""Whether a running engine works: judged by its requests while it has some, by probes while it is idle.
+
+A busy engine that is silent is asked how far it is, an idle one whether it lives. After failed requests in a row a
+token of our own decides whether the engine or the requests are at fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from engines.driver import Driver
+from engines.process.cpu_wait import is_stopped
+from engines.process.serving import CHAT, one_token, refusal_words
+from engines.yard.engine.connection import EngineConnection, Gone
+from engines.yard.engine.health import PATIENCE, Health, stall_limit_s, token_limit_s
+from engines.yard.engine.in_flight import InFlight
+from engines.yard.engine.launch_spec import LaunchSpec
+from engines.yard.engine.silence import Silence, in_time
+from engines.yard.engine.stats import EngineStats
+from engines.yard.settings import YardSettings
+
+ASK_PROGRESS_S = 2.0  # polled faster than once a second, llama-server keeps the requests of clients that left
+ASK_TIMEOUT_S = 5.0
+STOPPED_LOOKS = 2  # in a row: a process that is continued at once was never in trouble
+PROBE_PAUSE_S = 0.5
+DEFAULT_BATCH_TOKENS = 2048
+
+
+class Liveness:
+    """The evidence on one process; `seen` is what its readiness showed. `wake` asks for a verdict at once.
+
+    `trusted` is called when an engine that failed requests has proved that it still works.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        spec: LaunchSpec,
+        driver: Driver,
+        settings: YardSettings,
+        connection: EngineConnection,
+        in_flight: set[InFlight],
+        stats: EngineStats,
+        seen: Mapping[str, Any],
+        *,
+        wake: Callable[[], None],
+        trusted: Callable[[], None],
+    ) -> None:
+        self.settings = settings
+        self.doubted = False  # too many requests failed: it gets none until a probe has decided
+        self._pid, self._spec, self._driver, self._connection = pid, spec, driver, connection
+        self._in_flight, self._stats = in_flight, stats
+        self._wake, self._trusted = wake, trusted
+        self._served_name = driver.served_name(spec.installation, spec.model_id)
+        self._silence = Silence(pid)
+        self._counters: tuple[int, ...] = ()
+        self._progressed = self._probed = time.monotonic()
+        self._asked = 0.0
+        self._step_s = 0.0  # the last step of prompt progress: deep in a long context each takes longer than before
+        self._missed = 0  # probes in a row
+        self._failures: list[str] = []  # of the last requests, since one succeeded
+        self._stopped = 0  # looks in a row at which its process was stopped
+        self._cached = False  # a client's prompt may lie in the engine's cache
+        self._probe_path = str(seen.get("first_token_path", CHAT))
+        token_s = seen.get("first_token_s")
+        self._token_s = token_s if isinstance(token_s, float) else 0.0  # at most, when nothing else was to do
+
+    def request_taken(self) -> None:
+        """A request goes to the engine."""
+        self._cached, self._missed = True, 0
+
+    def request_done(self, running: InFlight) -> None:
+        """A request has left the engine, answered or failed."""
+        self._progressed = time.monotonic()
+        if not self._in_flight:
+            self._step_s = 0.0
+        if not running.generates:
+            return
+        if not running.failure:
+            if running.first is not None:
+                self._failures.clear()
+            return
+        self._failures.append(running.failure)
+        if len(self._failures) >= self.settings.failed_requests and not self.doubted:
+            self.doubted = True
+            self._wake()
+
+    async def verdict(self) -> tuple[Health, str] | None:
+        """Wedged or failing, when the evidence at hand says so."""
+        self._stopped = self._stopped + 1 if is_stopped(self._pid) else 0
+        if self._stopped >= STOPPED_LOOKS:
+            return Health.WEDGED, "its process is stopped (state T: SIGSTOP or job control)"
+        if self.doubted and self._failures and self._missed >= self.settings.failed_probes:
+            return Health.FAILING, (
+                f"{len(self._failures)} consecutive requests failed, and {self._missed} one-token probes after them "
+                f"({self._failures[-1]})"
+            )
+        working = self._working()
+        if not working:
+            if self._missed < self.settings.failed_probes:
+                return None
+            return Health.FAILING, f"idle; {self._missed} consecutive liveness probes failed"
+        moved = max(self._progressed, *(running.moved for running in working))
+        limit = max(self._limit_s(running) for running in working)
+        still = await self._silence.since(moved, limit)
+        if still <= limit:
+            return None
+        return Health.WEDGED, (
+            f"{len(working)} request(s) in flight and no token, no prompt progress for {still:.1f} s "
+            f"(limit {limit:.1f} s{self._silence.excused()})"
+        )
+
+    def next_probe(self) -> asyncio.Task[None] | None:
+        """The probe that is due now, under way: it runs beside the loop, so that one that hangs hides no death."""
+        now = time.monotonic()
+        if self.doubted and len(self._in_flight) < self._spec.settings.parallel:
+            return asyncio.create_task(self._ask_after_failures())
+        if working := self._working():
+            still = now - max(self._progressed, *(running.moved for running in working))
+            every = min(ASK_PROGRESS_S, max(self._limit_s(running) for running in working) / 4)
+            if still <= every or now - self._asked < every:
+                return None
+            self._asked = now
+            return asyncio.create_task(self._ask_progress())
+        every = self.settings.probe_every_s if not self._missed else min(self.settings.probe_every_s, ASK_TIMEOUT_S)
+        if now - max(self._progressed, self._probed) < every:
+            return None
+        self._probed = now
+        return asyncio.create_task(self._ask_idle())
+
+    def _working(self) -> list[InFlight]:
+        """The requests by which the engine is judged: those whose clients take what it sends."""
+        return [running for running in self._in_flight if not running.held]
+
+    def _limit_s(self, running: InFlight) -> float:
+        least = self.settings.wedged_after_s
+        if running.first is not None:
+            return token_limit_s(least_s=least, token_s=self._stats.token_gap.value)
+        return stall_limit_s(
+            least_s=max(least, PATIENCE * self._step_s),
+            prompt_tokens=running.prompt_tokens,
+            prefill_rate=self._stats.prefill.value,
+            sees_prompt_progress=self._driver.sees_prompt_progress,
+            batch_tokens=self._spec.settings.batch_tokens or DEFAULT_BATCH_TOKENS,
+        )
+
+    async def _ask_progress(self) -> None:
+        with contextlib.suppress(ValueError):
+            if not (answer := await self._progress()):
+                return
+            counters = self._driver.progress(answer)
+            if counters and counters != self._counters:
+                now = time.monotonic()
+                self._step_s, self._counters, self._progressed = now - self._progressed, counters, now
+
+    async def _ask_idle(self) -> None:
+        # a completion would push the client's prompt out of an engine with a single slot, or queue behind a request
+        # whose client takes nothing: its own loop answers instead
+        neutral = not self._in_flight and (self._driver.probe_is_neutral or not self._cached)
+        alive = not await self._one_token() if neutral else bool(await self._progress())
+        if not self._working():  # a client that came meanwhile is the better evidence
+            self._missed = 0 if alive else self._missed + 1
+            self._wake()
+
+    async def _ask_after_failures(self) -> None:
+        """Find out whether the engine or the requests are at fault, a client's cached prompt or not."""
+        if failure := await self._one_token():
+            self._missed += 1
+            self._failures[-1] = failure
+            await asyncio.sleep(PROBE_PAUSE_S)
+        else:
+            self.doubted, self._missed = False, 0
+            self._failures.clear()
+            self._trusted()
+        self._wake()
+
+    async def _progress(self) -> bytes:
+        """The engine's own count of how far it is; empty when it does not answer."""
+
+        async def ask() -> bytes:
+            try:
+                async with self._connection.ask("GET", self._driver.progress_path) as answer:
+                    body = await answer.read()
+                    return body if answer.status == 200 else b""
+            except Gone:
+                return b""
+
+        return await in_time(self._pid, ask(), ASK_TIMEOUT_S) or b""
+
+    async def _one_token(self) -> str:
+        """'' once it has produced one token, else what went wrong."""
+        body = json.dumps(one_token(self._probe_path, self._served_name)).encode()
+        within_s = max(self.settings.wedged_after_s, PATIENCE * self._token_s)
+        failure = await in_time(self._pid, self._completion(body), within_s)
+        return f"no answer within {within_s:.0f} s" if failure is None else failure
+
+    async def _completion(self, body: bytes) -> str:
+        began = time.monotonic()
+        try:
+            async with self._connection.ask("POST", self._probe_path, body) as answer:
+                data = await answer.read()
+            if answer.status != 200:
+                return failure_words(answer.status, data)
+            if int(json.loads(data)["usage"]["completion_tokens"]) < 1:
+                return "an answer without a token"
+        except Gone as gone:
+            return str(gone)
+        except (ValueError, KeyError, TypeError):
+            return "an answer that is no completion"
+        self._token_s = max(self._token_s, time.monotonic() - began)
+        return ""
+
+
+def failure_words(status: int, body: bytes) -> str:
+    """`HTTP 500: the error's message` of an error answer's bytes, in one line."""
+    with contextlib.suppress(ValueError):
+        return refusal_words(status, json.loads(body))
+    return f"HTTP {status}"

@@ -1,0 +1,62 @@
+"""Memory and speed of one engine, as measured on its processes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from engines.deadline import in_thread
+from engines.process.process import ManagedProcess
+from engines.process.telemetry import private_bytes, vram_bytes
+from engines.yard.engine.health import Rate
+from engines.yard.engine.in_flight import InFlight
+
+SERIES = 240  # 20 minutes of memory, the last 240 first tokens
+
+
+class EngineStats:
+    """What is remembered of an engine over its restarts; memory and tokens/s are those of its present process."""
+
+    def __init__(self) -> None:
+        self.memory_bytes: int | None = None  # private, with swap
+        self.vram_bytes: int | None = None
+        self.held_bytes: int | None = None  # the most that was seen of both together
+        self.tokens_per_s: float | None = None
+        self.memory_series: deque[int] = deque(maxlen=SERIES)
+        self.ttft_ms_series: deque[float] = deque(maxlen=SERIES)
+        self.prefill, self.token_gap = Rate(), Rate()
+        self.sampled_at = 0.0
+        self._tokens = self._tokens_then = 0
+
+    def learn(self, running: InFlight) -> None:
+        """Take over what a finished request showed."""
+        if (ttft_ms := running.ttft_ms) is not None:
+            self._tokens += running.chunks
+            self.ttft_ms_series.append(ttft_ms)
+            if (gap_s := running.gap_s) is not None:
+                self.token_gap.learn(gap_s)
+        # never learnt from the time to the first token: a prompt that lay in the cache would look 100 times faster
+        if running.prefill_rate is not None:
+            self.prefill.learn(running.prefill_rate)
+
+    async def sample(self, child: ManagedProcess, in_flight: Iterable[InFlight]) -> None:
+        """Measure the memory of the process tree, and tokens/s since the last sample (in flight included)."""
+        now, tokens = time.monotonic(), self._tokens + sum(running.chunks for running in in_flight)
+        if self.sampled_at:
+            self.tokens_per_s = max(tokens - self._tokens_then, 0) / (now - self.sampled_at)
+        self.sampled_at, self._tokens_then = now, tokens
+        self.memory_bytes, self.vram_bytes = await in_thread(lambda: _memory(child), name="memory of an engine")
+        if self.memory_bytes is not None:
+            self.memory_series.append(self.memory_bytes)
+            self.held_bytes = max(self.held_bytes or 0, self.memory_bytes + (self.vram_bytes or 0))
+
+    def forget_process(self) -> None:
+        """Its process has ended."""
+        self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
+        self.sampled_at, self._tokens_then = 0.0, self._tokens
+
+
+def _memory(child: ManagedProcess) -> tuple[int | None, int | None]:
+    pids = [member.pid for member in child.tree()]
+    return private_bytes(pids), vram_bytes(pids)

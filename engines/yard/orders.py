@@ -1,0 +1,120 @@
+"""The orders that a yard takes over its control socket: the fields of each, for both ends, and their version.
+
+Unknown fields are ignored. An order carries the version of the control socket that it needs, so that an older yard does
+not misread it: a yard reports its version in its status, one of the first version reports none. Raise VERSION when an
+order, or a field of one, is added, and enter it in SINCE as "order" or "order.field"; answers and status keep their
+keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engines.errors import BadInput
+
+FIRST = VERSION = 1
+SINCE: dict[str, int] = {}
+MoveForm = Literal["auto", "side-by-side", "one-at-a-time"]
+
+
+class Order(BaseModel):
+    """An order about the model with this id or alias; a yard's only one where it names none."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str | None = None
+
+
+class RollbackOrder(Order):
+    """Undo the last move, or take the canary out."""
+
+    form: MoveForm = "auto"
+
+
+class PromoteOrder(RollbackOrder):
+    """Serve the model by another engine; the candidate where it names none."""
+
+    to: str | None = None
+
+
+class CanaryOrder(Order):
+    """Let another engine answer a share of the conversations; 0 takes it out."""
+
+    to: str | None = None
+    weight: float = 0
+
+
+class ShadowOrder(Order):
+    """Copy a share of the chat requests to another engine; 0 ends that."""
+
+    to: str | None = None
+    share: float = 0
+
+
+class UseOrder(Order):
+    """Choose an engine by hand; `auto` leaves the choice to promote and rollback."""
+
+    engine: str
+
+
+class DrainOrder(Order):
+    """Hold new requests and wait for those in flight, or take requests again."""
+
+    on: bool = True
+
+
+class RestoreOrder(BaseModel):
+    """Have a retired engine back."""
+
+    model_config = ConfigDict(frozen=True)
+
+    engine: str
+
+
+class RetireOrder(RestoreOrder):
+    """Take an engine out of every route for good, by whom and why."""
+
+    who: str = ""
+    why: str = ""
+    archive: str = ""
+
+
+ORDERS: dict[str, type[BaseModel]] = {
+    "promote": PromoteOrder,
+    "rollback": RollbackOrder,
+    "canary": CanaryOrder,
+    "shadow": ShadowOrder,
+    "use": UseOrder,
+    "drain": DrainOrder,
+    "retire": RetireOrder,
+    "restore": RestoreOrder,
+    "load": Order,
+    "unload": Order,
+    "stop": Order,
+    "reload": Order,
+}
+
+
+def order_of(name: str, fields: Mapping[str, Any]) -> BaseModel:
+    """The order `name` with these fields. Raises BadInput, which names the field that is wrong."""
+    try:
+        return ORDERS[name].model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def version_needed(name: str, fields: Mapping[str, Any]) -> int:
+    """The version of the control socket that has the order `name` with all these fields."""
+    return max(SINCE.get(part, FIRST) for part in (name, *(f"{name}.{field}" for field in fields)))
+
+
+def too_old(name: str) -> str:
+    """Why a running yard cannot carry out the order `name` of a newer command, and what to do."""
+    return (
+        f"the running yard is older than this command and cannot carry out `{name}`: restart it (`switchyard stop`, "
+        "then `switchyard serve`; installed as a service: `systemctl --user restart switchyard`)"
+    )
