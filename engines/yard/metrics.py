@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -30,32 +31,32 @@ class LiveSample:
 
 
 class Metrics:
-    """One registry for one yard."""
+    """One registry for one yard. `refused` counts by status, `shadowed` by model, engine and outcome."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        counter = partial(Counter, namespace="switchyard", registry=self._registry)
+        gauge = partial(Gauge, namespace="switchyard", registry=self._registry)
+        histogram = partial(Histogram, namespace="switchyard", registry=self._registry)
         by_engine = ["model", "engine"]
-        self._requests = self._counter(
-            "requests", "Requests that an engine answered, by outcome.", [*by_engine, "outcome"]
-        )
-        self._chunks = self._counter(
-            "tokens", "Content chunks passed on; an engine's chunk is a token, mostly.", by_engine
-        )
-        self._lost = self._counter("requests_lost", "Requests an engine took with it before its first byte.", by_engine)
-        self._shadowed = self._counter("shadow", "Copies of requests, by what came of them.", [*by_engine, "outcome"])
-        self._refused = self._counter("refused", "Requests the yard refused, by status.", ["status"])
-        self._cut = self._counter("clients_cut", "Clients that took nothing of their answer, or held up others.", [])
-        self._restarts = self._gauge("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
-        self._state = self._gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
-        self._memory = self._gauge("engine_memory_bytes", "Private memory of the engine, swap included.", by_engine)
-        self._vram = self._gauge("engine_vram_bytes", "GPU memory of the engine's processes.", by_engine)
-        self._in_flight = self._gauge("engine_in_flight", "Requests on the engine now.", by_engine)
-        self._weight = self._gauge("route_weight", "Share of conversations the engine gets.", by_engine)
-        self._waiting = self._gauge("waiting", "Requests that wait for their turn.", ["model"])
-        self._fallback = self._gauge("fallback", "1 while the committed engine is out of order.", ["model"])
-        self._incidents = self._gauge("incidents", "Incidents remembered.", [])
-        self._ttft = self._histogram("ttft_seconds", "Request to first content chunk.", by_engine, TTFT_S)
-        self._gap = self._histogram("itl_seconds", "Gap between content chunks.", by_engine, GAP_S)
+        by_outcome = [*by_engine, "outcome"]
+        self._requests = counter("requests", "Requests that an engine answered, by outcome.", by_outcome)
+        self._chunks = counter("tokens", "Content chunks passed on; an engine's chunk is a token, mostly.", by_engine)
+        self.lost = counter("requests_lost", "Requests an engine took with it before its first byte.", by_engine)
+        self.shadowed = counter("shadow", "Copies of requests, by their outcome.", by_outcome)
+        self.refused = counter("refused", "Requests the yard refused, by status.", ["status"])
+        self.clients_cut = counter("clients_cut", "Clients that took nothing of their answer, or held up others.")
+        self._restarts = gauge("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
+        self._state = gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
+        self._memory = gauge("engine_memory_bytes", "Private memory of the engine, swap included.", by_engine)
+        self._vram = gauge("engine_vram_bytes", "GPU memory of the engine's processes.", by_engine)
+        self._in_flight = gauge("engine_in_flight", "Requests on the engine now.", by_engine)
+        self._weight = gauge("route_weight", "Share of conversations the engine gets.", by_engine)
+        self._waiting = gauge("waiting", "Requests that wait for their turn.", ["model"])
+        self._fallback = gauge("fallback", "1 while the committed engine is out of order.", ["model"])
+        self._incidents = gauge("incidents", "Incidents remembered.")
+        self._ttft = histogram("ttft_seconds", "Request to first content chunk.", by_engine, buckets=TTFT_S)
+        self._gap = histogram("itl_seconds", "Gap between content chunks.", by_engine, buckets=GAP_S)
 
     def gap(self, model: str, engine: str) -> Callable[[float], None]:
         """Takes the seconds between two chunks of one stream."""
@@ -63,28 +64,12 @@ class Metrics:
         return observe
 
     def served(self, model: str, sample: LiveSample, chunks: int) -> None:
-        """An answered request."""
+        """Count an answered request."""
         outcome = "error" if not sample.ok else "empty" if sample.empty else "ok"
         self._requests.labels(model, sample.engine, outcome).inc()
         self._chunks.labels(model, sample.engine).inc(chunks)
         if sample.ttft_ms is not None:
             self._ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
-
-    def lost(self, model: str, engine: str) -> None:
-        """A request that an engine took with it."""
-        self._lost.labels(model, engine).inc()
-
-    def shadowed(self, model: str, engine: str, outcome: str) -> None:
-        """A copy of a live request: sent, compared, or dropped."""
-        self._shadowed.labels(model, engine, outcome).inc()
-
-    def refused(self, status: int) -> None:
-        """An error of the yard's own."""
-        self._refused.labels(str(status)).inc()
-
-    def cut_client(self) -> None:
-        """A client that took nothing of its answer."""
-        self._cut.inc()
 
     def text(self, routes: Iterable[Route], incidents: int) -> bytes:
         """Everything now, in Prometheus' text format."""
@@ -105,15 +90,6 @@ class Metrics:
                 _set_or_drop(self._vram, labels, unit.stats.vram_bytes)
         self._incidents.set(incidents)
         return generate_latest(self._registry)
-
-    def _counter(self, name: str, meaning: str, labels: list[str]) -> Counter:
-        return Counter(f"switchyard_{name}", meaning, labels, registry=self._registry)
-
-    def _gauge(self, name: str, meaning: str, labels: list[str]) -> Gauge:
-        return Gauge(f"switchyard_{name}", meaning, labels, registry=self._registry)
-
-    def _histogram(self, name: str, meaning: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"switchyard_{name}", meaning, labels, registry=self._registry, buckets=buckets)
 
 
 def _set_or_drop(gauge: Gauge, labels: tuple[str, str], value: int | None) -> None:

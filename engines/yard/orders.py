@@ -20,62 +20,62 @@ SINCE: dict[str, int] = {}
 MoveForm = Literal["auto", "side-by-side", "one-at-a-time"]
 
 
-class Order(BaseModel):
-    """An order about the model with this id or alias; a yard's only one where it names none."""
-
+class _Fields(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class Order(_Fields):
+    """An order about the model with this id or alias; a yard's only one where it names none."""
 
     model: str | None = None
 
 
 class RollbackOrder(Order):
-    """Undo the last move, or take the canary out."""
+    """`form` is how the engines change places."""
 
     form: MoveForm = "auto"
 
 
 class PromoteOrder(RollbackOrder):
-    """Serve the model by another engine; the candidate where it names none."""
+    """`to` is the engine that shall serve; the candidate where it names none."""
 
     to: str | None = None
 
 
 class CanaryOrder(Order):
-    """Let another engine answer a share of the conversations; 0 takes it out."""
+    """`weight` is the share of conversations that `to` answers."""
 
     to: str | None = None
     weight: float = 0
 
 
 class ShadowOrder(Order):
-    """Copy a share of the chat requests to another engine; 0 ends that."""
+    """`share` is that of the chat requests which are copied to `to`."""
 
     to: str | None = None
     share: float = 0
 
 
 class UseOrder(Order):
-    """Choose an engine by hand; `auto` leaves the choice to promote and rollback."""
+    """`engine` is an engine, or `auto`."""
 
     engine: str
 
 
 class DrainOrder(Order):
-    """Hold new requests and wait for those in flight, or take requests again."""
+    """Hold new requests (`on`), or take them again."""
 
     on: bool = True
 
 
-class RestoreOrder(BaseModel):
-    """Have a retired engine back."""
-
-    model_config = ConfigDict(frozen=True)
+class RestoreOrder(_Fields):
+    """An order about an engine, on all its routes."""
 
     engine: str
 
 
 class RetireOrder(RestoreOrder):
-    """Take an engine out of every route for good, by whom and why."""
+    """`archive` is the folder with what the engine leaves behind."""
 
     who: str = ""
     why: str = ""

@@ -13,30 +13,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from engines.errors import BadInput
 from engines.openai.call import Call, Refusal
+from engines.yard.answer import ChatAnswer, compare, is_sampled, no_answer, read_answer, size_of
 from engines.yard.capture import Lines
 from engines.yard.engine.connection import Gone
 from engines.yard.engine.unit import Unit
 from engines.yard.route import Route
 from engines.yard.yard import Yard
 
-ChatAnswer = dict[str, Any]
 CHAT = "/v1/chat/completions"
 POLL_S = 0.1
 QUIET_S = 0.5  # an agent's next request comes right after its last answer
 TRIES = 3
 RECORDED_BYTES = 2 * 2**20
-SHOWN_CHARACTERS = 32_768
 PAIRS = 200
 JUDGE_SHARE = 20  # the judge waits this many times what it took, so that it holds a twentieth of a core at most
 
@@ -289,7 +286,7 @@ class Shadow:
         tally.unjudged = True
         if self._pairs is not None:
             self._pairs.put(
-                {**pair, "body": copy.call.body}, len(copy.call.raw) + _size(copy.answer) + _size(candidate)
+                {**pair, "body": copy.call.body}, len(copy.call.raw) + size_of(copy.answer) + size_of(candidate)
             )
 
     async def _judge(self) -> None:
@@ -309,7 +306,7 @@ class Shadow:
     def _count(self, route: Route, outcome: str) -> None:
         tally = self._tally(route)
         tally.counts[outcome] += 1
-        self._yard.metrics.shadowed(route.model_id, tally.to or route.candidate, outcome)
+        self._yard.metrics.shadowed.labels(route.model_id, tally.to or route.candidate, outcome).inc()
 
     def _tally(self, route: Route) -> Tally:
         found = self._tallies.get(route.model_id)
@@ -321,150 +318,3 @@ class Shadow:
         """The engine that copies go to: up, and not the one that users are served by."""
         unit = route.units.get(self._tally(route).to or route.candidate)
         return unit if unit is not None and unit.accepts and unit is not route.serving else None
-
-
-# --- pure ------------------------------------------------------------------------------------------------------------
-
-
-def is_sampled(body: Mapping[str, Any]) -> bool:
-    """True unless the request asks for the likeliest token each time."""
-    return body.get("temperature") != 0 and body.get("top_k") != 1
-
-
-def compare(incumbent: ChatAnswer, candidate: ChatAnswer, *, sampled: bool) -> dict[str, Any]:
-    """The `outcomes` to count for a pair, and the character at which the texts part (None where equal or not compared).
-
-    `failed` or `copied`; of the copied `empty` where only the candidate said nothing; then `sampled`, or `exact` or
-    `different`, with `finish_differs` and `tools_differ` beside it.
-    """
-    if candidate["error"]:
-        return {"outcomes": ["failed"], "diverged_at": None}
-    outcomes = ["copied"]
-    if _says_nothing(candidate) and not _says_nothing(incumbent):
-        outcomes.append("empty")
-    if sampled:
-        return {"outcomes": [*outcomes, "sampled"], "diverged_at": None}
-    at = first_difference(_shown(incumbent), _shown(candidate))
-    tools_differ = incumbent["tool_calls"] != candidate["tool_calls"]
-    outcomes.append("exact" if at is None and not tools_differ else "different")
-    outcomes += ["tools_differ"] if tools_differ else []
-    outcomes += ["finish_differs"] if incumbent["finish_reason"] != candidate["finish_reason"] else []
-    return {"outcomes": outcomes, "diverged_at": at}
-
-
-def first_difference(one: str, other: str) -> int | None:
-    """The index of the first character that differs, or at which one of them ends; None where they are equal."""
-    if one == other:
-        return None
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def read_answer(data: bytes, *, stream: bool, status: int = 200) -> ChatAnswer:
-    """A chat answer as the parity check keeps it (without logprobs), out of what an engine sent.
-
-    Arguments of tool calls are brought to one spelling: JSON with sorted keys, as it came where it is none.
-    """
-    bodies = list(_events(data)) if stream else [_json(data)]
-    error = next((_error_text(body) for body in bodies if "error" in body), None)
-    if status >= 400 or error is not None:
-        return no_answer(error or f"HTTP {status}")
-    choices = [choice for body in bodies for choice in _first_choice(body)]
-    parts = [part for choice in choices if isinstance(part := choice.get("delta" if stream else "message"), dict)]
-    if not choices:
-        return no_answer("no answer could be read")
-    usage: dict[str, Any] = next(
-        (body["usage"] for body in reversed(bodies) if isinstance(body.get("usage"), dict)), {}
-    )
-    details = usage.get("prompt_tokens_details")
-    return {
-        "id": "",
-        "prompt": "",
-        "text": _joined(parts, "content"),
-        "reasoning": _joined(parts, "reasoning_content") or _joined(parts, "reasoning"),
-        "tool_calls": _tool_calls(parts),
-        "finish_reason": next((c["finish_reason"] for c in reversed(choices) if c.get("finish_reason")), None),
-        "prompt_tokens": usage.get("prompt_tokens"),
-        "completion_tokens": usage.get("completion_tokens"),
-        "cached_tokens": details.get("cached_tokens") if isinstance(details, dict) else None,
-        "positions": [],
-        "error": None,
-    }
-
-
-def no_answer(error: str) -> ChatAnswer:
-    """An answer that did not come."""
-    nothing = dict.fromkeys(("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"))
-    return {
-        "id": "",
-        "prompt": "",
-        "text": "",
-        "reasoning": "",
-        "tool_calls": [],
-        **nothing,
-        "positions": [],
-        "error": error,
-    }
-
-
-def _events(data: bytes) -> Iterable[dict[str, Any]]:
-    for event in data.replace(b"\r\n", b"\n").split(b"\n\n"):
-        lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
-        if lines and lines != [b"[DONE]"]:
-            yield _json(b"\n".join(lines))
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
-
-
-def _first_choice(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    choices = body.get("choices")
-    found = choices[:1] if isinstance(choices, list) else []
-    return [choice for choice in found if isinstance(choice, dict) and choice.get("index", 0) == 0]
-
-
-def _joined(parts: Sequence[Mapping[str, Any]], key: str) -> str:
-    return "".join(text for part in parts if isinstance(text := part.get(key), str))[:SHOWN_CHARACTERS]
-
-
-def _tool_calls(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    calls: dict[int, dict[str, str]] = {}
-    for part in parts:
-        pieces = part.get("tool_calls")
-        for place, piece in enumerate(pieces if isinstance(pieces, list) else []):
-            function = piece.get("function") if isinstance(piece, dict) else None
-            if not isinstance(function, dict):
-                continue
-            index = piece.get("index", place)
-            call = calls.setdefault(index if isinstance(index, int) else place, {"name": "", "arguments": ""})
-            for key in call:
-                call[key] += function.get(key) or ""
-    return [{**call, "arguments": _one_spelling(call["arguments"])} for _, call in sorted(calls.items())]
-
-
-def _one_spelling(arguments: str) -> str:
-    try:
-        return json.dumps(json.loads(arguments), sort_keys=True)
-    except (ValueError, RecursionError):
-        return arguments
-
-
-def _error_text(body: Mapping[str, Any]) -> str:
-    error = body["error"]
-    return str(error.get("message") if isinstance(error, dict) else error)[:500]
-
-
-def _shown(answer: ChatAnswer) -> str:
-    return f"{answer['reasoning']}\0{answer['text']}" if answer["reasoning"] else str(answer["text"])
-
-
-def _says_nothing(answer: ChatAnswer) -> bool:
-    return not (answer["text"] or answer["reasoning"] or answer["tool_calls"])
-
-
-def _size(answer: ChatAnswer) -> int:
-    return len(answer["text"]) + len(answer["reasoning"]) + 1024

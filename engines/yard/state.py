@@ -1,4 +1,4 @@
-"""What the yard must not forget: which engine serves which model, and how to go back. One small file, no database.
+"""The yard's stored state: which engine serves which model, and how to go back. One small file, no database.
 
 Written before an act and never half: a new file beside the old one, flushed to the disk, then renamed over it. A yard
 killed at any line finds the last route that was committed.
@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput, SwitchyardError
 from engines.yard.engine.launch_spec import LaunchSpec
@@ -117,6 +117,10 @@ def _without(route: ModelState, engine: str) -> ModelState:
     return route.model_copy(update={"specs": specs, "undo": undo, "selected": selected})
 
 
+class Unreadable(SwitchyardError):
+    """The state file holds something else than a state."""
+
+
 class StateFile:
     """`state.json` in the yard's folder."""
 
@@ -129,23 +133,19 @@ class StateFile:
             return YardState.model_validate_json(self.path.read_bytes())
         except FileNotFoundError:
             return YardState()
-        except (ValidationError, ValueError) as error:
-            raise SwitchyardError(f"{self.path} could not be read: {_first_line(error)}") from error
         except OSError as error:
             raise SwitchyardError(f"{self.path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise Unreadable(f"{self.path} could not be read: {str(error).splitlines()[0]}") from error
 
     def load(self) -> tuple[YardState, str | None]:
         """The state, empty where there is none; and what was wrong with a file that had to be set aside."""
         try:
-            return YardState.model_validate_json(self.path.read_bytes()), None
-        except FileNotFoundError:
-            return YardState(), None
-        except (ValidationError, ValueError) as error:
+            return self.read(), None
+        except Unreadable as error:
             aside = self.path.with_name(f"state.unreadable-{time.time_ns()}.json")
             os.replace(self.path, aside)
-            return YardState(), f"{self.path} could not be read and was set aside as {aside.name}: {_first_line(error)}"
-        except OSError as error:
-            raise SwitchyardError(f"{self.path} cannot be read: {error.strerror}") from error
+            return YardState(), f"{error}; it was set aside as {aside.name}"
 
     def save(self, state: YardState) -> None:
         """On the disk when this returns. Raises SwitchyardError and leaves the old one when it cannot be written."""
@@ -156,20 +156,12 @@ class StateFile:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)
-            _sync(self.path.parent)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise SwitchyardError(f"{self.path} cannot be written ({error.strerror}); nothing was changed") from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

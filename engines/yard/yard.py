@@ -333,7 +333,7 @@ class Yard:
 
     def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
         """Count a request that an engine's end took with it, before anything of its answer had reached the client."""
-        self.metrics.lost(route.model_id, unit.engine)
+        self.metrics.lost.labels(route.model_id, unit.engine).inc()
         lost = LiveSample(time.time(), unit.engine, "", 0, False, f"lost: {why}", False, None, None)
         self.samples[route.model_id].append(lost)  # what became of the request is another engine's sample
         what = f"engine dropped a request; {'retrying' if retried else 'giving up'}: {why}"

@@ -1,10 +1,11 @@
-"""All it takes to start an engine again: kept with every route, so that going back needs no plan and no database."""
+"""Launch spec of an engine: all it takes to start it again, so that going back needs no plan and no database."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, SecretStr, field_serializer, field_validator
@@ -57,31 +58,14 @@ class LaunchSpec(BaseModel):
     @classmethod
     def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings) -> LaunchSpec:
         """The spec of an engine that was found on this machine."""
-        return cls(
-            engine=found.engine,
-            form=found.form,
-            program=found.program,
-            version=found.version,
-            flags=tuple(sorted(found.flags)),
-            libraries=found.libraries,
-            where=found.where,
-            model_id=model_id,
-            gguf=gguf,
-            settings=settings,
-        )
+        as_found = {**vars(found), "flags": tuple(sorted(found.flags))}
+        return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings)
 
     @property
     def installation(self) -> Installation:
         """The engine as it was found."""
-        return Installation(
-            engine=self.engine,
-            form=self.form,
-            program=self.program,
-            version=self.version,
-            flags=frozenset(self.flags),
-            libraries=self.libraries,
-            where=self.where,
-        )
+        as_found = {one.name: getattr(self, one.name) for one in fields(Installation)}
+        return Installation(**{**as_found, "flags": frozenset(self.flags)})
 
     def serve(self, port: int, key: SecretStr | None) -> Serve:
         """What a driver needs to build the command: on loopback, with the yard's own key."""
@@ -90,7 +74,7 @@ class LaunchSpec(BaseModel):
 
 
 def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
-    """The spec as this machine can start it now, and a line for people where that is not what was stored.
+    """The spec as this machine can start it now, and a line for the event log where that is not what was stored.
 
     A stored program can be gone: a removed build, or the Python environment of an earlier installation. The same
     version of the engine is then looked for where engines are found. One in a wheel runs our own code, so it runs in

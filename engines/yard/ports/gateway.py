@@ -97,7 +97,7 @@ class Gateway:
             self._authorize(request)
             return await handler(request)
         except Refusal as refusal:
-            self._yard.metrics.refused(refusal.status)
+            self._yard.metrics.refused.labels(str(refusal.status)).inc()
             return _error(refusal)
         except web.HTTPRequestEntityTooLarge:
             limit = self._yard.settings.max_body_mib
@@ -146,7 +146,7 @@ class Gateway:
                 return await reply.delivered()
             raise Refusal(502, "the engine went away twice while it had this request", code="engine_died")
         except Refusal as refusal:
-            self._yard.metrics.refused(refusal.status)
+            self._yard.metrics.refused.labels(str(refusal.status)).inc()
             return await reply.refuse(refusal)
         except ClientLeft:
             return reply.response
@@ -267,7 +267,7 @@ class Gateway:
                 self._note_cut(peer, f"took nothing of its answer for {limit_s:g} s")
 
     def _note_cut(self, peer: str, why: str) -> None:
-        self._yard.metrics.cut_client()
+        self._yard.metrics.clients_cut.inc()
         self._yard.events.note("yard", "-", f"cut the client at {peer}: it {why}")
 
     # --- what the yard answers itself

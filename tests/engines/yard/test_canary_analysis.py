@@ -156,7 +156,7 @@ class Bench:
 
     def __init__(self, judge):
         self.notes, self.moves = [], []
-        unit = types.SimpleNamespace(engine="new", out_of_budget=False, why="")
+        unit = types.SimpleNamespace(engine="new", budget=types.SimpleNamespace(exhausted=False), why="")
         canary = Canary(engine="new", weight=0.5, since=time.time())
         self.route = types.SimpleNamespace(
             model_id="m",

@@ -9,7 +9,7 @@ import pytest
 from waiting import until
 
 from engines.errors import BadInput
-from engines.yard.shadow import compare, first_difference, is_sampled, no_answer, read_answer
+from engines.yard.answer import compare, first_difference, is_sampled, no_answer, read_answer
 
 QUICK = {"settings": {"shadow_waiting": 4}}
 
