@@ -38,7 +38,7 @@ from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, open_records
 from tasks.verdicts.limits import Limits
-from tasks.verdicts.verdict import overall
+from tasks.verdicts.verdict import gate
 
 ROOT = Path(__file__).parents[1]
 RIG = ROOT / "tests" / "rig"
@@ -257,7 +257,7 @@ def measure(recorded: Recorded, home: Path, windows: int) -> dict[str, Any]:
         ("bytes per sample", f"{size['sample_bytes'] / size['samples']:.2f}", ""),
         ("bytes per window", f"{size['evidence_bytes'] / size['evidence_rows']:.0f}", ""),
         ("write, a window", f"{1000 * wrote_s / max(windows - 1, 1):.0f} ms", ""),
-        ("judge all", f"{judge_s:.2f} s, {overall(results).value}", ""),
+        ("judge all", f"{judge_s:.2f} s, {gate(results).value}", ""),
         ("report", f"{report_s:.2f} s", f"< {REPORT_S:g} s"),
         ("memory, growth while written and judged", f"{growth / 1e6:.1f} MB", f"< {GROWTH_BYTES / 1e6:.0f} MB"),
         ("memory, peak of the process, report included", f"{_peak() / 1e6:.0f} MB", ""),

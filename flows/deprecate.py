@@ -34,9 +34,8 @@ from migrations.plan_file import plan_to_toml
 from tasks.evidence.environment import machine_environment
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run
-from tasks.verdicts.gate import gate, reasons
 from tasks.verdicts.retirement import DAY_S, Standing, judge_retirement, write_archive
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured, reasons
 
 NOBODY = "-"  # of steps that concern no single model
 Say = Callable[[str], None]

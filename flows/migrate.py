@@ -41,8 +41,7 @@ from tasks.evidence.unmeasured import models_to_retry
 from tasks.records.payload import plan_hash
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Decision, Run
-from tasks.verdicts.gate import reasons, run_verdict
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, reasons, worst
 
 KIND = "whole"
 NOBODY = "-"  # of what concerns no single model
@@ -124,7 +123,7 @@ class Whole:
         verdicts = {name: Verdict(end["verdict"]) for name, end in self._ends.items()}
         if self._retired is not None:
             verdicts[NOBODY] = Verdict(self._retired["verdict"])
-        verdict = run_verdict(verdicts)
+        verdict = worst(verdicts.values())
         waits = next((end["why"] for end in self._ends.values() if end["result"] == "waits for approval"), None)
         if self._retired is not None and self._retired["result"] == "waits for approval":
             waits = waits or self._retired["why"]

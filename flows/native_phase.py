@@ -32,8 +32,7 @@ from migrations.plan_file import load_plan
 from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
 from tasks.evidence.rehearsal import engine_of, room, route_of
 from tasks.records.store import open_records
-from tasks.verdicts.gate import gate
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 
 def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:

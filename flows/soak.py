@@ -40,8 +40,7 @@ from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Evidence, Run, Step
 from tasks.report.report import write_report
-from tasks.verdicts.gate import gate, reasons, run_verdict
-from tasks.verdicts.verdict import Verdict
+from tasks.verdicts.verdict import Verdict, gate, reasons, worst
 
 KIND = "soak"
 OVER, BREACH = "soaked", "breach"  # steps of a model: its end, and each failure that ended it
@@ -332,7 +331,7 @@ class _Soak:
         """The run goes on with the next window, or it is over: with the verdict on every model that it has."""
         breached = any(model["breached"] for model in models)
         going = [model for model in models if not model["over"]]
-        verdict = run_verdict({name: gate(results) for name, results in self.records.checks(self.run_id).items()})
+        verdict = worst(gate(results) for results in self.records.checks(self.run_id).values())
         outcome: Outcome = {
             "result": "breached" if breached else "window added" if going else "done",
             "why": "; ".join(progress_line(model) for model in models),
@@ -349,7 +348,7 @@ class _Soak:
 
     def _finish(self) -> Path:
         """The run ended with the verdict on what it has recorded, and where its report is."""
-        verdict = run_verdict({name: gate(results) for name, results in self.records.checks(self.run_id).items()})
+        verdict = worst(gate(results) for results in self.records.checks(self.run_id).values())
         steps = self.records.steps(self.run_id)
         broke = "; ".join(str(step.detail["why"]) for step in steps if step.step.startswith(BREACH))
         failed = bool(broke) and verdict is Verdict.FAIL
@@ -394,7 +393,7 @@ def report(records: Records, run_id: str, plan_name: str, home: Path) -> Path:
         }
         for model_id, results in records.checks(run_id).items()
     ]
-    verdict = run_verdict({str(model["model"]): Verdict(str(model["verdict"])) for model in models})
+    verdict = worst(Verdict(str(model["verdict"])) for model in models)
     outcome = {"run_id": run_id, "plan": plan_name, "verdict": verdict.value, "models": models, "cannot_prove": ()}
     path = write_report(records, run_id, outcome, home / "reports" / f"{run_id}.html")
     records.note_run(run_id, report_path=path)

@@ -7,38 +7,11 @@ from collections.abc import Sequence
 from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import build_plan
 from tasks.verdicts.limits import Measure
-from tasks.verdicts.risks import Phase, Risk
+from tasks.verdicts.risks import Risk
 
 NAME = "llama.cpp-to-mistral.rs"
 INCUMBENT = EngineChoice(engine="llama.cpp")
 CANDIDATE = EngineChoice(engine="mistral.rs")
-
-PHASES = (
-    Phase(
-        number=1,
-        name="evaluate",
-        to_do="run mistral.rs with every current model beside llama.cpp; compare answers, latency and memory; soak it",
-        question="Is the candidate at least as good, for every model?",
-    ),
-    Phase(
-        number=2,
-        name="subprocess",
-        to_do="serve the real port with a supervised mistral.rs process; fall back to llama.cpp when it cannot run",
-        question="Does it serve the real port as a supervised subprocess, and does the fallback work?",
-    ),
-    Phase(
-        number=3,
-        name="native",
-        to_do="run mistral.rs inside the program, without HTTP between; test every current model and its tool calls",
-        question="Is in-process as right and as stable as the subprocess, and faster?",
-    ),
-    Phase(
-        number=4,
-        name="deprecate",
-        to_do="retire llama.cpp: remove its routes, write the migration guide, keep the way back",
-        question="Does anything still need llama.cpp?",
-    ),
-)
 
 RISKS = (
     Risk(

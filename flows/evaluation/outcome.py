@@ -14,8 +14,8 @@ from migrations.demo import DEMO_NAME
 from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE, RISKS
 from tasks.records.tables import Run
 from tasks.report.report import latency_images, write_report
-from tasks.verdicts.gate import gate, reasons, risks, run_verdict
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.risks import judge_risks
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons, worst
 
 
 def conclude(bench: Bench, run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def judge(bench: Bench, run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
         bench.records.drop_checks(run.id, trial.model.id)
         bench.records.put_checks(run.id, trial.model.id, results)
         models.append(_model_outcome(trial, results))
-    verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
+    verdict = worst(Verdict(model["verdict"]) for model in models)
     return {
         "run_id": run.id,
         "plan": bench.plan.name,
@@ -97,6 +97,6 @@ def _model_outcome(trial: Trial, results: Sequence[CheckResult]) -> dict[str, An
                 "verdict": judged.verdict.value,
                 "decided_by": [result.check for result in judged.decided_by],
             }
-            for judged in risks(RISKS, results)
+            for judged in judge_risks(RISKS, results)
         ],
     }

@@ -53,7 +53,7 @@ from tasks.evidence.unmeasured import (
 )
 from tasks.records.store import Records
 from tasks.verdicts.noninferiority import decision_reached
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, overall
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured
 
 ARMS: tuple[Arm, Arm] = ("incumbent", "candidate")
 BOTH: Literal["both"] = "both"
@@ -357,7 +357,7 @@ class Trial:
 
     def verdict(self) -> Verdict:
         """The worst required verdict of `judged`."""
-        return overall(self.judged())
+        return gate(self.judged())
 
     def _judge_launches(self) -> list[CheckResult]:
         return [judge_unmeasured(arm, what, record) for arm, what, record in self._unmeasured() if what == LAUNCH]

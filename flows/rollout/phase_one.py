@@ -8,8 +8,7 @@ from engines.home import host
 from engines.model.digest import model_digest
 from migrations.plan import ModelPlan, Plan, content_hash
 from tasks.records.store import Records
-from tasks.verdicts.gate import gate, reasons
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons
 
 LOOK_BACK = 200  # evaluations; an older one than these is no evidence any more
 

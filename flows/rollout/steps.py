@@ -27,8 +27,7 @@ from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import OpenStage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room, route_of
 from tasks.records.store import Records
 from tasks.records.tables import Run, Step
-from tasks.verdicts.gate import gate, reasons, run_verdict
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured, reasons, worst
 
 POLL_S = 5.0
 SETTLE_S = 0.5
@@ -109,7 +108,7 @@ class Migration:
     def outcome(self) -> dict[str, Any]:
         """Models with their verdicts, checks, steps and decisions, and what to do next."""
         models = [self._model_outcome(model.id) for model in self.models]
-        verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
+        verdict = worst(Verdict(model["verdict"]) for model in models)
         return {
             "run_id": self._run.id if self._run else None,
             "plan": self.plan.name,

@@ -30,7 +30,7 @@ from tasks.evidence.parity.judge import judge_answers
 from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits, Limits
 from tasks.verdicts.noninferiority import Metric, Outcome, judge, look_bounds
 from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
-from tasks.verdicts.verdict import CheckResult, Verdict, at_least, not_measured, overall
+from tasks.verdicts.verdict import CheckResult, Verdict, at_least, gate, not_measured
 
 Sample = Mapping[str, Any]
 SURE = 0.9999  # the watch looks all the time: simulated over 4000 requests, equal engines fail in under 1 % of canaries
@@ -151,7 +151,7 @@ def shadow_judge(limits: Limits | None = None) -> Callable[[Sequence[Mapping[str
 
 def judgement(results: Sequence[CheckResult]) -> dict[str, Any]:
     """What the yard acts on and shows: `verdict`, `why` (the checks that hold it) and every check, all plain."""
-    verdict = overall(results)
+    verdict = gate(results)
     holding = [result for result in results if result.required and result.verdict is verdict]
     return {
         "verdict": str(verdict),

@@ -14,7 +14,7 @@ from engines.settings import Endpoint
 from tasks.evidence.behaviours.base import Asker, Behaviour, NotApplicable, Observation
 from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
 from tasks.evidence.behaviours.caller import READ_TIMEOUT_S, Malformed, Refused
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, overall
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured
 
 Seen = Mapping[str, Any]
 GIVE_UP_AFTER = 3
@@ -148,6 +148,6 @@ def required_passed(checks: Collection[CheckResult]) -> CheckResult:
     share = (len(needed) - len(bad)) / len(needed)
     why = f"{len(needed) - len(bad)} of {len(needed)} required behaviours pass"
     return CheckResult(
-        check="compatibility.required_passed", verdict=overall(needed), value=share, limit=1.0, unit="ratio",
+        check="compatibility.required_passed", verdict=gate(needed), value=share, limit=1.0, unit="ratio",
         why=f"{why}; not: {', '.join(bad)}" if bad else why,
     )  # fmt: skip

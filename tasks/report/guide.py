@@ -16,8 +16,7 @@ from string import Template
 from tasks.report.guide_facts import FIGURES, NOT_RECORDED, Deviation, Engine, Facts, Model, Phase, short
 from tasks.report.markup import NOT_MEASURED, Html, el, joined, quantity
 from tasks.report.model_section import row, table, verdict_mark
-from tasks.verdicts.gate import reasons
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 
 # --- what the guide says: each section is a list of Markdown blocks --------------------------------------------------
 

@@ -30,8 +30,7 @@ from tasks.records.store import Records
 from tasks.records.tables import Run
 from tasks.report.markup import NOT_MEASURED, memory
 from tasks.report.model_section import ModelRecord
-from tasks.verdicts.gate import gate
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 NOT_RECORDED = "not recorded"
 LOOK_BACK = 200  # runs of a plan

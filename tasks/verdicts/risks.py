@@ -1,11 +1,13 @@
-"""Risks and phases as data: what could go wrong, and which checks say whether it does."""
+"""The risk register: what could go wrong with a migration, and which checks say whether it does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
+
+from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 Level = Literal["low", "medium", "high"]
 
@@ -24,16 +26,22 @@ class Risk:
         """True when the result of `check` is evidence about this risk."""
         return any(fnmatchcase(check, pattern) for pattern in self.evidence)
 
-    def evidence_of(self, checks: Iterable[str]) -> list[str]:
-        """Those of `checks` that are evidence about this risk, in their order."""
-        return [check for check in checks if self.covers(check)]
-
 
 @dataclass(frozen=True)
-class Phase:
-    """One phase of a migration and the one question that its gate answers."""
+class RiskVerdict:
+    """One risk of the register with the verdict on its evidence and the checks that decided it."""
 
-    number: int
-    name: str
-    to_do: str
-    question: str
+    risk: Risk
+    verdict: Verdict
+    decided_by: tuple[CheckResult, ...]
+
+
+def judge_risks(register: Iterable[Risk], results: Sequence[CheckResult]) -> list[RiskVerdict]:
+    """Each risk of the register, judged by the checks that are evidence about it."""
+    judged = []
+    for risk in register:
+        evidence = [result for result in results if risk.covers(result.check)]
+        verdict = gate(evidence)
+        worst_ones = tuple(r for r in evidence if r.required and r.verdict is verdict and verdict is not Verdict.PASS)
+        judged.append(RiskVerdict(risk, verdict, worst_ones))
+    return judged

@@ -89,6 +89,12 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=lambda verdict: verdict.badness, default=Verdict.INCONCLUSIVE)
 
 
-def overall(results: Iterable[CheckResult]) -> Verdict:
+def gate(results: Iterable[CheckResult]) -> Verdict:
     """The worst required verdict of `results`; INCONCLUSIVE when nothing required was measured."""
     return worst(result.verdict for result in results if result.required)
+
+
+def reasons(results: Iterable[CheckResult]) -> list[CheckResult]:
+    """The required checks that keep the gate shut, worst first, in their order otherwise."""
+    shut = [result for result in results if result.required and result.verdict is not Verdict.PASS]
+    return sorted(shut, key=lambda result: -result.verdict.badness)

@@ -23,17 +23,6 @@ def risk(name: str) -> Risk:
     return next(entry for entry in migration.RISKS if entry.risk == name)
 
 
-def test_four_phases_each_ask_a_question() -> None:
-    """Numbered in order; a gate without a question decides nothing."""
-    assert [(phase.number, phase.name) for phase in migration.PHASES] == [
-        (1, "evaluate"),
-        (2, "subprocess"),
-        (3, "native"),
-        (4, "deprecate"),
-    ]
-    assert all(phase.question.endswith("?") and phase.to_do for phase in migration.PHASES)
-
-
 @pytest.mark.parametrize(
     ("name", "likelihood", "impact", "check"),
     [
@@ -52,7 +41,7 @@ def test_each_risk_has_evidence(name: str, likelihood: str, impact: str, check: 
     entry = risk(name)
     assert (entry.likelihood, entry.impact) == (likelihood, impact)
     assert entry.covers(check)
-    assert entry.evidence_of(["nothing.else", check]) == [check]
+    assert not entry.covers("nothing.else")
 
 
 def test_risks_are_the_four_of_the_register() -> None:

@@ -12,7 +12,7 @@ import pytest
 from engines.errors import BadInput
 from tasks.evidence.canary import judge_canary, judge_shadow, judgement
 from tasks.verdicts.limits import CanaryLimits
-from tasks.verdicts.verdict import CheckResult, Verdict, overall
+from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 LIMITS = CanaryLimits()
 CHECKS = [
@@ -75,7 +75,7 @@ def live_traffic(
 
 
 def verdicts_of(runs: int, **traffic: Any) -> Counter[Verdict]:
-    return Counter(overall(judge_canary(live_traffic(seed, **traffic), "old", "new", LIMITS)) for seed in range(runs))
+    return Counter(gate(judge_canary(live_traffic(seed, **traffic), "old", "new", LIMITS)) for seed in range(runs))
 
 
 def check_of(results: list[CheckResult], name: str) -> CheckResult:
@@ -119,7 +119,7 @@ def test_equal_failures_do_not_fail_however_often_one_looks() -> None:
         samples = live_traffic(seed, failing=(0.02, 0.02))
         for seen in range(100, len(samples) + 1, 100):
             results = judge_canary(samples[:seen], "old", "new", LIMITS)
-            assert overall(results) is not Verdict.FAIL, (seed, seen, judgement(results)["why"])
+            assert gate(results) is not Verdict.FAIL, (seed, seen, judgement(results)["why"])
 
 
 def test_a_decided_speed_stays_decided() -> None:
@@ -170,7 +170,7 @@ def test_too_few_say_how_many_more() -> None:
     samples = [a_sample(at, ("new", "old")[at % 2]) for at in range(40)]
     results = judge_canary(samples, "old", "new", LIMITS)
     assert [result.check for result in results] == CHECKS
-    assert overall(results) is Verdict.INCONCLUSIVE
+    assert gate(results) is Verdict.INCONCLUSIVE
     assert "248 more clean answers are needed" in check_of(results, "error_rate").why
     assert "that is 50 more streamed answers of each engine" in check_of(results, "ttft_p50_ratio").why
 
@@ -223,9 +223,9 @@ def shadow_verdicts(pairs: list[dict[str, Any]]) -> dict[str, Verdict]:
 
 def test_equal_copies_pass_paritys_checks() -> None:
     few = judge_shadow([a_pair(an_answer()) for _ in range(58)])
-    assert overall(few) is Verdict.INCONCLUSIVE
+    assert gate(few) is Verdict.INCONCLUSIVE
     results = judge_shadow([a_pair(an_answer()) for _ in range(59)])
-    assert overall(results) is Verdict.PASS
+    assert gate(results) is Verdict.PASS
     assert next(r.value for r in results if r.check == "shadow.exact_match") == 1.0
 
 
@@ -246,4 +246,4 @@ def test_drawn_answers_are_not_compared() -> None:
 
 
 def test_nothing_copied_is_inconclusive() -> None:
-    assert overall(judge_shadow([])) is Verdict.INCONCLUSIVE
+    assert gate(judge_shadow([])) is Verdict.INCONCLUSIVE

@@ -15,7 +15,7 @@ from engines.process.process import registered
 from engines.settings import Serve, Settings
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.evidence.faults import KINDS, judge_faults, measure_faults
-from tasks.verdicts.verdict import Verdict, overall
+from tasks.verdicts.verdict import Verdict, gate
 
 ROOMY = {"kill_detect_s": 60.0, "hang_detect_s": 60.0, "recover_s": 60.0}
 
@@ -90,7 +90,7 @@ def test_the_evidence_can_be_stored_and_passes_where_time_is_plenty(
     assert (tuple(evidence), lines) == (KINDS, [kind.replace("_", " ") for kind in KINDS])
     results = judge_faults(evidence, **ROOMY)
     assert len(results) == 8
-    assert overall(results) is Verdict.PASS
+    assert gate(results) is Verdict.PASS
 
 
 def test_nothing_of_the_drills_is_left(drilled: tuple[Path, dict[str, Any], list[str]]) -> None:
@@ -170,7 +170,7 @@ def test_times_within_the_silence_and_the_load_pass() -> None:
         "sigkill": interrupted(detect_s=1.0, recover_s=6.5),
         "sigstop": interrupted(classified="wedged", detect_s=3.0),
     }
-    assert overall(judge_faults(evidence_with(**drills), **LIMITS)) is Verdict.PASS
+    assert gate(judge_faults(evidence_with(**drills), **LIMITS)) is Verdict.PASS
 
 
 @pytest.mark.parametrize("kind", ["truncated_gguf", "port_taken"])
@@ -186,4 +186,4 @@ def test_every_failed_drill_is_an_error(kind: str) -> None:
     """And it alone: the others are judged as they went."""
     results = judge_faults(evidence_with(**{kind: {"failed": "it did not start"}}), **LIMITS)
     assert [result.check for result in results if result.verdict is Verdict.ERROR] == [f"faults.{kind}"]
-    assert overall(results) is Verdict.ERROR
+    assert gate(results) is Verdict.ERROR

@@ -24,7 +24,7 @@ from tasks.evidence.performance import (
 )
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import block_orders
-from tasks.verdicts.verdict import CheckResult, Verdict, overall
+from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 LIMITS = Limits(
     ttft_p50_ratio=1.10,
@@ -164,7 +164,7 @@ def test_a_candidate_three_times_as_slow_is_failed_within_three_blocks(tmp_path:
     assert results["performance.tpot_p50_ratio"].verdict is Verdict.FAIL
     assert results["performance.e2e_p50_ratio"].verdict is Verdict.FAIL
     assert results["performance.errors"].verdict is Verdict.PASS
-    assert overall(results.values()) is Verdict.FAIL
+    assert gate(results.values()) is Verdict.FAIL
 
 
 # --- judging ------------------------------------------------------------------------------------------------------
@@ -221,12 +221,12 @@ def test_equal_slower_and_unclear_are_three_verdicts(factor: float, spread: floa
     """For every primary metric."""
     results = judged(made_up(6, factor, spread=spread))
     assert {results[f"performance.{name}_ratio"].verdict for name in PRIMARY} == {expected}
-    assert overall(results.values()) is expected
+    assert gate(results.values()) is expected
 
 
 def test_too_few_blocks_decide_nothing() -> None:
     """However alike the engines look in them."""
-    assert overall(judged(made_up(5, 1.0)).values()) is Verdict.INCONCLUSIVE
+    assert gate(judged(made_up(5, 1.0)).values()) is Verdict.INCONCLUSIVE
 
 
 def test_void_blocks_do_not_count() -> None:
@@ -284,7 +284,7 @@ def test_figures_are_reported_beside_the_gate() -> None:
     assert (results["performance.load_s"].value, results["performance.load_s"].required) == (9.0, False)
     assert results["performance.prefix_cache_ttft_ratio"].verdict is Verdict.INCONCLUSIVE
     assert results["performance.decode_tok_s"].unit == "tok/s"
-    assert overall(results.values()) is Verdict.PASS
+    assert gate(results.values()) is Verdict.PASS
 
 
 def test_disagreeing_accounts_are_reported() -> None:

@@ -14,7 +14,7 @@ from engines.model.free_memory import FreeMemory
 from engines.model.memory import GIB
 from engines.settings import Settings
 from tasks.evidence.preflight import judge_preflight, preflight
-from tasks.verdicts.verdict import Verdict, overall
+from tasks.verdicts.verdict import Verdict, gate
 
 PLENTY = FreeMemory(ram_bytes=512 * GIB)
 
@@ -110,11 +110,11 @@ def test_two_engines_that_fit_alone_may_not_fit_together(tmp_path: Path) -> None
     results = judge_preflight(report(path, FreeMemory(ram_bytes=largest)), "llama.cpp", "mistral.rs")
     pair = next(result for result in results if result.check == "preflight.side_by_side")
     assert (pair.verdict, pair.required) == (Verdict.FAIL, False)
-    assert overall(results) is Verdict.PASS
+    assert gate(results) is Verdict.PASS
 
 
 def test_an_engine_that_was_not_looked_at_is_inconclusive(tmp_path: Path) -> None:
     """Absent is not a pass."""
     entry = report(write_gguf(tmp_path / "m.gguf"), engines=("llama.cpp",))
     results = judge_preflight(entry, "llama.cpp", "mistral.rs")
-    assert overall(results) is Verdict.INCONCLUSIVE
+    assert gate(results) is Verdict.INCONCLUSIVE

@@ -15,7 +15,7 @@ from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.settings import Settings
 from engines.yard.engine.launch_spec import LaunchSpec
 from tasks.evidence.rehearsal import Stage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room
-from tasks.verdicts.verdict import Verdict, overall
+from tasks.verdicts.verdict import Verdict, gate
 
 OLD, NEW = "llama.cpp", "mistral.rs"
 HIDDEN: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_what_went_wrong_is_named_by_its_drill(changed: dict[str, Any], check: s
 def test_what_was_not_rehearsed_is_inconclusive() -> None:
     """With the reason, and never PASS."""
     results = judge_rehearsal({"not_rehearsed": "no memory"}, kill_detect_s=1, recover_s=1)
-    assert overall(results) is Verdict.INCONCLUSIVE
+    assert gate(results) is Verdict.INCONCLUSIVE
     assert {result.why for result in results} == {"no memory"}
 
 
@@ -94,7 +94,7 @@ def test_a_stage_that_does_not_open_is_evidence() -> None:
     evidence = measure_rehearsal(closed, candidate=NEW, form="auto")
     assert evidence["hidden_candidate"] == {"failed": "no yard without mistral.rs"}
     assert evidence["killed_candidate"] == evidence["fallback"] == {"failed": "no yard without None"}
-    assert overall(judge_rehearsal(evidence, kill_detect_s=1, recover_s=1)) is Verdict.ERROR
+    assert gate(judge_rehearsal(evidence, kill_detect_s=1, recover_s=1)) is Verdict.ERROR
 
 
 def test_a_port_where_nobody_answers_is_said() -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from tasks.verdicts.verdict import CheckResult, Verdict, at_least, at_most, not_measured, overall, worst
+from tasks.verdicts.verdict import CheckResult, Verdict, at_least, at_most, gate, not_measured, worst
 
 BEST_TO_WORST = (Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.ERROR, Verdict.FAIL)
 
@@ -28,19 +28,19 @@ def test_the_worst_wins_in_any_order(pair: tuple[Verdict, Verdict]) -> None:
     """The second of each pair is the worse one."""
     better, worse = pair
     assert worst([better, worse]) is worst([worse, better]) is worse
-    assert overall([result(better), result(worse)]) is worse
+    assert gate([result(better), result(worse)]) is worse
 
 
 def test_nothing_measured_is_inconclusive() -> None:
     """An empty gate does not open, and neither does one of optional checks alone."""
     assert worst([]) is Verdict.INCONCLUSIVE
-    assert overall([]) is Verdict.INCONCLUSIVE
-    assert overall([result(Verdict.PASS, required=False)]) is Verdict.INCONCLUSIVE
+    assert gate([]) is Verdict.INCONCLUSIVE
+    assert gate([result(Verdict.PASS, required=False)]) is Verdict.INCONCLUSIVE
 
 
 def test_what_is_not_required_does_not_hold_the_gate() -> None:
     """It is reported beside it."""
-    assert overall([result(Verdict.PASS), result(Verdict.FAIL, required=False)]) is Verdict.PASS
+    assert gate([result(Verdict.PASS), result(Verdict.FAIL, required=False)]) is Verdict.PASS
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
