@@ -1,4 +1,4 @@
-"""What the Prefect UI offers: every flow with its form, its schedule and its tags, declared once.
+"""The deployments in the Prefect UI: every flow with its form, schedule and tags, and the process that serves them.
 
 `switchyard up` serves them on one host; `prefect.yaml` hands the same ones to the work pools of a fleet (a test holds
 the two together). A scheduled run that is late, or finds another experiment under way, is Cancelled: none pile up.
@@ -6,19 +6,31 @@ the two together). A scheduled run that is late, or finds another experiment und
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import Flow, flow
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import DeploymentEventTrigger
+from prefect.runner import Runner
 from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, Crashed
 from pydantic import Field
 
 from engines.errors import BadInput
@@ -40,21 +52,23 @@ from flows.rollback import Wish, movable, roll_back
 from flows.rollout.approval import asks, in_advance
 from flows.rollout.orders import Orders
 from flows.rollout.yard_config import plan_path
-from flows.schedules import EVALUATE, RECONCILE, SOAK
+from flows.schedules import EVALUATE, RECONCILE, SOAK, time_zone
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.records.store import open_records
 
 BREACH = "switchyard.soak.breached"
+CONCURRENT = 4  # an experiment, and beside it a rollback, a report and the upkeep
+SERVED = "deployments are served"
 
 
 @flow(name="evaluate", flow_run_name=lambda: _name("evaluate"), persist_result=False)
 def evaluate(plan: str = "", late_minutes: int = 120, with_soak: bool = False) -> Any:
-    """Phase 1: measure both engines over every model of the plan, and judge; goes on with what is unfinished.
+    """Phase 1: measure both engines over every model of the plan, and judge; an unfinished run is resumed.
 
     Args:
         plan: the plan file (.toml); empty: the one the yard served last
-        late_minutes: a scheduled run that starts later than this is left out
+        late_minutes: a scheduled run that starts later than this is skipped
         with_soak: also put load on both engines for the plan's soak_s, days by default, beside what the yard serves
     """
     return _unless_late(late_minutes, lambda: _evaluated(*_loaded(plan), with_soak=with_soak))
@@ -84,12 +98,12 @@ def migrate(
     Args:
         plan: the plan file (.toml); empty: the one the yard served last
         models: these models only; empty: all of the plan's
-        override: models that go on although their gate is shut; needs your name and a reason
+        override: models that migrate although their gate is closed; needs your name and a reason
         who: your name, for a decision against the evidence; it is recorded
         reason: why; it is recorded
         without_canary: move all traffic at once; needs your name and a reason
         without_rehearsal: do not rehearse the fallback first; needs your name and a reason
-        approve: say yes to every phase beforehand; needs your name and a reason
+        approve: approve every phase in advance; needs your name and a reason
     """
     if approve:
         if not (who.strip() and reason.strip()):
@@ -167,7 +181,7 @@ def soak(plan: str = "", window_s: Annotated[float, Field(ge=1, le=86_400)] = 24
     Args:
         plan: the plan file (.toml); empty: the one the yard served last
         window_s: seconds of load that this run adds
-        late_minutes: a scheduled run that starts later than this is left out
+        late_minutes: a scheduled run that starts later than this is skipped
     """
     return _unless_late(late_minutes, lambda: soaking.soak(plan, window_s))
 
@@ -177,15 +191,15 @@ def reconcile_home(late_minutes: int = 4) -> Any:
     """End what a killed run left behind, mark it, and close what it left open.
 
     Args:
-        late_minutes: a scheduled run that starts later than this is left out
+        late_minutes: a scheduled run that starts later than this is skipped
     """
 
-    def mend() -> dict[str, Any]:
+    def work() -> dict[str, Any]:
         with open_records() as records:
             lines = reconcile(default_home(), records, progress.get().say)
-        return {"verdict": "PASS", "why": "; ".join(lines) or "all is well", "lines": lines}
+        return {"verdict": "PASS", "why": "; ".join(lines) or "nothing to clean up", "lines": lines}
 
-    return _unless_late(late_minutes, mend)
+    return _unless_late(late_minutes, work)
 
 
 def _moved(home: Path) -> list[str]:
@@ -208,10 +222,12 @@ def _unless_late(minutes: int, work: Callable[[], dict[str, Any]]) -> Any:
     due = flow_run.scheduled_start_time
     late_s = (datetime.now(UTC) - due).total_seconds() if due else 0.0
     if late_s > minutes * 60:
-        return Cancelled(message=f"its time was {late_s / 60:.0f} min ago: this one is left out")
+        return Cancelled(message=f"scheduled {late_s / 60:.0f} min ago; skipped as late")
     try:
         return concluded(work())
     except (Busy, NoRoom) as why:
+        if deployment.id is None:  # started by a command, which prints it
+            raise
         progress.get().note(str(why))
         return Cancelled(message=str(why))
 
@@ -255,15 +271,15 @@ OFFERS: dict[str, Offer] = {
 }
 
 
-async def deployments(plan: Path, *, time_zone: str = "UTC", schedules: bool = True) -> list[RunnerDeployment]:
+async def deployments(plan: Path, *, zone: str = "UTC", schedules: bool = True) -> list[RunnerDeployment]:
     """All offers for one host, with `plan` filled into their forms."""
-    return [await _deployment(name, offer, plan, time_zone, schedules) for name, offer in OFFERS.items()]
+    return [await _deployment(name, offer, plan, zone, schedules) for name, offer in OFFERS.items()]
 
 
-async def _deployment(name: str, offer: Offer, plan: Path, time_zone: str, schedules: bool) -> RunnerDeployment:
+async def _deployment(name: str, offer: Offer, plan: Path, zone: str, schedules: bool) -> RunnerDeployment:
     scheduled: list[Any] = []
     if offer.cron and schedules:
-        scheduled.append(CronSchedule(cron=offer.cron, timezone=time_zone))
+        scheduled.append(CronSchedule(cron=offer.cron, timezone=zone))
     if offer.every and schedules:
         scheduled.append(IntervalSchedule(interval=offer.every, timezone="UTC"))
     return await offer.flow.ato_deployment(
@@ -294,3 +310,33 @@ def rollback_trigger() -> DeploymentEventTrigger:
             "reason": {"__prefect_kind": "jinja", "template": "{{ event.payload.why }}"},
         },
     )
+
+
+# --- the process that serves them
+
+
+def main() -> None:
+    """Serve the deployments of the plan named on the command line; `switchyard up` starts this as a process."""
+    asyncio.run(serve(Path(sys.argv[1]), schedules=sys.argv[2] == "--schedules"))
+
+
+async def serve(plan: Path, *, schedules: bool) -> None:
+    """Register the deployments and run their flows until SIGTERM, which ends running flows cleanly."""
+    runner = Runner(name="switchyard", limit=CONCURRENT, pause_on_shutdown=False, query_seconds=5)
+    made = await deployments(plan, zone=time_zone(), schedules=schedules)
+    ids = [await runner.aadd_deployment(one) for one in made]
+    await _mark_orphans(ids)
+    print(SERVED, flush=True)
+    await runner.start()
+
+
+async def _mark_orphans(deployment_ids: list[UUID]) -> None:
+    """Mark the runs that died with an earlier runner as crashed; Prefect would count them as running for ever."""
+    begun = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    async with get_client() as client:
+        runs = await client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=deployment_ids)),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=begun))),
+        )
+        for run in runs:
+            await client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)

@@ -1,4 +1,4 @@
-"""`switchyard doctor`: what this machine has, what it lacks, and how to mend it."""
+"""`switchyard doctor`: what this machine has, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
+import typer
 
 from engines.errors import SwitchyardError
 from engines.home import home
 from engines.model.free_memory import free_memory
 from engines.registry import DRIVERS
-from flows.cli.tables import size
+from flows.cli.options import Json
+from flows.cli.output import EXIT_CODES, next_command, out, print_json, size
 from flows.orchestrator.server import PrefectServer, prepare_environment
 from migrations.demo import GEMMA3, INSTALL, SMOLLM2
 from tasks.records.store import open_records
@@ -31,24 +33,44 @@ SCHEDULED_S = 90.0  # the scheduler looks every 5 s for new deployments and ever
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: its state, what was seen, and how to mend it."""
+    """One thing examined: its state, what was found, and how to fix it."""
 
     what: str
     state: Literal["ok", "warning", "broken"]
     detail: str
-    mend: str = ""
+    fix: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain, for --json."""
-        return asdict(self)
+
+MARKS = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "broken": "[red]✗[/red]"}
+
+
+def doctor(
+    json_: Json = False,
+    prefect: Annotated[
+        bool,
+        typer.Option("--prefect", help="Also start Prefect's server and check that a schedule makes runs (20 s)."),
+    ] = False,
+) -> None:
+    """Check Python, packages, engines, models, records and memory, and print how to fix what is missing."""
+    findings = examine(prefect=prefect)
+    broken = sum(finding.state == "broken" for finding in findings)
+    if json_:
+        print_json({"findings": [asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            out.print(f"{MARKS[finding.state]} {finding.what}: {finding.detail}")
+            if finding.fix:
+                out.print(f"    {finding.fix}", style="cyan")
+        out.print(f"{broken} to fix, see above" if broken else next_command("switchyard evaluate demo"))
+    raise typer.Exit(EXIT_CODES["ERROR"] if broken else 0)
 
 
 def examine(*, prefect: bool) -> list[Finding]:
     """All findings, in the order in which things are needed."""
-    looks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _engines, _models, _records, _room, _memory]
+    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _engines, _models, _records, _disk, _memory]
     if prefect:
-        looks.append(_prefect)
-    return [finding for look in looks for finding in look()]
+        checks.append(_prefect)
+    return [finding for check in checks for finding in check()]
 
 
 def _python() -> Iterator[Finding]:
@@ -63,8 +85,8 @@ def _packages() -> Iterator[Finding]:
             yield Finding(package, "broken", "not installed", f"pip install '{package}>={low},<{high}'")
             continue
         fits = _numbers(low) <= _numbers(found) < _numbers(high)
-        mend = "" if fits else f"Prefect 3.8.8 breaks outside {low} to {high}: pip install '{package}>={low},<{high}'"
-        yield Finding(package, "ok" if fits else "broken", found, mend)
+        fix = "" if fits else f"Prefect 3.8.8 breaks outside {low} to {high}: pip install '{package}>={low},<{high}'"
+        yield Finding(package, "ok" if fits else "broken", found, fix)
 
 
 def _engines() -> Iterator[Finding]:
@@ -78,13 +100,10 @@ def _engines() -> Iterator[Finding]:
 
 def _models() -> Iterator[Finding]:
     for package in (SMOLLM2[0], GEMMA3):
-        there = importlib.util.find_spec(package) is not None
-        yield Finding(
-            f"demo model {package}",
-            "ok" if there else "warning",
-            "installed" if there else "missing",
-            "" if there else INSTALL,
-        )
+        if importlib.util.find_spec(package) is not None:
+            yield Finding(f"demo model {package}", "ok", "installed")
+        else:
+            yield Finding(f"demo model {package}", "warning", "missing", INSTALL)
 
 
 def _records() -> Iterator[Finding]:
@@ -96,22 +115,17 @@ def _records() -> Iterator[Finding]:
         yield Finding("records", "broken", str(error), "set SWITCHYARD_HOME to a folder that can be written")
 
 
-def _room() -> Iterator[Finding]:
+def _disk() -> Iterator[Finding]:
     free = shutil.disk_usage(next(path for path in (home(), *home().parents) if path.exists())).free
     enough = free > FREE_DISK
-    yield Finding(
-        "disk", "ok" if enough else "warning", f"{size(free)} free", "" if enough else "records and reports need room"
-    )
+    fix = "" if enough else f"free {size(FREE_DISK)} for records and reports"
+    yield Finding("disk", "ok" if enough else "warning", f"{size(free)} free", fix)
 
 
 def _memory() -> Iterator[Finding]:
     memory = free_memory()
-    gpu = (
-        f", {size(memory.vram_bytes)} of VRAM"
-        if memory.vram_bytes is not None
-        else ", no NVIDIA GPU (VRAM is not measured)"
-    )
-    yield Finding("memory", "ok", f"{size(memory.ram_bytes)} of RAM free{gpu}")
+    gpu = "no NVIDIA GPU (VRAM is not measured)" if memory.vram_bytes is None else f"{size(memory.vram_bytes)} of VRAM"
+    yield Finding("memory", "ok", f"{size(memory.ram_bytes)} of RAM free, {gpu}")
 
 
 def _prefect() -> Iterator[Finding]:
@@ -131,7 +145,7 @@ def _prefect() -> Iterator[Finding]:
 
 def _schedule(api_url: str) -> Finding:
     """A deployment with an interval schedule, until its first run is planned; both are deleted again."""
-    what, mend = "Prefect's schedules", "see the packages above: SQLAlchemy 2.1 stops every schedule"
+    what, fix = "Prefect's schedules", "see the packages above: SQLAlchemy 2.1 stops every schedule"
     every_minute = {"active": True, "schedule": {"interval": 60.0}}
     try:
         with httpx.Client(base_url=api_url, timeout=10, trust_env=False) as api:
@@ -143,9 +157,10 @@ def _schedule(api_url: str) -> Finding:
             finally:
                 api.delete(f"/flows/{flow}")
     except (httpx.HTTPError, KeyError, ValueError) as error:
-        return Finding(what, "broken", f"the server refused a deployment: {_first_line(error)}", mend)
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        return Finding(what, "broken", f"the server refused a deployment: {why}", fix)
     if not planned:
-        return Finding(what, "broken", f"no run was planned within {SCHEDULED_S:.0f} s", mend)
+        return Finding(what, "broken", f"no run was planned within {SCHEDULED_S:.0f} s", fix)
     return Finding(what, "ok", f"a schedule of one minute has {planned} runs planned")
 
 
@@ -167,10 +182,6 @@ def _planned_runs(api: httpx.Client, deployment: str) -> int:
             return planned
         time.sleep(0.5)
     return 0
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -1,10 +1,12 @@
-"""`switchyard init`: a plan from the llama-server that is in use."""
+"""`switchyard init`: a plan written from the llama-server in use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from engines.driver import Installation
 from engines.errors import BadInput, EngineError
@@ -13,6 +15,8 @@ from engines.llama_cpp.argv import LlamaServerCommand
 from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.settings import YardSettings
+from flows.cli.options import Json
+from flows.cli.output import next_command, out, print_json
 from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
 from migrations.plan import ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
@@ -20,28 +24,52 @@ from migrations.plan_file import plan_to_toml
 KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 
 
+def init(
+    from_port: Annotated[
+        int | None, typer.Option(help="Read the running llama-server that listens on this port.")
+    ] = None,
+    from_command: Annotated[str | None, typer.Option(help="Read a llama-server command line (quote it).")] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="A GGUF to evaluate; repeat for several.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("switchyard.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing plan.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a plan (TOML) from the llama-server you run now, and list the flags mistral.rs does not support.
+
+    Example: `switchyard init --from-port 8080`
+    """
+    written = write_plan(from_port=from_port, from_command=from_command, models=model or [], output=output, force=force)
+    if json_:
+        print_json(written)
+        return
+    out.print(f"{output} written: {', '.join(written['models'])}")
+    for title, word in (("unsupported", "not supported"), ("notes", "note"), ("unknown", "not understood")):
+        for line in written[title]:
+            out.print(f"  {word}: {line}", markup=False)
+    out.print(next_command(f"switchyard preflight {output}") + f", then [bold]switchyard evaluate {output}[/bold]")
+
+
 def write_plan(
     *, from_port: int | None, from_command: str | None, models: Sequence[Path], output: Path, force: bool
 ) -> dict[str, Any]:
-    """Write the plan to `output`; what was lost, noted or not understood. BadInput when there is nothing to read."""
+    """Write the plan to `output`; what is unsupported, noted or unknown. BadInput when there is nothing to read."""
     if output.exists() and not force:
         raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
     command = _command(from_port, from_command)
     plan = _plan(command, models)
-    losses = _losses(plan)
+    unsupported = _unsupported(plan)
     unknown = [] if command is None else [f"{flag} {value or ''}".strip() for flag, value in command.unknown]
-    comment = "Written by `switchyard init`. Evaluate with: switchyard evaluate " + str(output)
     key = _key_note(plan, command)
-    comment += f"\n{key}" if key else ""
+    comment = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (f"\n{key}" if key else "")
     try:
-        output.write_text(plan_to_toml(plan, header_comment=comment, losses=losses), encoding="utf-8")
+        output.write_text(plan_to_toml(plan, header_comment=comment, losses=unsupported), encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     return {
         "plan": str(output),
         "models": [model.id for model in plan.models],
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
-        "losses": losses,
+        "unsupported": unsupported,
         "notes": _notes(command, models) + ([key] if key else []),
         "unknown": unknown,
     }
@@ -49,7 +77,7 @@ def write_plan(
 
 def _command(from_port: int | None, from_command: str | None) -> LlamaServerCommand | None:
     if from_port is not None and from_command is not None:
-        raise BadInput("--from-port and --from-command exclude each other; give one")
+        raise BadInput("--from-port and --from-command exclude each other: give one")
     if from_port is not None:
         return llama_server_argv.read_listener(from_port)
     if from_command is not None:
@@ -79,16 +107,15 @@ def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
 
 
 def _notes(command: LlamaServerCommand | None, models: Sequence[Path]) -> list[str]:
-    """What was not taken over from the command, and why."""
+    """What the plan does not take over from the command, and why."""
     if command is None:
         return []
     elsewhere = command.gguf is not None and models and not command.gguf.is_file()
-    absent = [f"model file {command.gguf} is not here: {models[0]} stands for it"] if elsewhere else []
+    absent = [f"model file {command.gguf} is not on this machine: {models[0]} is used instead"] if elsewhere else []
     return [*command.notes, *absent, *(f"kept out: {flag}" for flag in command.passthrough)]
 
 
 def _key_note(plan: Plan, command: LlamaServerCommand | None) -> str | None:
-    """What to do about the clients' key, where the plan needs one."""
     if plan.api_key_env is None:
         return None
     export = f"export {KEY_VARIABLE}=... before `switchyard serve` and `switchyard evaluate`"
@@ -101,13 +128,13 @@ def _key_note(plan: Plan, command: LlamaServerCommand | None) -> str | None:
 
 
 def _binary(command: LlamaServerCommand) -> Path | None:
-    """The very binary in use, when the command names it by its path; else it is searched for."""
+    """The binary in use, when the command names it by an absolute path; otherwise the usual places are searched."""
     binary = Path(command.binary) if command.binary else None
     return binary if binary is not None and binary.is_absolute() and binary.is_file() else None
 
 
-def _losses(plan: Plan) -> list[str]:
-    """What the candidate does not support of the plan's settings, named by its driver for the form found here."""
+def _unsupported(plan: Plan) -> list[str]:
+    """The plan's settings that the candidate does not support, in the form installed here."""
     candidate = driver(plan.candidate.engine)
     try:
         installation = candidate.find()

@@ -1,16 +1,48 @@
-"""`switchyard preflight`: a plan or GGUF files in, the report out."""
+"""`switchyard preflight`: whether a plan's models, or GGUF files, load and fit, from their headers alone."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from engines.errors import BadInput, EngineError
 from engines.registry import DRIVERS, driver
+from flows.cli.options import Json
+from flows.cli.output import EXIT_CODES, out, print_json, size
 from migrations.plan_file import load_plan
-from tasks.evidence.preflight import preflight
+from tasks.evidence import preflight as headers
+
+LOADS = {"yes": "green", "no": "red", "unknown": "yellow"}
+
+
+def preflight(
+    targets: Annotated[list[Path], typer.Argument(help="A plan (.toml), or GGUF files.")],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Context in tokens, instead of the plan's or the model's.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Check from file headers, in milliseconds, whether each engine loads a model and memory suffices.
+
+    Example: `switchyard preflight model.gguf --context 32768`
+
+    Exit code 3: the candidate does not load a model; 4: that is unknown.
+    """
+    report = examine(targets, context=context)
+    if json_:
+        print_json(report)
+    else:
+        out.print(_table(report), soft_wrap=False)
+    loads = {model["engines"][-1]["loads"] for model in report["models"]}  # the candidate is the last
+    raise typer.Exit(EXIT_CODES["FAIL" if "no" in loads else "INCONCLUSIVE" if "unknown" in loads else "PASS"])
 
 
 def examine(targets: Sequence[Path], *, context: int | None) -> dict[str, Any]:
@@ -19,11 +51,11 @@ def examine(targets: Sequence[Path], *, context: int | None) -> dict[str, Any]:
     if plans and len(targets) > 1:
         raise BadInput(f"{plans[0]}: give one plan, or GGUF files, not both")
     if not plans:
-        models = [(model_id, path) for model_id, path in zip(_ids(targets), targets, strict=True)]
-        return preflight(models, context=context, versions=_versions(list(DRIVERS)))
+        models = list(zip(_ids(targets), targets, strict=True))
+        return headers.preflight(models, context=context, versions=_versions(list(DRIVERS)))
     plan = load_plan(plans[0])
     engines = list(dict.fromkeys([plan.incumbent.engine, plan.candidate.engine]))
-    return preflight(
+    return headers.preflight(
         [(model.id, model.gguf) for model in plan.models],
         settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
         engines=engines,
@@ -39,9 +71,36 @@ def _ids(paths: Sequence[Path]) -> list[str]:
 
 
 def _versions(engines: Sequence[str]) -> dict[str, str]:
-    """The version of each engine that is on this machine: what it loads may depend on it."""
+    """The version of each engine installed here: the architectures it loads may depend on it."""
     versions = {}
     for engine in engines:
         with contextlib.suppress(EngineError):
             versions[engine] = driver(engine).find().version
     return versions
+
+
+def _table(report: Mapping[str, Any]) -> Group:
+    """What loads where, what it takes, and what to do instead."""
+    parts: list[Any] = []
+    for model in report["models"]:
+        parts.append(Text.assemble("\n", (model["model"], "bold"), f"  {model['architecture']}"))
+        table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
+        for entry in model["engines"]:
+            table.add_row(entry["engine"], Text(entry["loads"], style=LOADS[entry["loads"]]), entry["why"])
+            table.add_row("", entry["fit"]["verdict"], entry["fit"]["why"])
+            for warning in entry["warnings"]:
+                table.add_row("", Text("note", style="yellow"), warning)
+        parts.append(table)
+        parts.append(Padding(_memory_line(model["memory"]), (0, 0, 0, 2)))
+        parts += [Padding(Text(f"instead: {option}", style="cyan"), (0, 0, 0, 2)) for option in model["alternatives"]]
+    return Group(*parts)
+
+
+def _memory_line(memory: Mapping[str, Any]) -> Text:
+    if memory["kv_bytes_per_token"] is None:
+        return Text(f"weights {size(memory['weights_bytes'])}; KV cache unknown: {memory['why_unknown']}")
+    text = f"weights {size(memory['weights_bytes'])}, KV {memory['kv_bytes_per_token']:,} B per token"
+    text += f" = {size(memory['kv_bytes'])} at {memory['context_tokens']:,} tokens"
+    if memory["state_bytes_per_sequence"]:
+        text += f", state {size(memory['state_bytes_per_sequence'])} per sequence"
+    return Text(text)

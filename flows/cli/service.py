@@ -1,4 +1,4 @@
-"""`switchyard service`: the yard as a systemd user unit: written, started at boot, looked at, removed.
+"""`switchyard service`: the yard as a systemd user unit: written, started at boot, shown, removed.
 
 Quoting and specifiers follow systemd.syntax(7), systemd.service(5) and systemd.exec(5). The clients' key is never in
 the unit: its variable is read from a file that only its owner can open.
@@ -16,56 +16,55 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 import flows
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
-from flows.cli.options import Json, print_json
-
-if TYPE_CHECKING:
-    from migrations.plan import Plan
+from engines.yard.client import YardClient
+from flows.cli.options import Json, PlanFile
+from flows.cli.output import out, print_json
+from flows.rollout.yard_config import plan_path
+from migrations.plan import Plan
+from migrations.plan_file import load_plan
 
 UNIT = "switchyard.service"
-ENGINES_END_S = 15  # after the requests in flight: engines get TERM, TERM, KILL; then the doors close
+ENGINES_END_S = 15  # after the requests in flight: engines get TERM, TERM, KILL; then the ports close
 STEPS_SINCE = 254  # the systemd that knows RestartSteps=
 KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # a user manager has none of the shell's: engines hide
 PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 ANSWER_S = 10.0
 
-app = typer.Typer(
-    no_args_is_help=True, help="Have systemd start the yard at boot: install, look at, remove a unit of your own user."
+service = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Have systemd start the yard at boot: install, show or remove a unit of your own user.",
 )
 
 
-@app.command()
+@service.command()
 def install(
-    plan: Annotated[
-        Path | None, typer.Argument(help="The plan (.toml); the one served last, else ./switchyard.toml.")
-    ] = None,
+    plan: PlanFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the unit; change nothing.")] = False,
     json_: Json = False,
 ) -> None:
-    """Write the unit for a plan, and start it now and at every boot; a second time changes nothing."""
+    """Write the unit for a plan and start it now and at every boot; safe to repeat."""
     folder = home()
-    from flows.rollout.yard_config import plan_path
-
     path = plan_path(plan, folder).absolute()
     checked = _checked(path)
     text = unit_text(path, checked.yard.stop_s, home=folder, systemd=_systemd_version())
     if dry_run:
-        _tell({"unit": str(unit_path()), "text": text, "changed": False}, text, json_)
+        _print({"unit": str(unit_path()), "text": text, "changed": False}, text, json_)
         return
     done = _install(checked, text, folder)
-    _tell(done, "\n".join(_installed_lines(done)), json_)
+    _print(done, "\n".join(_installed_lines(done)), json_)
 
 
-@app.command()
+@service.command()
 def status(json_: Json = False) -> None:
-    """Say whether the unit is installed, runs now, and starts at boot."""
+    """Show whether the unit is installed, runs now and starts at boot."""
     unit, there = unit_path(), _manager_answers()
     found = {
         "unit": str(unit),
@@ -74,17 +73,17 @@ def status(json_: Json = False) -> None:
         "active": _word("is-active") if there else None,
         "enabled": _word("is-enabled") if there else None,
     }
-    lines = [f"installed: {unit}" if found["installed"] else "not installed: `switchyard service install` does it"]
+    lines = [f"installed: {unit}" if found["installed"] else "not installed: run `switchyard service install`"]
     if not there:
         lines.append("systemd is not running here (no user manager answers)")
     elif found["installed"]:
         lines += [f"active: {found['active']}", f"at boot: {found['enabled']}"]
-    _tell(found, "\n".join(lines), json_)
+    _print(found, "\n".join(lines), json_)
 
 
-@app.command()
+@service.command()
 def uninstall(json_: Json = False) -> None:
-    """Stop the service (requests in flight are finished), disable and remove it; safe twice."""
+    """Stop the service after finishing the requests in flight, disable and remove it; safe to repeat."""
     unit = unit_path()
     installed, there = unit.is_file(), _manager_answers()
     if installed and there:
@@ -97,14 +96,14 @@ def uninstall(json_: Json = False) -> None:
     lines = [f"removed: {unit}" if installed else "not installed; nothing to remove"]
     if kept and installed:
         lines.append(f"kept: {kept}")
-    _tell({"unit": str(unit), "removed": installed, "kept": kept}, "\n".join(lines), json_)
+    _print({"unit": str(unit), "removed": installed, "kept": kept}, "\n".join(lines), json_)
 
 
 # --- the unit
 
 
 def unit_path(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where the unit of this user lies."""
+    """Path of this user's unit."""
     return _config(environment) / "systemd" / "user" / UNIT
 
 
@@ -117,7 +116,7 @@ def unit_text(
     python: str = sys.executable,
     environment: Mapping[str, str] = os.environ,
 ) -> str:
-    """The unit that serves `plan`. BadInput where a path cannot stand in a unit.
+    """The unit that serves `plan`. Raises BadInput for a path that a unit cannot hold.
 
     `systemd` is its version, None where unknown: from 254 on the pause between restarts grows.
     """
@@ -169,7 +168,7 @@ def _quoted(text: str) -> str:
 def _escaped(text: str) -> str:
     if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text) or text != text.strip() or text[-1:] == "\\":
         raise BadInput(
-            f"{text!r} cannot stand in a systemd unit: a control character, or a space or backslash at its end"
+            f"{text!r} cannot be written into a systemd unit: a control character, or a space or backslash at its end"
         )
     return text.replace("%", "%%")
 
@@ -193,8 +192,6 @@ def _root() -> Path:
 
 
 def _checked(path: Path) -> Plan:
-    from migrations.plan_file import load_plan
-
     plan = load_plan(path)
     if not plan.yard.on_loopback and plan.api_key_env is None:
         raise BadInput(
@@ -211,14 +208,15 @@ def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
     active = there and _word("is-active") == "active"
     changed = not unit.is_file() or unit.read_text() != text
     if changed:
-        _write(unit, text)
-    from engines.yard.client import YardClient
-
+        partial = unit.with_suffix(".part")
+        with _writing(unit):
+            partial.write_text(text)
+            os.replace(partial, unit)
     if not active and YardClient(folder).runs():
         starts = False
         notes.append(
-            "a yard runs here already: `switchyard stop`, then `systemctl --user start switchyard` puts the service "
-            "in its place"
+            "a yard runs here already: `switchyard stop`, then `systemctl --user start switchyard` replaces it by the "
+            "service"
         )
     if active and changed:
         notes.append("the service runs with its old unit until `systemctl --user restart switchyard`")
@@ -250,29 +248,20 @@ def _installed_lines(done: Mapping[str, Any]) -> list[str]:
 
 
 def _prepare_key(name: str | None) -> tuple[bool, list[str]]:
-    """Is the key's variable set, and what is to be done about it; its file is made, empty, for its owner alone."""
+    """Whether the key's variable is set, and what is left to do; makes its file, empty, for its owner alone."""
     if name is None:
         return True, []
     file, notes = _environment_file(), []
-    with _writing(file), contextlib.suppress(FileExistsError), os.fdopen(_private(file), "w") as made:
-        made.write(f"# read by systemd for {UNIT}\n# {name}=the key that clients send\n")
+    with _writing(file), contextlib.suppress(FileExistsError):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(opened, "w") as made:
+            made.write(f"# read by systemd for {UNIT}\n# {name}=the key that clients send\n")
     if file.stat().st_mode & 0o077:
         notes.append(f"others can read {file}: `chmod 600` it")
     known = re.search(rf"^{name}=.*\S", file.read_text(), re.MULTILINE) is not None
     if not known:
         notes.append(f"write {name}=... into {file}, then run `switchyard service install` again")
     return known, notes
-
-
-def _private(file: Path) -> int:
-    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-
-
-def _write(unit: Path, text: str) -> None:
-    partial = unit.with_suffix(".part")
-    with _writing(unit):
-        partial.write_text(text)
-        os.replace(partial, unit)
 
 
 @contextlib.contextmanager
@@ -288,7 +277,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _systemctl(*arguments: str, within_s: float | None = None) -> subprocess.CompletedProcess[str] | None:
-    """What `systemctl ARG ...` said; None where there is none, or it does not come back in time."""
+    """The ended `systemctl ARG ...`; None where there is none, or it takes longer than `within_s`."""
     try:
         return subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=within_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -296,31 +285,31 @@ def _systemctl(*arguments: str, within_s: float | None = None) -> subprocess.Com
 
 
 def _systemd_version() -> int | None:
-    said = _systemctl("--version", within_s=ANSWER_S)
-    match = re.match(r"systemd (\d+)", said.stdout) if said else None
+    done = _systemctl("--version", within_s=ANSWER_S)
+    match = re.match(r"systemd (\d+)", done.stdout) if done else None
     return int(match[1]) if match else None
 
 
 def _manager_answers() -> bool:
-    said = _systemctl("--user", "show", "--property=Version", within_s=ANSWER_S)
-    return said is not None and said.returncode == 0
+    done = _systemctl("--user", "show", "--property=Version", within_s=ANSWER_S)
+    return done is not None and done.returncode == 0
 
 
 def _word(question: str) -> str | None:
-    """systemd's one word on the unit; it also comes with an exit code of its own."""
-    said = _systemctl("--user", question, UNIT, within_s=ANSWER_S)
-    return (said.stdout.strip() or None) if said else None
+    """systemd's one-word answer about the unit, whatever its exit code."""
+    done = _systemctl("--user", question, UNIT, within_s=ANSWER_S)
+    return (done.stdout.strip() or None) if done else None
 
 
 def _run(command: Sequence[str]) -> None:
-    said = _systemctl("--user", *command)
-    if said is None or said.returncode != 0:
-        why = said.stderr.strip().replace("\n", "; ") if said else "it could not be run"
+    done = _systemctl("--user", *command)
+    if done is None or done.returncode != 0:
+        why = done.stderr.strip().replace("\n", "; ") if done else "it could not be run"
         raise SwitchyardError(f"`systemctl --user {' '.join(command)}` failed: {why}")
 
 
-def _tell(result: Mapping[str, Any], text: str, json_: bool) -> None:
+def _print(result: Mapping[str, Any], text: str, json_: bool) -> None:
     if json_:
         print_json(result)
     else:
-        Console().print(text.rstrip("\n"), highlight=False, markup=False, soft_wrap=True)
+        out.print(text.rstrip("\n"), markup=False)

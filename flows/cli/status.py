@@ -1,21 +1,25 @@
-"""The yard on the terminal: routes, engines, incidents. A yard's status in, rich renderables out."""
+"""`switchyard status`: the yard's routes, engines and incidents on the terminal, and the evaluations."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from engines.errors import SwitchyardError
+from engines.errors import BadInput, SwitchyardError
+from engines.home import home
 from engines.yard.client import YardClient
 from engines.yard.ports.page import ago, notes, one_line, retired
-from flows.cli.tables import size
+from flows.cli.options import Json
+from flows.cli.output import next_command, out, prepared_home, print_json, run_table, size
+from flows.evaluation.rejudge import current
 
 STATES = {
     "ready": "green",
@@ -26,32 +30,76 @@ STATES = {
     "failing": "bold red",
     "dead": "bold red",
 }
+MOVES = ("whole", "migrate", "migrate-native")  # kinds of runs that `switchyard migrate` resumes
 KINDS = {"bad": "bold red", "wait": "yellow", "news": "cyan", "muted": "dim"}
 DAY_S = 86_400
 SHOWN_INCIDENTS = 8
 EVERY_S = 1.0
 NUMBERS = ("in flight", "tok/s", "first token", "memory", "restarts")
 
-Asked = tuple[dict[str, Any] | None, str]
+
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show the yard live, once a second, until Ctrl-C.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show what runs now (the yard, its routes and engines, evaluations) and how the last run ended."""
+    client = YardClient(home())
+    if watch:
+        if json_:
+            raise BadInput("--watch and --json cannot be combined")
+        watch_yard(client, Console())
+        return
+    folder, (yard, why) = prepared_home(), _ask(client)
+    if json_:
+        print_json({**current(folder), "yard": yard})
+        return
+    out.print(_shown(yard, why), "", soft_wrap=yard is None)  # before anything waits for the database
+    models = yard["models"] if yard else []
+    _print_evaluations(current(folder), {engine["pid"] for model in models for engine in model["engines"]})
 
 
-def ask(client: YardClient) -> Asked:
-    """What the yard tells of itself, or None and the reason why there is nothing."""
+def _print_evaluations(state: Mapping[str, Any], of_yard: set[int | None]) -> None:
+    """Runs under way, their engines (without the yard's, shown above), and the last run."""
+    if state["records"]:
+        out.print(f"records: {state['records']}; history not shown", markup=False)
+    elif not state["running"]:
+        out.print("no evaluation is running")
+    for run in state["running"]:
+        out.print(f"run {run['run_id']} ({run['plan']}) is running: pid {run['pid']}, evidence: {run['evidence']}")
+    for engine in state["processes"]:
+        if engine["pid"] not in of_yard:
+            out.print(f"  {engine['name']} (pid {engine['pid']}), {size(engine['memory_bytes'])}")
+    for ended in state["ended"]:
+        out.print(f"  ended a process left behind by a killed run: {ended}")
+    if last := state["last"]:
+        out.print(run_table([last]), soft_wrap=False)
+        if last["status"] in ("killed", "interrupted", "failed"):
+            if last["kind"] == "evaluate":
+                out.print(next_command(f"switchyard evaluate --resume {last['run_id']}"))
+            elif last["kind"] in MOVES:
+                out.print(next_command("switchyard migrate"))
+
+
+# --- the yard
+
+
+def _ask(client: YardClient) -> tuple[dict[str, Any] | None, str]:
+    """The yard's status; None and the reason where there is none."""
     try:
         return client.status(), ""
     except SwitchyardError as error:
         return None, str(error)
 
 
-def watch(client: YardClient, out: Console, *, pause: Callable[[float], None] = time.sleep) -> None:
-    """Shows the yard once a second until Ctrl-C; a yard that goes away, or comes back, is part of the picture."""
-    last = shown(ask(client))
+def watch_yard(client: YardClient, out: Console, *, pause: Callable[[float], None] = time.sleep) -> None:
+    """Show the yard once a second until Ctrl-C, also while it is away."""
+    last = _shown(*_ask(client))
     live = Live(last, console=out, screen=out.is_terminal, auto_refresh=False)
     try:
         live.start(refresh=True)  # not `with`: interrupted in its beginning, that would leave the terminal as it is
         while True:
             pause(EVERY_S)
-            last = shown(ask(client))
+            last = _shown(*_ask(client))
             live.update(last, refresh=True)
     except KeyboardInterrupt:
         pass
@@ -61,19 +109,11 @@ def watch(client: YardClient, out: Console, *, pause: Callable[[float], None] = 
         out.print(last)
 
 
-def pids(status: Mapping[str, Any] | None) -> frozenset[int]:
-    """The processes of the yard's engines."""
-    models = status["models"] if status else []
-    return frozenset(engine["pid"] for model in models for engine in model["engines"] if engine["pid"] is not None)
+def _shown(status: Mapping[str, Any] | None, why: str) -> RenderableType:
+    return Text(why, style="dim") if status is None else yard_view(status)
 
 
-def shown(asked: Asked) -> RenderableType:
-    """The yard, or why there is none."""
-    status, why = asked
-    return Text(why, style="dim") if status is None else yard(status)
-
-
-def yard(status: Mapping[str, Any], now: float | None = None) -> Group:
+def yard_view(status: Mapping[str, Any], now: float | None = None) -> Group:
     """Address, then model by model its route and engines, then the incidents of the last day."""
     moment = time.time() if now is None else now
     head = Text.assemble(
@@ -87,7 +127,7 @@ def yard(status: Mapping[str, Any], now: float | None = None) -> Group:
 
 
 def _route(model: Mapping[str, Any]) -> list[RenderableType]:
-    """The model, who serves it, and what is to be known about it."""
+    """The model, the engine that serves it, and notes."""
     serving = Text(one_line(model["serving"] or "nothing"), "bold cyan" if model["serving"] else "bold red")
     head = Text.assemble((one_line(model["id"]), "bold"), " → ", serving)
     return [head, *(Padding(Text(one_line(note, 400), KINDS[kind]), (0, 0, 0, 2)) for kind, note in notes(model))]

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
+import pkgutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 from rich.console import Console
 
 from engines.environment import is_loopback, without_proxies
 from engines.errors import BadInput, SwitchyardError
 from engines.home import database_url
 from engines.process import process
+from engines.process.process import Identity
 from engines.process.serving import exit_reason, free_port
-from flows.orchestrator.up_file import found
 from flows.progress import ConsoleProgress, progress
+from tasks.records.schema.upgrade import absolute, database
 
-Flow = Callable[..., dict[str, Any]]
+LoadedFlow = Callable[..., dict[str, Any]]
 
 START_S = 120.0
 OFFLINE = {
@@ -43,9 +48,9 @@ OFFLINE = {
 
 
 def prepare_environment(home: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The settings Prefect has to find at its import, as far as the user has not set them: offline, quiet, own home."""
+    """The settings Prefect reads at its import, those the user has not set himself: offline, quiet, own home."""
     wanted = {**OFFLINE, "PREFECT_HOME": str(home / "prefect"), "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore"}
-    # what went wrong is one line of ours; Prefect's traceback would stand above it
+    # an error is one line of ours; Prefect would print its traceback above it
     wanted["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     return {name: value for name, value in wanted.items() if name not in environ}
 
@@ -57,8 +62,6 @@ def prepare_process(home: Path) -> None:
     directory in front of the module path. So the process works in a folder of its own from here on: whoever has a
     relative path makes it absolute first. BadInput when the folder cannot be made.
     """
-    from tasks.records.schema.upgrade import absolute, database  # half a second that `--help` need not wait for
-
     os.environ.update(prepare_environment(home))
     os.environ["SWITCHYARD_HOME"] = str(home)
     if database_url() is not None:
@@ -76,8 +79,8 @@ def workplace(home: Path) -> Path:
     return folder
 
 
-def with_prefect(home: Path, load: Callable[[], Flow]) -> Flow:
-    """The flow that `load` imports, once a Prefect API answers: the user's own, or one that ends with us.
+def with_prefect(home: Path, flow: str) -> LoadedFlow:
+    """The flow at `flow` (module:name), imported once a Prefect API answers: the user's own, or one that ends with us.
 
     Progress goes to standard error from here on.
     """
@@ -85,10 +88,46 @@ def with_prefect(home: Path, load: Callable[[], Flow]) -> Flow:
     progress.set(shown)
     with shown.step("Prefect starts"):
         server = prefect_api(home)
-        flow = load()  # takes seconds, in which the server starts
+        loaded: LoadedFlow = pkgutil.resolve_name(flow)  # takes seconds, in which the server starts
         if server is not None:
             server.ready()
-    return flow
+    return loaded
+
+
+@dataclass(frozen=True)
+class Up:
+    """The one `switchyard up` of a home: its process, and where its Prefect answers."""
+
+    pid: int
+    create_time: float
+    api_url: str
+
+    def process(self) -> psutil.Process | None:
+        """That very process; None once it has ended."""
+        return Identity(self.pid, self.create_time).process()
+
+
+def running_up(home: Path) -> Up | None:
+    """The `switchyard up` of this home; None when none runs."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        up = Up(**json.loads(_up_file(home).read_text()))
+        return up if up.process() is not None else None
+    return None
+
+
+@contextlib.contextmanager
+def declared_up(home: Path, api_url: str) -> Iterator[None]:
+    """While the block runs other commands of this home find this process, and report to its Prefect."""
+    me = Identity.of(os.getpid())
+    _up_file(home).write_text(json.dumps(asdict(Up(me.pid, me.create_time, api_url))))
+    try:
+        yield
+    finally:
+        _up_file(home).unlink(missing_ok=True)
+
+
+def _up_file(home: Path) -> Path:
+    return home / "up.json"
 
 
 class PrefectServer:
@@ -176,7 +215,7 @@ def prefect_api(home: Path) -> PrefectServer | None:
     the server would be missed for more than a minute at the end of every command.
     """
     prepare_process(home)
-    if (running := found(home)) is not None:
+    if (running := running_up(home)) is not None:
         os.environ.setdefault("PREFECT_API_URL", running.api_url)
     server = None
     if not os.environ.get("PREFECT_API_URL"):

@@ -463,11 +463,7 @@ import json, os, sys, time
 from pathlib import Path
 from flows.orchestrator.server import with_prefect
 
-def load():
-    from flows.deployments import soak
-    return soak
-
-flow = with_prefect(Path(os.environ["SWITCHYARD_HOME"]), load)
+flow = with_prefect(Path(os.environ["SWITCHYARD_HOME"]), "flows.deployments:soak")
 outcomes = [flow(sys.argv[1], 1.0) for _ in range(2)]
 
 import httpx

@@ -20,8 +20,8 @@ from waiting import until
 from engines.errors import SwitchyardError
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
-from flows.cli import status as status_view
-from flows.cli import tables
+from flows.cli.output import run_table
+from flows.cli.status import watch_yard, yard_view
 
 ROOT = Path(__file__).parents[3]
 RIG = ROOT / "tests" / "rig"
@@ -92,7 +92,7 @@ def printed(renderable, width=80):
 
 
 def seen(*incidents, width=80, **changed):
-    return printed(status_view.yard(status_of(*incidents, **changed), NOW), width)
+    return printed(yard_view(status_of(*incidents, **changed), NOW), width)
 
 
 def test_everything_about_route_and_engines_fits_80_columns():
@@ -177,7 +177,7 @@ def test_watching_goes_on_when_the_yard_goes_away_and_ends_with_ctrl_c():
         if client.asked == 3:
             raise KeyboardInterrupt
 
-    status_view.watch(client, out, pause=pause)
+    watch_yard(client, out, pause=pause)
     assert client.asked == 3
     assert "m → old" in out.file.getvalue()
 
@@ -186,7 +186,7 @@ def test_history_keeps_the_run_id_whole_on_80_columns():
     run = {"run_id": "20261122-141645-8c27", "started_at": "2026-11-22T14:16:45+00:00", "took_s": 519.0}
     run |= {"kind": "evaluate", "plan": "llama.cpp-to-mistral.rs-on-the-big-box"}
     run |= {"status": "interrupted", "verdict": "INCONCLUSIVE"}
-    text = printed(tables.history([run]))
+    text = printed(run_table([run]))
     for whole in ("20261122-141645-8c27", "11-22 14:16", "8.7 min", "interrupted", "INCONCLUSIVE"):
         assert whole in text
     assert len(text.splitlines()) == 2

@@ -15,7 +15,6 @@ import installed
 import pytest
 from gguf_files import write_gguf
 from processes import of_home
-from rich.console import Console
 from switchyard_command import command
 from switchyard_up import LONG_S, MODEL, NEW, OLD, Up
 from waiting import until
@@ -23,7 +22,7 @@ from waiting import until
 from engines.errors import SwitchyardError
 from engines.process.serving import free_port
 from engines.yard.client import YardClient, socket_path
-from flows.cli.up import RESTARTS, GaveUp, Yard, _Kept
+from flows.cli.keep_up import RESTARTS, GaveUp, Kept, YardProcess
 from flows.reconcile import reconcile
 from tasks.records.store import Records, open_records
 
@@ -58,7 +57,10 @@ def test_a_second_one_is_refused(up: Up) -> None:
     """In one line that says where the first one is."""
     done = up.run("up", up.plan, "--prefect-port", free_port())
     where = f"http://127.0.0.1:{up.prefect}"
-    assert done.stderr == f"error: it is up already (pid {up.up.pid}, {where}): `switchyard down` ends it\n"
+    assert (
+        done.stderr
+        == f"error: `switchyard up` is already running (pid {up.up.pid}, {where}): `switchyard down` ends it\n"
+    )
     assert done.returncode == 2
 
 
@@ -130,7 +132,7 @@ def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
     up.serve_with(NEW)
     pid = up.yard.status()["pid"]
     with up.traffic() as seen:
-        up.up.send_signal(signal.SIGSTOP)  # so that it does not mend it before the rollback
+        up.up.send_signal(signal.SIGSTOP)  # so that it does not fix it before the rollback
         up.kill(SERVER)
         for left in (up.home / "prefect").glob("prefect.db*"):
             left.unlink()
@@ -146,7 +148,7 @@ def test_prefect_is_started_again_while_the_yard_serves(up: Up) -> None:
         until(lambda: "the process of the deployments runs again" in up.said(), "the deployments", LONG_S)
         assert up.state(lost)["type"] == "CRASHED"
         assert up.ended(up.begin("reconcile"))["name"] == "PASS"
-    assert "Prefect's server ended by itself (signal SIGKILL): it is started again; the yard goes on" in up.said()
+    assert "Prefect's server exited unexpectedly (signal SIGKILL); restarting, the yard keeps serving" in up.said()
     assert set(seen) == {200}
     assert up.yard.status()["pid"] == pid
 
@@ -163,7 +165,7 @@ def test_a_yard_that_is_killed_is_started_again(up: Up) -> None:
         before = len(seen)
         until(lambda: len(seen) > before + 2, "answers")
     assert set(seen[before + 1 :]) == {200}
-    assert "the yard ended by itself (killed, or out of memory" in up.said()
+    assert "the yard exited unexpectedly (killed, or out of memory" in up.said()
     assert up.yard.status()["pid"] != pid
     assert (up.route()["committed"], up.route()["serving"]) == (NEW, NEW)
 
@@ -174,12 +176,12 @@ def test_what_dies_again_and_again_is_given_up(up: Up) -> None:
     pid = up.yard.status()["pid"]
     while up.up.poll() is None:
         until(lambda: up.part(RUNNER) is not None or up.up.poll() is not None, "the deployments", LONG_S)
-        before = up.said().count("started again")
+        before = up.said().count("restarting")
         if up.part(RUNNER) is not None:
             up.kill(RUNNER)
-            until(lambda n=before: up.up.poll() is not None or up.said().count("started again") > n, "a start", LONG_S)
+            until(lambda n=before: up.up.poll() is not None or up.said().count("restarting") > n, "a start", LONG_S)
     assert up.up.returncode == 5
-    assert f"ended {RESTARTS + 1} times within 10 minutes (now: signal SIGKILL): given up" in up.said()
+    assert f"exited {RESTARTS + 1} times within 10 minutes (now: signal SIGKILL); giving up" in up.said()
     assert (up.yard.status()["pid"], up.ask()) == (pid, 200)
     assert up.part(SERVER) is None
     assert (up.refused().returncode, up.ask()) == (2, 200)  # one that fails at its start leaves it alone as well
@@ -207,7 +209,7 @@ def test_killed_itself_it_leaves_the_yard_and_finds_it_again(up: Up) -> None:
         assert "one real token" in done.stdout
         (up.home / "kept.db").rename(database)
         up.ensure()
-        assert "a yard runs already; it stays" in up.said()
+        assert "a yard runs already and is kept" in up.said()
     assert set(seen) == {200}
     assert up.yard.status()["pid"] == pid
     up.up.send_signal(signal.SIGINT)
@@ -265,21 +267,21 @@ def test_three_starts_in_ten_minutes_are_enough() -> None:
         if len(started) == 2:
             raise SwitchyardError("not this time")
 
-    kept, out = _Kept("it", lambda: "signal SIGKILL", start), Console(quiet=True)
+    kept = Kept("it", lambda: "signal SIGKILL", start)
     for _ in range(RESTARTS):
-        kept.look(out)
-    with pytest.raises(GaveUp, match=r"it ended 4 times within 10 minutes \(now: signal SIGKILL\)"):
-        kept.look(out)
+        kept.look()
+    with pytest.raises(GaveUp, match=r"it exited 4 times within 10 minutes \(now: signal SIGKILL\)"):
+        kept.look()
     kept.began[0] -= 600
-    kept.look(out)
+    kept.look()
     assert len(started) == RESTARTS + 1
-    _Kept("it", lambda: None, start).look(out)
+    Kept("it", lambda: None, start).look()
     assert len(started) == RESTARTS + 1
 
 
 def test_a_yard_that_was_stopped_stays_so(tmp_path: Path) -> None:
     """It takes its control socket away; one that was killed cannot."""
-    yard = Yard(None, tmp_path / "plan.toml", tmp_path, Console(quiet=True))
+    yard = YardProcess(None, tmp_path / "plan.toml", tmp_path)
     assert yard.died() is None
     socket_path(tmp_path).parent.mkdir()
     socket_path(tmp_path).touch()
@@ -304,10 +306,10 @@ def test_a_run_that_is_late_is_cancelled(tmp_path: Path, monkeypatch: pytest.Mon
         due(minutes + 2)
         state = flow.fn()
         assert state.type.value == "CANCELLED"
-        assert state.message == f"its time was {minutes + 2} min ago: this one is left out"
+        assert state.message == f"scheduled {minutes + 2} min ago; skipped as late"
     assert list(tmp_path.iterdir()) == []
     due(3)
-    assert deployments.reconcile_home.fn()["why"] == "all is well"
+    assert deployments.reconcile_home.fn()["why"] == "nothing to clean up"
 
 
 def test_a_run_that_finds_another_one_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +318,7 @@ def test_a_run_that_finds_another_one_is_cancelled(tmp_path: Path, monkeypatch: 
     from flows import deployments
 
     monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "evaluate")
     code = (
         "import sys; from pathlib import Path; from flows.experiment_lock import alone\n"
         "with alone(Path(sys.argv[1]), 'a migration'): print('held', flush=True); sys.stdin.read()"

@@ -1,0 +1,109 @@
+"""`switchyard demo`: a migration end to end, with a client on the port that counts what fails."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import typer
+
+from engines.errors import SwitchyardError
+from engines.home import home
+from engines.redaction import redacted_text
+from engines.yard.client import YardClient, public_address
+from flows.cli.keep_up import stop_yard
+from flows.cli.migrate import print_outcome
+from flows.cli.options import Json
+from flows.cli.output import EXIT_CODES, errors
+from flows.orchestrator.server import with_prefect
+from flows.rollback import Wish, roll_back
+from flows.rollout.approval import asks, on_terminal
+from migrations.demo import whole_demo_file
+
+PAUSE_S = 5.0  # it must not disturb what is measured
+CANARY_PAUSE_S = 0.2  # a canary is judged on its requests
+TIMEOUT_S = 180.0
+LEAVE_S = 20.0
+
+
+def demo(json_: Json = False) -> None:
+    """Migrate a demo model end to end on two real engines, with a client on the port (30 min on 2 cores).
+
+    One model goes through all phases under the demo's own CPU limits; the other stays on llama.cpp, with the reason,
+    so llama.cpp cannot be retired. At the end the model is rolled back and the yard stopped.
+    """
+    folder = home()
+    path = whole_demo_file(folder)
+    asks.set(on_terminal)
+    try:
+        with Traffic(folder).running() as client:
+            outcome = with_prefect(folder, "flows.deployments:migrate")(plan=str(path))
+            back = [
+                roll_back(folder, model["model"], Wish(who="demo", reason="to show the way back"))
+                for model in outcome["models"]
+                if "subprocess" in model["phases_done"]
+            ]
+    finally:
+        stop_yard(folder)
+    print_outcome({**outcome, "rolled_back": back, "client": client.summary()}, json_)
+    if not json_:
+        for one in back:
+            errors.print(f"rolled back: {one['done']}", markup=False)
+        errors.print(f"the client on the port, meanwhile: {client.summary()}", markup=False)
+    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+
+
+class Traffic:
+    """A client that streams one conversation after the other on the public port, as an agent does, and counts."""
+
+    def __init__(self, home: Path) -> None:
+        self._yard = YardClient(home)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._send, name="the demo's client", daemon=True)
+        self.sent, self.failed = 0, list[str]()
+
+    def summary(self) -> str:
+        """Requests sent and failed so far."""
+        failed = f"{len(self.failed)} failed ({self.failed[-1]})" if self.failed else "none failed"
+        return f"{self.sent} requests, {failed}"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Traffic]:
+        """Send requests while the block runs, as soon as there is a yard; the last one is waited for."""
+        self._thread.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            self._thread.join(LEAVE_S)
+
+    def _send(self) -> None:
+        pause_s = PAUSE_S
+        while not self._stop.wait(pause_s):
+            with contextlib.suppress(SwitchyardError):
+                status = self._yard.status()
+                pause_s = CANARY_PAUSE_S if any(route["canary"] for route in status["models"]) else PAUSE_S
+                for route in status["models"]:
+                    if not self._stop.is_set():
+                        self._ask(public_address(status["address"]), route["id"])
+
+    def _ask(self, address: str, model: str) -> None:
+        number = self.sent
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": f"Count from {number}."}],
+            "max_tokens": 6,
+            "stream": True,  # a canary is judged on the times of streams
+        }
+        try:
+            answer = httpx.post(
+                f"{address}/v1/chat/completions", json=body, timeout=TIMEOUT_S, trust_env=False, verify=False
+            )
+            if answer.status_code != 200:
+                self.failed.append(f"{answer.status_code}: {redacted_text(answer.text)[:120]}")
+        except httpx.HTTPError as error:
+            self.failed.append(f"{type(error).__name__}: {error}")
+        self.sent += 1

@@ -1,0 +1,135 @@
+"""`switchyard evaluate`: phase 1, and what it prints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engines.errors import BadInput
+from flows.cli.options import Json
+from flows.cli.output import (
+    EXIT_CODES,
+    errors,
+    evaluation_table,
+    next_command,
+    out,
+    prepared_home,
+    print_json,
+    print_step,
+    verdict_text,
+)
+from flows.evaluation.beside import lacking
+from flows.evaluation.rejudge import plan_of
+from flows.evaluation.run import checked, introduction, refuse_retired
+from flows.orchestrator.server import with_prefect
+from migrations.demo import demo_plan
+from migrations.plan import Plan
+from migrations.plan_file import load_plan
+from tasks.records.store import open_records
+from tasks.verdicts.limits import Measure
+
+DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def evaluate(
+    target: Annotated[
+        str | None, typer.Argument(help="`demo`, or a plan (.toml) written by `switchyard init`.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Resume a run that was killed: its id, part of it, or `latest`.")
+    ] = None,
+    soak: Annotated[
+        str | None, typer.Option(help="Length of the soak, such as 90s, 2m, 6h or 3d; the plan's by default.")
+    ] = None,
+    allow_retired: Annotated[
+        bool, typer.Option("--allow-retired", help="Start an engine of the plan although it was retired here.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Phase 1: measure both engines on every model and judge whether the candidate may take over.
+
+    Example: `switchyard evaluate switchyard.toml --soak 6h`
+
+    Exit code 0: the gate is open for every model. An interrupted run keeps what it measured: `--resume latest`.
+    """
+    folder = prepared_home()
+    plan, run_id = _plan_and_run(target, resume, soak, folder)
+    outcome = _evaluate(plan, run_id, folder, allow_retired=allow_retired)
+    if json_:
+        print_json(outcome)
+    else:
+        _show(outcome)
+    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+
+
+def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:
+    """The plan, and the run to resume, which keeps the plan it was started with."""
+    soak_s = _seconds(soak) if soak else None
+    if resume:
+        if soak_s is not None:
+            raise BadInput("--soak: a resumed run keeps the plan it was started with; remove --soak")
+        run_id, plan = plan_of(resume)
+        if target not in (None, "demo") and load_plan(Path(target or "")) != plan:
+            raise BadInput(f"{target} is not the plan of run {run_id}; resume that run without naming a plan")
+        return plan, run_id
+    if target is None:
+        raise BadInput("name what to evaluate: `demo`, or a plan written by `switchyard init`")
+    if target == "demo":
+        return demo_plan(home, soak_s=soak_s), None
+    plan = load_plan(Path(target))
+    if soak_s is not None:
+        measure = Measure.model_validate({**plan.measure.model_dump(), "soak_s": soak_s})
+        plan = plan.model_copy(update={"measure": measure})
+    return plan, None
+
+
+def _seconds(text: str) -> float:
+    match = DURATION.match(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise BadInput(f"--soak {text!r} is no duration; write 90s, 2m, 6h or 3d")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def _evaluate(plan: Plan, run_id: str | None, home: Path, *, allow_retired: bool) -> dict[str, Any]:
+    """Run the flow; what it measures, lacks or could resume is printed on standard error first."""
+    if not allow_retired:
+        refuse_retired(plan, home)
+    for line in introduction(plan, checked(plan)):
+        print_step(line)
+    if (short := lacking(plan, home)) is not None:
+        errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here")
+    with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
+        earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
+    if earlier is not None:
+        errors.print(f"run {earlier.id} of this plan is unfinished; to resume it: --resume {earlier.id}")
+    return with_prefect(home, "flows.evaluate:evaluate")(plan, run_id, allow_retired)
+
+
+def _show(outcome: Mapping[str, Any]) -> None:
+    out.print(evaluation_table(outcome), soft_wrap=False)
+    if outcome["cannot_prove"]:
+        out.print("\n[bold]what these small samples cannot prove[/bold]")
+        for line in outcome["cannot_prove"]:
+            out.print(f"  - {line}")
+    out.print(f"\nrun {outcome['run_id']}: ", verdict_text(outcome["verdict"]), sep="")
+    out.print(f"report: {outcome['report']}")
+    out.print(_next_step(outcome))
+
+
+def _next_step(outcome: Mapping[str, Any]) -> str:
+    verdict = outcome["verdict"]
+    held = [model["model"] for model in outcome["models"] if model["verdict"] in ("FAIL", "ERROR")]
+    if outcome["cannot_prove"]:  # the demo's small samples
+        return next_command("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
+    if verdict == "PASS":
+        return "next: keep the report as evidence; every model of this plan may move"
+    if verdict == "ERROR":
+        return f"next: fix what the report names, then [bold]switchyard evaluate --resume {outcome['run_id']}[/bold]"
+    if held:
+        return f"next: stay on the incumbent for {', '.join(held)}; the report has the reason and what would change it"
+    return "next: raise blocks, prompts or soak time in the plan and evaluate again: that would settle it"

@@ -1,0 +1,38 @@
+"""`switchyard guide`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engines.home import home
+from flows.cli.options import Json, PlanFile
+from flows.cli.output import out, print_json
+from flows.rollout.guide import write_guide
+from flows.rollout.yard_config import plan_path
+from migrations.plan_file import load_plan
+from tasks.records.store import open_records
+
+
+def guide(
+    plan: PlanFile = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder for guide.md and guide.html.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write the migration guide from the records: what changed, what is unsupported, how to undo it.
+
+    It also names who stays on the incumbent, and why.
+    """
+    folder = home()
+    loaded = load_plan(plan_path(plan, folder).absolute())
+    with open_records() as records:
+        written = write_guide(records, loaded, folder, output)
+    if json_:
+        print_json({"files": [str(path) for path in written]})
+    else:
+        for path in written:
+            out.print(str(path), markup=False)

@@ -1,0 +1,47 @@
+"""`switchyard install`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from engines import install as installing
+from engines.errors import BadInput
+from engines.home import home
+from engines.registry import driver
+from flows.cli.output import errors, out
+
+
+def install(
+    engine: Annotated[str, typer.Argument(help="llama.cpp or mistral.rs")],
+    vendor_script: Annotated[
+        bool,
+        typer.Option("--vendor-script", help="Use the vendor's own installer, at a pinned version, instead of pip."),
+    ] = False,
+    sha256: Annotated[
+        str | None, typer.Option(help="Confirm the vendor script by its checksum instead of being asked.")
+    ] = None,
+) -> None:
+    """Install an engine: with pip, or with the vendor's script once you have confirmed its checksum.
+
+    Example: `switchyard install mistral.rs`
+    """
+    chosen = driver(engine)
+    if vendor_script:
+        script = installing.fetch_script(chosen)
+        if not installing.run_script(chosen, script, lambda fetched: _confirmed(fetched, sha256)):
+            raise BadInput("nothing was installed: the script's checksum was not confirmed")
+    else:
+        installing.install_with_pip(chosen, home())
+    found = chosen.find()
+    out.print(f"{engine} {found.version} is installed: {found.where}")
+
+
+def _confirmed(script: installing.VendorScript, expected: str | None) -> bool:
+    errors.print(f"script:  {script.url}\nversion: {script.version}\nsha256:  {script.sha256}")
+    if expected is None:
+        return typer.confirm("Run this script?", default=False, err=True)
+    if expected.lower() != script.sha256:
+        raise BadInput(f"--sha256: the fetched script has {script.sha256}; nothing was run")
+    return True

@@ -1,0 +1,202 @@
+"""What `switchyard up` keeps running: the yard, Prefect's server and the process that runs the flows.
+
+yard          outlives `up` when that is killed: an agent must not lose its model
+Prefect       its server and the process that runs the flows end with `up`, however it ends
+
+What dies of them is restarted; a yard that somebody stopped stays stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+from engines.environment import without_proxies
+from engines.errors import SwitchyardError
+from engines.process import process
+from engines.process.process import Identity, ManagedProcess
+from engines.process.serving import exit_reason
+from engines.yard.client import YardClient, socket_path
+from flows.cli.output import errors
+from flows.orchestrator.server import PrefectServer, workplace
+from flows.rollout.yard_config import remember_plan
+from flows.rollout.yards import PlanYards, start_detached
+from migrations.plan import Plan
+
+LOOK_S = 1.0
+SERVE_S = 120.0
+DOWN_S = 90.0
+ALWAYS_THERE = "reconcile"  # a deployment
+SERVED = "deployments are served"  # as flows.deployments.serve prints
+STOP_S = 12.0  # an interrupted command has 20 s in all, and the yard is told to stop after the deployments
+RESTARTS = 3
+RESTART_WINDOW_S = 600.0
+
+
+class GaveUp(SwitchyardError):
+    """Something died once too often; a yard that still serves is left alone."""
+
+
+class YardProcess:
+    """The yard of this home; one that runs already is kept, whoever started it."""
+
+    def __init__(self, plan: Plan, path: Path, folder: Path) -> None:
+        self._plan, self._path, self._folder = plan, path, folder
+        self._client = YardClient(folder)
+        self._running: Identity | None = None
+
+    def start(self) -> None:
+        """Return once it serves. Raises SwitchyardError with the yard's own message when it does not come up."""
+        if self._client.runs():
+            errors.print("a yard runs already and is kept")
+        else:
+            names = [model.id for model in self._plan.models if model.load == "start"]
+            yards = PlanYards(self._plan, self._folder, self._path)
+            try:
+                with errors.status("the yard starts") as status:
+                    start_detached(yards, names, lambda step: status.update(f"the yard starts [dim]{step}[/dim]"))
+            except BaseException:
+                _end_starting_yard()
+                raise
+            remember_plan(self._path, self._folder)
+        self._look()
+
+    def died(self) -> str | None:
+        """How it was killed: it is gone but its socket is not, which a yard that is stopped removes."""
+        if self._running is not None and self._running.process() is not None:
+            return None
+        self._look()
+        gone = self._running is None and socket_path(self._folder).exists()
+        return f"killed, or out of memory; log: {self._folder / 'logs' / 'yard.log'}" if gone else None
+
+    def _look(self) -> None:
+        self._running = None
+        with contextlib.suppress(SwitchyardError, psutil.Error):
+            self._running = Identity.of(self._client.status()["pid"])
+
+
+def _end_starting_yard() -> None:
+    """End the yard that is coming up: it takes no orders yet, but it is a child of this process."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "serve" in child.cmdline():
+                child.terminate()
+                child.wait(STOP_S)
+
+
+def stop_yard(folder: Path) -> None:
+    """Stop the yard of this home, if one runs, and wait for its end."""
+    yard = YardClient(folder)
+    if not yard.runs():
+        return
+    errors.print("stopping the yard; requests in flight are finished first")
+    pid = yard.status()["pid"]
+    with contextlib.suppress(SwitchyardError):
+        identity = Identity.of(pid)
+        yard.order("stop")
+        deadline = time.monotonic() + DOWN_S
+        while identity.process() is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+class DeploymentsProcess:
+    """The process that registers the deployments and runs their flows."""
+
+    def __init__(self, folder: Path, plan: Path, api_url: str, schedules: bool) -> None:
+        self._folder = folder
+        serve = "from flows.deployments import main; main()"
+        self._argv = [sys.executable, "-c", serve, str(plan), "--schedules" if schedules else "--no-schedules"]
+        self._env = {"PREFECT_API_URL": api_url, "SWITCHYARD_HOME": str(folder)}
+        self._child: ManagedProcess | None = None
+
+    def start(self) -> None:
+        """Return once they are served. Raises SwitchyardError with the process's last lines when they are not."""
+        self.stop()  # what it has left behind, where it died: the flows that it ran
+        log = self._folder / "logs" / "deployments.log"
+        env = {**without_proxies(os.environ), **self._env}
+        cwd = workplace(self._folder)
+        child = process.start("deployments", self._argv, state_dir=self._folder, log_path=log, env=env, cwd=cwd)
+        self._child = child
+        deadline = time.monotonic() + SERVE_S
+        while not any(SERVED in line for line in child.log_tail()):
+            if child.poll() is not None or time.monotonic() > deadline:
+                words = "\n  ".join(child.log_tail()[-5:])
+                child.stop()
+                raise SwitchyardError(f"the deployments could not be served (log: {child.log.path}):\n  {words}")
+            time.sleep(0.1)
+
+    def died(self) -> str | None:
+        """How it ended; None while it runs."""
+        return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
+
+    def forgotten(self) -> bool:
+        """Whether Prefect does not know them any more: its database was removed."""
+        url = f"{self._env['PREFECT_API_URL']}/deployments/name/{ALWAYS_THERE}/{ALWAYS_THERE}"
+        try:
+            return httpx.get(url, timeout=60, trust_env=False, verify=False).status_code == httpx.codes.NOT_FOUND
+        except httpx.HTTPError:  # the server died again; the next look finds that
+            return False
+
+    def stop(self) -> None:
+        """End it, and the flows that it runs; safe twice."""
+        if self._child is not None:
+            self._child.stop(grace_s=STOP_S)
+
+
+@dataclass
+class Kept:
+    """A process that is restarted when it dies, unless it died too often lately."""
+
+    name: str
+    died: Callable[[], str | None]
+    start: Callable[[], None]
+    meanwhile: str = "the yard keeps serving"
+    began: list[float] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Restart it if it died. Raises GaveUp."""
+        if (how := self.died()) is None:
+            return
+        now = time.monotonic()
+        self.began = [at for at in self.began if now - at < RESTART_WINDOW_S]
+        if len(self.began) >= RESTARTS:
+            raise GaveUp(
+                f"{self.name} exited {RESTARTS + 1} times within {RESTART_WINDOW_S / 60:.0f} minutes (now: {how}); "
+                f"giving up, {self.meanwhile}. `switchyard up` tries again, `switchyard stop` stops the yard"
+            )
+        self.began.append(now)
+        errors.print(f"{self.name} exited unexpectedly ({how}); restarting, {self.meanwhile}")
+        try:
+            self.start()
+        except SwitchyardError as error:  # counts as a start; the next look tries again
+            errors.print(str(error), markup=False)
+        else:
+            errors.print(f"{self.name} runs again")
+
+
+def keep_up(yard: YardProcess, server: PrefectServer, deployments: DeploymentsProcess) -> None:
+    """Restart what dies until an interrupt; the models first, then what the deployments need. Raises GaveUp."""
+
+    def restart_server() -> None:
+        server.start_again()
+        if deployments.forgotten():
+            deployments.start()
+
+    kept = [
+        Kept("the yard", yard.died, yard.start, "models are unavailable until then"),
+        Kept("Prefect's server", server.died, restart_server),
+        Kept("the process of the deployments", deployments.died, deployments.start),
+    ]
+    waiting = threading.Event()
+    while not waiting.wait(LOOK_S):
+        for one in kept:
+            one.look()

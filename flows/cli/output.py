@@ -1,0 +1,142 @@
+"""What commands print: JSON, steps, verdicts with their checks, and the tables that several commands show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from engines.home import home
+from engines.process.process import end_orphans
+from engines.redaction import redacted
+
+EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
+STYLES = {"PASS": "green", "INCONCLUSIVE": "yellow", "ERROR": "magenta", "FAIL": "red"}
+MEANING = {
+    "PASS": "the gate is open: all required checks passed",
+    "INCONCLUSIVE": "the gate stays closed: nothing failed, but something could not be proven",
+    "ERROR": "the gate stays closed: a check could not be carried out",
+    "FAIL": "the gate stays closed: the candidate is worse, or broken, for this model",
+}
+# a line is never broken: the terminal does that, and a copied line stays whole
+out = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print the result of a command on standard output as JSON, without secrets."""
+    sys.stdout.write(json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def print_done(done: str, json_: bool) -> None:
+    """Print the one-line result of an order."""
+    if json_:
+        print_json({"done": done})
+    else:
+        out.print(done, markup=False)
+
+
+def print_step(step: str) -> None:
+    """Print a step of a running command on standard error."""
+    errors.print(step, style="dim", markup=False)
+
+
+def next_command(command: str) -> str:
+    """The last line of many commands: what to run next."""
+    return f"next: [bold]{command}[/bold]"
+
+
+def prepared_home() -> Path:
+    """Switchyard's folder, once the processes that a killed run left behind are ended."""
+    folder = home()
+    for ended in end_orphans(folder):
+        print_step(f"ended a process left behind by a killed run: {ended}")
+    return folder
+
+
+# --- verdicts
+
+
+def verdict_text(verdict: str) -> Text:
+    """The verdict in its colour."""
+    return Text(verdict, style=f"bold {STYLES.get(verdict, '')}")
+
+
+def print_end(subject: str, end: Mapping[str, Any]) -> None:
+    """Print how it ended for a model or an engine: verdict, result, reason, then any checks and phases."""
+    out.print(Text.assemble("\n", (subject, "bold"), "  ", verdict_text(end["verdict"]), f"  {end['result']}"))
+    out.print(Text(f"  {end['why']}"))
+    print_checks(end.get("checks", ()))
+    if end.get("phases_done"):
+        out.print(Text(f"  done: {', '.join(end['phases_done'])}", style="dim"))
+
+
+def print_checks(checks: Iterable[Mapping[str, Any]], out: Console = out) -> None:
+    """Print one line a check: verdict, name, reason."""
+    for check in checks:
+        out.print(Text.assemble("  ", verdict_text(check["verdict"]), f"  {check['check']}: {check['why']}"))
+
+
+# --- tables
+
+
+def evaluation_table(outcome: Mapping[str, Any]) -> Group:
+    """The verdicts of a run: per model the verdict, what decided it, and what else is worth a look."""
+    parts: list[Any] = []
+    for model in outcome["models"]:
+        parts.append(Text.assemble("\n", (model["model"], "bold"), "  ", verdict_text(model["verdict"])))
+        parts.append(Padding(Text(MEANING[model["verdict"]], style="dim"), (0, 0, 0, 2)))
+        parts.append(_check_table(model["checks"]))
+    return Group(*parts)
+
+
+def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
+    """One row an area that passed, one row a required check that did not; checks a FAIL made pointless share a row."""
+    failed = any(check["required"] and check["verdict"] == "FAIL" for check in checks)
+    pointless: list[str] = []
+    table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    for area in dict.fromkeys(check["check"].split(".")[0] for check in checks):
+        required = [c for c in checks if c["required"] and c["check"].startswith(area + ".")]
+        closed = [check for check in required if check["verdict"] != "PASS"]
+        if required and not closed:
+            table.add_row(area, verdict_text("PASS"), f"{len(required)} of {len(required)} required checks")
+        for check in sorted(closed, key=lambda c: list(STYLES).index(c["verdict"]), reverse=True):
+            if failed and check["verdict"] == "INCONCLUSIVE" and check["value"] is None:
+                pointless.append(area)
+                continue
+            table.add_row(check["check"], verdict_text(check["verdict"]), check["why"])
+    if pointless:
+        areas = ", ".join(dict.fromkeys(pointless))
+        table.add_row("not measured", "", Text(f"{areas}: the gate could not open any more", style="dim"))
+    return table
+
+
+def run_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a run, newest first; a narrow terminal cuts the plan's name, never the run's id, which people type."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("run", "started", "took", "what", "status", "verdict"):
+        table.add_column(column, no_wrap=column != "what")
+    for run in runs:
+        took = "" if run["took_s"] is None else f"{run['took_s'] / 60:.1f} min"
+        verdict = verdict_text(run["verdict"]) if run["verdict"] else Text("-")
+        started = run["started_at"][5:16].replace("T", " ")  # the id has the year
+        what = Text(f"{run['kind']} {run['plan']}", no_wrap=True, overflow="ellipsis")
+        table.add_row(run["run_id"], started, took, what, run["status"], verdict)
+    return table
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes for people: `47.6 MiB`, `3.00 GiB`, `not measured`."""
+    if n_bytes is None:
+        return "not measured"
+    return f"{n_bytes / 2**20:.1f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
