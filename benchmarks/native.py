@@ -44,10 +44,10 @@ from engines.errors import BadInput, EngineError, EngineNotFound, SwitchyardErro
 from engines.mistral_rs.driver import MistralRsNative
 from engines.mistral_rs.native import arguments as native_arguments
 from engines.mistral_rs.native import worker
-from engines.mistral_rs.native.engine import Native, Reply, json_body
+from engines.mistral_rs.native.engine import EngineResponse, Native, json_body
 from engines.mistral_rs.native.frames import in_frames
-from engines.mistral_rs.native.model import Job, Model, first_line
-from engines.mistral_rs.native.requests import Json, Sampling
+from engines.mistral_rs.native.model import Job, LoadedModel, first_line
+from engines.mistral_rs.native.requests import Json, SamplingParameters
 from engines.process.process import ManagedProcess
 from engines.process.serving import exit_reason, free_port, launch, wait_ready
 from engines.process.telemetry import Telemetry, interval, private_bytes
@@ -103,7 +103,7 @@ async def called(door: EngineConnection, calls: int) -> Row:
 class Told:
     """An answer that never left the process."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: EngineResponse) -> None:
         self.status, self._reply = reply.status, reply
 
     async def read(self) -> bytes:
@@ -121,7 +121,7 @@ class Told:
 class Direct:
     """The engine in this very process: a function call."""
 
-    def __init__(self, ask: Callable[[str, str, Json], Awaitable[Reply]]) -> None:
+    def __init__(self, ask: Callable[[str, str, Json], Awaitable[EngineResponse]]) -> None:
         self._ask = ask
 
     @contextlib.asynccontextmanager
@@ -135,12 +135,12 @@ class Direct:
 class Itself(Native):
     """The engine, which also measures what it is to its own process."""
 
-    async def ask(self, method: str, path: str, body: Json) -> Reply:
+    async def ask(self, method: str, path: str, body: Json) -> EngineResponse:
         if path != MEASURED:
             return await super().ask(method, path, body)
         door = Direct(super().ask)
         calls = body.get("calls")
-        return Reply(await (called(door, calls) if calls else streamed(door, json.dumps(body).encode())))
+        return EngineResponse(await (called(door, calls) if calls else streamed(door, json.dumps(body).encode())))
 
 
 # --- the children ---------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def freeze(arguments: argparse.Namespace) -> Row:
 
 async def _freeze(arguments: argparse.Namespace) -> Row:
     began = time.monotonic()
-    loading = asyncio.ensure_future(asyncio.to_thread(Model, arguments))
+    loading = asyncio.ensure_future(asyncio.to_thread(LoadedModel, arguments))
     loaded = await longest_gap(loading)
     load_s = time.monotonic() - began
     idle = await longest_gap(asyncio.ensure_future(asyncio.sleep(load_s)))
@@ -206,7 +206,7 @@ def memory(arguments: argparse.Namespace) -> Row:
     """Private bytes before anything is loaded, then with a model that has generated and without it, cycle by cycle."""
     before, cycles = own_bytes(), []
     for _ in range(CYCLES):
-        model = Model(arguments)
+        model = LoadedModel(arguments)
         list(generation(model, "one two three", 4))
         loaded = own_bytes()
         del model
@@ -231,16 +231,16 @@ def settled() -> int | None:
     return least
 
 
-def generation(model: Model, prompt: str, tokens: int) -> Iterator[Any]:
+def generation(model: LoadedModel, prompt: str, tokens: int) -> Iterator[Any]:
     """The wheel's chunks of exactly so many greedy tokens."""
-    sampling = Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    sampling = SamplingParameters(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     return iter(model.open(Job(prompt=prompt, sampling=sampling), tokens))
 
 
 def batching(arguments: argparse.Namespace) -> Row:
     """Seconds of several generations at once and one after the other; failures of two prompts of one length."""
     arguments.slots = BATCH  # on the CPU the yard gives the wheel one sequence at a time; here it gets what it offers
-    model = Model(arguments)
+    model = LoadedModel(arguments)
     prompts = [" ".join(itertools.islice(itertools.cycle(WORDS), 8 + BATCH_STEP * n)) for n in range(BATCH)]
     at_once(model, prompts[:1])
     runs = [(one_by_one(model, prompts), at_once(model, prompts)) for _ in range(REPEATS)]
@@ -258,7 +258,7 @@ def batching(arguments: argparse.Namespace) -> Row:
     }
 
 
-def one_by_one(model: Model, prompts: Sequence[str]) -> tuple[float, list[str]]:
+def one_by_one(model: LoadedModel, prompts: Sequence[str]) -> tuple[float, list[str]]:
     """Seconds for all of them in turn, and what went wrong."""
     began, errors = time.monotonic(), list[str]()
     for prompt in prompts:
@@ -266,7 +266,7 @@ def one_by_one(model: Model, prompts: Sequence[str]) -> tuple[float, list[str]]:
     return time.monotonic() - began, errors
 
 
-def at_once(model: Model, prompts: Sequence[str]) -> tuple[float, list[str]]:
+def at_once(model: LoadedModel, prompts: Sequence[str]) -> tuple[float, list[str]]:
     """The same for all of them together: sent before the first is read."""
     began, errors = time.monotonic(), list[str]()
     sent = [generation(model, prompt, BATCH_TOKENS) for prompt in prompts]

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import native
 from engines.errors import BadInput
-from engines.mistral_rs.native.engine import Reply
+from engines.mistral_rs.native.engine import EngineResponse
 from engines.mistral_rs.native.requests import Json
 from engines.openai.sse import DONE, write_event
 
@@ -57,8 +57,8 @@ async def test_a_stream_in_process_is_measured_like_any_other() -> None:
         yield write_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
         yield DONE
 
-    async def ask(method: str, path: str, body: Json) -> Reply:
-        return Reply(frames()) if path == "/v1/chat/completions" else Reply({"status": "ok"})
+    async def ask(method: str, path: str, body: Json) -> EngineResponse:
+        return EngineResponse(frames()) if path == "/v1/chat/completions" else EngineResponse({"status": "ok"})
 
     door = native.Direct(ask)
     taken = json.loads(json.dumps(await native.streamed(door, b"{}")))

@@ -29,9 +29,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.errors import BadInput
-from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native import requests
 from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
-from engines.mistral_rs.native.engine import Native, Reply, in_stream, json_body, refusal
+from engines.mistral_rs.native.engine import EngineResponse, Native, in_stream, json_body, refusal
 from engines.mistral_rs.native.requests import ApiError
 from engines.openai.sse import write_event
 
@@ -58,7 +58,7 @@ async def send_frames(frames: AsyncGenerator[bytes, None], send: Send, headers: 
     await send({"type": "http.response.body", "body": b""})
 
 
-class Answer:
+class CancellableResponse:
     """An ASGI response that ends with its client: one that leaves cancels the work, streamed or not."""
 
     def __init__(self, native: Native, request: Request, stopping: asyncio.Event) -> None:
@@ -94,7 +94,7 @@ class Answer:
         if isinstance(results[0], Exception):
             raise results[0]
 
-    async def _tell(self, body: shapes.Json, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _tell(self, body: requests.Json, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             reply = await self._native.ask(self._request.method, self._request.url.path, body)
             if isinstance(reply.content, AsyncGenerator):
@@ -119,7 +119,7 @@ async def client_left(receive: Receive) -> None:
         pass
 
 
-def told(reply: Reply) -> Response:
+def told(reply: EngineResponse) -> Response:
     """An answer in one piece as a response."""
     return Response(reply.body, reply.status, {"Content-Type": "application/json", **reply.headers})
 
@@ -168,7 +168,7 @@ def application(native: Native, key: str | None, stopping: asyncio.Event) -> ASG
     """The ASGI application."""
 
     async def answer(request: Request) -> Any:
-        return Answer(native, request, stopping)
+        return CancellableResponse(native, request, stopping)
 
     routes = [Route(path, answer, methods=[method]) for method, path in native.routes]
     app = Starlette(routes=routes, exception_handlers={HTTPException: on_http_error})

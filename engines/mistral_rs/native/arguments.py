@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from engines.errors import BadInput
-from engines.mistral_rs.native.model import Model, first_line, on_cpu
+from engines.mistral_rs.native.model import LoadedModel, first_line, on_cpu
 
 KEY_VARIABLE = "SWITCHYARD_ENGINE_API_KEY"
 
@@ -64,12 +64,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         say(f"--seed {arguments.seed}: not honoured, this engine cannot seed its CPU sampler")
 
 
-def load(arguments: argparse.Namespace) -> Model:
+def load(arguments: argparse.Namespace) -> LoadedModel:
     """The loaded model. Ends the process with 1, and says why, when loading fails."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handlers wait for the lock that loading holds
     say(f"loading {arguments.gguf.name} with mistralrs {importlib.metadata.version('mistralrs')}")
     try:
-        model = Model(arguments)
+        model = LoadedModel(arguments)
     except BaseException as error:
         say(f"error: cannot load {arguments.gguf}: {first_line(error)}")
         os._exit(1)

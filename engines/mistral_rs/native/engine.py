@@ -16,11 +16,10 @@ import contextlib
 import importlib.metadata
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
-from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native import requests, responses
 from engines.mistral_rs.native.chat_template import TemplateRefused
 from engines.mistral_rs.native.generation import (
     Admitted,
@@ -33,8 +32,9 @@ from engines.mistral_rs.native.generation import (
     until_stop,
     with_calls,
 )
-from engines.mistral_rs.native.model import Job, Model, first_line, new_id
-from engines.mistral_rs.native.requests import ApiError, Json, Piece
+from engines.mistral_rs.native.model import Job, LoadedModel, first_line, new_id
+from engines.mistral_rs.native.requests import ApiError, Json
+from engines.mistral_rs.native.responses import Piece
 from engines.openai.sse import DONE, write_event
 
 KEEP_ALIVE_S = 10.0
@@ -42,7 +42,7 @@ Frames = AsyncGenerator[bytes, None]
 
 
 @dataclass(frozen=True)
-class Reply:
+class EngineResponse:
     """An answer: JSON or text in one piece, or the frames of a stream.
 
     A frame may be empty (nothing to tell yet), and the frames may raise ApiError: before the first that is not empty,
@@ -61,11 +61,11 @@ class Reply:
         return text.encode()
 
 
-def refusal(error: BaseException) -> Reply:
+def refusal(error: BaseException) -> EngineResponse:
     """The error as an answer; anything unforeseen is a 500 with its first line."""
     if not isinstance(error, ApiError):
         error = ApiError(500, first_line(error), type="server_error")
-    return Reply(error.body, error.status, {"Retry-After": "1"} if error.status == 503 else {})
+    return EngineResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 503 else {})
 
 
 async def in_stream(frames: Frames) -> Frames:
@@ -95,10 +95,10 @@ def json_body(data: bytes) -> Json:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class GenerationRequest:
     """What one request makes the engine do: its jobs, one per choice, and how the result is told."""
 
-    head: shapes.Head
+    head: responses.Head
     jobs: list[Job]
     n: int
     stream: bool
@@ -114,14 +114,14 @@ class Plan:
 class Native:
     """A loaded model with the requests that it answers."""
 
-    def __init__(self, model: Model, model_id: str, slots: int) -> None:
+    def __init__(self, model: LoadedModel, model_id: str, slots: int) -> None:
         self.model = model
         self.model_id = model_id
         self.slots = slots
         self.started = int(time.time())
         self.turns = Turns(slots)
         self.counters = Counters()
-        self._answers: dict[tuple[str, str], Callable[[Json], Awaitable[Reply]]] = {
+        self._answers: dict[tuple[str, str], Callable[[Json], Awaitable[EngineResponse]]] = {
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/v1/chat/completions/input_tokens"): self._input_tokens,
             ("POST", "/v1/completions"): self._complete,
@@ -141,76 +141,76 @@ class Native:
         """Method and path of everything it answers."""
         return list(self._answers)
 
-    async def ask(self, method: str, path: str, body: Json) -> Reply:
+    async def ask(self, method: str, path: str, body: Json) -> EngineResponse:
         """The answer to one request. Raises ApiError; cancelled, it leaves the engine."""
         if (method, path) not in self._answers:
             raise ApiError(404, f"{method} {path}: Not Found")
         return await self._answers[method, path](body)
 
-    def pieces(self, plan: Plan, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
+    def pieces(self, request: GenerationRequest, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
         """One choice's pieces."""
         made = counted(generate(self.model, self.turns, job), self.counters)
-        told = with_calls(made, job, plan.forced)
+        told = with_calls(made, job, request.forced)
         if job.sampling.stop:
             told = until_stop(told, job.sampling.stop)
         return reckoned(told, self.counters)
 
-    async def whole(self, plan: Plan) -> Json:
+    async def whole(self, request: GenerationRequest) -> Json:
         """The response body of a request that is not streamed; choices are generated one after the other."""
         choices, usages = [], []
-        for index, job in enumerate(plan.jobs):
-            async with contextlib.aclosing(self.pieces(plan, job)) as arriving:
+        for index, job in enumerate(request.jobs):
+            async with contextlib.aclosing(self.pieces(request, job)) as arriving:
                 pieces = [piece async for piece in arriving if isinstance(piece, Piece)]
-            choices.append(shapes.whole_choice(plan.head, index, pieces, plan.echo(index)))
+            choices.append(responses.whole_choice(request.head, index, pieces, request.echo(index)))
             usages += [piece.usage for piece in pieces if piece.usage]
-        body = plan.head.body(stream=False, choices=choices)
-        return body | {"usage": shapes.usage_body(usages, plan.n), "timings": shapes.timings_body(usages)}
+        body = request.head.body(stream=False, choices=choices)
+        return body | {"usage": responses.usage_body(usages, request.n), "timings": responses.timings_body(usages)}
 
-    async def frames(self, plan: Plan) -> AsyncGenerator[bytes, None]:
+    async def frames(self, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
         """The SSE frames of a streamed request; an empty one when the first choice has been admitted."""
-        usages: list[shapes.Usage] = []
-        for index, job in enumerate(plan.jobs):
-            opening = [shapes.opening_choice(plan.head, index)]
-            echo = plan.echo(index)
+        usages: list[responses.Usage] = []
+        for index, job in enumerate(request.jobs):
+            opening = [responses.opening_choice(request.head, index)]
+            echo = request.echo(index)
             if echo:
-                opening.append(shapes.text_choice(index, echo))
+                opening.append(responses.text_choice(index, echo))
             offset, finish = len(echo), "stop"
-            async with contextlib.aclosing(self.pieces(plan, job)) as arriving:
+            async with contextlib.aclosing(self.pieces(request, job)) as arriving:
                 async for piece in arriving:
                     if isinstance(piece, Admitted):
                         yield b""
                         continue
-                    for choice in [*opening, shapes.piece_choice(plan.head, index, piece, offset)]:
+                    for choice in [*opening, responses.piece_choice(request.head, index, piece, offset)]:
                         if choice:
-                            yield write_event(plan.head.body(stream=True, choices=[choice]))
+                            yield write_event(request.head.body(stream=True, choices=[choice]))
                     opening, offset, finish = [], offset + len(piece.content), piece.finish or finish
                     usages += [piece.usage] if piece.usage else []
-            closing = plan.head.body(stream=True, choices=[shapes.closing_choice(plan.head, index, finish)])
-            last = index == len(plan.jobs) - 1
-            timings = {"timings": shapes.timings_body(usages)} if last and not plan.include_usage else {}
+            closing = request.head.body(stream=True, choices=[responses.closing_choice(request.head, index, finish)])
+            last = index == len(request.jobs) - 1
+            timings = {"timings": responses.timings_body(usages)} if last and not request.include_usage else {}
             yield write_event(closing | timings)
-        if plan.include_usage:
-            body = plan.head.body(stream=True, choices=[])
-            told = {"usage": shapes.usage_body(usages, plan.n), "timings": shapes.timings_body(usages)}
+        if request.include_usage:
+            body = request.head.body(stream=True, choices=[])
+            told = {"usage": responses.usage_body(usages, request.n), "timings": responses.timings_body(usages)}
             yield write_event(body | told)
         yield DONE
 
-    async def _answer(self, plan: Plan, headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
-        content = keep_alive(self.frames(plan), KEEP_ALIVE_S) if plan.stream else await self.whole(plan)
-        return Reply(content, headers=dict(headers))
+    async def _answer(self, request: GenerationRequest, headers: dict[str, str] | None = None) -> EngineResponse:
+        content = keep_alive(self.frames(request), KEEP_ALIVE_S) if request.stream else await self.whole(request)
+        return EngineResponse(content, headers=headers or {})
 
-    def head(self, chat: bool) -> shapes.Head:
+    def head(self, chat: bool) -> responses.Head:
         """A fresh response head."""
         identifier = new_id("chatcmpl-" if chat else "cmpl-")
-        return shapes.Head(id=identifier, created=int(time.time()), model=self.model_id, chat=chat)
+        return responses.Head(id=identifier, created=int(time.time()), model=self.model_id, chat=chat)
 
     # --- what it answers
 
-    async def _chat(self, body: Json) -> Reply:
+    async def _chat(self, body: Json) -> EngineResponse:
         call, prompt = self._rendered(body)
         tools = () if call.forced_tools else tuple(json.dumps({"type": "function", **tool}) for tool in call.tools)
         job = Job(prompt=prompt, sampling=call.sampling, tools=tools)
-        plan = Plan(
+        request = GenerationRequest(
             head=self.head(chat=True),
             jobs=[job] * call.n,
             n=call.n,
@@ -219,28 +219,30 @@ class Native:
             forced=bool(call.forced_tools),
         )
         unseen = bool(call.tools) and not self.model.template.shows_tools
-        return await self._answer(plan, {"x-switchyard-warning": "the chat template shows no tools"} if unseen else {})
+        return await self._answer(
+            request, {"x-switchyard-warning": "the chat template shows no tools"} if unseen else {}
+        )
 
-    def _rendered(self, body: Json) -> tuple[shapes.ChatCall, str]:
+    def _rendered(self, body: Json) -> tuple[requests.ChatCall, str]:
         """A checked chat request and the prompt that the model's template makes of it."""
-        shapes.check_model(body, self.model_id)
-        call = shapes.parse_chat(body)
+        requests.check_model(body, self.model_id)
+        call = requests.parse_chat(body)
         try:
             return call, self.model.template.render(call.messages, call.tools or None, call.template_arguments)
         except TemplateRefused as error:
-            raise shapes.bad("messages", str(error)) from None
+            raise requests.bad("messages", str(error)) from None
 
-    async def _input_tokens(self, body: Json) -> Reply:
+    async def _input_tokens(self, body: Json) -> EngineResponse:
         """As llama.cpp has it: the prompt's tokens without generating any."""
         _, prompt = self._rendered(body)
         n_tokens = await asyncio.to_thread(self.model.count, prompt)
-        return Reply({"object": "response.input_tokens", "input_tokens": n_tokens})
+        return EngineResponse({"object": "response.input_tokens", "input_tokens": n_tokens})
 
-    async def _complete(self, body: Json) -> Reply:
-        shapes.check_model(body, self.model_id)
-        call = shapes.parse_completion(body)
+    async def _complete(self, body: Json) -> EngineResponse:
+        requests.check_model(body, self.model_id)
+        call = requests.parse_completion(body)
         prompts = [one if isinstance(one, str) else self.model.detokenize(one) for one in call.prompts]
-        plan = Plan(
+        request = GenerationRequest(
             head=self.head(chat=False),
             jobs=[Job(prompt=prompt, sampling=call.sampling) for prompt in prompts for _ in range(call.n)],
             n=call.n,
@@ -248,9 +250,9 @@ class Native:
             include_usage=call.include_usage,
             echoes=tuple(prompts) if call.echo else (),
         )
-        return await self._answer(plan)
+        return await self._answer(request)
 
-    async def _models(self, _: Json) -> Reply:
+    async def _models(self, _: Json) -> EngineResponse:
         """The one model, with its usable context as `meta.n_ctx`."""
         model = self.model
         meta = {
@@ -259,11 +261,11 @@ class Native:
             "n_vocab": len(model.vocabulary.tokens) or None,
         }
         entry = {"id": self.model_id, "object": "model", "created": self.started, "owned_by": "mistral.rs"}
-        return Reply({"object": "list", "data": [{**entry, "meta": meta}]})
+        return EngineResponse({"object": "list", "data": [{**entry, "meta": meta}]})
 
-    async def _props(self, _: Json) -> Reply:
+    async def _props(self, _: Json) -> EngineResponse:
         """As far as a client of llama.cpp's server looks: the context and the template."""
-        return Reply(
+        return EngineResponse(
             {
                 "default_generation_settings": {"n_ctx": self.model.context},
                 "total_slots": self.slots,
@@ -273,26 +275,26 @@ class Native:
             }
         )
 
-    async def _health(self, _: Json) -> Reply:
+    async def _health(self, _: Json) -> EngineResponse:
         """200 once the model is loaded; before that there is nobody to ask."""
-        return Reply({"status": "ok"})
+        return EngineResponse({"status": "ok"})
 
-    async def _metrics(self, _: Json) -> Reply:
+    async def _metrics(self, _: Json) -> EngineResponse:
         """Counters for Prometheus."""
-        return Reply(self.counters.text(self.turns), headers={"Content-Type": "text/plain; version=0.0.4"})
+        return EngineResponse(self.counters.text(self.turns), headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    async def _tokenize(self, body: Json) -> Reply:
+    async def _tokenize(self, body: Json) -> EngineResponse:
         content = body.get("content")
         if not isinstance(content, str):
-            raise shapes.bad("content", "must be a string")
+            raise requests.bad("content", "must be a string")
         add_special = bool(body.get("add_special", False))
-        return Reply({"tokens": await asyncio.to_thread(self.model.tokenize, content, add_special)})
+        return EngineResponse({"tokens": await asyncio.to_thread(self.model.tokenize, content, add_special)})
 
-    async def _detokenize(self, body: Json) -> Reply:
+    async def _detokenize(self, body: Json) -> EngineResponse:
         tokens = body.get("tokens")
         if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-            raise shapes.bad("tokens", "must be a list of token ids")
-        return Reply({"content": await asyncio.to_thread(self.model.detokenize, tokens)})
+            raise requests.bad("tokens", "must be a list of token ids")
+        return EngineResponse({"content": await asyncio.to_thread(self.model.detokenize, tokens)})
 
-    async def _embeddings(self, _: Json) -> Reply:
+    async def _embeddings(self, _: Json) -> EngineResponse:
         raise ApiError(501, "this server does not serve embeddings", type="not_supported_error")

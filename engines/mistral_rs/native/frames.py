@@ -40,7 +40,7 @@ def piece(data: bytes) -> bytes:
     return LENGTH.pack(len(data)) + data
 
 
-class Answer:
+class FrameResponse:
     """An answer that has begun: its status, and its pieces as they come."""
 
     def __init__(self, status: int, reader: asyncio.StreamReader) -> None:
@@ -70,7 +70,7 @@ class Answer:
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class Client:
+class FrameClient:
     """Asks one worker; connections are kept, for opening one costs more than all the rest of a request."""
 
     def __init__(self, host: str, port: int, key: str) -> None:
@@ -79,7 +79,7 @@ class Client:
         self._idle: list[Connection] = []
 
     @contextlib.asynccontextmanager
-    async def ask(self, method: str, path: str, body: bytes) -> AsyncIterator[Answer]:
+    async def ask(self, method: str, path: str, body: bytes) -> AsyncIterator[FrameResponse]:
         """The answer to a request, once it begins; leaving the block early leaves the engine. Raises Broken."""
         request = head(self._key, method, path, body)
         kept = self._idle.pop() if self._idle else None
@@ -90,7 +90,7 @@ class Client:
                 raise
             # the worker may have closed just this one; a dead worker takes no fresh one
             (reader, writer), status = await self._begun(None, request)
-        answer = Answer(status, reader)
+        answer = FrameResponse(status, reader)
         try:
             yield answer
         finally:

@@ -16,9 +16,10 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
-from engines.mistral_rs.native import requests as shapes
-from engines.mistral_rs.native.model import Job, Model, engine_error, new_id
-from engines.mistral_rs.native.requests import ApiError, Piece
+from engines.mistral_rs.native import requests, responses, stop_text
+from engines.mistral_rs.native.model import Job, LoadedModel, engine_error, new_id
+from engines.mistral_rs.native.requests import ApiError
+from engines.mistral_rs.native.responses import Piece
 
 MAX_QUEUE = 512
 END_REASONS = ("stop", "length", "tool_calls", "canceled", "error")
@@ -142,7 +143,7 @@ async def reckoned(
             counters.completed[reason] += 1
 
 
-async def generate(model: Model, turns: Turns, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
+async def generate(model: LoadedModel, turns: Turns, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
     """`Admitted`, then the pieces as the engine makes them. Closing it drops the engine's iterator.
 
     The turn ends when the worker thread has let go of the engine, not when the client has: a prefill cannot be
@@ -175,7 +176,7 @@ async def generate(model: Model, turns: Turns, job: Job) -> AsyncGenerator[Admit
 
 
 def drain(
-    model: Model, job: Job, cancelled: threading.Event, emit: Callable[[Admitted | Piece | ApiError], None]
+    model: LoadedModel, job: Job, cancelled: threading.Event, emit: Callable[[Admitted | Piece | ApiError], None]
 ) -> None:
     """Run *job* to its end, or until *cancelled*; what goes wrong is emitted as an ApiError."""
     begun = False
@@ -183,13 +184,13 @@ def drain(
         prompt_tokens = model.count(job.prompt)
         room = model.context - prompt_tokens
         if model.context and room < 1:
-            raise shapes.context_exceeded(prompt_tokens, model.context)
+            raise requests.context_exceeded(prompt_tokens, model.context)
         if cancelled.is_set():
             return
         wanted = [limit for limit in (job.sampling.max_tokens, room if model.context else None) if limit]
         chunks = model.open(job, min(wanted) if wanted else None)  # type: ignore[arg-type]
         emit(Admitted(prompt_tokens))
-        finish, places = None, shapes.TokenPlaces()
+        finish, places = None, stop_text.TokenPlaces()
         for chunk in chunks:
             if cancelled.is_set():
                 return
@@ -206,7 +207,7 @@ async def with_calls(
     pieces: AsyncGenerator[Admitted | Piece, None], job: Job, forced: bool
 ) -> AsyncGenerator[Admitted | Piece, None]:
     """The pieces with tool calls where text was one: forced calls are read here, others by the engine."""
-    gate = shapes.ToolTextGate()
+    gate = stop_text.ToolTextGate()
     text = ""
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
@@ -228,9 +229,9 @@ async def until_stop(
 ) -> AsyncGenerator[Admitted | Piece, None]:
     """The pieces up to the first stop string, where the engine is left; then tokens and times are counted here.
 
-    One piece is one token, see `Model.open`.
+    One piece is one token, see `LoadedModel.open`.
     """
-    cutter = shapes.StopCutter(stops)
+    cutter = stop_text.StopCutter(stops)
     prompt_tokens, times = 0, [time.monotonic()]
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
@@ -246,10 +247,10 @@ async def until_stop(
             yield told
 
 
-def cut_usage(prompt_tokens: int, times_s: list[float]) -> shapes.Usage:
+def cut_usage(prompt_tokens: int, times_s: list[float]) -> responses.Usage:
     """The usage of a generation that ended at a stop string; *times_s*: when it began, then each token."""
     begun, first, *later = times_s
-    return shapes.Usage(
+    return responses.Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=1 + len(later),
         prompt_ms=(first - begun) * 1000,
@@ -259,7 +260,7 @@ def cut_usage(prompt_tokens: int, times_s: list[float]) -> shapes.Usage:
 
 def forced_piece(last: Piece, text: str) -> Piece:
     """The one piece of a forced call, from all its *text*."""
-    call = shapes.forced_call(text, new_id("call_"))
+    call = stop_text.forced_call(text, new_id("call_"))
     finish = "tool_calls" if call and last.finish != "length" else last.finish
     return replace(last, content="", logprobs=(), starts=(), tool_calls=(call,) if call else (), finish=finish)
 
@@ -273,7 +274,7 @@ async def keep_alive(frames: AsyncGenerator[bytes, None], interval_s: float) -> 
             pending = pending or asyncio.ensure_future(anext(frames))
             done, _ = await asyncio.wait({pending}, timeout=patience)
             if not done:
-                yield shapes.KEEP_ALIVE
+                yield requests.KEEP_ALIVE
                 continue
             try:
                 frame = pending.result()

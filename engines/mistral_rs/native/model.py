@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native import requests, responses
 from engines.mistral_rs.native.chat_template import ChatTemplate, Vocabulary
-from engines.mistral_rs.native.requests import ApiError, Json, Piece
+from engines.mistral_rs.native.requests import ApiError, Json
+from engines.mistral_rs.native.responses import Piece
 from engines.model.gguf import read_metadata, shard_paths
 
 RENDERED = "rendered prompt"
@@ -36,7 +37,7 @@ class Job:
     """One generation: a rendered prompt, how to sample, and the tools whose calls the engine shall recognise."""
 
     prompt: str
-    sampling: shapes.Sampling
+    sampling: requests.SamplingParameters
     tools: tuple[str, ...] = ()
 
 
@@ -59,12 +60,12 @@ def compact(schema: str) -> str:
     return json.dumps({"x-guidance": {"whitespace_flexible": False}} | json.loads(schema))
 
 
-def grammar_text(grammar: shapes.Grammar) -> str:
+def grammar_text(grammar: requests.Grammar) -> str:
     """The grammar as the wheel takes it."""
     return compact(grammar.text) if grammar.kind == "json_schema" else grammar.text
 
 
-class Model:
+class LoadedModel:
     """A loaded mistral.rs runner with what the API needs to know about its text."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -124,7 +125,7 @@ class Model:
         """Text of token ids, special tokens included; ApiError 400 for ids outside the vocabulary."""
         size = len(self.vocabulary.tokens)
         if any(token < 0 or (size and token >= size) for token in tokens):
-            raise shapes.bad("tokens", f"must be ids of the vocabulary, 0 to {size - 1}")
+            raise requests.bad("tokens", f"must be ids of the vocabulary, 0 to {size - 1}")
         with self._lock:
             return self._runner.detokenize_text(tokens, False)
 
@@ -183,8 +184,8 @@ class Model:
 
     def _logprob(self, logprob: Any) -> Json:
         chosen = bytes(logprob.bytes) if logprob.bytes is not None else logprob.token.encode()
-        tops = [shapes.token_entry(self._bytes(top), top.logprob, id=top.token) for top in logprob.top_logprobs]
-        entry = shapes.token_entry(chosen, logprob.logprob)
+        tops = [responses.token_entry(self._bytes(top), top.logprob, id=top.token) for top in logprob.top_logprobs]
+        entry = responses.token_entry(chosen, logprob.logprob)
         same = next((top["id"] for top in tops if top["bytes"] == entry["bytes"]), None)
         return (entry if same is None else {"id": same} | entry) | {"top_logprobs": tops}
 
@@ -199,10 +200,10 @@ def tool_call(call: Any) -> Json:
     return {"index": call.index, "id": new_id("call_"), "type": "function", "function": function}
 
 
-def usage_of(usage: Any) -> shapes.Usage:
+def usage_of(usage: Any) -> responses.Usage:
     """The wheel's usage in neutral words; its times are seconds."""
     details = getattr(usage, "prompt_tokens_details", None)
-    return shapes.Usage(
+    return responses.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=getattr(details, "cached_tokens", None),
@@ -223,7 +224,7 @@ def engine_error(error: BaseException, job: Job, begun: bool) -> ApiError:
     reason = first_line(error)
     grammar = job.sampling.grammar
     if grammar and GRAMMAR_AT_FAULT.match(reason):
-        return shapes.bad(grammar.param, f"cannot be used: {reason}")
+        return requests.bad(grammar.param, f"cannot be used: {reason}")
     if isinstance(error, UnicodeEncodeError):
         return ApiError(400, f"the text is no valid Unicode: {reason}")
     if not begun and ("must be" in reason or "empty prompt" in reason):

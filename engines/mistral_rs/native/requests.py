@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,7 +73,7 @@ class Grammar:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParameters:
     """How tokens are chosen; None = not asked for."""
 
     temperature: float = 1.0
@@ -98,7 +97,7 @@ class ChatCall:
     """A checked body of POST /v1/chat/completions; `forced_tools` names the tools of which one must be called."""
 
     messages: list[Json]
-    sampling: Sampling
+    sampling: SamplingParameters
     tools: list[Json] = field(default_factory=list)
     forced_tools: tuple[str, ...] = ()
     n: int = 1
@@ -112,7 +111,7 @@ class CompletionCall:
     """A checked body of POST /v1/completions; a prompt is text or token ids."""
 
     prompts: list[str | list[int]]
-    sampling: Sampling
+    sampling: SamplingParameters
     n: int = 1
     echo: bool = False
     stream: bool = False
@@ -172,14 +171,14 @@ def _logit_bias(body: Json) -> dict[int, float] | None:
     return read or None
 
 
-def parse_sampling(body: Json, *, grammar: Grammar | None, logprobs: tuple[bool, int]) -> Sampling:
+def parse_sampling(body: Json, *, grammar: Grammar | None, logprobs: tuple[bool, int]) -> SamplingParameters:
     """The sampling part of a body. Temperature is OpenAI's default of 1 where it is missing; 0 is greedy."""
     limit = _integer(body, "max_completion_tokens", 1)
     if limit is None:
         limit = _integer(body, "max_tokens", 1)
     temperature = _number(body, "temperature", 0)
     _integer(body, "seed", -(2**63))
-    return Sampling(
+    return SamplingParameters(
         temperature=1.0 if temperature is None else temperature,
         top_p=_number(body, "top_p", 0, 1),
         top_k=_integer(body, "top_k", 0) or None,
@@ -434,299 +433,4 @@ def parse_completion(body: Json) -> CompletionCall:
 # --- pieces of a generation -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Token counts of one generation, and the engine's own clock in ms where it told one."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int | None = None
-    prompt_ms: float | None = None
-    predicted_ms: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One step of a generation, whatever engine it comes from; `finish` only on the last.
-
-    `starts` says for each of `logprobs` at which UTF-8 byte of the text so far its token begins, -1 for reasoning.
-    """
-
-    content: str = ""
-    reasoning: str = ""
-    logprobs: tuple[Json, ...] = ()
-    starts: tuple[int, ...] = ()
-    tool_calls: tuple[Json, ...] = ()
-    finish: str | None = None
-    usage: Usage | None = None
-
-
-def _finite(value: float | None, scale: float = 1.0) -> float | None:
-    return value * scale if value is not None and math.isfinite(value) and value >= 0 else None
-
-
-def usage_body(usages: list[Usage], n: int = 1) -> Json:
-    """OpenAI's usage over all generations of one request; a prompt with *n* choices is counted once."""
-    prompt = sum(usage.prompt_tokens for usage in usages[::n])
-    completion = sum(usage.completion_tokens for usage in usages)
-    body: Json = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-    cached = [usage.cached_tokens for usage in usages if usage.cached_tokens is not None]
-    return body | ({"prompt_tokens_details": {"cached_tokens": sum(cached)}} if cached else {})
-
-
-def timings_body(usages: list[Usage]) -> Json:
-    """The engine's clock under llama.cpp's names; what the engine did not tell, or told as inf or NaN, is left out."""
-    body: Json = {
-        "prompt_n": sum(usage.prompt_tokens - (usage.cached_tokens or 0) for usage in usages),
-        "predicted_n": sum(usage.completion_tokens for usage in usages),
-    }
-    for phase in ("prompt", "predicted"):
-        times = [_finite(getattr(usage, f"{phase}_ms")) for usage in usages]
-        known = [time for time in times if time is not None]
-        if len(known) == len(times) and known:
-            body[f"{phase}_ms"] = total = sum(known)
-            if total > 0:
-                body[f"{phase}_per_second"] = 1000 * body[f"{phase}_n"] / total
-    return body
-
-
-def token_entry(token: bytes, logprob: float, *, id: int | None = None) -> Json:
-    """One token with its log-probability; text leaves out the bytes that are no whole code point, as llama.cpp does."""
-    entry: Json = {"token": token.decode("utf-8", "ignore"), "logprob": logprob, "bytes": list(token)}
-    return entry if id is None else {"id": id, **entry}
-
-
-def legacy_logprobs(entries: list[Json], offset: int = 0) -> Json:
-    """The log-probabilities of /v1/completions; llama.cpp's `content` list rides along."""
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(entry["token"])
-    return {
-        "tokens": [entry["token"] for entry in entries],
-        "token_logprobs": [entry["logprob"] for entry in entries],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
-        "text_offset": offsets,
-        "content": entries,
-    }
-
-
-_MARKUP = ("<tool", "<|tool", "<function", "<|python_tag|>", "[TOOL_CALLS]", "<｜tool")
-
-
-class TokenPlaces:
-    """Finds where in the text each token begins, from pieces of one token each.
-
-    An engine shows a code point with its last token; the tokens before it in the same code point come with no text.
-    """
-
-    def __init__(self) -> None:
-        self._shown_bytes = 0
-        self._unshown = b""
-
-    def place(self, piece: Piece) -> Piece:
-        """The piece with its `starts`."""
-        start = -1 if piece.reasoning else self._shown_bytes + len(self._unshown)
-        self._unshown += b"".join(bytes(entry["bytes"]) for entry in piece.logprobs)
-        self._shown_bytes += len(piece.content.encode())
-        if piece.content or _is_text(self._unshown):  # whole, yet not shown: a control token
-            self._unshown = b""
-        return replace(piece, starts=(start,) * len(piece.logprobs))
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-class StopMatcher:
-    """Finds the first stop string to be complete in a text that arrives in chunks, however it is split.
-
-    Of two that are complete at the same character the longer counts. Text that may be the beginning of a stop string
-    is held back.
-    """
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
-        self._held = ""
-
-    def pass_on(self, text: str) -> tuple[str, bool]:
-        """What may be told of the held text and *text*, and whether a stop string was found behind it."""
-        text, self._held = self._held + text, ""
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            return text[: min(found)[1]], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        told = len(text) - keep
-        self._held = text[told:]
-        return text[:told], False
-
-    def rest(self) -> str:
-        """The text still held, for a generation that ended by itself."""
-        rest, self._held = self._held, ""
-        return rest
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of *text* that is a beginning of *stop*."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
-
-
-class StopCutter:
-    """Ends the pieces of a generation before the first stop string, log-probabilities too.
-
-    A log-probability is told with the first text that its token is part of.
-    """
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._matcher = StopMatcher(stops)
-        self._told_bytes = 0
-        self._held: list[tuple[int, Json]] = []
-
-    def pass_on(self, piece: Piece) -> Piece:
-        """The piece with what may be told by now; its finish is "stop" when a stop string was found."""
-        text, found = self._matcher.pass_on(piece.content)
-        over = bool(piece.finish) and not found
-        text += self._matcher.rest() if over else ""
-        self._told_bytes += len(text.encode())
-        entries = [*self._held, *zip(piece.starts, piece.logprobs, strict=True)]
-        told = [entry for entry in entries if over or entry[0] < self._told_bytes]
-        self._held = entries[len(told) :]
-        piece = replace(
-            piece,
-            content=text,
-            starts=tuple(start for start, _ in told),
-            logprobs=tuple(logprob for _, logprob in told),
-        )
-        return replace(piece, finish="stop", tool_calls=()) if found else piece
-
-
-class ToolTextGate:
-    """Holds text back that may be a tool call's markup, until it is known to be one or not.
-
-    The engine parses calls only at the end and lets their markup through as text before (mistral.rs#2455).
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._begun = False
-
-    def pass_on(self, text: str) -> str:
-        """What of the held text and *text* is certainly no markup."""
-        text, self._held = self._held + text, ""
-        if not self._begun and text.lstrip()[:1] in ("", "{", "["):
-            self._held = text
-            return ""
-        self._begun = True
-        at = self._opening(text)
-        self._held = text[at:]
-        return text[:at]
-
-    def rest(self) -> str:
-        """The text still held, for a generation that turned out to hold no call."""
-        rest, self._held = self._held, ""
-        return rest
-
-    @staticmethod
-    def _opening(text: str) -> int:
-        """Where the first markup begins, or a tail that may become one; the length of *text* if there is none."""
-        found = [at for mark in _MARKUP if (at := text.find(mark)) >= 0]
-        tails = [len(text) - size for mark in _MARKUP for size in range(1, len(mark)) if text.endswith(mark[:size])]
-        return min([*found, *tails, len(text)])
-
-
-_FORCED = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL)
-
-
-def forced_call(text: str, call_id: str) -> Json | None:
-    """The tool call that grammar-forced *text* holds, arguments as a JSON string; None if it ends before them.
-
-    Text that was cut by the token limit gives the arguments so far, as OpenAI's API does.
-    """
-    try:
-        parsed = json.loads(text)
-        name, arguments = parsed["name"], json.dumps(parsed["arguments"], ensure_ascii=False, separators=(",", ":"))
-    except (ValueError, KeyError, TypeError):
-        match = _FORCED.match(text)
-        if match is None:
-            return None
-        name, arguments = json.loads(match[1]), match[2]
-    return {"index": 0, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
 # --- responses ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """What all chunks of one response share."""
-
-    id: str
-    created: int
-    model: str
-    chat: bool
-
-    def body(self, *, stream: bool, choices: list[Json]) -> Json:
-        """A response or chunk with these choices."""
-        kind = "text_completion" if not self.chat else "chat.completion.chunk" if stream else "chat.completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-
-def chunk_choice(index: int, delta: Json, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
-    """One choice of a chat chunk."""
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-
-
-def text_choice(index: int, text: str, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
-    """One choice of a text completion, whole or chunk."""
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
-def opening_choice(head: Head, index: int) -> Json | None:
-    """The first chunk's choice: the role, once, with empty content. Text completions have none."""
-    return chunk_choice(index, {"role": "assistant", "content": ""}) if head.chat else None
-
-
-def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json | None:
-    """The choice that carries a piece's content; None for a piece that has nothing to say but its end."""
-    if not (piece.content or piece.reasoning or piece.logprobs or piece.tool_calls):
-        return None
-    entries = list(piece.logprobs)
-    if not head.chat:
-        return text_choice(index, piece.content, logprobs=legacy_logprobs(entries, offset) if entries else None)
-    delta: Json = {}
-    if piece.reasoning:
-        delta["reasoning_content"] = piece.reasoning
-    if piece.content or (entries and not delta):
-        delta["content"] = piece.content
-    if piece.tool_calls:
-        delta["tool_calls"] = list(piece.tool_calls)
-    return chunk_choice(index, delta, logprobs={"content": entries} if entries else None)
-
-
-def closing_choice(head: Head, index: int, finish: str) -> Json:
-    """The choice with the finish reason and nothing else."""
-    return chunk_choice(index, {}, finish=finish) if head.chat else text_choice(index, "", finish=finish)
-
-
-def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") -> Json:
-    """One choice of a response that is not streamed, put together from its pieces."""
-    content = "".join(piece.content for piece in pieces)
-    entries = [entry for piece in pieces for entry in piece.logprobs]
-    finish = next((piece.finish for piece in reversed(pieces) if piece.finish), None)
-    if not head.chat:
-        logprobs = legacy_logprobs(entries, len(echo)) if entries else None
-        return text_choice(index, echo + content, finish=finish, logprobs=logprobs)
-    calls = [call for piece in pieces for call in piece.tool_calls]
-    message: Json = {"role": "assistant", "content": None if calls and not content else content}
-    reasoning = "".join(piece.reasoning for piece in pieces)
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
-    logprobs = {"content": entries} if entries else None
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}

@@ -38,7 +38,7 @@ class Tool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class ToolLoopResult:
     """How a loop ended, with all messages until then and the answers of the model in them as `rounds`.
 
     `ended`: "answer"; "length", an answer that was cut off; "rounds" or "seconds", the limit that was reached; "error",
@@ -72,7 +72,7 @@ async def run_tools(
     max_rounds: int = 8,
     call_s: float = 30.0,
     total_s: float = 300.0,
-) -> Outcome:
+) -> ToolLoopResult:
     """What becomes of *messages* when the model may call *tools*; what a tool or the chat raises is part of it.
 
     Each answer of the model is a round, and its calls run at the same time, each for at most *call_s*. What is wrong
@@ -92,12 +92,12 @@ async def run_tools(
             calls = [(call.get("id") or "", *_named(call["function"])) for call in message.get("tool_calls") or []]
         except Exception as error:
             if limit.expired():
-                return Outcome(messages=said, rounds=rounds, ended="seconds")
-            return Outcome(messages=said, rounds=rounds, ended="error", error=error)
+                return ToolLoopResult(messages=said, rounds=rounds, ended="seconds")
+            return ToolLoopResult(messages=said, rounds=rounds, ended="error", error=error)
         said.append(message)
         if not calls and finish != "tool_calls":
             ended: Literal["length", "answer"] = "length" if finish == "length" else "answer"
-            return Outcome(messages=said, rounds=rounds + 1, ended=ended, answer=message.get("content") or "")
+            return ToolLoopResult(messages=said, rounds=rounds + 1, ended=ended, answer=message.get("content") or "")
         limit_s = max(0.0, min(call_s, deadline - time.monotonic()))
         results = await asyncio.gather(*(_result(name, given, tools, limit_s) for _, name, given in calls))
         for (call_id, *_), result in zip(calls, results, strict=True):
@@ -107,8 +107,8 @@ async def run_tools(
         if body.get("tool_choice") not in (None, "none"):
             body["tool_choice"] = "auto"
         if time.monotonic() >= deadline:
-            return Outcome(messages=said, rounds=rounds + 1, ended="seconds")
-    return Outcome(messages=said, rounds=max_rounds, ended="rounds")
+            return ToolLoopResult(messages=said, rounds=rounds + 1, ended="seconds")
+    return ToolLoopResult(messages=said, rounds=max_rounds, ended="rounds")
 
 
 def _unknown(name: str, tools: Tools) -> str:

@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator
 from engines.errors import BadInput
 from engines.mistral_rs.native import frames
 from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
-from engines.mistral_rs.native.engine import Native, Reply, in_stream, json_body, refusal
+from engines.mistral_rs.native.engine import EngineResponse, Native, in_stream, json_body, refusal
 
 MAX_BODY_BYTES = 64 * 2**20
 
@@ -78,7 +78,7 @@ class WorkerConnection:
         except Exception as error:
             await self._whole(refusal(error), writer)
 
-    async def _whole(self, reply: Reply, writer: asyncio.StreamWriter) -> None:
+    async def _whole(self, reply: EngineResponse, writer: asyncio.StreamWriter) -> None:
         writer.write(_status(reply.status) + frames.piece(reply.body) + frames.piece(b""))
         await writer.drain()
 

@@ -143,7 +143,7 @@ class FrameConnection:
     """A native worker."""
 
     def __init__(self, host: str, port: int, key: SecretStr | None) -> None:
-        self._client = frames.Client(host, port, key.get_secret_value() if key else "")
+        self._client = frames.FrameClient(host, port, key.get_secret_value() if key else "")
         self._asking = _Asking()
 
     @contextlib.asynccontextmanager

@@ -24,7 +24,7 @@ import pytest
 
 from engines.errors import BadInput
 from engines.mistral_rs.host import listen
-from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native import requests, responses, stop_text
 from engines.mistral_rs.native.chat_template import ChatTemplate, TemplateRefused, Vocabulary
 from engines.mistral_rs.native.generation import (
     Admitted,
@@ -35,7 +35,8 @@ from engines.mistral_rs.native.generation import (
     reckoned,
     until_stop,
 )
-from engines.mistral_rs.native.requests import ApiError, Head, Piece, Usage
+from engines.mistral_rs.native.requests import ApiError
+from engines.mistral_rs.native.responses import Head, Piece, Usage
 from engines.model.gguf import read_metadata, shard_paths
 from engines.process.serving import free_port
 
@@ -92,19 +93,19 @@ WEATHER = {
 def test_a_wrong_chat_body_is_refused_by_the_name_of_its_parameter(change: dict[str, Any], param: str) -> None:
     """Every refusal is a 400 whose `param` says where to look."""
     with pytest.raises(ApiError) as refused:
-        shapes.parse_chat({"messages": HI} | change)
+        requests.parse_chat({"messages": HI} | change)
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
 
 
 def test_missing_parameters_are_not_invented() -> None:
     """Only temperature has a default of its own: OpenAI's 1."""
-    assert shapes.parse_chat({"messages": HI}).sampling == shapes.Sampling(temperature=1.0)
+    assert requests.parse_chat({"messages": HI}).sampling == requests.SamplingParameters(temperature=1.0)
 
 
 def test_max_completion_tokens_wins_over_max_tokens() -> None:
     """The newer name counts when both are given."""
     body = {"messages": HI, "max_tokens": 9, "max_completion_tokens": 3}
-    assert shapes.parse_chat(body).sampling.max_tokens == 3
+    assert requests.parse_chat(body).sampling.max_tokens == 3
 
 
 def test_a_tool_round_trip_keeps_its_calls() -> None:
@@ -114,7 +115,7 @@ def test_a_tool_round_trip_keeps_its_calls() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "rain"}]},
     ]
-    assistant, tool = shapes.parse_messages({"messages": past})
+    assistant, tool = requests.parse_messages({"messages": past})
     assert assistant["content"] == ""
     assert assistant["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
     assert tool == {"role": "tool", "tool_call_id": "call_1", "content": "rain"}
@@ -123,9 +124,9 @@ def test_a_tool_round_trip_keeps_its_calls() -> None:
 def test_required_tools_become_a_schema_of_one_call_to_any_of_them() -> None:
     """A named function is forced alone, "required" offers all."""
     other = {"type": "function", "function": {"name": "other"}}
-    required = shapes.parse_chat({"messages": HI, "tools": [WEATHER, other], "tool_choice": "required"})
+    required = requests.parse_chat({"messages": HI, "tools": [WEATHER, other], "tool_choice": "required"})
     named = {"type": "function", "function": {"name": "weather"}}
-    forced = shapes.parse_chat({"messages": HI, "tools": [WEATHER, other], "tool_choice": named})
+    forced = requests.parse_chat({"messages": HI, "tools": [WEATHER, other], "tool_choice": named})
     assert required.sampling.grammar is not None
     assert forced.sampling.grammar is not None
     assert len(json.loads(required.sampling.grammar.text)["anyOf"]) == 2
@@ -135,9 +136,9 @@ def test_required_tools_become_a_schema_of_one_call_to_any_of_them() -> None:
 def test_an_unknown_model_is_not_found() -> None:
     """The served id, "default" and nothing at all are accepted; any other name is 404 model_not_found."""
     for model in ("smol", "default", None):
-        shapes.check_model({"model": model}, "smol")
+        requests.check_model({"model": model}, "smol")
     with pytest.raises(ApiError) as refused:
-        shapes.check_model({"model": "gpt-4"}, "smol")
+        requests.check_model({"model": "gpt-4"}, "smol")
     assert (refused.value.status, refused.value.error["code"]) == (404, "model_not_found")
 
 
@@ -147,7 +148,7 @@ def test_an_unknown_model_is_not_found() -> None:
 def test_timings_leave_out_what_is_no_number() -> None:
     """inf and NaN, as the wheel tells them after one token, are absent rather than zero."""
     usage = Usage(prompt_tokens=5, completion_tokens=1, prompt_ms=100.0, predicted_ms=float("inf"))
-    assert shapes.timings_body([usage]) == {
+    assert responses.timings_body([usage]) == {
         "prompt_n": 5,
         "predicted_n": 1,
         "prompt_ms": 100.0,
@@ -158,12 +159,12 @@ def test_timings_leave_out_what_is_no_number() -> None:
 def test_a_prompt_with_two_choices_is_counted_once() -> None:
     """OpenAI bills the prompt once for n choices."""
     usages = [Usage(prompt_tokens=5, completion_tokens=2), Usage(prompt_tokens=5, completion_tokens=3)]
-    assert shapes.usage_body(usages, n=2) == {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
+    assert responses.usage_body(usages, n=2) == {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
 
 
 def test_a_token_that_is_part_of_a_code_point_keeps_its_bytes() -> None:
     """Its text is empty, as llama.cpp has it; its bytes are exact."""
-    assert shapes.token_entry(b"\xf0\x9f", -0.5) == {"token": "", "logprob": -0.5, "bytes": [0xF0, 0x9F]}
+    assert responses.token_entry(b"\xf0\x9f", -0.5) == {"token": "", "logprob": -0.5, "bytes": [0xF0, 0x9F]}
 
 
 @pytest.mark.parametrize(
@@ -175,14 +176,14 @@ def test_a_token_that_is_part_of_a_code_point_keeps_its_bytes() -> None:
 )
 def test_a_forced_call_has_string_arguments_even_when_cut(text: str, arguments: str) -> None:
     """Whole text gives compact JSON, cut text what there is."""
-    call = shapes.forced_call(text, "call_1")
+    call = stop_text.forced_call(text, "call_1")
     assert call is not None
     assert call["function"] == {"name": "weather", "arguments": arguments}
 
 
 def test_a_forced_call_cut_before_its_arguments_is_none() -> None:
     """Without a name and arguments there is no call to tell of."""
-    assert shapes.forced_call('{"name": "wea', "call_1") is None
+    assert stop_text.forced_call('{"name": "wea', "call_1") is None
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_a_forced_call_cut_before_its_arguments_is_none() -> None:
 )
 def test_tool_markup_is_held_back(chunks: list[str], passed: str, rest: str) -> None:
     """Text passes at once, except what may be the beginning of a call."""
-    gate = shapes.ToolTextGate()
+    gate = stop_text.ToolTextGate()
     assert "".join(gate.pass_on(chunk) for chunk in chunks) == passed
     assert gate.rest() == rest
 
@@ -206,7 +207,7 @@ def test_a_whole_choice_with_a_call_has_null_content() -> None:
     """Content is null beside tool calls, and a call of a message has no index."""
     call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     head = Head(id="x", created=1, model="m", chat=True)
-    choice = shapes.whole_choice(head, 0, [Piece(tool_calls=(call,), finish="tool_calls")])
+    choice = responses.whole_choice(head, 0, [Piece(tool_calls=(call,), finish="tool_calls")])
     assert choice["message"]["content"] is None
     assert "index" not in choice["message"]["tool_calls"][0]
 
@@ -223,9 +224,9 @@ async def test_a_silent_stream_gets_keep_alive_comments_after_its_first_frame_on
     seen = []
     async for frame in keep_alive(frames(), 0.001):
         seen.append(frame)
-        if frame == shapes.KEEP_ALIVE:
+        if frame == requests.KEEP_ALIVE:
             release.set()
-    assert seen[:2] == [b"first", shapes.KEEP_ALIVE]
+    assert seen[:2] == [b"first", requests.KEEP_ALIVE]
     assert seen[-1] == b"last"
 
 
@@ -241,7 +242,7 @@ def splits(text: str) -> Iterator[list[str]]:
 
 def through(stops: tuple[str, ...], chunks: list[str]) -> tuple[str, bool]:
     """The text that a StopMatcher tells of *chunks*, and whether it found a stop string."""
-    matcher, told = shapes.StopMatcher(stops), ""
+    matcher, told = stop_text.StopMatcher(stops), ""
     for chunk in chunks:
         text, found = matcher.pass_on(chunk)
         told += text
@@ -290,7 +291,7 @@ def test_short_texts_end_as_if_read_character_by_character() -> None:
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     """Text is told at once as far as it is safe."""
-    matcher = shapes.StopMatcher(("young",))
+    matcher = stop_text.StopMatcher(("young",))
     assert [matcher.pass_on(text) for text in ("a yo", "u", "r y", "oung!")] == [
         ("a ", False),
         ("", False),
@@ -301,8 +302,8 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
 
 def token_pieces(*tokens: tuple[bytes, str], finish: str | None = None) -> list[Piece]:
     """Pieces of one token each, with their places: (bytes of the token, text shown with it)."""
-    places = shapes.TokenPlaces()
-    pieces = [Piece(content=text, logprobs=(shapes.token_entry(data, -1.0),)) for data, text in tokens]
+    places = stop_text.TokenPlaces()
+    pieces = [Piece(content=text, logprobs=(responses.token_entry(data, -1.0),)) for data, text in tokens]
     return [places.place(piece) for piece in [*pieces, *([Piece(finish=finish)] if finish else [])]]
 
 
@@ -325,7 +326,7 @@ PARTY = [(b"go", "go"), (b" \xf0\x9f", ""), (b"\x8e", ""), (b"\x89", " 🎉"), (
 )
 def test_log_probabilities_are_cut_with_the_text(stop: str, text: str, tokens: list[bytes]) -> None:
     """Tokens that lie at least partly before the cut are told of, also those that hold a part of one code point."""
-    cutter = shapes.StopCutter((stop,))
+    cutter = stop_text.StopCutter((stop,))
     told = [cutter.pass_on(piece) for piece in token_pieces(*PARTY)]
     last = next(at for at, piece in enumerate(told) if piece.finish)
     assert "".join(piece.content for piece in told[: last + 1]) == text
@@ -335,7 +336,7 @@ def test_log_probabilities_are_cut_with_the_text(stop: str, text: str, tokens: l
 
 def test_text_and_log_probabilities_held_in_vain_come_with_the_end() -> None:
     """A generation that ends by itself within the beginning of a stop string loses nothing."""
-    cutter = shapes.StopCutter(("🎉!?",))
+    cutter = stop_text.StopCutter(("🎉!?",))
     told = [cutter.pass_on(piece) for piece in token_pieces(*PARTY, finish="length")]
     assert "".join(piece.content for piece in told) == "go 🎉!"
     assert logprob_bytes(told) == [data for data, _ in PARTY]
@@ -377,8 +378,8 @@ def test_times_that_one_token_does_not_have_are_left_out() -> None:
 def test_a_forced_call_is_not_searched_for_stop_strings() -> None:
     """Its JSON is no text; other calls keep their stop strings."""
     body = {"messages": HI, "tools": [WEATHER], "stop": '"'}
-    assert shapes.parse_chat(body | {"tool_choice": "required"}).sampling.stop == ()
-    assert shapes.parse_chat(body).sampling.stop == ('"',)
+    assert requests.parse_chat(body | {"tool_choice": "required"}).sampling.stop == ()
+    assert requests.parse_chat(body).sampling.stop == ('"',)
 
 
 # --- counters -------------------------------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ async def test_the_counters_follow_a_generation() -> None:
         yield Piece(content="b", finish="stop", usage=usage)
 
     async def refused() -> AsyncGenerator[Admitted | Piece, None]:
-        raise shapes.context_exceeded(9, 8)
+        raise requests.context_exceeded(9, 8)
         yield Admitted(9)
 
     counters = Counters()
@@ -758,7 +759,7 @@ def test_a_required_tool_is_streamed_as_a_call(http: httpx.Client) -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_call_that_the_model_writes_by_itself_leaks_no_text(http: httpx.Client, streamed: bool) -> None:
     """With tool_choice "auto" the engine reads the call at the end; its JSON does not show up as content before."""
-    call = shapes.forced_schema([WEATHER], ("weather",))
+    call = requests.forced_schema([WEATHER], ("weather",))
     wanted = {"type": "json_schema", "json_schema": {"name": "call", "schema": call}}
     body: dict[str, Any] = {"tools": [WEATHER], "response_format": wanted, "max_tokens": 80}
     if streamed:

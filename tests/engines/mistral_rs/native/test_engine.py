@@ -12,10 +12,10 @@ from typing import Any
 import installed
 import pytest
 
-from engines.mistral_rs.native import requests as shapes
+from engines.mistral_rs.native import requests
 from engines.mistral_rs.native.arguments import add_model_arguments, check, prepare
-from engines.mistral_rs.native.engine import Native, Reply, json_body
-from engines.mistral_rs.native.model import GRAMMAR_AT_FAULT, Model, compact
+from engines.mistral_rs.native.engine import EngineResponse, Native, json_body
+from engines.mistral_rs.native.model import GRAMMAR_AT_FAULT, LoadedModel, compact
 from engines.mistral_rs.native.requests import ApiError, Grammar, Json
 from engines.mistral_rs.native.tool_loop import Tool, chat_of, run_tools
 
@@ -62,8 +62,8 @@ WEATHER, NEWS = tool("weather", "Oslo", "Rome"), tool("news", "Oslo")
 )
 async def test_a_grammar_is_read_alike_in_chats_and_completions(change: Json, grammar: Grammar | None) -> None:
     """mistral.rs's own words, OpenAI's and llama.cpp's; a GBNF text is not looked at."""
-    assert shapes.parse_chat({"messages": HI, **change}).sampling.grammar == grammar
-    assert shapes.parse_completion({"prompt": "hi", **change}).sampling.grammar == grammar
+    assert requests.parse_chat({"messages": HI, **change}).sampling.grammar == grammar
+    assert requests.parse_completion({"prompt": "hi", **change}).sampling.grammar == grammar
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ async def test_a_grammar_is_read_alike_in_chats_and_completions(change: Json, gr
 )
 async def test_a_wrong_grammar_is_refused_by_name(change: Json, param: str) -> None:
     """400 with the parameter, in chats and completions."""
-    for parse, body in ((shapes.parse_chat, {"messages": HI}), (shapes.parse_completion, {"prompt": "hi"})):
+    for parse, body in ((requests.parse_chat, {"messages": HI}), (requests.parse_completion, {"prompt": "hi"})):
         with pytest.raises(ApiError) as refused:
             parse(body | change)
         assert (refused.value.status, refused.value.error["param"]) == (400, param)
@@ -93,9 +93,9 @@ async def test_a_grammar_and_a_forced_call_exclude_each_other() -> None:
     """Neither could be kept; with "auto" and "none" there is only the grammar."""
     body = {"messages": HI, "tools": [WEATHER], "grammar": {"type": "regex", "value": "a"}}
     for choice in ("auto", "none"):
-        assert shapes.parse_chat(body | {"tool_choice": choice}).sampling.grammar == Grammar("regex", "a")
+        assert requests.parse_chat(body | {"tool_choice": choice}).sampling.grammar == Grammar("regex", "a")
     with pytest.raises(ApiError) as refused:
-        shapes.parse_chat(body | {"tool_choice": "required"})
+        requests.parse_chat(body | {"tool_choice": "required"})
     assert (refused.value.status, refused.value.error["param"]) == (400, "grammar")
 
 
@@ -135,7 +135,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
     try:
         check(arguments, None)
         prepare(arguments)
-        yield Native(Model(arguments), arguments.model_id, arguments.slots)
+        yield Native(LoadedModel(arguments), arguments.model_id, arguments.slots)
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -388,7 +388,7 @@ async def test_tools_calls_and_results_are_all_in_the_prompt(native: Native) -> 
     assert counts == sorted(set(counts))
     body = {"messages": [*HI, message, result], "tools": [WEATHER], "max_tokens": 1}
     reply = await native.ask("POST", CHAT, body)
-    assert isinstance(reply, Reply)
+    assert isinstance(reply, EngineResponse)
     assert "x-switchyard-warning" not in reply.headers
 
 
@@ -408,7 +408,7 @@ async def test_what_the_engine_cannot_take_is_the_clients_fault(native: Native, 
     with pytest.raises(ApiError) as refused:
         await native.ask("POST", path, {"messages": HI, "max_tokens": 2, **change})
     assert refused.value.status == 400
-    assert isinstance(await native.ask("POST", CHAT, {"messages": HI, "max_tokens": 1}), Reply)
+    assert isinstance(await native.ask("POST", CHAT, {"messages": HI, "max_tokens": 1}), EngineResponse)
 
 
 @pytest.mark.engine

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from engines.mistral_rs.native import frames
-from engines.mistral_rs.native.engine import Reply
+from engines.mistral_rs.native.engine import EngineResponse
 from engines.mistral_rs.native.requests import ApiError
 from engines.mistral_rs.native.worker import WorkerConnection
 
@@ -22,12 +22,12 @@ class Scripted:
 
     async def ask(self, method, path, body):
         if path == "/whole":
-            return Reply({"method": method, "body": body})
+            return EngineResponse({"method": method, "body": body})
         if path == "/bug":
             raise ZeroDivisionError("a bug")
         if path == "/refused":
             raise ApiError(400, "no")
-        return Reply(getattr(self, path[1:])())
+        return EngineResponse(getattr(self, path[1:])())
 
     async def stream(self):
         for number in range(3):
@@ -62,7 +62,7 @@ async def worker():
 
 
 def asked(port, path, method="POST", body=b"{}", key=KEY):
-    return frames.Client("127.0.0.1", port, key).ask(method, path, body)
+    return frames.FrameClient("127.0.0.1", port, key).ask(method, path, body)
 
 
 async def read(port, path, **how):
@@ -119,7 +119,7 @@ async def test_connections_are_kept_and_one_that_broke_costs_nothing(worker):
         await asyncio.gather(pipe(reader, outward), pipe(inward, writer))
 
     async with await asyncio.start_server(forward, "127.0.0.1", 0) as between:
-        client = frames.Client("127.0.0.1", between.sockets[0].getsockname()[1], KEY)
+        client = frames.FrameClient("127.0.0.1", between.sockets[0].getsockname()[1], KEY)
 
         async def whole(path="/whole"):
             async with client.ask("POST", path, b"{}") as answer:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines.mistral_rs.native.requests import ApiError, Json
-from engines.mistral_rs.native.tool_loop import Outcome, Tool, run_tools, why_not
+from engines.mistral_rs.native.tool_loop import Tool, ToolLoopResult, run_tools, why_not
 
 ASKED = [{"role": "user", "content": "hi"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -50,7 +50,7 @@ def scripted(*answers: Json | Exception) -> tuple[Callable[[Json], Awaitable[Jso
     return chat, seen
 
 
-def results(outcome: Outcome) -> list[str]:
+def results(outcome: ToolLoopResult) -> list[str]:
     """What the model was told of its calls."""
     return [message["content"] for message in outcome.messages if message["role"] == "tool"]
 
