@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from prefect import flow, task
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.evaluation.outcome import conclude, publish
+from engines.errors import SwitchyardError
+from engines.yard.client import YardClient, public_address
+from flows.evaluation import measure
+from flows.evaluation.judge import does_not_start, turned_down
+from flows.evaluation.outcome import judge, report
 from flows.evaluation.run import opened
-from flows.evaluation.trial import ARMS, Trial, Unmeasured
+from flows.evaluation.soak import leave_soak_out, soak
+from flows.evaluation.trial import ARMS, Bench, Side, Trial, Unmeasured
 from flows.progress import progress
 from migrations.plan import Plan
-from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.unmeasured import summary
+from tasks.report.report import latency_images
+from tasks.verdicts.verdict import Verdict
 
 KINDS = {
     "prompt tokens": "parity.tokens",
@@ -34,7 +42,7 @@ def gather(model: str, arm: str, evidence: str, work: Callable[[], None]) -> Non
 def evaluate(
     plan: Plan, resume: str | None = None, allow_retired: bool = False, with_soak: bool = True
 ) -> dict[str, Any]:
-    """Measure and judge every model of the plan; `resume` goes on with a run that was killed or interrupted.
+    """Measure and judge every model of the plan; `resume` is a run that was killed or interrupted.
 
     Without a soak, stability is judged by that of an earlier evaluation of just this, and is INCONCLUSIVE without one.
     """
@@ -44,36 +52,38 @@ def evaluate(
             trial.forget_unmeasured()
         for trial in trials:
             try_model(trial, with_soak=with_soak)
-        outcome = conclude(bench, run, trials)
+        outcome = judge(bench, trials)
+        run.finish("done", verdict=Verdict(outcome["verdict"]))
+        outcome = report(bench.records, bench.home, outcome)
         publish(bench, outcome)
     return outcome
 
 
 def try_model(trial: Trial, *, with_soak: bool = True) -> None:
     """Cheap evidence first; a model that it turns down, or that an engine does not load, is not measured at length."""
-    attempt(trial, "both", "preflight", trial.preflight)
-    if trial.turned_down():
+    attempt(trial, "both", "preflight", partial(measure.preflight, trial))
+    if turned_down(trial):
         return
     for arm in ARMS:
-        attempt(trial, arm, "prompt tokens", partial(trial.prompt_tokens, arm))
-    if trial.does_not_start():
+        attempt(trial, arm, "prompt tokens", partial(measure.prompt_tokens, trial, arm))
+    if does_not_start(trial):
         return
     for arm in ARMS:
-        attempt(trial, arm, "answers", partial(trial.answers, arm))
-    if trial.turned_down() or trial.does_not_start():
+        attempt(trial, arm, "answers", partial(measure.answers, trial, arm))
+    if turned_down(trial) or does_not_start(trial):
         return
     for arm in ARMS:
-        attempt(trial, arm, "compatibility", partial(trial.compatibility, arm))
-    if trial.does_not_start():
+        attempt(trial, arm, "compatibility", partial(measure.compatibility, trial, arm))
+    if does_not_start(trial):
         return
-    if trial.bench.plan.measure.calibration_blocks:
-        attempt(trial, "incumbent", "calibration", trial.calibration)
-    attempt(trial, "both", "performance", trial.performance)
-    attempt(trial, "both", "soak", trial.soak if with_soak else trial.leave_soak_out)
-    attempt(trial, "candidate", "faults", trial.faults)
+    if trial.plan.measure.calibration_blocks:
+        attempt(trial, "incumbent", "calibration", partial(measure.calibration, trial))
+    attempt(trial, "both", "performance", partial(measure.performance, trial))
+    attempt(trial, "both", "soak", partial(soak if with_soak else leave_soak_out, trial))
+    attempt(trial, "candidate", "faults", partial(measure.faults, trial))
 
 
-def attempt(trial: Trial, arm: Arm | Literal["both"], evidence: str, work: Callable[[], None]) -> None:
+def attempt(trial: Trial, arm: Side, evidence: str, work: Callable[[], None]) -> None:
     """One kind of evidence; where it cannot be gathered that is recorded, and the run continues.
 
     Raises what ends the whole run: an interrupt, a bad plan, records that cannot be written, an error of Prefect's.
@@ -95,3 +105,34 @@ def attempt(trial: Trial, arm: Arm | Literal["both"], evidence: str, work: Calla
         if not isinstance(broken[0], Unmeasured):
             trial.broke(arm, KINDS.get(evidence, evidence), broken[0])
         progress.get().note(f"{trial.model.id}: {evidence} could not be measured: {summary(broken[0])}")
+
+
+def publish(bench: Bench, outcome: dict[str, Any]) -> None:
+    """The verdict table and a latency plot per model, as Prefect artifacts of the run."""
+    columns = ("check", "verdict", "value", "limit", "unit", "why")
+    rows = [
+        {"model": model["model"], **{key: check[key] for key in columns}}
+        for model in outcome["models"]
+        for check in model["checks"]
+        if check["required"]
+    ]
+    create_table_artifact(
+        key="switchyard-verdict",
+        table=rows,
+        description=f"Run {outcome['run_id']}: {outcome['verdict']}. Report: {outcome['report']}",
+    )
+    if (link := _link(bench.home, outcome["report"])) is not None:
+        create_link_artifact(link, link_text="the report", key="switchyard-report", description="served by the yard")
+    for number, (model, image) in enumerate(latency_images(bench.records, outcome["run_id"], outcome).items(), 1):
+        create_image_artifact(
+            key=f"switchyard-latency-{number}", image_url=image, description=f"{model}: time to first token"
+        )
+
+
+def _link(home: Path, written: str) -> str | None:
+    """The report's address for a browser: the yard serves it, so None where no yard runs."""
+    try:
+        address = public_address(YardClient(home).status()["address"])
+    except SwitchyardError:
+        return None
+    return f"{address}/yard/reports/{Path(written).name}"

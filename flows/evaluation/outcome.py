@@ -1,102 +1,69 @@
-"""What a run came to: stored verdicts, the report, Prefect's artifacts, and the next step for the user."""
+"""Result of a run as plain JSON: stored verdicts, and the path of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.errors import SwitchyardError
-from engines.yard.client import YardClient, public_address
-from flows.evaluation.run import Bench
-from flows.evaluation.trial import Trial
+from flows.evaluation.judge import judged
+from flows.evaluation.trial import Bench, Trial
 from migrations.demo import DEMO_NAME
 from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE, RISKS
-from tasks.records.tables import Run
-from tasks.report.report import latency_images, write_report
-from tasks.verdicts.risks import judge_risks
-from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons, worst
+from tasks.records.store import Records
+from tasks.report.report import write_report
+from tasks.verdicts.gate import gate, reasons, risks, run_verdict
+from tasks.verdicts.risks import Risk
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 
-def conclude(bench: Bench, run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
-    """The run's JSON form, judged, stored, reported, and the run recorded as done."""
-    outcome = judge(bench, run, trials)
-    bench.records.finish_run(run.id, "done", verdict=Verdict(outcome["verdict"]))
-    return report(bench, run, outcome)
-
-
-def judge(bench: Bench, run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
+def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
     """Every verdict from the raw evidence, stored in place of earlier ones."""
     models = []
     for trial in trials:
-        results = trial.judged()
-        bench.records.drop_checks(run.id, trial.model.id)
-        bench.records.put_checks(run.id, trial.model.id, results)
-        models.append(_model_outcome(trial, results))
-    verdict = worst(Verdict(model["verdict"]) for model in models)
+        results = judged(trial)
+        bench.records.drop_checks(bench.run_id, trial.model.id)
+        bench.records.put_checks(bench.run_id, trial.model.id, results)
+        models.append(model_outcome(trial.model.id, results, RISKS))
+    cannot_prove = DEMO_CANNOT_PROVE if bench.plan.name == DEMO_NAME else ()
+    return run_outcome(bench.run_id, bench.plan.name, models, cannot_prove)
+
+
+def model_outcome(model_id: str, results: Sequence[CheckResult], known_risks: Iterable[Risk] = ()) -> dict[str, Any]:
+    """The verdict on one model, with its checks and the risks that they decide."""
     return {
-        "run_id": run.id,
-        "plan": bench.plan.name,
-        "verdict": verdict.value,
-        "models": models,
-        "cannot_prove": DEMO_CANNOT_PROVE if bench.plan.name == DEMO_NAME else (),
-    }
-
-
-def report(bench: Bench, run: Run, outcome: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
-    """`outcome` with the path of its HTML report, which is written."""
-    written = write_report(bench.records, run.id, outcome, path or bench.home / "reports" / f"{run.id}.html")
-    bench.records.note_run(run.id, report_path=written)
-    return {**outcome, "report": str(written)}
-
-
-def publish(bench: Bench, outcome: dict[str, Any]) -> None:
-    """The verdict table and a latency plot per model, as Prefect artifacts of the run."""
-    from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
-
-    rows = [
-        {"model": model["model"], **{key: check[key] for key in ("check", "verdict", "value", "limit", "unit", "why")}}
-        for model in outcome["models"]
-        for check in model["checks"]
-        if check["required"]
-    ]
-    create_table_artifact(
-        key="switchyard-verdict",
-        table=rows,
-        description=f"Run {outcome['run_id']}: {outcome['verdict']}. Report: {outcome['report']}",
-    )
-    if (link := _link(bench.home, outcome["report"])) is not None:
-        create_link_artifact(link, link_text="the report", key="switchyard-report", description="served by the yard")
-    for number, (model, image) in enumerate(latency_images(bench.records, outcome["run_id"], outcome).items(), 1):
-        create_image_artifact(
-            key=f"switchyard-latency-{number}", image_url=image, description=f"{model}: time to first token"
-        )
-
-
-def _link(home: Path, report: str) -> str | None:
-    """Where a browser finds a report: the yard serves it, and where none runs nobody does."""
-    try:
-        address = public_address(YardClient(home).status()["address"])
-    except SwitchyardError:
-        return None
-    return f"{address}/yard/reports/{Path(report).name}"
-
-
-def _model_outcome(trial: Trial, results: Sequence[CheckResult]) -> dict[str, Any]:
-    return {
-        "model": trial.model.id,
+        "model": model_id,
         "verdict": gate(results).value,
         "checks": [result.model_dump(mode="json") for result in results],
         "closed_by": [result.check for result in reasons(results)],
         "risks": [
             {
-                "risk": judged.risk.risk,
-                "likelihood": judged.risk.likelihood,
-                "impact": judged.risk.impact,
-                "mitigation": judged.risk.mitigation,
-                "verdict": judged.verdict.value,
-                "decided_by": [result.check for result in judged.decided_by],
+                **{name: getattr(one.risk, name) for name in ("risk", "likelihood", "impact", "mitigation")},
+                "verdict": one.verdict.value,
+                "decided_by": [result.check for result in one.decided_by],
             }
-            for judged in judge_risks(RISKS, results)
+            for one in risks(known_risks, results)
         ],
     }
+
+
+def run_outcome(
+    run_id: str, plan: str, models: Sequence[dict[str, Any]], cannot_prove: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The verdict on a run, with its models."""
+    verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
+    return {
+        "run_id": run_id,
+        "plan": plan,
+        "verdict": verdict.value,
+        "models": list(models),
+        "cannot_prove": cannot_prove,
+    }
+
+
+def report(records: Records, home: Path, outcome: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+    """`outcome` with the path of its HTML report, which is written."""
+    run_id = outcome["run_id"]
+    written = write_report(records, run_id, outcome, path or home / "reports" / f"{run_id}.html")
+    records.note_run(run_id, report_path=written)
+    return {**outcome, "report": str(written)}

@@ -86,13 +86,13 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
         run = _evaluation(records, reference)
         bench = _bench_of(records, run, home)
         trials = [Trial(bench, model) for model in bench.plan.models]
-        return report(bench, run, judge(bench, run, trials), output)
+        return report(records, home, judge(bench, trials), output)
 
 
 def _evaluation(records: Records, reference: str) -> Run:
     run = records.find_run(reference, kind="evaluate")
     if run.kind != "evaluate":
-        raise BadInput(f"run {run.id} is a migration, not an evaluation; `switchyard migrate` goes on with it")
+        raise BadInput(f"run {run.id} is a migration, not an evaluation; `switchyard migrate` resumes it")
     return run
 
 

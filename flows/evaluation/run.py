@@ -1,4 +1,4 @@
-"""Opening a run: records, engines, the client's self-test; closing it with its verdict whatever happened."""
+"""Opening an evaluation: its plan checked, its engines found, the measuring client tested, its run recorded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pydantic import SecretStr
 
 from engines.client.self_test import self_test
 from engines.driver import Installation
-from engines.errors import BadInput, SwitchyardError
+from engines.errors import BadInput
 from engines.home import home as default_home
 from engines.model.header import read_header
 from engines.process.process import end_orphans
 from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.state import StateFile
-from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench, required_behaviours
+from flows.evaluation.judge import required_behaviours
+from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench
 from flows.experiment_lock import alone
 from flows.orchestrator.run import flow_run_id
 from flows.progress import progress
@@ -30,22 +31,26 @@ from tasks.evidence import compatibility
 from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.prompts import load_transcripts
+from tasks.records.journal import RunJournal, journal
 from tasks.records.payload import redact
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run
 
 
 @contextlib.contextmanager
-def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> Iterator[tuple[Bench, Run]]:
-    """The bench and its run, recorded as running; recorded as failed or interrupted if the block breaks off."""
+def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> Iterator[tuple[Bench, RunJournal]]:
+    """The bench and the journal of its run, which is new, or the one to `resume`."""
     home = default_home()
     end_orphans(home)
     if not allow_retired:
         refuse_retired(plan, home)
     installations = checked(plan)
     with alone(home, "an evaluation"), open_records() as records:
-        run = _resumed(records, plan, resume) if resume else _started(records, plan)
-        try:
+        earlier = _run_of(records, plan, resume) if resume else None
+        asked, here = plan.model_dump(mode="json"), machine_environment
+        with journal(
+            records, "evaluate", asked, unfinished=earlier, environment=here, flow_run_id=flow_run_id()
+        ) as run:
             bench = Bench(
                 plan=plan,
                 records=records,
@@ -53,15 +58,10 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
                 home=home,
                 installations=installations,
                 error_budget=_error_budget(records, run.id),
-                api_key=_engines_key(plan),
+                # checked by the engines where the plan's clients send a key; theirs is for the yard, not for engines
+                api_key=SecretStr(secrets.token_hex(16)) if plan.api_key_env else None,
             )
             yield bench, run
-        except SwitchyardError as error:
-            records.finish_run(run.id, "failed", error=str(error))
-            raise
-        except BaseException as error:  # Ctrl-C and Prefect's cancellation are no Exceptions
-            records.finish_run(run.id, "interrupted", error=type(error).__name__)
-            raise
 
 
 def refuse_retired(plan: Plan, home: Path) -> None:
@@ -108,30 +108,22 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
     lines.append(f"models: {', '.join(model.id for model in plan.models)}")
     lines += [f"{name} cannot be measured: {why}" for name, why in unreadable(plan).items()]
     candidate = installations["candidate"]
-    lost: dict[str, None] = {}
+    unsupported: dict[str, None] = {}
     for model in plan.models:
         serve = Serve(model_id=model.id, gguf=model.gguf, port=1, settings=plan.settings_for(model.id))
-        lost |= dict.fromkeys(driver(candidate.engine).unsupported(candidate, serve))
+        unsupported |= dict.fromkeys(driver(candidate.engine).unsupported(candidate, serve))
     accepted = set(plan.accepted_unsupported)
-    return lines + [f"lost on the candidate: {loss}" for loss in lost if loss.partition(":")[0] not in accepted]
+    return lines + [
+        f"not supported by the candidate: {one}" for one in unsupported if one.partition(":")[0] not in accepted
+    ]
 
 
-def _started(records: Records, plan: Plan) -> Run:
-    asked, here = plan.model_dump(mode="json"), machine_environment()
-    return records.start_run("evaluate", plan.name, asked, environment=here, flow_run_id=flow_run_id())
-
-
-def _resumed(records: Records, plan: Plan, reference: str) -> Run:
+def _run_of(records: Records, plan: Plan, reference: str) -> Run:
     run = records.find_run(reference)
     asked = recorded_plan(redact(plan.model_dump(mode="json")))  # as it was stored
     if recorded_plan(run.plan) != asked:  # a plan stored by an older version has fewer keys
         raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
-    return records.resume_run(run.id, flow_run_id=flow_run_id())
-
-
-def _engines_key(plan: Plan) -> SecretStr | None:
-    """A key that the engines check where the plan's clients send one; theirs is for the yard, not for engines."""
-    return SecretStr(secrets.token_hex(16)) if plan.api_key_env else None
+    return run
 
 
 def _error_budget(records: Records, run_id: str) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""The measurements of one model: each function gathers one kind of evidence, unless the records have it already."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from engines.errors import BadInput, EngineExited
+from engines.model.header import read_header
+from engines.process.serving import Served, exit_reason
+from engines.settings import Endpoint
+from flows.evaluation.judge import required_behaviours, turned_down
+from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
+from tasks.evidence import compatibility as behaviours
+from tasks.evidence import preflight as headers
+from tasks.evidence.engine_under_test import Arm, EngineUnderTest
+from tasks.evidence.faults import measure_faults
+from tasks.evidence.parity.answers import measure_answers, measure_floor
+from tasks.evidence.parity.parameters import measure_ignored_parameters
+from tasks.evidence.parity.tokens import measure_prompt_tokens
+from tasks.evidence.performance import measure_block, metrics
+from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
+from tasks.evidence.unmeasured import LAUNCH, summary
+from tasks.verdicts.noninferiority import decision_reached
+from tasks.verdicts.verdict import Verdict
+
+GLIMPSE_PROMPTS = 4  # answers still shown of a model that a cheap check has turned down
+GLIMPSE_TOKENS = 24
+FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
+FLOOR_TOKENS = 16
+DYING_S = 5.0  # a dying engine closes its connections first
+POLL_S = 0.05
+
+
+def preflight(trial: Trial) -> None:
+    """What the GGUF header says: loads, fits, alternatives. A file that cannot be read fails its model alone."""
+    verdict = Verdict.FAIL
+    try:
+        read_header(trial.model.gguf)
+        verdict = Verdict.ERROR  # of what its header says: the plan itself was checked before the run
+        trial.gather(BOTH, "preflight", partial(_preflight_report, trial))
+    except BadInput as error:
+        trial.put_unmeasured(BOTH, "preflight", {"verdict": verdict.value, "why": str(error), "log": []})
+        raise Unmeasured(str(error)) from error
+
+
+def _preflight_report(trial: Trial) -> Any:
+    architecture = read_header(trial.model.gguf).architecture
+    names = list(dict.fromkeys(engine.driver.name for engine in trial.engines.values()))
+    learned = {name: trial.records.correction(name, architecture) for name in names}
+    report = headers.preflight(
+        [(trial.model.id, trial.model.gguf)],
+        settings_by_model={trial.model.id: trial.engines["incumbent"].settings},
+        engines=names,
+        versions={engine.driver.name: engine.installation.version for engine in trial.engines.values()},
+        corrections={(trial.model.id, name): found.ratio for name, found in learned.items() if found is not None},
+    )
+    return report["models"][0]
+
+
+def prompt_tokens(trial: Trial, arm: Arm) -> None:
+    """How many tokens each prompt is to this engine: the cheapest way to see another tokenizer or template."""
+    _gather_served(
+        trial,
+        arm,
+        {"parity.tokens": lambda e: measure_prompt_tokens(e, _prompts(trial), progress=trial.say)},
+    )
+
+
+def answers(trial: Trial, arm: Arm) -> None:
+    """Greedy answers with logprobs and the engine's own noise; of a model turned down already, a few answers only."""
+    amounts, prompts = trial.plan.measure, _prompts(trial)
+    ask: dict[str, Any] = {"top_logprobs": amounts.top_logprobs, "progress": trial.say}
+    few, tokens = turned_down(trial), amounts.parity_tokens
+    if few:
+        prompts, tokens = prompts[:GLIMPSE_PROMPTS], GLIMPSE_TOKENS
+    noisy, floor_tokens = prompts[: max(2, len(prompts) // FLOOR_SHARE)], min(FLOOR_TOKENS, tokens)
+    wanted = {"parity.answers": lambda e: measure_answers(e, prompts, max_tokens=tokens, **ask)}
+    if not few:
+        wanted["parity.floor"] = lambda e: measure_floor(e, noisy, max_tokens=floor_tokens, **ask)
+    _gather_served(trial, arm, wanted)
+
+
+def _prompts(trial: Trial) -> list[Prompt]:
+    own = load_transcripts(trial.model.transcripts) if trial.model.transcripts else []
+    return [*own, *load_prompts(trial.plan.measure.parity_prompts)]
+
+
+def compatibility(trial: Trial, arm: Arm) -> None:
+    """The battery of API behaviours, and the effect of parameters beyond OpenAI's."""
+    names = None if trial.plan.measure.every_behaviour else sorted(required_behaviours(trial.plan))
+    _gather_served(
+        trial,
+        arm,
+        {
+            "compatibility": lambda e: behaviours.measure_compatibility(e, names=names, progress=trial.say),
+            "parity.parameters": lambda e: measure_ignored_parameters(e, progress=trial.say),
+        },
+    )
+
+
+def calibration(trial: Trial) -> None:
+    """The incumbent against itself: this machine's own noise."""
+    wanted, incumbent = trial.plan.measure.calibration_blocks, trial.engines["incumbent"]
+    for index in range(wanted):
+        _block(trial, "calibration", incumbent, incumbent, index, wanted)
+
+
+def performance(trial: Trial) -> None:
+    """Paired blocks until a look decides; discarded blocks are repeated, within the plan's allowance, and counted."""
+    amounts, known = trial.plan.measure, trial.client_errors
+    compared = metrics(trial.plan.limits, trial.workload)
+    errors = {metric.name: known[metric.key] for metric in compared if metric.key in known}
+    incumbent, candidate = (trial.engines[arm] for arm in ARMS)
+    for index in range(amounts.looks[-1] + amounts.max_discarded_blocks):
+        _block(trial, "performance", incumbent, candidate, index, amounts.looks[-1])
+        blocks = trial.payloads(BOTH, "performance")
+        decision = decision_reached(compared, blocks, amounts.looks, client_errors=errors)
+        if decision.stop:
+            trial.say(f"speed: {decision.why}")
+            break
+    _learn_memory(trial)
+
+
+def _block(
+    trial: Trial, kind: str, incumbent: EngineUnderTest, candidate: EngineUnderTest, index: int, wanted: int
+) -> None:
+    trial.gather(
+        BOTH,
+        kind,
+        lambda: measure_block(
+            incumbent,
+            candidate,
+            trial.workload,
+            index=index,
+            foreign_cpu_limit=trial.plan.limits.foreign_cpu,
+            progress=lambda what: trial.say(f"{kind} block {index + 1} of {wanted}: {what}"),
+        ),
+        key=f"{index:05d}",
+    )
+
+
+def _learn_memory(trial: Trial) -> None:
+    """Measured against estimated memory of each engine, stored for the next preflight."""
+    report, blocks = trial.payload(BOTH, "preflight"), trial.payloads(BOTH, "performance")
+    for arm in ARMS if report is not None else ():
+        name = trial.engines[arm].driver.name
+        ratio = headers.measured_over_estimated(report, name, [block[arm].get("pss_bytes") for block in blocks])
+        if ratio is not None:
+            trial.records.learn_correction(name, report["architecture"], ratio)
+
+
+def faults(trial: Trial) -> None:
+    """Drills on the candidate: killed, frozen, cut model file, taken port. Behind a yard, that one is rehearsed."""
+    if not trial.behind_yards:
+        trial.gather("candidate", "faults", lambda: measure_faults(trial.engines["candidate"], trial.say))
+
+
+# --- an engine that serves while it is measured
+
+
+def _gather_served(trial: Trial, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]]) -> None:
+    """Several kinds of evidence from one launch; none where the records have them all.
+
+    A kind that breaks off does not take the others along.
+    """
+    recorded, run_id, model_id = trial.records.has_evidence, trial.run_id, trial.model.id
+    missing = {kind: measure for kind, measure in measures.items() if not recorded(run_id, model_id, arm, kind)}
+    if not missing:
+        return
+    # behaviour and answers are not timed: all cores
+    threads = trial.plan.settings_for(model_id).threads or os.cpu_count()
+    engine = trial.engines[arm]
+    engine = replace(engine, settings=engine.settings.model_copy(update={"threads": threads}))
+    failed: list[Exception] = []
+    with contextlib.ExitStack() as launched:
+        try:
+            served = launched.enter_context(engine.up(trial.say))
+        except Exception as error:
+            trial.broke(arm, LAUNCH, error)
+            raise Unmeasured(summary(error)) from error
+        for kind, measure in missing.items():
+            try:
+                _require_alive(served)
+                trial.gather(arm, kind, partial(_while_alive, served, measure), engines=(engine,))
+            except Exception as error:
+                trial.broke(arm, kind, error)
+                failed.append(error)
+        if failed:
+            raise Unmeasured(summary(failed[0])) from failed[0]
+
+
+def _while_alive(served: Served, measure: Callable[[Endpoint], Any]) -> Any:
+    """What `measure` returns of an engine that lives; raises EngineExited with its last lines where it died meanwhile.
+
+    A measurement takes refused connections for answers, so a death is looked for behind it as well.
+    """
+    try:
+        payload = measure(served.endpoint)
+    except Exception:
+        deadline = time.monotonic() + DYING_S
+        while served.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        _require_alive(served)
+        raise
+    _require_alive(served)
+    return payload
+
+
+def _require_alive(served: Served) -> None:
+    returncode = served.process.poll()
+    if returncode is not None:
+        raise EngineExited(
+            f"{served.endpoint.engine} ended with {exit_reason(served.process)} while it was measured",
+            returncode=returncode,
+            engine=served.endpoint.engine,
+            log_tail=served.process.log_tail(),
+        )
