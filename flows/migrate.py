@@ -6,16 +6,17 @@
     deprecate    the incumbent, once nothing needs it
 
 One model may be native while another stays where it is. Nothing that matters is held here: killed, suspended for an
-answer, or started again, it asks the records what was measured and decided, and the yard who serves, and goes on.
+answer or restarted, it reads from the records what was measured and decided, from the yard who serves, and resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefect.artifacts import create_table_artifact
 from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 
@@ -30,7 +31,7 @@ from flows.experiment_lock import alone
 from flows.native_phase import to_native
 from flows.progress import progress
 from flows.reconcile import reconcile
-from flows.rollout.approval import Answer, Asks, Question, asks, in_prefect, nobody
+from flows.rollout.approval import Asks, Question, asks, in_prefect, nobody
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import PhaseOne, phase_one
 from flows.subprocess_phase import to_subprocess
@@ -38,25 +39,28 @@ from migrations.plan import ModelPlan, Plan
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import route_of
 from tasks.evidence.unmeasured import models_to_retry
+from tasks.records.journal import RunJournal, journal
 from tasks.records.payload import plan_hash
 from tasks.records.store import Records, open_records
-from tasks.records.tables import Decision, Run
-from tasks.verdicts.verdict import CheckResult, Verdict, reasons, worst
+from tasks.records.tables import Decision
+from tasks.verdicts.gate import reasons, run_verdict
+from tasks.verdicts.verdict import CheckResult, Verdict
 
 KIND = "whole"
 NOBODY = "-"  # of what concerns no single model
+WAITS = "waits for approval"
 Say = Callable[[str], None]
-Outcome = dict[str, Any]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Phases:
     """What carries out each phase; a model's move takes the plan's path as well, retirement who approves it and why."""
 
-    evaluate: Callable[[Plan, str | None], Outcome]
-    subprocess: Callable[[Plan, Path, Orders], Outcome]
-    native: Callable[[Plan, Path, Orders], Outcome]
-    deprecate: Callable[[Plan, str, str], Outcome]
+    evaluate: Callable[[Plan, str | None], Json]
+    subprocess: Callable[[Plan, Path, Orders], Json]
+    native: Callable[[Plan, Path, Orders], Json]
+    deprecate: Callable[[Plan, str, str], Json]
     version: Callable[[Plan], str]  # of the candidate, as found here: another one's verdict does not count
 
 
@@ -72,104 +76,98 @@ class Waits(Exception):
     """Nobody answered a question; its text says which, and how to."""
 
 
-class Whole:
-    """All four phases of one plan."""
+def migrated(plan: Plan, path: Path, orders: Orders) -> Json:
+    """All four phases of `plan`, which `path` holds, under the records and a Prefect run: the outcome, published."""
+    with open_records() as records:
+        outcome = migrate_all(
+            plan,
+            path,
+            default_home(),
+            records,
+            orders=orders,
+            ask=in_prefect if deployment.id and asks.get() is nobody else asks.get(),
+            say=progress.get().say,
+            flow_run_id=flow_run.id,
+        )
+    publish(outcome)
+    return outcome
+
+
+def migrate_all(
+    plan: Plan,
+    path: Path,
+    home: Path,
+    records: Records,
+    *,
+    orders: Orders,
+    ask: Asks = nobody,
+    phases: Phases = REAL,
+    say: Say = lambda _: None,
+    flow_run_id: str | None = None,
+) -> Json:
+    """All four phases: the result as plain JSON. Whatever is raised, the yard keeps serving.
+
+    The run begins with the first thing that is done or asked: a migration that is finished writes nothing.
+    """
+    orders.checked(plan)
+    asked = plan.model_dump(mode="json")
+    with alone(home, "a migration"):
+        for line in reconcile(home, records):
+            say(line)
+        with journal(
+            records,
+            KIND,
+            asked,
+            unfinished=records.unfinished(asked, kind=KIND),
+            environment=machine_environment,
+            flow_run_id=flow_run_id,
+            say=say,
+            # Prefect suspends the run for an answer by an exception
+            interrupted_by=lambda error: "waits for an answer" if isinstance(error, Pause) else type(error).__name__,
+        ) as run:
+            whole = WholeMigration(plan, path, home, run, orders, ask, phases)
+            whole.evaluate()
+            ends = [whole.move(model) for model in whole.models]
+            return whole.conclude(ends, whole.deprecate(ends))
+
+
+class WholeMigration:
+    """All four phases of one plan, with what was decided on the way."""
 
     def __init__(
-        self,
-        plan: Plan,
-        path: Path,
-        folder: Path,
-        records: Records,
-        *,
-        orders: Orders | None = None,
-        ask: Asks = nobody,
-        phases: Phases = REAL,
-        say: Say = lambda _: None,
-        flow_run_id: str | None = None,
+        self, plan: Plan, path: Path, home: Path, run: RunJournal, orders: Orders, ask: Asks, phases: Phases
     ) -> None:
-        self.plan, self.path, self.home, self.records = plan, path, folder, records
-        self.orders = (orders or Orders()).checked(plan)
-        self.ask, self.phases, self.say = ask, phases, say
+        self.plan, self.path, self.home, self.run = plan, path, home, run
+        self.orders, self.ask, self.phases = orders, ask, phases
+        self.models = orders.chosen(plan)
         self.incumbent, self.candidate = plan.incumbent.engine, plan.candidate.engine
         native = native_driver(self.candidate)
         self.native = native.name if native and "native" in plan.migrate.phases else None
-        self.models = [plan.model(name) for name in self.orders.models] or list(plan.models)
-        self._flow_run_id = flow_run_id
-        self._run: Run | None = None
-        self._ends: dict[str, Outcome] = {}
-        self._retired: Outcome | None = None
-
-    def run(self) -> Outcome:
-        """What it came to, as plain JSON. Whatever is raised, the yard goes on serving."""
-        with alone(self.home, "a migration"):
-            for line in reconcile(self.home, self.records):
-                self.say(line)
-            try:
-                self._evaluate()
-                for model in self.models:
-                    self._ends[model.id] = self._moved(model)
-                self._retired = self._deprecate()
-            except SwitchyardError as error:
-                self._finish("failed", error=str(error))
-                raise
-            except BaseException as error:  # Ctrl-C, Prefect's cancellation, and its suspension for an answer
-                waits = isinstance(error, Pause)
-                self._finish("interrupted", error="waits for an answer" if waits else type(error).__name__)
-                raise
-            return self._concluded()
-
-    def _concluded(self) -> Outcome:
-        verdicts = {name: Verdict(end["verdict"]) for name, end in self._ends.items()}
-        if self._retired is not None:
-            verdicts[NOBODY] = Verdict(self._retired["verdict"])
-        verdict = worst(verdicts.values())
-        waits = next((end["why"] for end in self._ends.values() if end["result"] == "waits for approval"), None)
-        if self._retired is not None and self._retired["result"] == "waits for approval":
-            waits = waits or self._retired["why"]
-        self._finish("interrupted" if waits or self._broken() else "done", verdict=verdict, error=waits)
-        return {
-            "run_id": self._run.id if self._run else None,
-            "plan": self.plan.name,
-            "phase": "all",
-            "verdict": verdict.value,
-            "models": list(self._ends.values()),
-            "retirement": self._retired,
-            "decisions": [_told(made) for made in (self.records.decisions(self._run.id) if self._run else ())],
-        }
-
-    def _broken(self) -> list[str]:
-        """Models of which a phase broke off, with the reason: the next start goes on, and does not ask again."""
-        return [f"{end['model']}: {end['why']}" for end in self._ends.values() if end["verdict"] == Verdict.ERROR]
 
     # --- 1: evaluate
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
         """Nothing where every model has a verdict on just this plan, file and engine; else what is missing of it."""
-        waiting = [model for model in self.models if self._stands(model) == self.incumbent]
-        known = [self._verdict(model) for model in waiting]
-        again = next(
-            (found.run_id for found, model in zip(known, waiting, strict=True) if self._part(found, model)), None
-        )
-        if again is None and all(found.verdict for found in known):
-            return
-        self._journal()
-        unfinished = self.records.unfinished(self.plan.model_dump(mode="json"))
-        self.phases.evaluate(self.plan, unfinished.id if unfinished else again)
+        waiting = [(self._verdict(model), model) for model in self.models if self._serving(model) == self.incumbent]
+        again = next((found.run_id for found, model in waiting if self._is_incomplete(found, model)), None)
+        if again is not None or not all(found.verdict for found, _ in waiting):
+            _ = self.run.id  # begun with what is done first
+            unfinished = self.run.records.unfinished(self.plan.model_dump(mode="json"))
+            self.phases.evaluate(self.plan, unfinished.id if unfinished else again)
 
-    def _part(self, found: PhaseOne, model: ModelPlan) -> bool:
+    def _is_incomplete(self, found: PhaseOne, model: ModelPlan) -> bool:
         """Whether the evaluation behind a verdict lacks a check of this model that a resumed run would carry out."""
         open_ended = found.verdict in (Verdict.ERROR, Verdict.INCONCLUSIVE)
         if found.run_id is None or not open_ended or model.id in self.orders.override:
             return False
-        run = self.records.find_run(found.run_id)
+        run = self.run.records.find_run(found.run_id)
         same = run.plan_hash == plan_hash(self.plan.model_dump(mode="json"))  # another plan is not resumed
-        return same and model.id in models_to_retry(self.records, run.id)
+        return same and model.id in models_to_retry(self.run.records, run.id)
 
     def _verdict(self, model: ModelPlan) -> PhaseOne:
-        return phase_one(self.records, self.plan, model, self.phases.version(self.plan))
+        return phase_one(self.run.records, self.plan, model, self.phases.version(self.plan))
 
-    def _stands(self, model: ModelPlan) -> str:
+    def _serving(self, model: ModelPlan) -> str:
         """The engine to which the model is committed: by the yard, else by what the yard wrote down."""
         try:
             return str(route_of(YardClient(self.home), model.id)["committed"])
@@ -179,79 +177,61 @@ class Whole:
 
     # --- 2 and 3: the moves of one model
 
-    def _moved(self, model: ModelPlan) -> Outcome:
+    def move(self, model: ModelPlan) -> Json:
         """How far the model came, and why no further."""
-        done = ["evaluate"]
-        try:
-            for phase, target in (("subprocess", self.candidate), ("native", self.native)):
-                if target is None or phase not in self.plan.migrate.phases:
-                    continue
-                stands = self._stands(model) in (target, self.native)
-                if shut := self._rest(phase, model) if stands else self._phase(phase, model):
-                    return self._end(model, done, **shut)
-                done.append(phase)
-        except Waits as waits:
-            return self._end(
-                model, done, verdict=Verdict.INCONCLUSIVE.value, result="waits for approval", why=str(waits)
-            )
-        why = f"{self._stands(model)} serves {model.id}"
-        return self._end(model, done, verdict=Verdict.PASS.value, result="migrated", why=why)
+        done, end = ["evaluate"], None
+        for phase, target in (("subprocess", self.candidate), ("native", self.native)):
+            if target is None or phase not in self.plan.migrate.phases:
+                continue
+            try:
+                is_there = self._serving(model) in (target, self.native)
+                end = self._concluded_phase(phase, model) if is_there else self._phase(phase, target, model)
+            except Waits as waits:
+                end = {"verdict": Verdict.INCONCLUSIVE.value, "result": WAITS, "why": str(waits)}
+            if end is not None:
+                break
+            done.append(phase)
+        serving = self._serving(model)
+        end = end or {"verdict": Verdict.PASS.value, "result": "migrated", "why": f"{serving} serves {model.id}"}
+        return {"model": model.id, **end, "phases_done": done, "serving": serving}
 
-    def _end(self, model: ModelPlan, done: list[str], *, verdict: str, result: str, why: str) -> Outcome:
-        stands = self._stands(model)
-        return {
-            "model": model.id,
-            "verdict": verdict,
-            "result": result,
-            "why": why,
-            "phases_done": done,
-            "serving": stands,
-        }
-
-    def _phase(self, phase: str, model: ModelPlan) -> Outcome | None:
+    def _phase(self, phase: str, target: str, model: ModelPlan) -> Json | None:
         """One phase of one model, asked for where the plan or the verdict wants it; why it did not happen, or None."""
         known = self._verdict(model) if phase == "subprocess" else None
-        overridden = False
-        if known is not None and not known.open:
+        overridden = known is not None and not known.open
+        if known is not None and overridden:
             by_order = model.id in self.orders.override
             if not by_order and known.verdict is not Verdict.INCONCLUSIVE:
                 verdict = known.verdict or Verdict.INCONCLUSIVE
-                why = f"it stays on {self._stands(model)}: {known.why}"
+                why = f"it stays on {self._serving(model)}: {known.why}"
                 return {"verdict": verdict.value, "result": "stays", "why": why}
-            overridden = True
             if by_order:
-                self._decide(model.id, phase, Answer(True, self.orders.who, self.orders.reason))
-        if shut := self._approved(phase, model, known, must_ask=overridden):
-            return shut
+                self.run.put_decision(model.id, phase, who=self.orders.who, why=self.orders.reason)
+        if overridden or self.plan.migrate.approve == "ask":
+            what = f"Move {model.id} from {self._serving(model)} to {target}"
+            if refused := self._refused(phase, model.id, what, known):
+                return refused
         return self._carried_out(phase, model, overridden=overridden)
 
-    def _rest(self, phase: str, model: ModelPlan) -> Outcome | None:
+    def _concluded_phase(self, phase: str, model: ModelPlan) -> Json | None:
         """What is left of a phase that was ended when its model had moved; its own run knows what."""
-        run = self._unfinished()
-        begun = run is not None and any(
-            step.step == phase and step.state != "done" for step in self.records.steps(run.id, model.id)
-        )
-        return self._carried_out(phase, model, overridden=False) if begun else None
+        step = self.run.step(model.id, phase)
+        return self._carried_out(phase, model, overridden=False) if step and step.state != "done" else None
 
-    def _carried_out(self, phase: str, model: ModelPlan, *, overridden: bool) -> Outcome | None:
+    def _carried_out(self, phase: str, model: ModelPlan, *, overridden: bool) -> Json | None:
         """The phase of one model, recorded before and after; why it came to no good end, or None."""
-        outcome = self._move(phase, model, overridden=overridden)
+        who, reason = self._decided_by(self._decision(model.id, phase))
+        override = (model.id,) if overridden else ()
+        changes = {"models": (model.id,), "override": override, "who": who, "reason": reason}
+        move = self.phases.subprocess if phase == "subprocess" else self.phases.native
+        self.run.put_step(model.id, phase, "intent")
+        outcome = move(self.plan, self.path, self.orders.model_copy(update=changes))
+        passed = outcome["verdict"] == "PASS"
+        self.run.put_step(model.id, phase, "done" if passed else "failed", run=outcome["run_id"])
         end = next(found for found in outcome["models"] if found["model"] == model.id)
         if end["verdict"] == "PASS":
             return None
         return {"verdict": end["verdict"], "result": f"{phase}: {end['result']}", "why": end["why"]}
-
-    def _move(self, phase: str, model: ModelPlan, *, overridden: bool) -> Outcome:
-        who, reason = self._decided_by(self._decision(model.id, phase))
-        override = (model.id,) if overridden else ()
-        changes = {"models": (model.id,), "override": override, "who": who, "reason": reason}
-        orders = self.orders.model_copy(update=changes)
-        move = self.phases.subprocess if phase == "subprocess" else self.phases.native
-        self._journal()
-        self._put(model.id, phase, "intent")
-        outcome = move(self.plan, self.path, orders)
-        self._put(model.id, phase, "done" if outcome["verdict"] == "PASS" else "failed", run=outcome["run_id"])
-        return outcome
 
     def _decided_by(self, given: Decision | None) -> tuple[str, str]:
         """Who decides in this phase, and why: who approved it; and who left out a canary or a rehearsal, if another."""
@@ -264,28 +244,22 @@ class Whole:
 
     # --- approvals
 
-    def _approved(self, phase: str, model: ModelPlan, known: PhaseOne | None, *, must_ask: bool) -> Outcome | None:
-        """None when the phase may begin; else how it stays. Raises Waits when nobody answered."""
-        if self.plan.migrate.approve == "auto" and not must_ask:
+    def _refused(self, phase: str, model_id: str, what: str, known: PhaseOne | None) -> Json | None:
+        """None when a person says, or said, that the phase may begin; else how it stays. Waits when nobody answered."""
+        if self._decision(model_id, phase) is not None:
             return None
-        to = self.candidate if phase == "subprocess" else self.native
-        what = f"Move {model.id} from {self._stands(model)} to {to}"
-        return self._answered(phase, model.id, what, known)
-
-    def _answered(self, phase: str, model_id: str, what: str, known: PhaseOne | None) -> Outcome | None:
-        given = self._decision(model_id, phase)
-        if given is None:
-            self._journal()
-            answer = self.ask(self._question(phase, model_id, what, known))
-            if answer is None:
-                raise Waits(f"{what}? Nobody was there to answer: {_how_to(phase)}")
-            if not answer.go_on:
-                if answer.who:
-                    self._decide(model_id, f"{phase}, no", answer)
-                why = f"{answer.who or 'the person asked'} said no{f': {answer.reason}' if answer.reason else ''}"
-                return {"verdict": Verdict.INCONCLUSIVE.value, "result": "stays", "why": why}
-            self._decide(model_id, phase, answer)
-        return None
+        _ = self.run.id  # begun with what is asked first
+        answer = self.ask(self._question(phase, model_id, what, known))
+        if answer is None:
+            how = f"the same command with --yes --who NAME --reason TEXT approves it ({phase})"
+            raise Waits(f"{what}? Nobody was there to answer: {how}")
+        if answer.approved or answer.who:
+            kind = phase if answer.approved else f"{phase}, no"
+            self.run.put_decision(model_id, kind, who=answer.who, why=answer.reason)
+        if answer.approved:
+            return None
+        why = f"{answer.who or 'the person asked'} said no{f': {answer.reason}' if answer.reason else ''}"
+        return {"verdict": Verdict.INCONCLUSIVE.value, "result": "stays", "why": why}
 
     def _question(self, phase: str, model_id: str, what: str, known: PhaseOne | None) -> Question:
         checks = tuple(result for result in (known.checks if known else ()) if result.required)
@@ -296,117 +270,75 @@ class Whole:
             what=what,
             verdict=(known.verdict if known else None) or Verdict.PASS,
             checks=tuple(shut) + tuple(check for check in checks if check not in shut),
-            report=self._report(known),
+            report=self.run.records.find_run(known.run_id).report_path if known and known.run_id else None,
             wait_s=self.plan.migrate.wait_hours * 3600,
         )
 
-    def _report(self, known: PhaseOne | None) -> str | None:
-        return self.records.find_run(known.run_id).report_path if known and known.run_id else None
-
-    def _decide(self, model_id: str, phase: str, answer: Answer) -> None:
-        self.records.put_decision(self._journal().id, model_id, phase, who=answer.who, why=answer.reason)
-
     def _decision(self, model_id: str, phase: str) -> Decision | None:
-        run = self._unfinished()
-        made = self.records.decisions(run.id, model_id) if run else []
-        return next((decision for decision in reversed(made) if decision.kind == phase), None)
+        made = reversed(self.run.decisions(model_id))
+        return next((decision for decision in made if decision.kind == phase), None)
 
     # --- 4: deprecate
 
-    def _deprecate(self) -> Outcome | None:
+    def deprecate(self, ends: Sequence[Json]) -> Json | None:
         """The incumbent retired, or who still needs it; None where the plan leaves that out."""
         if "deprecate" not in self.plan.migrate.phases or self.orders.models:
             return None
-        if broken := self._broken():
-            why = f"not before this is mended: {'; '.join(broken)}"
-            return {
-                "engine": self.incumbent,
-                "result": "not retired",
-                "verdict": Verdict.INCONCLUSIVE.value,
-                "why": why,
-            }
+        if broken := _broken(ends):
+            why = f"not before this is fixed: {'; '.join(broken)}"
+            verdict = Verdict.INCONCLUSIVE.value
+            return {"engine": self.incumbent, "result": "not retired", "verdict": verdict, "why": why}
         given = self._decision(NOBODY, "deprecate")
-        who, why = (given.who, given.why) if given else ("", "")
-        outcome = self.phases.deprecate(self.plan, who, why)
-        if outcome["result"] != "waits for approval":
+        outcome = self.phases.deprecate(self.plan, given.who if given else "", given.why if given else "")
+        if outcome["result"] != WAITS:
             return outcome
         checks = tuple(CheckResult.model_validate(check) for check in outcome["checks"])
         known = PhaseOne(True, "", None, Verdict.PASS, tuple(c for c in checks if c.verdict is Verdict.PASS))
         try:
-            no = self._answered("deprecate", NOBODY, f"Retire {self.incumbent}", known)
+            refused = self._refused("deprecate", NOBODY, f"Retire {self.incumbent}", known)
         except Waits as waits:
             return {**outcome, "why": str(waits)}
-        if no:
-            return {**outcome, **no, "result": "not retired"}
+        if refused:
+            return {**outcome, **refused, "result": "not retired"}
         given = self._decision(NOBODY, "deprecate")
         assert given is not None
         return self.phases.deprecate(self.plan, given.who, given.why)
 
-    # --- the journal: opened with the first thing that is done or asked; a finished migration writes nothing
-
-    def _journal(self) -> Run:
-        if self._run is None and self._unfinished() is None:
-            plan = self.plan.model_dump(mode="json")
-            self._run = self.records.start_run(
-                KIND, self.plan.name, plan, environment=machine_environment(), flow_run_id=self._flow_run_id
-            )
-        assert self._run is not None
-        return self._run
-
-    def _unfinished(self) -> Run | None:
-        """The run to go on with, taken over, where there is one."""
-        if self._run is None:
-            found = self.records.unfinished(self.plan.model_dump(mode="json"), kind=KIND)
-            if found is not None:
-                self.say(f"going on with run {found.id}")
-                self._run = self.records.resume_run(found.id, flow_run_id=self._flow_run_id)
-        return self._run
-
-    def _put(self, model_id: str, step: str, state: Any, **detail: Any) -> None:
-        self.records.put_step(self._journal().id, model_id, step, state, detail)
-
-    def _finish(self, status: Any, **how: Any) -> None:
-        if self._run is not None:
-            self.records.finish_run(self._run.id, status, **how)
+    def conclude(self, ends: Sequence[Json], retired: Json | None) -> Json:
+        """The result of all models, recorded; what broke off or waits for an answer is resumed by the next start."""
+        verdicts = {end["model"]: Verdict(end["verdict"]) for end in ends}
+        if retired is not None:
+            verdicts[NOBODY] = Verdict(retired["verdict"])
+        verdict = run_verdict(verdicts)
+        waits = next((end["why"] for end in (*ends, retired) if end and end["result"] == WAITS), None)
+        if self.run.known_id is not None:
+            self.run.finish("interrupted" if waits or _broken(ends) else "done", verdict=verdict, error=waits)
+        return {
+            "run_id": self.run.known_id,
+            "plan": self.plan.name,
+            "phase": "all",
+            "verdict": verdict.value,
+            "models": list(ends),
+            "retirement": retired,
+            "decisions": [
+                {"model": made.model_id, "kind": made.kind, "who": made.who, "why": made.why, "at": made.at.isoformat()}
+                for made in self.run.decisions()
+            ],
+        }
 
 
-def _told(made: Decision) -> dict[str, Any]:
-    return {"model": made.model_id, "kind": made.kind, "who": made.who, "why": made.why, "at": made.at.isoformat()}
+def _broken(ends: Sequence[Json]) -> list[str]:
+    """Models of which a phase broke off, with the reason: the next start resumes them, and does not ask again."""
+    return [f"{end['model']}: {end['why']}" for end in ends if end["verdict"] == Verdict.ERROR]
 
 
-def _how_to(phase: str) -> str:
-    return f"the same command with --yes --who NAME --reason TEXT approves it ({phase})"
-
-
-def publish(outcome: Outcome) -> None:
+def publish(outcome: Json) -> None:
     """How far every model came, as a Prefect artifact of the run."""
-    from prefect.artifacts import create_table_artifact
-
-    rows = [
-        {**{name: model[name] for name in ("model", "result", "serving", "verdict", "why")}}
-        for model in outcome["models"]
-    ]
+    columns = ("model", "result", "serving", "verdict", "why")
+    rows = [{name: model[name] for name in columns} for model in outcome["models"]]
     if (retired := outcome["retirement"]) is not None:
         end = {"model": f"({retired['engine']})", "result": retired["result"], "serving": "-"}
         rows.append({**end, "verdict": retired["verdict"], "why": retired["why"]})
     create_table_artifact(
         key="switchyard-migration", table=rows, description=f"Run {outcome['run_id']}: {outcome['verdict']}"
     )
-
-
-def migrated(plan: Plan, path: Path, orders: Orders) -> Outcome:
-    """All four phases of `plan`, which `path` holds, under the records and a Prefect run: the outcome, published."""
-    folder = default_home()
-    with open_records() as records:
-        outcome = Whole(
-            plan,
-            path,
-            folder,
-            records,
-            orders=orders,
-            ask=in_prefect if deployment.id and asks.get() is nobody else asks.get(),
-            say=progress.get().say,
-            flow_run_id=flow_run.id,
-        ).run()
-    publish(outcome)
-    return outcome

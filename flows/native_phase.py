@@ -22,17 +22,16 @@ from engines.home import home
 from engines.process.process import end_orphans
 from engines.registry import native_driver
 from flows.evaluate import evaluate
+from flows.rollout.model_move import ModelMove, MovePhase
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
-from flows.rollout.steps import Migration
 from flows.rollout.yards import PlanYards
 from flows.subprocess_phase import carried_out
-from migrations.plan import EngineChoice, ModelPlan, Plan
-from migrations.plan_file import load_plan
+from migrations.plan import EngineChoice, Plan, load_plan
 from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
-from tasks.evidence.rehearsal import engine_of, room, route_of
 from tasks.records.store import open_records
-from tasks.verdicts.verdict import CheckResult, Verdict, gate
+from tasks.verdicts.gate import gate
+from tasks.verdicts.verdict import Verdict
 
 
 def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:
@@ -52,53 +51,43 @@ def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:
     return plan.model_copy(update=changes)
 
 
-class NativeMigration(Migration):
-    """The native phase of one plan (of `native_plan`'s form)."""
+def _refusal(move: ModelMove) -> str | None:
+    """Why the model cannot move yet: its incumbent, the candidate as a subprocess, does not serve it."""
+    migration = move.migration
+    committed = move.route()["committed"] if move.client.runs() else "no yard runs, so nobody"
+    if committed in (migration.incumbent, migration.candidate):
+        return None
+    return f"{committed} serves {move.id}, not {migration.incumbent}"
 
-    phase = "native"
-    kind = "migrate-native"
-    evaluation = "the conformance"
-    advice = "look at `switchyard report`, and migrate again to measure anew"
 
-    def _precondition(self, model: ModelPlan) -> bool:
-        route = route_of(self.client, model.id) if self.client.runs() else None
-        if route is None or route["committed"] not in (self.incumbent, self.candidate):
-            serves = route["committed"] if route else "no yard runs, so nobody"
-            why = f"{serves} serves {model.id}, not {self.incumbent}"
-            self._record(model.id, CheckResult(check="phase_2.serves", verdict=Verdict.FAIL, why=why))
-            self._put_step(model.id, "precondition", "failed", why=why)
-            self._end(model.id, Verdict.FAIL, "gate closed", f"{why}: first `switchyard migrate --phase subprocess`")
-            return False
-        return super()._precondition(model)
+def _drills(move: ModelMove) -> None:
+    move.migration.do(move.id, "hang and load cycles", lambda: _drill(move))
+    move.require_open()
 
-    def _drills(self, model: ModelPlan) -> None:
-        self.do(model.id, "hang and load cycles", lambda: self._drill(model))
-        self._require_open(model.id)
 
-    def _drill(self, model: ModelPlan) -> None:
-        step = self._step(model.id, "drills")
-        if step and step.state == "done":
-            self._recall(model.id, step.detail["checks"])
-            return
-        self._put_step(model.id, "drills", "intent")
-        evidence = self._drilled(model)
-        self.records.put_evidence(self.run_id, model.id, "candidate", "drills", evidence)
-        results = [judge_hang(evidence["hang"]), *judge_load_cycles(evidence["cycles"])]
-        self._record(model.id, *results)
-        state = "done" if gate(results) is Verdict.PASS else "failed"
-        self._put_step(model.id, "drills", state, checks=[result.check for result in results])
+def _drill(move: ModelMove) -> None:
+    step = move.step("drills")
+    if step and step.state == "done":
+        move.recall(step.detail["checks"])
+        return
+    move.put("drills", "intent")
+    evidence = _drilled(move)
+    move.run.records.put_evidence(move.run.id, move.id, "candidate", "drills", evidence)
+    results = [judge_hang(evidence["hang"]), *judge_load_cycles(evidence["cycles"])]
+    move.record(*results)
+    state, checks = gate(results) is Verdict.PASS, [result.check for result in results]
+    move.put("drills", "done" if state else "failed", checks=checks)
 
-    def _drilled(self, model: ModelPlan) -> dict[str, Any]:
-        route = route_of(self.client, model.id)
-        serving = engine_of(route, route["serving"])
-        form, why = room(self.yards.recipes(model.id), serving["memory_bytes"], serving["vram_bytes"])
-        if not form:
-            return {name: {"not_measured": why} for name in ("hang", "cycles")}
-        stage = self._stage(model)
-        return {
-            "hang": _or_why(lambda: measure_hang(stage, self.say)),
-            "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=self.plan.measure.load_cycles, say=self.say)),
-        }
+
+def _drilled(move: ModelMove) -> dict[str, Any]:
+    form, why = move.room()
+    if not form:
+        return {name: {"not_measured": why} for name in ("hang", "cycles")}
+    stage, cycles = move.stage(), move.migration.plan.measure.load_cycles
+    return {
+        "hang": _or_why(lambda: measure_hang(stage, move.say)),
+        "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=cycles, say=move.say)),
+    }
 
 
 def _or_why(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -107,6 +96,16 @@ def _or_why(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return measure()
     except SwitchyardError as error:
         return {"failed": str(error).splitlines()[0]}
+
+
+NATIVE = MovePhase(
+    name="native",
+    kind="migrate-native",
+    evaluation="the conformance",
+    advice="look at `switchyard report`, and migrate again to measure anew",
+    refusal=_refusal,
+    drills=_drills,
+)
 
 
 @flow(name="migrate-native", flow_run_name="migrate {plan_path.stem} · native", persist_result=False)
@@ -120,7 +119,7 @@ def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
     folder, derived = home(), native_plan(plan, orders.models)
     end_orphans(folder)
     _conform(derived, orders)
-    return carried_out(NativeMigration, derived, PlanYards(plan, folder, plan_path), orders)
+    return carried_out(NATIVE, derived, PlanYards(plan, folder, plan_path), orders)
 
 
 def _conform(plan: Plan, orders: Orders) -> None:

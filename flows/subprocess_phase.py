@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from engines.home import home
 from engines.process.process import end_orphans
 from flows.progress import progress
+from flows.rollout.model_move import MovePhase
 from flows.rollout.orders import Orders
-from flows.rollout.steps import Migration
+from flows.rollout.steps import SUBPROCESS, migrate
 from flows.rollout.yard_config import canary_limits
 from flows.rollout.yards import PlanYards
 from migrations.plan import Plan
@@ -49,29 +51,14 @@ def to_subprocess(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]
     """Put the candidate behind the public port, for every model of the plan or those that `orders` names."""
     folder = home()
     end_orphans(folder)
-    return carried_out(Migration, plan, PlanYards(plan, folder, plan_path), orders)
+    return carried_out(SUBPROCESS, plan, PlanYards(plan, folder, plan_path), orders)
 
 
-def carried_out(kind: type[Migration], plan: Plan, yards: PlanYards, orders: Orders) -> dict[str, Any]:
-    """A migration of this kind under the records and a Prefect run: its outcome, published."""
+def carried_out(phase: MovePhase, plan: Plan, yards: PlanYards, orders: Orders) -> dict[str, Any]:
+    """A migration under the records and a Prefect run: its outcome, published as an artifact."""
+    judge = functools.partial(judge_canary, limits=canary_limits(plan))
     with open_records() as records:
-        outcome = kind(
-            plan,
-            yards,
-            records,
-            functools.partial(judge_canary, limits=canary_limits(plan)),
-            orders=orders,
-            say=progress.get().say,
-            do=take,
-        ).run()
-    publish(outcome)
-    return outcome
-
-
-def publish(outcome: dict[str, Any]) -> None:
-    """The checks of every model as a Prefect artifact of the run."""
-    from prefect.artifacts import create_table_artifact
-
+        outcome = migrate(phase, plan, yards, records, judge, orders=orders, say=progress.get().say, do=take)
     columns = ("check", "verdict", "value", "limit", "unit", "why")
     rows = [
         {"model": model["model"], "result": model["result"], **{name: check[name] for name in columns}}
@@ -82,3 +69,4 @@ def publish(outcome: dict[str, Any]) -> None:
         create_table_artifact(
             key="switchyard-migrate", table=rows, description=f"Run {outcome['run_id']}: {outcome['verdict']}"
         )
+    return outcome

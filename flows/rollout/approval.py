@@ -49,23 +49,23 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Go on or stay, who said so, and why."""
+class Approval:
+    """Proceed or stay, who said so, and why."""
 
-    go_on: bool
+    approved: bool
     who: str
     reason: str
 
 
-Asks = Callable[[Question], Answer | None]  # None when nobody is there to answer
+Asks = Callable[[Question], Approval | None]  # None when nobody is there to answer
 
 
-def nobody(_: Question) -> Answer | None:
+def nobody(_: Question) -> Approval | None:
     """The answer of a program without a person in front of it."""
     return None
 
 
-def on_terminal(question: Question) -> Answer | None:
+def on_terminal(question: Question) -> Approval | None:
     """Asked on standard error; None where that is no terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
@@ -75,22 +75,22 @@ def on_terminal(question: Question) -> Answer | None:
     for check in question.checks:
         out.print(f"  {check.verdict:<12} {check.check}: {check.why}", highlight=False, markup=False, soft_wrap=True)
     if not Confirm.ask("Go on", default=False, console=out):
-        return Answer(False, "", "")
+        return Approval(False, "", "")
     who = _filled("Your name", out)
-    return Answer(True, who, _filled("Why", out))
+    return Approval(True, who, _filled("Why", out))
 
 
 def in_advance(who: str, reason: str) -> Asks:
     """One who has said yes to everything beforehand, by name and with a reason."""
-    return lambda _: Answer(True, who, reason)
+    return lambda _: Approval(True, who, reason)
 
 
-def in_prefect(question: Question) -> Answer | None:
+def in_prefect(question: Question) -> Approval | None:
     """A form in the UI. The run is suspended: its process ends, and the flow is run again once it is answered."""
     from prefect.flow_runs import suspend_flow_run
     from prefect.input import RunInput
 
-    class Approval(RunInput):
+    class ApprovalForm(RunInput):
         """Go on, or stay as it is."""
 
         # "stay" where nothing was chosen; the name is never filled in beforehand
@@ -100,11 +100,11 @@ def in_prefect(question: Question) -> Answer | None:
         reason: str = Field(min_length=2, max_length=500, description="why; it is recorded")
 
     given = suspend_flow_run(
-        wait_for_input=Approval.with_initial_data(description=question.markdown()),
+        wait_for_input=ApprovalForm.with_initial_data(description=question.markdown()),
         timeout=int(question.wait_s),
         key=question.key,
     )
-    return Answer(given.decision == "go on", given.who.strip(), given.reason.strip())
+    return Approval(given.decision == "go on", given.who.strip(), given.reason.strip())
 
 
 asks: ContextVar[Asks] = ContextVar("asks", default=nobody)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import BadInput
-from migrations.plan import Plan
+from migrations.plan import ModelPlan, Plan
 
 
 class Orders(BaseModel):
@@ -19,6 +19,10 @@ class Orders(BaseModel):
     reason: str = Field("", description="why; recorded")
     without_canary: bool = Field(False, description="move all traffic at once; recorded")
     without_rehearsal: bool = Field(False, description="do not rehearse the fallback first; recorded")
+
+    def chosen(self, plan: Plan) -> list[ModelPlan]:
+        """The models that are migrated."""
+        return [plan.model(name) for name in self.models] or list(plan.models)
 
     def checked(self, plan: Plan) -> Orders:
         """These orders. Raises BadInput for an unknown model, and for a decision without a name and a reason."""

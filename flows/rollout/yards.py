@@ -47,7 +47,7 @@ class Yards(Protocol):
     settings: YardSettings
     key: SecretStr | None
 
-    def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
+    def specs(self, model_id: str) -> Mapping[str, LaunchSpec]:
         """The engines of a model as found on this machine, by name."""
         ...
 
@@ -82,7 +82,7 @@ class PlanYards:
     def _config(self) -> YardConfig:
         return yard_config(self.plan)
 
-    def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
+    def specs(self, model_id: str) -> Mapping[str, LaunchSpec]:
         """The engines of a model as found on this machine, by name."""
         return next(model.specs for model in self._config.models if model.id == model_id)
 

@@ -16,8 +16,8 @@ from engines.errors import BadInput, EngineError
 from engines.model.digest import model_digest
 from engines.yard.state import ModelState, StateFile
 from flows.experiment_lock import SOAK, Busy, alone
-from flows.migrate import KIND, Phases, Whole
-from flows.rollout.approval import Answer, Question
+from flows.migrate import KIND, Phases, migrate_all
+from flows.rollout.approval import Approval, Question
 from flows.rollout.orders import Orders
 from migrations.plan import Plan, content_hash
 from migrations.plan_file import build_plan
@@ -25,7 +25,7 @@ from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 OLD, NEW, NATIVE = "llama.cpp", "mistral.rs", "mistral.rs-native"
-GO = Answer(True, "Ada", "it looks fine")
+GO = Approval(True, "Ada", "it looks fine")
 
 
 class Box:
@@ -54,17 +54,17 @@ class Box:
     def plan(self) -> Plan:
         return build_plan(self.parts)
 
-    def run(self, *answers: Answer | None, **orders: Any) -> dict[str, Any]:
+    def run(self, *answers: Approval | None, **orders: Any) -> dict[str, Any]:
         left = list(answers)
 
-        def ask(question: Question) -> Answer | None:
+        def ask(question: Question) -> Approval | None:
             self.asked.append(question)
             return left.pop(0) if left else None
 
         phases = Phases(self._evaluate, self._move(NEW), self._move(NATIVE), self._deprecate, lambda _: "1")
         given = Orders.model_validate(orders)
-        whole = Whole(self.plan, self.home / "p.toml", self.home, self.records, orders=given, ask=ask, phases=phases)
-        return whole.run()
+        path = self.home / "p.toml"
+        return migrate_all(self.plan, path, self.home, self.records, orders=given, ask=ask, phases=phases)
 
     def serving(self, model: str) -> str:
         found = self.file.read().models.get(model)
@@ -222,7 +222,7 @@ def test_an_answer_is_asked_for_once(box: Box) -> None:
 def test_no_is_an_answer(box: Box) -> None:
     """It is recorded, and another run asks again."""
     box.parts["migrate"] = {"approve": "ask"}
-    outcome = box.run(Answer(False, "Ada", "not on a Friday"))
+    outcome = box.run(Approval(False, "Ada", "not on a Friday"))
     assert results(outcome)["good"] == "stays"
     assert "Ada said no: not on a Friday" in outcome["models"][0]["why"]
     assert [made["kind"] for made in outcome["decisions"]] == ["subprocess, no"]

@@ -77,7 +77,7 @@ class FakeYards:
         self.home = spec.home
         self.settings = spec.plan.yard
 
-    def recipes(self, model_id: str) -> Mapping[str, LaunchSpec]:
+    def specs(self, model_id: str) -> Mapping[str, LaunchSpec]:
         return self._spec.config(self.settings).models[0].specs
 
     def absent(self, model_id: str) -> Mapping[str, str]:
@@ -107,16 +107,18 @@ def judge(samples: Sequence[Mapping[str, Any]], incumbent: str, candidate: str) 
 
 def migrate(spec: Spec, told: str, *, native: bool) -> None:
     # here, not above: the yards, which are many, would load Prefect for nothing
-    from flows.native_phase import NativeMigration, native_plan
+    from flows.native_phase import NATIVE as NATIVE_PHASE
+    from flows.native_phase import native_plan
     from flows.rollout.orders import Orders
-    from flows.rollout.steps import Migration
+    from flows.rollout.steps import SUBPROCESS
+    from flows.rollout.steps import migrate as moved
     from tasks.records.store import open_records
 
     orders = Orders.model_validate_json(told)
     with open_records(spec.home / "switchyard.db") as records:
         say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-        kind, plan = (NativeMigration, native_plan(spec.plan)) if native else (Migration, spec.plan)
-        outcome = kind(plan, FakeYards(spec), records, judge, orders=orders, say=say, poll_s=0.2).run()
+        phase, plan = (NATIVE_PHASE, native_plan(spec.plan)) if native else (SUBPROCESS, spec.plan)
+        outcome = moved(phase, plan, FakeYards(spec), records, judge, orders=orders, say=say, poll_s=0.2)
     print(json.dumps(outcome))
     sys.exit(EXIT[outcome["verdict"]])
 
