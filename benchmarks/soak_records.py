@@ -31,7 +31,7 @@ from rich.table import Table
 
 from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
-from flows.soak import Target, put_window, report
+from flows.soak import Target, put_window, write_soak_report
 from tasks.evidence.soak.judge import DAY_S
 from tasks.evidence.soak.judge_windows import judge_windows, window_summary
 from tasks.evidence.soak.segment import empty_segment
@@ -246,7 +246,7 @@ def measure(recorded: Recorded, home: Path, windows: int) -> dict[str, Any]:
         judge_s = _timed(lambda: results.extend(_judged(records, replay, soak_s)))
         judged = _rss()
         records.put_checks(replay.run.id, MODEL, results)
-        report_s = _timed(lambda: report(records, replay.run.id, "replay", home))
+        report_s = _timed(lambda: write_soak_report(records, replay.run.id, "replay", home))
         size = replay.sizes()
     database = sum(file.stat().st_size for file in home.glob("switchyard.db*"))
     growth = max(written, judged) - begin

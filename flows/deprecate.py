@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -32,11 +32,13 @@ from flows.rollout.guide import write_guide
 from migrations.plan import Plan
 from migrations.plan_file import plan_to_toml
 from tasks.evidence.environment import machine_environment
+from tasks.records.journal import RunJournal, journal
 from tasks.records.store import Records, open_records
-from tasks.records.tables import Run
+from tasks.records.tables import Decision
 from tasks.verdicts.retirement import DAY_S, Standing, judge_retirement, write_archive
 from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured, reasons
 
+KIND = "deprecate"
 NOBODY = "-"  # of steps that concern no single model
 Say = Callable[[str], None]
 Do = Callable[[str, Callable[[], None]], None]
@@ -44,8 +46,6 @@ Do = Callable[[str, Callable[[], None]], None]
 
 class Deprecation:
     """Phase 4 of one plan. `who` and `reason` approve it; `at_once` waives the rollback window."""
-
-    kind: ClassVar[str] = "deprecate"
 
     def __init__(
         self,
@@ -69,64 +69,57 @@ class Deprecation:
         self.client = YardClient(folder)
         self._file = StateFile(folder / "yard")
         self._results: list[CheckResult] = []
-        self._run_id: str | None = None
 
     def run(self) -> dict[str, Any]:
-        """What it came to, as plain JSON. Raises SwitchyardError; the engine is retired whole or not at all."""
-        state = self._file.read()
-        plan = self.plan.model_dump(mode="json")
-        unfinished = self.records.unfinished(plan, kind=self.kind)
+        """The result as plain JSON. Raises SwitchyardError; the engine is retired whole or not at all."""
+        state, asked = self._file.read(), self.plan.model_dump(mode="json")
+        unfinished = self.records.unfinished(asked, kind=KIND)
         gone = state.retired.get(self.engine)
-        if gone is not None and not (unfinished and self._has_retired(unfinished)):
-            return self._outcome("already retired", Verdict.PASS, gone.line(self.engine), gone.archive)
-        found = (
-            self.records.resume_run(unfinished.id, flow_run_id=flow_run_id())
-            if unfinished
-            else self.records.start_run(
-                self.kind, self.plan.name, plan, environment=machine_environment(), flow_run_id=flow_run_id()
-            )
-        )
-        self._run_id = found.id
-        try:
-            outcome = self._steps(state)
-        except BaseException as error:
-            self.records.finish_run(found.id, "interrupted", error=str(error) or type(error).__name__)
-            raise
-        self.records.finish_run(found.id, "done", verdict=Verdict(outcome["verdict"]))
+        has_retired = unfinished and any(step.step == "retire" for step in self.records.steps(unfinished.id))
+        if gone is not None and not has_retired:
+            return self._outcome(None, "already retired", Verdict.PASS, gone.line(self.engine), gone.archive)
+        with journal(
+            self.records,
+            KIND,
+            asked,
+            unfinished=unfinished,
+            environment=machine_environment,
+            flow_run_id=flow_run_id(),
+            on_error="interrupted",
+            interrupted_by=lambda error: str(error) or type(error).__name__,
+        ) as run:
+            outcome = self._steps(run, state)
+            run.finish("done", verdict=Verdict(outcome["verdict"]))
         return outcome
 
-    def _has_retired(self, run: Run) -> bool:
-        """Whether this run, which did not get done, came as far as to retire the engine."""
-        return any(step.step == "retire" for step in self.records.steps(run.id))
-
-    def _steps(self, state: YardState) -> dict[str, Any]:
+    def _steps(self, run: RunJournal, state: YardState) -> dict[str, Any]:
         if self.engine in state.retired:  # by an earlier start of this run
-            self._results = self.records.checks(self.run_id).get(NOBODY, [])
-            self._put("retire", "done")
-        elif shut := self._shut(state):
+            self._results = run.checks(NOBODY)
+            run.put_step(NOBODY, "retire", "done")
+        elif shut := self._shut(run, state):
             return shut
         else:
-            archive = self.home / "archive" / f"{self.engine}-{self._run_id}"
-            self.do("archive", lambda: self._archive(archive, state))
-            self.do("retire", lambda: self._retire(archive))
+            archive = self.home / "archive" / f"{self.engine}-{run.id}"
+            self.do("archive", lambda: self._archive(run, archive, state))
+            self.do("retire", lambda: self._retire(run, archive))
         if self.uninstall:
-            self.do("uninstall", self._uninstall)
-        self.do("guide", self._guide)
+            self.do("uninstall", lambda: self._uninstall(run))
+        self.do("guide", lambda: self._guide(run))
         gone = self._file.read().retired[self.engine]
-        return self._outcome("retired", Verdict.PASS, gone.line(self.engine), gone.archive)
+        return self._outcome(run.id, "retired", Verdict.PASS, gone.line(self.engine), gone.archive)
 
-    def _shut(self, state: YardState) -> dict[str, Any] | None:
+    def _shut(self, run: RunJournal, state: YardState) -> dict[str, Any] | None:
         """Why it stays; None when nothing needs it and a person, or the plan, approves."""
         self._results = self._judged(state)
-        self._put("precondition", "done" if gate(self._results) is Verdict.PASS else "failed")
-        shut, outcome = reasons(self._results), None
+        verdict, shut, outcome = gate(self._results), reasons(self._results), None
+        run.put_step(NOBODY, "precondition", "done" if verdict is Verdict.PASS else "failed")
         if shut:
-            outcome = self._outcome("not retired", gate(self._results), "; ".join(result.why for result in shut))
-        elif not self._approved():
-            why = f"{self.engine} can go; say so with --who NAME --reason TEXT"
+            outcome = self._outcome(run.id, "not retired", verdict, "; ".join(result.why for result in shut))
+        elif not self._approved(run):
+            why = f"{self.engine} can go; approve it with --who NAME --reason TEXT"
             self._results.append(not_measured("retire.approval", why))
-            outcome = self._outcome("waits for approval", Verdict.INCONCLUSIVE, why)
-        self.records.put_checks(self.run_id, NOBODY, self._results)
+            outcome = self._outcome(run.id, "waits for approval", Verdict.INCONCLUSIVE, why)
+        run.put_checks(NOBODY, self._results)
         return outcome
 
     def _judged(self, state: YardState) -> list[CheckResult]:
@@ -141,53 +134,45 @@ class Deprecation:
         window_s = self.plan.retire.rollback_window_days * DAY_S
         return judge_retirement(self.engine, models, window_s=window_s, now=time.time(), waived=waived)
 
-    def _approved(self) -> bool:
-        """True when a person said so, now or to an earlier start of this run, or the plan does not ask."""
+    def _approved(self, run: RunJournal) -> bool:
+        """Whether a person approved it, now or in an earlier start of this run, or the plan does not ask."""
         if self.who and self.reason:
-            self.records.put_decision(self.run_id, NOBODY, "retire", who=self.who, why=self.reason)
-        decided = any(made.kind == "retire" for made in self.records.decisions(self.run_id))
-        return decided or self.plan.retire.approve == "auto"
+            run.put_decision(NOBODY, "retire", who=self.who, why=self.reason)
+        return bool(_approvals(run)) or self.plan.retire.approve == "auto"
 
-    def _archive(self, folder: Path, state: YardState) -> None:
-        self._put("archive", "intent", folder=str(folder))
+    def _archive(self, run: RunJournal, folder: Path, state: YardState) -> None:
+        run.put_step(NOBODY, "archive", "intent", folder=str(folder))
         write_archive(folder, self.engine, state, plan_to_toml(self.plan))
-        self._put("archive", "done", folder=str(folder))
+        run.put_step(NOBODY, "archive", "done", folder=str(folder))
 
-    def _retire(self, archive: Path) -> None:
-        self._put("retire", "intent")
-        made = [decision for decision in self.records.decisions(self.run_id) if decision.kind == "retire"]
+    def _retire(self, run: RunJournal, archive: Path) -> None:
+        run.put_step(NOBODY, "retire", "intent")
+        made = _approvals(run)
         who, why = (made[-1].who, made[-1].why) if made else ("the plan", 'approve = "auto"')
         if self.client.runs():
             self.say(self.client.order("retire", self.say, engine=self.engine, who=who, why=why, archive=str(archive)))
         else:
             state = self._file.read().retire(self.engine, at=time.time(), who=who, why=why, archive=str(archive))
             self._file.save(state)
-        self._put("retire", "done")
+        run.put_step(NOBODY, "retire", "done")
 
-    def _guide(self) -> None:
-        self._put("guide", "intent")
+    def _guide(self, run: RunJournal) -> None:
+        run.put_step(NOBODY, "guide", "intent")
         written = write_guide(self.records, self.plan, self.home)
         self.say(f"migration guide: {written[0]}")
-        self._put("guide", "done", files=[str(path) for path in written])
+        run.put_step(NOBODY, "guide", "done", files=[str(path) for path in written])
 
-    def _uninstall(self) -> None:
-        self._put("uninstall", "intent")
+    def _uninstall(self, run: RunJournal) -> None:
+        run.put_step(NOBODY, "uninstall", "intent")
         removed = install.uninstall_ours(driver(self.engine), self.home)
         self.say(f"uninstalled: {', '.join(removed)}" if removed else f"nothing of {self.engine} was installed by us")
-        self._put("uninstall", "done", removed=removed)
+        run.put_step(NOBODY, "uninstall", "done", removed=removed)
 
-    @property
-    def run_id(self) -> str:
-        """The id of the run that records this."""
-        assert self._run_id is not None
-        return self._run_id
-
-    def _put(self, step: str, state: Any, **detail: Any) -> None:
-        self.records.put_step(self.run_id, NOBODY, step, state, detail)
-
-    def _outcome(self, result: str, verdict: Verdict, why: str, archive: str = "") -> dict[str, Any]:
+    def _outcome(
+        self, run_id: str | None, result: str, verdict: Verdict, why: str, archive: str = ""
+    ) -> dict[str, Any]:
         return {
-            "run_id": self._run_id,
+            "run_id": run_id,
             "plan": self.plan.name,
             "phase": "deprecate",
             "engine": self.engine,
@@ -197,6 +182,10 @@ class Deprecation:
             "archive": archive or None,
             "checks": [check.model_dump(mode="json") for check in self._results],
         }
+
+
+def _approvals(run: RunJournal) -> list[Decision]:
+    return [decision for decision in run.decisions() if decision.kind == "retire"]
 
 
 def restore(engine: str, folder: Path, say: Say) -> str:

@@ -3,8 +3,8 @@
 Every host has its worker, its work queue and its own deployments (prefect.yaml); here they are only started, waited for
 and judged. A gate that stays shut ends the rollout: the hosts of that wave are rolled back, earlier waves stay.
 
-The rows of the run are the truth. Killed and started again with the same orders it waits for the runs that it had
-started, starts none twice, and leaves alone the hosts that are done.
+Killed and started again with the same orders, it reads its rows: it waits for the runs that it had started, starts none
+twice, and leaves alone the hosts that are done.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,28 +31,27 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from engines.errors import BadInput, SwitchyardError
+from engines.errors import BadInput
 from flows.deployments import Offer, concluded
 from flows.progress import progress
 from tasks.evidence.environment import machine_environment
+from tasks.records.journal import RunJournal, journal
 from tasks.records.store import Records, open_records
-from tasks.records.tables import Run, Status, Step
 from tasks.verdicts.verdict import Verdict
 
 KIND, UNDO = "fleet", "fleet-rollback"
-MODELS = "switchyard-migration"  # the artifact in which a host's migration says how far each model came
+MODELS = "switchyard-migration"  # the artifact in which a host's migration reports how far each model came
 WAVES = [0, 0.3, 1.0]
 POLL_S = 5.0
 LOOK_BACK = 50
 Say = Callable[[str], None]
-Outcome = dict[str, Any]
 
 
 # --- what is decided, without a host
 
 
 class Rollout(BaseModel):
-    """What was asked: the same again goes on with the same run."""
+    """What a person asked for; the same orders again resume the same run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -89,7 +88,7 @@ class Rollout(BaseModel):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a host's run ended: its state, whether it was completed, and what it says of each model."""
+    """How a host's run ended: its state, whether it was completed, and the result of each model."""
 
     state: str
     completed: bool
@@ -129,13 +128,13 @@ def _shut(end: Ended, accepted: frozenset[str]) -> str:
     if end.passed:
         return ""
     # whether the incumbent may be retired is asked of each host later, and by itself
-    models = {name: told for name, told in end.models.items() if not name.startswith("(")}
+    models = {name: model for name, model in end.models.items() if not name.startswith("(")}
     if not end.completed or not models:
         return f"{end.state}: {end.why}" if end.why else end.state
     open_ = [
-        f"{name} {told['result']}: {told['why']}"
-        for name, told in models.items()
-        if told["verdict"] != Verdict.PASS and not (told["result"] == "stays" and name in accepted)
+        f"{name} {model['result']}: {model['why']}"
+        for name, model in models.items()
+        if model["verdict"] != Verdict.PASS and not (model["result"] == "stays" and name in accepted)
     ]
     return "; ".join(open_)
 
@@ -144,7 +143,7 @@ def _shut(end: Ended, accepted: frozenset[str]) -> str:
 
 
 class Hosts(Protocol):
-    """Where the hosts are: their flows can be started, once for a key, and be asked how they ended."""
+    """The hosts of a fleet: starts a flow on one, once for a key, and reports how it ended."""
 
     def missing(self, host: str) -> str | None:
         """Why nothing can be started there; None when it can."""
@@ -153,7 +152,7 @@ class Hosts(Protocol):
         """The id of the host's run; the one that was started with the same key before."""
 
     def ended(self, run_id: str) -> Ended | None:
-        """How it ended; None while it goes on."""
+        """How it ended; None while it runs."""
 
 
 class Workers:
@@ -181,7 +180,7 @@ class Workers:
         return str(started.id)
 
     def ended(self, run_id: str) -> Ended | None:
-        """How it ended; None while it goes on. One that no worker picks up is cancelled."""
+        """How it ended; None while it runs. One that no worker picks up is cancelled."""
         try:
             run = self._client.read_flow_run(UUID(run_id))
             if run.state is None or not run.state.is_final():
@@ -190,7 +189,7 @@ class Workers:
             return Ended(how, run.state.is_completed(), run.state.message or "", self._models(run_id))
         except ObjectNotFound:
             return Ended("Gone", False, "Prefect knows no such run any more")
-        except httpx.TransportError:  # its server is started anew: what runs on the hosts goes on
+        except httpx.TransportError:  # its server is restarted; the runs on the hosts continue
             return None
 
     def _unless_picked_up(self, run: FlowRun) -> Ended | None:
@@ -209,7 +208,7 @@ class Workers:
             )
         )
         rows = json.loads(str(found[-1].data)) if found else []
-        return {row["model"]: {name: str(told) for name, told in row.items()} for row in rows}
+        return {row["model"]: {name: str(value) for name, value in row.items()} for row in rows}
 
 
 def _deployment(flow: str, host: str) -> str:
@@ -219,43 +218,39 @@ def _deployment(flow: str, host: str) -> str:
 # --- the rollout
 
 
-class Journal:
-    """The rows of one run over hosts: for each a step `migrate` or `rollback`, with the host's run and how it ended."""
+class HostRuns:
+    """The runs of one rollout: for each host a step `migrate` or `rollback`, with the host's run and how it ended."""
 
-    def __init__(
-        self, records: Records, run: Run, hosts: Hosts, *, say: Say = lambda _: None, poll_s: float = POLL_S
-    ) -> None:
-        self.records, self.run, self.hosts = records, run, hosts
-        self.say, self._poll_s = say, poll_s
-
-    def step(self, host: str, what: str) -> Step | None:
-        """The row of a host's `migrate` or `rollback`."""
-        return next((step for step in self.records.steps(self.run.id, host) if step.step == what), None)
+    def __init__(self, run: RunJournal, hosts: Hosts, say: Say, poll_s: float) -> None:
+        self.run, self.hosts, self.say, self._poll_s = run, hosts, say, poll_s
 
     def is_done(self, host: str) -> bool:
         """Migrated by this run, and not rolled back since."""
-        step = self.step(host, "migrate")
+        step = self.run.step(host, "migrate")
         return step is not None and step.state == "done" and not self.is_back(host)
 
     def is_back(self, host: str) -> bool:
         """Rolled back by this run, or being so, since it was last migrated."""
-        step, undone = self.step(host, "migrate"), self.step(host, "rollback")
+        step, undone = self.run.step(host, "migrate"), self.run.step(host, "rollback")
         return undone is not None and (step is None or undone.at > step.at)
 
     def is_open(self, host: str, what: str) -> bool:
         """Begun, and not judged yet, whatever a clean-up has made of the row meanwhile."""
-        step = self.step(host, what)
+        step = self.run.step(host, what)
         return step is not None and "ended" not in step.detail
 
     def shut(self, hosts: Sequence[str]) -> dict[str, str]:
         """Why each of these hosts kept the gate of its wave shut, as judged before."""
-        steps = {host: self.step(host, "migrate") for host in hosts}
+        steps = {host: self.run.step(host, "migrate") for host in hosts}
         return {host: str(step.detail["why"]) for host, step in steps.items() if step and step.state == "failed"}
 
     def carry_out(self, what: str, hosts: Sequence[str], asked: Mapping[str, Any], *, wave: int) -> dict[str, Ended]:
         """How the run of each host ended; all of them are started, then all are waited for."""
         for host in hosts:
-            self._intend(host, what, wave)
+            step = self.run.step(host, what)
+            if step is None or "ended" in step.detail:  # what was judged is tried again
+                attempt = step.detail["attempt"] + 1 if step is not None else 1
+                self.run.put_step(host, what, "intent", attempt=attempt, wave=wave)
         runs = {host: self._started(host, what, asked) for host in hosts}
         ends: dict[str, Ended] = {}
         while waiting := [host for host in hosts if host not in ends]:
@@ -264,49 +259,45 @@ class Journal:
                 time.sleep(self._poll_s)
         return {host: ends[host] for host in hosts}
 
-    def _intend(self, host: str, what: str, wave: int) -> None:
-        step = self.step(host, what)
-        if step is None or "ended" in step.detail:  # what was judged is tried again
-            attempt = step.detail["attempt"] + 1 if step is not None else 1
-            self.records.put_step(self.run.id, host, what, "intent", {"attempt": attempt, "wave": wave})
-
     def _started(self, host: str, what: str, asked: Mapping[str, Any]) -> str:
         """The host's run: the one under way, else a new one. Killed before it is written down, its key finds it."""
-        step = self.step(host, what)
-        assert step is not None
-        detail = dict(step.detail)
+        detail = self._detail(host, what)
         if "flow_run_id" not in detail:
             key = f"{self.run.id} {host} {what} {detail['attempt']}"
             detail["flow_run_id"] = self.hosts.start(what, host, asked, key=key)
-            self.records.put_step(self.run.id, host, what, "intent", detail)
+            self.run.put_step(host, what, "intent", **detail)
         return str(detail["flow_run_id"])
 
-    def close(self, host: str, what: str, end: Ended, shut: str | None) -> None:
-        """How it ended, and why that is not good enough."""
-        step = self.step(host, what)
+    def _detail(self, host: str, what: str) -> dict[str, Any]:
+        step = self.run.step(host, what)
         assert step is not None
-        told = {"ended": end.state, "why": shut or end.why, "models": dict(end.models)}
-        self.records.put_step(self.run.id, host, what, "failed" if shut else "done", {**step.detail, **told})
+        return dict(step.detail)
+
+    def close(self, host: str, what: str, end: Ended, shut: str | None) -> None:
+        """Record how it ended, and why that is not good enough."""
+        how = {"ended": end.state, "why": shut or end.why, "models": dict(end.models)}
+        self.run.put_step(host, what, "failed" if shut else "done", **{**self._detail(host, what), **how})
         self.say(f"{host}: {what}: {shut or end.state}")
 
     def roll_back(self, hosts: Sequence[str], who: str, reason: str, *, wave: int) -> None:
-        """All models of these hosts back; a host that was not moved says so and passes."""
+        """Put all models of these hosts back; a host on which none was moved passes."""
         for host, end in self.carry_out("rollback", hosts, {"who": who, "reason": reason}, wave=wave).items():
             self.close(host, "rollback", end, None if end.passed else f"{end.state}: {end.why}")
 
-    def row(self, host: str) -> Outcome:
+    def row(self, host: str) -> dict[str, Any]:
         """Where the host stands, for people."""
-        last = self.step(host, "rollback") if self.is_back(host) else self.step(host, "migrate")
+        migrated = self.run.step(host, "migrate")
+        last = self.run.step(host, "rollback") if self.is_back(host) else migrated
         if last is None:
             return {"host": host, "wave": None, "result": "not begun", "why": "", "models": {}, "flow_run": None}
         done = {"migrate": "migrated", "rollback": "rolled back"}[last.step]
-        first = self.step(host, "migrate") or last
+        first = migrated or last
         return {
             "host": host,
             "wave": last.detail["wave"],
             "result": done if last.state == "done" else f"{last.step} failed",
             "why": str(first.detail.get("why", "")),
-            "models": {name: told["result"] for name, told in first.detail.get("models", {}).items()},
+            "models": {name: model["result"] for name, model in first.detail.get("models", {}).items()},
             "flow_run": last.detail.get("flow_run_id"),
         }
 
@@ -319,17 +310,17 @@ def roll_out(
     say: Say = lambda _: None,
     poll_s: float = POLL_S,
     flow_run_id: str | None = None,
-) -> Outcome:
-    """Wave after wave until a gate stays shut: what it came to, as plain JSON. Raises BadInput for an unknown host."""
+) -> dict[str, Any]:
+    """Wave after wave until a gate stays shut: the result as plain JSON. Raises BadInput for an unknown host."""
     _require(hosts, orders.hosts)
-    asked = orders.model_dump(mode="json")
-    journal = _opened(KIND, f"fleet {Path(orders.plan).stem}".rstrip(), asked, hosts, records, say, poll_s, flow_run_id)
-    with _ended_however(journal):
-        records.put_decision(journal.run.id, "-", KIND, who=orders.who, why=orders.reason)
-        shut = _waves(orders, journal)
-    rows = [journal.row(host) for host in orders.hosts]
-    why = "; ".join(f"{host}: {reason}" for host, reason in shut.items())
-    return _concluded(journal, rows, Verdict.FAIL if shut else Verdict.PASS, "migrated", why)
+    name, asked = f"fleet {Path(orders.plan).stem}".rstrip(), orders.model_dump(mode="json")
+    with _opened(records, KIND, asked, name, flow_run_id, say) as run:
+        run.put_decision("-", KIND, who=orders.who, why=orders.reason)
+        runs = HostRuns(run, hosts, say, poll_s)
+        shut = _waves(orders, runs)
+        rows = [runs.row(host) for host in orders.hosts]
+        why = "; ".join(f"{host}: {reason}" for host, reason in shut.items())
+        return _concluded(run, rows, Verdict.FAIL if shut else Verdict.PASS, "migrated", why)
 
 
 def roll_back_hosts(
@@ -342,49 +333,60 @@ def roll_back_hosts(
     say: Say = lambda _: None,
     poll_s: float = POLL_S,
     flow_run_id: str | None = None,
-) -> Outcome:
-    """These hosts back, all at once: what it came to, as plain JSON. Raises BadInput for an unknown host."""
+) -> dict[str, Any]:
+    """These hosts back, all at once: the result as plain JSON. Raises BadInput for an unknown host."""
     _require(hosts, names)
     asked = {"hosts": list(names), "who": who, "reason": reason}
-    journal = _opened(UNDO, "fleet", asked, hosts, records, say, poll_s, flow_run_id)
-    with _ended_however(journal):
-        journal.roll_back(names, who, reason, wave=1)
-    rows = [journal.row(host) for host in names]
-    return _concluded(journal, rows, Verdict.PASS, "rolled back", "")
+    with _opened(records, UNDO, asked, "fleet", flow_run_id, say) as run:
+        runs = HostRuns(run, hosts, say, poll_s)
+        runs.roll_back(names, who, reason, wave=1)
+        return _concluded(run, [runs.row(host) for host in names], Verdict.PASS, "rolled back", "")
 
 
-def _waves(orders: Rollout, journal: Journal) -> dict[str, str]:
+def _opened(
+    records: Records, kind: str, asked: Mapping[str, Any], name: str, flow_run_id: str | None, say: Say
+) -> contextlib.AbstractContextManager[RunJournal]:
+    """The run of these orders, new or unfinished; what a broken-off one started on the hosts is waited for."""
+    return journal(
+        records,
+        kind,
+        asked,
+        name=name,
+        unfinished=records.unfinished(asked, kind=kind),
+        environment=machine_environment,
+        flow_run_id=flow_run_id,
+        say=say,
+    )
+
+
+def _waves(orders: Rollout, runs: HostRuns) -> dict[str, str]:
     """Why the gate of a wave stayed shut, by host; empty when all opened."""
     waves = waves_of(orders.hosts, orders.waves)
     for number, wave in enumerate(waves, 1):
-        journal.say(f"wave {number} of {len(waves)}: {', '.join(wave)}")
-        if any(journal.is_open(host, "rollback") for host in wave):  # killed while it was rolled back
-            shut = journal.shut(wave)
+        runs.say(f"wave {number} of {len(waves)}: {', '.join(wave)}")
+        if any(runs.is_open(host, "rollback") for host in wave):  # killed while it was rolled back
+            shut = runs.shut(wave)
         else:
-            shut = _wave(orders, journal, number, [host for host in wave if not journal.is_done(host)])
+            shut = _wave(orders, runs, number, [host for host in wave if not runs.is_done(host)])
         if shut:
             if orders.rollback_wave:
-                reason = f"wave {number} did not pass: {orders.reason}"
-                journal.roll_back([host for host in wave if _is_owed(journal, host)], orders.who, reason, wave=number)
+                # what passed in a wave is judged with what did not; what was rolled back since stays so
+                owed = [host for host in wave if runs.is_open(host, "rollback") or not runs.is_back(host)]
+                runs.roll_back(owed, orders.who, f"wave {number} did not pass: {orders.reason}", wave=number)
             return shut
     return {}
 
 
-def _wave(orders: Rollout, journal: Journal, number: int, wave: Sequence[str]) -> dict[str, str]:
+def _wave(orders: Rollout, runs: HostRuns, number: int, wave: Sequence[str]) -> dict[str, str]:
     asked: dict[str, Any] = {"approve": True, "who": orders.who, "reason": orders.reason}
-    # what is left out here is as the host's deployment says
+    # what is left out here is as the host's deployment has it
     asked |= {"plan": orders.plan} if orders.plan else {}
     asked |= {"without_canary": True} if orders.without_canary else {}
-    ends = journal.carry_out("migrate", wave, asked, wave=number)
+    ends = runs.carry_out("migrate", wave, asked, wave=number)
     shut = gate_of_wave(ends, orders.accept_stays)
     for host, end in ends.items():
-        journal.close(host, "migrate", end, shut.get(host))
+        runs.close(host, "migrate", end, shut.get(host))
     return shut
-
-
-def _is_owed(journal: Journal, host: str) -> bool:
-    """Not rolled back since it was migrated: what passed in a wave is judged with what did not."""
-    return journal.is_open(host, "rollback") or not journal.is_back(host)
 
 
 def last_wave(records: Records) -> list[str]:
@@ -402,49 +404,15 @@ def _require(hosts: Hosts, names: Sequence[str]) -> None:
         raise BadInput("; ".join(lacking))
 
 
-def _opened(
-    kind: str,
-    name: str,
-    asked: Mapping[str, Any],
-    hosts: Hosts,
-    records: Records,
-    say: Say,
-    poll_s: float,
-    flow_run_id: str | None,
-) -> Journal:
-    """The rows to go on with: those of the same orders that did not get done, else new ones."""
-    unfinished = records.unfinished(asked, kind=kind)
-    if unfinished is not None:
-        say(f"going on with run {unfinished.id}")
-        run = records.resume_run(unfinished.id, flow_run_id=flow_run_id)
-    else:
-        run = records.start_run(kind, name, asked, environment=machine_environment(), flow_run_id=flow_run_id)
-    return Journal(records, run, hosts, say=say, poll_s=poll_s)
-
-
-@contextlib.contextmanager
-def _ended_however(journal: Journal) -> Iterator[None]:
-    """The run marked when it breaks off; what it started on the hosts goes on, and is waited for the next time."""
-    try:
-        yield
-    except SwitchyardError as error:
-        journal.records.finish_run(journal.run.id, "failed", error=str(error))
-        raise
-    except BaseException as error:  # Ctrl-C and Prefect's cancellation are no Exceptions
-        journal.records.finish_run(journal.run.id, "interrupted", error=type(error).__name__)
-        raise
-
-
-def _concluded(journal: Journal, rows: list[Outcome], verdict: Verdict, aim: str, why: str) -> Outcome:
-    """The outcome; a run whose verdict is not PASS is gone on with by the same orders, once that is mended."""
+def _concluded(run: RunJournal, rows: list[dict[str, Any]], verdict: Verdict, aim: str, why: str) -> dict[str, Any]:
+    """The outcome; a run whose verdict is not PASS is resumed by the same orders, once that is fixed."""
     if stuck := [row["host"] for row in rows if row["result"] == "rollback failed"]:
         verdict = Verdict.ERROR
         why = f"not rolled back: {', '.join(stuck)}{f'; {why}' if why else ''}"
-    status: Status = "done" if verdict is Verdict.PASS else "interrupted"
-    journal.records.finish_run(journal.run.id, status, verdict=verdict, error=why or None)
+    run.finish("done" if verdict is Verdict.PASS else "interrupted", verdict=verdict, error=why or None)
     done = sum(row["result"] == aim for row in rows)
     summary = f"{done} of {len(rows)} hosts {aim}{f'; {why}' if why else ''}"
-    return {"run_id": journal.run.id, "verdict": verdict.value, "why": summary, "hosts": rows}
+    return {"run_id": run.id, "verdict": verdict.value, "why": summary, "hosts": rows}
 
 
 # --- the flows
@@ -531,7 +499,7 @@ def _orders(**asked: Any) -> Rollout:
         raise BadInput(f"{place}: {first['msg'].removeprefix('Value error, ')}") from problem
 
 
-def publish(outcome: Outcome) -> None:
+def publish(outcome: dict[str, Any]) -> None:
     """Where every host stands, as a Prefect artifact of the run."""
     rows = [
         {**row, "models": ", ".join(f"{name} {result}" for name, result in row["models"].items())}

@@ -43,8 +43,7 @@ from tasks.records.journal import RunJournal, journal
 from tasks.records.payload import plan_hash
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Decision
-from tasks.verdicts.gate import reasons, run_verdict
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, reasons, worst
 
 KIND = "whole"
 NOBODY = "-"  # of what concerns no single model
@@ -306,10 +305,7 @@ class WholeMigration:
 
     def conclude(self, ends: Sequence[Json], retired: Json | None) -> Json:
         """The result of all models, recorded; what broke off or waits for an answer is resumed by the next start."""
-        verdicts = {end["model"]: Verdict(end["verdict"]) for end in ends}
-        if retired is not None:
-            verdicts[NOBODY] = Verdict(retired["verdict"])
-        verdict = run_verdict(verdicts)
+        verdict = worst(Verdict(end["verdict"]) for end in (*ends, retired) if end)
         waits = next((end["why"] for end in (*ends, retired) if end and end["result"] == WAITS), None)
         if self.run.known_id is not None:
             self.run.finish("interrupted" if waits or _broken(ends) else "done", verdict=verdict, error=waits)

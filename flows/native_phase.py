@@ -27,11 +27,11 @@ from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
 from flows.rollout.yards import PlanYards
 from flows.subprocess_phase import carried_out
-from migrations.plan import EngineChoice, Plan, load_plan
+from migrations.plan import EngineChoice, Plan
+from migrations.plan_file import load_plan
 from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
 from tasks.records.store import open_records
-from tasks.verdicts.gate import gate
-from tasks.verdicts.verdict import Verdict
+from tasks.verdicts.verdict import Verdict, gate
 
 
 def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:

@@ -12,9 +12,8 @@ from migrations.demo import DEMO_NAME
 from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE, RISKS
 from tasks.records.store import Records
 from tasks.report.report import write_report
-from tasks.verdicts.gate import gate, reasons, risks, run_verdict
-from tasks.verdicts.risks import Risk
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.risks import Risk, judge_risks
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons, worst
 
 
 def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def model_outcome(model_id: str, results: Sequence[CheckResult], known_risks: It
                 "verdict": one.verdict.value,
                 "decided_by": [result.check for result in one.decided_by],
             }
-            for one in risks(known_risks, results)
+            for one in judge_risks(known_risks, results)
         ],
     }
 
@@ -51,7 +50,7 @@ def run_outcome(
     run_id: str, plan: str, models: Sequence[dict[str, Any]], cannot_prove: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The verdict on a run, with its models."""
-    verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
+    verdict = worst(Verdict(model["verdict"]) for model in models)
     return {
         "run_id": run_id,
         "plan": plan,

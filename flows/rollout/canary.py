@@ -13,8 +13,7 @@ from engines.errors import SwitchyardError
 from flows.rollout.model_move import Closed, ModelMove
 from tasks.evidence.rehearsal import engine_of
 from tasks.records.tables import Step
-from tasks.verdicts.gate import gate, reasons
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured, reasons
 
 
 def canaries(move: ModelMove) -> None:

@@ -20,8 +20,7 @@ from migrations.plan import ModelPlan, Plan
 from tasks.evidence.rehearsal import OpenStage, engine_of, room, route_of
 from tasks.records.journal import RunJournal
 from tasks.records.tables import Step, StepState
-from tasks.verdicts.gate import gate, reasons
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons
 
 POLL_S = 5.0
 SETTLE_S = 0.5

@@ -24,8 +24,7 @@ from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import engine_of, judge_rehearsal, measure_rehearsal, one_token
 from tasks.records.journal import RunJournal, journal
 from tasks.records.store import Records
-from tasks.verdicts.gate import gate, run_verdict
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured, worst
 
 SUBPROCESS = MovePhase(name="subprocess", kind="migrate", evaluation="phase 1", advice="run `switchyard evaluate`")
 
@@ -69,7 +68,7 @@ def migrate(
 def outcome(migration: Migration, moves: list[ModelMove]) -> dict[str, Any]:
     """Models with their verdicts, checks, steps and decisions."""
     models = [move.outcome() for move in moves]
-    verdict = run_verdict({model["model"]: Verdict(model["verdict"]) for model in models})
+    verdict = worst(Verdict(model["verdict"]) for model in models)
     return {
         "run_id": migration.run.known_id,
         "plan": migration.plan.name,

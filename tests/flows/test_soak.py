@@ -398,7 +398,7 @@ def test_a_soak_that_is_long_enough_comes_to_a_verdict_once(make_box: MakeBox) -
     assert (run.status, run.verdict) == ("done", "PASS")
     again = box.window()
     assert (again["result"], len(box.runs())) == ("nothing to soak", 1)
-    assert "came to PASS" in again["why"]
+    assert "ended with PASS" in again["why"]
     other = box.promoted(NATIVE).window()
     assert (other["models"][0]["engine"], other["models"][0]["windows"]) == (NATIVE, 1)
     assert len(box.runs()) == 2
