@@ -12,9 +12,10 @@ from typing import Any, Literal
 from engines.errors import BadInput
 from engines.model.free_memory import Device, FreeMemory, free_memory
 from engines.model.header import Header
-from engines.model.memory import GIB, MemoryCase, Part, why_unsized
+from engines.model.memory import MemoryCase, Part, why_unsized
 from engines.registry import driver
 from engines.settings import Settings
+from engines.units import size
 
 FitVerdict = Literal["fits", "tight", "unknown", "does not fit"]
 WORSE: tuple[FitVerdict, ...] = ("fits", "tight", "unknown", "does not fit")
@@ -40,8 +41,8 @@ class Need:
 
     def __str__(self) -> str:
         if self.free is None:
-            return f"{self.device.upper()}: needs {_gib(self.expected)}, how much is free cannot be read"
-        numbers = f"needs {_gib(self.expected)} (up to {_gib(self.high)}), {_gib(self.free)} free"
+            return f"{self.device.upper()}: needs {size(self.expected)}, how much is free cannot be read"
+        numbers = f"needs {size(self.expected)} (up to {size(self.high)}), {size(self.free)} free"
         return f"{self.device.upper()} {self.verdict}: {numbers}"
 
 
@@ -114,10 +115,6 @@ def _needs(parts: tuple[Part, ...], free: FreeMemory, correction: float | None) 
         if here:
             needs.append(Need(device, low, expected, high, free.of(device)))
     return needs
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / GIB:.2f} GiB"
 
 
 def _notes(case: MemoryCase) -> list[str]:

@@ -27,6 +27,7 @@ from engines.driver import native_of
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
 from engines.home import host
+from engines.units import duration
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
 from flows.evaluation.outcome import model_outcome, report, run_outcome
@@ -36,7 +37,6 @@ from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.evidence.environment import machine_environment
-from tasks.evidence.soak.judge import duration
 from tasks.evidence.soak.judge_windows import ending, judge_windows, window_summary
 from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import Place, measure_window

@@ -15,6 +15,7 @@ from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.fit import estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
+from engines.units import size
 from engines.yard.client import Say
 from engines.yard.engine.unit import Unit
 from engines.yard.orders import Order
@@ -96,7 +97,7 @@ class MemoryBudget:
         if settings.unload_after_s is not None and unused_s > settings.unload_after_s:
             await self._unload(oldest, f"not used for {unused_s:.0f} s")
         elif settings.memory_budget_mib is not None and self._held_bytes() > settings.memory_budget_mib * 2**20:
-            await self._unload(oldest, f"{mib(self._held_bytes())} are held, more than was estimated")
+            await self._unload(oldest, f"{size(self._held_bytes())} are held, more than was estimated")
 
     def _wake_soon(self, route: Route, *, evict: bool) -> None:
         if route.model_id not in self._waking:
@@ -134,8 +135,8 @@ class MemoryBudget:
                 return  # it may fit: it is tried, and from then on its own measure counts
             if victim is None:
                 raise OverBudget(
-                    f"{route.model_id} needs {mib(need)} and {mib(self._held_bytes())} of the budget of {mib(budget)} "
-                    "are taken by models that stay; raise yard.memory_budget_mib, or unload one"
+                    f"{route.model_id} needs {size(need)}, and {size(self._held_bytes())} of the budget of "
+                    f"{size(budget)} are taken by models that stay; raise yard.memory_budget_mib, or unload one"
                 )
             await self._unload(victim, f"{route.model_id} needs the room")
 
@@ -171,8 +172,8 @@ class MemoryBudget:
                 await memory_back(vram, before, self._yard.settings.memory_back_s)
         finally:
             route.holding = False
-        told = f"unloaded ({why}) after {time.monotonic() - began:.1f} s; {mib(held)} of RAM"
-        told += f" and {mib(vram)} of VRAM" if vram else ""
+        told = f"unloaded ({why}) after {time.monotonic() - began:.1f} s; {size(held)} of RAM"
+        told += f" and {size(vram)} of VRAM" if vram else ""
         self._yard.events.note("move", route.model_id, f"{told} are back")
         if route.waiting:
             self.wake(route)
@@ -219,17 +220,12 @@ async def memory_back(vram_held: int | None, before: FreeMemory, within_s: float
         free = await asyncio.to_thread(free_memory)
         seen = max((free.vram_bytes or 0) - before.vram_bytes, 0)
         if vram_held is not None and seen >= SHARE_BACK * vram_held:
-            return f"VRAM is back: {mib(seen)} of {mib(vram_held)} after {waited:.1f} s"
+            return f"VRAM is back: {size(seen)} of {size(vram_held)} after {waited:.1f} s"
         if vram_held is None and waited >= SETTLES_S and seen == last:
-            return f"VRAM has settled {waited:.1f} s after the stop, {mib(seen)} more are free"
+            return f"VRAM has settled {waited:.1f} s after the stop, {size(seen)} more are free"
         if waited > within_s:
             raise MemoryHeld(
-                f"only {mib(seen)} of {mib(vram_held or 0)} of VRAM came back within {waited:.0f} s; "
+                f"only {size(seen)} of {size(vram_held or 0)} of VRAM came back within {waited:.0f} s; "
                 "`nvidia-smi` shows who holds it"
             )
         await asyncio.sleep(POLL_S)
-
-
-def mib(n_bytes: int) -> str:
-    """`512 MiB`."""
-    return f"{n_bytes / 2**20:.0f} MiB"

@@ -20,8 +20,9 @@ from engines.errors import SwitchyardError
 from engines.home import home
 from engines.model.free_memory import free_memory
 from engines.registry import DRIVERS
+from engines.units import size
 from flows.cli.options import Json
-from flows.cli.output import EXIT_CODES, next_command, out, print_json, size
+from flows.cli.output import EXIT_CODES, next_command, out, print_json
 from flows.orchestrator.server import PrefectServer, prepare_environment
 from migrations.demo import GEMMA3, INSTALL, SMOLLM2
 from tasks.records.store import open_records

@@ -133,10 +133,3 @@ def run_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         what = Text(f"{run['kind']} {run['plan']}", no_wrap=True, overflow="ellipsis")
         table.add_row(run["run_id"], started, took, what, run["status"], verdict)
     return table
-
-
-def size(n_bytes: float | None) -> str:
-    """Bytes for people: `47.6 MiB`, `3.00 GiB`, `not measured`."""
-    if n_bytes is None:
-        return "not measured"
-    return f"{n_bytes / 2**20:.1f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from engines.errors import BadInput, EngineError
 from engines.registry import DRIVERS, driver
+from engines.units import size
 from flows.cli.options import Json
-from flows.cli.output import EXIT_CODES, out, print_json, size
+from flows.cli.output import EXIT_CODES, out, print_json
 from migrations.plan_file import load_plan
 from tasks.evidence import preflight as headers
 

@@ -15,10 +15,11 @@ from rich.text import Text
 
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
+from engines.units import ago, size
 from engines.yard.client import YardClient
-from engines.yard.ports.page import ago, notes, one_line, retired
+from engines.yard.ports.page import notes, one_line, retired
 from flows.cli.options import Json
-from flows.cli.output import next_command, out, prepared_home, print_json, run_table, size
+from flows.cli.output import next_command, out, prepared_home, print_json, run_table
 from flows.evaluation.rejudge import current
 
 STATES = {

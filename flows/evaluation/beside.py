@@ -11,6 +11,7 @@ from engines.errors import BadInput, SwitchyardError
 from engines.fit import estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
+from engines.units import size
 from engines.yard.client import YardClient
 from migrations.plan import Plan
 
@@ -41,9 +42,9 @@ def lacking(plan: Plan, home: Path, *, free: Callable[[], FreeMemory] = free_mem
             for need in fit.needs:
                 missing = 0 if need.free is None else need.expected - need.free
                 if missing > 0:
-                    room = f"{_size(need.expected)} of {need.device.upper()}, {_size(need.free or 0)} is free"
-                    line = f"{model.id} on {engine} needs {room} beside what the yard serves ({_size(held)})"
-                    lacks.append((missing, f"{line}: {_size(missing)} is missing"))
+                    room = f"{size(need.expected)} of {need.device.upper()}, {size(need.free or 0)} is free"
+                    line = f"{model.id} on {engine} needs {room} beside what the yard serves ({size(held)})"
+                    lacks.append((missing, f"{line}: {size(missing)} is missing"))
     return max(lacks)[1] if lacks else None
 
 
@@ -77,7 +78,3 @@ def _beside(
             needs = estimate(header, plan.settings_for(model), engine, memory=free).needs
             mapped += min(header.tensor_bytes, max(0, sum(need.expected for need in needs) - held))
     return free if free.ram_bytes is None else replace(free, ram_bytes=max(0, free.ram_bytes - mapped))
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"

@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
 
+from engines.units import NOT_MEASURED, quantity
 from tasks.report.guide_facts import FIGURES, NOT_RECORDED, Deviation, Engine, Facts, Model, Phase, short
-from tasks.report.markup import NOT_MEASURED, Html, el, joined, quantity
+from tasks.report.markup import Html, el, joined
 from tasks.report.model_section import row, table, verdict_mark
 from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 

@@ -23,12 +23,12 @@ from engines.driver import native_of
 from engines.errors import BadInput
 from engines.home import host
 from engines.registry import driver
+from engines.units import NOT_MEASURED, size
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import YardState
 from tasks.records.payload import plan_hash, redact
 from tasks.records.store import Records
 from tasks.records.tables import Run
-from tasks.report.markup import NOT_MEASURED, memory
 from tasks.report.model_section import ModelRecord
 from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
@@ -307,7 +307,7 @@ def _files(plan: Mapping[str, Any], state: YardState) -> Iterable[Path]:
 def _machine(told: Mapping[str, Any]) -> str:
     cpu, ram, gpus = told.get("cpu"), told.get("ram_bytes"), told.get("gpus")
     names = ", ".join(str(gpu["name"]) for gpu in gpus or []) or ("no GPU" if gpus == [] else f"GPUs {NOT_RECORDED}")
-    return f"{cpu or f'processor {NOT_RECORDED}'}, RAM {memory(ram) if ram else NOT_RECORDED}, {names}"
+    return f"{cpu or f'processor {NOT_RECORDED}'}, RAM {size(ram) if ram else NOT_RECORDED}, {names}"
 
 
 def _address(host: str, port: int) -> str:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
+from engines.units import NOT_MEASURED, duration, figure, quantity
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.performance import Workload, memory_metric, metrics
 from tasks.records.series import Series
 from tasks.records.store import Records
 from tasks.records.tables import Arm, Evidence, Run
 from tasks.report import plots
-from tasks.report.markup import NOT_MEASURED, Html, duration, el, figure, joined, quantity
+from tasks.report.markup import Html, el, joined
 from tasks.report.plots import ARMS
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_log_ratio, judge

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from tasks.report.markup import Html, duration, el, figure, joined, memory
+from engines.units import duration, figure, size
+from tasks.report.markup import Html, el, joined
 from tasks.verdicts.statistics import percentile
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def _memory_words(series: Series) -> str:
     known = series.values[~np.isnan(series.values)]
     if not len(known):
         return "not measured"
-    first, peak, last = (memory(float(value)) for value in (known[0], known.max(), known[-1]))
+    first, peak, last = (size(float(value)) for value in (known[0], known.max(), known[-1]))
     return f"first {first}, peak {peak}, last {last}"
 
 
@@ -308,9 +309,9 @@ def _memory_grid(y: Scale) -> list[Html]:
 
 
 def _time_axis(x: Scale, y: float) -> Html:
-    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s")):
-        if x.high >= 2 * size or size == 1:
-            return _x_axis(Scale(0.0, x.high / size, x.start, x.end), y, f"{unit} of load ({duration(x.high)})")
+    for length, unit in ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+        if x.high >= 2 * length or length == 1:
+            return _x_axis(Scale(0.0, x.high / length, x.start, x.end), y, f"{unit} of load ({duration(x.high)})")
     raise AssertionError("seconds fit everything")
 
 

@@ -19,9 +19,10 @@ from string import Template
 from typing import Any
 
 from engines.errors import BadInput
+from engines.units import NOT_MEASURED, duration, quantity, size
 from tasks.records.store import Records
 from tasks.records.tables import Run
-from tasks.report.markup import NOT_MEASURED, Html, duration, el, joined, memory, quantity
+from tasks.report.markup import Html, el, joined
 from tasks.report.model_section import ARMS, ModelRecord, latency_figure, model_section, named, row, table, verdict_mark
 
 SAYS = {
@@ -174,7 +175,7 @@ def _facts(run: Run, models: Sequence[ModelRecord]) -> list[tuple[str, str]]:
     facts = [
         ("host", _or_missing(machine.get("host"))),
         ("processor", f"{_or_missing(machine.get('cpu'))}, {_or_missing(machine.get('cpus_allowed'))} threads usable"),
-        ("memory", memory(machine["ram_bytes"]) if machine.get("ram_bytes") else NOT_MEASURED),
+        ("memory", size(machine["ram_bytes"]) if machine.get("ram_bytes") else NOT_MEASURED),
         ("graphics", _gpus(machine.get("gpus"))),
         ("system", f"{_or_missing(machine.get('kernel'))}, Python {_or_missing(machine.get('python'))}"),
         ("clock", f"{_or_missing(clock.get('name'))}, kernel source {_or_missing(clock.get('source'))}"),
@@ -188,7 +189,7 @@ def _facts(run: Run, models: Sequence[ModelRecord]) -> list[tuple[str, str]]:
 def _gpus(gpus: Sequence[Mapping[str, Any]] | None) -> str:
     if gpus is None:
         return NOT_MEASURED
-    return "; ".join(f"{gpu['name']}, {memory(gpu['memory_bytes'])}, driver {gpu['driver']}" for gpu in gpus) or "none"
+    return "; ".join(f"{gpu['name']}, {size(gpu['memory_bytes'])}, driver {gpu['driver']}" for gpu in gpus) or "none"
 
 
 def _self_test(found: Mapping[str, Any] | None) -> list[Html]:

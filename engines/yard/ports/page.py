@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from engines.units import ago
 
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 16%, transparent);
@@ -60,15 +61,6 @@ def _reports(names: Sequence[str]) -> str:
 def retired(status: Mapping[str, Any]) -> list[str]:
     """A line for each engine that nothing starts any more."""
     return list(status.get("retired", {}).values())
-
-
-def ago(moment: float, now: float | None = None) -> str:
-    """How long ago a moment (s since the epoch) was, in one unit: `12 s`, `3 min`, `5 h`, `2 d`."""
-    seconds = max((time.time() if now is None else now) - moment, 0)
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def one_line(text: object, most: int = 160) -> str:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engines.units import duration
 from tasks.verdicts.statistics import Slope, bucket_medians, poisson_upper_rate, theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
@@ -194,10 +195,3 @@ def _kinds(failures: Sequence[Mapping[str, Any]]) -> str:
 def _at_least(k: int, n: int, p: float) -> float:
     """P(X >= k) of a binomial."""
     return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
-
-
-def duration(seconds: float) -> str:
-    """As people say it: `2.0 min`, `3.0 h` or `3.0 days`."""
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"

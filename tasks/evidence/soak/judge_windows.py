@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.evidence.soak.judge import BUCKETS, DAY_S, LEAK, LEAK_UNIT, duration, judge_slope, judge_stability, warm_up_s
+from engines.units import duration
+from tasks.evidence.soak.judge import BUCKETS, DAY_S, LEAK, LEAK_UNIT, judge_slope, judge_stability, warm_up_s
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.statistics import (
     Slope,

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from engines.errors import BadInput
+from engines.units import NOT_MEASURED, quantity
 from tasks.records.series import Series
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Arm
 from tasks.report import plots
-from tasks.report.markup import NOT_MEASURED, Html, el, figure, quantity
+from tasks.report.markup import Html, el
 from tasks.report.model_section import ModelRecord, pooled, side_by_side
 from tasks.report.report import write_report
 from tasks.verdicts.statistics import percentile
@@ -459,31 +460,6 @@ def test_divergences_and_token_counts_tell_themselves_in_words() -> None:
 
 
 # words
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "shown"),
-    [
-        (None, "ms", "not measured"),
-        (0.0, "failures", "0 failures"),
-        (1, "failures", "1 failure"),
-        (12345.678, "ms", "12,346 ms"),
-        (0.97654, "share", "97.65 %"),
-        (1.0512345, "ratio", "1.051×"),
-        (1.5 * 2**30, "bytes", "1.5 GiB"),
-        (5e7, "bytes/day", "50 MB/day"),
-        (0.0000123, "nats", "1.23e-05 nats"),
-        (0.00281, "nats", "0.00281 nats"),
-    ],
-)
-def test_quantities_read_alike_everywhere(value: float | None, unit: str, shown: str) -> None:
-    """Four significant digits, the unit behind; what is missing is said."""
-    assert quantity(value, unit) == shown
-
-
-def test_figures_keep_their_size() -> None:
-    """Rounding does not lose a digit before the point."""
-    assert [figure(n) for n in (100, 1000, 99999, 0.1, 123456789)] == ["100", "1,000", "99,999", "0.1", "123,456,789"]
 
 
 def test_an_element_escapes_text_and_keeps_markup() -> None:

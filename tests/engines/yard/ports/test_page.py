@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engines.yard.ports.page import ago, one_line, page
+from engines.yard.ports.page import one_line, page
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 
@@ -206,11 +206,6 @@ def test_the_latest_incidents_come_first_and_are_bounded():
     assert html.index("number 29.") < html.index("number 28.")
     assert "number 5." not in html
     assert "Incidents: 30, the latest 12" in html
-
-
-def test_ago_speaks_in_one_unit():
-    spoken = [ago(1000.0 - seconds, now=1000.0) for seconds in (-5, 0, 59, 60, 3600, 200_000)]
-    assert spoken == ["0 s", "0 s", "59 s", "1 min", "1 h", "2 d"]
 
 
 def test_one_line_is_short_and_without_control_characters():
