@@ -69,17 +69,13 @@ def measure_floor(
         progress(f"{endpoint.engine}: self-noise, {parallel} at a time")
         with ThreadPoolExecutor(parallel) as pool:
             together = list(pool.map(ask, prompts))
-    runs = {"repeat": repeat, "cached": cached, "parallel": together}
     base = _answers(endpoint, first, max_tokens, top_logprobs, 0.0)
-    floor = {name: _noise(base, _answers(endpoint, run, max_tokens, top_logprobs, 0.0)) for name, run in runs.items()}
-    return origin(endpoint) | floor | {"prompts": len(prompts), "seconds": time.monotonic() - started}
-
-
-def _noise(first: Evidence, again: Evidence) -> Evidence:
-    """The numbers of one self-comparison that a floor needs."""
-    comparison = compare_answers(first, again)
     kept = ("exact_match_share", "positions", "top1_agreement", "mean_kld", "p99_kld", "max_kld", "errors")
-    return {key: comparison[key] for key in kept}
+    floor: Evidence = {}
+    for name, run in {"repeat": repeat, "cached": cached, "parallel": together}.items():
+        comparison = compare_answers(base, _answers(endpoint, run, max_tokens, top_logprobs, 0.0))
+        floor[name] = {key: comparison[key] for key in kept}
+    return origin(endpoint) | floor | {"prompts": len(prompts), "seconds": time.monotonic() - started}
 
 
 def _answers(
@@ -96,13 +92,12 @@ def _answer(caller: Caller, endpoint: Endpoint, prompt: Prompt, max_tokens: int,
     choice = (answer.get("choices") or [{}])[0]
     message = choice.get("message") or {}
     usage = read_usage(answer.get("usage")) or {}
-    calls = [call.get("function") for call in message.get("tool_calls") or []]
     return {
         "id": prompt.id,
         "prompt": prompt.text[-400:],
         "text": message.get("content") or "",
         "reasoning": message.get("reasoning_content") or message.get("reasoning") or "",
-        "tool_calls": calls,
+        "tool_calls": [call.get("function") for call in message.get("tool_calls") or []],
         "finish_reason": choice.get("finish_reason"),
         **{name: usage.get(name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")},
         "positions": _positions(choice.get("logprobs")),
@@ -131,11 +126,7 @@ def _positions(logprobs: Any) -> list[list[Any]]:
 def _token(entry: Evidence) -> list[Any]:
     """[text, logprob, id or None]; bytes that are no whole character become U+FFFD."""
     token, raw = entry.get("token"), entry.get("bytes")
+    decoded = bytes(raw or []).decode("utf-8", "replace") if not isinstance(raw, str) else raw
     if isinstance(token, int):
-        return [raw if isinstance(raw, str) else _decoded(raw), entry["logprob"], token]
-    text = _decoded(raw) if isinstance(raw, list) else token
-    return [text, entry["logprob"], entry.get("id")]
-
-
-def _decoded(raw: list[int] | None) -> str:
-    return bytes(raw or []).decode("utf-8", "replace")
+        return [decoded, entry["logprob"], token]
+    return [decoded if isinstance(raw, list) else token, entry["logprob"], entry.get("id")]

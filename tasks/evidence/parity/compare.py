@@ -60,12 +60,8 @@ def _position_numbers(steps: list[tuple[float, float]], hidden: int, seen: int, 
     `hidden` tokens agree (their text does) but have no KLD; of the `diverged` positions `seen` have one.
     """
     if not steps:
-        return dict.fromkeys(
-            ("top1_agreement", "top1_low", "top1_high", "mean_kld", "p99_kld", "max_kld", "rms_delta_p")
-        ) | {
-            "positions": 0,
-            "same_top1": 0,
-        }
+        names = ("top1_agreement", "top1_low", "top1_high", "mean_kld", "p99_kld", "max_kld", "rms_delta_p")
+        return {"positions": 0, "same_top1": 0, **dict.fromkeys(names)}
     klds = [kld for kld, _ in steps]
     same = len(steps) - seen + hidden
     trials = same + diverged
@@ -84,7 +80,7 @@ def _position_numbers(steps: list[tuple[float, float]], hidden: int, seen: int, 
 
 
 class _Match:
-    """How tokens of both engines are told to be the same: by id on one vocabulary, else by text.
+    """Which tokens of both engines count as the same: by id on one vocabulary, else by text.
 
     By text, the end of the answer is one token whatever its name: llama.cpp shows it as an empty text, mistral.rs as
     `<|im_end|>`; tokens that share a text (parts of characters do) are one outcome.
@@ -99,7 +95,9 @@ class _Match:
             answer["positions"][-1][0]
             for pair in pairs
             for answer in pair
-            if answer["positions"] and answer["finish_reason"] == "stop" and not answer["text"].endswith(_last(answer))
+            if answer["finish_reason"] == "stop"
+            and answer["positions"]
+            and not answer["text"].endswith(answer["positions"][-1][0])
         }
 
     def key(self, token: list[Any]) -> Any:
@@ -111,10 +109,8 @@ class _Match:
     def top(self, position: list[Any]) -> dict[Any, float]:
         """Probability by key of the tokens shown at one position, the generated one among them."""
         shown: dict[Any, float] = {}
-        listed = (
-            position[3] if any(self.key(t) == self.key(position) for t in position[3]) else [position, *position[3]]
-        )
-        for token in listed:
+        listed = any(self.key(token) == self.key(position) for token in position[3])
+        for token in position[3] if listed else [position, *position[3]]:
             shown[self.key(token)] = shown.get(self.key(token), 0.0) + math.exp(min(0.0, token[1]))
         return shown
 
@@ -135,10 +131,6 @@ def _readable(*texts: str) -> bool:
     return all(text and "\ufffd" not in text and not text.startswith("<") for text in texts)
 
 
-def _last(answer: Evidence) -> str:
-    return str(answer["positions"][-1][0])
-
-
 @dataclass(frozen=True)
 class _Walk:
     """(KLD, delta-p) by position, tokens passed unseen, and the first difference; `unseen`: it has no step."""
@@ -155,7 +147,7 @@ def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
     """(KLD, delta-p) at each position both engines show, and where the first different token is.
 
     llama.cpp shows one entry, that of the last token, for a character made of several tokens; mistral.rs shows each
-    token as U+FFFD. Where the texts agree, the walk goes on behind the character and counts what it passed as hidden.
+    token as U+FFFD. Where the texts agree, the walk continues behind the character and counts what it passed as hidden.
     """
     ours, theirs = incumbent["positions"], candidate["positions"]
     steps: list[tuple[float, float]] = []
@@ -175,8 +167,9 @@ def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
     ended_early = (left and candidate["finish_reason"] != "length") or (
         left_there and incumbent["finish_reason"] != "length"
     )
-    end = _Walk(steps, hidden)
-    return replace(end, diverged=(i, j), unseen=True) if ended_early and ours and theirs else end
+    if ended_early and ours and theirs:
+        return _Walk(steps, hidden, diverged=(i, j), unseen=True)
+    return _Walk(steps, hidden)
 
 
 def _diverged(walk: _Walk, incumbent: Evidence, candidate: Evidence, at: tuple[int, int], match: _Match) -> _Walk:
@@ -319,35 +312,19 @@ def _divergence(incumbent: Evidence, candidate: Evidence, walk: _Walk, tie_gap_n
 def _text_numbers(pairs: Sequence[tuple[Evidence, Evidence]]) -> Evidence:
     """Shares over whole answers: equal texts, finish reasons, lengths, degenerate ones."""
     alike = [(a, b) for a, b in pairs if a["text"] == b["text"] and a["tool_calls"] == b["tool_calls"]]
-    ours = {a["id"]: degenerate_answer(a) for a, _ in pairs}
-    theirs = {b["id"]: degenerate_answer(b) for _, b in pairs}
+    arms = {"incumbent": [a for a, _ in pairs], "candidate": [b for _, b in pairs]}
+    differ = [(a["id"], a["finish_reason"], b["finish_reason"]) for a, b in alike]
+    tallies = {arm: dict(Counter(str(one["finish_reason"]) for one in answers)) for arm, answers in arms.items()}
     return {
         "exact_match_share": len(alike) / len(pairs) if pairs else None,
-        "finish_reason_agreement": share_of(a["finish_reason"] == b["finish_reason"] for a, b in pairs),
-        "finish_reasons": {
-            "incumbent": _tally(a["finish_reason"] for a, _ in pairs),
-            "candidate": _tally(b["finish_reason"] for _, b in pairs),
-            "differ_on_equal_text": [
-                f"{a['id']}: {a['finish_reason']} vs {b['finish_reason']}"
-                for a, b in alike
-                if a["finish_reason"] != b["finish_reason"]
-            ],
-        },
+        "finish_reason_agreement": fmean(a["finish_reason"] == b["finish_reason"] for a, b in pairs) if pairs else None,
+        "finish_reasons": tallies
+        | {"differ_on_equal_text": [f"{key}: {ours} vs {theirs}" for key, ours, theirs in differ if ours != theirs]},
         "length": _length_ratio([(a["completion_tokens"], b["completion_tokens"]) for a, b in pairs]),
         "degenerate": {
-            "incumbent": {key: why for key, why in ours.items() if why},
-            "candidate": {key: why for key, why in theirs.items() if why},
+            arm: {one["id"]: why for one in answers if (why := degenerate_answer(one))} for arm, answers in arms.items()
         },
     }
-
-
-def _tally(reasons: Iterable[str | None]) -> dict[str, int]:
-    return dict(Counter(str(reason) for reason in reasons))
-
-
-def share_of(claims: Iterable[bool]) -> float | None:
-    kept = list(claims)
-    return sum(kept) / len(kept) if kept else None
 
 
 def _length_ratio(lengths: list[tuple[int | None, int | None]]) -> Evidence:

@@ -79,9 +79,8 @@ def _basis(comparison: Evidence) -> str:
 def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:
     check, share = "parity.top1_agreement", comparison["top1_agreement"]
     if share is None:
-        return not_measured(
-            check, f"no logprobs to compare: {_basis(comparison)}", limit=limits.top1_agreement, unit="share"
-        )
+        why = f"no logprobs to compare: {_basis(comparison)}"
+        return not_measured(check, why, limit=limits.top1_agreement, unit="share")
     low, high = comparison["top1_low"], comparison["top1_high"]
     why = f"{share:.2%} on {_basis(comparison)}, 95 % bounds {low:.2%} and {high:.2%}"
     enough = share >= limits.top1_agreement and low >= limits.top1_lower_bound
@@ -101,9 +100,7 @@ def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits)
         # the fixed p99 limit is far over any mean that passes: it does not move with the floor
         limit = max(least, FLOOR_FACTOR * own) if name == "mean_kld" else least
         value, check = comparison[name], f"parity.{name}"
-        why = (
-            f"{_basis(comparison)}; own noise {own:.2g}" if floors else f"{_basis(comparison)}; own noise not measured"
-        )
+        why = f"{_basis(comparison)}; own noise {f'{own:.2g}' if floors else 'not measured'}"
         if value is None or (value <= limit and comparison["positions"] < MIN_POSITIONS):
             why += f"; {MIN_POSITIONS} positions wanted"
             results.append(not_measured(check, why, limit=limit, unit="nats").model_copy(update={"value": value}))
@@ -129,7 +126,7 @@ def _judge_divergences(comparison: Evidence, limits: Limits) -> CheckResult:
         )
         why += f"; unexplained: {shown}"
     if len(unseen) * 2 > len(found) and len(unexplained) <= limit:
-        return not_measured(check, f"{why}: most cannot be told", limit=limit, unit="divergences")
+        return not_measured(check, f"{why}: most cannot be explained or refuted", limit=limit, unit="divergences")
     return at_most(check, len(unexplained), limit=limit, unit="divergences", why=why)
 
 
@@ -183,9 +180,9 @@ def _judge_finish(comparison: Evidence) -> CheckResult:
 def _judge_length(comparison: Evidence, limits: Limits) -> CheckResult:
     check, length = "parity.mean_length_ratio", comparison["length"]
     required = length["prompts"] >= LENGTH_REQUIRED_FROM
-    if length["ratio"] is None:
-        return not_measured(check, "completion tokens of fewer than 2 answers", limit=1 + LENGTH_MARGIN, required=False)
     inside = 1 / (1 + LENGTH_MARGIN), 1 + LENGTH_MARGIN
+    if length["ratio"] is None:
+        return not_measured(check, "completion tokens of fewer than 2 answers", limit=inside[1], required=False)
     low, high = length["low"], length["high"]
     verdict = Verdict.INCONCLUSIVE
     if inside[0] <= low and high <= inside[1]:

@@ -6,115 +6,74 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from engines.settings import Endpoint
-from tasks.evidence.behaviours.caller import Caller
-from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, origin, post
-from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
+import httpx
 
-WISH = "Write a short story about a lighthouse and its keeper."
-SCHEMA = {
-    "type": "object",
-    "properties": {"zq": {"type": "integer"}},
-    "required": ["zq"],
-    "additionalProperties": False,
-}
+from engines.settings import Endpoint
+from tasks.evidence.behaviours.caller import Caller, Malformed, Refused
+from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, origin
+from tasks.verdicts.verdict import CheckResult, at_most, not_measured
+
+QUESTION = "Write a short story about a lighthouse and its keeper."
 
 
 def measure_ignored_parameters(
     endpoint: Endpoint, *, timeout_s: float = TIMEOUT_S, progress: Progress = lambda _: None
 ) -> Evidence:
-    """For parameters beyond OpenAI's: what was sent, whether it had its effect (None: cannot tell), and what was seen.
+    """For parameters beyond OpenAI's: what was sent, whether it had its effect (None: cannot say), and what was seen.
 
     OpenAI's own are among the compatibility battery's behaviours: `with_behaviours` adds them. A 200 proves nothing:
     engines drop parameters they do not know. So each probe sends one parameter and looks for what it must change. A
-    refusal is no silence: effect None, and its text. Whether a probe can show an effect depends on the model, so the
+    refusal is not silence: effect None, and its text. Whether a probe can show an effect depends on the model, so the
     incumbent's result is the yardstick.
     """
-    with _Probe(endpoint, read_timeout_s=timeout_s) as probe:
-        found: Evidence = {}
-        for name, look in _PROBES.items():
+    found: Evidence = {}
+    with _Prober(endpoint, read_timeout_s=timeout_s) as prober:
+        for name, (probe, value) in _PROBES.items():
+            sent = {name: value}
             try:
-                found[name] = look(probe)
-            except _NoAnswerError as refusal:
-                found[name] = {"sent": refusal.sent, "effect": None, "observed": str(refusal)}
-            progress(f"{endpoint.engine}: parameter {name}: {_effect_word(found[name]['effect'])}")
+                effect, observed = probe(prober, sent)
+            except (httpx.HTTPError, Refused, Malformed) as error:
+                effect, observed = None, f"{'' if isinstance(error, Refused) else type(error).__name__ + ': '}{error}"
+            found[name] = {"sent": sent, "effect": effect, "observed": observed}
+            words = {True: "took effect", False: "had no effect", None: "cannot say"}[effect]
+            progress(f"{endpoint.engine}: parameter {name}: {words}")
     return origin(endpoint) | {"parameters": found}
 
 
-def _effect_word(effect: bool | None) -> str:
-    return {True: "took effect", False: "had no effect", None: "cannot tell"}[effect]
+class _Prober(Caller):
+    """Asks one engine the same question with one parameter changed; greedy unless `sent` says otherwise."""
 
-
-class _NoAnswerError(Exception):
-    """A probe's request was refused or failed; `sent` is what it carried."""
-
-    def __init__(self, message: str, sent: Evidence) -> None:
-        super().__init__(message)
-        self.sent = sent
-
-
-class _Probe(Caller):
-    """Asks one engine the same wish with one parameter changed; greedy unless told otherwise."""
-
-    def ask(self, wish: str = WISH, **sent: Any) -> Evidence:
-        """The parsed answer; _NoAnswerError with the refusal's text otherwise."""
-        body = {"model": self.endpoint.model_id, "messages": [{"role": "user", "content": wish}]}
-        answer, error = post(self, "/v1/chat/completions", body | {"temperature": 0, "max_tokens": 16} | sent)
-        if answer is None or not answer.get("choices"):
-            raise _NoAnswerError(error or "no choices in the answer", sent)
-        return answer
-
-    def text(self, wish: str = WISH, **sent: Any) -> str:
-        """The first choice's text."""
-        return str(self.ask(wish, **sent)["choices"][0]["message"].get("content") or "")
+    def text(self, **sent: Any) -> str:
+        return self.chat(QUESTION, **{"max_tokens": 16, **sent}).text
 
     @cached_property
-    def greedy(self) -> Evidence:
-        """The plain greedy answer with logprobs, asked once."""
-        return self.ask(logprobs=True, top_logprobs=5)
+    def greedy(self) -> str:
+        return self.text()
 
     @cached_property
     def longer(self) -> str:
-        """The plain greedy text, long enough for words to come again; asked once."""
+        """The greedy text, long enough for words to repeat."""
         return self.text(max_tokens=40)
 
-    @property
-    def greedy_text(self) -> str:
-        """What the engine says when nothing special is asked."""
-        return str(self.greedy["choices"][0]["message"].get("content") or "")
+
+def _changes_greedy(prober: _Prober, sent: Evidence) -> tuple[bool | None, str]:
+    """Whether `sent` changes a greedy text in which words repeat."""
+    plain, text = prober.longer, prober.text(max_tokens=40, **sent)
+    return plain != text, f"without {plain[-40:]!r}, with {text[-40:]!r}"
 
 
-def _seen(sent: Evidence, effect: bool | None, observed: str) -> Evidence:
-    return {"sent": sent, "effect": effect, "observed": observed}
+def _makes_greedy(prober: _Prober, sent: Evidence) -> tuple[bool | None, str]:
+    """Whether `sent` leaves only the best token at a high temperature."""
+    if prober.text(temperature=2.0, seed=11) == prober.greedy:
+        return None, "a high temperature alone changes nothing here"
+    text = prober.text(temperature=2.0, seed=11, **sent)
+    return text == prober.greedy, f"greedy {prober.greedy[:40]!r}, got {text[:40]!r}"
 
 
-def _changes_greedy(**sent: Any) -> Callable[[_Probe], Evidence]:
-    """A probe for what must change a greedy text in which words come again."""
-
-    def look(probe: _Probe) -> Evidence:
-        plain, text = probe.longer, probe.text(max_tokens=40, **sent)
-        return _seen(sent, plain != text, f"without {plain[-40:]!r}, with {text[-40:]!r}")
-
-    return look
-
-
-def _makes_greedy(**sent: Any) -> Callable[[_Probe], Evidence]:
-    """A probe for what must leave only the best token at a high temperature."""
-
-    def look(probe: _Probe) -> Evidence:
-        hot = probe.text(temperature=2.0, seed=11)
-        if hot == probe.greedy_text:
-            return _seen(sent, None, "a high temperature alone changes nothing here")
-        text = probe.text(temperature=2.0, seed=11, **sent)
-        return _seen(sent, text == probe.greedy_text, f"greedy {probe.greedy_text[:40]!r}, got {text[:40]!r}")
-
-    return look
-
-
-_PROBES: dict[str, Callable[[_Probe], Evidence]] = {
-    "repeat_penalty": _changes_greedy(repeat_penalty=1.8),
-    "repetition_penalty": _changes_greedy(repetition_penalty=1.8),
-    "min_p": _makes_greedy(min_p=0.999),
+_PROBES: dict[str, tuple[Callable[[_Prober, Evidence], tuple[bool | None, str]], float]] = {
+    "repeat_penalty": (_changes_greedy, 1.8),
+    "repetition_penalty": (_changes_greedy, 1.8),
+    "min_p": (_makes_greedy, 0.999),
 }
 # OpenAI's own parameters, and the API behaviour that proves each one's effect
 BEHAVIOUR_OF = {
@@ -137,7 +96,7 @@ BEHAVIOUR_OF = {
 
 
 def with_behaviours(parameters: Evidence, compatibility: Evidence) -> Evidence:
-    """What `measure_ignored_parameters` found, and what the compatibility battery's behaviours prove beside it."""
+    """What `measure_ignored_parameters` found, with what the compatibility battery's behaviours prove."""
     found = dict(parameters["parameters"])
     for name, behaviour in BEHAVIOUR_OF.items():
         seen = compatibility["behaviours"].get(behaviour)
@@ -157,26 +116,18 @@ def judge_ignored_parameters(
     does not honour either is no regression.
     """
     check, ours, theirs = "parity.ignored_parameters", incumbent["parameters"], candidate["parameters"]
+    if wanted := [name for name in required_parameters if name not in ours]:
+        why = f"no probe for {', '.join(wanted)}; known: {', '.join(ours)}"
+        return [not_measured(check, why, limit=0, unit="parameters")]
     lost = [name for name, found in ours.items() if found["effect"] and not theirs.get(name, {}).get("effect")]
     gating = [name for name in lost if name in required_parameters]
-    wanted = [name for name in required_parameters if name not in ours]
-    if wanted:
-        return [
-            not_measured(
-                check, f"no probe for {', '.join(wanted)}; known: {', '.join(ours)}", limit=0, unit="parameters"
-            )
-        ]
-    unclear = [name for name in gating if theirs.get(name, {}).get("effect") is None]
     words = "; ".join(f"{name}: {theirs.get(name, {}).get('observed', 'not probed')}"[:100] for name in lost)
     why = f"honoured by the incumbent only: {words}" if lost else "all that the incumbent honours"
+    if gating:
+        unclear = [name for name in gating if theirs.get(name, {}).get("effect") is None]
+        note = f" ({len(unclear)} refused or unclear)" if unclear else ""
+        why = f"relied on: {', '.join(gating)}{note}; {why}"
+        return [at_most(check, len(gating), limit=0, unit="parameters", why=why)]
     required = bool(required_parameters)
-    if not gating:
-        verdict = Verdict.FAIL if lost and not required else Verdict.PASS
-        value = len(gating) if required else len(lost)
-        return [
-            CheckResult(
-                check=check, verdict=verdict, value=value, limit=0, unit="parameters", why=why, required=required
-            )
-        ]
-    why = f"relied on: {', '.join(gating)}" + (f" ({len(unclear)} refused or unclear)" if unclear else "") + f"; {why}"
-    return [at_most(check, len(gating), limit=0, unit="parameters", why=why)]
+    result = at_most(check, 0 if required else len(lost), limit=0, unit="parameters", why=why)
+    return [result.model_copy(update={"required": required})]

@@ -59,17 +59,15 @@ def _counter(caller: Caller, endpoint: Endpoint, prompts: Sequence[Prompt]) -> T
     """How this engine's prompt tokens are counted: without generating, where that agrees with `usage` on one prompt."""
 
     def by_usage(body: Evidence) -> tuple[int | None, str | None]:
-        return _counted(caller, "/v1/chat/completions", body)
+        return _used(caller, "/v1/chat/completions", body)
 
     def by_count(body: Evidence) -> tuple[int | None, str | None]:
         answer, error = post(caller, "/v1/chat/completions/input_tokens", body)
         tokens = (answer or {}).get("input_tokens")
         return (tokens, None) if isinstance(tokens, int) else (None, error or "no input_tokens in the answer")
 
-    if not prompts:
-        return by_usage
-    body = chat_body(endpoint, prompts[0], max_tokens=1)
-    tokens, _ = by_count(body)
+    body = chat_body(endpoint, prompts[0], max_tokens=1) if prompts else {}
+    tokens = by_count(body)[0] if prompts else None
     return by_count if tokens is not None and tokens == by_usage(body)[0] else by_usage
 
 
@@ -97,17 +95,15 @@ def _raw_tokens(caller: Caller, endpoint: Endpoint, text: str) -> Evidence:
     if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
         return {"text": text, "tokens": len(ids), "error": None, "ids": ids}
     body = {"model": endpoint.model_id, "prompt": text, "max_tokens": 1, "temperature": 0}
-    tokens, error = _counted(caller, "/v1/completions", body)
+    tokens, error = _used(caller, "/v1/completions", body)
     return {"text": text, "tokens": tokens, "error": error, "ids": None}
 
 
-def _counted(caller: Caller, path: str, body: Evidence) -> tuple[int | None, str | None]:
+def _used(caller: Caller, path: str, body: Evidence) -> tuple[int | None, str | None]:
     """(prompt tokens, None) or (None, why there are none)."""
     answer, error = post(caller, path, body)
-    if answer is None:
-        return None, error
-    tokens = (read_usage(answer.get("usage")) or {}).get("prompt_tokens")
-    return (tokens, None) if tokens is not None else (None, "no usage.prompt_tokens in the answer")
+    tokens = (read_usage((answer or {}).get("usage")) or {}).get("prompt_tokens")
+    return tokens, error or (None if tokens is not None else "no usage.prompt_tokens in the answer")
 
 
 def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits = DEFAULT_LIMITS) -> list[CheckResult]:
@@ -125,17 +121,15 @@ def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits
         why = f"{len(uncounted)} answers without usage.prompt_tokens" if uncounted else "no prompt counted by both"
         return [not_measured(check, why, limit=limit, unit="share")]
     unequal = [key for key in asked if ours[key]["tokens"] != theirs[key]["tokens"]]
-    share = 1.0 - len(unequal) / len(asked)
     refused = len(incumbent["prompts"]) - len(ours)
     note = f"; {refused} that the incumbent refuses left out" if refused else ""
-    if not unequal:
+    if unequal:
+        why = f"{_cause(incumbent, candidate)}; {_examples(ours, theirs, unequal, len(asked))}{note}"
+    else:
         dropped = sum(found["tools_shown"] is False for found in ours.values())
         note += f"; {dropped} with tools that the template does not show" if dropped else ""
-        return [
-            at_least(check, share, limit=limit, unit="share", why=f"{len(asked)} of {len(asked)} prompts equal{note}")
-        ]
-    why = f"{_cause(incumbent, candidate)}; {_examples(ours, theirs, unequal, len(asked))}{note}"
-    return [at_least(check, share, limit=limit, unit="share", why=why)]
+        why = f"{len(asked)} of {len(asked)} prompts equal{note}"
+    return [at_least(check, 1.0 - len(unequal) / len(asked), limit=limit, unit="share", why=why)]
 
 
 def _examples(ours: Evidence, theirs: Evidence, unequal: list[str], asked: int) -> str:
@@ -144,24 +138,18 @@ def _examples(ours: Evidence, theirs: Evidence, unequal: list[str], asked: int) 
     counted = [key for key in unequal if theirs[key]["tokens"] is not None]
     parts = []
     if refused:
-        parts.append(
-            f"{len(refused)} of {asked} prompts refused by the candidate ({theirs[refused[0]]['error'][:160]})"
-        )
+        words = theirs[refused[0]]["error"][:160]
+        parts.append(f"{len(refused)} of {asked} prompts refused by the candidate ({words})")
     if counted:
-        shown = [
-            f"{ours[key]['preview']!r}: {ours[key]['tokens']} vs {theirs[key]['tokens']} tokens" for key in counted[:3]
-        ]
+        shown = (f"{ours[k]['preview']!r}: {ours[k]['tokens']} vs {theirs[k]['tokens']} tokens" for k in counted[:3])
         parts.append(f"{len(counted)} of {asked} prompts differ: {'; '.join(shown)}")
     return "; ".join(parts)
 
 
 def _cause(incumbent: Evidence, candidate: Evidence) -> str:
     """Tokenizer or template, from the texts that no template touches."""
-    counts = [
-        (ours, theirs)
-        for ours, theirs in zip(incumbent["raw"], candidate["raw"], strict=True)
-        if ours["tokens"] is not None and theirs["tokens"] is not None
-    ]
+    both = zip(incumbent["raw"], candidate["raw"], strict=True)
+    counts = [(ours, theirs) for ours, theirs in both if None not in (ours["tokens"], theirs["tokens"])]
     if not counts:
         return "cause unknown, tokenizer or template (raw texts were not counted by both engines)"
     differences = {theirs["tokens"] - ours["tokens"] for ours, theirs in counts}
@@ -172,5 +160,5 @@ def _cause(incumbent: Evidence, candidate: Evidence) -> str:
     ours, theirs = next((ours, theirs) for ours, theirs in counts if ours["tokens"] != theirs["tokens"])
     return (
         f"cause: tokenizer, raw {ours['text']!r} is {ours['tokens']} vs {theirs['tokens']} tokens "
-        "(an explicit tokenizer.json for the candidate may mend it)"
+        "(an explicit tokenizer.json for the candidate may fix it)"
     )
