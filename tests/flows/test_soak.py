@@ -331,7 +331,7 @@ def test_a_model_moved_by_hand_ends_the_window_and_is_no_failure(box: Box) -> No
     window = measure_window(box.place(), length_s=30, on_memory=on_memory)
     thread.join()
     assert (window["failures"], window["outage"]) == ([], None)
-    assert f"{OLD} was put in the place of {NEW}" in window["ended"]
+    assert f"{OLD} has replaced {NEW}" in window["ended"]
 
 
 def test_a_yard_that_goes_away_ends_the_window_and_is_no_failure(box: Box) -> None:

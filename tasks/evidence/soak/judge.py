@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,18 +47,15 @@ def judge_leak(
     FAIL iff the lower bound is over 0 and the slope over the limit; PASS iff the upper bound is under the limit. Slopes
     of a soak shorter than a day are reported and not required: a cache that fills looks like a leak for hours.
     """
-    required = soak_s >= DAY_S
     points = [(t - times_s[0], v) for t, v in zip(times_s, memory_bytes, strict=True) if v is not None]
-    if not points:
-        why = "no memory was sampled during the soak"
-        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
     kept = [(t, value) for t, value in points if t >= warm_up_s(soak_s)]
     width_s = max(soak_s / BUCKETS / 2, 1.0)
     # a candidate that died early has samples in its warm-up alone
     times, medians = bucket_medians([t for t, _ in kept], [v for _, v in kept], width_s) if kept else ([], [])
     if len(medians) < 4:
         why = f"{len(medians)} medians of memory after the warm-up; at least 4 are needed for a slope"
-        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+        why = why if points else "no memory was sampled during the soak"
+        return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=soak_s >= DAY_S)
     return judge_slope(theil_sen(times, medians), soak_s=soak_s, limit_bytes_per_day=limit_bytes_per_day)
 
 
@@ -69,38 +67,29 @@ def warm_up_s(soak_s: float) -> float:
 def judge_slope(slope: Slope, *, soak_s: float, limit_bytes_per_day: float) -> CheckResult:
     """The verdict on a slope of memory in bytes per second, as `judge_leak` says."""
     required = soak_s >= DAY_S
-    per_day = {"slope": slope.estimate * DAY_S, "low": slope.low * DAY_S, "high": slope.high * DAY_S}
+    per_day, low, high = slope.estimate * DAY_S, slope.low * DAY_S, slope.high * DAY_S
     verdict = Verdict.INCONCLUSIVE
-    if per_day["low"] > 0 and per_day["slope"] > limit_bytes_per_day:
+    if low > 0 and per_day > limit_bytes_per_day:
         verdict = Verdict.FAIL
-    elif per_day["high"] < limit_bytes_per_day:
+    elif high < limit_bytes_per_day:
         verdict = Verdict.PASS
     why = (
-        f"memory moved by {per_day['slope'] / 1e6:.3g} MB a day (95 % between {per_day['low'] / 1e6:.3g} and "
-        f"{per_day['high'] / 1e6:.3g}), limit {limit_bytes_per_day / 1e6:.3g}"
+        f"memory moved by {per_day / 1e6:.3g} MB a day (95 % between {low / 1e6:.3g} and {high / 1e6:.3g}), limit "
+        f"{limit_bytes_per_day / 1e6:.3g}"
     )
     if not required:
         verdict = Verdict.INCONCLUSIVE
-        why += f"; {duration(soak_s)} cannot tell a filling cache from a leak: soak for two days"
+        why += f"; {duration(soak_s)} cannot distinguish a filling cache from a leak; soak for two days"
+    value, limit = per_day, limit_bytes_per_day
     return CheckResult(
-        check=LEAK,
-        verdict=verdict,
-        value=per_day["slope"],
-        limit=limit_bytes_per_day,
-        unit=LEAK_UNIT,
-        why=why,
-        required=required,
+        check=LEAK, verdict=verdict, value=value, limit=limit, unit=LEAK_UNIT, why=why, required=required
     )
 
 
 def _totals(segments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    failures = [failure for segment in segments for failure in segment["failures"]]
-    return {
-        "exposure_s": sum(segment["exposure_s"] for segment in segments),
-        "requests": sum(segment["requests"] for segment in segments),
-        "failures": failures,
-        "silent_empty": sum(segment["silent_empty"] for segment in segments),
-    }
+    names = ("exposure_s", "requests", "silent_empty")
+    sums = {name: sum(segment[name] for segment in segments) for name in names}
+    return {**sums, "failures": [failure for segment in segments for failure in segment["failures"]]}
 
 
 def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> CheckResult:
@@ -134,46 +123,31 @@ def _judge_rate(
     why = f"with 95 % confidence under {upper:.3g} failures a day"
     why += f" and under {per_request:.2%} of requests" if per_request is not None else ""
     if theirs["exposure_s"]:
-        why += (
-            f" (incumbent: under {poisson_upper_rate(len(theirs['failures']), theirs['exposure_s'] / DAY_S):.3g} a day)"
-        )
-    if upper <= failures_per_day:
-        verdict = Verdict.PASS
-    else:
-        verdict = Verdict.INCONCLUSIVE
+        upper_theirs = poisson_upper_rate(len(theirs["failures"]), theirs["exposure_s"] / DAY_S)
+        why += f" (incumbent: under {upper_theirs:.3g} a day)"
+    verdict = Verdict.PASS if upper <= failures_per_day else Verdict.INCONCLUSIVE
+    if verdict is Verdict.INCONCLUSIVE:
         needed_s = poisson_upper_rate(len(ours["failures"]), 1.0) / failures_per_day * DAY_S
         why += f"; to prove under {failures_per_day:g} a day it needs {duration(needed_s)} without another failure"
-    return CheckResult(
-        check=check,
-        verdict=verdict,
-        value=upper,
-        limit=failures_per_day,
-        unit=unit,
-        why=why,
-        required=can_prove,
-    )
+    limit = failures_per_day
+    return CheckResult(check=check, verdict=verdict, value=upper, limit=limit, unit=unit, why=why, required=can_prove)
 
 
 def _judge_silent_empty(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> CheckResult:
     if not ours["requests"]:
         return not_measured("stability.silent_empty", "the candidate served no request", unit="answers")
-    return at_most(
-        "stability.silent_empty",
-        ours["silent_empty"],
-        limit=theirs["silent_empty"],
-        unit="answers",
-        why=f"{ours['silent_empty']} of {ours['requests']} answers were a 200 without a token "
-        f"(incumbent: {theirs['silent_empty']} of {theirs['requests']})",
-    )
+    k, limit = ours["silent_empty"], theirs["silent_empty"]
+    why = f"{k} of {ours['requests']} answers were a 200 without a token (incumbent: {limit} of {theirs['requests']})"
+    return at_most("stability.silent_empty", k, limit=limit, unit="answers", why=why)
 
 
 def _judge_retention(segments: Sequence[Mapping[str, Any]], limit: float) -> CheckResult:
-    """Decode speed of the last third over the first; reported, for a neighbour on the machine moves it as well."""
-    check, rates = "stability.throughput_retention", _known(segments, "decode_tok_s")
+    """Decode speed of the last third over the first; reported only, as other processes on the machine move it too."""
+    check = "stability.throughput_retention"
+    rates = [rate for segment in segments for rate in segment["decode_tok_s"] if rate is not None]
     if len(rates) < 9:
-        return not_measured(
-            check, f"{len(rates)} measured answers; 9 are needed", limit=limit, unit="ratio", required=False
-        )
+        why = f"{len(rates)} measured answers; 9 are needed"
+        return not_measured(check, why, limit=limit, unit="ratio", required=False)
     third = len(rates) // 3
     ratio = statistics.median(rates[-third:]) / statistics.median(rates[:third])
     verdict = Verdict.PASS if ratio >= limit else Verdict.INCONCLUSIVE
@@ -181,14 +155,8 @@ def _judge_retention(segments: Sequence[Mapping[str, Any]], limit: float) -> Che
     return CheckResult(check=check, verdict=verdict, value=ratio, limit=limit, unit="ratio", why=why, required=False)
 
 
-def _known(segments: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [value for segment in segments for value in segment[name] if value is not None]
-
-
 def _kinds(failures: Sequence[Mapping[str, Any]]) -> str:
-    counted: dict[str, int] = {}
-    for failure in failures:
-        counted[str(failure["type"])] = counted.get(str(failure["type"]), 0) + 1
+    counted = Counter(str(failure["type"]) for failure in failures)
     return ", ".join(f"{number} {kind}" for kind, number in counted.items()) or "none"
 
 

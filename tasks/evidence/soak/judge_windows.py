@@ -30,25 +30,17 @@ TTFT_DRIFT = "stability.ttft_drift"
 DECODE_DRIFT = "stability.decode_drift"
 FAILURES = "stability.failures"
 SILENT_EMPTY = "stability.silent_empty"
-# by share, for the incumbent was asked for minutes; and over days, for the drift has bounds
+# judged here by share, as the incumbent was asked for minutes only, and over days, as the drift has bounds
 JUDGED_OTHERWISE = (SILENT_EMPTY, "stability.throughput_retention")
 YARD_LEAK = "memory.yard_leak_bytes_per_day"
 ENDS_IT = (SERVED, FAILURES, TTFT_DRIFT, DECODE_DRIFT)  # failed, these end a soak at once
 
 
 def window_summary(window: Mapping[str, Any]) -> dict[str, Any]:
-    """The window with the median in place of each list of times: what a thousand of them are judged by."""
-    return {
-        **window,
-        "ttft_ms": _median(window["ttft_ms"]),
-        "decode_tok_s": _median(window["decode_tok_s"]),
-        "prompt_tokens": [],
-    }
-
-
-def _median(values: Sequence[float | None]) -> list[float]:
-    known = [value for value in values if value is not None]
-    return [statistics.median(known)] if known else []
+    """The window with the median in place of each list of times, so that thousands can be judged together."""
+    known = {name: [one for one in window[name] if one is not None] for name in ("ttft_ms", "decode_tok_s")}
+    medians = {name: [statistics.median(values)] if values else [] for name, values in known.items()}
+    return {**window, **medians, "prompt_tokens": []}
 
 
 def judge_windows(
@@ -61,7 +53,7 @@ def judge_windows(
 ) -> list[CheckResult]:
     """Every check on the windows of one model, in order of time; `incumbent` are segments of an evaluation's soak.
 
-    Before the soak `is_over` they are preliminary, and a drift is held to 99.9 % for it is looked at again and again.
+    Before the soak `is_over` they are preliminary, and a drift is held to 99.9 %, as it is looked at again and again.
     """
     stability = judge_stability(
         incumbent,
@@ -76,7 +68,7 @@ def judge_windows(
         *(result for result in stability if result.check not in JUDGED_OTHERWISE),
         judge_silent_empty(incumbent, windows, margin=limits.failure_rate_margin),
         *judge_drift(windows, soak_s=soak_s, limits=limits, confidence=confidence),
-        judge_leak_of_lives(windows, soak_s=soak_s, limit_bytes_per_day=limits.leak_bytes_per_day),
+        judge_process_leak(windows, soak_s=soak_s, limit_bytes_per_day=limits.leak_bytes_per_day),
         judge_yard_leak(windows, limit_bytes_per_day=limits.leak_bytes_per_day),
     ]
 
@@ -91,15 +83,14 @@ def judge_served(windows: Sequence[Mapping[str, Any]]) -> CheckResult:
     if not windows:
         return not_measured(SERVED, "no window yet")
     out = [window["outage"] for window in windows if window["outage"]]
-    if out:
-        return CheckResult(check=SERVED, verdict=Verdict.FAIL, why=f"it could not be kept up: {out[-1]}")
-    return CheckResult(check=SERVED, verdict=Verdict.PASS, why=f"it served in all {len(windows)} windows")
+    why = f"it could not be kept up: {out[-1]}" if out else f"it served in all {len(windows)} windows"
+    return CheckResult(check=SERVED, verdict=Verdict.FAIL if out else Verdict.PASS, why=why)
 
 
 def judge_silent_empty(
     incumbent: Sequence[Mapping[str, Any]], windows: Sequence[Mapping[str, Any]], *, margin: float
 ) -> CheckResult:
-    """The share of answers without a token over the incumbent's. Shares, for the two were not asked equally long.
+    """The share of answers without a token, over the incumbent's: the two were not asked equally long.
 
     PASS without any, or when the 95 % upper bound of the difference is within `margin`; FAIL when the lower bound is
     beyond it.
@@ -123,8 +114,8 @@ def judge_drift(
 ) -> list[CheckResult]:
     """TTFT and decode speed at the end of the soak over its beginning: Theil-Sen on the logarithms of the medians.
 
-    FAIL when the whole interval lies beyond the limit, PASS when it lies within. Not before a day has gone by: other
-    traffic has its hours, and a morning looks like a drift. Required of soaks of a day and longer.
+    FAIL when the whole interval lies beyond the limit, PASS when it lies within. Not before a day is over: other
+    traffic changes by the hour, and a morning looks like a drift. Required of soaks of a day and longer.
     """
     required = soak_s >= DAY_S
     return [
@@ -147,7 +138,7 @@ def _judge_drift(
     known = [(_middle(one), math.log(one[name][0])) for one in windows if one[name] and one[name][0] > 0]
     span_s = known[-1][0] - known[0][0] if known else 0.0
     if span_s < DAY_S:
-        why = f"{duration(span_s)} of windows so far; a day is needed to tell a drift from the hours of other traffic"
+        why = f"{duration(span_s)} of windows so far; a day is needed to separate drift from daily traffic"
         return not_measured(check, why, limit=limit, unit="ratio", required=required)
     times, medians = bucket_medians([t for t, _ in known], [value for _, value in known], span_s / BUCKETS / 2)
     slope = theil_sen(times, medians, confidence)
@@ -170,47 +161,49 @@ def _ratio(rate: float, span_s: float) -> float:
     return math.exp(rate * span_s) if rate * span_s < 700 else math.inf
 
 
-def judge_leak_of_lives(
+def judge_process_leak(
     windows: Sequence[Mapping[str, Any]], *, soak_s: float, limit_bytes_per_day: float
 ) -> CheckResult:
-    """The slope of the engine's memory by `judge_leak`'s rule, over slopes within the life of one process.
+    """The slope of the engine's memory by `judge_leak`'s rule, over slopes within one process.
 
-    By wall time, not by exposure: the limit is in bytes a day of uptime, the process serves between the windows too,
-    and what it grew by then would otherwise be squeezed into the minutes of the windows. A restart sets memory back: a
-    line across it would be neither the leak nor its cure, so no pair of points from two lives counts.
+    By wall time, not by exposure: the limit is in bytes a day of uptime, and the process serves between the windows
+    too. A restart sets memory back: a line across it would be neither the leak nor its cure, so no pair of points from
+    two processes counts.
     """
-    required = soak_s >= DAY_S
-    lives: dict[str, list[tuple[float, float]]] = {}
-    for life in (life for window in windows for life in window["lives"] if life["memory_bytes"] is not None):
-        lives.setdefault(life["life"], []).append(((life["from"] + life["until"]) / 2, life["memory_bytes"]))
-    if not lives:
-        why = "no memory was sampled during the soak"
+    processes: dict[str, list[tuple[float, float]]] = {}
+    for one in (one for window in windows for one in window["lives"] if one["memory_bytes"] is not None):
+        processes.setdefault(one["life"], []).append(((one["from"] + one["until"]) / 2, one["memory_bytes"]))
+    if not processes:
+        why, required = "no memory was sampled during the soak", soak_s >= DAY_S
         return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
-    return _judge_lives(list(lives.values()), soak_s=soak_s, limit_bytes_per_day=limit_bytes_per_day)
+    return _judge_processes(list(processes.values()), soak_s=soak_s, limit_bytes_per_day=limit_bytes_per_day)
 
 
-def _judge_lives(
-    lives: Sequence[Sequence[tuple[float, float]]], *, soak_s: float, limit_bytes_per_day: float
+def _judge_processes(
+    processes: Sequence[Sequence[tuple[float, float]]],
+    *,
+    soak_s: float,
+    limit_bytes_per_day: float,
+    whose: str = "the engine",
 ) -> CheckResult:
-    first, last = min(life[0][0] for life in lives), max(life[-1][0] for life in lives)
-    span_s = last - first
-    warm = [[point for point in life if point[0] - life[0][0] >= warm_up_s(min(soak_s, span_s))] for life in lives]
-    width_s = max(span_s / BUCKETS / 2, 1.0)
-    parts = [bucket_medians([t for t, _ in life], [v for _, v in life], width_s) for life in warm if life]
+    required = soak_s >= DAY_S
+    span_s = max(points[-1][0] for points in processes) - min(points[0][0] for points in processes)
+    warm_s, width_s = warm_up_s(min(soak_s, span_s)), max(span_s / BUCKETS / 2, 1.0)
+    warm = [[point for point in points if point[0] - points[0][0] >= warm_s] for points in processes]
+    parts = [bucket_medians([t for t, _ in points], [v for _, v in points], width_s) for points in warm if points]
     usable = [part for part in parts if len(part[0]) > 1]
     n_points = sum(len(times) for times, _ in usable)
     if n_points < MEDIANS_FOR_SLOPE:
         why = (
-            f"{n_points} medians of memory in {len(lives)} lives of the engine after the warm-up of each; at least "
-            f"{MEDIANS_FOR_SLOPE} are needed for a slope"
+            f"{n_points} medians of memory in {len(processes)} processes of {whose} after the warm-up of each; at "
+            f"least {MEDIANS_FOR_SLOPE} are needed for a slope"
         )
-        required = soak_s >= DAY_S
         return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
+    # the first hours of a long soak prove no more than a short soak
     slope = slope_within(usable)
-    # what a day cannot tell, the first hours of a long soak cannot either
     result = judge_slope(slope, soak_s=min(soak_s, span_s), limit_bytes_per_day=limit_bytes_per_day)
-    why = f"{result.why}; within {len(usable)} of {len(lives)} lives of the engine"
-    return result.model_copy(update={"why": why, "required": soak_s >= DAY_S})
+    why = f"{result.why}; within {len(usable)} of {len(processes)} processes of {whose}"
+    return result.model_copy(update={"why": why, "required": required})
 
 
 def slope_within(parts: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Slope:
@@ -237,17 +230,17 @@ def slope_within(parts: Sequence[tuple[Sequence[float], Sequence[float]]], confi
 
 
 def judge_yard_leak(windows: Sequence[Mapping[str, Any]], *, limit_bytes_per_day: float) -> CheckResult:
-    """The same of the yard's own memory; reported, for the candidate is not to blame."""
-    lives: dict[str, list[tuple[float, float]]] = {}
+    """The same of the yard's own memory; reported only, as the candidate is not to blame."""
+    processes: dict[str, list[tuple[float, float]]] = {}
     for window in windows:
         if window["yard_memory_bytes"] is not None:
-            lives.setdefault(window["yard_life"], []).append((_middle(window), window["yard_memory_bytes"]))
-    if not lives:
+            processes.setdefault(window["yard_life"], []).append((_middle(window), window["yard_memory_bytes"]))
+    if not processes:
         why = "the yard's memory was not sampled"
         return not_measured(YARD_LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=False)
-    judged = _judge_lives(list(lives.values()), soak_s=DAY_S, limit_bytes_per_day=limit_bytes_per_day)
-    why = judged.why.replace("of the engine", "of the yard")
-    return judged.model_copy(update={"check": YARD_LEAK, "why": why, "required": False})
+    points = list(processes.values())
+    judged = _judge_processes(points, soak_s=DAY_S, limit_bytes_per_day=limit_bytes_per_day, whose="the yard")
+    return judged.model_copy(update={"check": YARD_LEAK, "required": False})
 
 
 def _middle(window: Mapping[str, Any]) -> float:

@@ -1,7 +1,7 @@
-"""Stability: an agent's kind of load for a given time, and what its failures do and do not prove.
+"""Soak an engine of its own: an agent's kind of load for a given time.
 
 The load grows a conversation turn by turn, offers tools, leaves some streams half-way, pauses, and starts afresh when
-the context is nearly full. Evidence is saved in segments, so that a killed soak goes on where it stopped.
+the context is nearly full. Evidence is saved in segments, so that a killed soak resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from engines.process.serving import Served, exit_reason
 from engines.process.telemetry import Sampler
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.evidence.soak.prompts import FALLBACK_CONTEXT, Agent
-from tasks.evidence.soak.segment import DYING_S, MEMORY_EVERY_S, STALL_S, ask, count_answer, empty_segment
+from tasks.evidence.soak.segment import DYING_S, MEMORY_EVERY_S, STALL_S, ask, count_answer, count_turn, empty_segment
 
 RESTARTS_ALLOWED = 20
 
 
 def soak(
-    contender: EngineUnderTest,
+    engine: EngineUnderTest,
     *,
     soak_s: float,
     done: Sequence[Mapping[str, Any]],
@@ -38,18 +38,23 @@ def soak(
 
     Every segment is handed to `save(index, evidence)` as it ends, and memory to `on_memory(epoch seconds, bytes)` every
     second (anonymous memory and swap of the process tree). A died or hung engine is a failure: it is counted,
-    restarted, and the soak goes on; after RESTARTS_ALLOWED restarts it stops and the evidence says so. `stop`, when set
-    from another thread, ends it without keeping the segment under way.
+    restarted, and the soak continues; after RESTARTS_ALLOWED restarts it stops. Setting `stop` from another thread ends
+    it without keeping the segment under way.
     """
     exposed_s = sum(segment["exposure_s"] for segment in done)
     index = len(done)
-    restarts = sum(segment["restarts"] + _failed_starts(segment) for segment in done)
+    failed_starts = sum(failure["type"] == "start" for segment in done for failure in segment["failures"])
+    restarts = failed_starts + sum(segment["restarts"] for segment in done)
     agent = Agent(seed + index)
     carried: list[dict[str, Any]] = []
     stop = stop or threading.Event()
+
+    def remember(sample: Mapping[str, Any]) -> None:
+        on_memory(time.time(), sample["memory_bytes"])
+
     while exposed_s < soak_s and restarts <= RESTARTS_ALLOWED and not stop.is_set():
         try:
-            with contender.up() as served, _watched(served, on_memory):
+            with engine.up() as served, Sampler(served.process.pid, MEMORY_EVERY_S, on_sample=remember):
                 while exposed_s < soak_s:
                     length_s = min(segment_s, soak_s - exposed_s)
                     segment = _segment(served, agent, length_s, exposed_s, carried, stop)
@@ -71,12 +76,6 @@ def soak(
         save(index, empty_segment(carried))
 
 
-def _watched(served: Served, on_memory: Callable[[float, int | None], None]) -> Sampler:
-    return Sampler(
-        served.process.pid, MEMORY_EVERY_S, on_sample=lambda sample: on_memory(time.time(), sample["memory_bytes"])
-    )
-
-
 def _segment(
     served: Served,
     agent: Agent,
@@ -94,11 +93,13 @@ def _segment(
         record = ask(served.endpoint, body, leave_after)
         agent.answered(record, context)
         at_s = round(offset_s + time.monotonic() - started, 2)
-        segment["requests"] += 1
-        segment["kinds"][kind] = segment["kinds"].get(kind, 0) + 1
+        count_turn(segment, kind)
         if record.error_type == "hang" or _died(served, record):
             # one event, one failure: the broken request is part of the death
-            segment["failures"].append(_death(served, at_s))
+            death = {"at_s": at_s, "type": "crash", "error": f"ended with {exit_reason(served.process)}"}
+            if served.process.poll() is None:
+                death |= {"type": "hang", "error": f"no byte for {STALL_S:.0f} s; the engine was restarted"}
+            segment["failures"].append(death)
             segment["restarts"] += 1
             break
         count_answer(segment, record, kind, at_s)
@@ -114,13 +115,3 @@ def _died(served: Served, record: StreamRecord) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-def _failed_starts(segment: Mapping[str, Any]) -> int:
-    return sum(failure["type"] == "start" for failure in segment["failures"])
-
-
-def _death(served: Served, at_s: float) -> dict[str, Any]:
-    if served.process.poll() is None:
-        return {"at_s": at_s, "type": "hang", "error": f"no byte for {STALL_S:.0f} s; the engine was restarted"}
-    return {"at_s": at_s, "type": "crash", "error": f"ended with {exit_reason(served.process)}"}

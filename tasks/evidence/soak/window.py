@@ -1,8 +1,8 @@
-"""The soak of an engine that serves: windows of an agent's load through the yard's public port, over days.
+"""Measure a soak of an engine that serves: windows of an agent's load through the yard's public port, over days.
 
-Each window is evidence of its own, and the rows of all windows are the whole truth: nothing is kept in memory between
-two of them. The yard sees more of an engine's failures than a client does (it holds a request until the engine is back,
-or asks again), so a crash is counted by the yard's own count of restarts, and the request that broke is part of it.
+Each window is evidence of its own, and the rows of all windows hold everything: nothing is kept in memory between two
+of them. The yard sees more of an engine's failures than a client does (it holds a request until the engine is back, or
+retries it), so a crash is counted by the yard's count of restarts, and the request that broke is part of it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ from engines.errors import BadInput, SwitchyardError
 from engines.process.telemetry import Sampler, private_bytes
 from engines.settings import Endpoint
 from engines.yard.client import YardClient, public_address
-from tasks.evidence.rehearsal import engine_of
 from tasks.evidence.soak.prompts import FALLBACK_CONTEXT, Agent
-from tasks.evidence.soak.segment import DYING_S, MEMORY_EVERY_S, ask, count_answer, empty_segment
+from tasks.evidence.soak.segment import (
+    DYING_S,
+    MEMORY_EVERY_S,
+    ask,
+    count_answer,
+    count_turn,
+    empty_segment,
+    failure_of,
+)
 
 LOOK_EVERY_S = 1.0
 POLL_S = 0.1
@@ -34,9 +41,6 @@ FULL, WRONG_KEY = 429, (401, 403)
 BUSY_S = 1.0
 DEATHS = {"dead": "crash", "wedged": "hang", "failing": "hang"}
 OnMemory = Callable[[str, float, int | None], None]  # series, epoch seconds, bytes
-
-
-# --- what the yard tells ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +55,11 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """What the yard tells, at one moment, of a model and of the engine that should serve it."""
+    """What the yard reports, at one moment, of a model and of the engine that should serve it."""
 
     address: str
     yard_pid: int
-    yard_life: str
+    yard_process: str
     committed: str
     outage: str | None  # why another engine serves, or none
     held: bool  # its requests wait: it is being moved or drained
@@ -78,36 +82,28 @@ class Sight:
 
 
 def look(place: Place) -> Sight:
-    """The yard's own words. Raises SwitchyardError when it does not answer, or has no such model or engine."""
+    """The yard's report, now. Raises SwitchyardError when it does not answer or does not serve the model."""
     status = place.client.status()
     route = next((route for route in status["models"] if route["id"] == place.model_id), None)
     if route is None:
         raise SwitchyardError(f"the yard does not serve {place.model_id} any more")
-    outage = f"fallback to {route['fallback']}" if route["fallback"] else route["unservable"]
-    engine = engine_of(route, place.engine) if _has(route, place.engine) else None
-    told = engine or {"state": "missing", "pid": None, "since": None, "restarts": 0, "context_tokens": None}
+    missing: dict[str, Any] = {"state": "missing", "pid": None, "since": None, "restarts": 0, "context_tokens": None}
+    engine = next((engine for engine in route["engines"] if engine["engine"] == place.engine), missing)
     return Sight(
         address=public_address(status["address"]),
         yard_pid=status["pid"],
-        yard_life=f"{status['pid']}@{status['since']:.0f}",
+        yard_process=f"{status['pid']}@{status['since']:.0f}",
         committed=route["committed"],
-        outage=outage,
+        outage=f"fallback to {route['fallback']}" if route["fallback"] else route["unservable"],
         held=bool(route["holding"] or route["moving"]),
         deaths=tuple(event for event in status["events"] if _is_death(event, place)),
-        **{name: told[name] for name in ("state", "pid", "since", "restarts", "context_tokens")},
+        **{name: engine[name] for name in missing},
     )
-
-
-def _has(route: Mapping[str, Any], name: str) -> bool:
-    return any(engine["engine"] == name for engine in route["engines"])
 
 
 def _is_death(event: Mapping[str, Any], place: Place) -> bool:
     ours = event["kind"] == "state" and (event["model"], event.get("engine")) == (place.model_id, place.engine)
     return ours and str(event["what"]).partition(":")[0] in DEATHS
-
-
-# --- one window ------------------------------------------------------------------------------------------------------
 
 
 def measure_window(
@@ -119,7 +115,7 @@ def measure_window(
     seed: int = 0,
     on_memory: OnMemory = lambda _series, _t, _value: None,
 ) -> dict[str, Any]:
-    """The evidence of `length_s` seconds of an agent's load, as `soak.soak` has segments, and how the engine lived.
+    """The evidence of `length_s` seconds of an agent's load: a segment, as of `soak.soak`, and what the engine did.
 
     `offset_s` is the exposure before it, `before` the evidence of the window before (deaths since then count in this
     one). It ends early when the model falls back, is moved by hand, or the yard goes away. Raises SwitchyardError when
@@ -127,9 +123,9 @@ def measure_window(
     """
     window = _Window(place, look(place), before, offset_s)
     agent = Agent(seed)
-    with _Scales(window.sight.yard_pid, on_memory) as scales:
+    with _MemorySampler(window.sight.yard_pid, on_memory) as memory:
         while not window.ended and (left_s := length_s - window.elapsed_s) > 0:
-            scales.follow(window.sight)
+            memory.follow(window.sight)
             kind, body, leave_after, pause_s = agent.next()
             time.sleep(min(pause_s, left_s))
             asked_at = time.time()
@@ -137,13 +133,13 @@ def measure_window(
             agent.answered(record, window.endpoint.context_tokens or FALLBACK_CONTEXT)
             window.take(record, kind, asked_at)
         if not window.ended:
-            scales.follow(window.sight)
+            memory.follow(window.sight)
         window.settle()
-    return {**window.evidence(), "lives": scales.lives(), "yard_memory_bytes": scales.yard_bytes()}
+    return {**window.evidence(), "lives": memory.processes(), "yard_memory_bytes": memory.yard_bytes()}
 
 
 class _Window:
-    """What a window has come to so far. Each event is counted once, however many requests it broke."""
+    """A window so far. Each event is counted once, however many requests it broke."""
 
     def __init__(self, place: Place, sight: Sight, before: Mapping[str, Any] | None, offset_s: float) -> None:
         self._place = place
@@ -153,11 +149,11 @@ class _Window:
         self._pending: list[dict[str, Any]] = []  # failed requests that may turn out to be part of a death
         self._segment = {**empty_segment(), "broken_by_outage": 0, "refused": 0}
         self._unsettled = False
-        self._told = 0.0  # until when the yard's words on deaths are used up
+        self._reported = 0.0  # until when the deaths that the yard reports are counted
         self.sight = sight
         self.ended = ""
-        self._since_the_last(before)
-        self._heed(sight)
+        self._count_since(before)
+        self._end_if_replaced(sight)
 
     @property
     def elapsed_s(self) -> float:
@@ -166,7 +162,7 @@ class _Window:
 
     @property
     def endpoint(self) -> Endpoint:
-        """The public port, as the programs of the user have it."""
+        """The public port, as the user's programs reach it."""
         sight, place = self.sight, self._place
         return Endpoint(
             base_url=sight.address,
@@ -177,12 +173,11 @@ class _Window:
         )
 
     def take(self, record: StreamRecord, kind: str, asked_at: float) -> None:
-        """One request that was sent at `asked_at`, epoch seconds."""
+        """Count one request that was sent at `asked_at`, epoch seconds."""
         if self._refused(record):
             return
         segment = self._segment
-        segment["requests"] += 1
-        segment["kinds"][kind] = segment["kinds"].get(kind, 0) + 1
+        count_turn(segment, kind)
         if not record.ok or self._pending or time.monotonic() - self._looked > LOOK_EVERY_S:
             self._look()
         if record.ok:
@@ -194,11 +189,10 @@ class _Window:
             # the engine went away, or was not there yet: its death is what is counted
             segment["broken_by_outage"] += 1
             return
-        failure = {"at_s": self._at_s(asked_at), "type": record.error_type, "error": record.error, "turn": kind}
-        self._pending.append(failure)
+        self._pending.append(failure_of(record, kind, self._at_s(asked_at)))
 
     def _refused(self, record: StreamRecord) -> bool:
-        """Turned away by the yard, before any engine saw it: others had the model, or we are not let in."""
+        """Turned away by the yard before any engine saw it: the model was busy, or the key is wrong."""
         if record.status in WRONG_KEY:
             raise BadInput(f"the yard refused the soak's key: {record.error}; see api_key_env in the plan")
         if record.status == FULL:
@@ -207,7 +201,7 @@ class _Window:
         return record.status == FULL
 
     def settle(self) -> None:
-        """Wait, for a moment, for the end of what is under way: a lost connection is seen before the death."""
+        """Wait up to DYING_S for a death in progress: a lost connection is seen before it."""
         deadline = time.monotonic() + (DYING_S if self._pending or self.sight.dying else 0.0)
         while (self._pending or self.sight.dying) and not self.ended and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -221,27 +215,29 @@ class _Window:
         """Plain JSON."""
         segment = self._segment
         exposure_s = self.elapsed_s if segment["requests"] else 0.0
-        for name, digits in (("ttft_ms", 2), ("decode_tok_s", 2), ("prompt_tokens", 0)):
-            segment[name] = [_rounded(value, digits) for value in _thinned(segment[name])]
+        for name, digits in (("ttft_ms", 2), ("decode_tok_s", 2), ("prompt_tokens", None)):
+            values, n = segment[name], len(segment[name])
+            thinned = values if n <= KEPT else [values[i * n // KEPT] for i in range(KEPT)]
+            segment[name] = [None if value is None else round(value, digits) for value in thinned]
         return {
             **segment,
             "exposure_s": exposure_s,
             "started_at": self._began_at,
             "ended_at": time.time(),
             "ended": self.ended,
-            "outage": self.sight.outage if self._is_ours(self.sight) else None,
-            "yard_life": self.sight.yard_life,
+            "outage": self.sight.outage if self.sight.committed == self._place.engine else None,
+            "yard_life": self.sight.yard_process,
             "restarts_seen": self.sight.restarts,
             "unsettled": self._unsettled,
         }
 
-    def _since_the_last(self, before: Mapping[str, Any] | None) -> None:
-        """Deaths between two windows count as well: the user's own requests met them."""
+    def _count_since(self, before: Mapping[str, Any] | None) -> None:
+        """Count the deaths between two windows too: the user's own requests met them."""
         if before is None:
-            self._told = self._began_at
+            self._reported = self._began_at
             return
-        self._told = float(before["ended_at"])
-        same = before["yard_life"] == self.sight.yard_life and before["restarts_seen"] <= self.sight.restarts
+        self._reported = float(before["ended_at"])
+        same = before["yard_life"] == self.sight.yard_process and before["restarts_seen"] <= self.sight.restarts
         deaths = self.sight.restarts - (before["restarts_seen"] if same else 0)
         # a failure that the window before had no death for, and counted by itself
         self._died(deaths - (1 if before["unsettled"] and deaths else 0), self.sight)
@@ -253,23 +249,19 @@ class _Window:
         except SwitchyardError as error:
             self._end(str(error))
             return
-        if sight.yard_life != self.sight.yard_life:
-            self._end("the yard was started anew")
+        if sight.yard_process != self.sight.yard_process:
+            self._end("the yard was restarted")
         else:
             self._died(sight.restarts - self.sight.restarts, sight)
-            self._heed(sight)
+            self._end_if_replaced(sight)
         self.sight = sight
 
-    def _heed(self, sight: Sight) -> None:
-        """An engine that is out of restarts, or of this machine, is replaced by another one: that ends the window."""
-        if not self._is_ours(sight):
-            self._end(f"{sight.committed} was put in the place of {self._place.engine}")
+    def _end_if_replaced(self, sight: Sight) -> None:
+        if sight.committed != self._place.engine:
+            self._end(f"{sight.committed} has replaced {self._place.engine}")
         elif sight.outage is not None:
             self._died(1, sight, otherwise=sight.outage)
             self._end(sight.outage)
-
-    def _is_ours(self, sight: Sight) -> bool:
-        return sight.committed == self._place.engine
 
     def _end(self, why: str) -> None:
         # a request that failed because the yard went, or the route was moved, is no failure of the engine
@@ -278,21 +270,21 @@ class _Window:
         self.ended = why
 
     def _died(self, deaths: int, sight: Sight, otherwise: str = "the yard restarted it") -> None:
-        """So many more deaths, each with the yard's own words about it where it still has them."""
+        """Count `deaths` more, each with the yard's reason where it still has one."""
         if deaths <= 0:
             return
-        told = [event for event in sight.deaths if event["at"] > self._told][-deaths:]
-        for event in (*([None] * (deaths - len(told))), *told):
+        reported = [event for event in sight.deaths if event["at"] > self._reported][-deaths:]
+        for event in (*([None] * (deaths - len(reported))), *reported):
             state, _, why = str(event["what"]).partition(": ") if event else ("dead", "", otherwise)
             at = event["at"] if event else time.time()
             self._segment["failures"].append({"at_s": self._at_s(at), "type": DEATHS[state], "error": why})
-            self._told = max(self._told, at)
+            self._reported = max(self._reported, at)
         self._segment["restarts"] += deaths
         self._segment["broken_by_outage"] += len(self._pending)
         self._pending.clear()
 
     def _flush(self) -> None:
-        """The engine lives: what failed has failed by itself."""
+        """Count what is pending as failures of their own: the engine is up."""
         self._segment["failures"] += self._pending
         self._pending = []
 
@@ -301,32 +293,27 @@ class _Window:
 
 
 @dataclass
-class _Life:
-    """One process under the scales."""
+class _Process:
+    """One process whose memory is sampled."""
 
-    life: str
+    name: str
     began: float
     ended: float
-    seen: list[int] = field(default_factory=list)
-
-    def told(self) -> dict[str, Any]:
-        middle = statistics.median(self.seen) if self.seen else None
-        times = {"from": self.began, "until": self.ended}
-        return {"life": self.life, **times, "samples": len(self.seen), "memory_bytes": middle}
+    bytes: list[int] = field(default_factory=list)
 
 
-class _Scales:
+class _MemorySampler:
     """Memory of whichever process serves, and of the yard itself, every second."""
 
     def __init__(self, yard_pid: int, on_memory: OnMemory) -> None:
         self._yard_pid = yard_pid
         self._on_memory = on_memory
-        self._lives: list[_Life] = []
+        self._processes: list[_Process] = []
         self._yard: list[int] = []
         self._pid: int | None = None
         self._sampler: Sampler | None = None
 
-    def __enter__(self) -> _Scales:
+    def __enter__(self) -> _MemorySampler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -334,38 +321,47 @@ class _Scales:
             self._stop()
 
     def follow(self, sight: Sight) -> None:
-        """Weigh the process that serves from now on."""
+        """Sample the process that serves from now on."""
         if sight.pid == self._pid:
             return
         self._stop()
         self._pid = sight.pid
         if sight.pid is not None:
             now = time.time()
-            life = _Life(f"{sight.pid}@{_created(sight.pid)}", now, now)
-            self._lives.append(life)
+            process = _Process(f"{sight.pid}@{_created(sight.pid)}", now, now)
+            self._processes.append(process)
             self._sampler = Sampler(
                 sight.pid,
                 MEMORY_EVERY_S,
-                on_sample=lambda sample: self._weigh(life, sample["memory_bytes"]),
+                on_sample=lambda sample: self._take(process, sample["memory_bytes"]),
                 pss_every_s=NO_PSS_S,
             )
             self._sampler.start()
 
-    def lives(self) -> list[dict[str, Any]]:
+    def processes(self) -> list[dict[str, Any]]:
         """The processes in turn, each with the median of its memory."""
-        return [life.told() for life in self._lives]
+        return [
+            {
+                "life": process.name,
+                "from": process.began,
+                "until": process.ended,
+                "samples": len(process.bytes),
+                "memory_bytes": statistics.median(process.bytes) if process.bytes else None,
+            }
+            for process in self._processes
+        ]
 
     def yard_bytes(self) -> float | None:
         """The median of the yard's own memory, without its engines."""
         return statistics.median(self._yard) if self._yard else None
 
-    def _weigh(self, life: _Life, memory_bytes: int | None) -> None:
+    def _take(self, process: _Process, memory_bytes: int | None) -> None:
         now = time.time()
         self._on_memory("memory_bytes", now, memory_bytes)
         if memory_bytes is not None:
-            life.seen.append(memory_bytes)
-            life.ended = now
-        # a Sampler weighs whole trees, and the engines are the yard's children
+            process.bytes.append(memory_bytes)
+            process.ended = now
+        # a Sampler counts whole trees, and the engines are the yard's children
         own = private_bytes([self._yard_pid])
         self._on_memory("yard_memory_bytes", now, own)
         if own is not None:
@@ -383,12 +379,3 @@ def _created(pid: int) -> int:
         return int(psutil.Process(pid).create_time())
     except psutil.Error:
         return 0
-
-
-def _thinned(values: list[Any]) -> list[Any]:
-    """At most KEPT of them, evenly spaced."""
-    return values if len(values) <= KEPT else [values[i * len(values) // KEPT] for i in range(KEPT)]
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits or None)

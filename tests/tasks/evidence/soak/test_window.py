@@ -161,17 +161,17 @@ def test_a_leak_over_the_limit_fails_and_one_under_it_passes() -> None:
 
 
 def test_a_restart_is_no_cure_of_a_leak() -> None:
-    """Back to the start every 18 hours: over all it looks harmless, within each life it does not."""
+    """Back to the start every 18 hours: over all it looks harmless, within each process it does not."""
     saw = windows(memory=lambda hour: 500 * MB + (hour % 18) / 24 * 100 * MB, life=lambda hour: f"{hour // 18}@1")
     flat = theil_sen([w["started_at"] for w in saw], [w["lives"][0]["memory_bytes"] for w in saw])
     assert flat.estimate * DAY_S < LIMITS.leak_bytes_per_day
     leak = judged(saw)[LEAK]
     assert (leak.verdict, leak.value) == (Verdict.FAIL, pytest.approx(100 * MB, rel=0.05))
-    assert "within 4 of 4 lives" in leak.why
+    assert "within 4 of 4 processes" in leak.why
 
 
 def test_a_restart_is_no_leak() -> None:
-    """A life that holds more than the one before it, both flat."""
+    """A process that holds more than the one before it, both flat."""
     steps = windows(memory=lambda hour: 500 * MB + hour // 18 * 200 * MB, life=lambda hour: f"{hour // 18}@1")
     assert judged(steps)[LEAK].verdict is Verdict.PASS
 
@@ -180,7 +180,7 @@ def test_lives_too_short_to_tell_are_said_to_be() -> None:
     """A model that is unloaded whenever it is idle has a process a window."""
     leak = judged(windows(life=lambda hour: f"{hour}@1"))[LEAK]
     assert (leak.verdict, leak.required) == (Verdict.INCONCLUSIVE, True)
-    assert "in 72 lives" in leak.why
+    assert "in 72 processes" in leak.why
 
 
 def test_the_yards_own_memory_is_reported_and_holds_nothing_up() -> None:
