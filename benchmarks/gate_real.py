@@ -46,8 +46,8 @@ METRIC = Metric(name="e2e_p50", samples="e2e_ms", quantile=0.5, margin=0.10, uni
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlowedContender(EngineUnderTest):
-    """A contender whose engine, once ready, gets the CPU for 1 / (1 + slowdown) of the time."""
+class SlowedEngine(EngineUnderTest):
+    """An engine that, once ready, gets the CPU for 1 / (1 + slowdown) of the time."""
 
     slowdown: float = 0.0
 
@@ -86,8 +86,8 @@ def blocks_at(slowdown: float, n_blocks: int, requests: int, home: Path, console
     llama = driver("llama.cpp")
     settings = Settings(context_tokens=2048, host_cache_mib=0, threads=max((os.cpu_count() or 2) - 1, 1))
 
-    def contender(arm: Arm, slower: float) -> SlowedContender:
-        return SlowedContender(
+    def engine(arm: Arm, slower: float) -> SlowedEngine:
+        return SlowedEngine(
             arm=arm,
             driver=llama,
             installation=llama.find(),
@@ -102,7 +102,7 @@ def blocks_at(slowdown: float, n_blocks: int, requests: int, home: Path, console
     blocks = []
     for index in range(n_blocks):
         with console.status(f"slowed by {slowdown:.0%}: block {index + 1} of {n_blocks}"):
-            pair = contender("incumbent", 0.0), contender("candidate", slowdown)
+            pair = engine("incumbent", 0.0), engine("candidate", slowdown)
             blocks.append(measure_block(*pair, workload, index=index, foreign_cpu_limit=0.10))
     return blocks
 

@@ -21,7 +21,7 @@ from engines.errors import SwitchyardError
 from engines.model.digest import model_digest
 from engines.registry import driver
 from migrations.plan import ModelPlan, Plan, content_hash
-from tasks.evidence.engine_under_test import Arm, EngineUnderTest, YardContender
+from tasks.evidence.engine_under_test import Arm, EngineBehindYard, EngineUnderTest
 from tasks.evidence.performance import Workload
 from tasks.evidence.unmeasured import KIND, broken, can_be_retried, ends_the_run
 from tasks.records.store import Records
@@ -69,7 +69,7 @@ class Trial:
         settings = self.plan.settings_for(self.model.id, api_key=self.bench.api_key)
         # one core is left to the measuring client: it must not disturb what it measures
         threads = settings.threads or max((os.cpu_count() or 2) - 1, 1)
-        kind = YardContender if self.behind_yards else EngineUnderTest
+        kind = EngineBehindYard if self.behind_yards else EngineUnderTest
         return kind(
             arm=arm,
             driver=driver(getattr(self.plan, arm).engine),

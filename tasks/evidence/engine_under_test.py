@@ -68,7 +68,7 @@ class EngineUnderTest:
         }
 
 
-class YardContender(EngineUnderTest):
+class EngineBehindYard(EngineUnderTest):
     """The same, behind a yard of its own: how a user meets it, and the only way to a native engine.
 
     Its process is the yard with the engine below it; memory counts both.
@@ -81,8 +81,8 @@ class YardContender(EngineUnderTest):
         process.end_orphans(folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        recipe = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings)
-        (folder / "recipe.json").write_text(recipe.model_dump_json(), encoding="utf-8")
+        spec = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings)
+        (folder / "recipe.json").write_text(spec.model_dump_json(), encoding="utf-8")
         port = free_port()
         child = process.start(
             f"yard of {self.driver.name} {self.model_id}",

@@ -1,7 +1,8 @@
-"""On what machine, with what software and by what clock something was measured: stored with every run."""
+"""The machine, software and clock of a measurement: stored with every run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import socket
@@ -19,7 +20,7 @@ _PACKAGES = (
 
 
 def machine_environment() -> dict[str, object]:
-    """Host, CPU, RAM, GPUs, kernel, Python, package versions and clock; None for what this machine does not tell."""
+    """Host, CPU, RAM, GPUs, kernel, Python, package versions and clock; None for what this machine does not report."""
     clock = time.get_clock_info("perf_counter")
     return {
         "host": socket.gethostname(),
@@ -56,10 +57,8 @@ def _clock_source() -> str | None:
 def _versions() -> dict[str, str]:
     versions = {}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import psutil
 from engines.errors import EngineError, EngineExited, PortTaken
 from engines.openai.sse import DONE_DATA, payloads
 from engines.process.serving import Served, exit_reason, serving
+from tasks.evidence.behaviours.caller import Caller
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most
 
@@ -38,14 +40,14 @@ COPY_BYTES = 64 * 1024 * 1024
 KINDS = ("sigkill", "sigstop", "truncated_gguf", "port_taken")
 
 
-def measure_faults(contender: EngineUnderTest, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure_faults(engine: EngineUnderTest, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Per fault: what it was taken for, seconds to notice and to serve again, and what the client saw.
 
     A drill that cannot be carried out is evidence as well: `{"failed": reason}`.
     """
     drills: dict[str, Callable[[EngineUnderTest], dict[str, Any]]] = {
-        "sigkill": lambda c: _interrupted(c, signal.SIGKILL),
-        "sigstop": lambda c: _interrupted(c, signal.SIGSTOP),
+        "sigkill": partial(_interrupted, number=signal.SIGKILL),
+        "sigstop": partial(_interrupted, number=signal.SIGSTOP),
         "truncated_gguf": _truncated,
         "port_taken": _port_taken,
     }
@@ -53,7 +55,7 @@ def measure_faults(contender: EngineUnderTest, progress: Callable[[str], None] =
     for kind, drill in drills.items():
         progress(kind.replace("_", " "))
         try:
-            evidence[kind] = drill(contender)
+            evidence[kind] = drill(engine)
         except (EngineError, OSError) as error:
             evidence[kind] = {"failed": str(error).splitlines()[0]}
     return evidence
@@ -62,53 +64,34 @@ def measure_faults(contender: EngineUnderTest, progress: Callable[[str], None] =
 def judge_faults(
     evidence: Mapping[str, Any], *, kill_detect_s: float, hang_detect_s: float, recover_s: float
 ) -> list[CheckResult]:
-    """Each fault noticed, named rightly, and mended in time: seconds beyond the no-progress and the load time."""
+    """Each fault noticed, classified and recovered from in time: seconds beyond the no-progress and the load time."""
     results = []
-    for kind, expected in (("sigkill", "dead"), ("sigstop", "wedged")):
-        seen = evidence[kind]
+    for kind, expected in (
+        ("sigkill", "dead"),
+        ("sigstop", "wedged"),
+        ("truncated_gguf", "refused"),
+        ("port_taken", "refused"),
+    ):
+        check, seen = f"faults.{kind}", evidence[kind]
         if broken := seen.get("failed"):
-            results.append(_unmended(f"faults.{kind}", f"the drill failed: {broken}"))
+            results.append(CheckResult(check=check, verdict=Verdict.ERROR, why=f"the drill failed: {broken}"))
+            continue
+        why = f"taken for {seen['classified']} (right: {expected}); {seen.get('client_saw', seen['evidence'])}"
+        verdict = Verdict.PASS if seen["classified"] == expected else Verdict.FAIL
+        results.append(CheckResult(check=check, verdict=verdict, why=why))
+        if expected == "refused":
             continue
         limit_s = kill_detect_s if kind == "sigkill" else seen["no_progress_s"] + hang_detect_s
-        results.append(_named(f"faults.{kind}", seen["classified"], expected, seen["client_saw"]))
-        results.append(
-            at_most(
-                f"faults.{kind}_detect_s",
-                seen["detect_s"],
-                limit=limit_s,
-                unit="s",
-                why=f"noticed after {seen['detect_s']:.2f} s as {seen['classified']}: {seen['evidence']}",
-            )
-        )
-        results.append(
-            at_most(
-                f"faults.{kind}_recover_s",
-                seen["recover_s"],
-                limit=seen["load_s"] + recover_s,
-                unit="s",
-                why=f"serving again {seen['recover_s']:.2f} s after that; a start takes {seen['load_s']:.2f} s",
-            )
-        )
-    for kind, expected in (("truncated_gguf", "refused"), ("port_taken", "refused")):
-        seen = evidence[kind]
-        if broken := seen.get("failed"):
-            results.append(_unmended(f"faults.{kind}", f"the drill failed: {broken}"))
-        else:
-            results.append(_named(f"faults.{kind}", seen["classified"], expected, seen["evidence"]))
+        why = f"noticed after {seen['detect_s']:.2f} s as {seen['classified']}: {seen['evidence']}"
+        results.append(at_most(f"{check}_detect_s", seen["detect_s"], limit=limit_s, unit="s", why=why))
+        limit_s = seen["load_s"] + recover_s
+        why = f"serving again {seen['recover_s']:.2f} s after that; a start takes {seen['load_s']:.2f} s"
+        results.append(at_most(f"{check}_recover_s", seen["recover_s"], limit=limit_s, unit="s", why=why))
     return results
 
 
-def _named(check: str, classified: str, expected: str, detail: str) -> CheckResult:
-    verdict = Verdict.PASS if classified == expected else Verdict.FAIL
-    return CheckResult(check=check, verdict=verdict, why=f"taken for {classified} (right: {expected}); {detail}")
-
-
-def _unmended(check: str, why: str) -> CheckResult:
-    return CheckResult(check=check, verdict=Verdict.ERROR, why=why)
-
-
-def _interrupted(contender: EngineUnderTest, number: signal.Signals) -> dict[str, Any]:
-    with contender.up() as served:
+def _interrupted(engine: EngineUnderTest, number: signal.Signals) -> dict[str, Any]:
+    with engine.up() as served:
         stream = _Stream(served)
         stream.wait_for(SEEN_TOKENS)
         no_progress_s = max(MIN_HANG_S, GAPS_TO_HANG * stream.longest_gap_s())
@@ -126,7 +109,7 @@ def _interrupted(contender: EngineUnderTest, number: signal.Signals) -> dict[str
             "detect_s": noticed_at - hit_at,
             "client_saw": stream.outcome,
         }
-    with contender.up():
+    with engine.up():
         seen["recover_s"] = time.monotonic() - noticed_at
     return seen
 
@@ -140,7 +123,7 @@ def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, 
         if silent_s > no_progress_s:
             with contextlib.suppress(psutil.Error):
                 state = psutil.Process(served.process.pid).status()
-                return "wedged", f"alive ({state}), a request in flight and no token for {silent_s:.1f} s"
+                return "wedged", f"alive ({state}), a request in progress and no token for {silent_s:.1f} s"
         if stream.end.is_set() and not _ends_soon(served):
             return "lost stream", f"the stream ended ({stream.outcome}) while the process lives"
         time.sleep(POLL_S)
@@ -149,11 +132,9 @@ def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, 
 def _ends_soon(served: Served) -> bool:
     """True when the process ends within DYING_S: its sockets close before its pid goes, on a GPU by seconds."""
     limit = time.monotonic() + DYING_S
-    while served.process.poll() is None:
-        if time.monotonic() > limit:
-            return False
+    while served.process.poll() is None and time.monotonic() <= limit:
         time.sleep(POLL_S)
-    return True
+    return served.process.poll() is not None
 
 
 class _Stream:
@@ -184,25 +165,15 @@ class _Stream:
         return time.monotonic() - self._arrivals[-1]
 
     def _read(self) -> None:
-        endpoint = self._served.endpoint
-        body = {
-            "model": endpoint.model_id,
-            "messages": [{"role": "user", "content": "Tell me a very long story about a river."}],
-            "max_tokens": 400,
-            "stream": True,
-            "ignore_eos": True,
-        }
         try:
-            with (
-                httpx.Client(timeout=httpx.Timeout(10, read=60), trust_env=False) as http,
-                http.stream(
-                    "POST", endpoint.base_url + "/v1/chat/completions", json=body, headers=endpoint.headers
-                ) as answer,
-            ):
-                last = b""
-                for data in payloads(answer.iter_bytes()):
-                    self._arrivals.append(time.monotonic())
-                    last = data
+            with Caller(self._served.endpoint) as caller:
+                question = "Tell me a very long story about a river."
+                body = caller.body(question, temperature=None, max_tokens=400, stream=True, ignore_eos=True)
+                with caller.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+                    last = b""
+                    for data in payloads(answer.iter_bytes()):
+                        self._arrivals.append(time.monotonic())
+                        last = data
                 self.outcome = "a whole answer" if last == DONE_DATA else "the stream ended without [DONE]"
         except httpx.HTTPError as error:
             self.outcome = f"{type(error).__name__}: {error}"
@@ -210,12 +181,12 @@ class _Stream:
             self.end.set()
 
 
-def _truncated(contender: EngineUnderTest) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(dir=contender.home) as folder:
-        cut = _cut_copy(contender.gguf, Path(folder))
+def _truncated(engine: EngineUnderTest) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=engine.home) as folder:
+        cut = _cut_copy(engine.gguf, Path(folder))
         started = time.monotonic()
         try:
-            with replace(contender, gguf=cut, stall_s=30.0).up():
+            with replace(engine, gguf=cut, stall_s=30.0).up():
                 return {"classified": "served", "evidence": "it serves a model whose file is cut short"}
         except EngineExited as error:
             reason = _reason(error)
@@ -232,19 +203,14 @@ def _cut_copy(gguf: Path, folder: Path) -> Path:
     return cut
 
 
-def _port_taken(contender: EngineUnderTest) -> dict[str, Any]:
-    serve = contender.serve()
+def _port_taken(engine: EngineUnderTest) -> dict[str, Any]:
+    serve = engine.serve()
     with _squatter(serve.port):
         started = time.monotonic()
         try:
-            with serving(
-                contender.driver,
-                contender.installation,
-                serve,
-                state_dir=contender.home,
-                log_path=contender.home / "logs" / "port-taken.log",
-            ):
-                return {"classified": "served", "evidence": "it claims to serve a port that somebody else holds"}
+            log_path = engine.home / "logs" / "port-taken.log"
+            with serving(engine.driver, engine.installation, serve, state_dir=engine.home, log_path=log_path):
+                return {"classified": "served", "evidence": "it claims to serve a port that another process holds"}
         except PortTaken as error:
             return {"classified": "refused", "evidence": str(error), "detect_s": time.monotonic() - started}
 

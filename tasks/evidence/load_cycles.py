@@ -1,4 +1,4 @@
-"""A model loaded and unloaded many times, and an engine that hangs: on a yard of its own, before any traffic moves.
+"""Drills of a native engine on a yard of its own, before any traffic moves: load cycles, and a hang.
 
 load cycles   unload, load, one token; after each the memory of the yard and of the engine: neither may grow
 hang          the engine's process is stopped (SIGSTOP) and asked: found wedged, replaced, the request served
@@ -48,7 +48,7 @@ def measure_hang(open_stage: OpenStage, say: Say = lambda _: None) -> dict[str, 
         pid = engine_of(stage.route(), stage.candidate)["pid"]
         if pid is None:
             raise SwitchyardError(f"{stage.candidate} has no process to stop")
-        say(f"stopping {stage.candidate} and asking it: it should be found wedged")
+        say(f"stopping {stage.candidate} and sending it a request: it should be found wedged")
         stopped_at = time.time()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
@@ -72,13 +72,15 @@ def judge_load_cycles(evidence: Mapping[str, Any], *, limit: float = LIMIT_BYTES
         return [CheckResult(check=CYCLES, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")]
     cycles: Sequence[Mapping[str, Any]] = evidence["cycles"]
     answered = sum(cycle["answered"] for cycle in cycles)
-    whole = answered == evidence["asked"]
     first = next((str(cycle["error"]) for cycle in cycles if not cycle["answered"]), "")
     loads = sorted(cycle["load_s"] for cycle in cycles if cycle["load_s"] is not None)
     middle = f"; a load takes {loads[len(loads) // 2]:.1f} s" if loads else ""
     why = f"{answered} of {evidence['asked']} times loaded and answered{middle}{': ' + first if first else ''}"
-    results = [CheckResult(check=CYCLES, verdict=Verdict.PASS if whole else Verdict.FAIL, why=why)]
-    return [*results, *(_judge_growth(cycles, part, limit) for part in ("yard", "engine"))]
+    verdict = Verdict.PASS if answered == evidence["asked"] else Verdict.FAIL
+    return [
+        CheckResult(check=CYCLES, verdict=verdict, why=why),
+        *(_judge_growth(cycles, part, limit) for part in ("yard", "engine")),
+    ]
 
 
 def judge_hang(evidence: Mapping[str, Any]) -> CheckResult:
@@ -99,7 +101,9 @@ def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) 
     kept = [(number, cycle[key]) for number, cycle in enumerate(cycles) if cycle[key] is not None]
     kept = kept[int(WARM_SHARE * len(kept)) :]
     if len(kept) < LEAST_CYCLES:
-        return not_measured(check, f"{len(kept)} cycles were weighed; a slope needs {LEAST_CYCLES}", unit="bytes/cycle")
+        return not_measured(
+            check, f"{len(kept)} cycles have a memory sample; a slope needs {LEAST_CYCLES}", unit="bytes/cycle"
+        )
     slope = theil_sen([number for number, _ in kept], [float(value) for _, value in kept])
     verdict = Verdict.INCONCLUSIVE
     if slope.low > limit:

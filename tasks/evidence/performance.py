@@ -22,8 +22,9 @@ from engines.settings import Endpoint
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_calibration
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
+ARMS = ("incumbent", "candidate")
 WARMUP_AGREEMENT = 0.10  # two requests in a row closer than this end the warm-up (measurement plan, C.2)
 SAMPLE_EVERY_S = 0.25
 WORDS = tuple("river window copper garden letter winter engine silver market bridge paper kitchen forest".split())  # noqa: SIM905
@@ -53,19 +54,17 @@ def metrics(limits: Limits, workload: Workload) -> list[Metric]:
         Metric(name="tpot_p50", samples="tpot_ms", quantile=0.5, margin=limits.tpot_p50_ratio - 1, unit="ms"),
         Metric(name="e2e_p50", samples="e2e_ms", quantile=0.5, margin=limits.e2e_p50_ratio - 1, unit="ms"),
     ]
-    for level in workload.concurrency:
-        if level > 1:
-            primary.append(
-                Metric(
-                    name=f"throughput_c{level}",
-                    samples=f"throughput_c{level}_tok_s",
-                    quantile=0.5,
-                    margin=limits.throughput_ratio - 1,
-                    unit="tok/s",
-                    higher_is_better=True,
-                )
-            )
-    return primary
+    throughput: Any = {
+        "quantile": 0.5,
+        "margin": limits.throughput_ratio - 1,
+        "unit": "tok/s",
+        "higher_is_better": True,
+    }
+    return primary + [
+        Metric(name=f"throughput_c{level}", samples=f"throughput_c{level}_tok_s", **throughput)
+        for level in workload.concurrency
+        if level > 1
+    ]
 
 
 def memory_metric(limits: Limits) -> Metric:
@@ -83,23 +82,17 @@ def measure_block(
     foreign_cpu_limit: float,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """One block's evidence (see `tasks.verdicts.noninferiority.Block`), void with a reason where it cannot count."""
+    """One block's evidence, as `tasks.verdicts.noninferiority.Block`; its `void` says why it must be discarded."""
     order = block_orders(index + 1, workload.seed)[index]
     arms: dict[str, dict[str, Any]] = {}
     named = {"A": ("incumbent", incumbent), "B": ("candidate", candidate)}
     for letter in order:
-        name, contender = named[letter]
-        progress(f"{name} ({contender.driver.name})")
-        arms[name] = _measure_arm(contender, workload, index)
+        name, engine = named[letter]
+        progress(f"{name} ({engine.driver.name})")
+        arms[name] = _measure_arm(engine, workload, index)
     foreign = {name: arm["machine"].get("foreign_cpu_fraction") for name, arm in arms.items()}
-    return {
-        "index": index,
-        "order": order,
-        "incumbent": arms["incumbent"],
-        "candidate": arms["candidate"],
-        "foreign_cpu": foreign,
-        "void": _void_reason(arms, foreign, foreign_cpu_limit),
-    }
+    discarded = _reason_to_discard(arms, foreign, foreign_cpu_limit)
+    return {"index": index, "order": order, **arms, "foreign_cpu": foreign, "void": discarded}
 
 
 def judge_performance(
@@ -113,13 +106,11 @@ def judge_performance(
     """The gate on every primary metric and on failed requests, and figures reported beside it."""
     if not blocks:
         return [not_measured("performance.ttft_p50_ratio", "no block was measured", limit=limits.ttft_p50_ratio)]
-    results = [
+    gated = [
         judge(metric, blocks, looks, client_error=client_error_ms.get(metric.key)).check_result()
         for metric in metrics(limits, workload)
     ]
-    results.append(_judge_errors(blocks))
-    results += _reported(blocks)
-    return results
+    return [*gated, _judge_errors(blocks), *_reported(blocks)]
 
 
 def judge_memory(blocks: Sequence[Mapping[str, Any]], limits: Limits, looks: Sequence[int]) -> CheckResult:
@@ -129,12 +120,12 @@ def judge_memory(blocks: Sequence[Mapping[str, Any]], limits: Limits, looks: Seq
 
 
 def judge_client(budget: Mapping[str, Any], limit: float) -> CheckResult:
-    """Whether our own client was light enough to measure at all: its share of one core in the self-test."""
+    """Whether our own client was light enough to measure: its share of one core in the self-test."""
     share = budget["client_cpu_share"]
     if share is None:
         return not_measured("performance.client", "the self-test gave no CPU figure", limit=limit, unit="core")
-    why = f"the measuring client used {share:.1%} of a core in its self-test; chunks were stamped up to "
-    why += f"{budget['lateness_p99_ms']:.2g} ms late (p99)" if budget["lateness_p99_ms"] is not None else "? ms late"
+    late = "?" if budget["lateness_p99_ms"] is None else f"{budget['lateness_p99_ms']:.2g}"
+    why = f"the measuring client used {share:.1%} of a core in its self-test; it stamped chunks {late} ms late (p99)"
     verdict = Verdict.PASS if share <= limit else Verdict.INCONCLUSIVE
     return CheckResult(check="performance.client", verdict=verdict, value=share, limit=limit, unit="core", why=why)
 
@@ -145,13 +136,13 @@ def memory_figures(blocks: Sequence[Mapping[str, Any]], budgets: Mapping[str, st
     values = {arm: _median_over(counted, arm, "memory_steady_bytes") for arm in ARMS}
     in_mib = {arm: None if value is None else value / 2**20 for arm, value in values.items()}
     figure = _figure("memory.steady", in_mib, "MiB", "private memory at the end of a block")
+    mapped = ""
     shared = {arm: _median_over(counted, arm, "pss_bytes") for arm in ARMS}
     if shared["incumbent"] is not None and shared["candidate"] is not None:
         # llama.cpp maps the model file: its weights are page cache, which private memory leaves out
         mapped = f"; with mapped files {shared['candidate'] / 2**20:.4g} against {shared['incumbent'] / 2**20:.4g} MiB"
-        figure = figure.model_copy(update={"why": figure.why + mapped})
     allowed = "; ".join(f"{arm}'s cache budget: {budgets[arm]}" for arm in ARMS)
-    return figure.model_copy(update={"why": f"{figure.why} ({allowed})"})
+    return figure.model_copy(update={"why": f"{figure.why}{mapped} ({allowed})"})
 
 
 def judge_noise(
@@ -180,38 +171,40 @@ def body(text: str, max_tokens: int, extra: Mapping[str, object]) -> dict[str, A
     return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **extra}
 
 
-def _measure_arm(contender: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
+def _measure_arm(engine: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
     try:
-        with contender.up() as served:
-            return _measure_served(served, contender, workload, index)
+        with engine.up() as served:
+            return _measure_served(served, engine, workload, index)
     except EngineError as error:
         return {"failed": str(error).splitlines()[0], "machine": {}, "records": []}
 
 
-def _measure_served(served: Served, contender: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
-    extra = contender.driver.neutral_body()
+def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
+    extra = engine.driver.neutral_body()
     warm = _warm_up(served.endpoint, workload, extra, index)
     telemetry = Telemetry(served.process.pid)
     with Sampler(served.process.pid, SAMPLE_EVERY_S) as sampler:
         before = telemetry.snapshot()
         records = measure(served.endpoint, _bodies(workload, extra, index, "request"), keep_text=False)
-        rounds = {level: _throughput(served.endpoint, workload, extra, index, level) for level in workload.concurrency}
+        levels = [level for level in workload.concurrency if level > 1]
+        rounds = {level: _throughput(served.endpoint, workload, extra, index, level) for level in levels}
         after = telemetry.snapshot()
     resident = Telemetry(served.process.pid, pss_every_s=0).snapshot()["pss_bytes"]
+    peak = peak_memory(sampler.samples)
     arm: dict[str, Any] = {
         "load_s": served.load_s,
         "warmup_requests": warm,
         "records": [record.to_dict() for record in records],
         "reconciled": [finding for record in records for finding in reconcile(record)],
         "machine": interval(before, after),
-        "memory_peak_mib": _mib(peak_memory(sampler.samples)),
+        "memory_peak_mib": [] if peak is None else [peak / 2**20],
         "memory_steady_bytes": after["memory_bytes"],
         "pss_bytes": resident,
         # a figure, not a gate: once is enough
         "prefix_cache": _prefix_cache(served.endpoint, workload, index) if index == 0 else None,
         "errors": [record.error_type for record in records if not record.ok],
     }
-    arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if level > 1 and rate}
+    arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if rate}
     arm["icl_ms"] = [gap for record in records if record.ok for gap in record.metrics()["icl_ms"] or ()]
     for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s"):
         arm[name] = _samples(records, name)
@@ -229,14 +222,9 @@ def _samples(records: Sequence[StreamRecord], name: str) -> list[float]:
 
 def _bodies(workload: Workload, extra: Mapping[str, object], index: int, what: str) -> list[dict[str, Any]]:
     # the same prompts go to both engines of a block; every block has its own
-    return [
-        body(
-            prompt(workload.prompt_words, f"{what} {index}-{number}", workload.seed * 1000 + index * 100 + number),
-            workload.max_tokens,
-            extra,
-        )
-        for number in range(workload.requests)
-    ]
+    seed = workload.seed * 1000 + index * 100
+    texts = (prompt(workload.prompt_words, f"{what} {index}-{n}", seed + n) for n in range(workload.requests))
+    return [body(text, workload.max_tokens, extra) for text in texts]
 
 
 def _warm_up(endpoint: Endpoint, workload: Workload, extra: Mapping[str, object], index: int) -> int:
@@ -258,11 +246,8 @@ def _throughput(
     endpoint: Endpoint, workload: Workload, extra: Mapping[str, object], index: int, level: int
 ) -> float | None:
     """Output tokens per second over one closed-loop round at `level` requests at a time; None where one failed."""
-    if level == 1:
-        return None
-    records = measure(
-        endpoint, _bodies(workload, extra, index, f"round of {level}"), concurrency=level, keep_text=False
-    )
+    bodies = _bodies(workload, extra, index, f"round of {level}")
+    records = measure(endpoint, bodies, concurrency=level, keep_text=False)
     if not all(record.ok and record.completion_tokens for record in records):
         return None
     started = min(record.sent_ns for record in records)
@@ -283,16 +268,12 @@ def _prefix_cache(endpoint: Endpoint, workload: Workload, index: int) -> dict[st
     }
 
 
-def _mib(n_bytes: int | None) -> list[float]:
-    return [] if n_bytes is None else [n_bytes / 2**20]
-
-
-def _void_reason(
+def _reason_to_discard(
     arms: Mapping[str, Mapping[str, Any]], foreign: Mapping[str, float | None], limit: float
 ) -> str | None:
     for name, share in foreign.items():
         if share is not None and share > limit:
-            return f"other programs used {share:.0%} of the CPU while the {name} ran (limit {limit:.0%})"
+            return f"other processes used {share:.0%} of the CPU while the {name} ran (limit {limit:.0%})"
     for name, arm in arms.items():
         if arm.get("failed"):
             return f"the {name} did not come up: {arm['failed']}"
@@ -302,56 +283,35 @@ def _void_reason(
 
 
 def _judge_errors(blocks: Sequence[Mapping[str, Any]]) -> CheckResult:
-    """Failed requests and failed starts of the candidate; a void block's failures count too."""
+    """Failed requests and failed starts of the candidate; those of a discarded block count too."""
     failed = {arm: sum(len(b[arm].get("errors", [])) + bool(b[arm].get("failed")) for b in blocks) for arm in ARMS}
     sent = {arm: sum(len(b[arm].get("records", [])) for b in blocks) for arm in ARMS}
-    worse = failed["candidate"] > failed["incumbent"]
-    why = (
-        f"{failed['candidate']} of {sent['candidate']} requests failed on the candidate, "
-        f"{failed['incumbent']} of {sent['incumbent']} on the incumbent"
-    )
-    return CheckResult(
-        check="performance.errors",
-        verdict=Verdict.FAIL if worse else Verdict.PASS,
-        value=failed["candidate"],
-        limit=failed["incumbent"],
-        unit="requests",
-        why=why,
-    )
-
-
-ARMS = ("incumbent", "candidate")
+    shares = {arm: f"{failed[arm]} of {sent[arm]}" for arm in ARMS}
+    why = f"{shares['candidate']} requests failed on the candidate, {shares['incumbent']} on the incumbent"
+    return at_most("performance.errors", failed["candidate"], limit=failed["incumbent"], unit="requests", why=why)
 
 
 def _reported(blocks: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
     """Figures that a user asks for and that do not hold the gate."""
     counted = [block for block in blocks if block["void"] is None]
-    results = []
-    for name, unit, what in (
+    figures = (
         ("load_s", "s", "load to first token"),
         ("prefill_tok_s", "tok/s", "prefill"),
         ("decode_tok_s", "tok/s", "decode"),
         ("icl_ms", "ms", "gap between chunks"),
-    ):
-        values = {arm: _median_over(counted, arm, name) for arm in ARMS}
-        results.append(_figure(f"performance.{name}", values, unit, what))
+    )
+    results = [
+        _figure(f"performance.{name}", {arm: _median_over(counted, arm, name) for arm in ARMS}, unit, what)
+        for name, unit, what in figures
+    ]
     saved = {arm: _prefix_gain(counted, arm) for arm in ARMS}
-    results.append(
-        _figure("performance.prefix_cache_ttft_ratio", saved, "ratio", "TTFT of a repeated prompt over the first")
-    )
-    findings = {arm: sum(len(block[arm].get("reconciled", [])) for block in blocks) for arm in ARMS}
-    results.append(
-        CheckResult(
-            check="performance.accounting",
-            verdict=Verdict.PASS if not findings["candidate"] else Verdict.INCONCLUSIVE,
-            value=findings["candidate"],
-            unit="findings",
-            why=f"client, usage and engine timing disagree {findings['candidate']} times on the candidate, "
-            f"{findings['incumbent']} times on the incumbent",
-            required=False,
-        )
-    )
-    return results
+    what = "TTFT of a repeated prompt over the first"
+    results.append(_figure("performance.prefix_cache_ttft_ratio", saved, "ratio", what))
+    ours, theirs = (sum(len(b[arm].get("reconciled", [])) for b in blocks) for arm in ("candidate", "incumbent"))
+    why = f"client, usage and engine timing disagree {ours} times on the candidate, {theirs} times on the incumbent"
+    verdict = Verdict.INCONCLUSIVE if ours else Verdict.PASS
+    check, unit = "performance.accounting", "findings"
+    return [*results, CheckResult(check=check, verdict=verdict, value=ours, unit=unit, why=why, required=False)]
 
 
 def _figure(check: str, values: Mapping[str, float | None], unit: str, what: str) -> CheckResult:

@@ -1,7 +1,7 @@
 """The fallback rehearsed on a yard of its own, before any traffic moves.
 
 hidden     the candidate was chosen and is not on this machine: the incumbent serves
-killed     the candidate's process is killed while it serves: it is started again and serves
+killed     the candidate's process is killed while it serves: it is restarted and serves
 fallback   it is killed once more, with its restarts spent: the incumbent serves
 
 That yard has its own home and port, and only its own engines are killed: nobody's requests pass through it.
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A yard that runs for the rehearsal alone: how to order it about, and where its public port is."""
+    """A yard that runs for the rehearsal alone: its control client and its public port."""
 
     client: YardClient
     address: str
@@ -48,14 +48,14 @@ class Stage:
     wait_s: float
 
     def route(self) -> dict[str, Any]:
-        """The model's route as the yard tells it."""
+        """The model's route as the yard reports it."""
         return route_of(self.client, self.model_id)
 
     def answer(self) -> dict[str, Any]:
         """One token through the public port, with the engine that gave it."""
-        told = one_token(self.address, self.model_id, self.key, wait_s=self.wait_s)
-        samples = self.client.samples(self.model_id) if told["answered"] else []
-        return {**told, "by": samples[-1]["engine"] if samples else None}
+        answer = one_token(self.address, self.model_id, self.key, wait_s=self.wait_s)
+        samples = self.client.samples(self.model_id) if answer["answered"] else []
+        return {**answer, "by": samples[-1]["engine"] if samples else None}
 
 
 # A stage without the engine that is named (None: with both); it is gone when the block ends.
@@ -73,17 +73,16 @@ def route_of(client: YardClient, model_id: str) -> dict[str, Any]:
 
 def engine_of(route: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One engine of a route. Raises SwitchyardError when the yard has none of that name."""
-    for engine in route["engines"]:
-        if engine["engine"] == name:
-            found: dict[str, Any] = engine
-            return found
-    raise SwitchyardError(
-        f"the yard has no {name} for {route['id']}: see `switchyard doctor`, then `switchyard reload`"
-    )
+    found: dict[str, Any] | None = next((engine for engine in route["engines"] if engine["engine"] == name), None)
+    if found is None:
+        raise SwitchyardError(
+            f"the yard has no {name} for {route['id']}: see `switchyard doctor`, then `switchyard reload`"
+        )
+    return found
 
 
 def one_token(address: str, model_id: str, key: SecretStr | None, *, wait_s: float) -> dict[str, Any]:
-    """What one request of one token came to: answered or not, seconds, and what went wrong.
+    """The result of one request of one token: answered or not, seconds, and what went wrong.
 
     A yard holds the request while no engine is up, `wait_s` at most.
     """
@@ -121,7 +120,7 @@ def room(recipes: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_by
         if fit.verdict == "does not fit":
             return "", f"{engine} does not fit beside the engine that serves: {fit.why}"
         if fit.verdict == "unknown" and not _twice(free, held_bytes, held_vram_bytes):
-            return "", f"nobody knows whether {engine} fits beside the engine that serves: {fit.why}"
+            return "", f"cannot say whether {engine} fits beside the engine that serves: {fit.why}"
         if fit.verdict != "fits":
             form, why = "one-at-a-time", f"one engine at a time: memory for {engine} is {fit.verdict}: {fit.why}"
     return form, why
@@ -216,8 +215,8 @@ def _kill(stage: Stage, right: str, usual_s: float | None) -> dict[str, Any]:
 def noted_at(stage: Stage, since: float, *states: str) -> float | None:
     """When the yard first noted the candidate in one of `states`, in s since the epoch; None when it did not."""
     for event in stage.client.status()["events"]:
-        is_hers = event["kind"] == "state" and event.get("engine") == stage.candidate
-        if is_hers and event["at"] >= since and event["what"].startswith(states):
+        ours = event["kind"] == "state" and event.get("engine") == stage.candidate
+        if ours and event["at"] >= since and event["what"].startswith(states):
             return float(event["at"])
     return None
 
@@ -227,32 +226,33 @@ def _judge_hidden(seen: Mapping[str, Any]) -> CheckResult:
     if broken := seen.get("failed"):
         return CheckResult(check=check, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")
     right = seen["answered"] and seen["by"] == seen["fallback"] == seen["right"]
-    said = "; ".join(seen["incidents"]) or "no incident was noted"
-    who = f"{seen['by']} answered" if seen["answered"] else f"nobody answered ({seen['error']})"
-    return CheckResult(check=check, verdict=Verdict.PASS if right else Verdict.FAIL, why=f"{who}; {said}")
+    incidents = "; ".join(seen["incidents"]) or "no incident was noted"
+    who = _who_answered(seen)
+    return CheckResult(check=check, verdict=Verdict.PASS if right else Verdict.FAIL, why=f"{who}; {incidents}")
 
 
 def _judge_kill(check: str, seen: Mapping[str, Any], kill_detect_s: float, recover_s: float) -> list[CheckResult]:
     if broken := seen.get("failed"):
         return [CheckResult(check=check, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")]
     right = seen["answered"] and seen["by"] == seen["right"]
-    who = f"{seen['by']} answered" if seen["answered"] else f"nobody answered ({seen['error']})"
-    served = CheckResult(
-        check=check, verdict=Verdict.PASS if right else Verdict.FAIL, why=f"{who}; right would be {seen['right']}"
-    )
+    who = _who_answered(seen)
+    verdict = Verdict.PASS if right else Verdict.FAIL
+    served = CheckResult(check=check, verdict=verdict, why=f"{who}; right would be {seen['right']}")
     if not right:
         return [served]
     load_s, usual_s = seen["load_s"] or 0.0, seen["usual_s"] or 0.0
     detect = at_most(f"{check}_detect_s", seen["detect_s"], limit=kill_detect_s, unit="s")
-    recover = at_most(
-        f"{check}_recover_s",
-        seen["recover_s"],
-        limit=load_s + usual_s + recover_s,
-        unit="s",
-        why=f"{seen['by']} had served {seen['recover_s']:.2f} s after that; its start took {load_s:.2f} s, such an "
-        f"answer takes it {usual_s:.2f} s",
+    why = (
+        f"{seen['by']} had served {seen['recover_s']:.2f} s after that; its start took {load_s:.2f} s, such an answer "
+        f"takes it {usual_s:.2f} s"
     )
+    limit_s = load_s + usual_s + recover_s
+    recover = at_most(f"{check}_recover_s", seen["recover_s"], limit=limit_s, unit="s", why=why)
     return [served, detect, recover]
+
+
+def _who_answered(seen: Mapping[str, Any]) -> str:
+    return f"{seen['by']} answered" if seen["answered"] else f"no engine answered ({seen['error']})"
 
 
 def _first_line(error: Exception) -> str:

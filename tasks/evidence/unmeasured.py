@@ -1,4 +1,4 @@
-"""Record of a check that was not carried out, and the verdict on that record.
+"""The record of a check that was not carried out, and the verdict on that record.
 
 An engine that does not start, a measurement that raised an error and a check left out on purpose are stored like any
 other evidence, so that a verdict stays a function of the records.
@@ -31,10 +31,10 @@ SOAK_LEFT_OUT = "soak.left_out"  # the check that a scheduled evaluation does no
 LOG_LINES = 20
 SHOWN_LINES = 3
 WHY_CHARS = 600
-# what the machine or another process did, whichever engine it hit
+# caused by the machine or another process, whichever engine it hit
 _ENVIRONMENT = (EngineNotEnded, EngineNotFound, PortTaken, WrongListener)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_TELLING = re.compile(r"error|panic|exception|unsupported|not supported|out of memory|abort|corrupt", re.IGNORECASE)
+_ERROR_WORDS = re.compile(r"error|panic|exception|unsupported|not supported|out of memory|abort|corrupt", re.IGNORECASE)
 _LOG_PREFIX = re.compile(r"^[\d.:TZ\s-]+(?:[A-Z]\s+)?")
 # the areas of the report, where they are not the first word of the check's own name
 _AREAS = {"soak": "stability.soak"}
@@ -80,8 +80,8 @@ def broken(
     """
     fails = arm == "candidate" and isinstance(error, EngineError) and not isinstance(error, _ENVIRONMENT)
     log = list(error.log_tail[-LOG_LINES:]) if isinstance(error, EngineError) else []
-    record = {"verdict": (Verdict.FAIL if fails else Verdict.ERROR).value, "why": summary(error), "log": log}
-    return {key: _without(value, secrets) for key, value in record.items()}
+    why, *log = (_without(text, secrets) for text in (summary(error), *log))
+    return {"verdict": (Verdict.FAIL if fails else Verdict.ERROR).value, "why": why, "log": log}
 
 
 def summary(error: BaseException) -> str:
@@ -92,12 +92,10 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}".rstrip(": ")
 
 
-def _without(value: Any, secrets: Sequence[str]) -> Any:
-    if isinstance(value, list):
-        return [_without(one, secrets) for one in value]
+def _without(text: str, secrets: Sequence[str]) -> str:
     for secret in filter(None, secrets):
-        value = value.replace(secret, "[redacted]")
-    return value
+        text = text.replace(secret, "[redacted]")
+    return text
 
 
 def left_out(why: str, **detail: Any) -> dict[str, Any]:
@@ -106,7 +104,7 @@ def left_out(why: str, **detail: Any) -> dict[str, Any]:
 
 
 def can_be_retried(record: Mapping[str, Any]) -> bool:
-    """Whether a resumed run carries the check out again: a FAIL is a result, and stands."""
+    """Whether a resumed run repeats the check: a FAIL is a result, and stands."""
     return record["verdict"] != Verdict.FAIL
 
 
@@ -118,13 +116,12 @@ def models_to_retry(records: Records, run_id: str) -> frozenset[str]:
 
 
 def judge_unmeasured(arm: str, what: str, record: Mapping[str, Any]) -> CheckResult:
-    """The verdict on one record, with the engine's own last words."""
-    return CheckResult(
-        check=check_name(arm, what),
-        verdict=Verdict(record["verdict"]),
-        why=_why(record),
-        required=what not in _OPTIONAL,
-    )
+    """The verdict on one record, with the last lines of the engine's log."""
+    lines = _log_lines(record["log"])
+    why = f"{record['why']}: {' | '.join(lines)}" if lines else str(record["why"])
+    why = why if len(why) <= WHY_CHARS else f"{why[: WHY_CHARS - 4]} ..."
+    verdict, required = Verdict(record["verdict"]), what not in _OPTIONAL
+    return CheckResult(check=check_name(arm, what), verdict=verdict, why=why, required=required)
 
 
 def check_name(arm: str, what: str) -> str:
@@ -134,14 +131,8 @@ def check_name(arm: str, what: str) -> str:
     return f"{_AREAS.get(what, what)}.{'measured' if arm == 'both' else arm}"
 
 
-def _why(record: Mapping[str, Any]) -> str:
-    words = _words(record["log"])
-    text = f"{record['why']}: {' | '.join(words)}" if words else str(record["why"])
-    return text if len(text) <= WHY_CHARS else f"{text[: WHY_CHARS - 4]} ..."
-
-
-def _words(log: Sequence[str]) -> list[str]:
-    """The last lines that tell of an error, else the last ones; without the clock in front of them."""
+def _log_lines(log: Sequence[str]) -> list[str]:
+    """The last lines that mention an error, else the last ones; without their time stamps."""
     lines = [bare for line in log if (bare := _LOG_PREFIX.sub("", line).strip())]
-    telling = [line for line in lines if _TELLING.search(line)]
-    return list(dict.fromkeys(telling or lines))[-SHOWN_LINES:]
+    errors = [line for line in lines if _ERROR_WORDS.search(line)]
+    return list(dict.fromkeys(errors or lines))[-SHOWN_LINES:]

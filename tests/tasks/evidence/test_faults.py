@@ -33,7 +33,7 @@ class FileCheckingFake(FakeDriver):
         return [*super().argv(installation, serve), *check]
 
 
-def contender(home: Path, driver: FakeDriver) -> EngineUnderTest:
+def engine(home: Path, driver: FakeDriver) -> EngineUnderTest:
     """A candidate served by the fake engine, with a model of 4 KiB."""
     gguf = home / "m.gguf"
     gguf.write_bytes(b"GGUF" * 1024)
@@ -54,7 +54,7 @@ def drilled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     home = tmp_path_factory.mktemp("home")
     lines: list[str] = []
     driver = FileCheckingFake("--itl-ms", "5", smallest=4096)
-    return home, measure_faults(contender(home, driver), lines.append), lines
+    return home, measure_faults(engine(home, driver), lines.append), lines
 
 
 def test_a_killed_engine_is_dead(drilled: tuple[Path, dict[str, Any], list[str]]) -> None:
@@ -103,7 +103,7 @@ def test_nothing_of_the_drills_is_left(drilled: tuple[Path, dict[str, Any], list
 
 def test_an_engine_that_serves_a_cut_model_fails(tmp_path: Path) -> None:
     """It would answer in garbage; one that never starts is no drill at all, and an ERROR."""
-    evidence = measure_faults(contender(tmp_path, FileCheckingFake("--itl-ms", "5")))
+    evidence = measure_faults(engine(tmp_path, FileCheckingFake("--itl-ms", "5")))
     by_check = {result.check: result.verdict for result in judge_faults(evidence, **ROOMY)}
     assert by_check["faults.truncated_gguf"] is Verdict.FAIL
     assert evidence["truncated_gguf"]["classified"] == "served"
@@ -111,7 +111,7 @@ def test_an_engine_that_serves_a_cut_model_fails(tmp_path: Path) -> None:
 
 def test_a_drill_that_cannot_be_carried_out_is_an_error_with_its_reason(tmp_path: Path) -> None:
     """Neither a pass nor a failure of the engine."""
-    evidence = measure_faults(contender(tmp_path, FakeDriver("--exit-code", "3")))
+    evidence = measure_faults(engine(tmp_path, FakeDriver("--exit-code", "3")))
     by_check = {result.check: result for result in judge_faults(evidence, **ROOMY)}
     for check in ("faults.sigkill", "faults.sigstop"):
         assert by_check[check].verdict is Verdict.ERROR

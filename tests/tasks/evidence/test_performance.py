@@ -41,7 +41,7 @@ PRIMARY = ["ttft_p50", "ttft_p95", "tpot_p50", "e2e_p50"]
 SAMPLES = ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s")
 
 
-def contender(home: Path, arm: Arm, *habits: str) -> EngineUnderTest:
+def engine(home: Path, arm: Arm, *habits: str) -> EngineUnderTest:
     """A fake engine as one side of the comparison."""
     driver, gguf = FakeDriver(*habits), home / "m.gguf"
     gguf.write_bytes(b"GGUF")
@@ -54,8 +54,8 @@ def measured(home: Path, candidate: tuple[str, ...] = (), *, itl_ms: int = 2, **
     """One block of a well-behaved incumbent against a candidate with the habits given."""
     workload = options.pop("workload", SMALL)
     options = {"index": 0, "foreign_cpu_limit": ANY_LOAD} | options
-    incumbent = contender(home, "incumbent", "--itl-ms", str(itl_ms))
-    return measure_block(incumbent, contender(home, "candidate", *candidate), workload, **options)
+    incumbent = engine(home, "incumbent", "--itl-ms", str(itl_ms))
+    return measure_block(incumbent, engine(home, "candidate", *candidate), workload, **options)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ def test_the_prefix_cache_is_probed_beside_the_samples(block: dict[str, Any]) ->
 def test_the_order_of_the_arms_comes_from_the_seed(tmp_path: Path, index: int) -> None:
     """A coin per block: whoever re-runs the plan gets the same orders. An arm that does not start is in it too."""
     lines: list[str] = []
-    incumbent = contender(tmp_path, "incumbent", "--exit-code", "1")
-    candidate = contender(tmp_path, "candidate", "--exit-code", "1")
+    incumbent = engine(tmp_path, "incumbent", "--exit-code", "1")
+    candidate = engine(tmp_path, "candidate", "--exit-code", "1")
     got = measure_block(incumbent, candidate, SMALL, index=index, foreign_cpu_limit=ANY_LOAD, progress=lines.append)
     assert got["order"] == block_orders(4, SMALL.seed)[index]
     names = {"A": "incumbent (fake)", "B": "candidate (fake)"}
@@ -104,7 +104,7 @@ def test_the_order_of_the_arms_comes_from_the_seed(tmp_path: Path, index: int) -
     assert set(block_orders(20, SMALL.seed)) == {"AB", "BA"}
 
 
-def test_a_contender_that_does_not_start_makes_the_block_void(tmp_path: Path) -> None:
+def test_an_engine_that_does_not_start_has_the_block_discarded(tmp_path: Path) -> None:
     """With its reason; that it failed counts against it all the same."""
     got = measured(tmp_path, ("--exit-code", "3"))
     assert got["void"].startswith("the candidate did not come up: fake ended with exit status 3")
@@ -113,7 +113,7 @@ def test_a_contender_that_does_not_start_makes_the_block_void(tmp_path: Path) ->
     assert (errors.verdict, errors.value) == (Verdict.FAIL, 1)
 
 
-def test_a_contender_that_dies_in_the_block_makes_it_void(tmp_path: Path) -> None:
+def test_an_engine_that_dies_in_the_block_has_it_discarded(tmp_path: Path) -> None:
     """Its failed requests are on record."""
     workload = Workload(**vars(SMALL) | {"max_tokens": 40})
     got = measured(tmp_path, ("--itl-ms", "20", "--die-after-s", "1.2"), workload=workload)
@@ -157,8 +157,8 @@ def test_prompts_differ_where_they_must_and_only_there() -> None:
 def test_a_candidate_three_times_as_slow_is_failed_within_three_blocks(tmp_path: Path) -> None:
     """The whole way: real processes, real streams, the real judge."""
     workload = Workload(requests=4, max_tokens=8, prompt_words=16, warmup_min=1, warmup_max=1)
-    fast = contender(tmp_path, "incumbent", "--ttft-ms", "5", "--itl-ms", "8")
-    slow = contender(tmp_path, "candidate", "--ttft-ms", "5", "--itl-ms", "24")
+    fast = engine(tmp_path, "incumbent", "--ttft-ms", "5", "--itl-ms", "8")
+    slow = engine(tmp_path, "candidate", "--ttft-ms", "5", "--itl-ms", "24")
     blocks = [measure_block(fast, slow, workload, index=i, foreign_cpu_limit=ANY_LOAD) for i in range(3)]
     results = named(judge_performance(blocks, LIMITS, workload, (3,), client_error_ms={}))
     assert results["performance.tpot_p50_ratio"].verdict is Verdict.FAIL
