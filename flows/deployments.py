@@ -51,10 +51,9 @@ from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
 from flows.rollout.approval import asks, in_advance
 from flows.rollout.orders import Orders
-from flows.rollout.yard_config import plan_path
 from flows.schedules import EVALUATE, RECONCILE, SOAK, time_zone
 from migrations.plan import Plan
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records
 
 BREACH = "switchyard.soak.breached"
@@ -240,7 +239,7 @@ def concluded(outcome: dict[str, Any]) -> Any:
 
 
 def _loaded(plan: str) -> tuple[Plan, Path]:
-    path = plan_path(Path(plan) if plan else None, default_home()).absolute()
+    path = plan_path(Path(plan) if plan else None, default_home())
     loaded = load_plan(path)
     tag_run(loaded.incumbent.engine, loaded.candidate.engine, *(model.id for model in loaded.models))
     return loaded, path

@@ -25,7 +25,7 @@ from flows.evaluate import evaluate
 from flows.rollout.model_move import ModelMove, MovePhase
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
-from flows.rollout.yards import PlanYards
+from flows.rollout.yards import Yards
 from flows.subprocess_phase import carried_out
 from migrations.plan import EngineChoice, Plan
 from migrations.plan_file import load_plan
@@ -119,7 +119,7 @@ def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
     folder, derived = home(), native_plan(plan, orders.models)
     end_orphans(folder)
     _conform(derived, orders)
-    return carried_out(NATIVE, derived, PlanYards(plan, folder, plan_path), orders)
+    return carried_out(NATIVE, derived, Yards(plan, folder, plan_path), orders)
 
 
 def _conform(plan: Plan, orders: Orders) -> None:

@@ -19,9 +19,8 @@ from engines.deadline import Background
 from engines.errors import BadInput, SwitchyardError
 from engines.home import host
 from engines.yard.client import YardClient, public_address
-from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import one_token, route_of
 from tasks.records.store import Records, open_records

@@ -33,9 +33,8 @@ from engines.yard.state import StateFile
 from flows.evaluation.outcome import model_outcome, report, run_outcome
 from flows.experiment_lock import SOAK, Busy, alone
 from flows.progress import progress
-from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.soak.judge_windows import ending, judge_windows, window_summary
 from tasks.evidence.soak.segment import empty_segment
@@ -420,7 +419,7 @@ def _cell(text: str) -> str:
 def soak(plan: str = "", window_s: float = 240) -> dict[str, Any]:
     """Load what the candidate serves for one window, and judge the soak so far; `plan` as `deployments.soak` has it."""
     folder = default_home()
-    path = plan_path(Path(plan) if plan else None, folder).absolute()
+    path = plan_path(Path(plan) if plan else None, folder)
     say = progress.get().say
     if not plan and not path.is_file():
         outcome = nothing(path.stem, "no yard has served a plan on this home yet")

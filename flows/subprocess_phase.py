@@ -27,7 +27,7 @@ from flows.rollout.model_move import MovePhase
 from flows.rollout.orders import Orders
 from flows.rollout.steps import SUBPROCESS, migrate
 from flows.rollout.yard_config import canary_limits
-from flows.rollout.yards import PlanYards
+from flows.rollout.yards import Yards
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.evidence.canary import judge_canary
@@ -51,10 +51,10 @@ def to_subprocess(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]
     """Put the candidate behind the public port, for every model of the plan or those that `orders` names."""
     folder = home()
     end_orphans(folder)
-    return carried_out(SUBPROCESS, plan, PlanYards(plan, folder, plan_path), orders)
+    return carried_out(SUBPROCESS, plan, Yards(plan, folder, plan_path), orders)
 
 
-def carried_out(phase: MovePhase, plan: Plan, yards: PlanYards, orders: Orders) -> dict[str, Any]:
+def carried_out(phase: MovePhase, plan: Plan, yards: Yards, orders: Orders) -> dict[str, Any]:
     """A migration under the records and a Prefect run: its outcome, published as an artifact."""
     judge = functools.partial(judge_canary, limits=canary_limits(plan))
     with open_records() as records:

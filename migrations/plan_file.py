@@ -33,6 +33,18 @@ PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokeni
 Location = tuple[int | str, ...]
 
 
+def plan_path(named: Path | None, home: Path) -> Path:
+    """The absolute path of the plan that was named, else of the one the yard served last, else ./switchyard.toml."""
+    remembered = home / "yard" / "plan"
+    last = remembered.read_text().strip() if named is None and remembered.is_file() else ""
+    return (named or Path(last or "switchyard.toml")).absolute()
+
+
+def remember_plan(path: Path, home: Path) -> None:
+    """Let `plan_path` find this plan the next time."""
+    (home / "yard" / "plan").write_text(f"{path.absolute()}\n")
+
+
 def load_plan(path: Path) -> Plan:
     """The plan in the TOML file at `path`; relative paths in it start at its directory, and the files must exist.
 

@@ -20,6 +20,7 @@ from engines.driver import Driver
 from engines.errors import PortTaken, SwitchyardError
 from engines.process.process import stop_all
 from engines.process.serving import listener_on
+from engines.redaction import RedactingFormatter
 from engines.yard.canary_analysis import CanaryAnalysis
 from engines.yard.client import socket_path
 from engines.yard.config import YardConfig, loopback_or_key
@@ -159,3 +160,13 @@ async def _listen(public: web.AppRunner, yard: Yard) -> None:
         raise PortTaken(
             f"port {port} is taken by {holder}: stop it first (the yard takes its place), or set yard.port in the plan"
         ) from error
+
+
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """One readable line an event, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("switchyard")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False

@@ -11,8 +11,7 @@ from engines.home import home
 from flows.cli.options import Json, PlanFile
 from flows.cli.output import out, print_json
 from flows.rollout.guide import write_guide
-from flows.rollout.yard_config import plan_path
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records
 
 
@@ -28,7 +27,7 @@ def guide(
     It also names who stays on the incumbent, and why.
     """
     folder = home()
-    loaded = load_plan(plan_path(plan, folder).absolute())
+    loaded = load_plan(plan_path(plan, folder))
     with open_records() as records:
         written = write_guide(records, loaded, folder, output)
     if json_:

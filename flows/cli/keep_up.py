@@ -28,9 +28,9 @@ from engines.process.serving import exit_reason
 from engines.yard.client import YardClient, socket_path
 from flows.cli.output import errors
 from flows.orchestrator.server import PrefectServer, workplace
-from flows.rollout.yard_config import remember_plan
-from flows.rollout.yards import PlanYards, start_detached
+from flows.rollout.yards import Yards, start_detached
 from migrations.plan import Plan
+from migrations.plan_file import remember_plan
 
 LOOK_S = 1.0
 SERVE_S = 120.0
@@ -60,7 +60,7 @@ class YardProcess:
             errors.print("a yard runs already and is kept")
         else:
             names = [model.id for model in self._plan.models if model.load == "start"]
-            yards = PlanYards(self._plan, self._folder, self._path)
+            yards = Yards(self._plan, self._folder, self._path)
             try:
                 with errors.status("the yard starts") as status:
                     start_detached(yards, names, lambda step: status.update(f"the yard starts [dim]{step}[/dim]"))

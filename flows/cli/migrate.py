@@ -15,8 +15,7 @@ from flows.cli.output import EXIT_CODES, out, prepared_home, print_end, print_js
 from flows.orchestrator.server import with_prefect
 from flows.rollout.approval import asks, in_advance, on_terminal
 from flows.rollout.orders import Orders
-from flows.rollout.yard_config import plan_path
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records
 
 PHASES = {
@@ -66,7 +65,7 @@ def migrate(
         without_canary=without_canary,
         without_rehearsal=without_rehearsal,
     )
-    path = plan_path(plan, home()).absolute()
+    path = plan_path(plan, home())
     orders.checked(load_plan(path))
     if yes and not (who.strip() and reason.strip()):
         raise BadInput("an approval is recorded with a name and a reason: add --who and --reason")

@@ -12,8 +12,7 @@ from engines.home import home
 from flows.cli.options import Json, PlanFile, Reason
 from flows.cli.output import EXIT_CODES, out, print_json, verdict_text
 from flows.orchestrator.server import with_prefect
-from flows.rollout.yard_config import plan_path
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 
 
 def retire(
@@ -36,7 +35,7 @@ def retire(
     open, or nobody has approved yet.
     """
     folder = home()
-    path = plan_path(plan, folder).absolute()
+    path = plan_path(plan, folder)
     load_plan(path)  # what is wrong with it is better known before Prefect starts
     flow = with_prefect(folder, "flows.deployments:retire")
     outcome = flow(str(path), who=who, reason=reason, now=now, uninstall=uninstall)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from engines.home import home
 from engines.yard.config import YardConfig
-from engines.yard.serve import run
+from engines.yard.serve import log_to_terminal, run
 from engines.yard.yard import Yard
 from flows.cli.options import PlanFile
 from flows.cli.output import errors, print_step
-from flows.rollout.yard_config import log_to_terminal, losses, plan_path, remember_plan, yard_config
-from migrations.plan_file import load_plan
+from flows.rollout.yard_config import unsupported, yard_config
+from migrations.plan_file import load_plan, plan_path, remember_plan
 
 
 def serve(plan: PlanFile = None) -> None:
@@ -28,7 +28,7 @@ def serve(plan: PlanFile = None) -> None:
         remember_plan(path, folder)
         address = f"http://{yard.settings.host}:{yard.settings.port}/v1"
         errors.print(f"serving {', '.join(yard.routes)} on [bold]{address}[/bold]")
-        for line in losses(load_plan(path), yard.config):
+        for line in unsupported(load_plan(path), yard.config):
             print_step(f"not supported by {line}")
 
     run(read_config, home=folder, opened=opened)

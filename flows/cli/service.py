@@ -26,9 +26,8 @@ from engines.home import home
 from engines.yard.client import YardClient
 from flows.cli.options import Json, PlanFile
 from flows.cli.output import out, print_json
-from flows.rollout.yard_config import plan_path
 from migrations.plan import Plan
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 
 UNIT = "switchyard.service"
 ENGINES_END_S = 15  # after the requests in flight: engines get TERM, TERM, KILL; then the ports close
@@ -52,7 +51,7 @@ def install(
 ) -> None:
     """Write the unit for a plan and start it now and at every boot; safe to repeat."""
     folder = home()
-    path = plan_path(plan, folder).absolute()
+    path = plan_path(plan, folder)
     checked = _checked(path)
     text = unit_text(path, checked.yard.stop_s, home=folder, systemd=_systemd_version())
     if dry_run:

@@ -14,8 +14,7 @@ from flows.cli import output
 from flows.cli.options import Json, PlanFile
 from flows.cli.output import EXIT_CODES, print_checks, print_json, verdict_text
 from flows.orchestrator.server import with_prefect
-from flows.rollout.yard_config import plan_path
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 
 
 def soak(
@@ -32,7 +31,7 @@ def soak(
     Exit code 0 before the soak is over, and when there is nothing to soak.
     """
     folder = home()
-    path = plan_path(plan, folder).absolute()
+    path = plan_path(plan, folder)
     load_plan(path)  # what is wrong with it is better known before Prefect starts
     outcome = with_prefect(folder, "flows.deployments:soak")(str(path), window)
     if json_:

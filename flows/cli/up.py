@@ -18,9 +18,8 @@ from flows.cli.keep_up import DeploymentsProcess, GaveUp, YardProcess, keep_up, 
 from flows.cli.options import PlanFile
 from flows.cli.output import errors, prepared_home, print_step
 from flows.orchestrator.server import PrefectServer, declared_up, prepare_process, running_up
-from flows.rollout.yard_config import plan_path
 from flows.schedules import schedule_lines
-from migrations.plan_file import load_plan
+from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records
 
 PREFECT_PORT = 4200
@@ -38,7 +37,7 @@ def up(
     Runs until Ctrl-C or `switchyard down`, which stop all of it. Works offline, on loopback, without telemetry.
     """
     folder = home()
-    path = plan_path(plan, folder).absolute()
+    path = plan_path(plan, folder)
     loaded = load_plan(path)
     with _only_one(folder):
         prepared_home()

@@ -197,7 +197,7 @@ class ModelMove:
         """The form of a rehearsal that fits beside what serves (empty: none), and why."""
         route = self.route()
         serving = engine_of(route, route["serving"])
-        return room(self.migration.yards.specs(self.id), serving["memory_bytes"], serving["vram_bytes"])
+        return room(self.migration.yards.model(self.id).specs, serving["memory_bytes"], serving["vram_bytes"])
 
     def stage(self) -> OpenStage:
         """Opens a yard for the rehearsal."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from engines.errors import SwitchyardError
 from engines.yard.config import YardConfig
-from engines.yard.serve import run
-from flows.rollout.yard_config import log_to_terminal, yard_config
+from engines.yard.serve import log_to_terminal, run
+from flows.rollout.yard_config import yard_config
 from migrations.plan import Plan
 
 

@@ -130,9 +130,9 @@ def precondition(move: ModelMove) -> bool:
     migration, phase = move.migration, move.migration.phase
     if refusal := phase.refusal(move):
         return _refuse(move, "phase_2.serves", refusal, "first `switchyard migrate --phase subprocess`", sep=": ")
-    spec = migration.yards.specs(move.id).get(move.candidate)
+    spec = migration.yards.model(move.id).specs.get(move.candidate)
     if spec is None:
-        absent = migration.yards.absent(move.id).get(move.candidate)
+        absent = migration.yards.model(move.id).missing.get(move.candidate)
         raise EngineNotFound(absent or f"{move.candidate} was not found", engine=move.candidate)
     found = phase_one(move.run.records, migration.plan, move.model, spec.version)
     if found.open:
@@ -174,7 +174,7 @@ def ensure_yard(migration: Migration, moves: list[ModelMove]) -> None:
 def rehearse(move: ModelMove) -> None:
     """The fallback tried on a yard of its own, unless it was with just these engines."""
     migration, limits = move.migration, move.migration.plan.limits
-    versions = {engine: spec.version for engine, spec in migration.yards.specs(move.id).items()}
+    versions = {engine: spec.version for engine, spec in migration.yards.model(move.id).specs.items()}
     if decided := move.decision("without-rehearsal", given=migration.orders.without_rehearsal):
         move.record(not_measured("rehearsal", f"left out by {decided}", required=False))
         move.put("rehearsal", "done", left_out=decided)
@@ -194,8 +194,8 @@ def rehearse(move: ModelMove) -> None:
 
 def _rehearsed(move: ModelMove) -> dict[str, Any]:
     yards, incumbent = move.migration.yards, move.migration.incumbent
-    if incumbent not in yards.specs(move.id):
-        absent = yards.absent(move.id).get(incumbent, "it was not found")
+    if incumbent not in yards.model(move.id).specs:
+        absent = yards.model(move.id).missing.get(incumbent, "it was not found")
         return {"not_rehearsed": f"there is no fallback on this machine: {incumbent}: {absent}"}
     form, why = move.room()
     move.say(why)

@@ -1,16 +1,13 @@
-"""`switchyard serve`: the plan's models and engines as the yard takes them, and the yard itself in the foreground."""
+"""The plan's models and engines as the yard takes them."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from engines.driver import Installation
 from engines.errors import EngineNotFound
-from engines.redaction import RedactingFormatter
 from engines.registry import driver, native_driver
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
@@ -72,36 +69,12 @@ def _found(choice: EngineChoice) -> Installation:
     return driver(choice.engine).find(choice.form, choice.binary)
 
 
-def log_to_terminal(level: int = logging.INFO) -> None:
-    """One readable line an event, on standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("switchyard")
-    logger.handlers = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
-
-
-def losses(plan: Plan, config: YardConfig) -> list[str]:
-    """What each engine cannot honour, one line each, without what the plan accepts; said before anything starts."""
+def unsupported(plan: Plan, config: YardConfig) -> list[str]:
+    """What each engine does not support, one line each, without what the plan accepts."""
     lines: dict[str, None] = {}
     for model in config.models:
-        for engine, recipe in model.specs.items():
-            for loss in driver(engine).unsupported(recipe.installation, recipe.serve(1, None)):
-                if loss.partition(":")[0] not in plan.accepted_unsupported:
-                    lines[f"{engine}: {loss}"] = None
+        for engine, spec in model.specs.items():
+            for one in driver(engine).unsupported(spec.installation, spec.serve(1, None)):
+                if one.partition(":")[0] not in plan.accepted_unsupported:
+                    lines[f"{engine}: {one}"] = None
     return list(lines)
-
-
-def plan_path(named: Path | None, home: Path) -> Path:
-    """The plan that was named, else the one the yard served last, else ./switchyard.toml."""
-    remembered = home / "yard" / "plan"
-    if named is None:
-        last = remembered.read_text().strip() if remembered.is_file() else ""
-        return Path(last) if last else Path("switchyard.toml")
-    return named.absolute()
-
-
-def remember_plan(path: Path, home: Path) -> None:
-    """So that `switchyard serve` finds it the next time."""
-    (home / "yard" / "plan").write_text(f"{path.absolute()}\n")

@@ -7,23 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
-
-from pydantic import SecretStr
+from typing import Any
 
 from engines.environment import of_child
 from engines.process import process
 from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
-from engines.yard.config import YardConfig
-from engines.yard.engine.launch_spec import LaunchSpec
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.settings import YardSettings
-from flows.rollout.yard_config import plan_path, yard_config
+from flows.rollout.yard_config import yard_config
 from migrations.plan import Plan, content_hash
-from migrations.plan_file import load_plan, plan_to_toml
+from migrations.plan_file import load_plan, plan_path, plan_to_toml
 from tasks.evidence.rehearsal import Stage
 
 STOP_S = 30.0
@@ -40,65 +37,32 @@ QUICK: dict[str, Any] = {
 Say = Callable[[str], None]
 
 
-class Yards(Protocol):
-    """What a migration has to know of yards: what they start engines from, and their commands."""
-
-    home: Path
-    settings: YardSettings
-    key: SecretStr | None
-
-    def specs(self, model_id: str) -> Mapping[str, LaunchSpec]:
-        """The engines of a model as found on this machine, by name."""
-        ...
-
-    def absent(self, model_id: str) -> Mapping[str, str]:
-        """Why an engine was not found, by name."""
-        ...
-
-    def differs(self) -> str | None:
-        """Why the yard that runs is not one of this plan; None when it is, or when nobody can tell."""
-        ...
-
-    def serving(self) -> Sequence[str]:
-        """The command of the yard that serves the user."""
-        ...
-
-    def rehearsing(self, home: Path, model_id: str, port: int, hidden: str | None) -> Sequence[str]:
-        """The command of a yard of one model under a home of its own; `hidden` is an engine that it must not find."""
-        ...
-
-
-class PlanYards:
+class Yards:
     """The yards of a plan: `switchyard serve` on the plan's file, and flows.rollout.rehearsal_yard."""
 
     def __init__(self, plan: Plan, home: Path, path: Path | None = None) -> None:
-        self.plan = plan
-        self.home = home
+        self.plan, self.home, self._path = plan, home, path
         self.settings = plan.yard
         self.key = plan.api_key(os.environ)
-        self._path = path
 
     @cached_property
-    def _config(self) -> YardConfig:
+    def config(self) -> YardConfig:
+        """The plan's models with their engines as found on this machine."""
         return yard_config(self.plan)
 
-    def specs(self, model_id: str) -> Mapping[str, LaunchSpec]:
-        """The engines of a model as found on this machine, by name."""
-        return next(model.specs for model in self._config.models if model.id == model_id)
-
-    def absent(self, model_id: str) -> Mapping[str, str]:
-        """Why an engine was not found, by name."""
-        return next(model.missing for model in self._config.models if model.id == model_id)
+    def model(self, model_id: str) -> ModelConfig:
+        """A model with the launch specs of its engines, and why an engine was not found."""
+        return next(model for model in self.config.models if model.id == model_id)
 
     def differs(self) -> str | None:
-        """Why the yard that runs is not one of this plan, by content."""
+        """Why the yard that runs is not one of this plan, by content; None when it is, or when nobody can tell."""
         served = plan_path(None, self.home)
         if not served.is_file() or content_hash(load_plan(served)) == content_hash(self.plan):
             return None
         return f"the yard that runs serves another plan ({served}): stop it with `switchyard stop` and migrate again"
 
     def serving(self) -> Sequence[str]:
-        """`switchyard serve PLAN`; a plan that is no file yet becomes one."""
+        """The command of the yard that serves the user; a plan that is no file yet becomes one."""
         path = self._path
         if path is None:
             path = self.home / "plans" / "migrate.toml"
@@ -107,7 +71,7 @@ class PlanYards:
         return [sys.executable, "-m", "flows.cli", "serve", str(path.absolute())]
 
     def rehearsing(self, home: Path, model_id: str, port: int, hidden: str | None) -> Sequence[str]:
-        """A yard of one model, quick to give up on an engine."""
+        """The command of a yard of one model, quick to give up on an engine; `hidden` is one that it must not find."""
         settings = YardSettings.model_validate({**self.plan.yard.model_dump(), **QUICK, "port": port})
         part = self.plan.model_copy(update={"models": (self.plan.model(model_id),), "yard": settings})
         path = home / "plan.json"
@@ -117,7 +81,7 @@ class PlanYards:
 
 
 def start_detached(yards: Yards, models: Sequence[str], say: Say) -> dict[str, Any]:
-    """A yard that serves `models`, and goes on when we are gone: its pid and its log.
+    """Start a yard that serves `models` and outlives this process: its pid and its log.
 
     Raises BadInput or EngineError in the yard's own words when it does not come up (its port is taken, say).
     """

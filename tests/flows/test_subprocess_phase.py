@@ -32,10 +32,9 @@ from engines.yard.client import YardClient
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
 from flows.rollout.rehearsal_yard import without
-from flows.rollout.yard_config import remember_plan
-from flows.rollout.yards import PlanYards
+from flows.rollout.yards import Yards
 from migrations.plan import Plan, content_hash
-from migrations.plan_file import build_plan, plan_to_toml
+from migrations.plan_file import build_plan, plan_to_toml, remember_plan
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -469,7 +468,7 @@ def test_decisions_want_a_name_and_a_reason(plan: Plan) -> None:
 
 def test_a_yard_of_another_plan_is_told_apart(plan: Plan, tmp_path: Path) -> None:
     """By content: the same plan at another path is the same."""
-    yards = PlanYards(plan, tmp_path)
+    yards = Yards(plan, tmp_path)
     assert yards.differs() is None
     (tmp_path / "yard").mkdir()
     path = tmp_path / "served.toml"
@@ -484,7 +483,7 @@ def test_a_yard_of_another_plan_is_told_apart(plan: Plan, tmp_path: Path) -> Non
 
 def test_a_plan_that_is_no_file_becomes_one(plan: Plan, tmp_path: Path) -> None:
     """A plan out of a form: the yard that is started needs a file."""
-    command = PlanYards(plan, tmp_path / "home").serving()
+    command = Yards(plan, tmp_path / "home").serving()
     assert command[-2] == "serve"
     assert Path(command[-1]).is_file()
 

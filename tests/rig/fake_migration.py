@@ -15,18 +15,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # a child of Switchyard: its script's folder is not on the path
 
 from fake_driver import FakeDriver
-from pydantic import SecretStr
 
 from engines.driver import native_of
 from engines.errors import BadInput, SwitchyardError
 from engines.settings import Settings
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
-from engines.yard.serve import run
+from engines.yard.serve import log_to_terminal, run
 from engines.yard.settings import YardSettings
 from flows.rollout.rehearsal_yard import without
-from flows.rollout.yard_config import log_to_terminal
-from flows.rollout.yards import QUICK
+from flows.rollout.yards import QUICK, Yards
 from migrations.plan import Plan
 from migrations.plan_file import build_plan
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most
@@ -67,21 +65,13 @@ class Spec:
         return YardConfig(settings=settings, models=(model,), api_key=None)
 
 
-class FakeYards:
+class FakeYards(Yards):
     """The yards of a spec."""
 
-    key: SecretStr | None = None
-
     def __init__(self, spec: Spec) -> None:
+        super().__init__(spec.plan, spec.home)
         self._spec = spec
-        self.home = spec.home
-        self.settings = spec.plan.yard
-
-    def specs(self, model_id: str) -> Mapping[str, LaunchSpec]:
-        return self._spec.config(self.settings).models[0].specs
-
-    def absent(self, model_id: str) -> Mapping[str, str]:
-        return {}
+        self.config = spec.config(self.settings)
 
     def differs(self) -> str | None:
         return None

@@ -19,9 +19,8 @@ from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
-from engines.yard.serve import run
+from engines.yard.serve import log_to_terminal, run
 from engines.yard.settings import YardSettings
-from flows.rollout.yard_config import log_to_terminal
 from tasks.evidence.canary import canary_judge, shadow_judge
 from tasks.verdicts.limits import CanaryLimits
 
