@@ -1,7 +1,7 @@
-"""What engine and machine were doing: memory, CPU, pressure and GPU of a process tree, as plain dicts.
+"""Memory and CPU of an engine's process tree, of ours and of the machine, as plain dicts.
 
-A field that could not be read is None, never 0: a dead process, a kernel without PSI, a machine without NVML, or any
-system but Linux. CPU time is counted per process between snapshots, so that a child that ends takes nothing back.
+A field that could not be read is None, never 0: a dead process, a kernel without PSI, or any system but Linux. CPU time
+is counted per process between snapshots, so that a child that ends takes nothing back.
 
 Memory of an engine is RssAnon + VmSwap (`memory_bytes`): what it would need again elsewhere, swapped out or not
 (ollama#18106: RSS looked clean while 9 GiB sat in swap). A memory-mapped model is not in it; PSS shows that.
@@ -27,13 +27,12 @@ KEPT_SAMPLES = 3600
 _LINUX = sys.platform.startswith("linux")
 _PROC = Path("/proc")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK") if _LINUX else 0.01
-_CPU_SENSORS = frozenset({"coretemp", "k10temp", "zenpower", "cpu_thermal"})
 
 Snapshot = dict[str, Any]
 
 
 class Telemetry:
-    """Reads one engine's process tree, our own, the machine and the GPUs. Not for two threads at once."""
+    """Reads one engine's process tree, our own, and the machine. Not for two threads at once."""
 
     def __init__(self, pid: int, *, pss_every_s: float = PSS_EVERY_S) -> None:
         self.pid = pid
@@ -41,15 +40,12 @@ class Telemetry:
         self._cpu = _CpuLedger()
         self._pss_every_ns = pss_every_s * 1e9
         self._pss_due_ns = 0.0
-        self._gpus = _Gpus()
-        self._sensor = _cpu_sensor()
-        self._freq_files = sorted(Path("/sys/devices/system/cpu/cpufreq").glob("policy*/scaling_cur_freq"))
 
     def snapshot(self) -> Snapshot:
         """All fields now. Times and `*_cpu_s` only mean something as differences: see `interval`.
 
         `pss_bytes` is read every `pss_every_s` and None in between. `client_cpu_s` is this process alone;
-        `own_cpu_s` adds its children, without the engine's tree. `psi_cpu_some_avg10` is a fraction, no percentage.
+        `own_cpu_s` adds its children, without the engine's tree.
         """
         engine = process_tree(self.pid) if self._alive() else []
         own = [pid for pid in process_tree(os.getpid()) if pid not in set(engine)]
@@ -62,12 +58,8 @@ class Telemetry:
             "engine_cpu_s": cpu_s["engine"] if engine else None,
             "own_cpu_s": cpu_s["own"] if _LINUX else None,
             "client_cpu_s": time.process_time(),
-            **_tree_memory(engine),
+            "memory_bytes": private_bytes(engine),
             "pss_bytes": self._pss(engine),
-            "fds": _total(_count_fds(pid) for pid in engine),
-            "cpu_mhz": _mean(_read_number(path, 1e-3) for path in self._freq_files),
-            "cpu_temperature_c": _read_number(self._sensor, 1e-3) if self._sensor else None,
-            "gpus": self._gpus.read(engine),
         }
 
     def _alive(self) -> bool:
@@ -79,7 +71,7 @@ class Telemetry:
         if not engine or now < self._pss_due_ns:
             return None
         self._pss_due_ns = now + self._pss_every_ns
-        return _total(_kib_field(_PROC / str(pid) / "smaps_rollup", "Pss:") for pid in engine)
+        return _total(_kib(pid, "smaps_rollup", "Pss:") for pid in engine)
 
 
 def interval(before: Snapshot, after: Snapshot) -> dict[str, float | None]:
@@ -104,14 +96,6 @@ def interval(before: Snapshot, after: Snapshot) -> dict[str, float | None]:
         "own_cpu_s": own,
         "client_cpu_s": client,
     }
-
-
-def peak_rss(pid: int) -> int | None:
-    """VmHWM of one process in bytes: the kernel's own peak of *all* resident pages, mapped model files included.
-
-    It misses no spike, but it is not RssAnon and knows no swap; for those see `peak_memory` over samples.
-    """
-    return _kib_field(_PROC / str(pid) / "status", "VmHWM:")
 
 
 def peak_memory(samples: Iterable[Snapshot]) -> int | None:
@@ -258,66 +242,29 @@ def _start_ticks(pid: int) -> int | None:
     return int(fields[19]) if fields else None
 
 
-_STATUS_FIELDS = {
-    "rss_anon_bytes": "RssAnon:",
-    "rss_file_bytes": "RssFile:",
-    "swap_bytes": "VmSwap:",
-    "threads": "Threads:",
-}
+def private_bytes(pids: Iterable[int]) -> int | None:
+    """RssAnon + swap of these processes together; None where there is none to ask."""
+    return _total(_kib(pid, "status", "RssAnon:", "VmSwap:") for pid in pids)
 
 
-def _tree_memory(pids: list[int]) -> dict[str, int | None]:
-    """Sums over the tree; None as soon as there is no process to ask."""
-    rows = [row for row in map(_status, pids) if row]
-    sums: dict[str, int | None] = {name: _total(row.get(name) for row in rows) for name in _STATUS_FIELDS}
-    anon, swap = sums["rss_anon_bytes"], sums["swap_bytes"]
-    return {
-        **sums,
-        "memory_bytes": None if anon is None or swap is None else anon + swap,
-        "processes": len(rows) or None,
-    }
-
-
-def _status(pid: int) -> dict[str, int]:
-    try:
-        lines = _read(f"/proc/{pid}/status").splitlines()
-    except OSError:
-        return {}
-    values = {line.split(None, 1)[0]: line.split()[1:] for line in lines if line.strip()}
-    found = {name: values[label] for name, label in _STATUS_FIELDS.items() if values.get(label)}
-    return {name: int(words[0]) * (1024 if words[-1] == "kB" else 1) for name, words in found.items()}
-
-
-def _kib_field(path: Path, label: str) -> int | None:
-    try:
-        for line in _read(path).splitlines():
-            if line.startswith(label):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def _count_fds(pid: int) -> int | None:
-    try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:  # gone, or another user's
-        return None
+def _kib(pid: int, file: str, *labels: str) -> int | None:
+    """The sum of the fields `labels` of /proc/PID/`file`, in bytes; None where one is missing."""
+    found = []
+    with contextlib.suppress(OSError):
+        found = [int(line.split()[1]) for line in _read(f"/proc/{pid}/{file}").splitlines() if line.startswith(labels)]
+    return sum(found) * 1024 if len(found) == len(labels) else None
 
 
 # --- machine ------------------------------------------------------------------------------------------------------
 
 
-def _machine() -> dict[str, float | int | None]:
+def _machine() -> dict[str, float | None]:
     ticks = _cpu_ticks()
-    psi = _pressure()
     return {
-        "cpus": os.cpu_count(),
         "cpu_total_s": sum(ticks) * _TICK_S if ticks else None,
         "cpu_busy_s": (ticks[0] + ticks[1] + ticks[2]) * _TICK_S if ticks else None,
         "cpu_steal_s": ticks[7] * _TICK_S if ticks else None,
-        "psi_cpu_some_avg10": float(psi["avg10"]) / 100 if psi else None,
-        "psi_cpu_some_us": int(psi["total"]) if psi else None,
+        "psi_cpu_some_us": _pressure_us(),
     }
 
 
@@ -329,88 +276,45 @@ def _cpu_ticks() -> list[int] | None:
         return None
 
 
-def _pressure() -> dict[str, str] | None:
-    """The `some` line of /proc/pressure/cpu; None on a kernel without PSI."""
+def _pressure_us() -> int | None:
+    """The total of the `some` line of /proc/pressure/cpu; None on a kernel without PSI."""
     try:
-        line = _read("/proc/pressure/cpu").split("\n", 1)[0]
+        return int(_read("/proc/pressure/cpu").split("\n", 1)[0].rpartition("total=")[2])
     except OSError:
         return None
-    return dict(word.split("=") for word in line.split()[1:])
-
-
-def _cpu_sensor() -> Path | None:
-    for name in sorted(Path("/sys/class/hwmon").glob("hwmon*/name")):
-        with contextlib.suppress(OSError):
-            if _read(name).strip() in _CPU_SENSORS and (name.parent / "temp1_input").exists():
-                return name.parent / "temp1_input"
-    return None
 
 
 # --- GPU ----------------------------------------------------------------------------------------------------------
 
 
-def private_bytes(pids: Iterable[int]) -> int | None:
-    """RssAnon + swap of these processes together; None where there is none to ask."""
-    return _tree_memory(list(pids))["memory_bytes"]
-
-
 def vram_bytes(pids: Iterable[int]) -> int | None:
-    """GPU memory that these processes hold together; None without NVML, or where it does not see them."""
-    return _total(gpu["process_bytes"] for gpu in _gpus().read(list(pids)) or ())
+    """GPU memory that these processes hold together; None without NVML, or where it does not see them (containers)."""
+    nvml, handles = _nvml()
+    ours = set(pids)
+    return _total(_used_on(nvml, handle, ours) for handle in handles)
 
 
 @cache
-def _gpus() -> _Gpus:
-    return _Gpus()
+def _nvml() -> tuple[Any, list[Any]]:
+    """The NVML module and a handle for each GPU."""
+    try:
+        import pynvml  # optional
+
+        pynvml.nvmlInit()
+        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # no module, no driver, no device: all mean the same here, nothing to measure
+        return None, []
 
 
-class _Gpus:
-    """NVML, if there is one."""
-
-    def __init__(self) -> None:
-        self._handles: list[Any] = []
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._nvml = pynvml
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        except Exception:  # no module, no driver, no device: all mean the same here, nothing to measure
-            self._handles = []
-
-    def read(self, pids: list[int]) -> list[dict[str, Any]] | None:
-        """One dict a GPU; None without NVML. `process_bytes` is None when NVML does not see the tree (containers)."""
-        if not self._handles:
-            return None
-        return [self._read_one(index, handle, set(pids)) for index, handle in enumerate(self._handles)]
-
-    def _read_one(self, index: int, handle: Any, pids: set[int]) -> dict[str, Any]:
-        memory = self._ask(self._nvml.nvmlDeviceGetMemoryInfo, handle)
-        rates = self._ask(self._nvml.nvmlDeviceGetUtilizationRates, handle)
-        milliwatts = self._ask(self._nvml.nvmlDeviceGetPowerUsage, handle)
-        return {
-            "index": index,
-            "used_bytes": memory.used if memory else None,
-            "total_bytes": memory.total if memory else None,
-            "process_bytes": self._used_by(handle, pids),
-            "utilisation": rates.gpu / 100 if rates else None,
-            "power_w": milliwatts / 1000 if milliwatts is not None else None,
-        }
-
-    def _used_by(self, handle: Any, pids: set[int]) -> int | None:
-        # a Vulkan engine is listed among the graphics processes, or among both
-        used: dict[int, int] = {}
-        for ask in (self._nvml.nvmlDeviceGetComputeRunningProcesses, self._nvml.nvmlDeviceGetGraphicsRunningProcesses):
-            for process in self._ask(ask, handle) or ():
+def _used_on(nvml: Any, handle: Any, pids: set[int]) -> int | None:
+    used: dict[int, int] = {}
+    # a Vulkan engine is listed among the graphics processes, or among both
+    for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        with contextlib.suppress(nvml.NVMLError):  # not supported by this card, or the card is gone
+            for process in ask(handle):
                 if process.pid in pids and process.usedGpuMemory is not None:
                     used[process.pid] = max(used.get(process.pid, 0), process.usedGpuMemory)
-        return sum(used.values()) if used else None
-
-    def _ask(self, question: Callable[[Any], Any], handle: Any) -> Any:
-        try:
-            return question(handle)
-        except self._nvml.NVMLError:  # not supported by this card, or the card is gone
-            return None
+    return sum(used.values()) if used else None
 
 
 # --- small things -------------------------------------------------------------------------------------------------
@@ -421,21 +325,9 @@ def _read(path: str | Path) -> str:
         return file.read()
 
 
-def _read_number(path: Path, factor: float) -> float | None:
-    try:
-        return int(_read(path)) * factor
-    except (OSError, ValueError):
-        return None
-
-
 def _total(values: Iterable[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _delta(before: Snapshot, after: Snapshot, key: str) -> float | None:
