@@ -45,7 +45,6 @@ class Installation:
     where: str = ""
 
     def knows(self, flag: str) -> bool:
-        """True when this build's help lists `flag`."""
         return flag in self.flags
 
 

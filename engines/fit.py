@@ -60,7 +60,6 @@ class Fit:
     correction: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, to be stored."""
         fields = asdict(self)
         return {**fields, **{name: list(fields[name]) for name in ("parts", "needs", "notes")}}
 

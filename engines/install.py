@@ -34,12 +34,10 @@ class VendorScript:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the script's bytes."""
         return hashlib.sha256(self.text).hexdigest()
 
 
 def pip_command(*arguments: str) -> list[str]:
-    """A pip call for the Python environment that runs us."""
     return [sys.executable, "-m", "pip", *arguments]
 
 

@@ -163,7 +163,6 @@ def redacted(value: Any, *, strict: bool = False) -> Any:
 
 
 def redacted_argv(words: Sequence[str]) -> list[str]:
-    """The words of a command line without secrets."""
     return [str(word) for word in redacted(list(words))]
 
 
@@ -181,7 +180,6 @@ class RedactingFormatter(logging.Formatter):
     """A formatter of log lines, tracebacks included, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         return redacted_text(super().format(record))
 
 

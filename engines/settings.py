@@ -65,5 +65,4 @@ class Endpoint(BaseModel):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Request headers, with the key where one is set."""
         return {"Authorization": f"Bearer {self.api_key.get_secret_value()}"} if self.api_key else {}

@@ -71,12 +71,10 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Keep `text` once."""
         if text not in self.notes:
             self.notes.append(text)
 
     def path(self, text: str) -> Path:
-        """`text` as a path; relative ones start where the command was run, where that is known."""
         path = Path(text).expanduser()
         return self.cwd / path if self.cwd else path
 
@@ -122,18 +120,25 @@ def parse_command(text: str, *, cwd: Path | None = None) -> LlamaServerCommand:
     return read_argv(words, environ=environ, cwd=cwd)
 
 
-def find_listener(port: int, *, connections: Callable[..., Any] = psutil.net_connections) -> list[str]:
-    """The argv of the llama-server that listens on `port`, its relative file names made absolute.
+def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_connections) -> LlamaServerCommand:
+    """What the flags and the environment of the llama-server that listens on `port` say.
 
     Raises BadInput, one line: nobody listens there, this user may not see who does, or it is another program.
     """
-    argv, _, cwd = _listener(port, connections)
-    return _absolute(argv, cwd) if cwd else argv
-
-
-def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_connections) -> LlamaServerCommand:
-    """What the llama-server that listens on `port` was told, by flags and by environment; raises as `find_listener`."""
-    argv, environ, cwd = _listener(port, connections)
+    process = _owner(port, connections)
+    try:
+        argv = process.cmdline()
+    except psutil.AccessDenied:
+        raise BadInput(_not_allowed(port)) from None
+    except psutil.NoSuchProcess:
+        raise BadInput(f"port {port}: pid {process.pid} ended while it was read; try again") from None
+    try:
+        _program_and_flags(argv)
+    except BadInput:
+        name = _basename(argv[0]) if argv else "an unnamed process"
+        who = f"{name} (pid {process.pid}) listens there, not llama-server"
+        raise BadInput(f"port {port}: {who}; give llama-server's port or its command") from None
+    environ, cwd = _allowed(process.environ, {}), _allowed(lambda: Path(process.cwd()), None)
     # it is known where it listens, also where its environment may not be read
     return replace(read_argv([*argv, "--port", str(port)], environ=environ, cwd=cwd), port=port)
 
@@ -217,12 +222,9 @@ def _parallel(reading: _Reading, flag: str, text: str) -> None:
 
 
 def _flash_attention(reading: _Reading, flag: str, text: str) -> None:
-    if text in _AUTO:
-        reading.values.pop("flash_attention", None)
-    elif text in _ON or text in _OFF:
-        reading.values["flash_attention"] = text in _ON
-    else:
+    if text not in (*_ON, *_OFF, *_AUTO):
         raise BadInput(f"{flag}: '{text}' is not on, off or auto")
+    reading.values["flash_attention"] = None if text in _AUTO else text in _ON
 
 
 def _load_mode(reading: _Reading, flag: str, text: str) -> None:
@@ -397,7 +399,6 @@ ENGINE_ONLY_SWITCH = frozenset(_ENGINE_ONLY_SWITCH.split())
 ENGINE_ONLY_FAMILY = re.compile(
     r"--(no-)?spec-.+|--.+-draft|-(Cd|Crd|Cbd|Crbd|otd|cmoed|ncmoed)|--(fim|gpt-oss|vision|embd)-.+-(default|spec)"
 )
-_FILE_FLAGS = frozenset({"-m", "--model", "--chat-template-file"})
 
 
 def _read(words: list[str], reading: _Reading) -> None:
@@ -491,10 +492,15 @@ def _from_environment(environ: Mapping[str, str], reading: _Reading) -> list[str
 
 
 def _conclude(reading: _Reading) -> None:
-    """What only the whole command can tell."""
+    """Add what only the whole command shows."""
     _agree_on_address(reading)
-    if reading.kv_types:
-        _agree_on_kv_type(reading)
+    kinds = {side: reading.kv_types.get(side, "f16") for side in ("K", "V")}
+    if kinds["K"] == kinds["V"] and kinds["K"] in get_args(KvType) and reading.kv_types:
+        reading.values["kv_type"] = kinds["K"]
+    elif reading.kv_types:
+        given = f"KV cache types K {kinds['K']}, V {kinds['V']}"
+        known = ", ".join(get_args(KvType))
+        reading.note(f"{given}: a plan takes one of {known} for both; the engine's default is used")
     if "parallel" not in reading.values:
         reading.note(f"no --parallel: {_SLOTS_NOTE}")
     if reading.gguf is None and not any("downloads this model" in note for note in reading.notes):
@@ -509,9 +515,13 @@ def _conclude(reading: _Reading) -> None:
 def _agree_on_address(reading: _Reading) -> None:
     """The address as one that the yard can listen on; of a command in a container the address outside."""
     asked = reading.host
+
+    def where() -> str:
+        return f"host {reading.host}, port {reading.port}"
+
     if asked.endswith(".sock"):
         reading.host, reading.port = DEFAULT_HOST, DEFAULT_PORT
-        reading.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan says {_at(reading)}")
+        reading.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan says {where()}")
         return
     if reading.published is not None:
         reading.host, reading.port = reading.published(reading.port) or (asked, reading.port)
@@ -522,11 +532,7 @@ def _agree_on_address(reading: _Reading) -> None:
     if reading.host != "localhost" and not _is_address(reading.host):
         reading.host = _resolved(reading.host) or DEFAULT_HOST
         why = "is written as its address" if reading.host != DEFAULT_HOST else "is no address of this machine"
-        reading.note(f"--host {asked}: {why}; the plan says {_at(reading)}")
-
-
-def _at(reading: _Reading) -> str:
-    return f"host {reading.host}, port {reading.port}"
+        reading.note(f"--host {asked}: {why}; the plan says {where()}")
 
 
 def _is_address(host: str) -> bool:
@@ -538,7 +544,6 @@ def _is_address(host: str) -> bool:
 
 
 def _resolved(host: str) -> str | None:
-    """The first address of a host name; None where it has none."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError):
@@ -563,36 +568,7 @@ def _published(words: Sequence[str]) -> Callable[[int], tuple[str, int] | None] 
     return outside
 
 
-def _agree_on_kv_type(reading: _Reading) -> None:
-    kinds = {side: reading.kv_types.get(side, "f16") for side in ("K", "V")}
-    if kinds["K"] == kinds["V"] and kinds["K"] in get_args(KvType):
-        reading.values["kv_type"] = kinds["K"]
-    else:
-        said = f"KV cache types K {kinds['K']}, V {kinds['V']}"
-        reading.note(
-            f"{said}: a plan takes one of {', '.join(get_args(KvType))} for both; the engine's default is used"
-        )
-
-
 # ---- the process on a port
-
-
-def _listener(port: int, connections: Callable[..., Any]) -> tuple[list[str], dict[str, str], Path | None]:
-    """argv, environment and directory of the llama-server on `port`; the last two where this user may read them."""
-    process = _owner(port, connections)
-    try:
-        argv = process.cmdline()
-    except psutil.AccessDenied:
-        raise BadInput(_not_allowed(port)) from None
-    except psutil.NoSuchProcess:
-        raise BadInput(f"port {port}: pid {process.pid} ended while it was read; try again") from None
-    try:
-        _program_and_flags(argv)
-    except BadInput:
-        name = _basename(argv[0]) if argv else "an unnamed process"
-        who = f"{name} (pid {process.pid}) listens there, not llama-server"
-        raise BadInput(f"port {port}: {who}; give llama-server's port or its command") from None
-    return argv, _allowed(process.environ, {}), _allowed(lambda: Path(process.cwd()), None)
 
 
 def _owner(port: int, connections: Callable[..., Any]) -> psutil.Process:
@@ -620,11 +596,3 @@ def _allowed(read: Callable[[], Any], otherwise: Any) -> Any:
         return read()
     except (psutil.Error, OSError):
         return otherwise
-
-
-def _absolute(argv: list[str], cwd: Path) -> list[str]:
-    absolute = list(argv)
-    for index in range(1, len(argv)):
-        if argv[index - 1] in _FILE_FLAGS:
-            absolute[index] = str(cwd / argv[index])
-    return absolute

@@ -30,8 +30,6 @@ HOST_MODULE = "engines.llama_cpp.host"
 
 
 class LlamaCpp:
-    """Driver for llama.cpp's server."""
-
     name = "llama.cpp"
     installer = Installer(pip=("xllamacpp>=2026.10",))
     places: tuple[str, ...] = PLACES
@@ -109,7 +107,6 @@ class LlamaCpp:
         return env
 
     def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
-        """Settings that llama.cpp does not have."""
         found = []
         if serve.settings.tokenizer_json is not None:
             found.append("tokenizer_json: llama.cpp reads the tokenizer from the GGUF only; the file is ignored")
@@ -133,7 +130,6 @@ class LlamaCpp:
         return model_id
 
     def dialect(self, installation: Installation) -> type[Dialect]:
-        """llama.cpp's own, hosted or not."""
         return Dialect
 
     def neutral_body(self) -> dict[str, object]:

@@ -25,7 +25,6 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that refuses with one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the reason and leave with 2."""
         self.exit(2, f"error: {message}\n")
 
 
@@ -99,7 +98,6 @@ def settings_of(arguments: argparse.Namespace, key: str | None) -> dict[str, Any
 
 
 def parameters(arguments: argparse.Namespace, key: str | None) -> Any:
-    """The wheel's `CommonParams` with the asked settings."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -118,7 +116,6 @@ def parameters(arguments: argparse.Namespace, key: str | None) -> Any:
 
 
 def say(line: str) -> None:
-    """One line for whoever reads the log."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -133,7 +130,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(arguments: argparse.Namespace, key: str | None) -> int:
-    """Load, then serve until a signal; the exit code."""
     if not arguments.model.is_file():
         say(f"error: cannot load {arguments.model}: no such file")
         return 1

@@ -55,7 +55,6 @@ def _by_layer_share(case: MemoryCase, name: str, sizes: tuple[int, int, int], wh
 
 
 def memory_notes(case: MemoryCase) -> list[str]:
-    """What to know about the estimate."""
     if case.settings.context_tokens is None:
         return ["with no context set, llama.cpp's --fit may shrink it quietly to what fits"]
     return []

@@ -43,8 +43,6 @@ MOVING = re.compile(
 
 
 class MistralRs:
-    """Driver for mistral.rs."""
-
     name = "mistral.rs"
     installer = Installer(
         pip=("mistralrs==0.9.5",),

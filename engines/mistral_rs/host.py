@@ -114,13 +114,11 @@ class CancellableResponse:
 
 
 async def client_left(receive: Receive) -> None:
-    """Return when the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def told(reply: EngineResponse) -> Response:
-    """An answer in one piece as a response."""
     return Response(reply.body, reply.status, {"Content-Type": "application/json", **reply.headers})
 
 
@@ -165,7 +163,6 @@ class KeyRequired:
 
 
 def application(native: Native, key: str | None, stopping: asyncio.Event) -> ASGIApp:
-    """The ASGI application."""
 
     async def answer(request: Request) -> Any:
         return CancellableResponse(native, request, stopping)
@@ -234,7 +231,6 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
-        """Install our own handlers in place of uvicorn's."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -250,7 +246,6 @@ class HttpServer(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; OSError when the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # named as TCP, asyncio switches Nagle off: or each answer on a kept connection waits 40 ms for an acknowledgement
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -262,7 +257,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m engines.mistral_rs.host", description=(__doc__ or "").split("\n")[0]
     )
@@ -280,7 +274,6 @@ def load_behind(arguments: argparse.Namespace, listener: socket.socket) -> Any:
 
 
 async def serve(arguments: argparse.Namespace, model: Any, key: str | None, listener: socket.socket) -> None:
-    """Serve until a signal ends it."""
     native, stopping = Native(model, arguments.model_id, arguments.slots), asyncio.Event()
     config = uvicorn.Config(
         application(native, key, stopping), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75

@@ -22,7 +22,6 @@ FREE_VRAM_SHARE = Fraction(9, 10)
 
 
 def memory_parts(case: MemoryCase) -> list[Part]:
-    """Everything it allocates, on its device."""
     header, parallel = case.header, case.settings.parallel
     where: Device = "vram" if case.gpu_layers else "ram"
     # mistralrs-core/src/models/quantized_*.rs: token_embd is dequantized to f32 and, when tied, kept quantized as well
@@ -60,7 +59,6 @@ def _kv_cache(case: MemoryCase, where: Device) -> Part:
 
 
 def memory_notes(case: MemoryCase) -> list[str]:
-    """What to know about the estimate."""
     notes = ["its prefix cache keeps the KV of finished sequences (16 by default); not counted"]
     kv_type = case.settings.kv_type
     if kv_type not in (None, "f16") and not (case.gpu_layers and kv_type == "f8e4m3"):

@@ -128,7 +128,6 @@ class GgufReader:
         return n_tensors, n_keys
 
     def pairs(self, n_keys: int) -> dict[str, Value]:
-        """The next key-value pairs."""
         meta: dict[str, Value] = {}
         for _ in range(n_keys):
             key = self.name("a key")

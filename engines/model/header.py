@@ -97,7 +97,6 @@ class Header:
     notes: tuple[str, ...]
 
     def tensor(self, name: str) -> Tensor | None:
-        """The tensor called `name`, or None."""
         return next((tensor for tensor in self.tensors if tensor.name == name), None)
 
 

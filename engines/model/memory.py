@@ -83,7 +83,6 @@ class MemoryCase:
 
     @property
     def state_bytes(self) -> int:
-        """Recurrent state of all sequences."""
         return state_bytes_per_sequence(self.header) * self.settings.parallel
 
 
@@ -261,7 +260,6 @@ def compute_bytes(header: Header, context: int, parallel: int, ubatch: int) -> t
 
 
 def exactly(name: str, device: Device, n_bytes: int, why: str) -> Part:
-    """A part whose size is certain."""
     return Part(name, device, n_bytes, n_bytes, n_bytes, why)
 
 

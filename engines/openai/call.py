@@ -28,7 +28,6 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
-        """`{"error": {...}}`."""
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
 
     def event(self) -> bytes:
@@ -46,7 +45,6 @@ class Call:
 
     @property
     def model(self) -> str | None:
-        """The model it names."""
         name = self.body.get("model")
         return name if isinstance(name, str) else None
 
@@ -57,7 +55,6 @@ class Call:
 
     @property
     def prompt_tokens(self) -> int:
-        """A guess from its size."""
         return len(self.raw) // BYTES_PER_TOKEN + 1
 
     def conversation(self) -> str:

@@ -22,7 +22,6 @@ class _Thread:
     waited_before_s: float  # up to the mark
 
     def waited_s(self, now: float, *, runnable: bool) -> float:
-        """Seconds since the mark."""
         pending_s = now - self.moved_at if runnable else 0.0
         return self.waited_ns / 1e9 + pending_s - self.waited_before_s
 
@@ -36,7 +35,6 @@ class CpuWait:
         self._marked_at = time.monotonic()
 
     def mark(self) -> None:
-        """Count from now on."""
         self._threads = {}
         self._marked_at = time.monotonic()
         for thread_id, ran_ns, waited_ns, _ in _threads(self._pids()):

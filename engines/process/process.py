@@ -55,7 +55,6 @@ class Identity:
         return cls(pid, psutil.Process(pid).create_time())
 
     def process(self) -> psutil.Process | None:
-        """The process while it runs (a zombie does not), else None."""
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
             if self.fits(process) and _runs(process):
@@ -97,11 +96,9 @@ class RotatingLog:
             self._file.flush()
 
     def tail(self) -> tuple[str, ...]:
-        """The last lines, oldest first, without colours."""
         return tuple(self._tail)
 
     def close(self) -> None:
-        """Close the file; the tail stays readable."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -143,7 +140,6 @@ class ManagedProcess:
 
     @property
     def pid(self) -> int:
-        """The process id, which is also its session and process group."""
         return self._popen.pid
 
     def poll(self) -> int | None:
@@ -330,7 +326,6 @@ def end_orphans(state_dir: Path) -> list[str]:
 
 
 def registered(state_dir: Path) -> list[tuple[str, psutil.Process]]:
-    """Every registered process that is alive, by name."""
     records = [record for entry in sorted(_register_dir(state_dir).glob("*.json")) if (record := _read_entry(entry))]
     found = [(str(record["name"]), Identity(**record["process"]).process()) for record in records]
     return [(name, process) for name, process in found if process is not None]

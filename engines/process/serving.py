@@ -311,7 +311,6 @@ def refusal_words(status: int, answer: Any) -> str:
 
 
 def over_http(serve: Serve) -> Ask:
-    """Asks a server."""
     key = serve.settings.api_key
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
 

@@ -128,11 +128,9 @@ class Sampler:
 
     @property
     def samples(self) -> list[Snapshot]:
-        """The snapshots kept so far, oldest first."""
         return list(self._samples)
 
     def start(self) -> None:
-        """Begins; the first snapshot is taken at once."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -296,7 +294,6 @@ def vram_bytes(pids: Iterable[int]) -> int | None:
 
 @cache
 def _nvml() -> tuple[Any, list[Any]]:
-    """The NVML module and a handle for each GPU."""
     try:
         import pynvml  # optional
 

@@ -17,7 +17,6 @@ KEY_VARIABLE = "SWITCHYARD_ENGINE_API_KEY"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to load, and how."""
     parser.add_argument("--gguf", type=Path, required=True, help="model file; of a split model the first part")
     parser.add_argument("--model-id", required=True, help="the name by which clients ask for the model")
     parser.add_argument("--port", type=int, required=True)
@@ -78,7 +77,6 @@ def load(arguments: argparse.Namespace) -> LoadedModel:
 
 
 def is_loopback(host: str) -> bool:
-    """True when only this machine can reach *host*."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -86,5 +84,4 @@ def is_loopback(host: str) -> bool:
 
 
 def say(line: str) -> None:
-    """One line for whoever reads the log."""
     print(line, file=sys.stderr, flush=True)

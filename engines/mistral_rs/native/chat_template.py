@@ -76,7 +76,6 @@ class ChatTemplate:
 
     @property
     def shows_tools(self) -> bool:
-        """True when the template puts tools into the prompt."""
         return bool(template_shows_tools(self.source))
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, extra: dict[str, Any]) -> str:

@@ -55,7 +55,6 @@ class EngineResponse:
 
     @property
     def body(self) -> bytes:
-        """The bytes of an answer in one piece."""
         assert isinstance(self.content, dict | str)
         text = self.content if isinstance(self.content, str) else json.dumps(self.content, ensure_ascii=False)
         return text.encode()
@@ -138,7 +137,6 @@ class Native:
 
     @property
     def routes(self) -> list[tuple[str, str]]:
-        """Method and path of everything it answers."""
         return list(self._answers)
 
     async def ask(self, method: str, path: str, body: Json) -> EngineResponse:
@@ -148,7 +146,6 @@ class Native:
         return await self._answers[method, path](body)
 
     def pieces(self, request: GenerationRequest, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
-        """One choice's pieces."""
         made = counted(generate(self.model, self.turns, job), self.counters)
         told = with_calls(made, job, request.forced)
         if job.sampling.stop:
@@ -200,7 +197,6 @@ class Native:
         return EngineResponse(content, headers=headers or {})
 
     def head(self, chat: bool) -> responses.Head:
-        """A fresh response head."""
         identifier = new_id("chatcmpl-" if chat else "cmpl-")
         return responses.Head(id=identifier, created=int(time.time()), model=self.model_id, chat=chat)
 
@@ -224,7 +220,6 @@ class Native:
         )
 
     def _rendered(self, body: Json) -> tuple[requests.ChatCall, str]:
-        """A checked chat request and the prompt that the model's template makes of it."""
         requests.check_model(body, self.model_id)
         call = requests.parse_chat(body)
         try:
@@ -253,7 +248,6 @@ class Native:
         return await self._answer(request)
 
     async def _models(self, _: Json) -> EngineResponse:
-        """The one model, with its usable context as `meta.n_ctx`."""
         model = self.model
         meta = {
             "n_ctx": model.context,
@@ -276,11 +270,9 @@ class Native:
         )
 
     async def _health(self, _: Json) -> EngineResponse:
-        """200 once the model is loaded; before that there is nobody to ask."""
         return EngineResponse({"status": "ok"})
 
     async def _metrics(self, _: Json) -> EngineResponse:
-        """Counters for Prometheus."""
         return EngineResponse(self.counters.text(self.turns), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _tokenize(self, body: Json) -> EngineResponse:

@@ -63,7 +63,6 @@ class FrameResponse:
             raise Broken("the worker went away amid its answer") from error
 
     async def read(self) -> bytes:
-        """All pieces."""
         return b"".join([data async for data in self.pieces()])
 
 
@@ -100,7 +99,6 @@ class FrameClient:
                 writer.close()
 
     def close(self) -> None:
-        """Let the kept connections go."""
         while self._idle:
             self._idle.pop()[1].close()
 
@@ -137,7 +135,6 @@ def ask(port: int, key: str, method: str, path: str, body: bytes = b"", timeout_
 
 
 def in_frames(serve: Serve) -> Ask:
-    """Asks a native worker."""
     key = serve.settings.api_key.get_secret_value() if serve.settings.api_key else ""
 
     def one(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:

@@ -52,7 +52,6 @@ class Turns:
             self.waiting -= 1
 
     def give_back(self) -> None:
-        """End a turn."""
         self.running -= 1
         self._free.release()
 

@@ -61,7 +61,6 @@ def compact(schema: str) -> str:
 
 
 def grammar_text(grammar: requests.Grammar) -> str:
-    """The grammar as the wheel takes it."""
     return compact(grammar.text) if grammar.kind == "json_schema" else grammar.text
 
 
@@ -117,7 +116,6 @@ class LoadedModel:
         return {tokens[0]: -100.0 for tokens in found if len(tokens) == 1}
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
-        """Token ids of *text*."""
         with self._lock:
             return self._runner.tokenize_text(text, add_special, None)
 
@@ -195,7 +193,6 @@ class LoadedModel:
 
 
 def tool_call(call: Any) -> Json:
-    """A call of the wheel as a streamed OpenAI tool call."""
     function = {"name": call.function.name, "arguments": call.function.arguments}
     return {"index": call.index, "id": new_id("call_"), "type": "function", "function": function}
 
@@ -213,7 +210,6 @@ def usage_of(usage: Any) -> responses.Usage:
 
 
 def new_id(prefix: str) -> str:
-    """A fresh identifier."""
     return prefix + uuid.uuid4().hex[:24]
 
 

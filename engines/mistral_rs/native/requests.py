@@ -39,7 +39,6 @@ class ApiError(Exception):
 
     @property
     def body(self) -> Json:
-        """The response body."""
         return {"error": self.error}
 
 
@@ -74,8 +73,6 @@ class Grammar:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
-    """How tokens are chosen; None = not asked for."""
-
     temperature: float = 1.0
     top_p: float | None = None
     top_k: int | None = None

@@ -97,18 +97,15 @@ class Head:
     chat: bool
 
     def body(self, *, stream: bool, choices: list[Json]) -> Json:
-        """A response or chunk with these choices."""
         kind = "text_completion" if not self.chat else "chat.completion.chunk" if stream else "chat.completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
 def chunk_choice(index: int, delta: Json, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
-    """One choice of a chat chunk."""
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
 def text_choice(index: int, text: str, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
-    """One choice of a text completion, whole or chunk."""
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 

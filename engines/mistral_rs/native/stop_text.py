@@ -23,7 +23,6 @@ class TokenPlaces:
         self._unshown = b""
 
     def place(self, piece: Piece) -> Piece:
-        """The piece with its `starts`."""
         start = -1 if piece.reasoning else self._shown_bytes + len(self._unshown)
         self._unshown += b"".join(bytes(entry["bytes"]) for entry in piece.logprobs)
         self._shown_bytes += len(piece.content.encode())

@@ -53,7 +53,6 @@ class ToolLoopResult:
 
 
 def chat_of(native: Native) -> Chat:
-    """The chat of a model in this process."""
 
     async def chat(body: Json) -> Json:
         reply = await native.ask("POST", "/v1/chat/completions", body)

@@ -26,8 +26,6 @@ MAX_BODY_BYTES = 64 * 2**20
 
 
 class WorkerConnection:
-    """Answers requests, one at a time on each connection."""
-
     def __init__(self, native: Native, key: str) -> None:
         self._native = native
         self._key = key.encode()

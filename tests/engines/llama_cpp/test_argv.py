@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from engines.errors import BadInput
-from engines.llama_cpp.argv import find_listener, parse_command, read_argv, read_listener
+from engines.llama_cpp.argv import parse_command, read_argv, read_listener
 from engines.settings import Settings
 
 AGENT_BOX = (
@@ -294,13 +294,11 @@ def listener(tmp_path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def test_listener_is_read_with_its_directory_and_environment(listener: tuple[int, Path]) -> None:
-    """argv comes back with the model's full path; its LLAMA_ARG_* count as well."""
+    """The model's path is whole; its LLAMA_ARG_* count as well."""
     port, directory = listener
-    argv = find_listener(port)
-    assert argv[-5:] == [str(directory / "m.gguf"), "--port", "8080", "-np", "1"]
     command = read_listener(port)
     assert (command.gguf, command.settings.context_tokens) == (directory / "m.gguf", 512)
-    assert read_argv(argv).gguf == command.gguf
+    assert (command.port, command.settings.parallel) == (port, 1)
 
 
 def test_nobody_on_the_port() -> None:
@@ -310,7 +308,7 @@ def test_nobody_on_the_port() -> None:
     with pytest.raises(
         BadInput, match=rf"^port {port}: nobody listens there; start llama-server first, or give its command$"
     ):
-        find_listener(port)
+        read_listener(port)
 
 
 def test_somebody_else_on_the_port() -> None:
@@ -319,7 +317,7 @@ def test_somebody_else_on_the_port() -> None:
         port = taken.getsockname()[1]
         who = rf"^port {port}: .+ \(pid {os.getpid()}\) listens there, not llama-server; "
         with pytest.raises(BadInput, match=who + "give llama-server's port or its command$"):
-            find_listener(port)
+            read_listener(port)
 
 
 def _connection(pid: int | None) -> SimpleNamespace:
@@ -335,7 +333,7 @@ def test_hidden_owner_of_the_port(connections: Any) -> None:
     """Another user's process has no pid on Linux; macOS refuses the whole list."""
     line = "port 8080: this user may not see who listens there; run as that user or as root, or give the command"
     with pytest.raises(BadInput) as caught:
-        find_listener(8080, connections=connections)
+        read_listener(8080, connections=connections)
     assert str(caught.value) == line
 
 
@@ -344,7 +342,7 @@ def test_owner_that_ended_meanwhile() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     with pytest.raises(BadInput, match=rf"^port 8080: pid {child.pid} ended while it was read; try again$"):
-        find_listener(8080, connections=lambda **_: [_connection(child.pid)])
+        read_listener(8080, connections=lambda **_: [_connection(child.pid)])
 
 
 def _package(name: str) -> Path:
