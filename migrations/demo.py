@@ -10,7 +10,7 @@ from pathlib import Path
 from engines.errors import BadInput
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
-from migrations.llama_cpp_to_mistral_rs import DEMO, plan_for
+from migrations.llama_cpp_to_mistral_rs import plan_for
 from migrations.plan import CanarySteps, Course, ModelPlan, Plan, Retire
 from migrations.plan_file import plan_to_toml
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure
@@ -18,6 +18,30 @@ from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 DEMO_NAME = "demo"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
 DEMO_PORT = 18080
+DEMO = Measure(
+    requests_per_block=3,
+    warmup_min=1,
+    warmup_max=2,
+    looks=(3, 6),
+    max_tokens=8,
+    parity_prompts=16,
+    parity_tokens=48,
+    every_behaviour=False,
+    soak_s=120,
+    calibration_blocks=6,
+)
+
+CANNOT_PROVE = (
+    "p95 latency: 3 requests a block say little about the slowest twentieth; that needs 20 a block and up to 24 blocks",
+    "slow-downs near 10 %: 6 blocks settle a 10 % margin only where restarts differ by less than about 5 %; most "
+    "machines need 12 to 24 blocks, so an equal engine often stays INCONCLUSIVE here",
+    "long answers: 8 tokens a request do not show what a growing context costs",
+    "parity on rare tokens: fewer than 50 prompts x 64 tokens; the lower bound of the agreement is wide",
+    "leaks: a slope in bytes per day needs 48 hours; 2 minutes show only growth that a crash would show as well",
+    "failures per day: 2 clean minutes bound the rate at about 2160 a day (95 %); 3 clean days bound it at 1",
+    "failures per request: a few hundred clean requests bound the rate at about 1 %; 0.1 % needs 2995",
+)
+
 WHOLE_SOAK_S = 30.0
 # a CPU wheel takes some 9 times as long to the first token: the demo lets it through to show what follows
 WHOLE_LIMITS = {
@@ -61,6 +85,12 @@ def demo_plan(home: Path, *, soak_s: float | None = None) -> Plan:
     # the host cache would count as memory growth of the incumbent
     settings = Settings(context_tokens=2048, host_cache_mib=0)
     return plan_for(models, name=DEMO_NAME, measure=measure, settings=settings)
+
+
+def cannot_prove(plan: Plan) -> tuple[str, ...]:
+    """What the demo leaves open; nothing for another plan, even one of that name: it measures other amounts."""
+    amounts = DEMO.model_copy(update={"soak_s": plan.measure.soak_s})
+    return CANNOT_PROVE if plan.name == DEMO_NAME and plan.measure == amounts else ()
 
 
 def whole_demo_plan(home: Path) -> Plan:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import build_plan
-from tasks.verdicts.limits import Measure
 from tasks.verdicts.risks import Risk
 
 NAME = "llama.cpp-to-mistral.rs"
@@ -55,30 +54,6 @@ ACCEPTED_UNSUPPORTED = {
     "ubatch_tokens": "there is no physical batch; performance.* shows the time to first token",
     "flash_attention": "a build feature, not a flag; performance.* shows its effect",
 }
-
-DEMO = Measure(
-    requests_per_block=3,
-    warmup_min=1,
-    warmup_max=2,
-    looks=(3, 6),
-    max_tokens=8,
-    parity_prompts=16,
-    parity_tokens=48,
-    every_behaviour=False,
-    soak_s=120,
-    calibration_blocks=6,
-)
-
-DEMO_CANNOT_PROVE = (
-    "p95 latency: 3 requests a block say little about the slowest twentieth; that needs 20 a block and up to 24 blocks",
-    "slow-downs near 10 %: 6 blocks settle a 10 % margin only where restarts differ by less than about 5 %; most "
-    "machines need 12 to 24 blocks, so an equal engine often stays INCONCLUSIVE here",
-    "long answers: 8 tokens a request do not show what a growing context costs",
-    "parity on rare tokens: fewer than 50 prompts x 64 tokens; the lower bound of the agreement is wide",
-    "leaks: a slope in bytes per day needs 48 hours; 2 minutes show only growth that a crash would show as well",
-    "failures per day: 2 clean minutes bound the rate at about 2160 a day (95 %); 3 clean days bound it at 1",
-    "failures per request: a few hundred clean requests bound the rate at about 1 %; 0.1 % needs 2995",
-)
 
 
 def plan_for(models: Sequence[ModelPlan], **overrides: object) -> Plan:

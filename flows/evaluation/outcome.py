@@ -8,8 +8,8 @@ from typing import Any
 
 from flows.evaluation.judge import judged
 from flows.evaluation.trial import Bench, Trial
-from migrations.demo import DEMO_NAME
-from migrations.llama_cpp_to_mistral_rs import DEMO_CANNOT_PROVE, RISKS
+from migrations.demo import cannot_prove
+from migrations.llama_cpp_to_mistral_rs import RISKS
 from tasks.records.store import Records
 from tasks.report.report import write_report
 from tasks.verdicts.risks import Risk, judge_risks
@@ -24,8 +24,7 @@ def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         bench.records.drop_checks(bench.run_id, trial.model.id)
         bench.records.put_checks(bench.run_id, trial.model.id, results)
         models.append(model_outcome(trial.model.id, results, RISKS))
-    cannot_prove = DEMO_CANNOT_PROVE if bench.plan.name == DEMO_NAME else ()
-    return run_outcome(bench.run_id, bench.plan.name, models, cannot_prove)
+    return run_outcome(bench.run_id, bench.plan.name, models, cannot_prove(bench.plan))
 
 
 def model_outcome(model_id: str, results: Sequence[CheckResult], known_risks: Iterable[Risk] = ()) -> dict[str, Any]:

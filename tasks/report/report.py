@@ -75,7 +75,7 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
         _header(run, outcome, models),
         *(model_section(model) for model in models),
         _cannot_prove(outcome.get("cannot_prove") or []),
-        _environment(run, models, None if self_test is None else self_test.payload),
+        _environment(run, models, None if self_test is None else self_test.payload, outcome),
     )
     title = joined(f"{run.name}: {outcome.get('verdict', NOT_MEASURED)} · Switchyard report {run.id}")
     return _template().substitute(title=title, body=body)
@@ -153,7 +153,9 @@ def _cannot_prove(lines: Sequence[str]) -> Html | None:
 # --- environment ---------------------------------------------------------------------------------------------------
 
 
-def _environment(run: Run, models: Sequence[ModelRecord], self_test: Mapping[str, Any] | None) -> Html:
+def _environment(
+    run: Run, models: Sequence[ModelRecord], self_test: Mapping[str, Any] | None, outcome: Mapping[str, Any]
+) -> Html:
     return joined(
         el("h2", "Circumstances"),
         table(("", ""), [row(("", el("b", name)), ("", value)) for name, value in _facts(run, models)]),
@@ -164,7 +166,7 @@ def _environment(run: Run, models: Sequence[ModelRecord], self_test: Mapping[str
         el("h3", "What the engines cannot honour"),
         *_losses(run, models),
         el("h3", "To do it again"),
-        *_commands(run, models),
+        *_commands(run, models, is_demo=bool(outcome.get("cannot_prove"))),
         el("footer", f"Switchyard · run {run.id} · plan {run.plan_hash} · every figure is from the run's records"),
     )
 
@@ -240,8 +242,8 @@ def _note(loss: str, accepted: set[str]) -> str:
     return " (accepted in the plan)" if loss.partition(":")[0] in accepted else ""
 
 
-def _commands(run: Run, models: Sequence[ModelRecord]) -> list[Html]:
-    target = "demo" if run.name == "demo" else "PLAN.toml"
+def _commands(run: Run, models: Sequence[ModelRecord], *, is_demo: bool) -> list[Html]:
+    target = "demo" if is_demo else "PLAN.toml"
     lines = [f"switchyard evaluate {target}", f"switchyard report {shlex.quote(run.id)}"]
     parts = [
         el("p", "The evaluation anew, and this report again with every verdict recomputed from the records:"),

@@ -10,6 +10,7 @@ import pytest
 from engines.errors import BadInput
 from engines.settings import Settings
 from migrations import llama_cpp_to_mistral_rs as migration
+from migrations.demo import DEMO
 from migrations.plan import ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
 from tasks.verdicts.limits import Limits
@@ -68,22 +69,14 @@ def test_plan_for_models_is_a_whole_plan() -> None:
 
 def test_overrides_replace_fields() -> None:
     """What is given wins; what is not stays as declared."""
-    plan = migration.plan_for([MODEL], measure=migration.DEMO, name="demo", settings=Settings(threads=1))
-    assert (plan.name, plan.measure, plan.settings.threads) == ("demo", migration.DEMO, 1)
+    plan = migration.plan_for([MODEL], measure=DEMO, name="demo", settings=Settings(threads=1))
+    assert (plan.name, plan.measure, plan.settings.threads) == ("demo", DEMO, 1)
     assert plan.accepted_unsupported == tuple(migration.ACCEPTED_UNSUPPORTED)
 
 
 def test_wrong_override_is_bad_input() -> None:
     """One line, as for a file."""
     with pytest.raises(BadInput, match=r"^llama\.cpp-to-mistral\.rs: maesure: unknown key; did you mean 'measure'\?$"):
-        migration.plan_for([MODEL], maesure=migration.DEMO)
+        migration.plan_for([MODEL], maesure=DEMO)
     with pytest.raises(BadInput, match=r"^llama\.cpp-to-mistral\.rs: models: is empty: "):
         migration.plan_for([])
-
-
-def test_demo_is_smaller_and_says_what_it_cannot_prove() -> None:
-    """A short run is honest about what it leaves open."""
-    assert migration.DEMO.looks == (3, 6)
-    assert migration.DEMO.soak_s == 120
-    said = " ".join(migration.DEMO_CANNOT_PROVE)
-    assert all(word in said for word in ("p95", "10 %", "leaks", "failures per day"))

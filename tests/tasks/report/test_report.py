@@ -6,7 +6,7 @@ import html
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -321,6 +321,16 @@ def test_an_empty_run_says_that_nothing_was_measured(records: Records, tmp_path:
     page = Page(path.read_text("utf-8"))
     assert "No model was measured" in page.text
     assert NOT_MEASURED in page.text
+
+
+@pytest.mark.parametrize(("caveats", "named"), [((), "PLAN.toml"), (("leaks",), "demo")])
+def test_the_demo_is_known_by_its_caveats_not_by_its_name(
+    records: Records, tmp_path: Path, caveats: Sequence[str], named: str
+) -> None:
+    """A user's plan called "demo" is measured anew from its file."""
+    run_id = started(records, "demo")
+    path = write_report(records, run_id, outcome(run_id, [], cannot_prove=caveats), tmp_path / "r.html")
+    assert f"switchyard evaluate {named}" in path.read_text("utf-8")
 
 
 def test_a_model_without_evidence_has_reasons_in_place_of_plots(records: Records, tmp_path: Path) -> None:
