@@ -15,8 +15,7 @@ from string import Template
 
 from engines.units import NOT_MEASURED, quantity
 from tasks.report.guide_facts import FIGURES, NOT_RECORDED, Deviation, Engine, Facts, Model, Phase, short
-from tasks.report.markup import Html, el, joined
-from tasks.report.model_section import row, table, verdict_mark
+from tasks.report.markup import Html, el, joined, row, table, verdict_mark
 from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 
 # --- what the guide says: each section is a list of Markdown blocks --------------------------------------------------

@@ -29,7 +29,7 @@ from engines.yard.state import YardState
 from tasks.records.payload import plan_hash, redact
 from tasks.records.store import Records
 from tasks.records.tables import Run
-from tasks.report.model_section import ModelRecord
+from tasks.report.model_record import ModelRecord
 from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 NOT_RECORDED = "not recorded"

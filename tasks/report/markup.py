@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from engines.redaction import redacted_text
+from engines.units import NOT_MEASURED, quantity
 
 _EMPTY = frozenset(("br", "circle", "line", "path", "rect"))
 # controls, lone surrogates, no-characters, and the overrides that write a line backwards
@@ -18,6 +21,7 @@ class Html(str):
     __slots__ = ()
 
 
+DASH = Html("&ndash;")
 Part = str | int | None
 Attribute = str | int | float | None
 
@@ -38,6 +42,41 @@ def joined(*parts: Part) -> Html:
 def escaped(text: str) -> str:
     """`text` as the content of an element or an attribute; what a page cannot or should not hold becomes a mark."""
     return html.escape(redacted_text(_UNFIT.sub("\ufffd", text)))  # older records may hold secrets
+
+
+def verdict_mark(verdict: str) -> Html:
+    """The verdict as a word, in its colour."""
+    return el("span", verdict, class_=f"verdict {verdict}")
+
+
+def named(engine: Mapping[str, Any]) -> str:
+    """`mistral.rs 0.9.5 (hosted)`."""
+    name = " ".join(str(engine[key]) for key in ("engine", "version") if engine.get(key))
+    return (name or NOT_MEASURED) + (f" ({engine['form']})" if engine.get("form") not in (None, "auto") else "")
+
+
+def row(*cells: tuple[str, Html | str], check: str | None = None) -> Html:
+    """A row; each cell has the label that stands before it on a narrow screen."""
+    made = [el("td", content, data_label=label or None, class_=_breaks(content)) for label, content in cells]
+    return el("tr", *made, data_check=check)
+
+
+def _breaks(content: Html | str) -> str | None:
+    if content == DASH:
+        return "none"
+    # plain text may hold one long word (a path, a digest) and may break anywhere; a name or a level may not
+    return "long" if not isinstance(content, Html) and len(content) > 24 else None
+
+
+def table(heads: Sequence[str], rows: Iterable[Html]) -> Html:
+    """A table whose rows stack on a narrow screen."""
+    head = el("thead", el("tr", *(el("th", head, scope="col") for head in heads))) if any(heads) else None
+    return el("div", el("table", head, el("tbody", *rows), class_="stack"), class_="wide")
+
+
+def number(value: float | None, unit: str) -> Html:
+    """A figure with its unit; the exact value stands in `data-value`."""
+    return el("span", quantity(value, unit), class_="num", data_value=None if value is None else repr(value))
 
 
 def _attribute(key: str, value: Attribute) -> str:

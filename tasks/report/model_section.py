@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from engines.units import NOT_MEASURED, duration, figure, quantity
-from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.performance import Workload, memory_metric, metrics
-from tasks.records.series import Series
-from tasks.records.store import Records
-from tasks.records.tables import Arm, Evidence, Run
 from tasks.report import plots
-from tasks.report.markup import Html, el, joined
+from tasks.report.markup import DASH, Html, el, joined, number, row, table, verdict_mark
+from tasks.report.model_record import ModelRecord, area, areas, shortened
 from tasks.report.plots import ARMS
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_log_ratio, judge
 from tasks.verdicts.statistics import percentile
 from tasks.verdicts.verdict import CheckResult, Verdict
 
-WHY_CHARS = 220
 ANSWER_CHARS = 4000
 MAX_ANSWERS = 80
-DASH = Html("&ndash;")
 LATENCIES = (
     ("ttft_ms", "Time to first token (TTFT)"),
     ("tpot_ms", "Time per output token (TPOT)"),
     ("e2e_ms", "Whole request (E2E)"),
 )
-SAYS = {Verdict.FAIL: "failed", Verdict.ERROR: "could not be carried out", Verdict.INCONCLUSIVE: "unproven"}
 AREAS = {
     "preflight": "Preflight: does it load, does it fit",
     "launch": "Launch: does each engine start with the model",
@@ -45,220 +36,6 @@ AREAS = {
     "faults": "Faults on purpose",
     "calibration": "Calibration: the incumbent against itself",
 }
-# by the worst check: what would change the verdict
-NEXT_STEPS = (
-    (
-        "launch.candidate",
-        "Keep the incumbent for this model, or choose a GGUF that the candidate loads; its last words stand below.",
-    ),
-    (
-        "launch.incumbent",
-        "Fix what keeps the incumbent from starting with this model; its last words stand below. Then resume the run.",
-    ),
-    (
-        "preflight",
-        "Keep the incumbent for this model, or choose a GGUF that the candidate loads and this machine holds.",
-    ),
-    (
-        "parity.prompt_tokens",
-        "Keep the incumbent for this model: the candidate reads other tokens. A tokenizer.json named in the plan, or a "
-        "newer candidate, may mend it; then evaluate again.",
-    ),
-    ("parity", "Read the answers that differ below. Keep the incumbent unless you can explain them."),
-    (
-        "compatibility",
-        "Keep the incumbent while your client needs what is missing; name in client.requires what it does use, and "
-        "evaluate again.",
-    ),
-    ("performance.errors", "Keep the incumbent; the candidate's log says why its requests failed."),
-    ("performance", "Tune the candidate, or accept a larger limit in the plan with your reason; then evaluate again."),
-    ("memory", "Give the candidate more memory or a smaller context, or accept a larger limit in the plan."),
-    ("stability", "Keep the incumbent; look at the failures below and in the candidate's log."),
-    ("faults", "Keep the incumbent until the candidate's faults are noticed and mended in time."),
-)
-UNPROVEN = (
-    ("performance", "Plan more blocks (measure.looks) or quiet the machine, and evaluate again."),
-    ("memory", "Plan more blocks or a longer soak, and evaluate again."),
-    ("parity", "Plan more prompts (measure.parity_prompts), and evaluate again."),
-    ("stability", "Soak for longer (measure.soak_s), and evaluate again."),
-)
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """The verdicts on one model and all that the records hold of it."""
-
-    name: str
-    verdict: str
-    checks: tuple[CheckResult, ...]
-    risks: tuple[Mapping[str, Any], ...]
-    evidence: Mapping[tuple[str, str], Sequence[Evidence]]
-    memory: Mapping[str, Series]
-    plan: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, records: Records, run: Run, outcome: Mapping[str, Any]) -> Self:
-        """The record of the model that `outcome` (one of its "models") is about."""
-        name = str(outcome["model"])
-        evidence: dict[tuple[str, str], list[Evidence]] = {}
-        for found in records.list_evidence(run.id, model_id=name):
-            evidence.setdefault((found.arm, found.kind), []).append(found)
-        arms: tuple[Arm, Arm] = ("incumbent", "candidate")
-        memory = {arm: records.read_samples(run.id, name, arm, "memory_bytes") for arm in arms}
-        return cls(
-            name=name,
-            verdict=str(outcome.get("verdict", "INCONCLUSIVE")),
-            checks=tuple(CheckResult.model_validate(check) for check in outcome.get("checks", [])),
-            risks=tuple(outcome.get("risks", [])),
-            evidence=evidence,
-            memory={arm: series for arm, series in memory.items() if len(series)},
-            plan=run.plan if isinstance(run.plan, Mapping) else {},
-        )
-
-    @property
-    def anchor(self) -> str:
-        """The name as an identifier of HTML."""
-        return "model-" + re.sub(r"[^A-Za-z0-9_-]", "-", self.name)
-
-    @cached_property
-    def engines(self) -> dict[str, Mapping[str, Any]]:
-        """By arm: engine, version, form, argv and what it does not support, as they stood beside the last evidence."""
-        seen: dict[str, Mapping[str, Any]] = {}
-        for (arm, _), found in self.evidence.items():
-            for engine in (found[-1].environment or {}).get("engines", []):
-                seen[str(engine.get("arm", arm))] = {"argv": [], "unsupported": [], **engine}
-        return {arm: seen[arm] for arm in ARMS if arm in seen}
-
-    @property
-    def names(self) -> dict[str, str]:
-        """By arm: the engine's name, for legends."""
-        return {arm: str(self.engines.get(arm, {}).get("engine", "")) for arm in ARMS}
-
-    @property
-    def digest(self) -> str | None:
-        """The digest of the model file that was measured."""
-        found = (rows[-1].environment or {} for rows in self.evidence.values())
-        return next((row["model_digest"] for row in found if row.get("model_digest")), None)
-
-    @property
-    def gguf(self) -> str | None:
-        """The model file, by the plan."""
-        models = self.plan.get("models") or []
-        return next((str(model["gguf"]) for model in models if model.get("id") == self.name and "gguf" in model), None)
-
-    def one(self, arm: str, kind: str) -> Any:
-        """The payload of one kind of evidence, or None."""
-        found = self.evidence.get((arm, kind))
-        return found[-1].payload if found else None
-
-    def all(self, arm: str, kind: str) -> list[Any]:
-        """Every payload of one kind, in the order of their keys."""
-        if (arm, kind) not in self._unpacked:
-            rows = sorted(self.evidence.get((arm, kind), []), key=lambda found: found.key)
-            self._unpacked[arm, kind] = [found.payload for found in rows]
-        return self._unpacked[arm, kind]
-
-    @cached_property
-    def _unpacked(self) -> dict[tuple[str, str], list[Any]]:
-        return {}
-
-    def blocks(self, kind: str = "performance") -> list[Any]:
-        """The blocks of a kind, void ones among them."""
-        return self.all("both", kind)
-
-    @cached_property
-    def comparison(self) -> Mapping[str, Any] | None:
-        """Both engines' answers compared, as the verdict was reached; None where one was not asked."""
-        ours, theirs = (self.one(arm, "parity.answers") for arm in ARMS)
-        return compare_answers(ours, theirs, tie_gap_nats=self.tie_gap) if ours and theirs else None
-
-    @property
-    def tie_gap(self) -> float:
-        """Nats under which a divergence is a near tie, by the plan."""
-        return float((self.plan.get("limits") or {}).get("tie_gap_nats", 0.5))
-
-    def check(self, name: str) -> CheckResult | None:
-        """The result of one check."""
-        return next((result for result in self.checks if result.check == name), None)
-
-    @cached_property
-    def shut_by(self) -> list[CheckResult]:
-        """The required checks that did not pass, worst first."""
-        shut = [result for result in self.checks if result.required and result.verdict is not Verdict.PASS]
-        return sorted(shut, key=lambda result: -result.verdict.badness)
-
-    @property
-    def counts(self) -> str:
-        """One sentence: how many required checks say what, and in which areas."""
-        required = [result for result in self.checks if result.required]
-        if not required:
-            return "No required check was measured."
-        if not self.shut_by:
-            return f"All {len(required)} required checks passed."
-        counts = ", ".join(
-            f"{len(found)} {word} ({', '.join(_areas(found))})"
-            for verdict, word in SAYS.items()
-            if (found := [result for result in required if result.verdict is verdict])
-        )
-        return f"Of {len(required)} required checks {counts}."
-
-    @property
-    def why(self) -> str:
-        """The counts, and the words of the worst check."""
-        worst = f" Worst: {self.shut_by[0].check}: {_shortened(self.shut_by[0].why)}" if self.shut_by else ""
-        return self.counts + worst
-
-    @property
-    def next_step(self) -> str:
-        """What the user does now."""
-        if not self.shut_by:
-            return "This model may move. Keep this report as the evidence." if self.checks else "Evaluate it."
-        worst = self.shut_by[0]
-        steps = UNPROVEN if worst.verdict is Verdict.INCONCLUSIVE else NEXT_STEPS
-        fallback = "Read below what was not measured, mend it, and evaluate again."
-        return next((words for prefix, words in steps if worst.check.startswith(prefix)), fallback)
-
-
-# --- pieces of a page ------------------------------------------------------------------------------------------------
-
-
-def verdict_mark(verdict: str) -> Html:
-    """The verdict as a word, in its colour."""
-    return el("span", verdict, class_=f"verdict {verdict}")
-
-
-def named(engine: Mapping[str, Any]) -> str:
-    """`mistral.rs 0.9.5 (hosted)`."""
-    name = " ".join(str(engine[key]) for key in ("engine", "version") if engine.get(key))
-    return (name or NOT_MEASURED) + (f" ({engine['form']})" if engine.get("form") not in (None, "auto") else "")
-
-
-def row(*cells: tuple[str, Html | str], check: str | None = None) -> Html:
-    """A row; each cell has the label that stands before it on a narrow screen."""
-    made = [el("td", content, data_label=label or None, class_=_breaks(content)) for label, content in cells]
-    return el("tr", *made, data_check=check)
-
-
-def _breaks(content: Html | str) -> str | None:
-    if content == DASH:
-        return "none"
-    # plain text may hold one long word (a path, a digest) and may break anywhere; a name or a level may not
-    return "long" if not isinstance(content, Html) and len(content) > 24 else None
-
-
-def table(heads: Sequence[str], rows: Iterable[Html]) -> Html:
-    """A table whose rows stack on a narrow screen."""
-    head = el("thead", el("tr", *(el("th", head, scope="col") for head in heads))) if any(heads) else None
-    return el("div", el("table", head, el("tbody", *rows), class_="stack"), class_="wide")
-
-
-def number(value: float | None, unit: str) -> Html:
-    """A figure with its unit; the exact value stands in `data-value`."""
-    return el("span", quantity(value, unit), class_="num", data_value=None if value is None else repr(value))
-
-
-def _shortened(text: str, limit: int = WHY_CHARS) -> str:
-    return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + " …"
 
 
 # --- the section -----------------------------------------------------------------------------------------------------
@@ -282,7 +59,7 @@ def model_section(model: ModelRecord) -> Html:
 
 
 def _reasons(model: ModelRecord) -> list[Html]:
-    items = [_area_reason([r for r in model.shut_by if area(r) == name]) for name in _areas(model.shut_by)]
+    items = [_area_reason([r for r in model.shut_by if area(r) == name]) for name in areas(model.shut_by)]
     parts = [el("p", model.counts), el("ul", *items) if items else None, el("p", model.next_step, class_="next")]
     return [part for part in parts if part is not None]
 
@@ -291,16 +68,7 @@ def _area_reason(shut: Sequence[CheckResult]) -> Html:
     """What keeps the gate shut in one area: how many checks, and the words of the worst."""
     worst = shut[0]
     more = f" and {len(shut) - 1} more" if len(shut) > 1 else ""
-    return el("li", verdict_mark(worst.verdict.value), " ", el("b", worst.check), f"{more}: {_shortened(worst.why)}")
-
-
-def area(result: CheckResult) -> str:
-    """The first word of the check's name."""
-    return result.check.split(".")[0]
-
-
-def _areas(results: Sequence[CheckResult]) -> list[str]:
-    return list(dict.fromkeys(area(result) for result in results))
+    return el("li", verdict_mark(worst.verdict.value), " ", el("b", worst.check), f"{more}: {shortened(worst.why)}")
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
@@ -431,7 +199,7 @@ def _absent(title: str, model: ModelRecord, *prefixes: str) -> Html:
         if result.check.startswith(prefix) and result.value is None
     ]
     why = next((reason for reason in reasons if reason), "the records hold no evidence of it")
-    return el("div", el("b", title), f": {NOT_MEASURED}; {_shortened(why)}", class_="absent")
+    return el("div", el("b", title), f": {NOT_MEASURED}; {shortened(why)}", class_="absent")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -513,7 +281,7 @@ def _folded(words: str, results: Sequence[CheckResult]) -> Html | None:
 
 def _check_table(results: Sequence[CheckResult]) -> Html:
     rows: list[Html] = []
-    for name in _areas(results):
+    for name in areas(results):
         rows.append(el("tr", el("th", AREAS.get(name, name), colspan=5), class_="area"))
         rows += [_check_row(result) for result in results if area(result) == name]
     return table(("Verdict", "Check", "Value", "Limit", "Why"), rows)

@@ -22,8 +22,9 @@ from engines.errors import BadInput
 from engines.units import NOT_MEASURED, duration, quantity, size
 from tasks.records.store import Records
 from tasks.records.tables import Run
-from tasks.report.markup import Html, el, joined
-from tasks.report.model_section import ARMS, ModelRecord, latency_figure, model_section, named, row, table, verdict_mark
+from tasks.report.markup import Html, el, joined, named, row, table, verdict_mark
+from tasks.report.model_record import ModelRecord
+from tasks.report.model_section import ARMS, latency_figure, model_section
 
 SAYS = {
     "PASS": "The gate is open: every required check passed.",

@@ -22,7 +22,8 @@ from tasks.records.store import Records, open_records
 from tasks.records.tables import Arm
 from tasks.report import plots
 from tasks.report.markup import Html, el
-from tasks.report.model_section import ModelRecord, pooled, side_by_side
+from tasks.report.model_record import ModelRecord
+from tasks.report.model_section import pooled, side_by_side
 from tasks.report.report import write_report
 from tasks.verdicts.statistics import percentile
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
