@@ -1,17 +1,14 @@
-"""What makes each engine look as the incumbent did: small changes to requests, answers and streams.
+"""mistral.rs in the dialect of llama.cpp's server: requests, answers and streams of the wheel's host and the binary.
 
-llama.cpp's server is the reference, for its clients must not notice a move. What it sent or took itself is passed on
-untouched; the other two dialects are brought to its shapes. Shapes were read off llama-server b10434 and, for the
-`mistralrs` binary, at mistral.rs v0.9.2 (`mistralrs-server-core/src/{openai,chat_completion,completions}.rs`,
-`mistralrs-core/src/response.rs`).
-
-What stays different, because the engine does not tell or cannot do it:
+Clients of llama.cpp must not notice a move. Shapes were read off llama-server b10434 and, for the `mistralrs` binary,
+at mistral.rs v0.9.2 (`mistralrs-server-core/src/{openai,chat_completion,completions}.rs`,
+`mistralrs-core/src/response.rs`). What stays different:
 
 - no `timings` before the last chunk, no `return_progress`, no `cache_n`; what the engine did not measure is left out;
 - the binary's /v1/completions streams hold no usage at all, so there is none even when asked for;
 - our own host writes OpenAI's `content: ""` in the role chunk (llama.cpp: null), `logprobs: null` in every choice, no
   `system_fingerprint`, and usage of a streamed text completion only when asked, in a chunk of its own;
-- a GBNF `grammar` is refused, for an answer that ignores it would look like one that obeys.
+- a GBNF `grammar` is refused: an answer that ignores it would look like one that obeys.
 """
 
 from __future__ import annotations
@@ -25,12 +22,13 @@ from typing import Any, TypeGuard
 
 from engines.openai.call import GENERATING, Call, Refusal
 from engines.openai.dialect import Dialect, Json
+from engines.openai.sse import DONE, DONE_DATA, SseSplitter, read_event, write_event
 
 # what llama-server takes where a request says nothing (common/common.h, shown by its /props)
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 # the first one given counts (llama.cpp tools/server/server-task.cpp); -1 is no limit, 0 is answered with one token
 LIMITS = ("n_predict", "max_completion_tokens", "max_tokens")
-# llama.cpp's own words, without a counterpart
+# fields of llama.cpp without a counterpart
 # fmt: off
 UNKNOWN = frozenset((
     "adaptive_decay", "adaptive_target", "add_generation_prompt", "backend_sampling", "cache_prompt", "chat_format",
@@ -60,7 +58,7 @@ CLIENTS_FAULT = re.compile(
 
 
 class HostDialect(Dialect):
-    """For our own server around the wheel: it speaks OpenAI's shapes and llama.cpp's `timings`, streams included."""
+    """For our own server around the wheel, which speaks OpenAI's shapes and llama.cpp's `timings`, streams included."""
 
     def request(self) -> bytes:
         """The body, with llama.cpp's words in OpenAI's."""
@@ -89,11 +87,11 @@ class BinaryDialect(Dialect):
         options = call.body.get("stream_options")
         self._wants_usage = isinstance(options, dict) and options.get("include_usage") is True
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._held = b""
+        self._splitter = SseSplitter()
         self._opened: set[object] = set()
         self._usage_chunk: Json | None = None
         self._commented = False
-        self._told = False
+        self._started = False
 
     def request(self) -> bytes:
         """The body in the binary's words. Raises Refusal 501 for what has no counterpart there."""
@@ -120,35 +118,37 @@ class BinaryDialect(Dialect):
             return status, data
         if not isinstance(body, dict) or "error" in body:
             return status, data
-        told = {**body, **({"model": self._model_id} if "model" in body else {})}
+        changed = body | ({"model": self._model_id} if "model" in body else {})
         if isinstance(body.get("choices"), list):
-            told |= {"id": self._id, "choices": [_whole_choice(choice) for choice in body["choices"]]}
+            changed |= {"id": self._id, "choices": [_whole_choice(choice) for choice in body["choices"]]}
         usage = body.get("usage")
         if isinstance(usage, dict):
-            told["usage"] = usage_of(usage)
+            changed["usage"] = usage_of(usage)
             if "choices" in body:
-                told["timings"] = timings_of(usage)
-        return status, _json(told)
+                changed["timings"] = timings_of(usage)
+        return status, _json(changed)
 
     def event(self, chunk: bytes) -> bytes:
         """All events that are complete by now."""
-        *whole, self._held = (self._held + chunk).split(b"\n\n")
-        return b"".join(self._event(event) for event in whole)
+        return b"".join(map(self._event, self._splitter.feed(chunk)))
 
     def rest(self) -> bytes:
         """An end that came without its empty line."""
-        held, self._held = self._held, b""
+        held, self._splitter.rest = self._splitter.rest, b""
         return self._event(held) if held.strip() else b""
 
     def _event(self, event: bytes) -> bytes:
-        data = _data_of(event)
-        if event.startswith(b":") and not self._told and not self._commented:
+        name, data = read_event(event)
+        if event.startswith(b":") and not self._started and not self._commented:
             self._commented = True  # one comment less keeps nobody waiting, and an error behind it can still be a 400
             return b""
-        if data is None or self.early_error is not None:
-            return b"" if self.early_error else event + b"\n\n"
-        if data == b"[DONE]":
-            return self._usage() + b"data: [DONE]\n\n"
+        if self.early_error is not None:
+            return b""
+        if name or not data:
+            return event + b"\n\n"
+        if data == DONE_DATA:
+            owed, self._usage_chunk = self._usage_chunk, None
+            return (write_event(owed) if owed else b"") + DONE
         if not data.startswith(b"{"):  # an error is raw text up to 0.9.2
             return self._failed(data.decode("utf-8", "replace"))
         try:
@@ -159,13 +159,13 @@ class BinaryDialect(Dialect):
             return self._failed(str(body["error"].get("message")))
         if not isinstance(body.get("choices"), list):
             return event + b"\n\n"
-        self._told = True
-        return b"".join(map(_sse, self._chunks(body)))
+        self._started = True
+        return b"".join(map(write_event, self._chunks(body)))
 
     def _failed(self, message: str) -> bytes:
         """An error in the stream: an answer of its own when nothing came before it, as llama.cpp has it."""
         status, body = error_of(500, _json({"message": message}))
-        if not self._told:
+        if not self._started:
             self.early_error = status, body
             return b""
         self.error = message
@@ -176,15 +176,15 @@ class BinaryDialect(Dialect):
         choices = body["choices"]
         head = {key: value for key, value in body.items() if key not in ("choices", "usage") and value is not None}
         head |= {"id": self._id, "model": self._model_id}
-        told = [{**head, "choices": [one]} for choice in choices for one in self._choices(choice)]
+        changed = [{**head, "choices": [one]} for choice in choices for one in self._choices(choice)]
         usage = body.get("usage")
         if isinstance(usage, dict):
             timings = {"timings": timings_of(usage)}
             if self._wants_usage:
                 self._usage_chunk = {**head, "choices": [], "usage": usage_of(usage), **timings}
-            elif told:
-                told[-1] |= timings
-        yield from told
+            elif changed:
+                changed[-1] |= timings
+        yield from changed
         if self._usage_chunk and all(isinstance(one, dict) and one.get("finish_reason") for one in choices):
             yield self._usage_chunk
             self._usage_chunk = None
@@ -206,23 +206,16 @@ class BinaryDialect(Dialect):
             yield {"finish_reason": None, "index": index, "delta": {"role": "assistant", "content": None}}
         said = {key: value for key, value in (choice.get("delta") or {}).items() if key != "role" and value}
         if said or logprobs:
-            told: Json = {"finish_reason": None, "index": index, "delta": said or {"content": ""}}
-            yield told | ({"logprobs": logprobs} if logprobs else {})
+            changed: Json = {"finish_reason": None, "index": index, "delta": said or {"content": ""}}
+            yield changed | ({"logprobs": logprobs} if logprobs else {})
         if finish:
             yield {"finish_reason": finish, "index": index, "delta": {}}
             if finish in ("error", "canceled"):
                 self.error = f"the engine ended the generation: {finish}"
 
-    def _usage(self) -> bytes:
-        owed, self._usage_chunk = self._usage_chunk, None
-        return _sse(owed) if owed else b""
-
-
-# --- requests -------------------------------------------------------------------------------------------------------
-
 
 def without_llama_words(body: Json) -> Json:
-    """A request of llama.cpp's in words that mistral.rs knows; its defaults are said, for those of others differ.
+    """A request to llama.cpp in words that mistral.rs knows, with llama.cpp's defaults stated: others differ.
 
     Raises Refusal 400 for a GBNF grammar.
     """
@@ -293,7 +286,7 @@ def _schema_of(body: Json) -> Any:
     if wanted.get("type") == "text":
         body.pop("response_format")  # to the binary it excludes a grammar
         return own
-    if wanted.get("type") == "json_object":  # the binary knows it since 0.8.19, and never with a schema
+    if wanted.get("type") == "json_object":  # the binary has it since 0.8.19, and never with a schema
         body.pop("response_format")
         return wanted.get("schema") or own or {"type": "object"}
     described = wanted.get("json_schema")
@@ -309,9 +302,6 @@ def _message(message: Any) -> Any:
     if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         return message
     return {**message, "content": "\n".join(str(part.get("text", "")) for part in parts)}
-
-
-# --- answers --------------------------------------------------------------------------------------------------------
 
 
 def error_of(status: int, data: bytes) -> tuple[int, bytes]:
@@ -342,17 +332,17 @@ def timings_of(usage: Json) -> Json:
 
     It measures whole ms: a time of 0 has no speed. Its prompt tokens include those that its prefix cache held.
     """
-    told: Json = {}
+    timings: Json = {}
     for phase, count, seconds, speed in (
         ("prompt", "prompt_tokens", "total_prompt_time_sec", "avg_prompt_tok_per_sec"),
         ("predicted", "completion_tokens", "total_completion_time_sec", "avg_compl_tok_per_sec"),
     ):
         n, time_s, per_second = (_measured(usage.get(name)) for name in (count, seconds, speed))
-        told |= {f"{phase}_n": n} if n is not None else {}
-        told |= {f"{phase}_ms": time_s * 1000} if time_s is not None else {}
-        told |= {f"{phase}_per_token_ms": time_s * 1000 / n} if time_s and n else {}
-        told |= {f"{phase}_per_second": per_second} if per_second else {}
-    return told
+        timings |= {f"{phase}_n": n} if n is not None else {}
+        timings |= {f"{phase}_ms": time_s * 1000} if time_s is not None else {}
+        timings |= {f"{phase}_per_token_ms": time_s * 1000 / n} if time_s and n else {}
+        timings |= {f"{phase}_per_second": per_second} if per_second else {}
+    return timings
 
 
 def _measured(value: Any) -> float | None:
@@ -394,20 +384,12 @@ def _whole_choice(choice: Any) -> Any:
     message = {key: value for key, value in (choice.get("message") or {}).items() if value or key == "content"}
     if "tool_calls" in message:
         message["tool_calls"] = [_without_index(call) for call in message["tool_calls"]]
-    told = {key: value for key, value in choice.items() if key != "logprobs"} | {"message": message}
-    return told | ({"logprobs": logprobs} if logprobs else {})
+    changed = {key: value for key, value in choice.items() if key != "logprobs"} | {"message": message}
+    return changed | ({"logprobs": logprobs} if logprobs else {})
 
 
 def _without_index(call: Any) -> Any:
     return {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
-
-
-def _data_of(event: bytes) -> bytes | None:
-    """The data of a server-sent event that has nothing else: no comment, no name."""
-    lines = event.split(b"\n")
-    if not all(line.startswith(b"data:") for line in lines):
-        return None
-    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -416,7 +398,3 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _json(body: Json) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _sse(body: Json) -> bytes:
-    return b"data: " + _json(body) + b"\n\n"

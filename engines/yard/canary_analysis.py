@@ -1,8 +1,8 @@
-"""The yard's own eye on a canary: judged on live traffic every few seconds, taken out when it fails.
+"""Canary analysis: a canary is judged on live traffic every few seconds, and rolled back when it fails.
 
-The judge is given from outside, for what counts as worse is not the yard's to say. It sees the requests since the
-canary was ordered. FAIL takes the canary out at once; PASS is told once and stays in the status: promoting is another's
-decision. A canary whose engine is out of restarts goes without a judge.
+The judge is passed in: what counts as worse is not the yard's decision. It sees the requests since the canary was
+ordered. FAIL takes the canary out at once; PASS is noted once and stays in the status: promoting is somebody else's
+decision. A canary whose engine is out of restarts is taken out without a judge.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ JUDGE_SHARE = 20  # the next judgement waits this many times what the last one t
 
 @dataclass
 class _Analysis:
-    """What is known of one canary, as long as it lasts."""
+    """What is known of one canary."""
 
     canary: Canary
     kept: list[LiveSample] = field(default_factory=list)
@@ -47,7 +48,7 @@ class CanaryAnalysis:
         self._ending: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Watch until cancelled."""
+        """Judge every canary every `canary_judge_s`, until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._yard.look_at_canaries.wait(), self._yard.settings.canary_judge_s)
@@ -63,16 +64,16 @@ class CanaryAnalysis:
         unit = route.units.get(case.canary.engine)
         if unit is None or unit.budget.exhausted:
             why = f"{case.canary.engine} cannot be kept up: {unit.why if unit else 'it is gone'}"
-            self._says(route, case, {"verdict": "FAIL", "why": why})
+            self._show(route, case, {"verdict": "FAIL", "why": why})
             self._take_out(route, case, why)
             return
-        says = await self._judged(route, case)
-        if says is None or route.state.canary is not case.canary:
+        judged = await self._judged(route, case)
+        if judged is None or route.state.canary is not case.canary:
             return
-        self._says(route, case, says)
-        if says["verdict"] == "FAIL":
-            self._take_out(route, case, says["why"])
-        elif says["verdict"] == "PASS" and not case.ready:
+        self._show(route, case, judged)
+        if judged["verdict"] == "FAIL":
+            self._take_out(route, case, judged["why"])
+        elif judged["verdict"] == "PASS" and not case.ready:
             case.ready = True
             what = f"canary is ready to promote at {case.canary.weight:.0%}: `switchyard promote {route.model_id}`"
             self._yard.events.note("canary", route.model_id, what, engine=case.canary.engine)
@@ -90,25 +91,24 @@ class CanaryAnalysis:
         return case
 
     async def _judged(self, route: Route, case: _Analysis) -> dict[str, Any] | None:
-        """What the judge says of all requests so far; None when there is nothing new, or no judge."""
+        """The judge's verdict on all requests so far; None when there is nothing new, or no judge."""
         judge, samples = self._yard.judge_canary, self._samples(route, case)
         began = time.monotonic()
         if judge is None or not samples or samples[-1] is case.last or began < case.not_before:
             return None
         case.last = samples[-1]
         try:
-            said = await asyncio.to_thread(
-                judge, [vars(sample) for sample in samples], route.state.serving, case.canary.engine
-            )
-            says = {**said, "verdict": str(said["verdict"]), "why": str(said["why"])}
+            rows = [vars(sample) for sample in samples]
+            found = await asyncio.to_thread(judge, rows, route.state.serving, case.canary.engine)
+            judged = {**found, "verdict": str(found["verdict"]), "why": str(found["why"])}
             case.broken = False
         except Exception as error:
-            says = {"verdict": "ERROR", "why": f"the judge of the canary failed: {type(error).__name__}: {error}"}
+            judged = {"verdict": "ERROR", "why": f"the judge of the canary failed: {type(error).__name__}: {error}"}
             if not case.broken:
-                self._yard.events.note("incident", route.model_id, says["why"], engine=case.canary.engine)
+                self._yard.events.note("incident", route.model_id, judged["why"], engine=case.canary.engine)
             case.broken = True
         case.not_before = time.monotonic() + JUDGE_SHARE * (time.monotonic() - began)
-        return {**says, "requests": self._counts(samples)}
+        return {**judged, "requests": dict(Counter(sample.engine for sample in samples))}
 
     def _samples(self, route: Route, case: _Analysis) -> list[LiveSample]:
         """The first KEPT requests since the order, and of those behind them the ones that the yard remembers."""
@@ -122,16 +122,10 @@ class CanaryAnalysis:
         case.kept += newer[:room]
         return case.kept + newer[room:]
 
-    def _counts(self, samples: list[LiveSample]) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for sample in samples:
-            counts[sample.engine] = counts.get(sample.engine, 0) + 1
-        return counts
-
-    def _says(self, route: Route, case: _Analysis, says: dict[str, Any]) -> None:
+    def _show(self, route: Route, case: _Analysis, judged: dict[str, Any]) -> None:
         canary = case.canary
         about = {"engine": canary.engine, "weight": canary.weight, "since": canary.since, "at": time.time()}
-        self._yard.canary_verdicts[route.model_id] = {**about, **says}
+        self._yard.canary_verdicts[route.model_id] = {**about, **judged}
 
     def _take_out(self, route: Route, case: _Analysis, why: str) -> None:
         """Roll the canary back, beside the loop: its last requests may take a while to end."""

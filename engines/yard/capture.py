@@ -1,11 +1,8 @@
 """Requests kept for a later replay, when the plan asks for it: one JSON line each, redacted, bounded, off the hot path.
 
 A line is the body of a chat request as `load_transcripts` of the parity check reads it, without what
-`engines.redaction` lists (in its strict strength, commit ids and inline images included) and without
-
-- who asked: `user`, `safety_identifier`, `prompt_cache_key`, `conversation`, `metadata`
-
-These are the obvious ones. Names, addresses and what the text itself tells stay: the file is its owner's alone (0600).
+`engines.redaction` lists (strictly: commit ids and inline images included) and without the fields of WHO. Names and
+addresses in the text stay: the file is its owner's alone (0600).
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ class Lines:
     """A JSONL file that a thread of its own writes, mode 0600, never larger than its bound.
 
     At half of the bound it becomes `NAME.1` and a new one begins, so the latest lines are kept. What cannot be written
-    is counted in `lost`; `problem`, called from the thread, gets the reason once for each spell of trouble.
+    is counted in `lost`; `problem`, called from the thread, gets the reason once until a line is written again.
     """
 
     def __init__(self, path: Path, limit_bytes: int, problem: Callable[[str], None] = lambda _: None) -> None:
@@ -134,9 +131,7 @@ class Capture:
     def status(self) -> dict[str, Any] | None:
         """Where to, how many, how many not; None when off."""
         lines = self._lines
-        if lines is None:
-            return None
-        return {"path": str(lines.path), "written": lines.written, "lost": lines.lost}
+        return None if lines is None else {"path": str(lines.path), "written": lines.written, "lost": lines.lost}
 
     def close(self) -> None:
         """Write what waits."""

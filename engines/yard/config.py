@@ -1,4 +1,4 @@
-"""What the yard is told at its start, and again when the plan is reloaded."""
+"""Configuration of a yard: its models with their engines, its settings, its judges."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from engines.yard.settings import Load, YardSettings
 
 # samples, incumbent, candidate -> {"verdict": ..., "why": ..., and what else the status shows}; called in a thread
 JudgeCanary = Callable[[Sequence[Mapping[str, Any]], str, str], Mapping[str, Any]]
-
-
 JudgeShadow = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]  # the same of pairs of answers
 
 
@@ -36,7 +34,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class YardConfig:
-    """All that the yard is told at its start, and again when the plan is reloaded."""
+    """What the yard gets at its start, and again when the plan is reloaded. Raises BadInput."""
 
     settings: YardSettings
     models: tuple[ModelConfig, ...]
@@ -44,11 +42,9 @@ class YardConfig:
     judge_canary: JudgeCanary | None = None
     judge_shadow: JudgeShadow | None = None
 
-
-def loopback_or_key(config: YardConfig) -> None:
-    """Refuse to be reachable from elsewhere without a key. Raises BadInput."""
-    if not config.settings.on_loopback and config.api_key is None:
-        raise BadInput(
-            f"yard.host {config.settings.host} can be reached from other machines: set "
-            'api_key_env = "SWITCHYARD_API_KEY" in the plan and export that variable, or listen on 127.0.0.1'
-        )
+    def __post_init__(self) -> None:
+        if not self.settings.on_loopback and self.api_key is None:
+            raise BadInput(
+                f"yard.host {self.settings.host} can be reached from other machines: set "
+                'api_key_env = "SWITCHYARD_API_KEY" in the plan and export that variable, or listen on 127.0.0.1'
+            )

@@ -1,4 +1,4 @@
-"""Which models are in memory: loaded on demand, unloaded when unused or when another one needs the room.
+"""Memory budget: which models are loaded, on demand; unloaded when unused or when another one needs the room.
 
 A model whose plan says `load = "demand"` is started by its first request, which waits for it. Past the memory budget
 the model that was used longest ago goes first: it takes no new request, finishes those it has, and its process ends, so
@@ -46,12 +46,12 @@ class MemoryBudget:
         self._waking: dict[str, asyncio.Task[None]] = {}
 
     def start(self) -> None:
-        """Models that are loaded at the start, as far as the budget goes; the others wait for their first request."""
+        """Load models at the start, as far as the budget goes; the others wait for their first request."""
         for route in self._yard.routes.values():
             self.admit(route)
 
     def admit(self, route: Route) -> None:
-        """A model that is new here."""
+        """Take a new model in: loaded, or unloaded until its first request."""
         route.unloaded = route.load == "demand" or self._yard.settings.memory_budget_mib is not None
         if not route.unloaded:
             self._yard.bring_up(route)
@@ -59,7 +59,7 @@ class MemoryBudget:
             self._wake_soon(route, evict=False)
 
     def wake(self, route: Route) -> None:
-        """A request is there: load its model if it is not loaded."""
+        """Load the model of a request that has come, if it is not loaded."""
         route.used_at = time.monotonic()
         if route.unloaded:
             self._wake_soon(route, evict=True)
@@ -82,22 +82,21 @@ class MemoryBudget:
             return await self._unload(route, "ordered")
 
     async def run(self) -> None:
-        """Unload what was not used for `unload_after_s`, and what turned out larger than estimated, for ever."""
+        """Unload what was not used for `unload_after_s`, and what turned out larger than estimated; until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             async with self._one:
                 found = [route for route in self._yard.routes.values() if self._may_go(route) and _is_quiet(route)]
-                if found:
-                    await self._tidy(min(found, key=lambda route: route.used_at))
+                if not found:
+                    continue
+                oldest, settings = min(found, key=lambda route: route.used_at), self._yard.settings
+                unused_s, budget = time.monotonic() - oldest.used_at, settings.memory_budget_mib
+                if settings.unload_after_s is not None and unused_s > settings.unload_after_s:
+                    await self._unload(oldest, f"not used for {unused_s:.0f} s")
+                elif budget is not None and self._held_bytes() > budget * 2**20:
+                    await self._unload(oldest, f"{size(self._held_bytes())} are held, more than was estimated")
 
     # --- how
-
-    async def _tidy(self, oldest: Route) -> None:
-        settings, unused_s = self._yard.settings, time.monotonic() - oldest.used_at
-        if settings.unload_after_s is not None and unused_s > settings.unload_after_s:
-            await self._unload(oldest, f"not used for {unused_s:.0f} s")
-        elif settings.memory_budget_mib is not None and self._held_bytes() > settings.memory_budget_mib * 2**20:
-            await self._unload(oldest, f"{size(self._held_bytes())} are held, more than was estimated")
 
     def _wake_soon(self, route: Route, *, evict: bool) -> None:
         if route.model_id not in self._waking:
@@ -141,7 +140,7 @@ class MemoryBudget:
             await self._unload(victim, f"{route.model_id} needs the room")
 
     async def _victim(self, route: Route) -> Route | None:
-        """The one used longest ago, quiet ones first; where all are busy, one gets a while to become quiet."""
+        """The one used longest ago, quiet ones first; where all are busy, one has QUIET_S to become quiet."""
         until = time.monotonic() + QUIET_S
         while True:
             found = [other for other in self._yard.routes.values() if other is not route and self._may_go(other)]
@@ -172,12 +171,12 @@ class MemoryBudget:
                 await memory_back(vram, before, self._yard.settings.memory_back_s)
         finally:
             route.holding = False
-        told = f"unloaded ({why}) after {time.monotonic() - began:.1f} s; {size(held)} of RAM"
-        told += f" and {size(vram)} of VRAM" if vram else ""
-        self._yard.events.note("move", route.model_id, f"{told} are back")
+        done = f"unloaded ({why}) after {time.monotonic() - began:.1f} s; {size(held)} of RAM"
+        done += f" and {size(vram)} of VRAM" if vram else ""
+        self._yard.events.note("move", route.model_id, f"{done} are back")
         if route.waiting:
             self.wake(route)
-        return f"{route.model_id} is {told} are back"
+        return f"{route.model_id} is {done} are back"
 
     def _held_bytes(self) -> int:
         units = [unit for route in self._yard.routes.values() for unit in route.units.values()]

@@ -1,4 +1,4 @@
-"""Moves: one model goes from one engine to another, and back, without a request failing.
+"""Moves of a model from one engine to another, and back, without a request failing.
 
     side by side    candidate up and ready -> commit -> requests in flight end on the old engine -> it stops
     one at a time   hold new requests -> drain -> stop -> memory seen back -> candidate up -> commit -> release
@@ -19,7 +19,7 @@ from engines.fit import estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
 from engines.yard.client import Say
-from engines.yard.config import ModelConfig, YardConfig, loopback_or_key
+from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.unit import Unit
 from engines.yard.memory_budget import MemoryBudget, memory_back
@@ -131,8 +131,7 @@ class Moves:
             return f"{route.model_id} is drained; new requests wait until `switchyard drain --off`"
 
     async def reload(self, config: YardConfig) -> str:
-        """Take over another plan without losing a request. Raises BadInput, with the old plan in force."""
-        loopback_or_key(config)
+        """Take over another plan without losing a request. Raises BadInput; the old plan stays in force then."""
         old = self._yard.settings
         if (old.host, old.port) != (config.settings.host, config.settings.port):
             raise BadInput("yard.host and yard.port need a restart of the yard; the old plan stays")
@@ -372,7 +371,7 @@ async def _fits(spec: LaunchSpec, beside: Unit) -> bool:
 
 
 def _estimated(spec: LaunchSpec) -> tuple[FreeMemory, str]:
-    """Files and NVML are read: too slow for the loop that streams pass through."""
+    # files and NVML are read: too slow for the loop that streams pass through
     free = free_memory()
     try:
         return free, estimate(read_header(spec.gguf), spec.settings, spec.engine, memory=free).verdict

@@ -1,4 +1,4 @@
-"""The route of one model: which engine takes the next request, who waits, and in which order they go on."""
+"""The route of one model: which engine takes the next request, and which requests wait for it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Route:
         return self.serving
 
     def enter(self, conversation: str, prompt_tokens: int, *, light: bool = False) -> Waiting:
-        """A place in the queue; a light request needs an engine, but no slot.
+        """Queue a request; a light one needs an engine, but no slot.
 
         Raises Full, or Unservable when nothing would ever serve it.
         """
@@ -92,14 +92,14 @@ class Route:
         return place
 
     def refuse_waiting(self, why: str) -> None:
-        """Tell all who wait that nothing will serve them."""
+        """Fail all requests that wait."""
         while self._waiting:
             place = self._waiting.popleft()
             if not place.turn.done():
                 place.turn.set_exception(Unservable(why))
 
     def leave(self, place: Waiting) -> None:
-        """The request does not wait any more; a turn it got meanwhile goes to the next one."""
+        """Stop waiting; a turn it got meanwhile goes to the next request."""
         if place in self._waiting:
             self._waiting.remove(place)
         elif place.turn.done() and not place.turn.cancelled() and place.turn.exception() is None:
@@ -122,6 +122,5 @@ class Route:
 
 def _share(conversation: str) -> float:
     """A number in [0, 1) that a conversation keeps."""
-    return (
-        int.from_bytes(hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=7).digest()) / 2**56
-    )
+    digest = hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=7).digest()
+    return int.from_bytes(digest) / 2**56

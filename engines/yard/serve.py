@@ -1,4 +1,4 @@
-"""The yard as a process: both of its doors opened, signals understood, everything closed again.
+"""The yard as a process: opens the public port and the control socket, handles signals, closes everything.
 
 SIGTERM and Ctrl-C drain and stop within `stop_s`, a second one at once; SIGHUP reloads the plan.
 """
@@ -23,7 +23,7 @@ from engines.process.serving import listener_on
 from engines.redaction import RedactingFormatter
 from engines.yard.canary_analysis import CanaryAnalysis
 from engines.yard.client import socket_path
-from engines.yard.config import YardConfig, loopback_or_key
+from engines.yard.config import YardConfig
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.moves import Moves
 from engines.yard.ports.control import Control, listening
@@ -48,13 +48,11 @@ def run(
     opened: Callable[[Yard], None] = lambda _: None,
     drivers: Mapping[str, Driver] | None = None,
 ) -> None:
-    """Serve until told to stop. `read_config` is asked again at each reload; `opened` is called once the port is ours.
+    """Serve until stopped. `read_config` is called at each reload too; `opened` is called once the port is ours.
 
     Raises BadInput (a second yard, an address without a key), PortTaken.
     """
-    config = read_config()
-    loopback_or_key(config)
-    yard = Yard(config, home=home, drivers=drivers)
+    yard = Yard(read_config(), home=home, drivers=drivers)
     with yard.alone(), asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
         runner.get_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         runner.run(_serve(yard, read_config, opened))
@@ -113,11 +111,11 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await yard.open()
         await _listen(public, yard)
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
-        opened(yard)  # what is lost on the way is said before an engine is launched
+        opened(yard)  # what engines do not support is reported before one is launched
         memory_budget.start()
-        background += [asyncio.create_task(CanaryAnalysis(yard, moves).run()), asyncio.create_task(shadow.run())]
-        background.append(asyncio.create_task(memory_budget.run()))
-        background.append(asyncio.create_task(gateway.watch_clients(lambda: _connections(public))))
+        for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run):
+            background.append(asyncio.create_task(loop_of()))
+        background.append(asyncio.create_task(gateway.watch_clients(lambda: public.server)))
         await stop.wait()
     finally:
         for task in background:
@@ -132,12 +130,8 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
             socket_path(yard.home).unlink()
 
 
-def _connections(public: web.AppRunner) -> list[web.RequestHandler]:
-    return [] if public.server is None else list(public.server.connections)
-
-
 def _http_log() -> logging.Logger:
-    """The HTTP library's own log: bytes that are no HTTP are one line without what was sent; a bug keeps its trace."""
+    """The HTTP library's own log, where bytes that are no HTTP are one line without what was sent."""
 
     def shortened(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None

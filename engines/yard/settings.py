@@ -1,4 +1,4 @@
-"""What the yard is told: where it listens, how much it takes, when it gives up. The `[yard]` table of a plan."""
+"""Settings of the yard: where it listens, how much it takes, when it gives up. The `[yard]` table of a plan."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ class YardSettings(BaseModel):
     max_header_kib: int = Field(16, ge=1, le=1024, description="longest request line or header field; beyond it 400")
     max_waiting: int = Field(128, ge=0, description="requests that may wait for a model; beyond it 429")
     wait_s: float = Field(600, gt=0, description="how long a request waits for its turn; beyond it 503")
-    keepalive_s: float = Field(10, gt=0, description="a waiting stream gets an SSE comment so often; clients time out")
+    keepalive_s: float = Field(10, gt=0, description="seconds between SSE comments to a stream that waits")
     client_stall_s: float = Field(
-        120, gt=0, description="a client that takes nothing of its answer for so long is cut; its engine is left alone"
+        120,
+        gt=0,
+        description="a client that takes nothing of its answer for so long is cut; its engine stays up",
     )
     stop_s: float = Field(30, gt=0, description="on SIGTERM, how long requests in flight may still take")
     load_stall_s: float = Field(120, gt=0, description="loading without any progress for so long has failed")
     wedged_after_s: float = Field(
         20, gt=0, description="least time without token or prompt progress before a working engine counts as wedged"
     )
-    probe_every_s: float = Field(60, gt=0, description="an idle engine is asked for a sign of life so often")
-    failed_probes: int = Field(3, ge=1, description="signs of life missed in a row before an idle engine is restarted")
+    probe_every_s: float = Field(60, gt=0, description="seconds between liveness probes of an idle engine")
+    failed_probes: int = Field(3, ge=1, description="failed liveness probes in a row that restart an idle engine")
     failed_requests: int = Field(
         3,
         ge=1,
-        description="requests that fail in a row, client faults apart, before a one-token probe decides on a restart",
+        description="consecutive failed requests, client faults apart, before a one-token probe decides on a restart",
     )
     restarts: int = Field(3, ge=0, description="restarts within restart_window_s before the fallback takes over")
     restart_window_s: float = Field(1800, gt=0, description="window of the restart budget")
     try_again_s: float = Field(
-        60, gt=0, description="where no engine can be kept up, they get their restarts back after so long"
+        60, gt=0, description="seconds until all engines are tried again after none could be kept up"
     )
     memory_budget_mib: int | None = Field(
         None,
@@ -61,7 +63,9 @@ class YardSettings(BaseModel):
         600, gt=0, description="how long a candidate may take to come up in a move before the incumbent is put back"
     )
 
-    canary_judge_s: float = Field(5, gt=0, description="a canary is judged so often; one that fails rolls itself back")
+    canary_judge_s: float = Field(
+        5, gt=0, description="seconds between judgements of a canary; a failed one is rolled back"
+    )
     shadow_share: float = Field(
         0, ge=0, le=1, description="share of chat requests copied to the candidate while it is up; 0 copies none"
     )

@@ -1,12 +1,12 @@
-"""Copies of live requests for the candidate, whose answers nobody sees: compared with what the user was told.
+"""Copies of live requests for the candidate: its answers are compared with those that users got, and shown to nobody.
 
 A copy is sent after the user has the whole answer, one at a time, once the yard has been quiet for a moment; the next
-request of a user ends it at once, and it is tried again later. `shadow_when = "slot"` minds the candidate's own
-requests only. While the candidate is a canary with a single slot nothing is sent: a copy would push the user's prompt
-out of its cache. What cannot wait is dropped and counted.
+request of a user ends it at once, and it is retried later. `shadow_when = "slot"` minds the candidate's own requests
+only. While the candidate is a canary with a single slot nothing is sent: a copy would push the user's prompt out of its
+cache. What cannot wait is dropped and counted.
 
-The copy is the request as it was: nothing is forced. Where it draws its tokens (a temperature above 0, or none given,
-which leaves it to the engine) two answers differ by themselves: those are counted apart and their texts not compared.
+Where a request draws its tokens (a temperature above 0, or none given, which leaves it to the engine) two answers
+differ by themselves: those are counted apart and their texts not compared.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ JUDGE_SHARE = 20  # the judge waits this many times what it took, so that it hol
 
 
 class RecordedAnswer:
-    """What the user was told, as it was sent; one that grows too long is given up."""
+    """The bytes of an answer as they are sent; one that grows too long is given up."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._size = 0
 
     def add(self, piece: bytes) -> None:
-        """One more piece of the answer."""
+        """Keep one more piece."""
         self._size += len(piece)
         if self._size <= RECORDED_BYTES:
             self._pieces.append(piece)
@@ -69,14 +69,14 @@ class Copy:
 
 @dataclass
 class Tally:
-    """What the copies of one model's requests have shown so far."""
+    """Counts and pairs of the copies of one model's requests."""
 
     share: float
     to: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
     divergences: deque[int] = field(default_factory=lambda: deque(maxlen=PAIRS))
     pairs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=PAIRS))
-    says: dict[str, Any] = field(default_factory=dict)
+    judged: dict[str, Any] = field(default_factory=dict)
     unjudged: bool = False
 
 
@@ -110,15 +110,13 @@ class Shadow:
         return RecordedAnswer()
 
     def offer(self, route: Route, unit: Unit, call: Call, recorded: RecordedAnswer) -> None:
-        """The user has the whole answer of `unit`: a copy waits for the candidate from now on."""
-        said = recorded.whole
-        if unit is self._unit(route) or said is None:
-            return
-        self._queue.append(Copy(route.model_id, call, read_answer(said, stream=call.stream)))
-        self._arrived.set()
+        """Queue a copy for the candidate: the user has the whole answer of `unit`."""
+        if unit is not self._unit(route) and (data := recorded.whole) is not None:
+            self._queue.append(Copy(route.model_id, call, read_answer(data, stream=call.stream)))
+            self._arrived.set()
 
     def make_way(self, route: Route) -> None:
-        """A user's request has come: a copy that could be in its way ends now."""
+        """End a copy that could be in the way of a user's request, which has come now."""
         self._busy_at = time.monotonic()
         if self._asking is None or self._asked is None:
             return
@@ -148,7 +146,7 @@ class Shadow:
             "waiting": sum(copy.model_id == route.model_id for copy in self._queue),
             "counts": dict(tally.counts),
             "median_divergence": median(tally.divergences) if tally.divergences else None,
-            **tally.says,
+            **tally.judged,
         }
 
     # --- the loop
@@ -161,8 +159,14 @@ class Shadow:
             self._pairs = Lines(path, limit, self._yard.note_problem)
         try:
             while True:
-                await self._wait()
-                if self._queue and await self._quiet():
+                if self._queue:
+                    await asyncio.sleep(POLL_S)
+                else:
+                    self._arrived.clear()
+                    within_s = 1.0 if any(tally.unjudged for tally in self._tallies.values()) else None
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._arrived.wait(), within_s)
+                if self._queue and self._quiet():
                     await self._next()
                 await self._judge()
         finally:
@@ -171,16 +175,7 @@ class Shadow:
             if self._pairs is not None:
                 await asyncio.to_thread(self._pairs.close)
 
-    async def _wait(self) -> None:
-        if self._queue:
-            await asyncio.sleep(POLL_S)
-            return
-        self._arrived.clear()
-        idle = None if not any(tally.unjudged for tally in self._tallies.values()) else 1.0
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), idle)
-
-    async def _quiet(self) -> bool:
+    def _quiet(self) -> bool:
         """True when the first copy may be sent; a copy that has nowhere to go any more is dropped."""
         copy = self._queue[0]
         route = self._yard.routes.get(copy.model_id)
@@ -195,7 +190,7 @@ class Shadow:
         return time.monotonic() - self._busy_at >= QUIET_S
 
     def _in_the_way(self, route: Route, unit: Unit) -> bool:
-        """Whether a user has, or would have, something against a copy on this engine now."""
+        """True when a copy on this engine could slow a user's request now."""
         canary = route.state.canary
         if route.moving or route.holding or self._yard.stopping:
             return True
@@ -209,7 +204,7 @@ class Shadow:
         return in_flight > ours or any(other.waiting for other in routes)
 
     async def _next(self) -> None:
-        """One copy, to its end or until somebody needs the room."""
+        """Send one copy, to its end or until a user needs the engine."""
         copy = self._queue.popleft()
         route = self._yard.routes[copy.model_id]
         unit = self._unit(route)
@@ -225,20 +220,17 @@ class Shadow:
                     self._asking.cancel()
             if not self._asking.cancelled():
                 self._compare(route, unit, copy, self._asking.result())
+                return
+            copy.tries += 1
+            self._busy_at = time.monotonic()
+            self._count(route, "aborted")
+            if copy.tries < TRIES:
+                self._queue.appendleft(copy)
             else:
-                self._again(route, copy)
+                self._count(route, "dropped")
         finally:
             self._asking.cancel()
             self._asking = self._asked = None
-
-    def _again(self, route: Route, copy: Copy) -> None:
-        copy.tries += 1
-        self._busy_at = time.monotonic()
-        self._count(route, "aborted")
-        if copy.tries < TRIES:
-            self._queue.appendleft(copy)
-        else:
-            self._count(route, "dropped")
 
     async def _ask(self, unit: Unit, call: Call) -> ChatAnswer:
         running = unit.take(call.prompt_tokens)
@@ -264,8 +256,6 @@ class Shadow:
         finally:
             unit.give_back(running)
 
-    # --- what is made of it
-
     def _compare(self, route: Route, unit: Unit, copy: Copy, candidate: ChatAnswer) -> None:
         tally = self._tally(route)
         sampled = is_sampled(copy.call.body)
@@ -290,17 +280,17 @@ class Shadow:
             )
 
     async def _judge(self) -> None:
-        """What the parity checks say of the pairs; in a thread, while nothing waits, and not all the time."""
+        """Have the parity checks judge the pairs; in a thread, while nothing waits, and not all the time."""
         judge, began = self._yard.judge_shadow, time.monotonic()
         tally = next((tally for tally in self._tallies.values() if tally.unjudged), None)
         if judge is None or tally is None or self._queue or began < self._judge_from:
             return
         tally.unjudged = False
         try:
-            tally.says = dict(await asyncio.to_thread(judge, list(tally.pairs)))
+            tally.judged = dict(await asyncio.to_thread(judge, list(tally.pairs)))
         except Exception as error:
-            tally.says = {"verdict": "ERROR", "why": f"{type(error).__name__}: {error}"}
-            self._yard.events.note("incident", "-", f"the judge of the shadow failed: {tally.says['why']}")
+            tally.judged = {"verdict": "ERROR", "why": f"{type(error).__name__}: {error}"}
+            self._yard.events.note("incident", "-", f"the judge of the shadow failed: {tally.judged['why']}")
         self._judge_from = time.monotonic() + JUDGE_SHARE * (time.monotonic() - began)
 
     def _count(self, route: Route, outcome: str) -> None:

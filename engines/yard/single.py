@@ -1,6 +1,6 @@
-"""A yard over one engine and one model: `python -m engines.yard.single RECIPE_JSON HOME PORT [RESTARTS]`.
+"""A yard over one engine and one model: `python -m engines.yard.single LAUNCH_SPEC_JSON HOME PORT [RESTARTS]`.
 
-What an engine is measured behind, when the user will meet it behind a yard: a native one has no port of its own.
+Engines are measured behind it, as users will reach them: a native one has no port of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STOP_S = 2.0
 
 
 def config_of(spec: LaunchSpec, port: int, restarts: int = 0) -> YardConfig:
-    """A yard of just this engine; without restarts its death ends in refusals: nothing measured is replaced quietly."""
+    """The configuration of a yard of just this engine; without restarts its end leads to refusals."""
     model = ModelConfig(id=spec.model_id, incumbent=spec.engine, candidate=spec.engine, specs={spec.engine: spec})
     settings = YardSettings(
         port=port, restarts=restarts, restart_window_s=0.001, try_again_s=86_400, stop_s=STOP_S, unknown_model="refuse"
@@ -29,7 +29,7 @@ def config_of(spec: LaunchSpec, port: int, restarts: int = 0) -> YardConfig:
 
 
 def main() -> None:
-    """Serve until told to stop."""
+    """Serve until stopped."""
     spec, port = LaunchSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
     restarts = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     logging.basicConfig(level=logging.INFO)

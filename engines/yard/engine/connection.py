@@ -1,4 +1,4 @@
-"""How the yard asks an engine: over HTTP, or in frames where the engine is native.
+"""Connection of the yard to an engine: over HTTP, or in frames where the engine is native.
 
 Whatever breaks on the way, the engine going away included, is one error here: Gone.
 """
@@ -39,75 +39,61 @@ class EngineAnswer(Protocol):
         ...
 
 
-class EngineConnection(Protocol):
-    """One engine's way in."""
-
-    def ask(
-        self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AbstractAsyncContextManager[EngineAnswer]:
-        """The answer, as soon as it begins; leaving the block early leaves the engine. Raises Gone."""
-        ...
-
-    def close(self) -> None:
-        """Break off what is asked, and let its connections go: the engine has ended, or is being ended."""
-        ...
-
-
-class _Asking:
-    """The questions under way, each of which can be broken off: a process that the kernel holds hangs up on nobody."""
+class EngineConnection:
+    """Asks one engine. Requests under way can be broken off: a process that the kernel holds hangs up on nobody."""
 
     def __init__(self) -> None:
         self._limits: set[asyncio.Timeout] = set()
 
     @contextlib.asynccontextmanager
-    async def one(self, timeout_s: float | None) -> AsyncIterator[None]:
-        """Raises TimeoutError when it takes longer, or is broken off."""
-        async with asyncio.timeout(timeout_s) as limit:
-            self._limits.add(limit)
-            try:
-                yield
-            finally:
-                self._limits.discard(limit)
+    async def ask(
+        self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
+    ) -> AsyncIterator[EngineAnswer]:
+        """The answer, as soon as it begins; leaving the block early leaves the engine. Raises Gone."""
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                self._limits.add(limit)
+                try:
+                    async with self._send(method, path, body) as answer:
+                        yield answer
+                finally:
+                    self._limits.discard(limit)
+        except BROKEN as error:
+            raise Gone(f"{type(error).__name__} {str(error).partition(chr(10))[0]}".rstrip()) from error
 
-    def break_off(self) -> None:
-        """End all of them."""
+    def close(self) -> None:
+        """Break off all requests: the engine has ended, or is being ended."""
         for limit in self._limits:
             if not limit.expired():
                 limit.reschedule(asyncio.get_running_loop().time())
 
+    def _send(self, method: str, path: str, body: bytes) -> AbstractAsyncContextManager[EngineAnswer]:
+        raise NotImplementedError
 
-class HttpConnection:
-    """An engine that is a server.
+
+class HttpConnection(EngineConnection):
+    """To an engine that is a server.
 
     A kept connection saves 0.8 ms before the first token. An engine may close one just as it is used again: what
-    breaks there before a byte came is asked once more on a fresh one, which a dead engine does not take.
+    breaks there before a byte came is retried on a fresh one, which a dead engine does not take.
     """
 
     def __init__(
         self, base_url: str, key: SecretStr | None, fresh: aiohttp.ClientSession, kept: aiohttp.ClientSession
     ) -> None:
+        super().__init__()
         self._base_url = base_url
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key.get_secret_value()}"
         self._fresh, self._kept = fresh, kept
-        self._asking = _Asking()
 
     @contextlib.asynccontextmanager
-    async def ask(
-        self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AsyncIterator[EngineAnswer]:
-        try:
-            async with self._asking.one(timeout_s), await self._asked(method, path, body) as answer:
-                yield HttpAnswer(answer)
-        except BROKEN as error:
-            raise Gone(_words(error)) from error
+    async def _send(self, method: str, path: str, body: bytes) -> AsyncIterator[EngineAnswer]:
+        async with await self._request(method, path, body) as answer:
+            yield HttpAnswer(answer)
 
-    def close(self) -> None:
-        """Break off what is asked; the sessions are the yard's."""
-        self._asking.break_off()
-
-    async def _asked(self, method: str, path: str, body: bytes) -> aiohttp.ClientResponse:
+    async def _request(self, method: str, path: str, body: bytes) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
         sessions = (self._kept, self._fresh) if path in GENERATING else (self._fresh,)
         for session in sessions:
@@ -126,11 +112,8 @@ class HttpAnswer:
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         self.status = answer.status
+        self.read = answer.read
         self._answer = answer
-
-    async def read(self) -> bytes:
-        """All of it."""
-        return await self._answer.read()
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Each chunk as it was sent."""
@@ -139,28 +122,17 @@ class HttpAnswer:
                 yield chunk
 
 
-class FrameConnection:
-    """A native worker."""
+class FrameConnection(EngineConnection):
+    """To a native worker."""
 
     def __init__(self, host: str, port: int, key: SecretStr | None) -> None:
+        super().__init__()
         self._client = frames.FrameClient(host, port, key.get_secret_value() if key else "")
-        self._asking = _Asking()
-
-    @contextlib.asynccontextmanager
-    async def ask(
-        self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AsyncIterator[EngineAnswer]:
-        try:
-            async with self._asking.one(timeout_s), self._client.ask(method, path, body) as answer:
-                yield answer
-        except BROKEN as error:
-            raise Gone(_words(error)) from error
 
     def close(self) -> None:
-        """Break off what is asked, and let its connections go."""
-        self._asking.break_off()
+        """Break off all requests, and let the worker's connections go."""
+        super().close()
         self._client.close()
 
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__} {str(error).partition(chr(10))[0]}".rstrip()
+    def _send(self, method: str, path: str, body: bytes) -> AbstractAsyncContextManager[EngineAnswer]:
+        return self._client.ask(method, path, body)

@@ -1,9 +1,9 @@
 """The public port: each request goes to the engine of its model, its answer comes back chunk by chunk.
 
-A request is handed to an engine only when that has room, so it waits here, where a dying engine cannot take it along.
-What has not reached the client yet is asked again, once, of the engine that is there then; a stream that has begun
+A request is handed to an engine only when that has room, so it waits here, where the end of an engine cannot lose it. A
+request of which nothing has reached the client is retried once, on the engine that serves then; a stream that has begun
 ends with an error event. A client that leaves ends its request on the engine at once. One that stays but takes nothing
-holds up nobody: the engine's answer is read on into a bounded buffer, and after `client_stall_s` the client is cut.
+delays nobody: the engine's answer is read on into a bounded buffer, and after `client_stall_s` the client is cut.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -72,19 +71,20 @@ class Gateway:
         app = web.Application(
             middlewares=[self._guarded], client_max_size=self._yard.settings.max_body_mib * 2**20, logger=self._yard.log
         )
-        for path in sorted(GENERATING | LIGHT | {"/v1/embeddings"}):
+        for path in sorted(GENERATING | LIGHT | {"/v1/embeddings", "/chat/completions", "/completions", "/embeddings"}):
             app.router.add_post(path, self._served)
-        for alias in ("/chat/completions", "/completions", "/embeddings"):
-            app.router.add_post(alias, self._served)
-        app.router.add_get("/props", self._props)
-        for path in ("/v1/models", "/models"):
-            app.router.add_get(path, self._models)
-        app.router.add_get("/v1/models/{model:.+}", self._model)
-        for path in ("/health", "/v1/health"):
-            app.router.add_get(path, self._health)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/yard", self._page)
-        app.router.add_get(r"/yard/reports/{name:[0-9a-z-]+\.html}", self._report)
+        for path, handler in {
+            "/props": self._props,
+            "/v1/models": self._models,
+            "/models": self._models,
+            "/v1/models/{model:.+}": self._model,
+            "/health": self._health,
+            "/v1/health": self._health,
+            "/metrics": self._metrics,
+            "/yard": self._page,
+            r"/yard/reports/{name:[0-9a-z-]+\.html}": self._report,
+        }.items():
+            app.router.add_get(path, handler)
         return app
 
     # --- what guards every request
@@ -168,10 +168,9 @@ class Gateway:
             while not place.turn.done():
                 left = began + self._yard.settings.wait_s - time.monotonic()
                 if left <= 0:
-                    why = (
-                        f"waited {self._yard.settings.wait_s:.0f} s for {route.model_id}: {self._status.explain(route)}"
-                    )
-                    raise Refusal(503, why, code="wait_timeout", retry_after_s=10)
+                    why = self._status.explain(route)
+                    waited = f"waited {self._yard.settings.wait_s:.0f} s for {route.model_id}: {why}"
+                    raise Refusal(503, waited, code="wait_timeout", retry_after_s=10)
                 await asyncio.wait([place.turn], timeout=min(left, self._yard.settings.keepalive_s))
                 if not place.turn.done():
                     await reply.keep_alive()
@@ -183,7 +182,7 @@ class Gateway:
             raise
 
     async def _exchange(self, route: Route, unit: Unit, running: InFlight, call: Call, reply: Reply) -> None:
-        """Until the engine is done with the request; what the client has not taken by then needs no engine."""
+        """Pass the request to the engine and its answer on, until the engine is done with it."""
         dialect, running.generates = unit.dialect(call), call.path in GENERATING
         try:
             async with unit.connection.ask("POST", call.path, dialect.request()) as answer:
@@ -215,23 +214,23 @@ class Gateway:
             if not comments.only(chunk):  # an engine's own keep-alive is no progress
                 running.chunk(content=running.first is None and CONTENT.search(chunk) is not None)
             if not dialect.changes_streams and chunk.startswith(b'data: {"error"'):
-                dialect.error = "the engine told an error in its stream"
+                dialect.error = "the engine reported an error in its stream"
                 running.failure = _failure_in_stream(chunk)
-            told = dialect.event(chunk) if dialect.changes_streams else chunk
+            data = dialect.event(chunk) if dialect.changes_streams else chunk
             if dialect.early_error is not None:
                 running.failure = _failure(reply.call, *dialect.early_error)
                 await reply.whole(*dialect.early_error)
                 return
-            if told:
-                await reply.pass_on(told)
+            if data:
+                await reply.pass_on(data)
                 if reply.is_full:
                     await self._hold_back(route, running, reply)
         end = b"".join(last)
         running.prefill_rate = told_prefill_rate(end)
         if b"[DONE]" not in end:
             raise Gone("the stream ended without its end")
-        if told := dialect.rest():
-            await reply.pass_on(told)
+        if rest := dialect.rest():
+            await reply.pass_on(rest)
         reply.error = dialect.error
         if dialect.changes_streams and dialect.error:
             running.failure = dialect.error
@@ -239,7 +238,7 @@ class Gateway:
             running.failure = "an answer without content"
 
     async def _hold_back(self, route: Route, running: InFlight, reply: Reply) -> None:
-        """Read no more of the engine until the client has taken some; not for ever while others wait for the place."""
+        """Stop reading the engine until the client takes some; for `client_stall_s` at most while others wait."""
         began = time.monotonic()
         running.hold()
         while reply.is_full:
@@ -252,18 +251,18 @@ class Gateway:
         running.release()
 
     async def deliver(self, within_s: float) -> None:
-        """Return when clients have taken what their engines answered, or after `within_s`."""
+        """Return when clients have taken their answers, or after `within_s`."""
         until = time.monotonic() + within_s
-        while self._unread.any and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110  a transport tells nobody
+        while self._unread.any and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110  a transport has no event for it
             await asyncio.sleep(min(left, UNREAD_POLL_S))
 
-    async def watch_clients(self, connections: Callable[[], list[web.RequestHandler]]) -> None:
+    async def watch_clients(self, server: Callable[[], web.Server | None]) -> None:
         """Cut each client that takes nothing of its answer for `client_stall_s`; until cancelled."""
         watch = StalledClients()
         while True:
             limit_s = self._yard.settings.client_stall_s
             await asyncio.sleep(min(limit_s / 8, 1.0))
-            for peer in watch.cut(connections(), limit_s):
+            for peer in watch.cut(list(running.connections) if (running := server()) else [], limit_s):
                 self._note_cut(peer, f"took nothing of its answer for {limit_s:g} s")
 
     def _note_cut(self, peer: str, why: str) -> None:
@@ -273,11 +272,10 @@ class Gateway:
     # --- what the yard answers itself
 
     async def _health(self, request: web.Request) -> web.Response:
-        """The truth: 200 only when a request would be served now."""
+        """200 only when a request would be served now."""
         route = self._yard.route_for(request.query.get("model"))
-        unit = route.serving
         detail = self._status.health_of(route)
-        served = unit.state.serves and not route.holding and route.unservable is None
+        served = route.serving.state.serves and not route.holding and route.unservable is None
         if served or route.unloaded:  # the next request would load it
             return web.json_response({"status": "ok", **detail})
         return _error(self._not_served(route), **detail)
@@ -296,31 +294,26 @@ class Gateway:
         raise Refusal(404, f"the model '{name}' does not exist", code="model_not_found")
 
     async def _props(self, request: web.Request) -> web.Response:
-        """As llama.cpp has it: clients read the context size here, whichever engine serves."""
         route = self._yard.route_for(request.query.get("model"))
-        unit = route.serving
-        if not (unit.state.serves or route.unloaded):
+        if not (route.serving.state.serves or route.unloaded):
             raise self._not_served(route)
-        return web.json_response(await props(unit))
+        return web.json_response(await props(route.serving))
 
     async def _metrics(self, _: web.Request) -> web.Response:
         text = self._yard.metrics.text(self._yard.routes.values(), len(self._yard.events.incidents))
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _page(self, _: web.Request) -> web.Response:
-        newest = sorted((path.name for path in self._reports.glob("*.html")), reverse=True)  # their names are times
+        reports = self._yard.home / "reports"
+        newest = sorted((path.name for path in reports.glob("*.html")), reverse=True)  # their names are times
         text = page(self._status.status(), newest[:SHOWN_REPORTS])
         return web.Response(text=text, content_type="text/html", charset="utf-8")
 
     async def _report(self, request: web.Request) -> web.StreamResponse:
-        path = self._reports / request.match_info["name"]
+        path = self._yard.home / "reports" / request.match_info["name"]
         if not path.is_file():
             raise web.HTTPNotFound
         return web.FileResponse(path)
-
-    @property
-    def _reports(self) -> Path:
-        return self._yard.home / "reports"
 
 
 class Reply:
@@ -348,22 +341,22 @@ class Reply:
         return self._unread.is_full(self)
 
     def count(self) -> None:
-        """Look how much the client has not taken yet."""
-        transport = self._request.transport
-        if transport is None:
-            raise ClientLeft
-        self._unread.count(self, transport.get_write_buffer_size())
+        """Note how much the client has not taken yet."""
+        self._unread.count(self, self._transport().get_write_buffer_size())
 
     def hang_up(self) -> str:
         """End the connection, whatever the client has not taken; the client's address."""
-        transport = self._request.transport
-        if transport is None:
-            raise ClientLeft
+        transport = self._transport()
         transport.abort()
         return address_of(transport)
 
+    def _transport(self) -> asyncio.Transport:
+        if self._request.transport is None:
+            raise ClientLeft
+        return self._request.transport
+
     async def keep_alive(self) -> None:
-        """A comment in a stream; nothing in a plain answer, whose client has no way to see it."""
+        """Send a comment in a stream; nothing in a plain answer, whose client has no way to see it."""
         if self.call.stream:
             await self._write(b": waiting for the model\n\n")
 
@@ -374,7 +367,7 @@ class Reply:
             await self._write(b"\n\n")
 
     async def pass_on(self, chunk: bytes) -> None:
-        """A piece of the stream, as it came."""
+        """Send a piece of the stream."""
         if not self.begun_with_content:
             self.begun_with_content = not self._comments.only(chunk)
         if self.recorded is not None:
@@ -382,12 +375,12 @@ class Reply:
         await self._write(chunk)
 
     async def cut(self, refusal: Refusal) -> None:
-        """The stream had begun and cannot go on: an error event, and a proper end."""
+        """End a stream that had begun: an error event, and a proper end."""
         self.error = str(refusal)
         await self._write(b"\n\n" + refusal.event())
 
     async def whole(self, status: int, data: bytes) -> None:
-        """An answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
+        """Send an answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
         if status >= 400:
             self.error = f"HTTP {status}"
         if self.recorded is not None:
@@ -398,7 +391,7 @@ class Reply:
         await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n")
 
     async def delivered(self) -> web.StreamResponse:
-        """The answer, complete; of a stream the client has taken nearly all."""
+        """Complete the answer; of a stream the client has taken nearly all then."""
         if self._whole is not None:
             return self._whole
         response = await self._begun()
@@ -412,7 +405,7 @@ class Reply:
         return response
 
     async def refuse(self, refusal: Refusal) -> web.StreamResponse:
-        """An error of ours."""
+        """Answer with an error of the yard's own."""
         self.error = str(refusal)
         if self._response is None:
             return _error(refusal)

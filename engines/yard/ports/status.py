@@ -1,4 +1,4 @@
-"""What the yard shows of itself: `/health`, `/v1/models`, `switchyard status`, the page. Reads, changes nothing."""
+"""The yard's state as `/health`, `/v1/models`, `switchyard status` and the page show it; changes nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Status:
 
     def status(self) -> dict[str, Any]:
         """Everything, for `switchyard status` and the page; without secrets."""
-        told = {
+        shown = {
             "pid": os.getpid(),
             "since": self._yard.started_at,
             "address": f"http://{self._yard.settings.host}:{self._yard.settings.port}",
@@ -69,11 +69,11 @@ class Status:
             "incidents": list(self._yard.events.incidents),
             "events": list(self._yard.events.recent),
         }
-        return {key: redacted(value) for key, value in told.items()}
+        return {key: redacted(value) for key, value in shown.items()}
 
     def _route_status(self, route: Route) -> dict[str, Any]:
-        canary, says = route.state.canary, self._yard.canary_verdicts.get(route.model_id)
-        judged = says if says and canary and says["since"] == canary.since else {}
+        canary, last = route.state.canary, self._yard.canary_verdicts.get(route.model_id)
+        judged = last if last and canary and last["since"] == canary.since else {}
         return {
             "id": route.model_id,
             "serving": route.serving.engine if route.units else None,
@@ -82,7 +82,7 @@ class Status:
             "fallback": route.fallback,
             "undo": route.state.undo,
             "canary": {**canary.model_dump(), **judged} if canary else None,
-            "last_canary": says if canary is None else None,
+            "last_canary": last if canary is None else None,
             "shadow": self._shadow.status(route),
             "waiting": route.waiting,
             "holding": route.holding,
@@ -90,7 +90,7 @@ class Status:
             "unservable": route.unservable,
             "load": route.load,
             "pin": route.pin,
-            "dormant": route.unloaded,
+            "dormant": route.unloaded,  # the key that commands of the first version read
             "engines": [self._unit_status(unit) for unit in route.units.values()],
         }
 
