@@ -24,7 +24,7 @@ from engines.openai.call import GENERATING, Call, Refusal
 from engines.openai.dialect import Dialect, Json
 from engines.openai.sse import DONE, DONE_DATA, SseSplitter, read_event, write_event
 
-# what llama-server takes where a request says nothing (common/common.h, shown by its /props)
+# what llama-server uses where a request sets nothing (common/common.h, shown by its /props)
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 # the first one given counts (llama.cpp tools/server/server-task.cpp); -1 is no limit, 0 is answered with one token
 LIMITS = ("n_predict", "max_completion_tokens", "max_tokens")
@@ -204,9 +204,9 @@ class BinaryDialect(Dialect):
         if index not in self._opened:
             self._opened.add(index)
             yield {"finish_reason": None, "index": index, "delta": {"role": "assistant", "content": None}}
-        said = {key: value for key, value in (choice.get("delta") or {}).items() if key != "role" and value}
-        if said or logprobs:
-            changed: Json = {"finish_reason": None, "index": index, "delta": said or {"content": ""}}
+        delta = {key: value for key, value in (choice.get("delta") or {}).items() if key != "role" and value}
+        if delta or logprobs:
+            changed: Json = {"finish_reason": None, "index": index, "delta": delta or {"content": ""}}
             yield changed | ({"logprobs": logprobs} if logprobs else {})
         if finish:
             yield {"finish_reason": finish, "index": index, "delta": {}}
@@ -226,7 +226,7 @@ def without_llama_words(body: Json) -> Json:
             "grammar: this engine does not know llama.cpp's GBNF; ask for a JSON schema in response_format instead",
             code="unsupported_parameter",
         )
-    # null means "not said" to llama.cpp, and is a type error to others
+    # null means "not set" to llama.cpp, and is a type error to others
     plain = {key: value for key, value in body.items() if value is not None and key not in UNKNOWN}
     if isinstance(grammar, dict):  # mistral.rs's own: {"type": "regex", "value": ...}
         plain["grammar"] = grammar

@@ -1,4 +1,4 @@
-"""The OpenAI side of a request: what the yard has to know of it, and how it says no."""
+"""One request in OpenAI's API: what the yard reads of it, and how it is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BYTES_PER_TOKEN = 3  # of a request's JSON; only to guess how long a prompt may take
-LEAST_TOLD = 32
+LEAST_TOKENS = 32
 LLAMA_CPP_PREFILL = re.compile(rb'"prompt_n":\s*(\d+)[^}]*?"prompt_ms":\s*(\d+(?:\.\d+)?)')
 MISTRAL_RS_PREFILL = re.compile(rb'"avg_prompt_tok_per_sec":\s*(\d+(?:\.\d+)?)')
 PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
@@ -58,7 +58,7 @@ class Call:
         return len(self.raw) // BYTES_PER_TOKEN + 1
 
     def conversation(self) -> str:
-        """What stays the same while a conversation goes on: its key or user where given, else how it begins."""
+        """What stays the same during a conversation: its key or user where given, else how it begins."""
         for key in ("prompt_cache_key", "conversation", "user"):
             value = self.body.get(key)
             if isinstance(value, str) and value:
@@ -71,17 +71,17 @@ class Call:
         return json.dumps(self.body.get("prompt"), default=str)[:512]
 
 
-def told_prefill_rate(answer: bytes) -> float | None:
+def reported_prefill_rate(answer: bytes) -> float | None:
     """Tokens/s at which the engine read the prompt, out of its own timings; what lay in its cache is not among them.
 
     `answer` is the end of a stream, or a whole answer: llama.cpp's `timings`, or mistral.rs' `usage.avg_*`. None where
-    it tells nothing, or of so few tokens that the figure is mostly overhead.
+    it reports nothing, or so few tokens that the figure is mostly overhead.
     """
-    if (told := LLAMA_CPP_PREFILL.search(answer)) is not None:
-        tokens, seconds = int(told[1]), float(told[2]) / 1000
-        return tokens / seconds if tokens >= LEAST_TOLD and seconds > 0 else None
+    if (timings := LLAMA_CPP_PREFILL.search(answer)) is not None:
+        tokens, seconds = int(timings[1]), float(timings[2]) / 1000
+        return tokens / seconds if tokens >= LEAST_TOKENS and seconds > 0 else None
     rate, tokens_read = MISTRAL_RS_PREFILL.search(answer), PROMPT_TOKENS.search(answer)
-    if rate is None or tokens_read is None or int(tokens_read[1]) < LEAST_TOLD:
+    if rate is None or tokens_read is None or int(tokens_read[1]) < LEAST_TOKENS:
         return None
     return float(rate[1]) or None
 

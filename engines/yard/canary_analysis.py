@@ -58,7 +58,7 @@ class CanaryAnalysis:
 
     async def _look(self, route: Route) -> None:
         case = self._case(route)
-        # while the incumbent is out of order its traffic is the fallback's: it says nothing, and ends nothing
+        # while the incumbent is out of order its traffic is the fallback's, which is no comparison
         if case is None or route.moving is not None or route.fallback is not None or self._yard.stopping:
             return
         unit = route.units.get(case.canary.engine)

@@ -114,7 +114,7 @@ def wait_until_serving(
     client: YardClient,
     models: Sequence[str],
     ended: Callable[[], int | None] = lambda: None,
-    said: Callable[[], str] = lambda: "",
+    output: Callable[[], str] = lambda: "",
     stall_s: float = 10.0,
     *,
     say: Say,
@@ -122,21 +122,21 @@ def wait_until_serving(
     """Return when every one of `models` has an engine that serves.
 
     A load has no limit here: the yard itself sees when it stalls. A yard that does not answer has `stall_s` since its
-    last line of output, `said()`. Raises BadInput or EngineError with that line.
+    last line of output, `output()`. Raises BadInput or EngineError with that line.
     """
     moved, words = time.monotonic(), ""
     while True:
         code = ended()
         if code is not None:
-            raise (BadInput if code == BAD_INPUT else EngineError)(_last_words(said()))
+            raise (BadInput if code == BAD_INPUT else EngineError)(_last_words(output()))
         loading = _loading(client, models)
         if loading == "":
             return
         say(loading or "the yard is starting")
-        if loading is not None or said() != words:
-            moved, words = time.monotonic(), said()
+        if loading is not None or output() != words:
+            moved, words = time.monotonic(), output()
         elif time.monotonic() - moved > stall_s:
-            raise EngineError(f"the yard did not answer for {stall_s:.0f} s: {_last_words(said())}")
+            raise EngineError(f"the yard did not answer for {stall_s:.0f} s: {_last_words(output())}")
         time.sleep(POLL_S)
 
 
@@ -158,8 +158,8 @@ def _loading(client: YardClient, models: Sequence[str]) -> str | None:
     return ""
 
 
-def _last_words(said: str) -> str:
+def _last_words(output: str) -> str:
     """The line with which the yard gave up."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.partition("error:")[2].strip() for line in lines if line.startswith("error:")]
     return (errors or lines or ["the yard ended without a message"])[-1]

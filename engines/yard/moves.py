@@ -44,7 +44,7 @@ LEAST_LOAD_S = 5.0
 
 
 class MoveFailed(SwitchyardError):
-    """The move was given up; the text says why and which engine serves now."""
+    """The move was given up; the text has the reason and which engine serves now."""
 
 
 class Moves:

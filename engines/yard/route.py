@@ -19,7 +19,7 @@ class Full(Exception):
 
 
 class Unservable(Exception):
-    """No engine can serve the model now or soon; the text says why."""
+    """No engine can serve the model now or soon; the text has the reason."""
 
 
 @dataclass(eq=False)

@@ -341,5 +341,5 @@ class Yard:
 
 
 def _digest(conversation: str) -> str:
-    """A name of a conversation that does not hold what it says."""
+    """A name of a conversation that does not hold its text."""
     return hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

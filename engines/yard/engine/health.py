@@ -1,4 +1,4 @@
-"""Health is progress: the states of an engine, and the arithmetic that tells busy from wedged. Pure; it has no clock.
+"""Health of an engine: its states, and the arithmetic that separates busy from wedged. Pure; it has no clock.
 
 stopped -> loading -> ready <-> busy
 busy -> wedged                  requests in flight, and no token and no prompt progress for too long
@@ -50,7 +50,7 @@ def stall_limit_s(
 ) -> float:
     """How long a request that has no token yet may go without progress before its engine counts as wedged.
 
-    Where the engine tells how far the prompt is, the wait is for its next batch; else it is for the whole prompt.
+    Where the engine reports how far the prompt is, the wait is for its next batch; else it is for the whole prompt.
     `prefill_rate` in tokens/s as measured on this engine, None before there is one.
     """
     rate = prefill_rate if prefill_rate else UNKNOWN_PREFILL_RATE

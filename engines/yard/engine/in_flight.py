@@ -1,4 +1,4 @@
-"""One request that an engine works on: when it moved last, and what that says of the engine's speed."""
+"""One request that an engine works on: when it moved last, and the speed that it shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class InFlight:
         self.process = process
         self.held = False  # its client takes nothing and the buffer is full: the engine is not read, nor judged by it
         self.held_s = 0.0
-        self.generates = False  # its outcome says whether the engine still completes anything
+        self.generates = False  # its outcome shows whether the engine still completes anything
         self.failure = ""  # how the engine failed it, the client's own faults apart
         self.sent = self.moved = time.monotonic()
         self.first: float | None = None  # first chunk with content
@@ -52,7 +52,7 @@ class InFlight:
 
     @property
     def process_ended(self) -> str:
-        """Why its process ended; '' while it lives."""
+        """Why its process ended; '' while it runs."""
         return "" if self.process is None else self.process.ended_because
 
     def hold(self) -> None:

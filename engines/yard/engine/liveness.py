@@ -1,6 +1,6 @@
 """Whether a running engine works: judged by its requests while it has some, by probes while it is idle.
 
-A busy engine that is silent is asked how far it is, an idle one whether it lives. After failed requests in a row a
+A busy engine that is silent is asked how far it is, an idle one gets a liveness probe. After failed requests in a row a
 token of our own decides whether the engine or the requests are at fault.
 """
 
@@ -91,7 +91,7 @@ class Liveness:
             self._wake()
 
     async def verdict(self) -> tuple[Health, str] | None:
-        """Wedged or failing, when the evidence at hand says so."""
+        """Wedged or failing, on the evidence at hand."""
         self._stopped = self._stopped + 1 if is_stopped(self._pid) else 0
         if self._stopped >= STOPPED_LOOKS:
             return Health.WEDGED, "its process is stopped (state T: SIGSTOP or job control)"

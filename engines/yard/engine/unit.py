@@ -150,7 +150,7 @@ class Unit:
             await self._moved.wait()
 
     async def end_of(self, running: InFlight) -> str:
-        """Why the process of a request that broke off ended; '' when it lives.
+        """Why the process of a request that broke off ended; '' when it still runs.
 
         A broken connection is seen a moment before the end of the process.
         """

@@ -79,7 +79,7 @@ class Control:
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
         async def carry_out() -> None:
-            # a move goes on when the person who ordered it closes the terminal
+            # a move continues when the person who ordered it closes the terminal
             try:
                 if body.pop("version", FIRST) > VERSION:
                     raise SwitchyardError(too_old(name))

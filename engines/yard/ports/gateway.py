@@ -20,7 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
-from engines.openai.call import GENERATING, Call, Refusal, parse, told_prefill_rate
+from engines.openai.call import GENERATING, Call, Refusal, parse, reported_prefill_rate
 from engines.openai.dialect import Dialect
 from engines.process.serving import NOT_SUPPORTED
 from engines.yard.engine.connection import EngineAnswer, Gone
@@ -191,7 +191,7 @@ class Gateway:
                     return
                 data = await answer.read()
                 running.chunk(content=True)
-                running.prefill_rate = told_prefill_rate(data[-END_BYTES:])
+                running.prefill_rate = reported_prefill_rate(data[-END_BYTES:])
                 status, data = dialect.whole(answer.status, data)
                 running.failure = _failure(call, status, data)
                 await reply.whole(status, data)
@@ -226,7 +226,7 @@ class Gateway:
                 if reply.is_full:
                     await self._hold_back(route, running, reply)
         end = b"".join(last)
-        running.prefill_rate = told_prefill_rate(end)
+        running.prefill_rate = reported_prefill_rate(end)
         if b"[DONE]" not in end:
             raise Gone("the stream ended without its end")
         if rest := dialect.rest():

@@ -41,28 +41,28 @@ def one_line(text: object, most: int = 160) -> str:
 
 def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is to be known about a route, each with its kind: bad, wait, news or muted."""
-    said = []
+    shown = []
     if model["unservable"]:
-        said.append(("bad", f"Not served: {model['unservable']}"))
+        shown.append(("bad", f"Not served: {model['unservable']}"))
     if model["fallback"]:
-        said.append(("bad", f"Fallback: {model['committed']} is out of order, {model['fallback']} serves"))
+        shown.append(("bad", f"Fallback: {model['committed']} is out of order, {model['fallback']} serves"))
     if model["moving"]:
-        said.append(("wait", f"Under way: {model['moving']}"))
+        shown.append(("wait", f"Under way: {model['moving']}"))
     if model.get("dormant"):
-        said.append(("muted", "Not loaded; the next request loads it"))
+        shown.append(("muted", "Not loaded; the next request loads it"))
     if model["holding"]:
-        said.append(("wait", "Holding new requests"))
+        shown.append(("wait", "Holding new requests"))
     if canary := model["canary"]:
         share = f"{canary['engine']} answers {canary['weight']:.0%} of the conversations"
-        said.append(("news", f"Canary: {share}{_verdict(canary)}"))
+        shown.append(("news", f"Canary: {share}{_verdict(canary)}"))
     if shadow := model.get("shadow"):
-        said.append(("news", f"Shadow: {shadow['engine']} gets copies of {shadow['share']:.0%}{_verdict(shadow)}"))
+        shown.append(("news", f"Shadow: {shadow['engine']} gets copies of {shadow['share']:.0%}{_verdict(shadow)}"))
     if last := model.get("last_canary"):
-        said.append(("muted", f"Last canary{_verdict(last)}"))
+        shown.append(("muted", f"Last canary{_verdict(last)}"))
     usual = [f"{model['waiting']} waiting"]
     usual += [f"way back: {model['undo']}"] if model["undo"] else []
     usual += [f"engine chosen by hand: {model['selected']}"] if model["selected"] != "auto" else []
-    return [*said, ("muted", " · ".join(usual))]
+    return [*shown, ("muted", " · ".join(usual))]
 
 
 def _verdict(judged: Mapping[str, Any]) -> str:

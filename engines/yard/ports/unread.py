@@ -56,7 +56,7 @@ class Unread:
 
 
 class Comments:
-    """Tells the comments of a stream of server-sent events (keep-alives) from its content, piece by piece."""
+    """Separates the comments of a stream of server-sent events (keep-alives) from its content, piece by piece."""
 
     def __init__(self) -> None:
         self.open = False  # the last piece ended within a comment
@@ -87,7 +87,7 @@ class ClientConnection(Protocol):
 
 @dataclass
 class _Seen:
-    taken: int | None  # bytes that the other side has acknowledged; None where the system does not tell
+    taken: int | None  # bytes that the other side has acknowledged; None where the system does not report it
     unread: int
     since: float
 

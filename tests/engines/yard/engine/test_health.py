@@ -1,6 +1,6 @@
 """The arithmetic of health: limits, budget, rates."""
 
-from engines.openai.call import told_prefill_rate
+from engines.openai.call import reported_prefill_rate
 from engines.yard.engine.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
 
 
@@ -60,8 +60,8 @@ def test_a_rate_forgets():
 def test_the_prefill_rate_is_what_the_engine_tells_of_the_tokens_it_really_read():
     """A prompt that lay in the cache is no fast prefill: 2195 tokens, of which 7 were read."""
     llama_cpp = b'"timings":{"cache_n":2188,"prompt_n":70,"prompt_ms":700.0,"predicted_n":3}}\n\ndata: [DONE]\n\n'
-    assert told_prefill_rate(llama_cpp) == 100
-    assert told_prefill_rate(llama_cpp.replace(b'"prompt_n":70', b'"prompt_n":7')) is None
+    assert reported_prefill_rate(llama_cpp) == 100
+    assert reported_prefill_rate(llama_cpp.replace(b'"prompt_n":70', b'"prompt_n":7')) is None
     mistral_rs = b'"usage":{"completion_tokens":3,"prompt_tokens":40,"avg_prompt_tok_per_sec":15.5}'
-    assert told_prefill_rate(mistral_rs) == 15.5
-    assert told_prefill_rate(b"data: [DONE]") is None
+    assert reported_prefill_rate(mistral_rs) == 15.5
+    assert reported_prefill_rate(b"data: [DONE]") is None
