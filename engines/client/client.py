@@ -23,7 +23,7 @@ from engines.settings import Endpoint
 
 STALL_S = 300.0  # a CPU engine may prefill a long prompt for minutes without a word
 CONNECT_S = 10.0
-PARSED_AT_ONCE = 8  # chunks, some 0.1 ms: what parsing one stream may delay the stamps of its neighbours
+PARSED_AT_ONCE = 8  # chunks, some 0.1 ms: what parsing one stream may delay the stamps of the others
 
 
 def client_session() -> aiohttp.ClientSession:
@@ -44,38 +44,34 @@ async def stream_chat(
     *,
     cancel_after_chunks: int | None = None,
     stall_s: float = STALL_S,
-    keep_text: bool = True,
-    scheduled_ns: int | None = None,
 ) -> StreamRecord:
-    """What came of one streamed chat completion; a failure is a record with an `error_type`, never an exception.
+    """The record of one streamed chat completion; a failure is a record with an `error_type`, never an exception.
 
     `body` goes out as it is, with the endpoint's model (unless it names one), streaming and usage asked for.
     `cancel_after_chunks` closes the connection after that many SSE events. `stall_s` is the longest silence: no byte
-    but keep-alive comments, which mistral.rs goes on sending while it is stuck; there is no limit on the whole.
+    but keep-alive comments, which mistral.rs keeps sending while it is stuck; there is no limit on the whole.
     """
-    capture = await capture_stream(
-        session, endpoint, body, cancel_after=cancel_after_chunks, stall_s=stall_s, scheduled_ns=scheduled_ns
-    )
-    return await parse_capture(capture, keep_text=keep_text)
+    return await parse_capture(await capture_stream(session, endpoint, body, stall_s, cancel_after=cancel_after_chunks))
 
 
 async def capture_stream(
     session: aiohttp.ClientSession,
     endpoint: Endpoint,
     body: dict[str, Any],
-    *,
     stall_s: float,
+    *,
     cancel_after: int | None = None,
     scheduled_ns: int | None = None,
 ) -> Capture:
+    """The stamped chunks of one request, unparsed; see `stream_chat`."""
     url, data, headers = _request(endpoint, body)
     record = StreamRecord(sent_ns=time.monotonic_ns(), scheduled_ns=scheduled_ns)
     capture = Capture(record, stall_s, cancel_after)
     try:
         async with asyncio.timeout(None) as guard:
-            with _Watch(guard, capture):
-                async with session.post(url, data=data, headers=headers, allow_redirects=False) as response:
-                    await capture.read(response)
+            capture.watch(guard)
+            async with session.post(url, data=data, headers=headers, allow_redirects=False) as response:
+                await capture.read(response)
     except aiohttp.InvalidURL as problem:
         raise BadInput(f"endpoint of {endpoint.model_id}: base_url {endpoint.base_url!r} is no URL") from problem
     except aiohttp.ConnectionTimeoutError:
@@ -87,6 +83,8 @@ async def capture_stream(
     except (aiohttp.ClientError, OSError) as problem:
         when = "before a reply" if record.status is None else f"after {len(capture.chunks)} chunks"
         _fail(record, "stream_truncated", f"connection lost {when}: {type(problem).__name__}: {problem}")
+    finally:
+        capture.timer.cancel()
     return capture
 
 
@@ -107,7 +105,9 @@ def _fail(record: StreamRecord, error_type: ErrorType, error: str) -> None:
 
 
 class Capture:
-    """Stamps what arrives and watches for silence."""
+    """Stamps what arrives, and ends the wait when nothing has for too long."""
+
+    timer: asyncio.TimerHandle
 
     def __init__(self, record: StreamRecord, stall_s: float, cancel_after: int | None) -> None:
         self.chunks: list[tuple[int, bytes]] = []
@@ -116,9 +116,13 @@ class Capture:
         self._cancel_after = cancel_after
         self._progress_ns = record.sent_ns
 
-    def silent_ns_left(self) -> int:
-        """How much longer the silence may last."""
-        return self._progress_ns + self._stall_ns - time.monotonic_ns()
+    def watch(self, guard: asyncio.Timeout) -> None:
+        """Looks at the last progress when a timer rings, instead of setting the timer anew at every chunk."""
+        loop, left_s = asyncio.get_running_loop(), (self._progress_ns + self._stall_ns - time.monotonic_ns()) / 1e9
+        if left_s <= 0:
+            guard.reschedule(loop.time())
+        else:
+            self.timer = loop.call_later(left_s + 0.001, self.watch, guard)
 
     async def read(self, response: aiohttp.ClientResponse) -> None:
         """Collects the body of a 200 as stamped chunks; anything else becomes an error with the body's message."""
@@ -128,9 +132,6 @@ class Capture:
             self._progress_ns = time.monotonic_ns()
             _fail(self.record, "http_5xx" if response.status >= 500 else "http_4xx", _body_text(body))
             return
-        await self._read_stream(response)
-
-    async def _read_stream(self, response: aiohttp.ClientResponse) -> None:
         read, stamp, keep = response.content.readany, time.monotonic_ns, self.chunks.append
         events_left = self._cancel_after
         while data := await read():
@@ -146,28 +147,6 @@ class Capture:
                     return
 
 
-class _Watch:
-    """A timer that looks at the last progress when it rings, instead of being wound up again at every chunk."""
-
-    def __init__(self, guard: asyncio.Timeout, capture: Capture) -> None:
-        self._guard = guard
-        self._capture = capture
-        self._loop = asyncio.get_running_loop()
-
-    def __enter__(self) -> None:
-        self._timer = self._loop.call_later(self._capture.silent_ns_left() / 1e9, self._look)
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def _look(self) -> None:
-        left_s = self._capture.silent_ns_left() / 1e9
-        if left_s <= 0:
-            self._guard.reschedule(self._loop.time())
-        else:
-            self._timer = self._loop.call_later(left_s + 0.001, self._look)
-
-
 def _body_text(body: bytes) -> str:
     try:
         return error_text(json.loads(body.decode()))
@@ -175,8 +154,8 @@ def _body_text(body: bytes) -> str:
         return body[:ERROR_TEXT_CHARS].decode(errors="replace")
 
 
-async def parse_capture(capture: Capture, *, keep_text: bool) -> StreamRecord:
-    """As `parse_stream`, letting the streams that still run take their stamps in between."""
+async def parse_capture(capture: Capture, *, keep_text: bool = True) -> StreamRecord:
+    """The record of `capture`, parsed in turns with the streams that still run and take their stamps."""
     record, chunks = capture.record, capture.chunks
     if record.status != 200:
         return record

@@ -82,7 +82,9 @@ class RecordReader:
             if found in OUTPUT_KINDS or (found == "role" and kind == "empty"):
                 kind = found
         if kind in OUTPUT_KINDS and not any(event.kind in OUTPUT_KINDS for event in self._record.events):
-            self._record.first_chunk_tokens = _tokens_so_far(usage, timings)
+            # more than 1 where the event itself says so (vLLM's continuous usage)
+            so_far = (usage or {}).get("completion_tokens") or whole_number(timings, "predicted_n")
+            self._record.first_chunk_tokens = max(1, so_far or 1)
         self._record.usage = usage or self._record.usage
         self._record.engine_timings = timings or self._record.engine_timings
         return n_chars, kind  # type: ignore[return-value]
@@ -92,20 +94,14 @@ class RecordReader:
         content = delta.get("content") or ""
         reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
         calls = delta.get("tool_calls") or []
+        n_call_chars = 0
         if not choice.get("index"):
             self._record.finish_reason = choice.get("finish_reason") or self._record.finish_reason
             self._content.append(content)
             self._reasoning.append(reasoning)
             n_call_chars = sum(self._read_call(place, call) for place, call in enumerate(calls))
-        else:
-            n_call_chars = 0
-        kind: Kind = "role" if delta.get("role") else "empty"
-        if content:
-            kind = "content"
-        elif reasoning:
-            kind = "reasoning"
-        elif calls:
-            kind = "tool"
+        plain: Kind = "tool" if calls else "role" if delta.get("role") else "empty"
+        kind: Kind = "content" if content else "reasoning" if reasoning else plain
         return len(content) + len(reasoning) + n_call_chars, kind
 
     def _read_call(self, place: int, call: dict[str, Any]) -> int:
@@ -127,12 +123,6 @@ class RecordReader:
 
 def _head(data: bytes) -> str:
     return data[:120].decode(errors="replace")
-
-
-def _tokens_so_far(usage: dict[str, int] | None, timings: dict[str, float] | None) -> int:
-    """Tokens in the first event with output, where that event itself says so (vLLM continuous usage); else 1."""
-    from_usage = (usage or {}).get("completion_tokens")
-    return max(1, from_usage or whole_number(timings, "predicted_n") or 1)
 
 
 def read_usage(usage: Any) -> dict[str, int] | None:

@@ -42,7 +42,7 @@ class Event(NamedTuple):
 
 @dataclass(slots=True)
 class StreamRecord:
-    """All that one streamed request left behind; the derived numbers raise NoMeasurement where there is nothing.
+    """One streamed request; the derived numbers raise NoMeasurement where there is nothing to derive them from.
 
     `sent_ns` is taken before the connection is opened, on the monotonic clock. `scheduled_ns` is set in open loop,
     and latencies then count from it. `engine_timings` is in ms and tokens, named as llama.cpp names them.
@@ -123,27 +123,27 @@ class StreamRecord:
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens that were not cached, per second of TTFT; so it includes the front-end and one decode step."""
-        prompt, cached = self.prompt_tokens, self.cached_tokens
-        if prompt is None:
+        if self.prompt_tokens is None:
             raise NoMeasurement("no prefill rate: the stream carried no usage.prompt_tokens")
-        if prompt - (cached or 0) < 1:
+        computed = self.prompt_tokens - (self.cached_tokens or 0)
+        if computed < 1:
             raise NoMeasurement("no prefill rate: the whole prompt was cached")
-        return 1000 * (prompt - (cached or 0)) / self.ttft_ms
+        return 1000 * computed / self.ttft_ms
 
     @property
     def prompt_tokens(self) -> int | None:
-        """As `usage` says; None when it does not."""
+        """By `usage`; None without it."""
         return (self.usage or {}).get("prompt_tokens")
 
     @property
     def completion_tokens(self) -> int | None:
-        """As `usage` says, else the engine's own timing; None when neither does."""
+        """By `usage`, else by the engine's own timing; None when neither has it."""
         from_usage = (self.usage or {}).get("completion_tokens")
         return from_usage if from_usage is not None else whole_number(self.engine_timings, "predicted_n")
 
     @property
     def cached_tokens(self) -> int | None:
-        """Prompt tokens taken from a cache, by `usage`, else by the engine's timing; None when neither says."""
+        """Prompt tokens taken from a cache, by `usage`, else by the engine's timing; None when neither has it."""
         from_usage = (self.usage or {}).get("cached_tokens")
         return from_usage if from_usage is not None else whole_number(self.engine_timings, "cache_n")
 
@@ -170,20 +170,15 @@ class StreamRecord:
     def from_dict(cls, plain: dict[str, Any]) -> StreamRecord:
         """The record that `to_dict` was called on."""
         columns = plain["events"]
-        events, t_ns = [], 0
-        for gap, n_bytes, chars, letter in zip(
-            columns["gap_ns"], columns["bytes"], columns["chars"], columns["kinds"], strict=True
-        ):
-            t_ns += gap
-            events.append(Event(t_ns, n_bytes, chars, _KIND[letter]))
-        return cls(**{**plain, "events": events})
+        times = itertools.accumulate(columns["gap_ns"])
+        rows = zip(times, columns["bytes"], columns["chars"], columns["kinds"], strict=True)
+        return cls(**{**plain, "events": [Event(t_ns, size, chars, _KIND[kind]) for t_ns, size, chars, kind in rows]})
 
     def _output(self, at_least: int = 1) -> list[Event]:
         output = self.output_events
         if len(output) < at_least:
-            raise NoMeasurement(
-                f"{len(output)} events with output, {at_least} needed ({self.error_type or 'no error'})"
-            )
+            why = f"{len(output)} events with output, {at_least} needed ({self.error_type or 'no error'})"
+            raise NoMeasurement(why)
         return output
 
     def _since_start_ms(self, event: Event) -> float:
