@@ -61,11 +61,10 @@ async def capture_stream(
     stall_s: float,
     *,
     cancel_after: int | None = None,
-    scheduled_ns: int | None = None,
 ) -> Capture:
     """The stamped chunks of one request, unparsed; see `stream_chat`."""
     url, data, headers = _request(endpoint, body)
-    record = StreamRecord(sent_ns=time.monotonic_ns(), scheduled_ns=scheduled_ns)
+    record = StreamRecord(sent_ns=time.monotonic_ns())
     capture = Capture(record, stall_s, cancel_after)
     try:
         async with asyncio.timeout(None) as guard:

@@ -25,9 +25,6 @@ _LETTER: dict[Kind, str] = {
 }
 
 
-_KIND: dict[str, Kind] = {letter: kind for kind, letter in _LETTER.items()}
-
-
 OUTPUT_KINDS: frozenset[Kind] = frozenset({"content", "reasoning", "tool"})
 
 
@@ -44,12 +41,11 @@ class Event(NamedTuple):
 class StreamRecord:
     """One streamed request; the derived numbers raise NoMeasurement where there is nothing to derive them from.
 
-    `sent_ns` is taken before the connection is opened, on the monotonic clock. `scheduled_ns` is set in open loop,
-    and latencies then count from it. `engine_timings` is in ms and tokens, named as llama.cpp names them.
+    `sent_ns` is taken before the connection is opened, on the monotonic clock. `engine_timings` is in ms and
+    tokens, named as llama.cpp names them.
     """
 
     sent_ns: int
-    scheduled_ns: int | None = None
     status: int | None = None
     error_type: ErrorType | None = None
     error: str | None = None
@@ -76,21 +72,14 @@ class StreamRecord:
         return [event for event in self.events if event.kind in OUTPUT_KINDS]
 
     @property
-    def dispatch_delay_ms(self) -> float:
-        """From the scheduled to the actual sending; the client's own delay, not the engine's."""
-        if self.scheduled_ns is None:
-            raise NoMeasurement("no dispatch delay: the request was not sent on a schedule")
-        return (self.sent_ns - self.scheduled_ns) / 1e6
-
-    @property
     def ttft_ms(self) -> float:
-        """Scheduled (open loop) or sent (closed loop) to the first event with output."""
-        return self._since_start_ms(self._output()[0])
+        """From sending to the first event with output."""
+        return self._output()[0].t_ns / 1e6
 
     @property
     def e2e_ms(self) -> float:
-        """Scheduled (open loop) or sent (closed loop) to the last event with output."""
-        return self._since_start_ms(self._output()[-1])
+        """From sending to the last event with output."""
+        return self._output()[-1].t_ns / 1e6
 
     @property
     def icl_ms(self) -> list[float]:
@@ -149,11 +138,11 @@ class StreamRecord:
 
     def metrics(self) -> dict[str, Any]:
         """The derived numbers by name; None where there is no measurement."""
-        names = ("ttft_ms", "tpot_ms", "icl_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s", "dispatch_delay_ms")
+        names = ("ttft_ms", "tpot_ms", "icl_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s")
         return {name: measured(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, some 12 bytes an event: times as gaps in ns, kinds as one letter each. `from_dict` undoes it."""
+        """JSON-able, some 12 bytes an event: times as gaps in ns, kinds as one letter each."""
         plain: dict[str, Any] = {
             name: getattr(self, name) for name in self.__slots__ if name != "events" and getattr(self, name) is not None
         }
@@ -166,24 +155,12 @@ class StreamRecord:
         }
         return plain
 
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> StreamRecord:
-        """The record that `to_dict` was called on."""
-        columns = plain["events"]
-        times = itertools.accumulate(columns["gap_ns"])
-        rows = zip(times, columns["bytes"], columns["chars"], columns["kinds"], strict=True)
-        return cls(**{**plain, "events": [Event(t_ns, size, chars, _KIND[kind]) for t_ns, size, chars, kind in rows]})
-
     def _output(self, at_least: int = 1) -> list[Event]:
         output = self.output_events
         if len(output) < at_least:
             why = f"{len(output)} events with output, {at_least} needed ({self.error_type or 'no error'})"
             raise NoMeasurement(why)
         return output
-
-    def _since_start_ms(self, event: Event) -> float:
-        start_ns = self.sent_ns if self.scheduled_ns is None else self.scheduled_ns
-        return (self.sent_ns + event.t_ns - start_ns) / 1e6
 
     def _decoded_tokens(self) -> int:
         tokens = self.completion_tokens
