@@ -19,14 +19,14 @@ class Busy(BadInput):
     """Another process has the home for its experiment."""
 
 
-SOAK = "a window of the soak"  # it is short: others wait for its end
+SOAK = "a window of the soak"  # short: others wait for its end
 WAIT_S = 900.0
 POLL_S = 1.0
 
 
 @contextlib.contextmanager
 def alone(home: Path, what: str) -> Iterator[None]:
-    """The only experiment of this home while the block runs; a part of one that this process has begun goes on.
+    """The only experiment of this home while the block runs; a part of one that this process has begun is let in.
 
     The kernel lets go of the lock when the process dies, however it dies. Raises Busy, which names the other one; the
     end of a soak's window is waited for.

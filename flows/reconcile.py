@@ -1,7 +1,7 @@
-"""After a crash, the truth again: no engine without an owner, no run without a process, no step left half open.
+"""Cleaning up after a crash: engines without an owner end, runs without a process are closed, and their open steps.
 
-Runs at the start of every flow and every five minutes. It asks the kernel for processes, the yard for traffic, and
-our own records for what was under way; what the same command would go on with is left to it. Safe at any time, twice.
+It asks the kernel for processes, the yard for traffic and the records for what was under way; what the same command
+would resume is left to that. Safe at any time, and twice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.states import Crashed
 
 from engines.errors import SwitchyardError
 from engines.home import host
@@ -24,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def reconcile(home: Path, records: Records, say: Say = lambda _: None) -> list[str]:
-    """What was found and mended, one line each; nothing for a home where all is well."""
+    """What was found and fixed, one line each; nothing for a home where all is well."""
     lines = [f"ended, left behind by a killed run: {ended}" for ended in end_orphans(home)]
     for run in records.history(LOOK_BACK, host=host()):
         if run.shown_status == "killed":
@@ -41,15 +44,15 @@ def _closed(run: Run, records: Records, yard: YardClient, say: Say) -> list[str]
         if step.state == "intent" and (why := _over(step, run, yard, say)):
             records.put_step(run.id, step.model_id, step.step, "failed", {**step.detail, "why": why})
             lines.append(f"run {run.id}: {step.model_id} · {step.step}: {why}")
-    records.finish_run(run.id, "interrupted", error="its process ended without a word: killed, or out of memory")
-    lines.append(f"run {run.id} ({run.kind}) was killed; the same command goes on with it")
+    records.finish_run(run.id, "interrupted", error="process vanished (killed or out of memory)")
+    lines.append(f"run {run.id} ({run.kind}) was killed; the same command resumes it")
     if run.flow_run_id:
         _mark_crashed(run.flow_run_id)
     return lines
 
 
 def _over(step: Step, run: Run, yard: YardClient, say: Say) -> str | None:
-    """Why an open step is over; None when its effect lasts and the same command goes on from there."""
+    """Why an open step is over; None when its effect lasts and the same command resumes there."""
     route = _route(yard, step.model_id)
     if step.step == "rollback":
         _roll_back(run, step.model_id, route, yard, say)
@@ -82,10 +85,7 @@ def _route(yard: YardClient, model_id: str) -> dict[str, Any] | None:
 
 
 def _mark_crashed(flow_run_id: str) -> None:
-    """Prefect shows a run whose process it did not see die as running for ever. Best effort: ours is the truth."""
-    from prefect.client.orchestration import get_client
-    from prefect.states import Crashed
-
+    """Prefect shows a run whose process it did not see die as running for ever. Best effort: our records count."""
     with contextlib.suppress(Exception), get_client(sync_client=True) as client:
         known = client.read_flow_run(UUID(flow_run_id)).state
         if known is not None and (known.is_running() or known.is_pending()):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from engines.deadline import Background
+from engines.redaction import redacted
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, prepared_home, print_json, run_table
-from flows.evaluation.rejudge import past
+from flows.evaluation.rejudge import LOCKED_S, READ_S
+from tasks.records.store import open_records
+from tasks.records.tables import Run
+
+DATABASE = "the database of the records"
 
 
 def history(
@@ -26,3 +32,30 @@ def history(
         out.print(run_table(runs), soft_wrap=False)
         evaluations = [run["run_id"] for run in runs if run["kind"] == "evaluate"]
         out.print(next_command(f"switchyard report {evaluations[0]}" if evaluations else "switchyard status"))
+
+
+def past(limit: int) -> list[dict[str, Any]]:
+    """The latest runs, newest first."""
+
+    def read() -> list[dict[str, Any]]:
+        with open_records(wait_s=LOCKED_S) as records:
+            return [run_row(run) for run in records.history(limit)]
+
+    return Background(DATABASE, read).result(READ_S)
+
+
+def run_row(run: Run) -> dict[str, Any]:
+    """A recorded run as plain JSON."""
+    took = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
+    row = {
+        "run_id": run.id,
+        "kind": run.kind,
+        "plan": run.name,
+        "status": run.shown_status,
+        "verdict": run.verdict,
+        "started_at": run.started_at.isoformat(),
+        "took_s": took,
+        "error": run.error,
+        "report": run.report_path,
+    }
+    return dict(redacted(row))  # what an older version stored may still hold a secret

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,14 +15,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from engines.deadline import Background
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
+from engines.process.process import end_orphans, registered
 from engines.units import ago, size
 from engines.yard.client import YardClient
 from engines.yard.ports.page import notes, one_line, retired
+from flows.cli.history import DATABASE, run_row
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, prepared_home, print_json, run_table
-from flows.evaluation.rejudge import current
+from flows.evaluation.rejudge import LOCKED_S, READ_S
+from tasks.records.store import open_records
 
 STATES = {
     "ready": "green",
@@ -79,6 +85,47 @@ def _print_evaluations(state: Mapping[str, Any], of_yard: set[int | None]) -> No
                 out.print(next_command(f"switchyard evaluate --resume {last['run_id']}"))
             elif last["kind"] in MOVES:
                 out.print(next_command("switchyard migrate"))
+
+
+def current(home: Path) -> dict[str, Any]:
+    """Runs and processes that are alive, what was left behind and ended just now, and the last run.
+
+    `records` is None, or one line that says why no run is shown: they are locked, unreadable or out of reach.
+    """
+
+    def read() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        with open_records(wait_s=LOCKED_S) as records:
+            runs = records.history(50)
+            return [
+                {**run_row(run), "pid": run.owner_pid, "evidence": len(records.list_evidence(run.id))}
+                for run in runs
+                if run.shown_status == "running"
+            ], run_row(runs[0]) if runs else None
+
+    reading = Background(DATABASE, read)
+    ended = end_orphans(home)
+    running: list[dict[str, Any]] = []
+    last = problem = None
+    try:
+        running, last = reading.result(READ_S)
+    except SwitchyardError as error:
+        problem = str(error)
+    return {
+        "records": problem,
+        "running": running,
+        "processes": [
+            {"name": name, "pid": process.pid, "memory_bytes": _rss(process)} for name, process in registered(home)
+        ],
+        "ended": ended,
+        "last": last,
+    }
+
+
+def _rss(process: psutil.Process) -> int | None:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return None
 
 
 # --- the yard

@@ -409,9 +409,9 @@ def test_a_killed_run_is_marked_and_left_to_its_command(records: Records, tmp_pa
     said: list[str] = []
     lines = reconcile(tmp_path, records, said.append)
     assert lines == said
-    assert lines[-1] == f"run {run_id} (migrate) was killed; the same command goes on with it"
+    assert lines[-1] == f"run {run_id} (migrate) was killed; the same command resumes it"
     run = records.find_run(run_id)
-    assert (run.status, run.error) == ("interrupted", "its process ended without a word: killed, or out of memory")
+    assert (run.status, run.error) == ("interrupted", "process vanished (killed or out of memory)")
     assert states(records, run_id) == {"precondition": "done", "rehearsal": "failed", "promote": "failed"}
     why = {step.step: step.detail for step in records.steps(run_id)}
     assert why["promote"] == {"kept": 1, "why": "its process ended before the model moved"}
@@ -432,7 +432,7 @@ def test_an_open_promote_is_what_the_yard_says(yard: FakeYard, records: Records,
 
 @pytest.mark.parametrize("there", [True, False])
 def test_an_open_canary_is_what_the_yard_says(yard: FakeYard, records: Records, there: bool) -> None:
-    """While the yard has it, the yard judges it, and the same command goes on watching."""
+    """While the yard has it, the yard judges it, and the same command continues to watch."""
     if there:
         yard.client.order("canary", model="m", to="new", weight=0.2)
     run_id = killed(records, canary_0_2="intent")
@@ -448,7 +448,7 @@ def test_a_rollback_that_was_begun_is_finished(yard: FakeYard, records: Records)
     lines = reconcile(yard.home, records)
     assert yard.route()["serving"] == yard.route()["committed"] == "old"
     assert states(records, run_id) == {"promote": "done", "rollback": "intent"}
-    assert lines == [f"run {run_id} (migrate) was killed; the same command goes on with it"]
+    assert lines == [f"run {run_id} (migrate) was killed; the same command resumes it"]
     moves = [event for event in yard.client.status()["events"] if event["kind"] == "move"]
     killed(records, promote="done", rollback="intent")
     reconcile(yard.home, records)
