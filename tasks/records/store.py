@@ -11,10 +11,9 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import (
@@ -56,16 +55,15 @@ def open_records(
 ) -> Records:
     """The records at a path or URL, or at their usual place; created or upgraded in place first.
 
-    Whatever another program keeps locked is waited for no longer than `wait_s` seconds at a time.
-    Raises BadInput in one line for what the user can mend: no such directory, not a database, another program's,
-    a newer Switchyard's. Close it, or use it in a `with`.
+    A wait for another program's lock ends after `wait_s` seconds. Raises BadInput for what the user can fix: no such
+    directory, not a database, another program's, a newer Switchyard's. Close it, or use it in a `with`.
     """
     url = database(where)
     return Records(open_database(url, schema, wait_s=wait_s), shown(url))
 
 
-class Records:
-    """The stored rows. Rows that are handed out are copies: to change one, call the method that stores it."""
+class _Database:
+    """A database with one short transaction per unit of work, and upserts that SQLite and PostgreSQL both take."""
 
     def __init__(self, engine: Engine, place: str) -> None:
         self.engine = engine
@@ -75,14 +73,43 @@ class Records:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the database; safe to call twice."""
+        """Close the connections; safe to call twice."""
         self.engine.dispose()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that reads; what the driver raises comes as one line of ours."""
+        with explained(self.engine.url), Session(self.engine) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that is committed at the end of the block."""
+        with explained(self.engine.url), Session(self._writing, expire_on_commit=False) as session:
+            yield session
+            session.commit()
+
+    def insert(self, table: type[_Table]) -> postgresql.Insert | sqlite.Insert:
+        """An INSERT that knows ON CONFLICT: both databases have it in one form, SQLAlchemy in a module for each."""
+        insert = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
+        return insert(METADATA.tables[str(table.__tablename__)])
+
+    def put(self, table: type[_Table], rows: list[dict[str, Any]], *, on: tuple[str, ...]) -> None:
+        """Store `rows`, each in place of the one with the same values in the columns `on`."""
+        if not rows:
+            return
+        statement = self.insert(table)
+        fresh = {name: statement.excluded[name] for name in rows[0] if name not in on}
+        with self.write() as session:
+            session.execute(statement.on_conflict_do_update(index_elements=list(on), set_=fresh), rows)
+
+
+class Records(_Database):
+    """The stored rows. Rows that are handed out are copies: to change one, call the method that stores it."""
 
     # runs
 
@@ -102,7 +129,7 @@ class Records:
             flow_run_id=flow_run_id,
             **_this_process(),
         )
-        with self._write() as session:
+        with self.write() as session:
             run.id = _free_id(session, run.started_at)
             session.add(run)
         return run
@@ -119,7 +146,7 @@ class Records:
                     f"{self.place}: no run{f' of kind {kind}' if kind else ''} is recorded yet for this host"
                 )
             return found[0]
-        with self._read() as session:
+        with self.read() as session:
             exact = session.get(Run, ref)
             if exact:
                 return exact
@@ -141,13 +168,13 @@ class Records:
             .where(col(Run.status) != "done")
             .order_by(col(Run.started_at).desc(), col(Run.id).desc())
         )
-        with self._read() as session:
+        with self.read() as session:
             runs = list(session.scalars(query))
         return next((run for run in runs if run.shown_status != "running"), None)
 
     def resume_run(self, run_id: str, *, flow_run_id: str | None = None) -> Run:
         """The run, "running" again and owned by this process. Raises BadInput while another process runs it."""
-        with self._write() as session:
+        with self.write() as session:
             run = _existing(session, run_id)
             mine = _this_process()
             is_mine = all(getattr(run, name) == value for name, value in mine.items())
@@ -169,14 +196,14 @@ class Records:
         error: str | None = None,
         report_path: str | Path | None = None,
     ) -> Run:
-        """The run as it ended; what is None stays as stored."""
-        return self._change_run(
+        """Store how the run ended; what is None stays as stored."""
+        return self.note_run(
             run_id,
             status=status,
             ended_at=_now(),
             verdict=verdict.value if verdict else None,
-            error=storable_text(error) if error else None,
-            report_path=str(report_path) if report_path else None,
+            error=error,
+            report_path=report_path,
         )
 
     def note_run(
@@ -185,17 +212,20 @@ class Records:
         *,
         environment: Any = None,
         report_path: str | Path | None = None,
-        flow_run_id: str | None = None,
         error: str | None = None,
+        **columns: Any,
     ) -> Run:
-        """The run with what became known while or after it ran; None changes nothing."""
-        return self._change_run(
-            run_id,
-            flow_run_id=flow_run_id,
-            error=storable_text(error) if error else None,
-            report_path=str(report_path) if report_path else None,
-            environment=None if environment is None else redact(environment),
-        )
+        """Store what became known while or after the run ran; None changes nothing."""
+        columns |= {
+            "error": storable_text(error) if error else None,
+            "report_path": str(report_path) if report_path else None,
+            "environment": None if environment is None else redact(environment),
+        }
+        with self.write() as session:
+            run = _existing(session, run_id)
+            for name, value in _given(**columns).items():
+                setattr(run, name, value)
+        return run
 
     def history(
         self, limit: int = 20, *, kind: str | None = None, name: str | None = None, host: str | None = None
@@ -203,7 +233,7 @@ class Records:
         """The latest runs, newest first; those of one host of a fleet with `host`."""
         query = select(Run).order_by(col(Run.started_at).desc(), col(Run.id).desc()).limit(limit)
         query = query.filter_by(**_given(kind=kind, name=name, owner_host=host))
-        with self._read() as session:
+        with self.read() as session:
             return list(session.scalars(query))
 
     # evidence
@@ -219,7 +249,7 @@ class Records:
         key: str = "",
         environment: Any = None,
     ) -> None:
-        """Stores `payload`, in place of what was stored for the same run, model, arm, kind and key.
+        """Store `payload`, in place of what was stored for the same run, model, arm, kind and key.
 
         Raises SwitchyardError, naming the place, for NaN and infinity: what was not measured is None.
         """
@@ -233,7 +263,7 @@ class Records:
             "environment": redact(environment or {}),
             "recorded_at": _now(),
         }
-        self._put(Evidence, [row], on=("run_id", "model_id", "arm", "kind", "key"))
+        self.put(Evidence, [row], on=("run_id", "model_id", "arm", "kind", "key"))
 
     def get_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> Evidence | None:
         """The evidence, or None when it was not recorded."""
@@ -241,9 +271,9 @@ class Records:
         return found[0] if found else None
 
     def has_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> bool:
-        """Whether it was recorded: a run that was killed goes on behind it. The payload is not read."""
+        """Whether it was recorded, so that a resumed run can skip it. The payload is not read."""
         query = select(col(Evidence.id)).filter_by(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)
-        with self._read() as session:
+        with self.read() as session:
             return session.scalar(query) is not None
 
     def list_evidence(
@@ -258,25 +288,25 @@ class Records:
         """The evidence of a run, narrowed by what is given, in the order in which it was first recorded."""
         wanted = _given(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)
         query = select(Evidence).filter_by(**wanted).order_by(col(Evidence.id))
-        with self._read() as session:
+        with self.read() as session:
             return list(session.scalars(query))
 
     def drop_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> None:
-        """Forgets one piece of evidence, so that a resumed run measures it; none is no error."""
+        """Delete one piece of evidence, so that a resumed run measures it; none is no error."""
         query = delete(Evidence).filter_by(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)
-        with self._write() as session:
+        with self.write() as session:
             session.execute(query)
 
     def evidence_environments(self, run_id: str, model_id: str) -> list[dict[str, Any]]:
-        """Under which environment each piece of evidence of a model was measured. No payload is read."""
+        """The environment in which each piece of evidence of a model was measured. No payload is read."""
         query = select(col(Evidence.environment)).filter_by(run_id=run_id, model_id=model_id)
-        with self._read() as session:
+        with self.read() as session:
             return list(session.scalars(query))
 
     # checks
 
     def put_checks(self, run_id: str, model_id: str, results: Iterable[CheckResult]) -> None:
-        """Stores each result, in place of one of the same name."""
+        """Store each result, in place of one of the same name."""
         moment = _now()
         rows = [
             {
@@ -289,19 +319,19 @@ class Records:
             }
             for result in results
         ]
-        self._put(Check, rows, on=("run_id", "model_id", "check"))
+        self.put(Check, rows, on=("run_id", "model_id", "check"))
 
     def drop_checks(self, run_id: str, model_id: str | None = None) -> None:
-        """Forgets the verdicts of a run (not its evidence), before all of it is judged anew."""
+        """Delete the verdicts of a run (not its evidence), before all of it is judged anew."""
         query = delete(Check).filter_by(**_given(run_id=run_id, model_id=model_id))
-        with self._write() as session:
+        with self.write() as session:
             session.execute(query)
 
     def checks(self, run_id: str) -> dict[str, list[CheckResult]]:
         """The results of a run by model, each in the order in which it was first recorded."""
         query = select(Check).filter_by(run_id=run_id).order_by(col(Check.id))
         by_model: dict[str, list[CheckResult]] = {}
-        with self._read() as session:
+        with self.read() as session:
             for row in session.scalars(query):
                 by_model.setdefault(row.model_id, []).append(row.result)
         return by_model
@@ -309,18 +339,18 @@ class Records:
     # steps and decisions
 
     def put_step(self, run_id: str, model_id: str, step: str, state: StepState, detail: Any = None) -> None:
-        """Stores where a step stands, in place of where it stood; it is on the disk when this returns."""
+        """Store where a step stands, in place of where it stood; it is on the disk when this returns."""
         row = {"run_id": run_id, "model_id": model_id, "step": step, "state": state}
-        self._put(Step, [{**row, "detail": detail or {}, "at": _now()}], on=("run_id", "model_id", "step"))
+        self.put(Step, [{**row, "detail": detail or {}, "at": _now()}], on=("run_id", "model_id", "step"))
 
     def steps(self, run_id: str, model_id: str | None = None) -> list[Step]:
         """The steps of a run, or of one model in it, in the order in which they were first begun."""
         query = select(Step).filter_by(**_given(run_id=run_id, model_id=model_id)).order_by(col(Step.id))
-        with self._read() as session:
+        with self.read() as session:
             return list(session.scalars(query))
 
     def put_decision(self, run_id: str, model_id: str, kind: str, *, who: str, why: str) -> Decision:
-        """The decision as recorded; the same one said again (a run that is gone on with) stays one row."""
+        """The decision as recorded; repeated by a resumed run, it stays one row."""
         same = {
             "run_id": run_id,
             "model_id": model_id,
@@ -328,7 +358,7 @@ class Records:
             "who": storable_text(who),
             "why": storable_text(why),
         }
-        with self._write() as session:
+        with self.write() as session:
             found = session.scalar(select(Decision).filter_by(**same))
             decision = found or Decision(id=None, **same, at=_now())
             session.add(decision)
@@ -337,7 +367,7 @@ class Records:
     def decisions(self, run_id: str, model_id: str | None = None) -> list[Decision]:
         """What was decided in a run, or about one model in it, oldest first."""
         query = select(Decision).filter_by(**_given(run_id=run_id, model_id=model_id)).order_by(col(Decision.id))
-        with self._read() as session:
+        with self.read() as session:
             return list(session.scalars(query))
 
     # samples
@@ -346,12 +376,6 @@ class Records:
         """A writer of long series that stores them each time one of them has `every` new points."""
         return SeriesWriter(self, run_id, model_id, arm, every=every)
 
-    def append_samples(self, run_id: str, model_id: str, arm: Arm, series: str, points: Sequence[Point]) -> None:
-        """Stores `points` (epoch seconds, value or None) behind those of the series that are there."""
-        with self.series_writer(run_id, model_id, arm, every=CHUNK_POINTS) as writer:
-            for t, value in points:
-                writer.append(series, t, value)
-
     def read_samples(self, run_id: str, model_id: str, arm: Arm, series: str) -> Series:
         """The whole series in order of arrival; empty when nothing was recorded."""
         query = (
@@ -359,15 +383,8 @@ class Records:
             .filter_by(run_id=run_id, model_id=model_id, arm=arm, series=series)
             .order_by(col(Sample.chunk))
         )
-        with self._read() as session:
+        with self.read() as session:
             return joined([unpack(packed) for packed in session.scalars(query)])
-
-    def list_series(self, run_id: str) -> list[tuple[str, str, str, int]]:
-        """What series a run has: (model, arm, series, points)."""
-        keys = (col(Sample.model_id), col(Sample.arm), col(Sample.series))
-        query = select(*keys, func.sum(Sample.n)).filter_by(run_id=run_id).group_by(*keys).order_by(*keys)
-        with self._read() as session:
-            return [(model, arm, series, int(n)) for model, arm, series, n in session.execute(query)]
 
     # corrections
 
@@ -376,8 +393,8 @@ class Records:
         if not (math.isfinite(ratio) and ratio > 0):
             raise NoMeasurement(f"a memory ratio of {ratio} teaches nothing: it must be positive")
         new = {"engine": engine, "architecture": architecture, "ratio": 1.0, "samples": 0, "updated_at": _now()}
-        with self._write() as session:
-            session.execute(self._insert(Correction).on_conflict_do_nothing(), [new])
+        with self.write() as session:
+            session.execute(self.insert(Correction).on_conflict_do_nothing(), [new])
             # FOR UPDATE on PostgreSQL; on SQLite the transaction has the lock already
             row = session.get_one(Correction, (engine, architecture), with_for_update=True)
             row.ratio = math.exp((row.samples * math.log(row.ratio) + math.log(ratio)) / (row.samples + 1))
@@ -387,41 +404,8 @@ class Records:
 
     def correction(self, engine: str, architecture: str) -> Correction | None:
         """What was learned of an engine and an architecture; None before the first launch."""
-        with self._read() as session:
+        with self.read() as session:
             return session.get(Correction, (engine, architecture))
-
-    # how
-
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[Session]:
-        with explained(self.engine.url), Session(self.engine) as session:
-            yield session
-
-    @contextlib.contextmanager
-    def _write(self) -> Iterator[Session]:
-        with explained(self.engine.url), Session(self._writing, expire_on_commit=False) as session:
-            yield session
-            session.commit()
-
-    def _change_run(self, run_id: str, **changes: Any) -> Run:
-        with self._write() as session:
-            run = _existing(session, run_id)
-            for name, value in _given(**changes).items():
-                setattr(run, name, value)
-        return run
-
-    def _insert(self, table: type[_Table]) -> postgresql.Insert | sqlite.Insert:
-        # both databases have ON CONFLICT in the same form; SQLAlchemy keeps one module for each
-        insert = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
-        return insert(METADATA.tables[str(table.__tablename__)])
-
-    def _put(self, table: type[_Table], rows: list[dict[str, Any]], *, on: tuple[str, ...]) -> None:
-        if not rows:
-            return
-        statement = self._insert(table)
-        fresh = {name: statement.excluded[name] for name in rows[0] if name not in on}
-        with self._write() as session:
-            session.execute(statement.on_conflict_do_update(index_elements=list(on), set_=fresh), rows)
 
 
 class SeriesWriter:
@@ -441,13 +425,11 @@ class SeriesWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.flush()
 
     def append(self, series: str, t: float, value: float | None) -> None:
-        """Adds one point: epoch seconds (kept to 1 ms) and the value, None for 'not measured'."""
+        """Add one point: epoch seconds (kept to 1 ms) and the value, None for 'not measured'."""
         if not math.isfinite(t) or (value is not None and not math.isfinite(value)):
             raise SwitchyardError(f"{series} at {t} is {value}: store None for what was not measured")
         with self._lock:
@@ -457,14 +439,14 @@ class SeriesWriter:
                 self._store()
 
     def flush(self) -> None:
-        """Stores every point that is not stored yet."""
+        """Store every point that is not stored yet."""
         with self._lock:
             self._store()
 
     def _store(self) -> None:
         fresh = {series: tail for series, tail in self._tails.items() if len(tail.points) > tail.stored}
         rows = [row for series, tail in fresh.items() for row in self._rows(series, tail)]
-        self._records._put(Sample, rows, on=("run_id", "model_id", "arm", "series", "chunk"))
+        self._records.put(Sample, rows, on=("run_id", "model_id", "arm", "series", "chunk"))
         for tail in fresh.values():
             tail.settle()
 
@@ -480,7 +462,7 @@ class SeriesWriter:
     def _first_chunk(self, series: str) -> int:
         """Behind what an earlier process stored of the same series."""
         query = select(func.max(Sample.chunk)).filter_by(**self._row, series=series)
-        with self._records._read() as session:
+        with self._records.read() as session:
             last = session.scalar(query)
         return 0 if last is None else last + 1
 

@@ -21,6 +21,7 @@ from gguf_files import write_gguf
 from processes import of_home
 from pydantic import SecretStr
 from rich.console import Console
+from stored_series import list_series
 from waiting import until
 
 from engines.errors import BadInput, SwitchyardError
@@ -224,7 +225,7 @@ def test_a_window_is_evidence_and_the_next_one_joins_the_run(box: Box) -> None:
     assert model["breached"] == []
     with box.records() as records:
         row = records.list_evidence(run.id, kind="soak", arm="candidate")[0]
-        series = {name: points for _, _, name, points in records.list_series(run.id)}
+        series = {name: points for _, _, name, points in list_series(records, run.id)}
         assert {check.check for check in records.checks(run.id)["m"]} >= {"stability.failures", "stability.served"}
     assert row.environment["engines"][0]["engine"] == NEW
     assert row.environment["engines"][0]["argv"]

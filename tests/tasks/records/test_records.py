@@ -22,6 +22,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from pydantic import BaseModel, SecretStr
 from sqlalchemy import create_engine, text
+from stored_series import append_samples, list_series
 
 import tasks.records.store
 from engines.errors import BadInput, NoMeasurement, SwitchyardError
@@ -199,7 +200,7 @@ def test_a_killed_run_keeps_what_it_measured_and_is_shown_as_killed(file: Path) 
         left = records.unfinished({"plan": 1}, kind="soak")
         assert left is not None
         assert records.resume_run(left.id).shown_status == "running"
-        records.append_samples(run_id, "m", "candidate", "rss_anon_bytes", [(2000.0, None)])
+        append_samples(records, run_id, "m", "candidate", "rss_anon_bytes", [(2000.0, None)])
         series = records.read_samples(run_id, "m", "candidate", "rss_anon_bytes")
     assert series.points() == [*((1000.0 + t, 5.0 * t) for t in range(20)), (2000.0, None)]
 
@@ -331,7 +332,7 @@ def test_samples_are_stored_as_they_come_and_in_few_chunks(records: Records) -> 
         assert len(records.read_samples(run.id, "m", "candidate", "rss_anon_bytes")) == CHUNK_POINTS + 50
     series = records.read_samples(run.id, "m", "candidate", "rss_anon_bytes")
     assert series.points() == [(float(index), float(index * 3)) for index in range(total)]
-    assert records.list_series(run.id) == [("m", "candidate", "rss_anon_bytes", total)]
+    assert list_series(records, run.id) == [("m", "candidate", "rss_anon_bytes", total)]
     with records.engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM sample")).scalar() == 2
 
@@ -562,7 +563,7 @@ def fill(file: Path) -> None:
         run = records.start_run("evaluate", "n", {"a": 1})
         records.put_evidence(run.id, "m", "candidate", "memory", {"x": 1})
         records.put_checks(run.id, "m", [at_most("c", 1.0, limit=2.0, unit="s")])
-        records.append_samples(run.id, "m", "-", "rss", [(1.0, 2.0)])
+        append_samples(records, run.id, "m", "-", "rss", [(1.0, 2.0)])
         records.learn_correction("e", "a", 1.5)
         records.put_step(run.id, "m", "promote", "intent", {"undo": "llama.cpp"})
         records.put_decision(run.id, "m", "override", who="Ada", why="a test")

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from stored_series import append_samples
 
 from engines.errors import BadInput
 from engines.units import NOT_MEASURED, quantity
@@ -167,7 +168,7 @@ def put_model(records: Records, run_id: str, *, blocks: int = 4) -> list[CheckRe
         failure = {"at_s": 4.0, "type": "crash", "error": EVIL}
         soak = {"exposure_s": 30.0, "requests": 7, "failures": [failure] if arm == "candidate" else []}
         records.put_evidence(run_id, name, arm, "soak", soak, key="00000", environment=own)
-        records.append_samples(run_id, name, arm, "memory_bytes", [(1e9 + t, 2**28 + 1000 * t) for t in range(60)])
+        append_samples(records, run_id, name, arm, "memory_bytes", [(1e9 + t, 2**28 + 1000 * t) for t in range(60)])
     checks = [
         at_most("performance.ttft_p50_ratio", 1.0512345678901, limit=1.1, unit="ratio"),
         at_most("memory.peak_ratio", 1.25, limit=1.1, unit="ratio"),
@@ -360,7 +361,7 @@ def test_one_engine_alone_is_shown_and_the_other_is_not_zero(records: Records, t
 def test_memory_that_was_never_read_is_not_drawn(records: Records, tmp_path: Path) -> None:
     """A series of None is no line at 0."""
     run_id = started(records)
-    records.append_samples(run_id, "m", "candidate", "memory_bytes", [(1e9, None), (1e9 + 1, None)])
+    append_samples(records, run_id, "m", "candidate", "memory_bytes", [(1e9, None), (1e9 + 1, None)])
     page = write_report(records, run_id, outcome(run_id, []), tmp_path / "r.html").read_text("utf-8")
     assert "Memory during the soak: not measured" in Page(page).text
 
