@@ -103,9 +103,9 @@ class Driver(Protocol):
         ...
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
-        """Counters out of an answer from `progress_path`: they change when a prompt or tokens move.
+        """Counters in an answer from `progress_path`: they change when a prompt or tokens move; () where it has none.
 
-        () where it has none. Raises ValueError when the answer is not what this engine says.
+        Raises ValueError for an answer that is not this engine's.
         """
         ...
 

@@ -48,7 +48,7 @@ def of_child(base: Mapping[str, str]) -> dict[str, str]:
 def of_engine(base: Mapping[str, str]) -> dict[str, str]:
     """`base` for an engine: without secrets, and without what is meant for Switchyard, Prefect or systemd.
 
-    A secret is a variable that `withhold` named, one whose name says so (OPENAI_API_KEY, HF_TOKEN), and one whose
+    A secret is a variable that `withhold` named, one named as one (OPENAI_API_KEY, HF_TOKEN), and one whose
     value shows one (a URL with a password). The key that an engine checks is set by its driver, afterwards.
     """
     return {name: value for name, value in base.items() if not _is_kept_from_engines(name, value)}

@@ -1,10 +1,10 @@
 """Every error Switchyard raises on purpose.
 
 SwitchyardError
-├── BadInput              a file, plan, flag or setting that the user can mend          exit code 2
+├── BadInput              a file, plan, flag or setting that the user can fix           exit code 2
 ├── EngineError           an engine could not do what was asked                         exit code 5
 │   ├── EngineNotFound    no binary and no wheel of it on this machine
-│   ├── PortTaken         somebody else listens on the port that was asked for
+│   ├── PortTaken         another process listens on the port that was asked for
 │   ├── EngineExited      it died: exit status and last log lines
 │   ├── EngineStalled     it is alive, but loading made no progress for `stall_s`
 │   ├── EngineRefuses     it is up and answers, but no completion: another start would end in the same way
@@ -19,14 +19,14 @@ from engines.redaction import redacted_text
 
 
 class SwitchyardError(Exception):
-    """Base of all of ours; its text is one line that says what, where and how to mend it, without secrets."""
+    """Base of all of Switchyard's errors; its text is one line: what, where and how to fix it, without secrets."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(redacted_text(str(message)))  # engines quote the keys that they were sent
 
 
 class BadInput(SwitchyardError):
-    """A file, plan, flag or setting that the user can mend."""
+    """A file, plan, flag or setting that the user can fix."""
 
 
 class NoMeasurement(SwitchyardError):
@@ -47,7 +47,7 @@ class EngineNotFound(EngineError):
 
 
 class PortTaken(EngineError):
-    """Somebody else listens on the port that was asked for."""
+    """Another process listens on the port that was asked for."""
 
 
 class EngineExited(EngineError):

@@ -46,7 +46,9 @@ def install_with_pip(driver: Driver, home: Path) -> None:
     missing = [_name(package) for package in driver.installer.pip if _version(package) is None]
     _pip(driver, "install", *driver.installer.pip)
     if missing:
-        _remember(home, {**_remembered(home), driver.name: [f"{name}=={_version(name)}" for name in missing]})
+        brought = {**_remembered(home), driver.name: [f"{name}=={_version(name)}" for name in missing]}
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (home / INSTALLED).write_text(json.dumps(brought, indent=1), encoding="utf-8")
 
 
 def uninstall_ours(driver: Driver, home: Path) -> list[str]:
@@ -89,21 +91,16 @@ def _version(package: str) -> str | None:
 def _remembered(home: Path) -> dict[str, list[str]]:
     """Packages by engine; none where the file is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError):
-        told = json.loads((home / INSTALLED).read_text(encoding="utf-8"))
-        return {str(engine): [str(package) for package in packages] for engine, packages in told.items()}
+        found = json.loads((home / INSTALLED).read_text(encoding="utf-8"))
+        return {str(engine): [str(package) for package in packages] for engine, packages in found.items()}
     return {}
-
-
-def _remember(home: Path, packages: dict[str, list[str]]) -> None:
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (home / INSTALLED).write_text(json.dumps(packages, indent=1), encoding="utf-8")
 
 
 def fetch_script(driver: Driver) -> VendorScript:
     """The vendor's script, fetched but not run; BadInput where there is none, EngineError where it cannot be had."""
     installer = driver.installer
     if installer.script_url is None or installer.script_version is None:
-        raise BadInput(f"{driver.name} has no vendor script; leave --vendor-script away to install with pip")
+        raise BadInput(f"{driver.name} has no vendor script; drop --vendor-script to install with pip")
     try:
         answer = httpx.get(installer.script_url, timeout=FETCH_S, follow_redirects=True)
         answer.raise_for_status()

@@ -9,7 +9,7 @@ What is taken out everywhere, with `[redacted]` in its place:
   query, an environment assignment, a command line, and as the value of such a key in a mapping
 - the password in a URL
 
-`strict` is for what people said (captured requests): e-mail addresses, the user in a URL, hexadecimal of 32 digits and
+`strict` is for what people wrote (captured requests): e-mail addresses, the user in a URL, hexadecimal of 32 digits and
 more, base64 of 40 characters and more go too. Without it digests and commit ids stay, which the records need.
 """
 
@@ -160,10 +160,6 @@ def redacted(value: Any, *, strict: bool = False) -> Any:
             for at, item in enumerate(value)
         ]
     return value
-
-
-def redacted_argv(words: Sequence[str]) -> list[str]:
-    return [str(word) for word in redacted(list(words))]
 
 
 def redacted_word(word: str, before: Any = None, *, strict: bool = False) -> str:

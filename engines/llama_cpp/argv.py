@@ -29,10 +29,10 @@ API_KEY_NOTE = "the key itself is not copied: export it as the environment varia
 
 @dataclass(frozen=True)
 class LlamaServerCommand:
-    """What a llama-server command line says.
+    """A llama-server command line in neutral settings.
 
     `passthrough` holds flags that only llama.cpp has a word for, with their values, as they stood; `unknown` holds what
-    no known build lists, as (flag, value or None); `notes` says in plain lines what was not taken over, and why.
+    no known build lists, as (flag, value or None); `notes` lists what was not taken over, and why.
     """
 
     binary: str | None
@@ -82,7 +82,7 @@ class _Reading:
 def read_argv(
     argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> LlamaServerCommand:
-    """What the command `argv` says in neutral settings; `environ` adds LLAMA_ARG_*, flags win over it.
+    """The command `argv` in neutral settings; `environ` adds LLAMA_ARG_*, flags win over it.
 
     `cwd` is where the command was run, for a relative model path. Raises BadInput, one line, for another program, a
     value of the wrong kind or one that is missing. An API key is noticed and never copied.
@@ -106,7 +106,7 @@ def read_argv(
 
 
 def parse_command(text: str, *, cwd: Path | None = None) -> LlamaServerCommand:
-    """What a command typed in a shell says; variables set in front of it count, what follows a pipe or `>` does not."""
+    """The settings of a command typed in a shell; variables in front count, what follows a pipe or `>` does not."""
     try:
         words = shlex.split(_UNIT_LINE.sub("", text).replace("\\\r\n", " ").replace("\\\n", " "))
     except ValueError as error:
@@ -121,7 +121,7 @@ def parse_command(text: str, *, cwd: Path | None = None) -> LlamaServerCommand:
 
 
 def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_connections) -> LlamaServerCommand:
-    """What the flags and the environment of the llama-server that listens on `port` say.
+    """The settings of the llama-server that listens on `port`, from its flags and its environment.
 
     Raises BadInput, one line: nobody listens there, this user may not see who does, or it is another program.
     """
@@ -309,7 +309,7 @@ def _set(name: str, value: bool) -> Take:
     return take
 
 
-_SLOTS_NOTE = "llama-server then chooses (4 slots in builds of 2026); the plan says 1, raise it if needed"
+_SLOTS_NOTE = "llama-server then chooses (4 slots in builds of 2026); the plan has 1, raise it if needed"
 _ON, _OFF, _AUTO = ("on", "enabled", "true", "1"), ("off", "disabled", "false", "0"), ("auto", "-1")
 
 # spellings of flags that take a value, the environment variable, and what the value means
@@ -521,18 +521,18 @@ def _agree_on_address(reading: _Reading) -> None:
 
     if asked.endswith(".sock"):
         reading.host, reading.port = DEFAULT_HOST, DEFAULT_PORT
-        reading.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan says {where()}")
+        reading.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan has {where()}")
         return
     if reading.published is not None:
         reading.host, reading.port = reading.published(reading.port) or (asked, reading.port)
     reading.host = reading.host or EVERY_HOST
     if reading.port == 0:
         reading.port = DEFAULT_PORT
-        reading.note(f"--port 0: clients need a port that stays; the plan says {DEFAULT_PORT}")
+        reading.note(f"--port 0: clients need a port that stays; the plan has {DEFAULT_PORT}")
     if reading.host != "localhost" and not _is_address(reading.host):
         reading.host = _resolved(reading.host) or DEFAULT_HOST
         why = "is written as its address" if reading.host != DEFAULT_HOST else "is no address of this machine"
-        reading.note(f"--host {asked}: {why}; the plan says {where()}")
+        reading.note(f"--host {asked}: {why}; the plan has {where()}")
 
 
 def _is_address(host: str) -> bool:

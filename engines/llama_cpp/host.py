@@ -77,7 +77,7 @@ def settings_of(arguments: argparse.Namespace, key: str | None) -> dict[str, Any
         "n_ctx": arguments.ctx_size,
         "n_parallel": arguments.parallel,
         "n_gpu_layers": arguments.n_gpu_layers,
-        # llama-server uses -t for prefill too unless -tb says otherwise
+        # llama-server uses -t for prefill too unless -tb is given
         "cpuparams.n_threads": arguments.threads,
         "cpuparams_batch.n_threads": arguments.threads,
         "n_batch": arguments.batch_size,
@@ -115,7 +115,7 @@ def parameters(arguments: argparse.Namespace, key: str | None) -> Any:
     return params
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -131,22 +131,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace, key: str | None) -> int:
     if not arguments.model.is_file():
-        say(f"error: cannot load {arguments.model}: no such file")
+        log(f"error: cannot load {arguments.model}: no such file")
         return 1
     import xllamacpp
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # loading does not return to Python: let the kernel end it
-    say(f"loading {arguments.model.name} with xllamacpp {xllamacpp.__version__}")
+    log(f"loading {arguments.model.name} with xllamacpp {xllamacpp.__version__}")
     try:
         server = xllamacpp.Server(parameters(arguments, key))
     except (RuntimeError, OSError, ValueError) as error:
-        say(f"error: cannot load {arguments.model}: {error}; the lines above say why")
+        log(f"error: cannot load {arguments.model}: {error}; see the lines above")
         return 1
     for number in (signal.SIGINT, signal.SIGTERM):
         # Not a graceful end: llama.cpp would wait for its clients, for as long as they stay.
         signal.signal(number, lambda *_: os._exit(0))
-    say(f"listening on {server.listening_address}")
+    log(f"listening on {server.listening_address}")
     threading.Event().wait()
     return 0
 

@@ -245,9 +245,7 @@ def _binary_installation(binary: Path) -> Installation:
     version_text = probe([str(binary)], "--version")
     version = re.search(r"(\d+\.\d+\.\d+)", version_text or "")
     if version is None:
-        raise EngineNotFound(
-            f"{binary} is there but does not say its version: try `{binary} --version`", engine="mistral.rs"
-        )
+        raise EngineNotFound(f"{binary} does not report its version: try `{binary} --version`", engine="mistral.rs")
     flags = help_flags(probe([str(binary)], "serve", "--help") or "")
     if not flags:
         raise EngineNotFound(

@@ -1,6 +1,6 @@
 """mistral.rs behind the OpenAI HTTP API, from its Python wheel: `python -m engines.mistral_rs.host --gguf FILE ...`.
 
-A thin shell around `native`, which says what the engine can and cannot do. Loading holds Python's global lock:
+A thin shell around `native`, which lists what the engine cannot do. Loading holds Python's global lock:
 until it is over, a forked child answers 503 on the same port.
 """
 
@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import hmac
-import importlib.metadata
 import json
 import os
 import select
@@ -28,9 +27,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engines.errors import BadInput
 from engines.mistral_rs.native import requests
-from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
+from engines.mistral_rs.native.arguments import load, log, read_arguments
 from engines.mistral_rs.native.engine import EngineResponse, Native, in_stream, json_body, refusal
 from engines.mistral_rs.native.requests import ApiError
 from engines.openai.sse import write_event
@@ -49,8 +47,8 @@ async def send_frames(frames: AsyncGenerator[bytes, None], send: Send, headers: 
     plain = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
     raw = [(name.encode(), value.encode()) for name, value in plain.items()]
     begun = False
-    async with contextlib.aclosing(in_stream(frames)) as told:
-        async for frame in told:
+    async with contextlib.aclosing(in_stream(frames)) as events:
+        async for frame in events:
             if not begun:
                 begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": raw})
@@ -75,18 +73,18 @@ class CancellableResponse:
         try:
             body = json_body(await whole_body(self._request)) if self._request.method == "POST" else {}
         except ApiError as error:
-            await told(refusal(error))(scope, receive, send)
+            await to_response(refusal(error))(scope, receive, send)
             return
-        telling = asyncio.ensure_future(self._tell(body, scope, receive, noting))
+        answering = asyncio.ensure_future(self._send(body, scope, receive, noting))
         leaving = asyncio.ensure_future(client_left(receive))
         stopping = asyncio.ensure_future(self._stopping.wait())
-        tasks = (telling, leaving, stopping)
+        tasks = (answering, leaving, stopping)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if stopping.done() and not (telling.done() or leaving.done()):
-                telling.cancel()
-                await asyncio.gather(telling, return_exceptions=True)
-                await self._say_stopping(scope, receive, send)
+            if stopping.done() and not (answering.done() or leaving.done()):
+                answering.cancel()
+                await asyncio.gather(answering, return_exceptions=True)
+                await self._refuse_stopping(scope, receive, send)
         finally:
             for task in tasks:
                 task.cancel()
@@ -94,19 +92,19 @@ class CancellableResponse:
         if isinstance(results[0], Exception):
             raise results[0]
 
-    async def _tell(self, body: requests.Json, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send(self, body: requests.Json, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             reply = await self._native.ask(self._request.method, self._request.url.path, body)
             if isinstance(reply.content, AsyncGenerator):
                 await send_frames(reply.content, send, reply.headers)
             else:
-                await told(reply)(scope, receive, send)
+                await to_response(reply)(scope, receive, send)
         except Exception as error:
             if self._begun:
                 raise
-            await told(refusal(error))(scope, receive, send)
+            await to_response(refusal(error))(scope, receive, send)
 
-    async def _say_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._begun:
             await send({"type": "http.response.body", "body": write_event(STOPPING)})
         else:
@@ -118,7 +116,7 @@ async def client_left(receive: Receive) -> None:
         pass
 
 
-def told(reply: EngineResponse) -> Response:
+def to_response(reply: EngineResponse) -> Response:
     return Response(reply.body, reply.status, {"Content-Type": "application/json", **reply.headers})
 
 
@@ -153,7 +151,7 @@ class KeyRequired:
             await self._app(scope, receive, send)
             return
         error = ApiError(401, "Invalid API key", type="authentication_error", code="invalid_api_key")
-        await told(refusal(error))(scope, receive, send)
+        await to_response(refusal(error))(scope, receive, send)
 
     def _carries_key(self, scope: Scope) -> bool:
         headers = dict(scope["headers"])
@@ -175,7 +173,7 @@ def application(native: Native, key: str | None, stopping: asyncio.Event) -> ASG
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
-class WaitingRoom:
+class LoadingResponder:
     """A forked child that answers 503 on the listening socket until `close`; it ends with its parent.
 
     The wheel holds Python's global lock while it loads, so no thread of this process can answer then.
@@ -223,7 +221,7 @@ class WaitingRoom:
 
 
 class HttpServer(uvicorn.Server):
-    """Uvicorn that ends at once on SIGTERM: clients are told, then the process goes, whatever the engine is doing."""
+    """Uvicorn that ends at once on SIGTERM: clients get an error, then the process exits, engine busy or not."""
 
     def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
         super().__init__(config)
@@ -240,7 +238,7 @@ class HttpServer(uvicorn.Server):
         if self._stopping.is_set():
             os._exit(0)
         self._stopping.set()
-        say("stopping")
+        log("stopping")
         self.should_exit = True
         asyncio.get_running_loop().call_later(STOP_GRACE_S, os._exit, 0)
 
@@ -256,20 +254,12 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m engines.mistral_rs.host", description=(__doc__ or "").split("\n")[0]
-    )
-    add_model_arguments(parser)
-    return parser
-
-
 def load_behind(arguments: argparse.Namespace, listener: socket.socket) -> Any:
     """The loaded model; while it loads, the port answers 503. Ends the process with 1 when loading fails."""
-    room = WaitingRoom(listener) if hasattr(os, "fork") else None
+    responder = LoadingResponder(listener) if hasattr(os, "fork") else None
     model = load(arguments)
-    if room:
-        room.close()
+    if responder:
+        responder.close()
     return model
 
 
@@ -278,24 +268,20 @@ async def serve(arguments: argparse.Namespace, model: Any, key: str | None, list
     config = uvicorn.Config(
         application(native, key, stopping), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75
     )
-    say(f"listening on http://{arguments.host}:{arguments.port}")
+    log(f"listening on http://{arguments.host}:{arguments.port}")
     await HttpServer(config, stopping).serve(sockets=[listener])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 ended by a signal once ready, 1 the port is taken or the model does not load, 2 bad arguments."""
-    arguments = parser().parse_args(argv)
-    key = os.environ.pop(KEY_VARIABLE, "") or None
-    try:
-        check(arguments, key)
-        prepare(arguments)
-    except (BadInput, importlib.metadata.PackageNotFoundError) as error:
-        say(f"error: {error}")
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m engines.mistral_rs.host", description=(__doc__ or "").split("\n")[0]
+    )
+    arguments, key = read_arguments(parser, argv, needs_key=False)
     try:
         listener = listen(arguments.host, arguments.port)
     except OSError as error:
-        say(f"error: cannot listen on {arguments.host}:{arguments.port}: {error}")
+        log(f"error: cannot listen on {arguments.host}:{arguments.port}: {error}")
         return 1
     asyncio.run(serve(arguments, load_behind(arguments, listener), key, listener))
     sys.stderr.flush()

@@ -20,7 +20,7 @@ def model_digest(path: Path, *, full: bool = False) -> str:
     """`sha256:...` of the whole file, or `sampled-sha256:...` of a large one; of all shards for a split GGUF.
 
     A sampled digest covers the size, the first and last 16 MiB (the GGUF header with its tokenizer and template lies
-    in the first) and 256 evenly spaced pieces of 64 KiB: 48 MiB read, whatever the size. It tells apart other models,
+    in the first) and 256 evenly spaced pieces of 64 KiB: 48 MiB read, whatever the size. It differs for other models,
     other quants, other fine-tunes, edited templates and truncated files. It does not prove that every byte between the
     samples is intact: for that, `full=True` reads the whole file. The prefix keeps the two kinds from comparing equal.
     """

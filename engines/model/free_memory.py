@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,7 @@ def _free_vram() -> tuple[int | None, int]:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no driver, no library, no permission: each says the same, that no NVIDIA GPU can be used
+    except Exception:  # no driver, no library, no permission: each means that no NVIDIA GPU can be used
         return None, 0
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -48,12 +49,12 @@ def _free_vram() -> tuple[int | None, int]:
 
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
     """Bytes left under the tightest memory limit of this process's cgroups (v2 or v1); None without a limit."""
-    rooms = [
-        room
+    left = [
+        free
         for limit, usage, folder in _cgroup_folders(root, own)
-        if (room := _room(folder / limit, folder / usage, folder / "memory.stat")) is not None
+        if (free := _left(folder / limit, folder / usage, folder / "memory.stat")) is not None
     ]
-    return min(rooms, default=None)
+    return min(left, default=None)
 
 
 def _cgroup_folders(root: Path, own: Path) -> list[tuple[str, str, Path]]:
@@ -74,19 +75,15 @@ def _cgroup_folders(root: Path, own: Path) -> list[tuple[str, str, Path]]:
     return found
 
 
-def _room(limit: Path, usage: Path, stat: Path) -> int | None:
+def _left(limit: Path, usage: Path, stat: Path) -> int | None:
     try:
         ceiling, used = int(limit.read_text()), int(usage.read_text())
     except (OSError, ValueError):  # "max" is how v2 spells "no limit"
         return None
     if ceiling >= 1 << 60:  # how v1 spells it
         return None
-    return max(ceiling - used + _reclaimable(stat), 0)
-
-
-def _reclaimable(stat: Path) -> int:
-    try:
+    reclaimable = 0
+    with contextlib.suppress(OSError, ValueError):
         pairs = dict(line.split()[:2] for line in stat.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(pairs.get("inactive_file", 0))
+        reclaimable = int(pairs.get("inactive_file", 0))
+    return max(ceiling - used + reclaimable, 0)

@@ -80,7 +80,10 @@ def read_gguf(path: Path) -> GgufFile:
         n_tensors, n_keys = reader.open()
         meta = reader.pairs(n_keys)
         rows = [_tensor_row(reader) for _ in range(n_tensors)]
-        tensors, declared = _place(reader, rows, _alignment(reader, meta))
+        alignment = meta.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise reader.bad(f"general.alignment is {alignment!r}, not a power of two")
+        tensors, declared = _place(reader, rows, alignment)
         return GgufFile(path, reader.order == ">", meta, tensors, reader.size, declared)
 
 
@@ -256,13 +259,6 @@ def _tensor_row(reader: GgufReader) -> _Row:
     return _Row(name, shape, reader.whole("I", name), reader.whole("Q", name))
 
 
-def _alignment(reader: GgufReader, meta: dict[str, Value]) -> int:
-    alignment = meta.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise reader.bad(f"general.alignment is {alignment!r}, not a power of two")
-    return alignment
-
-
 def _place(reader: GgufReader, rows: list[_Row], alignment: int) -> tuple[tuple[Tensor, ...], int]:
     """The tensors with their sizes, and the file size that they need."""
     data_start = -(-reader.at // alignment) * alignment if rows else reader.at
@@ -280,10 +276,8 @@ def _place(reader: GgufReader, rows: list[_Row], alignment: int) -> tuple[tuple[
         tensors.append(tensor)
         declared = max(declared, data_start + row.offset + tensor.n_bytes)
     if declared > reader.size:
-        raise BadInput(
-            f"{reader.path} is truncated: its header declares {declared} bytes, "
-            f"the file has {reader.size}; fetch it again"
-        )
+        sizes = f"its header declares {declared} bytes, the file has {reader.size}"
+        raise BadInput(f"{reader.path} is truncated: {sizes}; fetch it again")
     return tuple(tensors), declared
 
 

@@ -1,4 +1,4 @@
-"""What a GGUF file says about its model: layers, heads, windows, recurrent sizes, tokenizer, chat template."""
+"""The meaning of a GGUF header: layers, heads, windows, recurrent sizes, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Ssm:
 
 @dataclass(frozen=True)
 class Header:
-    """All that a GGUF says about its model, the shards of a split set taken together. Sizes in bytes."""
+    """Everything a GGUF header holds about its model, the shards of a split set taken together. Sizes in bytes."""
 
     path: Path
     shards: tuple[Path, ...]
@@ -108,8 +108,10 @@ def read_header(path: Path | str) -> Header:
     first = Path(path)
     opened = read_gguf(first)
     shards = [opened, *(read_gguf(other) for other in _other_shards(first, opened.meta))]
-    if len(shards) > 1:
-        _check_tensor_count(first, shards)
+    declared, found = opened.meta.get("split.tensors.count"), sum(len(shard.tensors) for shard in shards)
+    if len(shards) > 1 and isinstance(declared, int) and declared != found:
+        why = f"the set declares {declared} tensors, its shards hold {found}: they are not of one set"
+        raise BadInput(f"{first}: {why}")
     return _interpret(first, shards)
 
 
@@ -125,13 +127,11 @@ def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
     if count <= 1 and not (match and int(match["count"]) > 1):
         return []
     if match is None:
-        raise BadInput(
-            f"{first} is shard 1 of {count}, but its name does not end in -00001-of-{count:05d}.gguf: rename it"
-        )
+        why = f"its name does not end in -00001-of-{count:05d}.gguf: rename it"
+        raise BadInput(f"{first} is shard 1 of {count}, but {why}")
     if count > 1 and count != int(match["count"]):
-        raise BadInput(
-            f"{first}: the name says {int(match['count'])} shards, the header {count}: rename it or fetch it again"
-        )
+        why = f"the name has {int(match['count'])} shards, the header {count}"
+        raise BadInput(f"{first}: {why}: rename it or fetch it again")
     if int(match["number"]) != 1 or meta.get("split.no", 0) != 0:
         raise BadInput(f"{first} is not the first shard; name {match['stem']}-00001-of-{match['count']}.gguf")
     others = shard_paths(first)[1:]
@@ -140,14 +140,6 @@ def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BadInput(f"{first}: the shard {missing[0]}{more} is missing beside it; fetch the whole set")
     return others
-
-
-def _check_tensor_count(first: Path, shards: list[GgufFile]) -> None:
-    declared, found = shards[0].meta.get("split.tensors.count"), sum(len(shard.tensors) for shard in shards)
-    if isinstance(declared, int) and declared != found:
-        raise BadInput(
-            f"{first}: the set declares {declared} tensors, its shards hold {found}: they are not of one set"
-        )
 
 
 # --- meaning -------------------------------------------------------------------------------------------------------
@@ -275,7 +267,7 @@ def _shared_kv_layers(meta: _Meta, n_layers: int) -> int:
     """How many of the last layers reuse the KV of earlier ones."""
     shared = meta.whole("attention.shared_kv_layers")
     if shared is None:
-        # llama.cpp: gemma3n keeps KV for its first 20 layers, whatever the file says
+        # llama.cpp: gemma3n keeps KV for its first 20 layers, whatever the file has
         shared = max(n_layers - 20, 0) if meta.architecture == "gemma3n" else 0
     return min(shared, n_layers)
 

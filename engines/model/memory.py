@@ -222,6 +222,9 @@ def _state_elements(header: Header) -> int | None:
     return convolution + ssm.state_size * ssm.inner_size
 
 
+INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")  # stay on the CPU
+
+
 def weights_bytes(header: Header, gpu_layers: int = 0) -> dict[Device, int]:
     """Tensor bytes per device as llama.cpp places them: the last `gpu_layers` layers and, over n_layers, the output.
 
@@ -232,15 +235,11 @@ def weights_bytes(header: Header, gpu_layers: int = 0) -> dict[Device, int]:
     placed: dict[Device, int] = {"ram": 0, "vram": 0}
     for tensor in header.tensors:
         on_gpu = tensor.layer >= first_on_gpu if tensor.layer is not None else output_on_gpu
-        placed["vram" if on_gpu and not _is_input(tensor.name) else "ram"] += tensor.n_bytes
+        placed["vram" if on_gpu and not tensor.name.startswith(INPUTS) else "ram"] += tensor.n_bytes
     tied = header.tensor("token_embd.weight")
     if output_on_gpu and tied and not header.tensor("output.weight"):
         placed["vram"] += tied.n_bytes
     return placed
-
-
-def _is_input(name: str) -> bool:
-    return name.startswith(("token_embd", "per_layer_token_embd", "position_embd", "token_types"))
 
 
 def compute_bytes(header: Header, context: int, parallel: int, ubatch: int) -> tuple[int, int, int]:

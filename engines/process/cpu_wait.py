@@ -1,4 +1,4 @@
-"""Time in which a process tree could not work because its threads waited for a CPU: it says nothing against an engine.
+"""Time in which the threads of a process tree waited for a CPU: it does not count against an engine.
 
 From `/proc/PID/task/TID/schedstat` (time on a CPU, time runnable and waiting; Linux `kernel/sched/stats.h`), which
 counts the time that a cgroup's CPU quota holds a thread back as well (seen on 6.18). A thread that waits at this moment
@@ -41,7 +41,7 @@ class CpuWait:
             self._threads[thread_id] = _Thread(ran_ns, waited_ns, self._marked_at, waited_ns / 1e9)
 
     def since_mark_s(self) -> float:
-        """The most that one thread has waited; 0 where the system does not tell.
+        """The most that one thread has waited; 0 where the system does not report it.
 
         One thread is enough: the others wait for it at the next barrier, asleep.
         """

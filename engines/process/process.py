@@ -108,7 +108,7 @@ class RotatingLog:
         self._file = self.path.open("wb")
 
     def _keep_earlier(self) -> None:
-        """Make room for a new process; of an earlier one the end says why it ended."""
+        """Make room for a new process; the end of an earlier log shows why it ended."""
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
         for number in range(KEPT_LOGS, 1, -1):
@@ -168,7 +168,7 @@ class ManagedProcess:
         return False
 
     def log_tail(self) -> tuple[str, ...]:
-        """The last lines of its output; after its end, all that it still had to say."""
+        """The last lines of its output; after its end, all of its output."""
         if self.poll() is not None:
             self._pump.join(timeout=2)
         return self.log.tail()
@@ -191,8 +191,8 @@ class ManagedProcess:
         for _ in range(2):
             if self._wait(0):
                 break
-            self._signal_leader(signal.SIGTERM)
-            self._signal_leader(signal.SIGCONT)  # a stopped process would not see the TERM
+            self.send_signal(signal.SIGTERM)
+            self.send_signal(signal.SIGCONT)  # a stopped process would not see the TERM
             if self._wait(grace_s / 2):
                 break
         for process in self._known.values():  # psutil checks the start time before it signals
@@ -228,17 +228,14 @@ class ManagedProcess:
     def _left_behind(self) -> list[psutil.Process]:
         """Members of its session when it has died by itself: its children are nobody's descendants then.
 
-        None once the register let go of it, or when its pid lives again: the pid may be somebody else's by now.
+        None once the register let go of it, or when its pid is in use again: it may be another process.
         """
         if self.poll() is None or not self._entry.exists() or psutil.pid_exists(self.pid):
             return []
         return _session_members(self.pid)
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the process alone (fault injection)."""
-        self._signal_leader(number)
-
-    def _signal_leader(self, number: int) -> None:
+        """Signal the process alone, without its descendants."""
         self._popen.send_signal(number)  # Popen does not signal a pid that it has reaped
 
     def _wait(self, seconds: float) -> bool:
@@ -352,13 +349,18 @@ def _members(identity: Identity) -> list[psutil.Process]:
     root = identity.process()
     with contextlib.suppress(psutil.Error):
         if root is None and not identity.fits(psutil.Process(identity.pid)):
-            return []  # the pid is somebody else's by now
+            return []  # the pid belongs to another process by now
     members = {process.pid: process for process in _session_members(identity.pid)}
     if root is not None:
         with contextlib.suppress(psutil.Error):
             members |= {process.pid: process for process in [root, *root.children(recursive=True)]}
-    # a session with this number that began before our process did is not ours
-    return [found for found in members.values() if _runs(found) and _began(found) >= identity.create_time - 0.05]
+    ours = []
+    for found in members.values():
+        with contextlib.suppress(psutil.Error):
+            # a session with this number that began before our process did is not ours
+            if _runs(found) and found.create_time() >= identity.create_time - 0.05:
+                ours.append(found)
+    return ours
 
 
 def boot_id() -> str:
@@ -369,7 +371,7 @@ def boot_id() -> str:
 
 
 class _Spawner:
-    """One thread that spawns all children and lives as long as the process.
+    """One thread that spawns all children and ends with the process.
 
     The kernel's parent-death signal is tied to the *thread* that forked: children spawned from a worker thread would
     die when that thread ends.
@@ -452,12 +454,6 @@ def _runs(process: psutil.Process) -> bool:
             return False
         return process.status() != psutil.STATUS_ZOMBIE or len(os.listdir(f"/proc/{process.pid}/task")) > 1
     return False
-
-
-def _began(process: psutil.Process) -> float:
-    with contextlib.suppress(psutil.Error):
-        return float(process.create_time())
-    return 0.0
 
 
 def _session_members(session: int) -> list[psutil.Process]:

@@ -49,7 +49,7 @@ class Served:
     process: ManagedProcess
     installation: Installation
     argv: list[str]
-    losses: list[str]
+    unsupported: list[str]
     load_s: float
     settings_seen: dict[str, object] = field(default_factory=dict)
 
@@ -94,23 +94,27 @@ def serving(
             context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
             api_key=serve.settings.api_key,
         )
-        losses = driver.unsupported(installation, serve)
-        yield Served(endpoint, child, installation, child.argv, losses, load_s, settings_seen=seen)
+        yield Served(endpoint, child, installation, child.argv, driver.unsupported(installation, serve), load_s, seen)
     finally:
         with _signals_held():
             ended = child.stop() is not None
         if not ended:
-            raise EngineNotEnded(
-                f"SIGKILL does not end {driver.name} (pid {child.pid}): the kernel holds it and its memory (`dmesg`)",
-                engine=driver.name,
-            )
+            why = f"SIGKILL does not end {driver.name} (pid {child.pid}): the kernel holds it and its memory (`dmesg`)"
+            raise EngineNotEnded(why, engine=driver.name)
 
 
 def launch(
     driver: Driver, installation: Installation, serve: Serve, *, state_dir: Path, log_path: Path
 ) -> ManagedProcess:
     """The engine's process, just started. Raises PortTaken."""
-    _require_free(serve, driver.name)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serve.host, serve.port))
+        except OSError as error:
+            holder = listener_on(serve.port) or "another process"
+            why = f"port {serve.port} is taken by {holder}; stop it or choose another port"
+            raise PortTaken(why, engine=driver.name) from error
     argv = driver.argv(installation, serve)
     env = driver.environment(installation, serve, environment.of_engine(os.environ))
     return process.start(f"{driver.name} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env)
@@ -125,19 +129,6 @@ def exit_reason(child: ManagedProcess) -> str:
         with contextlib.suppress(ValueError):
             return f"signal {signal.Signals(-returncode).name}"
     return f"exit status {returncode}"
-
-
-def _require_free(serve: Serve, engine: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((serve.host, serve.port))
-        except OSError as error:
-            holder = listener_on(serve.port)
-            raise PortTaken(
-                f"port {serve.port} is taken by {holder or 'another process'}; stop it or choose another port",
-                engine=engine,
-            ) from error
 
 
 def listener_on(port: int) -> str | None:
@@ -198,9 +189,9 @@ def wait_ready(
     progress: Callable[[str], None] = lambda _: None,
     ask: Ask | None = None,
 ) -> dict[str, object]:
-    """What the engine says of itself, once our own child has produced one token; errors as in `serving`.
+    """What the engine reports of itself, once our own child has produced one token; errors as in `serving`.
 
-    `ask` is how one talks to it: over HTTP where nothing else is said.
+    `ask` is how one talks to it: HTTP by default.
     """
     ask = ask or over_http(serve)
     clock = _LoadClock(child)
@@ -217,37 +208,26 @@ def wait_ready(
         now = time.monotonic()
         stopped_at = (stopped_at or now) if is_stopped(child.pid) else None
         if stopped_at is not None and now - stopped_at > STOPPED_S:
-            raise EngineStalled(
-                f"{engine} was stopped while loading {serve.gguf.name} (state T: SIGSTOP or job control)",
-                stalled_s=now - stopped_at,
-                engine=engine,
-                log_tail=child.log_tail(),
-            )
+            why = f"{engine} was stopped while loading {serve.gguf.name} (state T: SIGSTOP or job control)"
+            raise EngineStalled(why, stalled_s=now - stopped_at, engine=engine, log_tail=child.log_tail())
         if token is None and now >= ask_at and _healthy(ask) and _our_listener(engine, serve, child):
             token = _FirstToken(ask, served_name)
         if token is not None and token.done.is_set():
             if token.arrived:
                 known = {"prefill_tokens_per_s": token.prefill_rate, "first_token_s": token.took_s}
                 return {**known, "first_token_path": token.path, **_metadata(ask)}
-            if token.statuses and set(token.statuses) != {503}:  # 503: it says itself that it is not ready
+            if token.statuses and set(token.statuses) != {503}:  # 503: it reports that it is not ready
                 refused_at = refused_at or now
             refused_s = 0.0 if refused_at is None else min(now - refused_at, clock.loaded_s())
             if refused_s > REFUSED_S or set(token.statuses) == {NOT_SUPPORTED}:
-                raise EngineRefuses(
-                    f"{engine} is up, but answers no completion ({token.refusal}){last_lines(child)}",
-                    engine=engine,
-                    log_tail=child.log_tail(),
-                )
+                why = f"{engine} is up, but answers no completion ({token.refusal}){last_lines(child)}"
+                raise EngineRefuses(why, engine=engine, log_tail=child.log_tail())
             token, ask_at, pause_s = None, now + pause_s, min(2 * pause_s, ASK_AGAIN_S)
         stalled_s = clock.stalled_s() if ask_at == 0 else clock.loaded_s()
         if stalled_s > stall_s:
-            raise EngineStalled(
-                f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s "
-                f"(no log line, no memory growth, no disk read){last_lines(child)}",
-                stalled_s=stalled_s,
-                engine=engine,
-                log_tail=child.log_tail(),
-            )
+            why = f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s"
+            why += f" (no log line, no memory growth, no disk read){last_lines(child)}"
+            raise EngineStalled(why, stalled_s=stalled_s, engine=engine, log_tail=child.log_tail())
         time.sleep(POLL_S)
 
 
@@ -304,7 +284,7 @@ def one_token(path: str, served_name: str) -> dict[str, object]:
 
 
 def refusal_words(status: int, answer: Any) -> str:
-    """`HTTP 500: what it said` of an error answer's JSON, in one line of at most 300 characters."""
+    """`HTTP 500: its message` of an error answer's JSON, in one line of at most 300 characters."""
     with contextlib.suppress(KeyError, TypeError):
         return f"HTTP {status}: {answer['error']['message']}".replace("\n", " ")[:300]
     return f"HTTP {status}"
@@ -345,37 +325,26 @@ def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
     holder = listener_on(serve.port)
     if holder is None:
         return False
-    raise WrongListener(
-        f"port {serve.port} is answered by {holder}, not by the {engine} that was started{last_lines(child)}",
-        engine=engine,
-        log_tail=child.log_tail(),
-    )
+    why = f"port {serve.port} is answered by {holder}, not by the {engine} that was started{last_lines(child)}"
+    raise WrongListener(why, engine=engine, log_tail=child.log_tail())
 
 
 def _metadata(ask: Ask) -> dict[str, object]:
-    """What the engine says of itself: usable context of one sequence, where it tells."""
-    seen: dict[str, object] = {}
+    """Usable context of one sequence, where the engine reports it."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         props = ask("GET", "/props", None, 5)[1]
-        seen["context_tokens"] = int(props["default_generation_settings"]["n_ctx"])
-    return seen
+        return {"context_tokens": int(props["default_generation_settings"]["n_ctx"])}
+    return {}
 
 
 def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:
     holder = listener_on(serve.port)
+    ended = f"ended with {exit_reason(child)}"
     if holder is not None:
-        return WrongListener(
-            f"port {serve.port} is answered by {holder}; the {engine} that was started ended with "
-            f"{exit_reason(child)}{last_lines(child)}",
-            engine=engine,
-            log_tail=child.log_tail(),
-        )
-    return EngineExited(
-        f"{engine} ended with {exit_reason(child)} while loading {serve.gguf.name}{last_lines(child)}",
-        returncode=child.poll() or 0,
-        engine=engine,
-        log_tail=child.log_tail(),
-    )
+        why = f"port {serve.port} is answered by {holder}; the {engine} that was started {ended}{last_lines(child)}"
+        return WrongListener(why, engine=engine, log_tail=child.log_tail())
+    why = f"{engine} {ended} while loading {serve.gguf.name}{last_lines(child)}"
+    return EngineExited(why, returncode=child.poll() or 0, engine=engine, log_tail=child.log_tail())
 
 
 def last_lines(child: ManagedProcess) -> str:
@@ -389,8 +358,6 @@ def last_lines(child: ManagedProcess) -> str:
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the engine is stopped; a second Ctrl-C must not leave it behind."""
-    import threading
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return

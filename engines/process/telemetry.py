@@ -177,18 +177,12 @@ def process_tree(pid: int) -> list[int]:
         return []
     tree = [pid]
     for parent in tree:  # grows while we walk
-        tree.extend(_children(parent))
+        # a few small reads, where a scan of all processes costs milliseconds
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with contextlib.suppress(OSError):
+                    tree.extend(map(int, _read(f"/proc/{parent}/task/{thread}/children").split()))
     return tree
-
-
-def _children(pid: int) -> list[int]:
-    """Children by /proc/PID/task/TID/children: a few small reads, where a scan of all processes costs milliseconds."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):
-                found.extend(map(int, _read(f"/proc/{pid}/task/{thread}/children").split()))
-    return found
 
 
 class _CpuLedger:
@@ -257,29 +251,14 @@ def _kib(pid: int, file: str, *labels: str) -> int | None:
 
 
 def _machine() -> dict[str, float | None]:
-    ticks = _cpu_ticks()
-    return {
-        "cpu_total_s": sum(ticks) * _TICK_S if ticks else None,
-        "cpu_busy_s": (ticks[0] + ticks[1] + ticks[2]) * _TICK_S if ticks else None,
-        "cpu_steal_s": ticks[7] * _TICK_S if ticks else None,
-        "psi_cpu_some_us": _pressure_us(),
-    }
-
-
-def _cpu_ticks() -> list[int] | None:
-    """user, nice, system, idle, iowait, irq, softirq, steal of all CPUs (proc(5)); guest time is already in user."""
-    try:
-        return [int(word) for word in _read("/proc/stat").split("\n", 1)[0].split()[1:9]]
-    except OSError:
-        return None
-
-
-def _pressure_us() -> int | None:
-    """The total of the `some` line of /proc/pressure/cpu; None on a kernel without PSI."""
-    try:
-        return int(_read("/proc/pressure/cpu").split("\n", 1)[0].rpartition("total=")[2])
-    except OSError:
-        return None
+    found: dict[str, float | None] = dict.fromkeys(("cpu_total_s", "cpu_busy_s", "cpu_steal_s", "psi_cpu_some_us"))
+    with contextlib.suppress(OSError):
+        # user, nice, system, idle, iowait, irq, softirq, steal of all CPUs (proc(5)); guest time is already in user
+        ticks = [int(word) * _TICK_S for word in _read("/proc/stat").split("\n", 1)[0].split()[1:9]]
+        found |= {"cpu_total_s": sum(ticks), "cpu_busy_s": sum(ticks[:3]), "cpu_steal_s": ticks[7]}
+    with contextlib.suppress(OSError):  # a kernel without PSI
+        found["psi_cpu_some_us"] = int(_read("/proc/pressure/cpu").split("\n", 1)[0].rpartition("total=")[2])
+    return found
 
 
 # --- GPU ----------------------------------------------------------------------------------------------------------

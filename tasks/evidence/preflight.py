@@ -105,7 +105,7 @@ def _engine_report(engine: str, answer: Loads, fit: Fit) -> dict[str, Any]:
 
 
 def _memory_report(header: Header, settings: Settings, context: int | None) -> dict[str, Any]:
-    """The model's own figures in bytes, whoever serves it; None where the layout is not known."""
+    """The model's own figures in bytes, under any engine; None where the layout is not known."""
     unsized = why_unsized(header)
     tokens = context or settings.context_tokens or header.context_length
     kv_type = settings.kv_type or "f16"
@@ -134,9 +134,9 @@ def _side_by_side(fits: Mapping[str, Fit], free: FreeMemory) -> dict[str, Any]:
         needs = [need for fit in fits.values() for need in fit.needs if need.device == device]
         if not needs:
             continue
-        total, room = sum(need.expected for need in needs), needs[0].free or 0
-        fitting = fitting and total <= room
-        reasons.append(f"{device.upper()}: {total / 2**30:.2f} GiB together, {room / 2**30:.2f} GiB free")
+        total, free_bytes = sum(need.expected for need in needs), needs[0].free or 0
+        fitting = fitting and total <= free_bytes
+        reasons.append(f"{device.upper()}: {total / 2**30:.2f} GiB together, {free_bytes / 2**30:.2f} GiB free")
     return {"fits": fitting, "why": "; ".join(reasons)}
 
 

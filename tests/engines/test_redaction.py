@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.redaction import REDACTED, redacted, redacted_argv, redacted_text
+from engines.redaction import REDACTED, redacted, redacted_text
 
 WORD = string.ascii_letters + string.digits
 
@@ -135,7 +135,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
 def test_the_words_of_a_command_line() -> None:
     words = ["serve", "--api-key", "k", "--hf-token=k", "-hft", "k", "--port", "1", "--max-tokens", "5"]
     hidden = ["serve", "--api-key", REDACTED, f"--hf-token={REDACTED}", "-hft", REDACTED]
-    assert redacted_argv(words) == [*hidden, "--port", "1", "--max-tokens", "5"]
+    assert redacted(list(words)) == [*hidden, "--port", "1", "--max-tokens", "5"]
 
 
 def test_an_unset_value_and_a_number_are_no_secret() -> None:

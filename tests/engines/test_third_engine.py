@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,31 @@ from engines.support import loads
 from migrations.plan_file import build_plan
 from tasks.evidence.preflight import preflight
 
+ROOT = Path(__file__).parents[2]
+HOMES = ("engines/llama_cpp/", "engines/mistral_rs/", "engines/registry.py", "migrations/")
+
 
 @pytest.fixture
 def third(monkeypatch: pytest.MonkeyPatch) -> str:
     """The engine, known for one test."""
     monkeypatch.setitem(registry.DRIVERS, ThirdEngine.name, ThirdEngine())
     return ThirdEngine.name
+
+
+def names_in(path: Path) -> list[str]:
+    """Where a file spells an engine's name as a string of its own."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    where = path.relative_to(ROOT).as_posix()
+    return [f"{where}:{node.lineno} {node.value!r}" for node in found if node.value in registry.known_engines()]
+
+
+def test_no_engine_is_known_by_name_outside_its_folder() -> None:
+    """Names are data: they come from the plan, the registry, a declaration of a migration or the records."""
+    files = [path for top in ("engines", "tasks", "flows", "migrations") for path in sorted((ROOT / top).rglob("*.py"))]
+    outside = [path for path in files if not path.relative_to(ROOT).as_posix().startswith(HOMES)]
+    assert len(outside) > 100
+    assert [line for path in outside for line in names_in(path)] == []
 
 
 def test_a_plan_may_name_it(third: str, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import ipaddress
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+from engines.environment import is_loopback
 from engines.errors import BadInput
 from engines.mistral_rs.native.model import LoadedModel, first_line, on_cpu
 
@@ -31,6 +32,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefix-cache", type=int, help="sequences kept in the prefix cache; 0 = off")
     parser.add_argument("--cpu", action="store_true", help="keep off the GPU")
     parser.add_argument("--host", default="127.0.0.1", help=f"other than loopback only with a key in {KEY_VARIABLE}")
+
+
+def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None, *, needs_key: bool) -> tuple[Any, str]:
+    """The checked arguments, and the key that clients must send; ends the process with 2 for what cannot be served."""
+    add_model_arguments(parser)
+    arguments, key = parser.parse_args(argv), os.environ.pop(KEY_VARIABLE, "")
+    try:
+        if needs_key and not key:
+            raise BadInput(f"{KEY_VARIABLE} is not set: a worker answers only whoever started it")
+        check(arguments, key)
+        prepare(arguments)
+    except (BadInput, importlib.metadata.PackageNotFoundError) as error:
+        log(f"error: {error}")
+        sys.exit(2)
+    return arguments, key
 
 
 def check(arguments: argparse.Namespace, key: str | None) -> None:
@@ -58,30 +74,23 @@ def prepare(arguments: argparse.Namespace) -> None:
     arguments.serial = on_cpu(arguments.cpu)
     arguments.slots = 1 if arguments.serial else arguments.parallel
     if arguments.serial and arguments.parallel > 1:
-        say(f"--parallel {arguments.parallel}: on the CPU generations take turns")
+        log(f"--parallel {arguments.parallel}: on the CPU generations take turns")
     if arguments.serial and arguments.seed is not None:
-        say(f"--seed {arguments.seed}: not honoured, this engine cannot seed its CPU sampler")
+        log(f"--seed {arguments.seed}: not honoured, this engine cannot seed its CPU sampler")
 
 
 def load(arguments: argparse.Namespace) -> LoadedModel:
-    """The loaded model. Ends the process with 1, and says why, when loading fails."""
+    """The loaded model. Ends the process with 1, and logs why, when loading fails."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handlers wait for the lock that loading holds
-    say(f"loading {arguments.gguf.name} with mistralrs {importlib.metadata.version('mistralrs')}")
+    log(f"loading {arguments.gguf.name} with mistralrs {importlib.metadata.version('mistralrs')}")
     try:
         model = LoadedModel(arguments)
     except BaseException as error:
-        say(f"error: cannot load {arguments.gguf}: {first_line(error)}")
+        log(f"error: cannot load {arguments.gguf}: {first_line(error)}")
         os._exit(1)
-    say(f"model loaded, context {model.context} tokens")
+    log(f"model loaded, context {model.context} tokens")
     return model
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a GGUF file says about text: its chat template, its tokens as bytes, its special tokens."""
+"""Text metadata of a GGUF file: its chat template, its tokens as bytes, its special tokens."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 What it cannot honour: `seed` of a request (read and ignored; the wheel's sampler starts from a constant),
 `parallel_tool_calls` for forced calls (one call), calls streamed piece by piece (they come whole), images, embeddings,
 `suffix`. A missing `max_tokens` means the rest of the context, for /v1/completions too. Where a stop string ends a
-generation, `usage` counts the tokens until then, except control tokens amid the text: the wheel does not tell of them.
+generation, `usage` counts the tokens until then, except control tokens amid the text: the wheel does not report them.
 A forced call and the reasoning of a model are not searched for stop strings.
 """
 
@@ -24,11 +24,12 @@ from engines.mistral_rs.native.chat_template import TemplateRefused
 from engines.mistral_rs.native.generation import (
     Admitted,
     Counters,
+    Pieces,
     Turns,
-    counted,
+    count_endings,
+    count_tokens,
     generate,
     keep_alive,
-    reckoned,
     until_stop,
     with_calls,
 )
@@ -45,8 +46,8 @@ Frames = AsyncGenerator[bytes, None]
 class EngineResponse:
     """An answer: JSON or text in one piece, or the frames of a stream.
 
-    A frame may be empty (nothing to tell yet), and the frames may raise ApiError: before the first that is not empty,
-    that is an answer with a status; later it is told inside the stream.
+    A frame may be empty (nothing to send yet), and the frames may raise ApiError: before the first that is not empty,
+    it is a response with a status; later it is an event of the stream.
     """
 
     content: Json | str | Frames
@@ -68,7 +69,7 @@ def refusal(error: BaseException) -> EngineResponse:
 
 
 async def in_stream(frames: Frames) -> Frames:
-    """The frames that tell something. An ApiError after the first of them becomes an event, and the stream ends."""
+    """The frames that are not empty. An ApiError after the first of them becomes an event, and the stream ends."""
     begun = False
     async with contextlib.aclosing(frames):
         try:
@@ -95,7 +96,7 @@ def json_body(data: bytes) -> Json:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What one request makes the engine do: its jobs, one per choice, and how the result is told."""
+    """What one request makes the engine do: its jobs, one per choice, and the form of the response."""
 
     head: responses.Head
     jobs: list[Job]
@@ -145,12 +146,12 @@ class Native:
             raise ApiError(404, f"{method} {path}: Not Found")
         return await self._answers[method, path](body)
 
-    def pieces(self, request: GenerationRequest, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
-        made = counted(generate(self.model, self.turns, job), self.counters)
-        told = with_calls(made, job, request.forced)
+    def pieces(self, request: GenerationRequest, job: Job) -> Pieces:
+        made = count_tokens(generate(self.model, self.turns, job), self.counters)
+        pieces = with_calls(made, job, request.forced)
         if job.sampling.stop:
-            told = until_stop(told, job.sampling.stop)
-        return reckoned(told, self.counters)
+            pieces = until_stop(pieces, job.sampling.stop)
+        return count_endings(pieces, self.counters)
 
     async def whole(self, request: GenerationRequest) -> Json:
         """The response body of a request that is not streamed; choices are generated one after the other."""
@@ -188,8 +189,8 @@ class Native:
             yield write_event(closing | timings)
         if request.include_usage:
             body = request.head.body(stream=True, choices=[])
-            told = {"usage": responses.usage_body(usages, request.n), "timings": responses.timings_body(usages)}
-            yield write_event(body | told)
+            totals = {"usage": responses.usage_body(usages, request.n), "timings": responses.timings_body(usages)}
+            yield write_event(body | totals)
         yield DONE
 
     async def _answer(self, request: GenerationRequest, headers: dict[str, str] | None = None) -> EngineResponse:

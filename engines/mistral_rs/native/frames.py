@@ -26,7 +26,7 @@ CONNECT_S = 10.0
 
 
 class Broken(ConnectionError):
-    """The other side went away, or said what is no frame."""
+    """The other side went away, or sent what is no frame."""
 
 
 def head(key: str, method: str, path: str, body: bytes) -> bytes:

@@ -32,6 +32,9 @@ class Admitted:
     prompt_tokens: int
 
 
+Pieces = AsyncGenerator[Admitted | Piece, None]
+
+
 class Turns:
     """Admits generations to the engine, *slots* at a time, in order of arrival."""
 
@@ -57,7 +60,7 @@ class Turns:
 
 
 class Counters:
-    """What GET /metrics tells of the generations since the start."""
+    """What GET /metrics reports of the generations since the start."""
 
     def __init__(self) -> None:
         self.completed: collections.Counter[str] = collections.Counter()
@@ -101,9 +104,7 @@ def family(name: str, kind: str, meaning: str, samples: dict[str, float]) -> lis
     ]
 
 
-async def counted(
-    pieces: AsyncGenerator[Admitted | Piece, None], counters: Counters
-) -> AsyncGenerator[Admitted | Piece, None]:
+async def count_tokens(pieces: Pieces, counters: Counters) -> Pieces:
     """The pieces of one generation as the engine makes them; their tokens and the first one's delay are counted."""
     arrived_at, prompt_tokens, n_tokens = time.monotonic(), 0, 0
     async with contextlib.aclosing(pieces):
@@ -115,16 +116,14 @@ async def counted(
                     counters.first_tokens += 1
                     counters.first_token_s += time.monotonic() - arrived_at
                     counters.tokens += prompt_tokens
-                # A chunk may stand for more than one token, and the last one tells the true number.
+                # A chunk may stand for more than one token, and the last one has the true number.
                 now = max(n_tokens, piece.usage.completion_tokens) if piece.usage else n_tokens + 1
                 counters.tokens += now - n_tokens
                 n_tokens = now
             yield piece
 
 
-async def reckoned(
-    pieces: AsyncGenerator[Admitted | Piece, None], counters: Counters
-) -> AsyncGenerator[Admitted | Piece, None]:
+async def count_endings(pieces: Pieces, counters: Counters) -> Pieces:
     """The pieces of one generation as a client sees them; how it ended is counted, if it had begun."""
     admitted, reason = False, "canceled"
     try:
@@ -142,27 +141,26 @@ async def reckoned(
             counters.completed[reason] += 1
 
 
-async def generate(model: LoadedModel, turns: Turns, job: Job) -> AsyncGenerator[Admitted | Piece, None]:
+async def generate(model: LoadedModel, turns: Turns, job: Job) -> Pieces:
     """`Admitted`, then the pieces as the engine makes them. Closing it drops the engine's iterator.
 
-    The turn ends when the worker thread has let go of the engine, not when the client has: a prefill cannot be
-    interrupted.
+    The turn ends when the worker thread has let go of the engine: a prefill cannot be interrupted.
     """
     await turns.take()
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Admitted | Piece | ApiError | None] = asyncio.Queue()
     cancelled = threading.Event()
 
-    def tell(call: Callable[..., object], *values: object) -> None:
+    def post(call: Callable[..., object], *values: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
             loop.call_soon_threadsafe(call, *values)
 
     def work() -> None:
         try:
-            drain(model, job, cancelled, lambda item: tell(arrived.put_nowait, item))
+            drain(model, job, cancelled, lambda item: post(arrived.put_nowait, item))
         finally:
-            tell(arrived.put_nowait, None)
-            tell(turns.give_back)
+            post(arrived.put_nowait, None)
+            post(turns.give_back)
 
     threading.Thread(target=work, daemon=True, name="generation").start()
     try:
@@ -202,9 +200,7 @@ def drain(
         emit(engine_error(error, job, begun))
 
 
-async def with_calls(
-    pieces: AsyncGenerator[Admitted | Piece, None], job: Job, forced: bool
-) -> AsyncGenerator[Admitted | Piece, None]:
+async def with_calls(pieces: Pieces, job: Job, forced: bool) -> Pieces:
     """The pieces with tool calls where text was one: forced calls are read here, others by the engine."""
     gate = stop_text.ToolTextGate()
     text = ""
@@ -223,13 +219,8 @@ async def with_calls(
                 yield replace(piece, content=content)
 
 
-async def until_stop(
-    pieces: AsyncGenerator[Admitted | Piece, None], stops: tuple[str, ...]
-) -> AsyncGenerator[Admitted | Piece, None]:
-    """The pieces up to the first stop string, where the engine is left; then tokens and times are counted here.
-
-    One piece is one token, see `LoadedModel.open`.
-    """
+async def until_stop(pieces: Pieces, stops: tuple[str, ...]) -> Pieces:
+    """The pieces, each one token, up to the first stop string; there tokens and times are counted here."""
     cutter = stop_text.StopCutter(stops)
     prompt_tokens, times = 0, [time.monotonic()]
     async with contextlib.aclosing(pieces):
@@ -239,11 +230,11 @@ async def until_stop(
                 yield piece
                 continue
             times.append(time.monotonic())
-            told = cutter.pass_on(piece)
-            if told.finish and not piece.finish:
-                yield replace(told, usage=cut_usage(prompt_tokens, times))
+            cut = cutter.pass_on(piece)
+            if cut.finish and not piece.finish:
+                yield replace(cut, usage=cut_usage(prompt_tokens, times))
                 return
-            yield told
+            yield cut
 
 
 def cut_usage(prompt_tokens: int, times_s: list[float]) -> responses.Usage:

@@ -60,10 +60,6 @@ def compact(schema: str) -> str:
     return json.dumps({"x-guidance": {"whitespace_flexible": False}} | json.loads(schema))
 
 
-def grammar_text(grammar: requests.Grammar) -> str:
-    return compact(grammar.text) if grammar.kind == "json_schema" else grammar.text
-
-
 class LoadedModel:
     """A loaded mistral.rs runner with what the API needs to know about its text."""
 
@@ -136,6 +132,9 @@ class LoadedModel:
         import mistralrs
 
         sampling, grammar = job.sampling, job.sampling.grammar
+        text = None if grammar is None else grammar.text
+        if grammar and grammar.kind == "json_schema":
+            text = compact(grammar.text)
         request = mistralrs.ChatCompletionRequest(
             messages=[{"role": RENDERED, "content": job.prompt}],
             model="default",
@@ -150,10 +149,10 @@ class LoadedModel:
             repetition_penalty=sampling.repetition_penalty,
             logit_bias=({**self._end_bias, **(sampling.logit_bias or {})} if grammar else sampling.logit_bias) or None,
             ignore_eos=sampling.ignore_eos,
-            # With log-probabilities every token is a chunk; without, tokens that end no code point are not told of.
+            # With log-probabilities every token is a chunk; without, tokens that end no code point are not reported.
             logprobs=sampling.logprobs or bool(sampling.stop),
             top_logprobs=sampling.top_logprobs,
-            grammar=grammar_text(grammar) if grammar else None,
+            grammar=text,
             grammar_type=grammar.kind if grammar else None,
             tool_schemas=list(job.tools) or None,
             tool_choice=mistralrs.ToolChoice.Auto if job.tools else None,
@@ -214,7 +213,7 @@ def new_id(prefix: str) -> str:
 
 
 def engine_error(error: BaseException, job: Job, begun: bool) -> ApiError:
-    """What a client is told about an error of the wheel: its first line, 400 when the request is to blame."""
+    """An error of the wheel as a client gets it: its first line, 400 when the request is to blame."""
     if isinstance(error, ApiError):
         return error
     reason = first_line(error)

@@ -7,6 +7,7 @@ object. Shapes: platform.openai.com/docs/api-reference (chat, completions); `tim
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -222,21 +223,18 @@ def _past_calls(calls: Any, where: str) -> list[Json]:
     """Tool calls of an earlier turn, arguments as a mapping where they are one: what chat templates expect."""
     if not isinstance(calls, list):
         raise bad(where, "must be a list")
-    return [_past_call(call, where) for call in calls]
-
-
-def _past_call(call: Any, where: str) -> Json:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise bad(where, "each call needs function.name")
-    arguments = function.get("arguments", "")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments) if arguments else {}
-        except ValueError:
-            parsed = arguments
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    read = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad(where, "each call needs function.name")
+        arguments = function.get("arguments", "")
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                parsed = json.loads(arguments or "{}")
+                arguments = parsed if isinstance(parsed, dict) else arguments
+        read.append({**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return read
 
 
 def parse_messages(body: Json) -> list[Json]:
@@ -299,18 +297,13 @@ def forced_tools(body: Json, tools: list[Json]) -> tuple[str, ...]:
 
 def forced_schema(tools: list[Json], names: tuple[str, ...]) -> Json:
     """The JSON schema of one call `{"name": ..., "arguments": {...}}` to one of the named tools."""
-    calls = [_call_schema(tool["function"]) for tool in tools if tool["function"]["name"] in names]
+    calls = []
+    for function in (tool["function"] for tool in tools if tool["function"]["name"] in names):
+        parameters = function.get("parameters") or {"type": "object"}
+        properties = {"name": {"const": function["name"]}, "arguments": {"type": "object"} | parameters}
+        required = ["name", "arguments"]
+        calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
-def _call_schema(function: Json) -> Json:
-    parameters = function.get("parameters") or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": {"type": "object"} | parameters},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
 
 
 def response_schema(body: Json) -> Grammar | None:
@@ -356,14 +349,6 @@ def parse_grammar(body: Json) -> Grammar | None:
     return Grammar(kind, value)
 
 
-def _chat_logprobs(body: Json) -> tuple[bool, int]:
-    wanted = _flag(body, "logprobs")
-    top = _integer(body, "top_logprobs", 0)
-    if top and not wanted:
-        raise bad("top_logprobs", "needs logprobs: true")
-    return wanted, top or 0
-
-
 def _include_usage(body: Json, stream: bool) -> bool:
     if body.get("stream_options") is not None and not stream:
         raise bad("stream_options", "is only allowed when stream is true")
@@ -379,7 +364,10 @@ def parse_chat(body: Json) -> ChatCall:
         if grammar and grammar.param == "grammar":
             raise bad("grammar", "cannot be combined with a tool_choice that forces a call")
         grammar = Grammar("json_schema", json.dumps(forced_schema(tools, forced)), "tools")
-    sampling = parse_sampling(body, grammar=grammar, logprobs=_chat_logprobs(body))
+    wants_logprobs, top = _flag(body, "logprobs"), _integer(body, "top_logprobs", 0) or 0
+    if top and not wants_logprobs:
+        raise bad("top_logprobs", "needs logprobs: true")
+    sampling = parse_sampling(body, grammar=grammar, logprobs=(wants_logprobs, top))
     stream = _flag(body, "stream")
     return ChatCall(
         messages=parse_messages(body),
@@ -400,22 +388,18 @@ def _prompts(body: Json) -> list[str | list[int]]:
     if isinstance(prompt, list) and prompt:
         if all(type(one) is int for one in prompt):
             return [prompt]
-        if all(isinstance(one, str) or _token_ids(one) for one in prompt):
+        lists = [one for one in prompt if not isinstance(one, str)]
+        if all(isinstance(one, list) and one and all(type(token) is int for token in one) for one in lists):
             return prompt
     raise bad("prompt", "must be a string, a list of strings, or token ids")
-
-
-def _token_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
 def parse_completion(body: Json) -> CompletionCall:
     """A checked text completion call; `logprobs` is the legacy number of alternatives."""
     if body.get("suffix"):
         raise bad("suffix", "is not supported by this engine")
-    top = (
-        None if body.get("logprobs") is False else 0 if body.get("logprobs") is True else _integer(body, "logprobs", 0)
-    )
+    wanted = body.get("logprobs")
+    top = (0 if wanted else None) if isinstance(wanted, bool) else _integer(body, "logprobs", 0)
     stream = _flag(body, "stream")
     return CompletionCall(
         prompts=_prompts(body),

@@ -12,7 +12,7 @@ from engines.mistral_rs.native.requests import Json
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Token counts of one generation, and the engine's own clock in ms where it told one."""
+    """Token counts of one generation, and the engine's own clock in ms where it reported one."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -25,7 +25,7 @@ class Usage:
 class Piece:
     """One step of a generation, whatever engine it comes from; `finish` only on the last.
 
-    `starts` says for each of `logprobs` at which UTF-8 byte of the text so far its token begins, -1 for reasoning.
+    `starts` holds for each of `logprobs` the UTF-8 byte of the text at which its token begins, -1 for reasoning.
     """
 
     content: str = ""
@@ -51,7 +51,7 @@ def usage_body(usages: list[Usage], n: int = 1) -> Json:
 
 
 def timings_body(usages: list[Usage]) -> Json:
-    """The engine's clock under llama.cpp's names; what the engine did not tell, or told as inf or NaN, is left out."""
+    """The engine's clock under llama.cpp's names; what it did not report, or reported as inf or NaN, is left out."""
     body: Json = {
         "prompt_n": sum(usage.prompt_tokens - (usage.cached_tokens or 0) for usage in usages),
         "predicted_n": sum(usage.completion_tokens for usage in usages),
@@ -115,7 +115,7 @@ def opening_choice(head: Head, index: int) -> Json | None:
 
 
 def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json | None:
-    """The choice that carries a piece's content; None for a piece that has nothing to say but its end."""
+    """The choice that carries a piece's content; None for a piece that holds nothing but its end."""
     if not (piece.content or piece.reasoning or piece.logprobs or piece.tool_calls):
         return None
     entries = list(piece.logprobs)

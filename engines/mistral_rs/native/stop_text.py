@@ -51,15 +51,15 @@ class StopMatcher:
         self._held = ""
 
     def pass_on(self, text: str) -> tuple[str, bool]:
-        """What may be told of the held text and *text*, and whether a stop string was found behind it."""
+        """What may be sent of the held text and *text*, and whether a stop string was found behind it."""
         text, self._held = self._held + text, ""
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             return text[: min(found)[1]], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        told = len(text) - keep
-        self._held = text[told:]
-        return text[:told], False
+        sent = len(text) - keep
+        self._held = text[sent:]
+        return text[:sent], False
 
     def rest(self) -> str:
         """The text still held, for a generation that ended by itself."""
@@ -76,28 +76,28 @@ def _overlap(text: str, stop: str) -> int:
 class StopCutter:
     """Ends the pieces of a generation before the first stop string, log-probabilities too.
 
-    A log-probability is told with the first text that its token is part of.
+    A log-probability is sent with the first text that its token is part of.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._matcher = StopMatcher(stops)
-        self._told_bytes = 0
+        self._sent_bytes = 0
         self._held: list[tuple[int, Json]] = []
 
     def pass_on(self, piece: Piece) -> Piece:
-        """The piece with what may be told by now; its finish is "stop" when a stop string was found."""
+        """The piece with what may be sent by now; its finish is "stop" when a stop string was found."""
         text, found = self._matcher.pass_on(piece.content)
         over = bool(piece.finish) and not found
         text += self._matcher.rest() if over else ""
-        self._told_bytes += len(text.encode())
+        self._sent_bytes += len(text.encode())
         entries = [*self._held, *zip(piece.starts, piece.logprobs, strict=True)]
-        told = [entry for entry in entries if over or entry[0] < self._told_bytes]
-        self._held = entries[len(told) :]
+        sent = [entry for entry in entries if over or entry[0] < self._sent_bytes]
+        self._held = entries[len(sent) :]
         piece = replace(
             piece,
             content=text,
-            starts=tuple(start for start, _ in told),
-            logprobs=tuple(logprob for _, logprob in told),
+            starts=tuple(start for start, _ in sent),
+            logprobs=tuple(logprob for _, logprob in sent),
         )
         return replace(piece, finish="stop", tool_calls=()) if found else piece
 

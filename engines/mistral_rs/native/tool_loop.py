@@ -1,4 +1,4 @@
-"""The tool loop: a model asks for calls of Python functions, they run, and it goes on until it answers in text."""
+"""The tool loop: run the Python functions that a model calls, and ask again, until it answers in text."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ async def run_tools(
     call_s: float = 30.0,
     total_s: float = 300.0,
 ) -> ToolLoopResult:
-    """What becomes of *messages* when the model may call *tools*; what a tool or the chat raises is part of it.
+    """Continue *messages* with a model that may call *tools*; what a tool or the chat raises is part of the result.
 
     Each answer of the model is a round, and its calls run at the same time, each for at most *call_s*. What is wrong
-    with a call is told to the model as its result. *request*: further parameters; a `tool_choice` that forces a call
-    holds for the first round. A thread that is late is left alone, for nothing can end it.
+    with a call becomes the call's result for the model. *request*: further parameters; a forcing `tool_choice` holds
+    for the first round. A thread that is late is left alone, for nothing can end it.
     """
-    said, deadline = [*messages], time.monotonic() + total_s
+    history, deadline = [*messages], time.monotonic() + total_s
     functions = [{"name": name, "description": t.description, "parameters": t.parameters} for name, t in tools.items()]
     offered = [{"type": "function", "function": function} for function in functions]
     body: Json = {**(request or {}), "stream": False, "tools": offered}
@@ -86,28 +86,28 @@ async def run_tools(
         limit = asyncio.timeout(deadline - time.monotonic())
         try:
             async with limit:
-                choice = (await chat({**body, "messages": [*said]}))["choices"][0]
+                choice = (await chat({**body, "messages": [*history]}))["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
             calls = [(call.get("id") or "", *_named(call["function"])) for call in message.get("tool_calls") or []]
         except Exception as error:
             if limit.expired():
-                return ToolLoopResult(messages=said, rounds=rounds, ended="seconds")
-            return ToolLoopResult(messages=said, rounds=rounds, ended="error", error=error)
-        said.append(message)
+                return ToolLoopResult(messages=history, rounds=rounds, ended="seconds")
+            return ToolLoopResult(messages=history, rounds=rounds, ended="error", error=error)
+        history.append(message)
         if not calls and finish != "tool_calls":
             ended: Literal["length", "answer"] = "length" if finish == "length" else "answer"
-            return ToolLoopResult(messages=said, rounds=rounds + 1, ended=ended, answer=message.get("content") or "")
+            return ToolLoopResult(messages=history, rounds=rounds + 1, ended=ended, answer=message.get("content") or "")
         limit_s = max(0.0, min(call_s, deadline - time.monotonic()))
         results = await asyncio.gather(*(_result(name, given, tools, limit_s) for _, name, given in calls))
         for (call_id, *_), result in zip(calls, results, strict=True):
-            said.append({"role": "tool", "tool_call_id": call_id, "content": result})
-        if not calls:  # mistral.rs drops a call of a tool that there is not, and says no more than that there was one
-            said.append({"role": "user", "content": _unknown("such tool", tools)})
+            history.append({"role": "tool", "tool_call_id": call_id, "content": result})
+        if not calls:  # mistral.rs drops a call of a tool that there is not, and reports only that there was one
+            history.append({"role": "user", "content": _unknown("such tool", tools)})
         if body.get("tool_choice") not in (None, "none"):
             body["tool_choice"] = "auto"
         if time.monotonic() >= deadline:
-            return ToolLoopResult(messages=said, rounds=rounds + 1, ended="seconds")
-    return ToolLoopResult(messages=said, rounds=max_rounds, ended="rounds")
+            return ToolLoopResult(messages=history, rounds=rounds + 1, ended="seconds")
+    return ToolLoopResult(messages=history, rounds=max_rounds, ended="rounds")
 
 
 def _unknown(name: str, tools: Tools) -> str:
@@ -119,7 +119,7 @@ def _named(function: Json) -> tuple[str, Any]:
 
 
 async def _result(name: str, arguments: Any, tools: Tools, limit_s: float) -> str:
-    """What came of one call, as text: the value, as JSON unless it is a string, or an error."""
+    """The result of one call, as text: the value, as JSON unless it is a string, or an error."""
     if name not in tools:
         return _unknown(f"tool {name!r}", tools)
     try:

@@ -10,16 +10,14 @@ import argparse
 import asyncio
 import contextlib
 import hmac
-import importlib.metadata
 import json
 import os
 import signal
 import sys
 from collections.abc import AsyncGenerator
 
-from engines.errors import BadInput
 from engines.mistral_rs.native import frames
-from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments, check, load, prepare, say
+from engines.mistral_rs.native.arguments import load, log, read_arguments
 from engines.mistral_rs.native.engine import EngineResponse, Native, in_stream, json_body, refusal
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -35,7 +33,7 @@ class WorkerConnection:
         with contextlib.suppress(ConnectionError):
             try:
                 first = await reader.read(1)
-                while first and (request := await self._heard(first, reader)) is not None:
+                while first and (request := await self._read(first, reader)) is not None:
                     answering = asyncio.ensure_future(self._reply(*request, writer))
                     # nothing more comes until the answer has ended, but the client's end
                     waiting = asyncio.ensure_future(reader.read(1))
@@ -52,7 +50,7 @@ class WorkerConnection:
             finally:
                 writer.close()
 
-    async def _heard(self, first: bytes, reader: asyncio.StreamReader) -> tuple[str, str, bytes] | None:
+    async def _read(self, first: bytes, reader: asyncio.StreamReader) -> tuple[str, str, bytes] | None:
         """Method, path and body of a request that carries the key; anything else is hung up on."""
         try:
             words = json.loads(first + await reader.readline())
@@ -80,11 +78,11 @@ class WorkerConnection:
         writer.write(_status(reply.status) + frames.piece(reply.body) + frames.piece(b""))
         await writer.drain()
 
-    async def _stream(self, told: AsyncGenerator[bytes, None], writer: asyncio.StreamWriter) -> None:
+    async def _stream(self, events: AsyncGenerator[bytes, None], writer: asyncio.StreamWriter) -> None:
         """The status waits for the first frame, so that an early error keeps its own."""
         begun = False
-        async with contextlib.aclosing(in_stream(told)) as frames_told:
-            async for frame in frames_told:
+        async with contextlib.aclosing(in_stream(events)) as begun_frames:
+            async for frame in begun_frames:
                 writer.write((b"" if begun else _status(200)) + frames.piece(frame))
                 begun = True
                 await writer.drain()
@@ -101,9 +99,9 @@ async def serve(arguments: argparse.Namespace, native: Native, key: str) -> None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, os._exit, 0)
-    door = WorkerConnection(native, key)
-    server = await asyncio.start_server(door.answer, arguments.host, arguments.port, limit=frames.LINE_LIMIT)
-    say(f"ready for frames on {arguments.host}:{arguments.port}")
+    connection = WorkerConnection(native, key)
+    server = await asyncio.start_server(connection.answer, arguments.host, arguments.port, limit=frames.LINE_LIMIT)
+    log(f"ready for frames on {arguments.host}:{arguments.port}")
     await server.serve_forever()
 
 
@@ -111,22 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 ended by a signal, 1 the port is taken or the model does not load, 2 bad arguments."""
     program = "python -m engines.mistral_rs.native.worker"
     parser = argparse.ArgumentParser(prog=program, description="Hold one mistral.rs model and answer frames.")
-    add_model_arguments(parser)
-    arguments = parser.parse_args(argv)
-    key = os.environ.pop(KEY_VARIABLE, "")
-    try:
-        if not key:
-            raise BadInput(f"{KEY_VARIABLE} is not set: a worker answers only whoever started it")
-        check(arguments, key)
-        prepare(arguments)
-    except (BadInput, importlib.metadata.PackageNotFoundError) as error:
-        say(f"error: {error}")
-        return 2
+    arguments, key = read_arguments(parser, argv, needs_key=True)
     native = Native(load(arguments), arguments.model_id, arguments.slots)
     try:
         asyncio.run(serve(arguments, native, key))
     except OSError as error:
-        say(f"error: cannot listen on {arguments.host}:{arguments.port}: {error}")
+        log(f"error: cannot listen on {arguments.host}:{arguments.port}: {error}")
         return 1
     return 0
 

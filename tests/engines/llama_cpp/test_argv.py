@@ -24,7 +24,7 @@ AGENT_BOX = (
     "--port 8080 --ctx-size 524288 --parallel 1 --n-gpu-layers 40 --threads 14 --batch-size 256 --ubatch-size 128 "
     "--flash-attn on --jinja --no-prefill-assistant --mlock --cache-reuse 256"
 )
-SLOTS = "llama-server then chooses (4 slots in builds of 2026); the plan says 1, raise it if needed"
+SLOTS = "llama-server then chooses (4 slots in builds of 2026); the plan has 1, raise it if needed"
 LISTENER = """
 import socket, sys
 listener = socket.create_server(("127.0.0.1", 0))

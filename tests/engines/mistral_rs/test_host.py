@@ -29,10 +29,10 @@ from engines.mistral_rs.native.chat_template import ChatTemplate, TemplateRefuse
 from engines.mistral_rs.native.generation import (
     Admitted,
     Counters,
-    counted,
+    count_endings,
+    count_tokens,
     cut_usage,
     keep_alive,
-    reckoned,
     until_stop,
 )
 from engines.mistral_rs.native.requests import ApiError
@@ -400,10 +400,10 @@ async def test_the_counters_follow_a_generation() -> None:
 
     counters = Counters()
     seen = []
-    async for _ in reckoned(counted(source(), counters), counters):
+    async for _ in count_endings(count_tokens(source(), counters), counters):
         seen.append(counters.tokens)
     with pytest.raises(ApiError):
-        _ = [piece async for piece in reckoned(counted(refused(), counters), counters)]
+        _ = [piece async for piece in count_endings(count_tokens(refused(), counters), counters)]
     assert seen == [0, 8, 12]
     assert (counters.first_tokens, dict(counters.completed)) == (1, {"stop": 1})
 
