@@ -1,16 +1,18 @@
-"""What live traffic says of a candidate: the requests of a canary, and the copies of a shadow.
+"""Judge a candidate by live traffic: the requests of a canary, and the copies of a shadow.
 
-Nobody chooses live requests, so they are made comparable first. A block of the gate is a stretch of time that holds
+Live requests are not chosen, so they are made comparable first. A block of the gate is a stretch of time that holds
 `block_requests` answers of each engine: what slows the machine slows both arms of a block. Within a block, times are
 brought to one prompt size along a straight line in logarithms (Theil and Sen's slope, from pairs of one engine's own
-requests). From there on it is the gate of `tasks.verdicts.noninferiority`, at planned looks: the watch may ask as
-often as it likes. The first look that fails, else the first that passes, stands.
+requests). From there on it is the gate of `tasks.verdicts.noninferiority`, at planned looks: the canary analysis may
+ask as often as it likes. The first look that fails, else the first that passes, stands.
 
 What this cannot prove, and phase 1 can: every block is of the same start of both engines, and starts differ by 9 to
 14 % on a small machine; the candidate answers only its share, so it was not seen under the whole load; conversations
 are dealt to engines, not requests, so a few odd conversations look like an engine; one that moves to the candidate
 comes without its cached prompt, once; a client that leaves makes no sample, and times are per content chunk: an engine
 that sends several tokens in one looks slower than it is.
+
+Which conversations the candidate answers, and that they stay with it (sticky), is decided in engines/yard/route.py.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ from tasks.verdicts.noninferiority import Metric, Outcome, judge, look_bounds
 from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, gate, not_measured
 
-Sample = Mapping[str, Any]
-SURE = 0.9999  # the watch looks all the time: simulated over 4000 requests, equal engines fail in under 1 % of canaries
+LiveSample = Mapping[str, Any]
+SURE = 0.9999  # judged all the time: simulated over 4000 requests, equal engines fail in under 1 % of canaries
 LEAST_RATIO = 1.01  # non-inferiority needs a margin, however small
 FEWEST = 3  # failures; two can fall together by chance on any engine
 HOPELESS = 0.05  # surely failing more often than this needs no incumbent's figures
 MOST_ASKED = 1_000_000
 COPIES_FAILED = 0.05
-SIZES_APART = 0.2  # ln of prompt sizes: nearer ones tell no slope
+SIZES_APART = 0.2  # ln of prompt sizes: nearer ones give no slope
 STEEPEST = 1.5  # a time grows no faster than that with the prompt, attention included
 MOST_PAIRED = 100  # requests of an engine in one block whose pairs are looked at
 CLIENTS_FAULT = re.compile(r"HTTP 4\d\d$")
@@ -64,7 +66,8 @@ class _Share:
         """Whether the candidate is surely worse by more than the margin.
 
         Were both equally prone, each hit would fall on the candidate by its share of what was asked: the exact
-        conditional test of the soak. Where the incumbent was hardly asked, the candidate's own share must be hopeless.
+        conditional test of the soak. Where the incumbent was hardly asked, the candidate's own share must exceed
+        HOPELESS.
         """
         if self.hits < FEWEST or self.excess <= margin:
             return False
@@ -87,7 +90,9 @@ class _Share:
         return low
 
 
-def judge_canary(samples: Sequence[Sample], incumbent: str, candidate: str, limits: CanaryLimits) -> list[CheckResult]:
+def judge_canary(
+    samples: Sequence[LiveSample], incumbent: str, candidate: str, limits: CanaryLimits
+) -> list[CheckResult]:
     """The checks on the live requests since the canary began; each sample as the yard's `Sample`, as a dict.
 
     An answer that is the client's own fault (HTTP 4xx) counts for neither engine; a candidate that refuses clearly
@@ -97,10 +102,10 @@ def judge_canary(samples: Sequence[Sample], incumbent: str, candidate: str, limi
         raise BadInput(f"a canary compares two engines, and both are {incumbent}")
     ours = sorted((s for s in samples if s["engine"] == candidate), key=lambda sample: sample["at"])
     theirs = sorted((s for s in samples if s["engine"] == incumbent), key=lambda sample: sample["at"])
-    answered, incumbent_answered = _fair(ours), _fair(theirs)
+    answered, incumbent_answered = ([s for s in arm if not _clients_fault(s)] for arm in (ours, theirs))
     streamed, incumbent_streamed = _streamed(answered), _streamed(incumbent_answered)
-    failed = _Share(_failed(answered), len(answered), _failed(incumbent_answered), len(incumbent_answered))
-    empty = _Share(_empty(streamed), len(streamed), _empty(incumbent_streamed), len(incumbent_streamed))
+    failed = _share(answered, incumbent_answered, lambda sample: not sample["ok"])
+    empty = _share(streamed, incumbent_streamed, lambda sample: bool(sample["empty"]))
     margin = limits.failure_rate_margin
     return [
         _judge_share("canary.error_rate", failed, margin, f"requests failed{_kinds(answered)}"),
@@ -112,7 +117,7 @@ def judge_canary(samples: Sequence[Sample], incumbent: str, candidate: str, limi
 
 
 def judge_shadow(pairs: Sequence[Mapping[str, Any]], limits: Limits | None = None) -> list[CheckResult]:
-    """What parity's own checks say of live answers and of what the candidate answered to copies of their requests.
+    """Parity's own checks on live answers and on what the candidate answered to copies of their requests.
 
     Each pair is `{"sampled": bool, "incumbent": answer, "candidate": answer}`, an answer as `measure_answers` keeps it,
     without logprobs. Answers drawn with a temperature differ by themselves: of those only degenerate text and unknown
@@ -134,18 +139,14 @@ def judge_shadow(pairs: Sequence[Mapping[str, Any]], limits: Limits | None = Non
     return [result.model_copy(update={"check": result.check.replace("parity.", "shadow.")}) for result in results]
 
 
-def canary_judge(limits: CanaryLimits) -> Callable[[Sequence[Sample], str, str], dict[str, Any]]:
-    """What a yard asks of its canary: samples, incumbent, candidate in, `judgement` out."""
+def canary_judge(limits: CanaryLimits) -> Callable[[Sequence[LiveSample], str, str], dict[str, Any]]:
+    """The yard's judge of a canary: samples, incumbent, candidate in, `judgement` out."""
     look_bounds(limits.looks)  # half a second of arithmetic, kept: now, and not beside the first user's stream
-
-    def judge_live(samples: Sequence[Sample], incumbent: str, candidate: str) -> dict[str, Any]:
-        return judgement(judge_canary(samples, incumbent, candidate, limits))
-
-    return judge_live
+    return lambda samples, incumbent, candidate: judgement(judge_canary(samples, incumbent, candidate, limits))
 
 
 def shadow_judge(limits: Limits | None = None) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """What a yard asks of its shadow: pairs of answers in, `judgement` out."""
+    """The yard's judge of a shadow: pairs of answers in, `judgement` out."""
     return lambda pairs: judgement(judge_shadow(pairs, limits))
 
 
@@ -163,53 +164,46 @@ def judgement(results: Sequence[CheckResult]) -> dict[str, Any]:
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def _fair(samples: Iterable[Sample]) -> list[Sample]:
-    return [sample for sample in samples if not _clients_fault(sample)]
-
-
-def _clients_fault(sample: Sample) -> bool:
+def _clients_fault(sample: LiveSample) -> bool:
     return not sample["ok"] and CLIENTS_FAULT.match(sample["error"] or "") is not None
 
 
-def _streamed(samples: Iterable[Sample]) -> list[Sample]:
-    """Streams that ended well: only of those does the yard know whether they said anything."""
+def _streamed(samples: Iterable[LiveSample]) -> list[LiveSample]:
+    """Streams that ended well: only of those does the yard know whether they had a token."""
     return [sample for sample in samples if sample["ok"] and (sample["empty"] or sample["ttft_ms"] is not None)]
 
 
-def _failed(samples: Iterable[Sample]) -> int:
-    return sum(not sample["ok"] for sample in samples)
+def _share(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], hit: Callable[[LiveSample], bool]) -> _Share:
+    return _Share(sum(map(hit, ours)), len(ours), sum(map(hit, theirs)), len(theirs))
 
 
-def _empty(samples: Iterable[Sample]) -> int:
-    return sum(bool(sample["empty"]) for sample in samples)
-
-
-def _kinds(samples: Iterable[Sample]) -> str:
+def _kinds(samples: Iterable[LiveSample]) -> str:
     kinds = {str(sample["error"])[:80] for sample in samples if not sample["ok"]}
     return f" ({'; '.join(sorted(kinds)[:3])})" if kinds else ""
 
 
 def _judge_share(check: str, share: _Share, margin: float, what: str) -> CheckResult:
     """PASS once the excess is surely within the margin, FAIL as soon as it is surely beyond."""
-    facts: dict[str, Any] = {"check": check, "limit": margin, "unit": "share"}
     if not share.asked:
         return not_measured(check, "the candidate answered nothing yet", limit=margin, unit="share")
     why = f"{share.hits} of {share.asked} {what}, on the incumbent {share.incumbent_hits} of {share.incumbent_asked}"
-    facts["value"] = share.excess
+    verdict = Verdict.INCONCLUSIVE
     if share.is_clear(margin):
-        return CheckResult(**facts, verdict=Verdict.FAIL, why=f"{why}: clearly more than {margin:.1%} above")
-    if not share.incumbent_asked:
-        return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=f"{why}: nothing to compare with")
-    upper = share.upper()
-    why += f", with 95 % confidence at most {upper:.2%} above"
-    if upper <= margin:
-        return CheckResult(**facts, verdict=Verdict.PASS, why=why)
-    more = share.more_needed(margin)
-    settle = "no number of clean answers would settle it" if more is None else f"{more} more clean answers are needed"
-    return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=f"{why}; {settle} for {margin:.1%}")
+        verdict, why = Verdict.FAIL, f"{why}: clearly more than {margin:.1%} above"
+    elif not share.incumbent_asked:
+        why += ": nothing to compare with"
+    elif (upper := share.upper()) <= margin:
+        verdict, why = Verdict.PASS, f"{why}, with 95 % confidence at most {upper:.2%} above"
+    else:
+        more = share.more_needed(margin)
+        settle = (
+            "no number of clean answers would settle it" if more is None else f"{more} more clean answers are needed"
+        )
+        why += f", with 95 % confidence at most {upper:.2%} above; {settle} for {margin:.1%}"
+    return CheckResult(check=check, verdict=verdict, value=share.excess, limit=margin, unit="share", why=why)
 
 
-def _judge_refused(ours: Sequence[Sample], theirs: Sequence[Sample], margin: float) -> CheckResult:
+def _judge_refused(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], margin: float) -> CheckResult:
     """Whether the candidate refuses (HTTP 4xx) what the incumbent takes; by conversation, for one client repeats its
     fault."""
     share = _Share(*_conversations(ours), *_conversations(theirs))
@@ -223,7 +217,7 @@ def _judge_refused(ours: Sequence[Sample], theirs: Sequence[Sample], margin: flo
     return CheckResult(check="canary.refused", verdict=verdict, value=share.excess, unit="share", why=why)
 
 
-def _conversations(samples: Sequence[Sample]) -> tuple[int, int]:
+def _conversations(samples: Sequence[LiveSample]) -> tuple[int, int]:
     """Conversations that met a 4xx, and all of them."""
     known = [sample for sample in samples if sample["conversation"]]  # a request lost with its engine has none
     return len({s["conversation"] for s in known if _clients_fault(s)}), len({s["conversation"] for s in known})
@@ -233,7 +227,7 @@ def _conversations(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def _judge_speed(
-    name: str, ours: Sequence[Sample], theirs: Sequence[Sample], ratio: float, limits: CanaryLimits
+    name: str, ours: Sequence[LiveSample], theirs: Sequence[LiveSample], ratio: float, limits: CanaryLimits
 ) -> CheckResult:
     check, key = f"canary.{name}_p50_ratio", f"{name}_ms"
     ratio = max(ratio, LEAST_RATIO)
@@ -258,7 +252,7 @@ def _judge_speed(
     return result
 
 
-def _measured(samples: Sequence[Sample], key: str) -> list[Sample]:
+def _measured(samples: Sequence[LiveSample], key: str) -> list[LiveSample]:
     """The answers that have this time; a stream that came in one piece has a TPOT of 0, which is none."""
     return [s for s in samples if s["ok"] and s[key] is not None and s[key] > 0 and s["prompt_tokens"] > 0]
 
@@ -274,13 +268,15 @@ def _first_decision(metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: 
     return outcomes[-1]
 
 
-def _blocks(ours: Sequence[Sample], theirs: Sequence[Sample], key: str, block_requests: int) -> list[dict[str, Any]]:
+def _blocks(
+    ours: Sequence[LiveSample], theirs: Sequence[LiveSample], key: str, block_requests: int
+) -> list[dict[str, Any]]:
     """Successive stretches of time, each closed as soon as it holds `block_requests` of each engine.
 
     A block depends on nothing that comes after it, so a verdict does not move under later traffic.
     """
     blocks: list[dict[str, Any]] = []
-    arms: dict[str, list[Sample]] = {"incumbent": [], "candidate": []}
+    arms: dict[str, list[LiveSample]] = {"incumbent": [], "candidate": []}
     stamped = itertools.chain(((s, "incumbent") for s in theirs), ((s, "candidate") for s in ours))
     for sample, arm in sorted(stamped, key=lambda pair: pair[0]["at"]):
         arms[arm].append(sample)
@@ -291,7 +287,7 @@ def _blocks(ours: Sequence[Sample], theirs: Sequence[Sample], key: str, block_re
     return blocks
 
 
-def _levelled(arms: Mapping[str, Sequence[Sample]], key: str) -> dict[str, dict[str, list[float]]]:
+def _levelled(arms: Mapping[str, Sequence[LiveSample]], key: str) -> dict[str, dict[str, list[float]]]:
     """Each arm's times as they would be at the block's middle prompt size."""
     sizes = {arm: np.log([float(s["prompt_tokens"]) for s in samples]) for arm, samples in arms.items()}
     times = {arm: np.log([float(s[key]) for s in samples]) for arm, samples in arms.items()}
@@ -308,8 +304,8 @@ def _slope(arms: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
         x, y = sizes[::step], times[::step]
         first, second = np.triu_indices(len(x), 1)
         apart = x[second] - x[first]
-        told = np.abs(apart) > SIZES_APART
-        slopes.append((y[second] - y[first])[told] / apart[told])
+        far = np.abs(apart) > SIZES_APART
+        slopes.append((y[second] - y[first])[far] / apart[far])
     found = np.concatenate(slopes)
     return float(np.clip(np.median(found), 0.0, STEEPEST)) if len(found) else 0.0
 

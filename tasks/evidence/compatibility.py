@@ -90,7 +90,7 @@ def judge_compatibility(
     """One check per behaviour, "compatibility.<name>", and the share of the required ones that pass.
 
     Takes two results of measure_compatibility. A behaviour that the incumbent lacks as well is no regression: it
-    passes, and says so. One that applies to neither is listed without holding the gate. Raises BadInput for a
+    passes, with a note. One that applies to neither is listed without holding the gate. Raises BadInput for a
     required name that is no behaviour.
     """
     needed = frozenset(known(required, "required"))
@@ -102,40 +102,27 @@ def judge_compatibility(
 
 def judge_behaviour(name: str, old: Seen | None, new: Seen | None, *, required: bool) -> CheckResult:
     """The verdict on one behaviour, from what the incumbent (`old`) and the candidate (`new`) did."""
-    before, after = kind(old), kind(new)
+    before, after = ("missing" if seen is None else seen["outcome"] for seen in (old, new))
+    then, now = ("" if seen is None else str(seen["observed"]) for seen in (old, new))
+    verdict, why = Verdict.INCONCLUSIVE, now
     if before == after == "not_applicable":
-        return check(name, Verdict.INCONCLUSIVE, f"not applicable: {said(new)}", required=False)
-    if after == "passed":
-        return check(name, Verdict.PASS, said(new), required=required)
-    if after == "errored":
-        return check(name, Verdict.ERROR, said(new), required=required)
-    if after == "missing":
-        return check(name, Verdict.INCONCLUSIVE, "not measured on the candidate", required=required)
-    if before == "passed":
+        why, required = f"not applicable: {now}", False
+    elif after == "passed":
+        verdict = Verdict.PASS
+    elif after == "errored":
+        verdict = Verdict.ERROR
+    elif after == "missing":
+        why = "not measured on the candidate"
+    elif before == "passed":
         lost = "does not apply there" if after == "not_applicable" else "the candidate fails"
-        why = f"the incumbent passes, {lost}: {said(new)}"
-        return check(name, Verdict.FAIL, why, required=required)
-    if before in ("failed", "not_applicable"):
+        verdict, why = Verdict.FAIL, f"the incumbent passes, {lost}: {now}"
+    elif before in ("failed", "not_applicable"):
         lacks = "fails it too" if before == "failed" else "has no use of it"
-        why = f"not a regression: the incumbent {lacks} ({said(old)}); the candidate: {said(new)}"
-        return check(name, Verdict.PASS, why, required=required)
-    reason = "errored there" if before == "errored" else "was not measured there"
-    why = f"no incumbent to compare with: it {reason}; the candidate: {said(new)}"
-    return check(name, Verdict.INCONCLUSIVE, why, required=required)
-
-
-def kind(seen: Seen | None) -> str:
-    """The outcome of one record; "missing" without one."""
-    return "missing" if seen is None else seen["outcome"]
-
-
-def said(seen: Seen | None) -> str:
-    """What one record observed."""
-    return "" if seen is None else str(seen["observed"])
-
-
-def check(name: str, verdict: Verdict, why: str, *, required: bool) -> CheckResult:
-    """A result without a number: a behaviour is a contract."""
+        why = f"not a regression: the incumbent {lacks} ({then}); the candidate: {now}"
+        verdict = Verdict.PASS
+    else:
+        reason = "errored there" if before == "errored" else "was not measured there"
+        why = f"no incumbent to compare with: it {reason}; the candidate: {now}"
     return CheckResult(check=f"compatibility.{name}", verdict=verdict, why=why, required=required)
 
 
@@ -147,7 +134,6 @@ def required_passed(checks: Collection[CheckResult]) -> CheckResult:
     bad = [result.check.partition(".")[2] for result in needed if result.verdict is not Verdict.PASS]
     share = (len(needed) - len(bad)) / len(needed)
     why = f"{len(needed) - len(bad)} of {len(needed)} required behaviours pass"
-    return CheckResult(
-        check="compatibility.required_passed", verdict=gate(needed), value=share, limit=1.0, unit="ratio",
-        why=f"{why}; not: {', '.join(bad)}" if bad else why,
-    )  # fmt: skip
+    why += f"; not: {', '.join(bad)}" if bad else ""
+    check, verdict = "compatibility.required_passed", gate(needed)
+    return CheckResult(check=check, verdict=verdict, value=share, limit=1.0, unit="ratio", why=why)

@@ -82,11 +82,11 @@ class EngineBehindYard(EngineUnderTest):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         spec = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings)
-        (folder / "recipe.json").write_text(spec.model_dump_json(), encoding="utf-8")
+        (folder / "launch_spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
         port = free_port()
         child = process.start(
             f"yard of {self.driver.name} {self.model_id}",
-            [sys.executable, "-m", "engines.yard.single", str(folder / "recipe.json"), str(folder), str(port)],
+            [sys.executable, "-m", "engines.yard.single", str(folder / "launch_spec.json"), str(folder), str(port)],
             state_dir=self.home,
             log_path=folder / "yard.log",
             env={**environment.of_engine(os.environ), "SWITCHYARD_HOME": str(folder)},
@@ -104,7 +104,7 @@ class EngineBehindYard(EngineUnderTest):
                 version=self.installation.version,
                 context_tokens=engine["context_tokens"],
             )
-            losses = self.driver.unsupported(self.installation, self.serve())
-            yield Served(endpoint, child, self.installation, engine["argv"], losses, engine["load_s"])
+            unsupported = self.driver.unsupported(self.installation, self.serve())
+            yield Served(endpoint, child, self.installation, engine["argv"], unsupported, engine["load_s"])
         finally:
             child.stop()

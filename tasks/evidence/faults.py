@@ -1,9 +1,9 @@
-"""Faults on purpose: is the engine's death or hang noticed, named and mended, and how fast?
+"""Faults on purpose: is the engine's death or hang noticed, classified and recovered from, and how fast?
 
 sigkill         the process is killed in the middle of a stream
 sigstop         the process is frozen in the middle of a stream: alive, port open, no token
 truncated_gguf  the model file is cut short
-port_taken      somebody else listens on the port
+port_taken      another process listens on the port
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _interrupted(engine: EngineUnderTest, number: signal.Signals) -> dict[str, A
 
 
 def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, str]:
-    """Dead by its pid, wedged by tokens that stopped moving while the process lives; whichever is true first."""
+    """Dead by its pid, or wedged by tokens that stopped while the process runs; whichever is true first."""
     while True:
         if served.process.poll() is not None:
             return "dead", f"the process ended with {exit_reason(served.process)}"
@@ -125,7 +125,7 @@ def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, 
                 state = psutil.Process(served.process.pid).status()
                 return "wedged", f"alive ({state}), a request in progress and no token for {silent_s:.1f} s"
         if stream.end.is_set() and not _ends_soon(served):
-            return "lost stream", f"the stream ended ({stream.outcome}) while the process lives"
+            return "lost stream", f"the stream ended ({stream.outcome}) while the process runs"
         time.sleep(POLL_S)
 
 

@@ -22,7 +22,7 @@ from tasks.verdicts.statistics import theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 CYCLES, MEMORY, HANG = "native.load_cycles", "native.cycle_memory", "native.hang"
-LEAST_CYCLES = 8  # fewer say nothing about a slope
+LEAST_CYCLES = 8  # fewer give no slope
 WARM_SHARE = 0.2  # of the cycles: caches fill
 LIMIT_BYTES_PER_CYCLE = 1_000_000
 Say = Callable[[str], None]
@@ -115,7 +115,7 @@ def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) 
         f"{slope.high / 1e3:.0f}) over {len(kept)} cycles"
     )
     if verdict is Verdict.INCONCLUSIVE:
-        why += f"; it may be {limit / 1e3:.0f} at most: more cycles (measure.load_cycles) would tell"
+        why += f"; it may be {limit / 1e3:.0f} at most: measure more cycles (measure.load_cycles)"
     return CheckResult(check=check, verdict=verdict, value=slope.estimate, limit=limit, unit="bytes/cycle", why=why)
 
 

@@ -153,7 +153,7 @@ def judge_noise(
     *,
     client_error_ms: Mapping[str, float],
 ) -> list[CheckResult]:
-    """What the A/A calibration says of this machine; reported, for the blocks carry their own noise to the gate."""
+    """The A/A calibration of this machine; reported only, as the blocks carry their own noise to the gate."""
     errors = {m.name: client_error_ms[m.key] for m in metrics(limits, workload) if m.key in client_error_ms}
     results = judge_calibration(metrics(limits, workload), blocks, looks, client_errors=errors)
     return [result.model_copy(update={"required": False}) for result in results]

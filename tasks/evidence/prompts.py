@@ -1,4 +1,7 @@
-"""Prompts for comparing engines: the shipped set, or the user's own transcripts."""
+"""Prompts for comparing engines: the shipped set, or the user's own transcripts.
+
+The soak has prompts of its own, in soak/prompts.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engines.errors import BadInput
 
 SHIPPED = "prompts.jsonl"
-HOW_TO_MEND = 'each line is one JSON object: {"messages": [{"role": "user", "content": "..."}], "tools": [...]}'
+LINE_FORM = 'each line is one JSON object: {"messages": [{"role": "user", "content": "..."}], "tools": [...]}'
 
 
 class Message(BaseModel):
@@ -41,7 +44,7 @@ class Prompt(BaseModel):
 
     @property
     def text(self) -> str:
-        """All that the turns say, joined by newlines; for showing and for looking at its script."""
+        """The text of all turns, joined by newlines."""
         return "\n".join(message.content for message in self.messages if isinstance(message.content, str))
 
 
@@ -66,7 +69,7 @@ def load_transcripts(path: Path) -> list[Prompt]:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({error}); give a JSONL file") from error
     prompts = [_transcript(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise BadInput(f"{path}: no transcripts in it; {HOW_TO_MEND}")
+        raise BadInput(f"{path}: no transcripts in it; {LINE_FORM}")
     return prompts
 
 
@@ -76,9 +79,9 @@ def _transcript(path: Path, number: int, line: str) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise BadInput(f"{where}: not JSON ({error}); {HOW_TO_MEND}") from error
+        raise BadInput(f"{where}: not JSON ({error}); {LINE_FORM}") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise BadInput(f'{where}: no list "messages"; {HOW_TO_MEND}')
+        raise BadInput(f'{where}: no list "messages"; {LINE_FORM}')
     messages = row["messages"]
     while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
@@ -89,4 +92,4 @@ def _transcript(path: Path, number: int, line: str) -> Prompt:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{where}: {key}: {first['msg']}; {HOW_TO_MEND}") from error
+        raise BadInput(f"{where}: {key}: {first['msg']}; {LINE_FORM}") from error

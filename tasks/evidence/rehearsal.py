@@ -4,7 +4,7 @@ hidden     the candidate was chosen and is not on this machine: the incumbent se
 killed     the candidate's process is killed while it serves: it is restarted and serves
 fallback   it is killed once more, with its restarts spent: the incumbent serves
 
-That yard has its own home and port, and only its own engines are killed: nobody's requests pass through it.
+That yard has its own home and port, and only its own engines are killed: no user's requests pass through it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from engines.errors import BadInput, SwitchyardError
 from engines.fit import estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
-from engines.redaction import redacted_text
+from engines.settings import Endpoint
 from engines.yard.client import YardClient
 from engines.yard.engine.launch_spec import LaunchSpec
+from tasks.evidence.behaviours.caller import Caller, Malformed, Refused
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 DRILLS = ("hidden_candidate", "killed_candidate", "fallback")
@@ -86,37 +87,36 @@ def one_token(address: str, model_id: str, key: SecretStr | None, *, wait_s: flo
 
     A yard holds the request while no engine is up, `wait_s` at most.
     """
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    endpoint = Endpoint(base_url=address, model_id=model_id, engine="yard", api_key=key)
     asked = {"model": model_id, "max_tokens": 1, "temperature": 0}
     # a model without a chat template may refuse a chat and complete a text
-    bodies = {
+    bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {**asked, "messages": [{"role": "user", "content": "Hi"}]},
         "/v1/completions": {**asked, "prompt": "Hi"},
     }
     began, error = time.monotonic(), ""
-    timeout = httpx.Timeout(CONNECT_S, read=wait_s + CONNECT_S)
-    with httpx.Client(base_url=address, headers=headers, timeout=timeout, trust_env=False, verify=False) as http:
+    with Caller(endpoint, read_timeout_s=wait_s + CONNECT_S, verify=False) as caller:
         for path, body in bodies.items():
             try:
-                answer = http.post(path, json=body)
-                tokens = answer.json()["usage"]["completion_tokens"] if answer.status_code == 200 else 0
-                if tokens >= 1:
+                if caller.post(path, body).used("completion_tokens") >= 1:
                     return {"answered": True, "took_s": time.monotonic() - began, "error": None}
-                error = error or f"HTTP {answer.status_code}: {redacted_text(answer.text)[:200]}"
-            except (httpx.HTTPError, ValueError, KeyError, TypeError) as problem:
+                error = error or "an answer without a token"
+            except (Refused, Malformed) as problem:
+                error = error or str(problem)
+            except httpx.HTTPError as problem:
                 error = error or f"{type(problem).__name__}: {problem}"
     return {"answered": False, "took_s": time.monotonic() - began, "error": " ".join(error.split())}
 
 
-def room(recipes: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_bytes: int | None) -> tuple[str, str]:
+def room(specs: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_bytes: int | None) -> tuple[str, str]:
     """How both engines can be rehearsed beside the one that serves, and why.
 
     "auto" (the yard decides), "one-at-a-time" (memory is tight), or "" where not even one fits: it could push the
     engine that serves out of memory. `held_*` is what the serving engine holds, for models that cannot be sized.
     """
     free, form, why = free_memory(), "auto", "both engines fit beside the one that serves"
-    for engine, recipe in recipes.items():
-        fit = estimate(read_header(recipe.gguf), recipe.settings, engine, memory=free)
+    for engine, spec in specs.items():
+        fit = estimate(read_header(spec.gguf), spec.settings, engine, memory=free)
         if fit.verdict == "does not fit":
             return "", f"{engine} does not fit beside the engine that serves: {fit.why}"
         if fit.verdict == "unknown" and not _twice(free, held_bytes, held_vram_bytes):

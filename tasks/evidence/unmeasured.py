@@ -38,13 +38,13 @@ _ERROR_WORDS = re.compile(r"error|panic|exception|unsupported|not supported|out 
 _LOG_PREFIX = re.compile(r"^[\d.:TZ\s-]+(?:[A-Z]\s+)?")
 # the areas of the report, where they are not the first word of the check's own name
 _AREAS = {"soak": "stability.soak"}
-# the check that is missing where another one cannot say so
+# the check that is missing where another one cannot be reported
 _IN_PLACE_OF = {("both", "preflight"): "preflight.loads", ("both", SOAK_LEFT_OUT): "stability.failures"}
 _OPTIONAL = ("calibration",)  # reported, and holds no gate
 
 
 def ends_the_run(error: BaseException) -> bool:
-    """Whether `error` says that no further check can be carried out or stored, rather than that one check failed.
+    """Whether `error` means that no further check can be carried out or stored, rather than that one check failed.
 
     True for an interrupt (also one that a library turned into an error of its own), a bad plan, and records or a disk
     that cannot be written.

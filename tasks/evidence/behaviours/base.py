@@ -88,10 +88,14 @@ CALL_TOKENS = 48
 class Asker(Caller):
     """A caller that keeps the answers which several behaviours read, so that each is generated once."""
 
+    def common(self, **params: Any) -> ApiReply:
+        """The answer to the common prompt, greedy unless `params` say otherwise."""
+        return self.chat(COMMON, max_tokens=COMMON_TOKENS, **params)
+
     @cached_property
     def plain(self) -> ApiReply:
         """The greedy answer to the common prompt, complete."""
-        return self.chat(COMMON, max_tokens=COMMON_TOKENS).served()
+        return self.common().served()
 
     @cached_property
     def bare_stream(self) -> Streamed:
@@ -111,7 +115,7 @@ class Asker(Caller):
 
     @cached_property
     def context_tokens(self) -> int | None:
-        """The context of one sequence: as the endpoint states, else as llama.cpp's /props or vLLM's model list say."""
+        """The context of one sequence: by the endpoint, else by llama.cpp's /props or vLLM's model list."""
         if self.endpoint.context_tokens is not None:
             return self.endpoint.context_tokens
         props = self.get("/props").body

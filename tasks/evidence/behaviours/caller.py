@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-style server and what came back, unjudged: status, JSON, the chunks of a stream."""
+"""Requests to an OpenAI-style server and their answers, unjudged: status, JSON, the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ApiReply:
 
     @property
     def error_text(self) -> str:
-        """The server's own words, wherever it put them, on one line of at most 160 characters."""
+        """The server's own message, on one line of at most 160 characters."""
         message = self.error.get("message")
         return redacted_text(" ".join(str(message or self.raw or "(empty body)").split()))[:160]
 
@@ -166,12 +166,12 @@ def user(text: str) -> Json:
 class Caller:
     """Speaks to one endpoint; every request has a limit on silence, none on its whole length."""
 
-    def __init__(self, endpoint: Endpoint, *, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+    def __init__(self, endpoint: Endpoint, *, read_timeout_s: float = READ_TIMEOUT_S, verify: bool = True) -> None:
         self.endpoint = endpoint
         # the read limit is for silence between two reads, not for the whole answer
         self.timeout = httpx.Timeout(10.0, read=read_timeout_s)
         # a fresh connection each time: llama-server closes one after a stream; a request sent into that close is lost
-        self.http = self.client(endpoint.headers, limits=httpx.Limits(max_keepalive_connections=0))
+        self.http = self.client(endpoint.headers, limits=httpx.Limits(max_keepalive_connections=0), verify=verify)
 
     def __enter__(self) -> Self:
         return self

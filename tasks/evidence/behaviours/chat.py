@@ -72,14 +72,14 @@ def content_parts(ask: Asker) -> Observation:
 @behaviour("chat", "fields the engine does not know (user, metadata, store) change nothing", required=True)
 def extra_fields(ask: Asker) -> Observation:
     extra = {"user": "someone", "metadata": {"a": "b"}, "store": False, "x_unknown": 1}
-    text = ask.chat(COMMON, max_tokens=COMMON_TOKENS, **extra).text
+    text = ask.common(**extra).text
     return holds(text == ask.plain.text, f"with {', '.join(extra)}: {text!r}")
 
 
 @behaviour("chat", "a prompt answered before is answered the same from the prompt cache", required=True)
 def cached_prompt(ask: Asker) -> Observation:
     ask.chat(COMMON + " Make it sad.", max_tokens=1).served()
-    again = ask.chat(COMMON, max_tokens=COMMON_TOKENS)
+    again = ask.common()
     return holds(again.text == ask.plain.text, f"first {ask.plain.text!r}, later {again.text!r}")
 
 

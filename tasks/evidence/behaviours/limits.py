@@ -36,7 +36,7 @@ def stop_word(text: str) -> str:
 def stops(ask: Asker, shape: Callable[[str], Any]) -> Observation:
     """Whether a stop word, given as `shape(word)`, cuts the greedy answer just before it."""
     word = stop_word(ask.plain.text)
-    reply = ask.chat(COMMON, max_tokens=COMMON_TOKENS, stop=shape(word))
+    reply = ask.common(stop=shape(word))
     return cut_at(ask, word, reply.text, [reply.finish])
 
 

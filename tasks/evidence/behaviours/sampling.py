@@ -8,7 +8,6 @@ from typing import Any
 
 from tasks.evidence.behaviours.base import (
     COMMON,
-    COMMON_TOKENS,
     REPEATING,
     Asker,
     Behaviour,
@@ -23,7 +22,7 @@ from tasks.evidence.behaviours.caller import ApiReply, Json
 
 @behaviour("sampling", "temperature 0 gives the same text twice", required=True)
 def greedy_repeats(ask: Asker) -> Observation:
-    again = ask.chat(COMMON, max_tokens=COMMON_TOKENS).text
+    again = ask.common().text
     return holds(again == ask.plain.text, f"{ask.plain.text!r} and {again!r}")
 
 
@@ -69,7 +68,7 @@ def logit_bias(ask: Asker) -> Observation:
         reply = ask.chat(COMMON, max_tokens=1)
     token = token_id(ask, reply)
     if token is None:
-        raise NotApplicable("the engine does not tell the id of a token")
+        raise NotApplicable("the engine does not show the id of a token")
     banned = ask.chat(COMMON, max_tokens=1, logit_bias={str(token): -100}).text
     return holds(reply.text != banned, f"without token {token}: {banned!r} instead of {reply.text!r}")
 

@@ -6,13 +6,11 @@ import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from itertools import takewhile
 
 import httpx
 
 from tasks.evidence.behaviours.base import (
-    COMMON,
-    COMMON_TOKENS,
     Asker,
     NotApplicable,
     Observation,
@@ -69,7 +67,7 @@ def error_leaves_no_trace(ask: Asker) -> Observation:
         ask.post("/v1/chat/completions", body).status
         for body in (b"[", {"messages": 5}, ask.body("Hi", response_format=5, max_tokens=1))
     ]
-    text = ask.chat(COMMON, max_tokens=COMMON_TOKENS).text
+    text = ask.common().text
     return holds(text == ask.plain.text, f"after {refused}: {text!r}")
 
 
@@ -82,7 +80,7 @@ GAUGE = re.compile(
 
 
 def running(ask: Asker) -> float | None:
-    """Requests the engine says it is working on, from /metrics; None where it does not say."""
+    """Requests in progress by the engine's /metrics; None where it does not report them."""
     values = GAUGE.findall(ask.get("/metrics").raw)
     return sum(float(value) for value in values) if values else None
 
@@ -107,7 +105,7 @@ def freed(ask: Asker, idle_s: float, to_go_s: float) -> Observation:
     deadline = time.monotonic() + max(2.0, to_go_s / 2 - waited_s)
     while (busy := running(ask)) and time.monotonic() < deadline:
         time.sleep(1.0)
-    return holds(not busy, f"{seen}; running requests: {'not told' if busy is None else int(busy)}")
+    return holds(not busy, f"{seen}; running requests: {'not reported' if busy is None else int(busy)}")
 
 
 @behaviour("cancel", "a client that leaves a stream frees the engine for the next request", required=True)
@@ -146,15 +144,17 @@ def all_at_once(ask: Asker, prompts: list[str]) -> list[str]:
 
 def shared_prefix(left: str, right: str) -> int:
     """How many characters two texts share from their start."""
-    return next((place for place, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]),
-                min(len(left), len(right)))  # fmt: skip
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def unmixed(ask: Asker, alone: Mapping[str, str]) -> Observation:
     """Whether each prompt of `alone`, asked together with the others, gets its own answer again.
 
-    Batching may change the arithmetic a little, so the answer must be nearest to its own one, not equal to it.
+    Batching may change the arithmetic a little, so the answer must be nearest to its own one, not equal to it. A mix-up
+    of two equal answers could not be seen: NotApplicable.
     """
+    if len(set(alone.values())) < len(alone):
+        raise NotApplicable(f"answers alone are not distinct: {list(alone.values())}")
     together = dict(zip(alone, all_at_once(ask, list(alone)), strict=True))
     for prompt, text in together.items():
         nearest = max(alone, key=lambda other: (shared_prefix(alone[other], text), other == prompt))
@@ -167,7 +167,7 @@ def unmixed(ask: Asker, alone: Mapping[str, str]) -> Observation:
 @behaviour("concurrency", "three requests at once all get their own answers", required=True)
 def three_at_once(ask: Asker) -> Observation:
     prompts = ["Hello!", "What is the capital of France?", "Write a poem about the deep blue sea."]
-    return distinct_or_skip(ask, {prompt: ask.chat(prompt).text for prompt in prompts})
+    return unmixed(ask, {prompt: ask.chat(prompt).text for prompt in prompts})
 
 
 @behaviour("concurrency", "three prompts of equal length at once all get their own answers", required=True)
@@ -178,15 +178,8 @@ def equal_lengths_at_once(ask: Asker) -> Observation:
         group = by_length.setdefault(reply.used("prompt_tokens"), {})
         group[f"Tell me about {word}."] = reply.text
         if len(group) == 3:
-            return distinct_or_skip(ask, group)
+            return unmixed(ask, group)
     raise NotApplicable(f"no three prompts of equal length: {sorted(by_length)}")
-
-
-def distinct_or_skip(ask: Asker, alone: Mapping[str, str]) -> Observation:
-    """`unmixed`, or NotApplicable when two answers alone are the same and a mix-up could not be seen."""
-    if any(left == right for left, right in combinations(alone.values(), 2)):
-        raise NotApplicable(f"answers alone are not distinct: {list(alone.values())}")
-    return unmixed(ask, alone)
 
 
 @behaviour("models", "/v1/models lists the model by the id that requests use", required=True)
@@ -212,7 +205,7 @@ def tokenize_route(ask: Asker) -> Observation:
     return holds(0 < once < twice, f"{once} and {twice} ids")
 
 
-@behaviour("models", "/props tells the context of one sequence")
+@behaviour("models", "/props reports the context of one sequence")
 def props_route(ask: Asker) -> Observation:
     reply = ask.get("/props")
     settings = reply.body.get("default_generation_settings") if isinstance(reply.body, dict) else None

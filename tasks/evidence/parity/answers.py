@@ -28,7 +28,7 @@ def measure_answers(
 
     Each answer: id, prompt, text, tool_calls, finish_reason, prompt/completion/cached tokens, error, and `positions`,
     a list of [text, logprob, id or None, [[text, logprob, id or None], ...]] in nats. The engine's prompt cache is
-    left as it is, as in service; `cached_tokens` says what it took from there, where the engine tells.
+    left as it is, as in service; `cached_tokens` is what it took from there, where the engine reports it.
     """
     started = time.monotonic()
     answers = []

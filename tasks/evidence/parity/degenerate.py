@@ -1,4 +1,4 @@
-"""Text that is no answer at all: empty, garbage, a loop, scripts nobody asked for."""
+"""Text that is no answer at all: empty, garbage, a loop, scripts not asked for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def degenerate_answer(answer: Evidence) -> str | None:
 
 
 def degenerate(text: str, tokens: Sequence[str] | None = None, *, prompt: str = "") -> str | None:
-    """Why `text` is no answer at all, or None: empty, garbage characters, a loop, scripts nobody asked for.
+    """Why `text` is no answer at all, or None: empty, garbage characters, a loop, scripts not asked for.
 
     Reasons that begin with "loop" come from small models by themselves; the others mean something is broken.
-    `tokens` are the generated tokens' texts, words otherwise. Says nothing on whether an answer is good or true.
+    `tokens` are the generated tokens' texts, words otherwise. It does not judge whether an answer is good or true.
     """
     bare = text.strip().rstrip("\ufffd")  # an answer cut at its token limit may end within a character
     if not bare:
