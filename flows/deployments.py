@@ -41,7 +41,7 @@ from engines.yard.state import StateFile
 from flows import deprecate as deprecation
 from flows import evaluate as evaluation
 from flows import soak as soaking
-from flows.evaluation.beside import NoRoom, lacking
+from flows.evaluation.beside import DoesNotFit, lacking
 from flows.evaluation.rejudge import rejudge
 from flows.experiment_lock import Busy
 from flows.migrate import migrated
@@ -75,7 +75,7 @@ def evaluate(plan: str = "", late_minutes: int = 120, with_soak: bool = False) -
 
 def _evaluated(plan: Plan, path: Path, *, with_soak: bool) -> dict[str, Any]:
     if (why := lacking(plan, default_home())) is not None:
-        raise NoRoom(f"skipped: {why}; stop the yard and run `switchyard evaluate {path}` to measure all the same")
+        raise DoesNotFit(f"skipped: {why}; stop the yard and run `switchyard evaluate {path}` to measure all the same")
     with open_records() as records:
         unfinished = records.unfinished(plan.model_dump(mode="json"))
     return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None, with_soak=with_soak)
@@ -224,7 +224,7 @@ def _unless_late(minutes: int, work: Callable[[], dict[str, Any]]) -> Any:
         return Cancelled(message=f"scheduled {late_s / 60:.0f} min ago; skipped as late")
     try:
         return concluded(work())
-    except (Busy, NoRoom) as why:
+    except (Busy, DoesNotFit) as why:
         if deployment.id is None:  # started by a command, which prints it
             raise
         progress.get().note(str(why))

@@ -12,13 +12,11 @@ The yard's own state decides, and works without the database; every step is a ro
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from engines import install
 from engines.errors import BadInput
@@ -29,6 +27,7 @@ from engines.yard.state import StateFile, YardState
 from flows.orchestrator.run import flow_run_id
 from flows.progress import progress
 from flows.rollout.guide import write_guide
+from flows.subprocess_phase import take
 from migrations.plan import Plan
 from migrations.plan_file import plan_to_toml
 from tasks.evidence.environment import machine_environment
@@ -66,8 +65,7 @@ class Deprecation:
         self.engine = plan.incumbent.engine
         self.who, self.reason, self.at_once, self.uninstall = who.strip(), reason.strip(), at_once, uninstall
         self.say, self.do = say, do
-        self.client = YardClient(folder)
-        self._file = StateFile(folder / "yard")
+        self.client, self._file = YardClient(folder), StateFile(folder / "yard")
         self._results: list[CheckResult] = []
 
     def run(self) -> dict[str, Any]:
@@ -100,13 +98,24 @@ class Deprecation:
             return shut
         else:
             archive = self.home / "archive" / f"{self.engine}-{run.id}"
-            self.do("archive", lambda: self._archive(run, archive, state))
-            self.do("retire", lambda: self._retire(run, archive))
+            toml = plan_to_toml(self.plan)
+            self._step(run, "archive", lambda: write_archive(archive, self.engine, state, toml), folder=str(archive))
+            self._step(run, "retire", lambda: self._retire(run, str(archive)))
         if self.uninstall:
-            self.do("uninstall", lambda: self._uninstall(run))
-        self.do("guide", lambda: self._guide(run))
+            self._step(run, "uninstall", self._uninstall)
+        self._step(run, "guide", self._guide)
         gone = self._file.read().retired[self.engine]
         return self._outcome(run.id, "retired", Verdict.PASS, gone.line(self.engine), gone.archive)
+
+    def _step(self, run: RunJournal, name: str, work: Callable[[], Any], **detail: Any) -> None:
+        """A step, recorded before and after; what `work` returns as a dict is recorded with it."""
+
+        def recorded() -> None:
+            run.put_step(NOBODY, name, "intent", **detail)
+            found = work()
+            run.put_step(NOBODY, name, "done", **detail, **(found if isinstance(found, dict) else {}))
+
+        self.do(name, recorded)
 
     def _shut(self, run: RunJournal, state: YardState) -> dict[str, Any] | None:
         """Why it stays; None when nothing needs it and a person, or the plan, approves."""
@@ -115,10 +124,13 @@ class Deprecation:
         run.put_step(NOBODY, "precondition", "done" if verdict is Verdict.PASS else "failed")
         if shut:
             outcome = self._outcome(run.id, "not retired", verdict, "; ".join(result.why for result in shut))
-        elif not self._approved(run):
-            why = f"{self.engine} can go; approve it with --who NAME --reason TEXT"
-            self._results.append(not_measured("retire.approval", why))
-            outcome = self._outcome(run.id, "waits for approval", Verdict.INCONCLUSIVE, why)
+        else:
+            if self.who and self.reason:
+                run.put_decision(NOBODY, "retire", who=self.who, why=self.reason)
+            if not _approvals(run) and self.plan.retire.approve != "auto":
+                why = f"{self.engine} can go; approve it with --who NAME --reason TEXT"
+                self._results.append(not_measured("retire.approval", why))
+                outcome = self._outcome(run.id, "waits for approval", Verdict.INCONCLUSIVE, why)
         run.put_checks(NOBODY, self._results)
         return outcome
 
@@ -134,39 +146,23 @@ class Deprecation:
         window_s = self.plan.retire.rollback_window_days * DAY_S
         return judge_retirement(self.engine, models, window_s=window_s, now=time.time(), waived=waived)
 
-    def _approved(self, run: RunJournal) -> bool:
-        """Whether a person approved it, now or in an earlier start of this run, or the plan does not ask."""
-        if self.who and self.reason:
-            run.put_decision(NOBODY, "retire", who=self.who, why=self.reason)
-        return bool(_approvals(run)) or self.plan.retire.approve == "auto"
-
-    def _archive(self, run: RunJournal, folder: Path, state: YardState) -> None:
-        run.put_step(NOBODY, "archive", "intent", folder=str(folder))
-        write_archive(folder, self.engine, state, plan_to_toml(self.plan))
-        run.put_step(NOBODY, "archive", "done", folder=str(folder))
-
-    def _retire(self, run: RunJournal, archive: Path) -> None:
-        run.put_step(NOBODY, "retire", "intent")
+    def _retire(self, run: RunJournal, archive: str) -> None:
         made = _approvals(run)
         who, why = (made[-1].who, made[-1].why) if made else ("the plan", 'approve = "auto"')
         if self.client.runs():
-            self.say(self.client.order("retire", self.say, engine=self.engine, who=who, why=why, archive=str(archive)))
+            self.say(self.client.order("retire", self.say, engine=self.engine, who=who, why=why, archive=archive))
         else:
-            state = self._file.read().retire(self.engine, at=time.time(), who=who, why=why, archive=str(archive))
-            self._file.save(state)
-        run.put_step(NOBODY, "retire", "done")
+            self._file.save(self._file.read().retire(self.engine, at=time.time(), who=who, why=why, archive=archive))
 
-    def _guide(self, run: RunJournal) -> None:
-        run.put_step(NOBODY, "guide", "intent")
+    def _guide(self) -> dict[str, Any]:
         written = write_guide(self.records, self.plan, self.home)
         self.say(f"migration guide: {written[0]}")
-        run.put_step(NOBODY, "guide", "done", files=[str(path) for path in written])
+        return {"files": [str(path) for path in written]}
 
-    def _uninstall(self, run: RunJournal) -> None:
-        run.put_step(NOBODY, "uninstall", "intent")
+    def _uninstall(self) -> dict[str, Any]:
         removed = install.uninstall_ours(driver(self.engine), self.home)
         self.say(f"uninstalled: {', '.join(removed)}" if removed else f"nothing of {self.engine} was installed by us")
-        run.put_step(NOBODY, "uninstall", "done", removed=removed)
+        return {"removed": removed}
 
     def _outcome(
         self, run_id: str | None, result: str, verdict: Verdict, why: str, archive: str = ""
@@ -200,26 +196,11 @@ def restore(engine: str, folder: Path, say: Say) -> str:
     return f"{engine} is back; `switchyard serve`, then `switchyard promote MODEL --to {engine}` makes it serve"
 
 
-@task(task_run_name="{step}", cache_policy=NO_CACHE, persist_result=False)
-def take(step: str, work: Callable[[], None]) -> None:
-    """One step; `work` records it."""
-    with progress.get().step(step):
-        work()
-
-
 def deprecate(
     plan: Plan, who: str = "", reason: str = "", at_once: bool = False, uninstall: bool = False
 ) -> dict[str, Any]:
-    """Retire the plan's incumbent, or say who still needs it."""
+    """Retire the plan's incumbent, or report who still needs it."""
+    how: dict[str, Any] = {"who": who, "reason": reason, "at_once": at_once, "uninstall": uninstall}
+    do = functools.partial(take, plan.incumbent.engine)
     with open_records() as records:
-        return Deprecation(
-            plan,
-            home(),
-            records,
-            who=who,
-            reason=reason,
-            at_once=at_once,
-            uninstall=uninstall,
-            say=progress.get().say,
-            do=take,
-        ).run()
+        return Deprecation(plan, home(), records, **how, say=progress.get().say, do=do).run()

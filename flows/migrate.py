@@ -72,7 +72,7 @@ REAL = Phases(evaluate.fn, to_subprocess, to_native, deprecate, _version)
 
 
 class Waits(Exception):
-    """Nobody answered a question; its text says which, and how to."""
+    """Nobody answered a question; its text names it, and how to answer."""
 
 
 def migrated(plan: Plan, path: Path, orders: Orders) -> Json:
@@ -218,7 +218,7 @@ class WholeMigration:
         return self._carried_out(phase, model, overridden=False) if step and step.state != "done" else None
 
     def _carried_out(self, phase: str, model: ModelPlan, *, overridden: bool) -> Json | None:
-        """The phase of one model, recorded before and after; why it came to no good end, or None."""
+        """The phase of one model, recorded before and after; why it did not pass, or None."""
         who, reason = self._decided_by(self._decision(model.id, phase))
         override = (model.id,) if overridden else ()
         changes = {"models": (model.id,), "override": override, "who": who, "reason": reason}
@@ -244,7 +244,7 @@ class WholeMigration:
     # --- approvals
 
     def _refused(self, phase: str, model_id: str, what: str, known: PhaseOne | None) -> Json | None:
-        """None when a person says, or said, that the phase may begin; else how it stays. Waits when nobody answered."""
+        """None when a person approves the phase, now or before; else why it stays. Raises Waits without an answer."""
         if self._decision(model_id, phase) is not None:
             return None
         _ = self.run.id  # begun with what is asked first

@@ -1,4 +1,4 @@
-"""Progress of long work: one line per finished step, and a live line for what goes on inside it."""
+"""Progress of long work: one line per finished step, and a live line for what happens inside it."""
 
 from __future__ import annotations
 

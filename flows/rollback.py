@@ -111,7 +111,7 @@ def _recorded(plan: Plan | None, model: str, wish: Wish, say: Say) -> Iterator[d
     """The intent, then done or failed, and the migration marked, as far as the database can be written.
 
     The intent is recorded beside the block, not before it: a database that hangs or is locked delays nothing. What
-    could not be recorded is said, in one line.
+    could not be recorded is reported, in one line.
     """
     note: dict[str, Any] = {}
     begun = Background(DATABASE, lambda: _begun(plan, model, wish))

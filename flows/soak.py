@@ -61,7 +61,7 @@ class Target:
     model_id: str
     engine: str
     version: str
-    told: Mapping[str, Any]  # the engine, as the yard reports it
+    reported: Mapping[str, Any]  # the engine, as the yard reports it
     moved_at: float  # s since the epoch; 0 when nobody knows
 
     @property
@@ -82,8 +82,8 @@ def targets(plan: Plan, home: Path) -> list[Target]:
             continue
         # one that is gone from this machine is a target too: the fallback that serves instead is its breach
         gone = {"engine": route["committed"], "version": "missing", "form": "", "argv": None}
-        told = next((engine for engine in route["engines"] if engine["engine"] == route["committed"]), gone)
-        found.append(Target(model.id, told["engine"], told["version"], told, moved.get(model.id, 0.0)))
+        reported = next((engine for engine in route["engines"] if engine["engine"] == route["committed"]), gone)
+        found.append(Target(model.id, reported["engine"], reported["version"], reported, moved.get(model.id, 0.0)))
     return found
 
 
@@ -319,7 +319,7 @@ def _next_index(run: RunJournal, model_id: str) -> int:
 
 def put_window(records: Records, run_id: str, target: Target, index: int, window: Mapping[str, Any]) -> None:
     """One window as evidence, with the engine that it was of."""
-    engine = {"arm": "candidate", **{name: target.told[name] for name in ("engine", "version", "form", "argv")}}
+    engine = {"arm": "candidate", **{name: target.reported[name] for name in ("engine", "version", "form", "argv")}}
     records.put_evidence(
         run_id,
         target.model_id,

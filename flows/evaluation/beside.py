@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from engines.yard.client import YardClient
 from migrations.plan import Plan
 
 
-class NoRoom(BadInput):
+class DoesNotFit(BadInput):
     """An evaluation would take memory that the engines in service need."""
 
 
-def lacking(plan: Plan, home: Path, *, free: Callable[[], FreeMemory] = free_memory) -> str | None:
+def lacking(plan: Plan, home: Path) -> str | None:
     """The largest lack of memory for an evaluation of `plan` beside what the yard has loaded, on one line.
 
     None where every engine fits (one runs at a time), and where no yard has an engine loaded.
@@ -28,32 +28,24 @@ def lacking(plan: Plan, home: Path, *, free: Callable[[], FreeMemory] = free_mem
     loaded = _loaded(home)
     if not loaded:
         return None
-    headers = _headers(plan)
-    held = sum(size for _, _, size in loaded)
-    memory = _beside(free(), plan, headers, loaded)
-    lacks: list[tuple[int, str]] = []
+    headers: dict[str, Header] = {}
     for model in plan.models:
+        with contextlib.suppress(BadInput):  # such a model is never started
+            headers[model.id] = read_header(model.gguf)
+    held = sum(size for _, _, size in loaded)
+    memory = _beside(free_memory(), plan, headers, loaded)
+    lacks: list[tuple[int, str]] = []
+    for model_id, header in headers.items():
         for engine in dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)):
-            if (header := headers.get(model.id)) is None:  # never started
-                continue
-            fit = estimate(header, plan.settings_for(model.id), engine, memory=memory)
+            fit = estimate(header, plan.settings_for(model_id), engine, memory=memory)
             if fit.verdict == "unknown" and (memory.ram_bytes or 0) < 2 * held:
-                lacks.append((0, f"nobody knows whether {model.id} on {engine} fits beside the yard: {fit.why}"))
+                lacks.append((0, f"nobody knows whether {model_id} on {engine} fits beside the yard: {fit.why}"))
             for need in fit.needs:
-                missing = 0 if need.free is None else need.expected - need.free
-                if missing > 0:
-                    room = f"{size(need.expected)} of {need.device.upper()}, {size(need.free or 0)} is free"
-                    line = f"{model.id} on {engine} needs {room} beside what the yard serves ({size(held)})"
+                if need.free is not None and (missing := need.expected - need.free) > 0:
+                    room = f"{size(need.expected)} of {need.device.upper()}, {size(need.free)} is free"
+                    line = f"{model_id} on {engine} needs {room} beside what the yard serves ({size(held)})"
                     lacks.append((missing, f"{line}: {size(missing)} is missing"))
     return max(lacks)[1] if lacks else None
-
-
-def _headers(plan: Plan) -> dict[str, Header]:
-    found = {}
-    for model in plan.models:
-        with contextlib.suppress(BadInput):
-            found[model.id] = read_header(model.gguf)
-    return found
 
 
 def _loaded(home: Path) -> list[tuple[str, str, int]]:

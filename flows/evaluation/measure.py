@@ -38,7 +38,7 @@ POLL_S = 0.05
 
 
 def preflight(trial: Trial) -> None:
-    """What the GGUF header says: loads, fits, alternatives. A file that cannot be read fails its model alone."""
+    """Read the GGUF header: loads, fits, alternatives. A file that cannot be read fails its model alone."""
     verdict = Verdict.FAIL
     try:
         read_header(trial.model.gguf)

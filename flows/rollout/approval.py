@@ -1,4 +1,4 @@
-"""A person's word: asked on the terminal, or by a form in the Prefect UI while the run is suspended.
+"""A person's approval: asked for on the terminal, or by a form in the Prefect UI while the run is suspended.
 
 A question names what would happen and shows the verdicts it rests on. Nobody's answer changes nothing: the model stays
 where it is.
@@ -74,7 +74,7 @@ def on_terminal(question: Question) -> Approval | None:
     out.print(f"{question.model}: {question.verdict}", highlight=False)
     for check in question.checks:
         out.print(f"  {check.verdict:<12} {check.check}: {check.why}", highlight=False, markup=False, soft_wrap=True)
-    if not Confirm.ask("Go on", default=False, console=out):
+    if not Confirm.ask("Proceed", default=False, console=out):
         return Approval(False, "", "")
     who = _filled("Your name", out)
     return Approval(True, who, _filled("Why", out))
@@ -91,9 +91,9 @@ def in_prefect(question: Question) -> Approval | None:
     from prefect.input import RunInput
 
     class ApprovalForm(RunInput):
-        """Go on, or stay as it is."""
+        """Proceed, or stay as it is."""
 
-        # "stay" where nothing was chosen; the name is never filled in beforehand
+        # "stay" where nothing was chosen; "go on" is stored by runs that wait; the name is never filled in beforehand
         model_config = ConfigDict(title="Approval")
         decision: Literal["stay", "go on"] = Field("stay", description="stay: nothing moves; go on: the phase begins")
         who: str = Field(min_length=2, max_length=100, description="your name; it is recorded")

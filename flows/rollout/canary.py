@@ -108,7 +108,7 @@ class CanaryShare:
         verdict = gate(results)
         has_enough = verdict is Verdict.INCONCLUSIVE and self._answered(self.samples) >= self.steps.min_requests
         if verdict is Verdict.PASS or (has_enough and not self.is_last):
-            # a smaller share is judged again with what follows: only the last word is the gate's
+            # a smaller share is judged again with what follows: only the last judgement is the gate's
             if self.is_last:
                 move.record(*results)
             checks = [result.check for result in results] if self.is_last else []

@@ -35,7 +35,7 @@ class Closed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class MovePhase:
-    """What tells the two phases that move traffic apart."""
+    """What differs between the two phases that move traffic."""
 
     name: str
     kind: str  # of its runs in the records

@@ -14,7 +14,7 @@ class Orders(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: tuple[str, ...] = Field((), description="migrate these models only; all of the plan's without")
-    override: tuple[str, ...] = Field((), description="models that go on although phase 1 has not opened their gate")
+    override: tuple[str, ...] = Field((), description="models that migrate although phase 1 has not opened their gate")
     who: str = Field("", description="name of the person who decides that; recorded")
     reason: str = Field("", description="why; recorded")
     without_canary: bool = Field(False, description="move all traffic at once; recorded")

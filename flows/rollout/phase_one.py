@@ -1,4 +1,4 @@
-"""What phase 1 says of a model: the verdict of its latest evaluation."""
+"""Result of phase 1 for a model: the verdict of its latest evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOOK_BACK = 200  # evaluations; an older one than these is no evidence any more
 
 @dataclass(frozen=True)
 class PhaseOne:
-    """What phase 1 says of a model: whether its gate is open, why not, by which run; `verdict` where it has one."""
+    """Result of phase 1 for a model: whether its gate is open, why not, by which run; `verdict` where it has one."""
 
     open: bool
     why: str
@@ -45,7 +45,7 @@ def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version:
             return PhaseOne(True, f"run {run.id} opened it", run.id, verdict, tuple(results))
         shut = reasons(results)
         first = f": {shut[0].check}: {shut[0].why}" if shut else ""
-        return PhaseOne(False, f"run {run.id} came to {verdict}{first}", run.id, verdict, tuple(results))
+        return PhaseOne(False, f"run {run.id} ended with {verdict}{first}", run.id, verdict, tuple(results))
     if other:
         return PhaseOne(False, f"run {other} evaluated another plan or another model file", other)
     return PhaseOne(False, "it was never evaluated")

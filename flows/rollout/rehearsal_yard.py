@@ -23,7 +23,7 @@ def without(config: YardConfig, engine: str) -> YardConfig:
         dataclasses.replace(
             model,
             engine=engine,
-            specs={name: recipe for name, recipe in model.specs.items() if name != engine},
+            specs={name: spec for name, spec in model.specs.items() if name != engine},
             missing={**model.missing, engine: f"{engine} is hidden for the rehearsal"},
         )
         for model in config.models
@@ -32,7 +32,7 @@ def without(config: YardConfig, engine: str) -> YardConfig:
 
 
 def main() -> None:
-    """Serve until told to stop."""
+    """Serve until a signal stops it."""
     plan = Plan.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     hidden = sys.argv[3] if len(sys.argv) > 3 else None
 

@@ -126,7 +126,7 @@ def _move(move: ModelMove) -> None:
 
 
 def precondition(move: ModelMove) -> bool:
-    """Whether the model may move; else its end says why not and what to do."""
+    """Whether the model may move; else its end has why not and what to do."""
     migration, phase = move.migration, move.migration.phase
     if refusal := phase.refusal(move):
         return _refuse(move, "phase_2.serves", refusal, "first `switchyard migrate --phase subprocess`", sep=": ")

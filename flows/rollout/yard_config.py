@@ -17,7 +17,7 @@ from tasks.verdicts.limits import CanaryLimits
 
 
 def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> YardConfig:
-    """What `plan` tells the yard; engines are looked for now. One that is not here is no error: the other one serves.
+    """The yard as `plan` wants it, with the engines that are found now; one that is missing is no error.
 
     Raises BadInput when the key's variable is not set, EngineNotFound when there is no engine at all.
     """

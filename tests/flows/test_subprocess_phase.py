@@ -423,7 +423,7 @@ def test_only_the_latest_evaluation_counts(records: Records, plan: Plan) -> None
     assert phase_one(records, plan, model, "1").open
     failed = evaluated(records, plan, Verdict.FAIL)
     found = phase_one(records, plan, model, "1")
-    assert (found.open, found.why) == (False, f"run {failed} came to FAIL: parity.x: seen")
+    assert (found.open, found.why) == (False, f"run {failed} ended with FAIL: parity.x: seen")
     evaluated(records, plan, Verdict.PASS)
     assert phase_one(records, plan, model, "1").open
 
