@@ -11,7 +11,7 @@ import re
 import shlex
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,48 +27,36 @@ RANDOM_SEED = 2**32 - 1
 API_KEY_NOTE = "the key itself is not copied: export it as the environment variable that api_key_env in the plan names"
 
 
-@dataclass(frozen=True)
+@dataclass
 class LlamaServerCommand:
-    """A llama-server command line in neutral settings.
+    """A llama-server command line in neutral settings, filled while it is read.
 
     `passthrough` holds flags that only llama.cpp has a word for, with their values, as they stood; `unknown` holds what
     no known build lists, as (flag, value or None); `notes` lists what was not taken over, and why.
     """
 
     binary: str | None
-    gguf: Path | None
-    alias: str | None
-    host: str
-    port: int
-    settings: Settings
-    passthrough: tuple[str, ...] = ()
-    unknown: tuple[tuple[str, str | None], ...] = ()
-    notes: tuple[str, ...] = ()
+    cwd: Path | None
+    values: dict[str, Any] = field(default_factory=dict)  # of `settings`
+    gguf: Path | None = None
+    alias: str | None = None
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    kv_types: dict[str, str] = field(default_factory=dict)
     has_api_key: bool = False
+    passthrough: list[str] = field(default_factory=list)
+    unknown: list[tuple[str, str | None]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**self.values)
 
     @property
     def model_id(self) -> str:
         """A name for the model that a plan accepts: the alias, else the file's name, with `-` for other characters."""
         name = self.alias or (self.gguf.stem if self.gguf else "")
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
-
-
-@dataclass
-class _Reading:
-    """A command half read."""
-
-    cwd: Path | None
-    values: dict[str, Any] = field(default_factory=dict)
-    gguf: Path | None = None
-    alias: str | None = None
-    host: str = DEFAULT_HOST
-    port: int = DEFAULT_PORT
-    published: Callable[[int], tuple[str, int] | None] | None = None
-    kv_types: dict[str, str] = field(default_factory=dict)
-    has_api_key: bool = False
-    passthrough: list[str] = field(default_factory=list)
-    unknown: list[tuple[str, str | None]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -88,21 +76,10 @@ def read_argv(
     value of the wrong kind or one that is missing. An API key is noticed and never copied.
     """
     binary, flags = _program_and_flags(list(argv))
-    reading = _Reading(cwd=cwd, published=_published(argv[: len(argv) - len(flags)]))
-    _read(_from_environment(environ or {}, reading) + flags, reading)
-    _conclude(reading)
-    return LlamaServerCommand(
-        binary=binary,
-        gguf=reading.gguf,
-        alias=reading.alias,
-        host=reading.host,
-        port=reading.port,
-        settings=Settings(**reading.values),
-        passthrough=tuple(reading.passthrough),
-        unknown=tuple(reading.unknown),
-        notes=tuple(reading.notes),
-        has_api_key=reading.has_api_key,
-    )
+    command = LlamaServerCommand(binary, cwd)
+    _read(_from_environment(environ or {}, command) + flags, command)
+    _conclude(command, _published(argv[: len(argv) - len(flags)]))
+    return command
 
 
 def parse_command(text: str, *, cwd: Path | None = None) -> LlamaServerCommand:
@@ -140,7 +117,9 @@ def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_con
         raise BadInput(f"port {port}: {who}; give llama-server's port or its command") from None
     environ, cwd = _allowed(process.environ, {}), _allowed(lambda: Path(process.cwd()), None)
     # it is known where it listens, also where its environment may not be read
-    return replace(read_argv([*argv, "--port", str(port)], environ=environ, cwd=cwd), port=port)
+    command = read_argv([*argv, "--port", str(port)], environ=environ, cwd=cwd)
+    command.port = port
+    return command
 
 
 # ---- the program
@@ -176,7 +155,9 @@ def _program_and_flags(argv: list[str]) -> tuple[str | None, list[str]]:
 
 # ---- flags
 
-Take = Callable[[_Reading, str, str], None]
+# where a container's port is reached from outside
+Published = Callable[[int], tuple[str, int] | None] | None
+Take = Callable[[LlamaServerCommand, str, str], None]
 
 
 def _whole(flag: str, text: str, *, least: int) -> int:
@@ -192,119 +173,119 @@ def _whole(flag: str, text: str, *, least: int) -> int:
 def _number(name: str, *, own_default: int | None = None, least: int = 1) -> Take:
     """Reads a number into setting `name`; at `own_default` or below, the engine's own default is what is meant."""
 
-    def take(reading: _Reading, flag: str, text: str) -> None:
+    def take(command: LlamaServerCommand, flag: str, text: str) -> None:
         number = _whole(flag, text, least=least if own_default is None else -(2**63))
         if own_default is not None and number <= own_default:
-            reading.values.pop(name, None)
+            command.values.pop(name, None)
         else:
-            reading.values[name] = number
+            command.values[name] = number
 
     return take
 
 
-def _gpu_layers(reading: _Reading, flag: str, text: str) -> None:
-    reading.values.pop("gpu_layers", None)
+def _gpu_layers(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.values.pop("gpu_layers", None)
     number = {"auto": -1, "all": -2}.get(text)
     number = _whole(flag, text, least=-2) if number is None else number
     if number >= 0:
-        reading.values["gpu_layers"] = number
+        command.values["gpu_layers"] = number
     elif text != "auto":
-        reading.note(f"{flag} {text}: left to the engine, which puts on the GPU what fits")
+        command.note(f"{flag} {text}: left to the engine, which puts on the GPU what fits")
 
 
-def _parallel(reading: _Reading, flag: str, text: str) -> None:
+def _parallel(command: LlamaServerCommand, flag: str, text: str) -> None:
     number = _whole(flag, text, least=-1)
     if number > 0:
-        reading.values["parallel"] = number
+        command.values["parallel"] = number
         return
-    reading.values["parallel"] = 1
-    reading.note(f"{flag} {text}: {_SLOTS_NOTE}")
+    command.values["parallel"] = 1
+    command.note(f"{flag} {text}: {_SLOTS_NOTE}")
 
 
-def _flash_attention(reading: _Reading, flag: str, text: str) -> None:
+def _flash_attention(command: LlamaServerCommand, flag: str, text: str) -> None:
     if text not in (*_ON, *_OFF, *_AUTO):
         raise BadInput(f"{flag}: '{text}' is not on, off or auto")
-    reading.values["flash_attention"] = None if text in _AUTO else text in _ON
+    command.values["flash_attention"] = None if text in _AUTO else text in _ON
 
 
-def _load_mode(reading: _Reading, flag: str, text: str) -> None:
-    reading.values["mlock"] = "mlock" in text.split("+")
+def _load_mode(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.values["mlock"] = "mlock" in text.split("+")
     if text not in ("auto", "mmap", "mlock", "mmap+mlock"):
-        reading.passthrough += [flag, text]
+        command.passthrough += [flag, text]
 
 
-def _host_cache(reading: _Reading, flag: str, text: str) -> None:
+def _host_cache(command: LlamaServerCommand, flag: str, text: str) -> None:
     number = _whole(flag, text, least=-1)
-    reading.values.pop("host_cache_mib", None)
+    command.values.pop("host_cache_mib", None)
     if number >= 0:
-        reading.values["host_cache_mib"] = number
+        command.values["host_cache_mib"] = number
     else:
-        reading.note(f"{flag} -1: an unbounded prompt cache cannot be planned for; the engine's own default is used")
+        command.note(f"{flag} -1: an unbounded prompt cache cannot be planned for; the engine's own default is used")
 
 
 def _kv_type(side: str) -> Take:
-    def take(reading: _Reading, flag: str, text: str) -> None:
-        reading.kv_types[side] = text
+    def take(command: LlamaServerCommand, flag: str, text: str) -> None:
+        command.kv_types[side] = text
 
     return take
 
 
-def _seed(reading: _Reading, flag: str, text: str) -> None:
+def _seed(command: LlamaServerCommand, flag: str, text: str) -> None:
     number = _whole(flag, text, least=-1)
-    reading.values.pop("seed", None)
+    command.values.pop("seed", None)
     if 0 <= number < RANDOM_SEED:
-        reading.values["seed"] = number
+        command.values["seed"] = number
 
 
-def _model(reading: _Reading, flag: str, text: str) -> None:
-    reading.gguf = reading.path(text)
+def _model(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.gguf = command.path(text)
 
 
-def _alias(reading: _Reading, flag: str, text: str) -> None:
+def _alias(command: LlamaServerCommand, flag: str, text: str) -> None:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    reading.alias = names[0] if names else None
+    command.alias = names[0] if names else None
     if len(names) > 1:
-        reading.note(f"{flag}: only the first of {len(names)} names is taken: {names[0]}")
+        command.note(f"{flag}: only the first of {len(names)} names is taken: {names[0]}")
 
 
-def _host(reading: _Reading, flag: str, text: str) -> None:
+def _host(command: LlamaServerCommand, flag: str, text: str) -> None:
     # an empty one is every address to llama-server; brackets belong to a URL
-    reading.host = text.strip().removeprefix("[").removesuffix("]").lower() if not text.endswith(".sock") else text
+    command.host = text.strip().removeprefix("[").removesuffix("]").lower() if not text.endswith(".sock") else text
 
 
-def _port(reading: _Reading, flag: str, text: str) -> None:
-    reading.port = _whole(flag, text, least=0)
-    if reading.port > 65535:
-        raise BadInput(f"{flag}: {reading.port} is above 65535; give a port that exists")
+def _port(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.port = _whole(flag, text, least=0)
+    if command.port > 65535:
+        raise BadInput(f"{flag}: {command.port} is above 65535; give a port that exists")
 
 
-def _template_file(reading: _Reading, flag: str, text: str) -> None:
-    reading.values["chat_template"] = reading.path(text)
+def _template_file(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.values["chat_template"] = command.path(text)
 
 
-def _template(reading: _Reading, flag: str, text: str) -> None:
-    reading.passthrough += [flag, text]
-    reading.note(
+def _template(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.passthrough += [flag, text]
+    command.note(
         f"{flag}: a template given in the command is not taken over; put it into a file and name it chat_template"
     )
 
 
-def _download(reading: _Reading, flag: str, text: str) -> None:
-    reading.note(f"{flag} {text}: llama-server downloads this model; a plan needs the file: give its path as gguf")
+def _download(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.note(f"{flag} {text}: llama-server downloads this model; a plan needs the file: give its path as gguf")
 
 
-def _secret(reading: _Reading, flag: str, text: str) -> None:
-    reading.has_api_key = True
-    reading.note(f"{flag}: {API_KEY_NOTE}")
+def _secret(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.has_api_key = True
+    command.note(f"{flag}: {API_KEY_NOTE}")
 
 
-def _token(reading: _Reading, flag: str, text: str) -> None:
-    reading.note(f"{flag}: a download token is not copied; the plan names a file that is already here")
+def _token(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.note(f"{flag}: a download token is not copied; the plan names a file that is already here")
 
 
 def _set(name: str, value: bool) -> Take:
-    def take(reading: _Reading, flag: str, text: str) -> None:
-        reading.values[name] = value
+    def take(command: LlamaServerCommand, flag: str, text: str) -> None:
+        command.values[name] = value
 
     return take
 
@@ -401,12 +382,12 @@ ENGINE_ONLY_FAMILY = re.compile(
 )
 
 
-def _read(words: list[str], reading: _Reading) -> None:
+def _read(words: list[str], command: LlamaServerCommand) -> None:
     position = 0
     while position < len(words):
         flag, inline = _flag(words[position])
         rest = words[position + 1 :] if inline is None else [inline, *words[position + 1 :]]
-        used = _read_one(flag, rest, reading)
+        used = _read_one(flag, rest, command)
         position += 1 + used - (inline is not None and used > 0)
 
 
@@ -420,39 +401,39 @@ def _flag(word: str) -> tuple[str, str | None]:
     return (word if equals else name), None
 
 
-def _read_one(flag: str, rest: list[str], reading: _Reading) -> int:
+def _read_one(flag: str, rest: list[str], command: LlamaServerCommand) -> int:
     """Reads one flag; how many of `rest` were its value."""
     if flag in ("-fa", "--flash-attn") and _is_next_flag(rest):
-        reading.values["flash_attention"] = True  # builds before August 2025: a switch without a value
+        command.values["flash_attention"] = True  # builds before August 2025: a switch without a value
         return 0
     if flag in STANDS_ALONE:
-        STANDS_ALONE[flag](reading, flag, "")
+        STANDS_ALONE[flag](command, flag, "")
         return 0
     if flag in TAKES_VALUE:
-        TAKES_VALUE[flag](reading, flag, _needed(flag, rest))
+        TAKES_VALUE[flag](command, flag, _needed(flag, rest))
         return 1
     if flag == "--log-colors" and _is_next_flag(rest):  # older builds: a switch without a value
-        reading.passthrough.append(flag)
+        command.passthrough.append(flag)
         return 0
     if flag in ENGINE_ONLY_VALUE:
-        reading.passthrough += [flag, _needed(flag, rest)]
+        command.passthrough += [flag, _needed(flag, rest)]
         return 1
     if flag in ENGINE_ONLY_SWITCH:
-        reading.passthrough.append(flag)
+        command.passthrough.append(flag)
         return 0
-    return _read_other(flag, rest, reading)
+    return _read_other(flag, rest, command)
 
 
-def _read_other(flag: str, rest: list[str], reading: _Reading) -> int:
+def _read_other(flag: str, rest: list[str], command: LlamaServerCommand) -> int:
     """Reads a flag that is in no table: what does not look like a flag is taken for its value."""
     if flag == "--control-vector-layer-range":
-        reading.passthrough += [flag, *rest[:2]]
+        command.passthrough += [flag, *rest[:2]]
         return len(rest[:2])
     value = rest[0] if flag.startswith("-") and not _is_next_flag(rest) else None
     if ENGINE_ONLY_FAMILY.fullmatch(flag):
-        reading.passthrough += [flag] if value is None else [flag, value]
+        command.passthrough += [flag] if value is None else [flag, value]
     else:
-        reading.unknown.append((flag, _unless_secret(flag, value)))
+        command.unknown.append((flag, _unless_secret(flag, value)))
     return 0 if value is None else 1
 
 
@@ -472,7 +453,7 @@ def _is_next_flag(rest: list[str]) -> bool:
     return not rest or (rest[0].startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", rest[0]))
 
 
-def _from_environment(environ: Mapping[str, str], reading: _Reading) -> list[str]:
+def _from_environment(environ: Mapping[str, str], command: LlamaServerCommand) -> list[str]:
     """LLAMA_ARG_* as flags, to be read before the command's own, which win over them."""
     flags: list[str] = []
     for names, variable, _ in _VALUES:
@@ -487,52 +468,52 @@ def _from_environment(environ: Mapping[str, str], reading: _Reading) -> list[str
     known = {variable for _, variable, _ in (*_VALUES, *_SWITCHES)}
     known |= {variable.replace("ARG_", "ARG_NO_") for _, variable, _ in _SWITCHES}
     others = sorted(name for name in environ if name.startswith("LLAMA_ARG_") and name not in known)
-    reading.unknown += [(name, _unless_secret(name, environ[name])) for name in others]
+    command.unknown += [(name, _unless_secret(name, environ[name])) for name in others]
     return flags
 
 
-def _conclude(reading: _Reading) -> None:
+def _conclude(command: LlamaServerCommand, published: Published) -> None:
     """Add what only the whole command shows."""
-    _agree_on_address(reading)
-    kinds = {side: reading.kv_types.get(side, "f16") for side in ("K", "V")}
-    if kinds["K"] == kinds["V"] and kinds["K"] in get_args(KvType) and reading.kv_types:
-        reading.values["kv_type"] = kinds["K"]
-    elif reading.kv_types:
+    _agree_on_address(command, published)
+    kinds = {side: command.kv_types.get(side, "f16") for side in ("K", "V")}
+    if kinds["K"] == kinds["V"] and kinds["K"] in get_args(KvType) and command.kv_types:
+        command.values["kv_type"] = kinds["K"]
+    elif command.kv_types:
         given = f"KV cache types K {kinds['K']}, V {kinds['V']}"
         known = ", ".join(get_args(KvType))
-        reading.note(f"{given}: a plan takes one of {known} for both; the engine's default is used")
-    if "parallel" not in reading.values:
-        reading.note(f"no --parallel: {_SLOTS_NOTE}")
-    if reading.gguf is None and not any("downloads this model" in note for note in reading.notes):
-        reading.note("no model file: without -m llama-server is an empty router; give the file as gguf in the plan")
-    for name, value in reading.unknown:
+        command.note(f"{given}: a plan takes one of {known} for both; the engine's default is used")
+    if "parallel" not in command.values:
+        command.note(f"no --parallel: {_SLOTS_NOTE}")
+    if command.gguf is None and not any("downloads this model" in note for note in command.notes):
+        command.note("no model file: without -m llama-server is an empty router; give the file as gguf in the plan")
+    for name, value in command.unknown:
         shown = name if value is None else f"{name} {value}"
         why = "not a flag of any known llama-server" if name.startswith("-") else "not a flag"
         why = "set in the environment, and no neutral setting" if name.startswith("LLAMA_ARG_") else why
-        reading.note(f"{shown}: {why}; left out")
+        command.note(f"{shown}: {why}; left out")
 
 
-def _agree_on_address(reading: _Reading) -> None:
+def _agree_on_address(command: LlamaServerCommand, published: Published) -> None:
     """The address as one that the yard can listen on; of a command in a container the address outside."""
-    asked = reading.host
+    asked = command.host
 
     def where() -> str:
-        return f"host {reading.host}, port {reading.port}"
+        return f"host {command.host}, port {command.port}"
 
     if asked.endswith(".sock"):
-        reading.host, reading.port = DEFAULT_HOST, DEFAULT_PORT
-        reading.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan has {where()}")
+        command.host, command.port = DEFAULT_HOST, DEFAULT_PORT
+        command.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan has {where()}")
         return
-    if reading.published is not None:
-        reading.host, reading.port = reading.published(reading.port) or (asked, reading.port)
-    reading.host = reading.host or EVERY_HOST
-    if reading.port == 0:
-        reading.port = DEFAULT_PORT
-        reading.note(f"--port 0: clients need a port that stays; the plan has {DEFAULT_PORT}")
-    if reading.host != "localhost" and not _is_address(reading.host):
-        reading.host = _resolved(reading.host) or DEFAULT_HOST
-        why = "is written as its address" if reading.host != DEFAULT_HOST else "is no address of this machine"
-        reading.note(f"--host {asked}: {why}; the plan has {where()}")
+    if published is not None:
+        command.host, command.port = published(command.port) or (asked, command.port)
+    command.host = command.host or EVERY_HOST
+    if command.port == 0:
+        command.port = DEFAULT_PORT
+        command.note(f"--port 0: clients need a port that stays; the plan has {DEFAULT_PORT}")
+    if command.host != "localhost" and not _is_address(command.host):
+        command.host = _resolved(command.host) or DEFAULT_HOST
+        why = "is written as its address" if command.host != DEFAULT_HOST else "is no address of this machine"
+        command.note(f"--host {asked}: {why}; the plan has {where()}")
 
 
 def _is_address(host: str) -> bool:
@@ -550,7 +531,7 @@ def _resolved(host: str) -> str | None:
         return None
 
 
-def _published(words: Sequence[str]) -> Callable[[int], tuple[str, int] | None] | None:
+def _published(words: Sequence[str]) -> Published:
     """Where a container's port is reached from outside, by `-p [[IP:]HOST:]CONTAINER` in `words`; None without one."""
     pairs = itertools.pairwise(words)
     given = [after for word, after in pairs if word in ("-p", "--publish")]

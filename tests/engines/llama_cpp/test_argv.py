@@ -60,7 +60,7 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         "127.0.0.1",
         8080,
     )
-    assert (command.passthrough, command.unknown, command.notes, command.alias) == ((), (), (), None)
+    assert (command.passthrough, command.unknown, command.notes, command.alias) == ([], [], [], None)
     assert command.model_id == "nemotron"
 
 
@@ -165,7 +165,7 @@ def test_what_is_not_taken_over_is_noted(flags: str, note: str) -> None:
 def test_no_model_is_noted() -> None:
     """llama-server without a model is a healthy, empty router."""
     notes = parse_command("llama-server -np 1").notes
-    assert notes == ("no model file: without -m llama-server is an empty router; give the file as gguf in the plan",)
+    assert notes == ["no model file: without -m llama-server is an empty router; give the file as gguf in the plan"]
     assert parse_command("llama-server -np 1 -hf a/b").gguf is None
 
 
@@ -184,8 +184,8 @@ def test_engine_only_flags_are_kept_as_they_stood() -> None:
     """llama.cpp's own words stay apart from those that no build knows."""
     kept = "--metrics --temp 0.7 --spec-draft-n-max 4 --spec-default --control-vector-layer-range 1 2 -ot exps=CPU"
     command = parse_command(f"llama-server -m m.gguf -np 1 {kept} --shiny -1 --dull --load-mode dio")
-    assert command.passthrough == (*kept.split(), "--load-mode", "dio")
-    assert command.unknown == (("--shiny", "-1"), ("--dull", None))
+    assert command.passthrough == [*kept.split(), "--load-mode", "dio"]
+    assert command.unknown == [("--shiny", "-1"), ("--dull", None)]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_what_stands_around_the_command(text: str, binary: str | None) -> None:
     """Wrappers, variables, line breaks, redirections: the command itself is found."""
     command = parse_command(text)
     assert command.binary == binary
-    assert (command.gguf, command.settings.context_tokens, command.unknown) == (Path("m.gguf"), 512, ())
+    assert (command.gguf, command.settings.context_tokens, command.unknown) == (Path("m.gguf"), 512, [])
 
 
 def test_flags_win_over_the_environment() -> None:
@@ -254,8 +254,8 @@ def test_flags_win_over_the_environment() -> None:
     command = read_argv(["llama-server", "-c", "2048", "-np", "1"], environ=environ)
     assert (command.settings.context_tokens, command.settings.threads, command.gguf) == (2048, 2, Path("env.gguf"))
     assert (command.settings.mlock, command.settings.jinja, command.settings.prefill_assistant) == (True, False, False)
-    assert command.unknown == (("LLAMA_ARG_TIMEOUT", "60"),)
-    assert command.notes == ("LLAMA_ARG_TIMEOUT 60: set in the environment, and no neutral setting; left out",)
+    assert command.unknown == [("LLAMA_ARG_TIMEOUT", "60")]
+    assert command.notes == ["LLAMA_ARG_TIMEOUT 60: set in the environment, and no neutral setting; left out"]
 
 
 def test_relative_model_starts_where_the_command_ran() -> None:
@@ -369,7 +369,7 @@ def test_real_llama_server_is_read_from_its_port() -> None:
     finally:
         child.kill()
         child.wait()
-    assert (command.gguf, command.port, command.unknown) == (model, port, ())
+    assert (command.gguf, command.port, command.unknown) == (model, port, [])
     assert command.settings == Settings(context_tokens=512, parallel=1, threads=1)
 
 
