@@ -36,7 +36,7 @@ from tasks.records.payload import with_old_keys
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure, PlanPart, either
 
 RECORDED = "recorded"  # in the context of a validation: the plan is read back from the records
-API_KEY_MEND = (
+API_KEY_FIX = (
     "a key does not belong in a plan: export it in an environment variable and write "
     'api_key_env = "NAME_OF_THE_VARIABLE" at the top of the plan instead'
 )
@@ -56,7 +56,7 @@ EngineOrAuto = Annotated[str, AfterValidator(lambda name: _known(name, "auto"))]
 def _keyless(settings: Settings) -> Settings:
     # plans are stored, hashed and shown: a secret in one would be in all of those places
     if settings.api_key is not None:
-        raise PydanticCustomError("api_key_in_plan", "api_key: {mend}", {"mend": API_KEY_MEND})
+        raise PydanticCustomError("api_key_in_plan", "api_key: {fix}", {"fix": API_KEY_FIX})
     return settings
 
 
@@ -94,7 +94,7 @@ class ModelPlan(PlanPart):
     aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
     engine: EngineOrAuto = Field(
         "auto",
-        description="who serves it: auto leaves that to promote and rollback; an engine's name is a choice by hand",
+        description="who serves it: auto leaves that to promote and rollback; naming an engine is a manual choice",
     )
     load: Load = Field(
         "start", description="when the yard loads it: at its own start, or with the first request for it"

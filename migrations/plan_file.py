@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails
 from engines.errors import BadInput
 from engines.model.digest import shards
 from engines.settings import Settings
-from migrations.plan import API_KEY_MEND, RECORDED, Plan
+from migrations.plan import API_KEY_FIX, RECORDED, Plan
 from tasks.verdicts.limits import RENAMED_KEYS
 
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
@@ -48,7 +48,7 @@ def remember_plan(path: Path, home: Path) -> None:
 def load_plan(path: Path) -> Plan:
     """The plan in the TOML file at `path`; relative paths in it start at its directory, and the files must exist.
 
-    Raises BadInput with one line: the file, the key, the line, what is wrong and how to mend it.
+    Raises BadInput with one line: the file, the key, the line, what is wrong and how to fix it.
     """
     where = str(path)
     try:
@@ -106,14 +106,14 @@ def build_plan(data: Mapping[str, object], *, where: str = "plan") -> Plan:
         raise BadInput(_one_line(where, _problems(error), {})) from None
 
 
-def plan_to_toml(plan: Plan, *, header_comment: str = "", losses: Sequence[str] = ()) -> str:
+def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[str] = ()) -> str:
     """`plan` as TOML with every field's reason as a comment above it; `load_plan` reads the same plan back.
 
-    `losses` (a driver's own lines) are written as comments above `accepted_unsupported`.
+    `unsupported` (a driver's own lines) are written as comments above `accepted_unsupported`.
     """
     blocks = [_comment(header_comment)] if header_comment else []
-    lost = "\n".join(f"  - {_flat(loss)}" for loss in losses)
-    note = f"The candidate cannot honour these:\n{lost}" if losses else ""
+    listed = "\n".join(f"  - {_flat(line)}" for line in unsupported)
+    note = f"Not supported by the candidate:\n{listed}" if unsupported else ""
     blocks.append(_keys(plan, notes={"accepted_unsupported": note}))
     for name in ("incumbent", "candidate", "settings"):
         blocks.append(_section(plan, name))
@@ -227,16 +227,16 @@ def _is_inside(place: Location, outer: Location) -> bool:
 def _problem(detail: ErrorDetails) -> tuple[Location, str]:
     location = detail["loc"]
     if detail["type"] == "api_key_in_plan":
-        return (*location, "api_key"), API_KEY_MEND
+        return (*location, "api_key"), API_KEY_FIX
     leaf = location[-1] if location else ""
     if leaf == "api_key":
-        return location, API_KEY_MEND
+        return location, API_KEY_FIX
     if leaf == "api_key_env":  # somebody may have put the key itself there: do not echo it
         return location, "must be the NAME of an environment variable in capitals, such as SWITCHYARD_API_KEY"
-    return location, _mend(detail)
+    return location, _fix(detail)
 
 
-def _mend(detail: ErrorDetails) -> str:
+def _fix(detail: ErrorDetails) -> str:
     """What is wrong with one value, and what to write instead."""
     kind, context, location = detail["type"], detail.get("ctx", {}), detail["loc"]
     value = _shown(detail["input"])

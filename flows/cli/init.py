@@ -62,7 +62,7 @@ def write_plan(
     key = _key_note(plan, command)
     comment = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (f"\n{key}" if key else "")
     try:
-        output.write_text(plan_to_toml(plan, header_comment=comment, losses=unsupported), encoding="utf-8")
+        output.write_text(plan_to_toml(plan, header_comment=comment, unsupported=unsupported), encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     return {

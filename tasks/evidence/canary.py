@@ -30,7 +30,7 @@ from engines.errors import BadInput
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.judge import judge_answers
 from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits, Limits
-from tasks.verdicts.noninferiority import Metric, Outcome, judge, look_bounds
+from tasks.verdicts.noninferiority import Metric, MetricOutcome, judge, look_bounds
 from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, gate, not_measured
 
@@ -257,7 +257,7 @@ def _measured(samples: Sequence[LiveSample], key: str) -> list[LiveSample]:
     return [s for s in samples if s["ok"] and s[key] is not None and s[key] > 0 and s["prompt_tokens"] > 0]
 
 
-def _first_decision(metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: Sequence[int]) -> Outcome:
+def _first_decision(metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: Sequence[int]) -> MetricOutcome:
     """The gate at each look that was reached, as one sequence: FAIL wins, then the first PASS, then the last word."""
     reached = [look for look in looks if look <= len(blocks)]
     outcomes = [judge(metric, blocks[:look], looks) for look in reached[:-1]] + [judge(metric, blocks, looks)]

@@ -1,4 +1,4 @@
-"""Long series in few bytes: (time, value) points packed without loss of value, at 1 ms of time."""
+"""Long series in few bytes: (time, value) points packed losslessly, at 1 ms of time."""
 
 from __future__ import annotations
 

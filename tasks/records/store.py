@@ -38,7 +38,7 @@ from tasks.records.tables import (
     Decision,
     Evidence,
     Run,
-    Sample,
+    SeriesChunk,
     Status,
     Step,
     StepState,
@@ -322,7 +322,7 @@ class Records(_Database):
         self.put(Check, rows, on=("run_id", "model_id", "check"))
 
     def drop_checks(self, run_id: str, model_id: str | None = None) -> None:
-        """Delete the verdicts of a run (not its evidence), before all of it is judged anew."""
+        """Delete the verdicts of a run (not its evidence), before all of it is judged again."""
         query = delete(Check).filter_by(**_given(run_id=run_id, model_id=model_id))
         with self.write() as session:
             session.execute(query)
@@ -379,9 +379,9 @@ class Records(_Database):
     def read_samples(self, run_id: str, model_id: str, arm: Arm, series: str) -> Series:
         """The whole series in order of arrival; empty when nothing was recorded."""
         query = (
-            select(col(Sample.packed))
+            select(col(SeriesChunk.packed))
             .filter_by(run_id=run_id, model_id=model_id, arm=arm, series=series)
-            .order_by(col(Sample.chunk))
+            .order_by(col(SeriesChunk.chunk))
         )
         with self.read() as session:
             return joined([unpack(packed) for packed in session.scalars(query)])
@@ -446,7 +446,7 @@ class SeriesWriter:
     def _store(self) -> None:
         fresh = {series: tail for series, tail in self._tails.items() if len(tail.points) > tail.stored}
         rows = [row for series, tail in fresh.items() for row in self._rows(series, tail)]
-        self._records.put(Sample, rows, on=("run_id", "model_id", "arm", "series", "chunk"))
+        self._records.put(SeriesChunk, rows, on=("run_id", "model_id", "arm", "series", "chunk"))
         for tail in fresh.values():
             tail.settle()
 
@@ -461,7 +461,7 @@ class SeriesWriter:
 
     def _first_chunk(self, series: str) -> int:
         """Behind what an earlier process stored of the same series."""
-        query = select(func.max(Sample.chunk)).filter_by(**self._row, series=series)
+        query = select(func.max(SeriesChunk.chunk)).filter_by(**self._row, series=series)
         with self._records.read() as session:
             last = session.scalar(query)
         return 0 if last is None else last + 1

@@ -166,7 +166,7 @@ class Check(_Table, table=True):
         )
 
 
-class Sample(_Table, table=True):
+class SeriesChunk(_Table, table=True):
     """Up to `CHUNK_POINTS` consecutive points of one series, packed as `tasks.records.series` says."""
 
     __tablename__ = "sample"

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 
 from engines.units import NOT_MEASURED, quantity
-from tasks.report.guide_facts import FIGURES, NOT_RECORDED, Deviation, Engine, Facts, Model, Phase, short
+from tasks.report.guide_facts import FIGURES, NOT_RECORDED, Deviation, EngineFacts, Facts, ModelFacts, PhaseFacts, short
 from tasks.report.markup import Html, el, joined, row, table, verdict_mark
 from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 
@@ -24,7 +24,7 @@ from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 def _summary(facts: Facts) -> list[str]:
     known = any(model.phases or model.serving for model in facts.models)
     said = [
-        f"This guide says what the plan {facts.plan} (from {facts.incumbent} to {facts.candidate}) changed on "
+        f"This guide describes what the plan {facts.plan} (from {facts.incumbent} to {facts.candidate}) changed on "
         f"{facts.host}, as recorded by {facts.at:%Y-%m-%d}."
     ]
     if not known:
@@ -86,7 +86,7 @@ def _changed(facts: Facts) -> list[str]:
     return [*blocks, port] if blocks else ["Nothing: no model of this plan was moved."]
 
 
-def _set(before: Engine | None, now: Engine | None) -> str:
+def _set(before: EngineFacts | None, now: EngineFacts | None) -> str:
     if before is None or now is None:
         return f"Settings: {NOT_RECORDED} for both."
     old, new = before.settings, now.settings
@@ -95,15 +95,15 @@ def _set(before: Engine | None, now: Engine | None) -> str:
     return "; ".join(f"{word}: {', '.join(map(_code, some))}" for word, some in words if some) or "No settings are set."
 
 
-def _lost(facts: Facts) -> list[str]:
+def _unsupported(facts: Facts) -> list[str]:
     lines = []
     for model in facts.moved:
-        losses = model.now.losses if model.now else None
-        if not losses:
-            lines.append(f"{_code(model.id)}: {'nothing' if losses == () else NOT_RECORDED}")
-        for loss in losses or ():
-            accepted = "accepted" if loss.partition(":")[0] in facts.accepted else "not accepted"
-            lines.append(f"{_code(model.id)}: {_text(loss)} ({accepted} in the plan)")
+        unsupported = model.now.unsupported if model.now else None
+        if not unsupported:
+            lines.append(f"{_code(model.id)}: {'nothing' if unsupported == () else NOT_RECORDED}")
+        for what in unsupported or ():
+            accepted = "accepted" if what.partition(":")[0] in facts.accepted else "not accepted"
+            lines.append(f"{_code(model.id)}: {_text(what)} ({accepted} in the plan)")
     return [_list(lines)] if lines else ["Nothing: no model of this plan was moved."]
 
 
@@ -134,20 +134,20 @@ def _deviations(facts: Facts) -> list[str]:
 def _stay(facts: Facts) -> list[str]:
     blocks = []
     for model in facts.staying:
-        blocks += [f"### {_text(model.id)}", _why_stays(model, model.shut, facts.incumbent)]
-        blocks += [_list(closed)] if model.shut and (closed := _grouped(reasons(model.shut.checks))) else []
+        blocks += [f"### {_text(model.id)}", _why_stays(model, model.closed, facts.incumbent)]
+        blocks += [_list(closed)] if model.closed and (closed := _grouped(reasons(model.closed.checks))) else []
     return blocks or ["None: every model of the plan moved."]
 
 
-def _why_stays(model: Model, shut: Phase | None, incumbent: str) -> str:
+def _why_stays(model: ModelFacts, closed: PhaseFacts | None, incumbent: str) -> str:
     head = (
         f"It is served by {incumbent}" if model.serving else f"No yard here has served it; it is left with {incumbent}"
     )
     why = "its gate is open, and it was not moved" if model.phases else "it was never evaluated"
-    if shut:
-        why = f"{shut.title} (run {_code(shut.run_id)}) came to **{shut.verdict}**"
+    if closed:
+        why = f"{closed.title} (run {_code(closed.run_id)}) ended in **{closed.verdict}**"
     back = f" It was rolled back on {_time(model.rolled_back)}." if model.rolled_back else ""
-    chosen = f" {_text(model.selected)} was chosen by hand." if model.selected != "auto" else ""
+    chosen = f" {_text(model.selected)} was chosen manually." if model.selected != "auto" else ""
     return f"{head}: {why}.{back}{chosen}"
 
 
@@ -168,7 +168,7 @@ def _check(facts: Facts) -> list[str]:
     return blocks
 
 
-def _questions(model: Model, facts: Facts) -> list[str]:
+def _questions(model: ModelFacts, facts: Facts) -> list[str]:
     """What to ask the port about one model, each with what it has to answer."""
     ask = {"model": model.id, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
     key = f' -H "Authorization: Bearer ${facts.key_variable}"' if facts.key_variable else ""
@@ -211,13 +211,13 @@ def _limits(facts: Facts) -> list[str]:
         if not any(phase.evaluates for phase in model.phases):
             lines.append(f"{_code(model.id)}: never evaluated; its speed, memory and answers were {NOT_MEASURED}")
         for phase in model.phases:
-            told = not model.moved and phase is model.shut  # what closed the gate of a model that stays stands above
-            lines += [f"{_code(model.id)}: {phase.title}: {what}" for what in _weak(phase, required=not told)]
+            stated = not model.moved and phase is model.closed  # under "Models that stay, and why"
+            lines += [f"{_code(model.id)}: {phase.title}: {what}" for what in _weak(phase, required=not stated)]
     own = f"Figures were taken on {facts.host}; another machine, model file or version needs an evaluation of its own."
     return [_list([*lines, _text(own)])]
 
 
-def _weak(phase: Phase, *, required: bool) -> list[str]:
+def _weak(phase: PhaseFacts, *, required: bool) -> list[str]:
     """Why a phase proves less than it seems; behaviours that hold no gate stand in their own section."""
     doubts = ((phase.plan_changed, "the plan was changed since this run"), (phase.elsewhere, "it ran on another host"))
     ended = [f"its run is {phase.status}"] if phase.status != "done" else []
@@ -254,7 +254,7 @@ def _evidence(facts: Facts) -> list[str]:
     return [*blocks, "### Models and plan", _table(("Model", "File", "Digest"), files), plan]
 
 
-def _figure(phase: Phase, check: str, label: str) -> tuple[str, ...]:
+def _figure(phase: PhaseFacts, check: str, label: str) -> tuple[str, ...]:
     result = next((result for result in phase.checks if result.check == check), None)
     if result is None:
         return label, NOT_MEASURED, "", "", ""
@@ -267,7 +267,7 @@ SECTIONS = (
     ("Summary", _summary),
     ("Who is affected", _affected),
     ("What changed", _changed),
-    ("What was lost", _lost),
+    ("What is not supported", _unsupported),
     ("What behaves differently", _deviations),
     ("Models that stay, and why", _stay),
     ("Check it yourself", _check),

@@ -54,7 +54,7 @@ FIGURES = (
 EFFECTS = {True: "has effect", False: "ignored", None: "unclear"}
 LIVE = ("canary", "shadow", "rollback", "promote")  # checks on people's own requests
 AS_SIGNED = frozenset({"who", "id", "names", "model"})
-NOBODY = frozenset({"", "root", "user", "admin", "localhost"})  # names that tell nothing about anybody
+NOBODY = frozenset({"", "root", "user", "admin", "localhost"})  # names that identify nobody
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class Retirement:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One engine with one model, and how it is started; `losses` is None where its driver cannot be asked."""
+class EngineFacts:
+    """One engine with one model, and how it is started; `unsupported` is None where its driver cannot be asked."""
 
     name: str
     form: str
     version: str
     command: tuple[str, ...]
     settings: tuple[str, ...]
-    losses: tuple[str, ...] | None
+    unsupported: tuple[str, ...] | None
 
     def __str__(self) -> str:
         return f"{self.name} {self.version} ({self.form})"
@@ -95,8 +95,8 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What one phase came to for one model. `compared` counts behaviours tried on both engines; None: never tried."""
+class PhaseFacts:
+    """The result of one phase for one model. `compared` counts behaviours tried on both engines; None: never tried."""
 
     title: str
     evaluates: bool
@@ -112,15 +112,15 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """One model: who served it, who does, since when, and on which evidence."""
 
     id: str
     names: tuple[str, ...]
     file: str
     digest: str
-    before: Engine | None
-    now: Engine | None
+    before: EngineFacts | None
+    now: EngineFacts | None
     serving: str | None
     undo: str | None
     moved: bool
@@ -128,16 +128,16 @@ class Model:
     selected: str
     canary: str
     rolled_back: datetime | None
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseFacts, ...]
 
     @property
-    def shut(self) -> Phase | None:
-        """The last phase whose gate stayed shut."""
+    def closed(self) -> PhaseFacts | None:
+        """The last phase whose gate stayed closed."""
         return next((phase for phase in reversed(self.phases) if phase.verdict is not Verdict.PASS), None)
 
 
 @dataclass(frozen=True)
-class Decision:
+class DecisionFacts:
     """What a person decided against, or instead of, the evidence."""
 
     run_id: str
@@ -162,18 +162,18 @@ class Facts:
     address: str
     key_variable: str
     accepted: tuple[str, ...]
-    models: tuple[Model, ...]
-    decisions: tuple[Decision, ...]
+    models: tuple[ModelFacts, ...]
+    decisions: tuple[DecisionFacts, ...]
     retirement: Retirement | None
     rollback_until: datetime | None
 
     @property
-    def moved(self) -> list[Model]:
+    def moved(self) -> list[ModelFacts]:
         """The models that another engine than the incumbent serves."""
         return [model for model in self.models if model.moved]
 
     @property
-    def staying(self) -> list[Model]:
+    def staying(self) -> list[ModelFacts]:
         """The others."""
         return [model for model in self.models if not model.moved]
 
@@ -292,7 +292,7 @@ def _as_native(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _files(plan: Mapping[str, Any], state: YardState) -> Iterable[Path]:
-    """Model files, templates, tokenizers and transcripts that plan and recipes name."""
+    """Model files, templates, tokenizers and transcripts that plan and specs name."""
     for part in (
         plan.get("settings") or {},
         *plan["models"],
@@ -301,7 +301,7 @@ def _files(plan: Mapping[str, Any], state: YardState) -> Iterable[Path]:
         keys = ("gguf", "transcripts", "chat_template", "tokenizer_json")
         yield from (Path(part[key]) for key in keys if part.get(key))
     held = [route.specs for route in state.models.values()] + [gone.specs for gone in state.retired.values()]
-    yield from (recipe.gguf for recipes in held for recipe in recipes.values())
+    yield from (spec.gguf for specs in held for spec in specs.values())
 
 
 def _machine(told: Mapping[str, Any]) -> str:
@@ -325,14 +325,14 @@ def _moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _decisions(records: Records, runs: Sequence[Run]) -> tuple[Decision, ...]:
+def _decisions(records: Records, runs: Sequence[Run]) -> tuple[DecisionFacts, ...]:
     made = sorted((d for run in runs for d in records.decisions(run.id)), key=lambda decision: decision.at)
-    return tuple(Decision(d.run_id, d.model_id, d.kind, d.who, d.why, d.at) for d in made)
+    return tuple(DecisionFacts(d.run_id, d.model_id, d.kind, d.who, d.why, d.at) for d in made)
 
 
 def _model(
     records: Records, runs: Sequence[Run], plan: Mapping[str, Any], told: Mapping[str, Any], state: YardState
-) -> Model:
+) -> ModelFacts:
     name, incumbent = str(told["id"]), str(plan["incumbent"]["engine"])
     route, gone = state.models.get(name), state.retired.get(incumbent)
     canary = route.canary if route else None
@@ -340,15 +340,15 @@ def _model(
         (title, run) for kind, more, title in PHASES if (run := _latest(records, runs, plan["name"] + more, kind, name))
     ]
     seen = [ModelRecord.read(records, run, {"model": name}) for _, run in judged]
-    recipe = (route.specs if route else {}).get(incumbent) or (gone.specs if gone else {}).get(name)
+    spec = (route.specs if route else {}).get(incumbent) or (gone.specs if gone else {}).get(name)
     measured = next((engine for one in seen for engine in one.engines.values() if engine["engine"] == incumbent), None)
     back = [step.at for _, run in judged for step in records.steps(run.id, name) if step.step == "rollback"]
-    return Model(
+    return ModelFacts(
         id=name,
         names=(name, *(told.get("aliases") or ())),
         file=str(told["gguf"]),
         digest=next((one.digest for one in seen if one.digest), NOT_MEASURED),
-        before=_engine(recipe) if recipe else _measured(measured) if measured else None,
+        before=_engine(spec) if spec else _measured(measured) if measured else None,
         now=_engine(route.specs[route.serving]) if route and route.serving in route.specs else None,
         serving=route.serving if route else None,
         undo=route.undo if route else None,
@@ -368,11 +368,11 @@ def _latest(records: Records, runs: Sequence[Run], name: str, kind: str, model: 
     return next(iter(done or judged), None)
 
 
-def _phase(records: Records, title: str, run: Run, plan: Mapping[str, Any], seen: ModelRecord) -> Phase:
+def _phase(records: Records, title: str, run: Run, plan: Mapping[str, Any], seen: ModelRecord) -> PhaseFacts:
     replayed = any(model.get("transcripts") for model in seen.plan.get("models") or [])
     checks = tuple(_unquoted(result, replayed=replayed) for result in records.checks(run.id)[seen.name])
     compared, deviations = _compared(title, seen)
-    return Phase(
+    return PhaseFacts(
         title=title,
         evaluates=run.kind == "evaluate",
         run_id=run.id,
@@ -387,21 +387,21 @@ def _phase(records: Records, title: str, run: Run, plan: Mapping[str, Any], seen
     )
 
 
-def _engine(recipe: LaunchSpec) -> Engine:
-    argv, losses, serve = list[str](), None, recipe.serve(PORT, None)
+def _engine(spec: LaunchSpec) -> EngineFacts:
+    argv, unsupported, serve = list[str](), None, spec.serve(PORT, None)
     with contextlib.suppress(BadInput):  # an engine that this Switchyard does not know
-        known = driver(recipe.engine)
-        argv, losses = known.argv(recipe.installation, serve), tuple(known.unsupported(recipe.installation, serve))
-    settings = recipe.settings.model_dump(mode="json", exclude_defaults=True)
-    return Engine(recipe.engine, recipe.form, recipe.version, _command(argv), _settings(settings), losses)
+        known = driver(spec.engine)
+        argv, unsupported = known.argv(spec.installation, serve), tuple(known.unsupported(spec.installation, serve))
+    settings = spec.settings.model_dump(mode="json", exclude_defaults=True)
+    return EngineFacts(spec.engine, spec.form, spec.version, _command(argv), _settings(settings), unsupported)
 
 
-def _measured(engine: Mapping[str, Any]) -> Engine:
-    """The engine as it stands beside the evidence, where no recipe is kept."""
+def _measured(engine: Mapping[str, Any]) -> EngineFacts:
+    """The engine as it stands beside the evidence, where no spec is kept."""
     settings = {name: value for name, value in (engine.get("settings") or {}).items() if value is not None}
     form, version = str(engine.get("form") or NOT_RECORDED), str(engine.get("version") or NOT_RECORDED)
-    argv, losses = engine.get("argv") or [], tuple(engine.get("unsupported") or ())
-    return Engine(str(engine["engine"]), form, version, _command(argv), _settings(settings), losses)
+    argv, unsupported = engine.get("argv") or [], tuple(engine.get("unsupported") or ())
+    return EngineFacts(str(engine["engine"]), form, version, _command(argv), _settings(settings), unsupported)
 
 
 def _command(argv: Sequence[str]) -> tuple[str, ...]:

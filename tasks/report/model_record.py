@@ -38,7 +38,7 @@ NEXT_STEPS = (
     (
         "parity.prompt_tokens",
         "Keep the incumbent for this model: the candidate reads other tokens. A tokenizer.json named in the plan, or a "
-        "newer candidate, may mend it; then evaluate again.",
+        "newer candidate, may fix it; then evaluate again.",
     ),
     ("parity", "Read the answers that differ below. Keep the incumbent unless you can explain them."),
     (
@@ -50,7 +50,7 @@ NEXT_STEPS = (
     ("performance", "Tune the candidate, or accept a larger limit in the plan with your reason; then evaluate again."),
     ("memory", "Give the candidate more memory or a smaller context, or accept a larger limit in the plan."),
     ("stability", "Keep the incumbent; look at the failures below and in the candidate's log."),
-    ("faults", "Keep the incumbent until the candidate's faults are noticed and mended in time."),
+    ("faults", "Keep the incumbent until the candidate's faults are noticed, and recovered from, in time."),
 )
 
 
@@ -141,7 +141,7 @@ class ModelRecord:
         return {}
 
     def blocks(self, kind: str = "performance") -> list[Any]:
-        """The blocks of a kind, void ones among them."""
+        """The blocks of a kind, discarded ones among them."""
         return self.all("both", kind)
 
     @cached_property
@@ -160,10 +160,10 @@ class ModelRecord:
         return next((result for result in self.checks if result.check == name), None)
 
     @cached_property
-    def shut_by(self) -> list[CheckResult]:
+    def closed_by(self) -> list[CheckResult]:
         """The required checks that did not pass, worst first."""
-        shut = [result for result in self.checks if result.required and result.verdict is not Verdict.PASS]
-        return sorted(shut, key=lambda result: -result.verdict.badness)
+        closed = [result for result in self.checks if result.required and result.verdict is not Verdict.PASS]
+        return sorted(closed, key=lambda result: -result.verdict.badness)
 
     @property
     def counts(self) -> str:
@@ -171,7 +171,7 @@ class ModelRecord:
         required = [result for result in self.checks if result.required]
         if not required:
             return "No required check was measured."
-        if not self.shut_by:
+        if not self.closed_by:
             return f"All {len(required)} required checks passed."
         counts = ", ".join(
             f"{len(found)} {word} ({', '.join(areas(found))})"
@@ -183,17 +183,17 @@ class ModelRecord:
     @property
     def why(self) -> str:
         """The counts, and the words of the worst check."""
-        worst = f" Worst: {self.shut_by[0].check}: {shortened(self.shut_by[0].why)}" if self.shut_by else ""
+        worst = f" Worst: {self.closed_by[0].check}: {shortened(self.closed_by[0].why)}" if self.closed_by else ""
         return self.counts + worst
 
     @property
     def next_step(self) -> str:
         """What the user does now."""
-        if not self.shut_by:
+        if not self.closed_by:
             return "This model may move. Keep this report as the evidence." if self.checks else "Evaluate it."
-        worst = self.shut_by[0]
+        worst = self.closed_by[0]
         steps = UNPROVEN if worst.verdict is Verdict.INCONCLUSIVE else NEXT_STEPS
-        fallback = "Read below what was not measured, mend it, and evaluate again."
+        fallback = "Read below what was not measured, fix it, then evaluate again."
         return next((words for prefix, words in steps if worst.check.startswith(prefix)), fallback)
 
 

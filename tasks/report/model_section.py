@@ -59,15 +59,15 @@ def model_section(model: ModelRecord) -> Html:
 
 
 def _reasons(model: ModelRecord) -> list[Html]:
-    items = [_area_reason([r for r in model.shut_by if area(r) == name]) for name in areas(model.shut_by)]
+    items = [_area_reason([r for r in model.closed_by if area(r) == name]) for name in areas(model.closed_by)]
     parts = [el("p", model.counts), el("ul", *items) if items else None, el("p", model.next_step, class_="next")]
     return [part for part in parts if part is not None]
 
 
-def _area_reason(shut: Sequence[CheckResult]) -> Html:
-    """What keeps the gate shut in one area: how many checks, and the words of the worst."""
-    worst = shut[0]
-    more = f" and {len(shut) - 1} more" if len(shut) > 1 else ""
+def _area_reason(closed: Sequence[CheckResult]) -> Html:
+    """What keeps the gate closed in one area: how many checks, and the words of the worst."""
+    worst = closed[0]
+    more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
     return el("li", verdict_mark(worst.verdict.value), " ", el("b", worst.check), f"{more}: {shortened(worst.why)}")
 
 

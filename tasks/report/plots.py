@@ -64,7 +64,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class RatioRow:
-    """One metric of the blocks: ratios of counted and of void blocks, the interval, the limit and what was decided."""
+    """One metric: ratios of counted and of discarded blocks, the interval, the limit and the verdict."""
 
     label: str
     counted: Sequence[float]
@@ -115,8 +115,8 @@ def ratios(title: str, rows: Sequence[RatioRow]) -> Html:
         drawn += _ratio_row(row, scale, top + step * number)
     said = "; ".join(f"{row.label} {row.verdict}: {_ratio_words(row)}" for row in rows)
     read = (
-        "Dots: blocks (hollow: void, not counted). Diamond and bar: mean and interval. A metric passes where the whole "
-        "bar is left of the dashed limit, fails where it is right of it, and is undecided where it crosses."
+        "Dots: blocks (hollow: discarded, not counted). Diamond and bar: mean and interval. A metric passes where the "
+        "whole bar is left of the dashed limit, fails where it is right of it, and is undecided where it crosses."
     )
     return _plot(title, said, joined(*drawn), bottom + 30, read)
 

@@ -28,9 +28,9 @@ from tasks.report.model_section import ARMS, latency_figure, model_section
 
 SAYS = {
     "PASS": "The gate is open: every required check passed.",
-    "INCONCLUSIVE": "The gate stays shut: nothing failed, but not everything could be proven.",
-    "ERROR": "The gate stays shut: a required check could not be carried out.",
-    "FAIL": "The gate stays shut: the candidate is worse, or broken, in something that is required.",
+    "INCONCLUSIVE": "The gate stays closed: nothing failed, but not everything could be proven.",
+    "ERROR": "The gate stays closed: a required check could not be carried out.",
+    "FAIL": "The gate stays closed: the candidate is worse, or broken, in something that is required.",
 }
 NO_MODEL = "No model was measured in this run."
 
@@ -158,14 +158,14 @@ def _environment(
     run: Run, models: Sequence[ModelRecord], self_test: Mapping[str, Any] | None, outcome: Mapping[str, Any]
 ) -> Html:
     return joined(
-        el("h2", "Circumstances"),
+        el("h2", "Environment"),
         table(("", ""), [row(("", el("b", name)), ("", value)) for name, value in _facts(run, models)]),
         el("h3", "The measuring client's own error"),
         *_self_test(self_test),
         el("h3", "Blocks and calibration"),
         *(_blocks(model) for model in models),
         el("h3", "What the engines cannot honour"),
-        *_losses(run, models),
+        *_unsupported(run, models),
         el("h3", "To do it again"),
         *_commands(run, models, is_demo=bool(outcome.get("cannot_prove"))),
         el("footer", f"Switchyard · run {run.id} · plan {run.plan_hash} · every figure is from the run's records"),
@@ -216,8 +216,8 @@ def _blocks(model: ModelRecord) -> Html:
     for kind in ("performance", "calibration"):
         blocks = model.blocks(kind)
         void = [block for block in blocks if block.get("void") is not None]
-        reasons = [el("li", f"{kind} block {block['index']} is void: {block['void']}") for block in void]
-        words = f"{model.name}: {len(blocks)} {kind} blocks, {len(void)} void" if blocks else (
+        reasons = [el("li", f"{kind} block {block['index']} was discarded: {block['void']}") for block in void]
+        words = f"{model.name}: {len(blocks)} {kind} blocks, {len(void)} discarded" if blocks else (
             f"{model.name}: {kind} {NOT_MEASURED}"
         )  # fmt: skip
         parts += [el("p", words), el("ul", *reasons) if reasons else None]
@@ -225,29 +225,29 @@ def _blocks(model: ModelRecord) -> Html:
     return joined(*parts, el("ul", *noise) if noise else None)
 
 
-def _losses(run: Run, models: Sequence[ModelRecord]) -> list[Html]:
+def _unsupported(run: Run, models: Sequence[ModelRecord]) -> list[Html]:
     accepted = set((run.plan or {}).get("accepted_unsupported") or ()) if isinstance(run.plan, Mapping) else set()
     lines = dict.fromkeys(
-        (named(engine), str(loss))
+        (named(engine), str(what))
         for model in models
         for engine in model.engines.values()
-        for loss in engine["unsupported"]
+        for what in engine["unsupported"]
     )
     if not lines:
         seen = any(model.engines for model in models)
-        return [el("p", "Nothing that the plan sets is lost." if seen else NOT_MEASURED)]
-    return [el("ul", *(el("li", f"{engine}: {loss}{_note(loss, accepted)}") for engine, loss in lines))]
+        return [el("p", "Every setting of the plan is supported." if seen else NOT_MEASURED)]
+    return [el("ul", *(el("li", f"{engine}: {what}{_note(what, accepted)}") for engine, what in lines))]
 
 
-def _note(loss: str, accepted: set[str]) -> str:
-    return " (accepted in the plan)" if loss.partition(":")[0] in accepted else ""
+def _note(what: str, accepted: set[str]) -> str:
+    return " (accepted in the plan)" if what.partition(":")[0] in accepted else ""
 
 
 def _commands(run: Run, models: Sequence[ModelRecord], *, is_demo: bool) -> list[Html]:
     target = "demo" if is_demo else "PLAN.toml"
     lines = [f"switchyard evaluate {target}", f"switchyard report {shlex.quote(run.id)}"]
     parts = [
-        el("p", "The evaluation anew, and this report again with every verdict recomputed from the records:"),
+        el("p", "The evaluation once more, and this report with every verdict recomputed from the records:"),
         el("pre", "\n".join(lines)),
         el("p", "The engines as they were started (the port is a free one each time):"),
     ]

@@ -147,7 +147,7 @@ class Limits(PlanPart):
         description="share of free memory that preflight must leave free; drivers and desktops take some",
     )
     kill_detect_s: float = Field(
-        1.0, gt=0, le=600, description="seconds to notice a killed engine; its pid tells at once"
+        1.0, gt=0, le=600, description="seconds to notice a killed engine; its pid is gone at once"
     )
     hang_detect_s: float = Field(
         2.0, gt=0, le=600, description="seconds beyond the no-progress time to notice a hang; a long prefill is no hang"
@@ -157,7 +157,7 @@ class Limits(PlanPart):
         0.10,
         gt=0,
         le=1,
-        description="share of the CPU taken by strangers that voids a block; neighbours halve an engine",
+        description="discard a block when other processes use more than this share of the CPU",
     )
     client_cpu: float = Field(
         0.5,

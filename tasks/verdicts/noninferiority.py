@@ -85,7 +85,7 @@ class Metric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class MetricOutcome:
     """What the gate says about one metric, with the numbers it rests on.
 
     `ratio` is above 1 where the candidate is worse, whichever direction is better. `ci_low` and `ci_high` are one-sided
@@ -121,13 +121,13 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
+class LookDecision:
     """Whether to stop measuring at this look; `verdict` is the worst of the outcomes."""
 
     stop: bool
     verdict: Verdict
     why: str
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[MetricOutcome] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def judge(
     looks: Sequence[int] = DEFAULT_LOOKS,
     *,
     client_error: float | None = None,
-) -> Outcome:
+) -> MetricOutcome:
     """The verdict on `metric` at the latest look that the valid blocks reach.
 
     Blocks past that look wait for the next one: judging at unplanned moments would promote wrongly more often.
@@ -192,9 +192,9 @@ def judge(
         why = f"{says}: too few to judge, the first look needs {looks[0]} blocks; {limit}"
         return _undecided(facts, why, blocks_needed=needed, **numbers)
     if high <= metric.limit:
-        return Outcome(**facts, **numbers, verdict=Verdict.PASS, blocks_needed=None, why=f"{says}; {limit}")
+        return MetricOutcome(**facts, **numbers, verdict=Verdict.PASS, blocks_needed=None, why=f"{says}; {limit}")
     if low > metric.limit:
-        return Outcome(**facts, **numbers, verdict=Verdict.FAIL, blocks_needed=None, why=f"{says}; {limit}")
+        return MetricOutcome(**facts, **numbers, verdict=Verdict.FAIL, blocks_needed=None, why=f"{says}; {limit}")
     further = _blocks_needed(metric, estimate, len(valid), [look for look in looks if look > reached])
     return _undecided(facts, f"{says}: {_what_would_settle(metric, further)}", blocks_needed=further, **numbers)
 
@@ -205,11 +205,11 @@ def decision_reached(
     looks: Sequence[int] = DEFAULT_LOOKS,
     *,
     client_errors: Mapping[str, float] | None = None,
-) -> Decision:
+) -> LookDecision:
     """Whether the measuring loop may stop after `blocks`, and what is known then.
 
     It stops where any metric FAILs (the gate can no longer open), where all PASS, where a metric cannot be judged
-    however many blocks follow, and after the last look. Between looks it goes on.
+    however many blocks follow, and after the last look. Between looks it continues.
     """
     if not metrics:
         raise BadInput("no metric to judge: a plan names at least one")
@@ -231,7 +231,7 @@ def decision_reached(
         why = f"undecided after the last look, at {looks[-1]} blocks"
     else:
         stop, why = False, f"undecided after {_count(n_valid, 'valid block')}: on to the look at {following}"
-    return Decision(stop=stop, verdict=verdict, why=why, outcomes=outcomes)
+    return LookDecision(stop=stop, verdict=verdict, why=why, outcomes=outcomes)
 
 
 def judge_calibration(
@@ -401,7 +401,7 @@ def _reachable_margin(sd: float, n_blocks: int, alpha: float) -> float:
 
 
 def _valid(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
-    """The blocks that count, by index, and how many are void."""
+    """The blocks that count, by index, and how many were discarded."""
     missing = [name for name in ("index", "incumbent", "candidate") if any(name not in block for block in blocks)]
     if missing:
         raise BadInput(
@@ -457,7 +457,7 @@ def _adjusted(log_ratios: Sequence[float], foreign: Sequence[float]) -> _Estimat
     """d at equal foreign load: the intercept of d = a + theta * x. None where it must not be used.
 
     Centred at x = 0, where both arms meet the same load, not at the mean of x: the centred form leaves the mean of d
-    as it was and only shrinks its error, so a neighbour that hit one arm would be taken for that arm's own speed.
+    as it was and only shrinks its error, so another process that hit one arm would be taken for that arm's own speed.
     Used only from 12 blocks on, where load slows (theta above 0, one-sided 99 %), taking it out leaves less variance,
     and load did not follow the candidate (mean x above 0, 97.5 %): it may be the candidate's own. Load that
     followed the incumbent is taken out, since it flatters the candidate.
@@ -528,9 +528,9 @@ def _too_fine(metric: Metric, level: float, client_error: float) -> str:
     )
 
 
-def _undecided(facts: Mapping[str, Any], why: str, **numbers: Any) -> Outcome:
+def _undecided(facts: Mapping[str, Any], why: str, **numbers: Any) -> MetricOutcome:
     nothing: dict[str, Any] = {"ratio": None, "ci_low": None, "ci_high": None, "sd": None, "blocks_needed": None}
-    return Outcome(**facts, **(nothing | numbers), verdict=Verdict.INCONCLUSIVE, why=why)
+    return MetricOutcome(**facts, **(nothing | numbers), verdict=Verdict.INCONCLUSIVE, why=why)
 
 
 def _obrien_fleming(looks: Sequence[int], constant: float) -> tuple[float, ...]:
@@ -554,4 +554,4 @@ def _count(number: int, noun: str) -> str:
 
 
 def _void_note(n_void: int) -> str:
-    return f" ({n_void} void and not counted)" if n_void else ""
+    return f" ({n_void} discarded and not counted)" if n_void else ""

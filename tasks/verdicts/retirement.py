@@ -80,27 +80,27 @@ def _judge_window(model: Standing, window_s: float, now: float, waived: str | No
 def write_archive(folder: Path, engine: str, state: YardState, plan_toml: str) -> Path:
     """All it takes to have the engine back, by `switchyard restore` or by hand; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipes = {name: route.specs[engine] for name, route in state.models.items() if engine in route.specs}
-    recipes |= state.retired[engine].specs if engine in state.retired else {}
-    told = {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}
-    (folder / "recipes.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    specs = {name: route.specs[engine] for name, route in state.models.items() if engine in route.specs}
+    specs |= state.retired[engine].specs if engine in state.retired else {}
+    plain = {name: spec.model_dump(mode="json") for name, spec in specs.items()}
+    (folder / "recipes.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
     (folder / "plan.toml").write_text(plan_toml, encoding="utf-8")
     (folder / "state.json").write_text(state.text(), encoding="utf-8")
-    (folder / "README.md").write_text(_by_hand(engine, recipes), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(engine, specs), encoding="utf-8")
     return folder
 
 
-def _by_hand(engine: str, recipes: Mapping[str, LaunchSpec]) -> str:
+def _readme(engine: str, specs: Mapping[str, LaunchSpec]) -> str:
     lines = [
         f"# {engine}, retired",
         "",
         f"`switchyard restore {engine}` brings it back: on every route that it was on, and installed again where",
-        "Switchyard had installed it. By hand, without Switchyard, it was started so:",
+        "Switchyard had installed it. To start it by hand, without Switchyard:",
         "",
     ]
-    for model_id, recipe in recipes.items():
-        argv = driver(recipe.engine).argv(recipe.installation, recipe.serve(8080, None))
-        where = recipe.where or recipe.form
-        lines += [f"{model_id}, version {recipe.version} ({where}):", "", "```sh", " ".join(argv), "```", ""]
+    for model_id, spec in specs.items():
+        argv = driver(spec.engine).argv(spec.installation, spec.serve(8080, None))
+        where = spec.where or spec.form
+        lines += [f"{model_id}, version {spec.version} ({where}):", "", "```sh", " ".join(argv), "```", ""]
     lines += ["`recipes.json` has the settings, `plan.toml` the plan, `state.json` the routes as they were.", ""]
     return "\n".join(lines)

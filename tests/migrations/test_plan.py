@@ -325,7 +325,7 @@ def a_full_plan() -> Plan:
 def test_toml_round_trip() -> None:
     """What is written reads back as the same plan, down to what each model overrides."""
     plan = a_full_plan()
-    text = plan_to_toml(plan, header_comment="from llama-server\non 8080\x07", losses=["mlock: none\nat all", "x"])
+    text = plan_to_toml(plan, header_comment="from llama-server\non 8080\x07", unsupported=["mlock: none\nat all", "x"])
     again = Plan.model_validate_json(json.dumps(tomllib.loads(text)), strict=True)
     assert again == plan
     assert [again.settings_for(m.id) for m in again.models] == [plan.settings_for(m.id) for m in plan.models]
@@ -334,7 +334,7 @@ def test_toml_round_trip() -> None:
 
 def test_toml_explains_every_key() -> None:
     """Every key stands under a comment, the losses above what accepts them."""
-    text = plan_to_toml(a_full_plan(), header_comment="mine", losses=["mlock: no counterpart"])
+    text = plan_to_toml(a_full_plan(), header_comment="mine", unsupported=["mlock: no counterpart"])
     lines = text.splitlines()
     assert lines[0] == "# mine"
     assert "#   - mlock: no counterpart" in lines

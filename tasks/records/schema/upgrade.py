@@ -71,7 +71,7 @@ def absolute(url: URL) -> str:
 
 
 def shown(url: URL) -> str:
-    """What a person is told of the address: the path of a file, a URL without its password."""
+    """The address for a message: the path of a file, a URL without its password."""
     return str(url.database) if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
 
 
@@ -79,7 +79,7 @@ def open_database(url: URL, schema: Schema = SCHEMA, *, wait_s: float = BUSY_TIM
     """An engine on the database at `url`, created or upgraded in place to `schema.head`.
 
     Each wait for another program's lock, or for the connection to a server, ends after `wait_s` seconds. Before an
-    upgrade the old SQLite file is copied to `NAME.bak-REVISION`. Raises BadInput where the user can mend it
+    upgrade the old SQLite file is copied to `NAME.bak-REVISION`. Raises BadInput where the user can fix it
     (unreachable, not a database, of another program, of a newer Switchyard) and never replaces what it found.
     """
     with explained(url):
@@ -157,7 +157,7 @@ def _set_pragmas(engine: Engine, foreign_keys: bool, wait_s: float) -> None:
 
 
 def _use_wal(connection: sqlite3.Connection, wait_s: float) -> None:
-    """Turns WAL on once per file; SQLite's busy timeout does not cover the switch, so it is asked again."""
+    """Turn WAL on once per file; SQLite's busy timeout does not cover the switch, so it is retried."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -211,7 +211,7 @@ def _upgrade(url: URL, schema: Schema, wait_s: float) -> None:
 
 
 def _refuse_foreign(url: URL, connection: Connection, found: str | None, schema: Schema) -> None:
-    """Raises BadInput for a database of another program, or of a newer Switchyard."""
+    """Raise BadInput for a database of another program, or of a newer Switchyard."""
     if found is None:
         tables = inspect(connection).get_table_names()
         if set(tables) - {VERSION_TABLE}:
@@ -231,7 +231,7 @@ def _refuse_foreign(url: URL, connection: Connection, found: str | None, schema:
 
 
 def _back_up(file: Path, revision: str) -> None:
-    """Copies the committed state of the SQLite `file` to `FILE.bak-REVISION`, whole or not at all."""
+    """Copy the committed state of the SQLite `file` to `FILE.bak-REVISION`, whole or not at all."""
     final = file.with_name(f"{file.name}.bak-{revision}")
     partial = file.with_name(f"{final.name}.{os.getpid()}.tmp")
     try:
@@ -271,13 +271,13 @@ def _quiet_alembic() -> Iterator[None]:
 
 def _explanation(url: URL, problem: DBAPIError) -> SwitchyardError:
     name = shown(url)
-    said = str(problem.orig).strip().splitlines()[0] if str(problem.orig).strip() else type(problem.orig).__name__
+    reason = str(problem.orig).strip().splitlines()[0] if str(problem.orig).strip() else type(problem.orig).__name__
     for words, kind, advice in _ADVICE:
-        if any(word in said for word in words):
-            return kind(f"{name}: {said}: {advice}")
+        if any(word in reason for word in words):
+            return kind(f"{name}: {reason}: {advice}")
     if isinstance(problem, OperationalError) and url.get_backend_name() == "postgresql":
-        return BadInput(f"{name}: cannot use PostgreSQL ({said}): check that it runs and that the URL is right")
-    return SwitchyardError(f"{name}: the database refused: {said}")
+        return BadInput(f"{name}: cannot use PostgreSQL ({reason}): check that it runs and that the URL is right")
+    return SwitchyardError(f"{name}: the database refused: {reason}")
 
 
 _ADVICE: tuple[tuple[tuple[str, ...], type[SwitchyardError], str], ...] = (

@@ -187,9 +187,9 @@ def test_commands_before_and_after(facts: Facts):
     assert "Settings of both: `context_tokens = 4096`" in said
 
 
-def test_losses_say_whether_they_were_accepted(facts: Facts):
+def test_what_is_unsupported_says_whether_they_were_accepted(facts: Facts):
     """Only of the model that moved."""
-    said = section(guide.markdown(facts), "What was lost")
+    said = section(guide.markdown(facts), "What is not supported")
     assert "`small`: mlock: " in said
     assert "(accepted in the plan)" in said
     assert "`small`: seed: a request's own seed is ignored; only the engine's seed counts (not accepted" in said
@@ -209,7 +209,7 @@ def test_a_model_that_stays_names_the_checks_that_closed_its_gate(facts: Facts):
     """With the run; the model that moved is not among them."""
     said = section(guide.markdown(facts), "Models that stay, and why")
     assert "It is served by llama.cpp: Phase 1, evaluation (run `" in said
-    assert "came to **FAIL**" in said
+    assert "ended in **FAIL**" in said
     assert "**FAIL** `parity.prompt_tokens`: cause: chat template" in said
     assert "### small" not in said
 

@@ -278,13 +278,13 @@ def test_the_numbers_of_the_page_are_the_figures(records: Records, tmp_path: Pat
                 assert f'data-value="{value!r}">{shown}<' in page
 
 
-def test_void_blocks_are_hollow_and_their_reason_is_given(records: Records, tmp_path: Path) -> None:
-    """One void block: a hollow mark in each row of ratios, and one line why."""
+def test_discarded_blocks_are_hollow_and_their_reason_is_given(records: Records, tmp_path: Path) -> None:
+    """One discarded block: a hollow mark in each row of ratios, and one line why."""
     page = full_page(records, tmp_path / "r.html")
     ratio_plot = next(part for part in re.findall(r"<figure.*?</figure>", page) if "block by block" in part)
     assert ratio_plot.count("mark neutral hollow") == 5
     assert ratio_plot.count("mark neutral dot") == 5 * 3
-    assert "performance block 1 is void: other programs" in Page(page).text
+    assert "performance block 1 was discarded: other programs" in Page(page).text
 
 
 def test_answers_that_differ_stand_side_by_side(records: Records, tmp_path: Path) -> None:

@@ -138,12 +138,12 @@ def test_too_few_blocks_are_never_a_pass() -> None:
         assert (outcome.verdict, outcome.blocks_needed) == (Verdict.INCONCLUSIVE, needed)
 
 
-def test_void_blocks_are_left_out_and_counted() -> None:
-    """A void block changes no number, and the reader is told of it."""
+def test_discarded_blocks_are_left_out_and_counted() -> None:
+    """A discarded block changes no number, and the reason line counts it."""
     blocks = [*make_blocks(6), make_block(6, [1.0], [900.0], void="foreign CPU 31 %")]
     outcome = judge(TTFT, blocks)
     assert (outcome.verdict, outcome.n_void, outcome.n_blocks) == (Verdict.PASS, 1, 6)
-    assert "1 void" in outcome.why
+    assert "1 discarded" in outcome.why
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0, None])
