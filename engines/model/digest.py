@@ -16,15 +16,15 @@ SAMPLES = 256
 WHOLE_UP_TO_BYTES = 2 * EDGE_BYTES + SAMPLES * SAMPLE_BYTES
 
 
-def model_digest(path: Path, *, full: bool = False) -> str:
+def model_digest(path: Path) -> str:
     """`sha256:...` of the whole file, or `sampled-sha256:...` of a large one; of all shards for a split GGUF.
 
     A sampled digest covers the size, the first and last 16 MiB (the GGUF header with its tokenizer and template lies
     in the first) and 256 evenly spaced pieces of 64 KiB: 48 MiB read, whatever the size. It differs for other models,
     other quants, other fine-tunes, edited templates and truncated files. It does not prove that every byte between the
-    samples is intact: for that, `full=True` reads the whole file. The prefix keeps the two kinds from comparing equal.
+    samples is intact. The prefix keeps the two kinds from comparing equal.
     """
-    digests = [_file_digest(shard, full=full) for shard in shards(path)]
+    digests = [_file_digest(shard) for shard in shards(path)]
     if len(digests) == 1:
         return digests[0]
     kind = max(digests).partition(":")[0]  # one sampled shard makes the whole sampled
@@ -42,11 +42,11 @@ def shards(path: Path) -> list[Path]:
     return files
 
 
-def _file_digest(path: Path, *, full: bool) -> str:
+def _file_digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if full or size <= WHOLE_UP_TO_BYTES:
+            if size <= WHOLE_UP_TO_BYTES:
                 return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
             return f"sampled-sha256:{_sampled(file, size)}"
     except OSError as error:

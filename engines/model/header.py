@@ -88,7 +88,6 @@ class Header:
     tensor_bytes: int
     quant_types: Mapping[str, int]
     file_bytes: int
-    declared_bytes: int
     tokenizer_model: str | None
     tokenizer_pre: str | None
     vocab_size: int | None
@@ -224,7 +223,6 @@ def _interpret(path: Path, shards: list[GgufFile]) -> Header:
         tensor_bytes=sum(tensor.n_bytes for tensor in tensors),
         quant_types=MappingProxyType(dict(Counter(tensor.type for tensor in tensors).most_common())),
         file_bytes=sum(shard.file_bytes for shard in shards),
-        declared_bytes=sum(shard.declared_bytes for shard in shards),
         tokenizer_model=meta.text("tokenizer.ggml.model"),
         tokenizer_pre=meta.text("tokenizer.ggml.pre"),
         vocab_size=_vocab_size(meta, tensors),

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,11 @@ QUOTED_LINES = 8
 
 @dataclass
 class Served:
-    """One engine that serves: where, by which process and command, and how long it took to its first token."""
+    """One engine that serves: where, by which process, and how long it took to its first token."""
 
     endpoint: Endpoint
     process: ManagedProcess
-    installation: Installation
-    argv: list[str]
-    unsupported: list[str]
     load_s: float
-    settings_seen: dict[str, object] = field(default_factory=dict)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -94,7 +90,7 @@ def serving(
             context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
             api_key=serve.settings.api_key,
         )
-        yield Served(endpoint, child, installation, child.argv, driver.unsupported(installation, serve), load_s, seen)
+        yield Served(endpoint, child, load_s)
     finally:
         with _signals_held():
             ended = child.stop() is not None

@@ -104,7 +104,6 @@ class EngineBehindYard(EngineUnderTest):
                 version=self.installation.version,
                 context_tokens=engine["context_tokens"],
             )
-            unsupported = self.driver.unsupported(self.installation, self.serve())
-            yield Served(endpoint, child, self.installation, engine["argv"], unsupported, engine["load_s"])
+            yield Served(endpoint, child, engine["load_s"])
         finally:
             child.stop()

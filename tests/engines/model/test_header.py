@@ -12,6 +12,7 @@ from gguf import GGUFEndian, GGUFReader
 from gguf_files import LLAMA, nemotron_keys, write_gguf, write_split
 
 from engines.errors import BadInput
+from engines.model.gguf import read_gguf
 from engines.model.header import read_header, template_shows_tools
 
 
@@ -42,7 +43,7 @@ def test_tensor_table_agrees_with_the_gguf_package(tmp_path: Path) -> None:
     assert [(tensor.name, tensor.type, tensor.n_bytes) for tensor in header.tensors] == expected
     assert header.tensor_bytes == sum(n_bytes for _, _, n_bytes in expected)
     assert header.quant_types["IQ3_S"] == 1
-    assert header.declared_bytes <= header.file_bytes == path.stat().st_size
+    assert read_gguf(path).declared_bytes <= header.file_bytes == path.stat().st_size
 
 
 def test_big_endian_is_read_and_named(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_file_cut_anywhere_is_bad_input(tmp_path: Path) -> None:
     """From the first byte to the last byte of tensor data."""
     path = write_gguf(tmp_path / "m.gguf")
     whole, header = path.read_bytes(), read_header(path)
-    cut, declared = tmp_path / "cut.gguf", header.declared_bytes
+    cut, declared = tmp_path / "cut.gguf", read_gguf(path).declared_bytes
     header_end = declared - header.tensor_bytes
     for length in [*range(1, header_end), *range(header_end, declared, 97), declared - 1]:
         cut.write_bytes(whole[:length])
