@@ -28,8 +28,6 @@ from migrations.plan import API_KEY_FIX, RECORDED, Plan
 from tasks.verdicts.limits import RENAMED_KEYS
 
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
-
-
 Location = tuple[int | str, ...]
 
 
@@ -176,8 +174,6 @@ _NOT_A = {
     "model": "a table of keys",
     "dict": "a table of keys",
 }
-
-
 # what people who know llama.cpp's flags write
 _LLAMA_WORDS = {
     "ctx": "context_tokens",
@@ -211,17 +207,9 @@ def _key(location: Location) -> str:
 
 def _problems(error: ValidationError) -> list[tuple[Location, str]]:
     details = error.errors(include_url=False)
-    places = [detail["loc"] for detail in details]
+    outer = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
     # a list whose entries are wrong is also reported as empty: that is no second problem
-    return [
-        _problem(detail)
-        for detail in details
-        if detail["type"] != "too_short" or not any(_is_inside(place, detail["loc"]) for place in places)
-    ]
-
-
-def _is_inside(place: Location, outer: Location) -> bool:
-    return len(place) > len(outer) and place[: len(outer)] == outer
+    return [_problem(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in outer]
 
 
 def _problem(detail: ErrorDetails) -> tuple[Location, str]:
@@ -411,12 +399,9 @@ def _value(value: object) -> str:
 
 
 def _comment(text: str) -> str:
-    lines = [wrapped for line in text.splitlines() for wrapped in textwrap.wrap(_printable(line), 112) or [""]]
+    printable = ("".join(char if char.isprintable() else " " for char in line) for line in text.splitlines())
+    lines = [wrapped for line in printable for wrapped in textwrap.wrap(line, 112) or [""]]
     return "\n".join(f"# {line}".rstrip() for line in lines)
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _flat(text: str) -> str:

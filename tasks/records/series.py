@@ -6,13 +6,11 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engines.errors import SwitchyardError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 Point = tuple[float, float | None]
 
@@ -48,8 +46,6 @@ def pack(points: Sequence[Point]) -> bytes:
     Bytes are grouped by significance before zlib, as Blosc's and HDF5's shuffle filters do: slow series differ in few
     of them. Raises SwitchyardError for an infinite value or a time that is not finite.
     """
-    import numpy as np
-
     t = np.array([point[0] for point in points], dtype=np.float64)
     values = np.array([np.nan if point[1] is None else point[1] for point in points], dtype=np.float64)
     if not np.isfinite(t).all() or np.isinf(values).any():
@@ -58,15 +54,13 @@ def pack(points: Sequence[Point]) -> bytes:
     # -0.0 would come back as 0.0
     whole = whole and not bool(np.any(np.signbit(values) & (values == 0)))
     ms = np.rint(t * 1000).astype(np.int64)
-    body = _shuffled(_differences(_differences(ms)).tobytes())
-    body += _shuffled(_differences(values.astype(np.int64)).tobytes() if whole else values.tobytes())
+    body = _shuffled(np.diff(np.diff(ms, prepend=0), prepend=0).tobytes())
+    body += _shuffled((np.diff(values.astype(np.int64), prepend=0) if whole else values).tobytes())
     return _HEAD.pack(_FORMAT, _WHOLE if whole else _FLOAT, len(points)) + zlib.compress(body, 6)
 
 
 def unpack(packed: bytes) -> Series:
     """The series that `pack` stored."""
-    import numpy as np
-
     form, encoding, count = _HEAD.unpack_from(packed)
     if form != _FORMAT:
         raise SwitchyardError(f"samples in an unknown form ({form}): written by a newer Switchyard?")
@@ -83,26 +77,14 @@ def unpack(packed: bytes) -> Series:
 
 def joined(parts: Sequence[Series]) -> Series:
     """The parts one after the other; empty for none."""
-    import numpy as np
-
     if not parts:
         return Series(t=np.empty(0), values=np.empty(0))
     return Series(t=np.concatenate([part.t for part in parts]), values=np.concatenate([part.values for part in parts]))
 
 
-def _differences(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    import numpy as np
-
-    return np.diff(numbers, prepend=np.int64(0))
-
-
 def _shuffled(raw: bytes) -> bytes:
-    import numpy as np
-
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, 8).T.tobytes()
 
 
 def _unshuffled(raw: bytes) -> bytes:
-    import numpy as np
-
     return np.frombuffer(raw, dtype=np.uint8).reshape(8, -1).T.tobytes()

@@ -13,10 +13,8 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     Float,
-    ForeignKey,
     Index,
     LargeBinary,
-    String,
     Text,
     UniqueConstraint,
 )
@@ -30,11 +28,7 @@ from tasks.records.payload import redact, unpack_json
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 Arm = Literal["incumbent", "candidate", "both", "-"]
-
-
 Status = Literal["running", "done", "interrupted", "failed"]
-
-
 StepState = Literal["intent", "done", "failed"]
 
 
@@ -112,15 +106,20 @@ class Run(_Table, table=True):
         return "killed" if self.status == "running" and self.owner_alive is False else self.status
 
 
-class Evidence(_Table, table=True):
+class _OfRun(_Table):
+    """Base of what belongs to one model in a run, and goes with the run."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(foreign_key="run.id", ondelete="CASCADE")
+    model_id: str
+
+
+class Evidence(_OfRun, table=True):
     """One thing measured: `payload` is plain JSON, from which every verdict can be computed again."""
 
     __tablename__ = "evidence"
     __table_args__ = (UniqueConstraint("run_id", "model_id", "arm", "kind", "key", name="uq_evidence"),)
 
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
-    model_id: str
     arm: str
     kind: str
     key: str = ""
@@ -134,15 +133,12 @@ class Evidence(_Table, table=True):
         return unpack_json(self.packed)
 
 
-class Check(_Table, table=True):
+class Check(_OfRun, table=True):
     """One stored `CheckResult`."""
 
     __tablename__ = "check"
     __table_args__ = (UniqueConstraint("run_id", "model_id", "check", name="uq_check"),)
 
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
-    model_id: str
     check: str
     verdict: str
     value: float | None = None
@@ -166,15 +162,12 @@ class Check(_Table, table=True):
         )
 
 
-class SeriesChunk(_Table, table=True):
+class SeriesChunk(_OfRun, table=True):
     """Up to `CHUNK_POINTS` consecutive points of one series, packed as `tasks.records.series` says."""
 
     __tablename__ = "sample"
     __table_args__ = (UniqueConstraint("run_id", "model_id", "arm", "series", "chunk", name="uq_sample"),)
 
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
-    model_id: str
     arm: str
     series: str
     chunk: int
@@ -195,29 +188,23 @@ class Correction(_Table, table=True):
     updated_at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
 
 
-class Step(_Table, table=True):
+class Step(_OfRun, table=True):
     """One step of a migration: "intent" before it acts, "done" or "failed" after; a killed run leaves the intent."""
 
     __tablename__ = "step"
     __table_args__ = (UniqueConstraint("run_id", "model_id", "step", name="uq_step"),)
 
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
-    model_id: str
     step: str
     state: str
     detail: Any = Field(sa_column=Column(JsonText(), nullable=False))
     at: datetime = Field(sa_column=Column(UtcTime(), nullable=False))
 
 
-class Decision(_Table, table=True):
+class Decision(_OfRun, table=True):
     """What a person decided against, or instead of, the evidence: who, why and when. Never changed or removed."""
 
     __tablename__ = "decision"
 
-    id: int | None = Field(default=None, primary_key=True)
-    run_id: str = Field(sa_column=Column(String(), ForeignKey("run.id", ondelete="CASCADE"), nullable=False))
-    model_id: str
     kind: str
     who: str = Field(sa_column=Column(Text(), nullable=False))
     why: str = Field(sa_column=Column(Text(), nullable=False))

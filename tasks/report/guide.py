@@ -14,8 +14,9 @@ from pathlib import Path
 from string import Template
 
 from engines.units import NOT_MEASURED, quantity
-from tasks.report.guide_facts import FIGURES, NOT_RECORDED, Deviation, EngineFacts, Facts, ModelFacts, PhaseFacts, short
+from tasks.report.guide_facts import FIGURES, NOT_RECORDED, Deviation, EngineFacts, Facts, ModelFacts, PhaseFacts
 from tasks.report.markup import Html, el, joined, row, table, verdict_mark
+from tasks.report.model_record import shortened
 from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 
 # --- what the guide says: each section is a list of Markdown blocks --------------------------------------------------
@@ -233,7 +234,7 @@ def _grouped(results: Iterable[CheckResult]) -> list[str]:
     for result in results:
         by_reason.setdefault((result.verdict.value, result.required, result.why), []).append(_code(result.check))
     return [
-        f"**{verdict}** {', '.join(checks)}{'' if required else ' (holds no gate)'}: {_text(short(why))}"
+        f"**{verdict}** {', '.join(checks)}{'' if required else ' (holds no gate)'}: {_text(shortened(why))}"
         for (verdict, required, why), checks in by_reason.items()
     ]
 
@@ -260,7 +261,7 @@ def _figure(phase: PhaseFacts, check: str, label: str) -> tuple[str, ...]:
         return label, NOT_MEASURED, "", "", ""
     unit = "share" if check.startswith("compatibility") else result.unit  # stored as a ratio of those that are required
     limit = "" if result.limit is None else quantity(result.limit, unit)
-    return label, quantity(result.value, unit), limit, f"**{result.verdict}**", _text(short(result.why))
+    return label, quantity(result.value, unit), limit, f"**{result.verdict}**", _text(shortened(result.why))
 
 
 SECTIONS = (
@@ -365,12 +366,9 @@ def _block(block: str) -> Html:
         return el("h3", _inline(block[4:]))
     if block.startswith("| "):
         heads, _, *rows = [line[2:-2].split(" | ") for line in lines]
-        return table(heads, [row(*zip(heads, map(_cell, cells), strict=True)) for cells in rows])
+        cells = [[_inline(cell.replace("\\|", "|")) for cell in line] for line in rows]
+        return table(heads, [row(*zip(heads, line, strict=True)) for line in cells])
     return el("p", _inline(block))
-
-
-def _cell(text: str) -> Html:
-    return _inline(text.replace("\\|", "|"))
 
 
 def _inline(text: str) -> Html:

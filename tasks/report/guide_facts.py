@@ -29,13 +29,12 @@ from engines.yard.state import YardState
 from tasks.records.payload import plan_hash, redact
 from tasks.records.store import Records
 from tasks.records.tables import Run
-from tasks.report.model_record import ModelRecord
+from tasks.report.model_record import ModelRecord, shortened
 from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 NOT_RECORDED = "not recorded"
 LOOK_BACK = 200  # runs of a plan
 PORT = 65535  # stands for the free port that the yard picks at each start
-LONGEST = 220
 PHASES = (
     ("evaluate", "", "Phase 1, evaluation"),
     ("migrate", "", "Phase 2, subprocess"),
@@ -421,7 +420,7 @@ def _compared(phase: str, seen: ModelRecord) -> tuple[int | None, tuple[Deviatio
     for name, old, new in _both(seen, "parity.parameters", "parameters"):
         unlike.append((f"{name}: a parameter", EFFECTS[old["effect"]], EFFECTS[new["effect"]], new))
     found = (
-        Deviation(phase, what, old.replace("_", " "), new.replace("_", " "), short(str(record["observed"])))
+        Deviation(phase, what, old.replace("_", " "), new.replace("_", " "), shortened(str(record["observed"])))
         for what, old, new, record in unlike
         if old != new
     )
@@ -433,8 +432,3 @@ def _both(seen: ModelRecord, kind: str, part: str) -> list[tuple[str, Mapping[st
     old, new = ((seen.one(arm, kind) or {}).get(part) or {} for arm in ("incumbent", "candidate"))
     pairs = [(name, old[name], new.get(name)) for name in old]
     return [(name, a, b) for name, a, b in pairs if isinstance(a, Mapping) and isinstance(b, Mapping)]
-
-
-def short(text: str) -> str:
-    """At most LONGEST characters, cut between words."""
-    return text if len(text) <= LONGEST else text[: LONGEST - 1].rsplit(" ", 1)[0] + " …"

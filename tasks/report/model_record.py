@@ -13,14 +13,10 @@ from tasks.records.series import Series
 from tasks.records.store import Records
 from tasks.records.tables import Arm, Evidence, Run
 from tasks.report.plots import ARMS
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 
 WHY_CHARS = 220
-
-
 SAYS = {Verdict.FAIL: "failed", Verdict.ERROR: "could not be carried out", Verdict.INCONCLUSIVE: "unproven"}
-
-
 # by the worst check: what would change the verdict
 NEXT_STEPS = (
     (
@@ -52,8 +48,6 @@ NEXT_STEPS = (
     ("stability", "Keep the incumbent; look at the failures below and in the candidate's log."),
     ("faults", "Keep the incumbent until the candidate's faults are noticed, and recovered from, in time."),
 )
-
-
 UNPROVEN = (
     ("performance", "Plan more blocks (measure.looks) or quiet the machine, and evaluate again."),
     ("memory", "Plan more blocks or a longer soak, and evaluate again."),
@@ -162,8 +156,7 @@ class ModelRecord:
     @cached_property
     def closed_by(self) -> list[CheckResult]:
         """The required checks that did not pass, worst first."""
-        closed = [result for result in self.checks if result.required and result.verdict is not Verdict.PASS]
-        return sorted(closed, key=lambda result: -result.verdict.badness)
+        return reasons(self.checks)
 
     @property
     def counts(self) -> str:

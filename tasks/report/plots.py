@@ -11,17 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engines.units import duration, figure, size
+from tasks.records.series import Series
 from tasks.report.markup import Html, el, joined
 from tasks.verdicts.statistics import percentile
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from tasks.records.series import Series
 
 WIDTH = 400
 LEFT, RIGHT = 46.0, 380.0
@@ -184,8 +181,6 @@ def thinned(series: Series, limit: int = MAX_POINTS) -> list[list[tuple[float, f
 
     A run ends where the sampling paused for ten times its usual interval.
     """
-    import numpy as np
-
     known = ~np.isnan(series.values)
     t, values = series.t[known] - (series.t[0] if len(series) else 0.0), series.values[known]
     if not len(t):
@@ -200,8 +195,6 @@ def thinned(series: Series, limit: int = MAX_POINTS) -> list[list[tuple[float, f
 
 def _extremes(values: NDArray[np.float64], limit: int) -> list[int]:
     """Indices in order: the least and the greatest of each of `limit`/2 equal parts, with the first and the last."""
-    import numpy as np
-
     if len(values) <= limit:
         return list(range(len(values)))
     edges = np.linspace(0, len(values), limit // 2, dtype=int)
@@ -292,8 +285,6 @@ def _ratio_words(row: RatioRow) -> str:
 
 
 def _memory_words(series: Series) -> str:
-    import numpy as np
-
     known = series.values[~np.isnan(series.values)]
     if not len(known):
         return "not measured"

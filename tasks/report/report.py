@@ -164,7 +164,7 @@ def _environment(
         *_self_test(self_test),
         el("h3", "Blocks and calibration"),
         *(_blocks(model) for model in models),
-        el("h3", "What the engines cannot honour"),
+        el("h3", "What the engines do not support"),
         *_unsupported(run, models),
         el("h3", "To do it again"),
         *_commands(run, models, is_demo=bool(outcome.get("cannot_prove"))),
@@ -236,11 +236,8 @@ def _unsupported(run: Run, models: Sequence[ModelRecord]) -> list[Html]:
     if not lines:
         seen = any(model.engines for model in models)
         return [el("p", "Every setting of the plan is supported." if seen else NOT_MEASURED)]
-    return [el("ul", *(el("li", f"{engine}: {what}{_note(what, accepted)}") for engine, what in lines))]
-
-
-def _note(what: str, accepted: set[str]) -> str:
-    return " (accepted in the plan)" if what.partition(":")[0] in accepted else ""
+    notes = {what: " (accepted in the plan)" if what.partition(":")[0] in accepted else "" for _, what in lines}
+    return [el("ul", *(el("li", f"{engine}: {what}{notes[what]}") for engine, what in lines))]
 
 
 def _commands(run: Run, models: Sequence[ModelRecord], *, is_demo: bool) -> list[Html]:

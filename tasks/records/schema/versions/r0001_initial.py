@@ -13,14 +13,6 @@ depends_on = None
 
 def upgrade() -> None:
     """Create every table."""
-    _create_run()
-    _create_evidence()
-    _create_check()
-    _create_sample()
-    _create_correction()
-
-
-def _create_run() -> None:
     op.create_table(
         "run",
         sa.Column("id", sa.String(), primary_key=True),
@@ -42,9 +34,6 @@ def _create_run() -> None:
     )
     op.create_index("ix_run_started_at", "run", ["started_at"])
     op.create_index("ix_run_plan_hash", "run", ["plan_hash"])
-
-
-def _create_evidence() -> None:
     op.create_table(
         "evidence",
         sa.Column("id", sa.Integer(), primary_key=True),
@@ -58,9 +47,6 @@ def _create_evidence() -> None:
         sa.Column("recorded_at", sa.DateTime(timezone=True), nullable=False),
         sa.UniqueConstraint("run_id", "model_id", "arm", "kind", "key", name="uq_evidence"),
     )
-
-
-def _create_check() -> None:
     op.create_table(
         "check",
         sa.Column("id", sa.Integer(), primary_key=True),
@@ -76,9 +62,6 @@ def _create_check() -> None:
         sa.Column("recorded_at", sa.DateTime(timezone=True), nullable=False),
         sa.UniqueConstraint("run_id", "model_id", "check", name="uq_check"),
     )
-
-
-def _create_sample() -> None:
     op.create_table(
         "sample",
         sa.Column("id", sa.Integer(), primary_key=True),
@@ -92,9 +75,6 @@ def _create_sample() -> None:
         sa.Column("packed", sa.LargeBinary(), nullable=False),
         sa.UniqueConstraint("run_id", "model_id", "arm", "series", "chunk", name="uq_sample"),
     )
-
-
-def _create_correction() -> None:
     op.create_table(
         "correction",
         sa.Column("engine", sa.String(), primary_key=True),
