@@ -49,7 +49,8 @@ from engines.mistral_rs.native.frames import in_frames
 from engines.mistral_rs.native.model import Job, LoadedModel, first_line
 from engines.mistral_rs.native.requests import Json, SamplingParameters
 from engines.process.process import ManagedProcess
-from engines.process.serving import exit_reason, free_port, launch, wait_ready
+from engines.process.readiness import exit_reason, wait_ready
+from engines.process.serving import free_port, launch
 from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.registry import driver
 from engines.settings import Serve, Settings

@@ -19,7 +19,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from engines.driver import Driver
 from engines.errors import PortTaken, SwitchyardError
 from engines.process.process import stop_all
-from engines.process.serving import listener_on
+from engines.process.readiness import listener_on
 from engines.redaction import RedactingFormatter
 from engines.yard.canary_analysis import CanaryAnalysis
 from engines.yard.client import socket_path

@@ -24,7 +24,7 @@ from engines.environment import without_proxies
 from engines.errors import SwitchyardError
 from engines.process import process
 from engines.process.process import Identity, ManagedProcess
-from engines.process.serving import exit_reason
+from engines.process.readiness import exit_reason
 from engines.yard.client import YardClient, socket_path
 from flows.cli.output import errors
 from flows.orchestrator.server import PrefectServer, workplace

@@ -12,7 +12,8 @@ from typing import Any
 
 from engines.errors import BadInput, EngineExited
 from engines.model.header import read_header
-from engines.process.serving import Served, exit_reason
+from engines.process.readiness import exit_reason
+from engines.process.serving import Served
 from engines.settings import Endpoint
 from flows.evaluation.judge import required_behaviours, turned_down
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured

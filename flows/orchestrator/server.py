@@ -29,7 +29,8 @@ from engines.errors import BadInput, SwitchyardError
 from engines.home import database_url
 from engines.process import process
 from engines.process.process import Identity
-from engines.process.serving import exit_reason, free_port
+from engines.process.readiness import exit_reason
+from engines.process.serving import free_port
 from flows.progress import ConsoleProgress, progress
 from tasks.records.schema.upgrade import absolute, database
 

@@ -26,7 +26,8 @@ import psutil
 
 from engines.errors import EngineError, EngineExited, PortTaken
 from engines.openai.sse import DONE_DATA, payloads
-from engines.process.serving import Served, exit_reason, serving
+from engines.process.readiness import exit_reason
+from engines.process.serving import Served, serving
 from tasks.evidence.behaviours.caller import Caller
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most

@@ -15,7 +15,7 @@ from typing import Any
 
 from engines.driver import Driver
 from engines.process.cpu_wait import is_stopped
-from engines.process.serving import CHAT, one_token, refusal_words
+from engines.process.readiness import CHAT, one_token, refusal_words
 from engines.yard.engine.connection import EngineConnection, Gone
 from engines.yard.engine.health import PATIENCE, Health, stall_limit_s, token_limit_s
 from engines.yard.engine.in_flight import InFlight

@@ -22,7 +22,8 @@ from engines.mistral_rs.native.frames import in_frames
 from engines.openai.call import Call
 from engines.openai.dialect import Dialect
 from engines.process.process import KILLED_S, ManagedProcess
-from engines.process.serving import exit_reason, free_port, last_lines, launch, wait_ready
+from engines.process.readiness import exit_reason, last_lines, wait_ready
+from engines.process.serving import free_port, launch
 from engines.settings import Serve
 from engines.yard.engine.connection import EngineConnection
 from engines.yard.engine.health import Health, RestartBudget, Transition

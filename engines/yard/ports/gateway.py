@@ -22,7 +22,7 @@ from aiohttp import web
 
 from engines.openai.call import GENERATING, Call, Refusal, parse, reported_prefill_rate
 from engines.openai.dialect import Dialect
-from engines.process.serving import NOT_SUPPORTED
+from engines.process.readiness import NOT_SUPPORTED
 from engines.yard.engine.connection import EngineAnswer, Gone
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.liveness import failure_words

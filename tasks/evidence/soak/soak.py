@@ -13,7 +13,8 @@ from typing import Any
 
 from engines.client.record import StreamRecord
 from engines.errors import EngineError
-from engines.process.serving import Served, exit_reason
+from engines.process.readiness import exit_reason
+from engines.process.serving import Served
 from engines.process.telemetry import Sampler
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.evidence.soak.prompts import FALLBACK_CONTEXT, Agent

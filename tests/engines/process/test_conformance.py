@@ -21,7 +21,8 @@ from engines.errors import EngineExited, EngineNotFound
 from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs.driver import MistralRs
 from engines.process.process import LOG_BYTES, registered
-from engines.process.serving import Served, exit_reason, free_port, serving
+from engines.process.readiness import exit_reason
+from engines.process.serving import Served, free_port, serving
 from engines.settings import Serve, Settings
 
 CUT_BYTES = 16 * 1024 * 1024  # of a real model: its header and the first tensors
