@@ -96,14 +96,25 @@ class ApiReply:
 
 @dataclass
 class Streamed:
-    """One streamed answer as far as it was read; `refusal` holds a refusal that came instead of a stream."""
+    """One streamed answer as far as it was read; `refusal` holds a refusal that came instead of a stream.
+
+    The first choice of every chunk that has one is in `choices`, its delta in `deltas`; `finishes`, `usages` and
+    `tool_pieces` are those that are not null, in order, and `undecodable` the events that are no JSON object.
+    """
 
     content_type: str = ""
     chunks: list[Json] = field(default_factory=list)
-    done: bool = False
-    after_done: int = 0
+    choices: list[Json] = field(default_factory=list)
+    deltas: list[Json] = field(default_factory=list)
+    finishes: list[str | None] = field(default_factory=list)
+    usages: list[Json] = field(default_factory=list)
+    tool_pieces: list[Json] = field(default_factory=list)
     undecodable: list[str] = field(default_factory=list)
     arrivals_s: list[float] = field(default_factory=list)
+    text: str = ""
+    error: Json | None = None
+    done: bool = False
+    after_done: int = 0
     refusal: ApiReply | None = None
 
     def served(self) -> Streamed:
@@ -114,40 +125,38 @@ class Streamed:
             raise Refused(ApiReply(200, json.dumps(self.error), self.error))
         return self
 
-    @property
-    def error(self) -> Json | None:
-        """The first event that carries an `error` instead of choices."""
-        return next((chunk for chunk in self.chunks if "error" in chunk), None)
+    def take(self, data: bytes) -> None:
+        """Add one event's payload."""
+        if data == DONE_DATA:
+            self.done = True
+            return
+        self.after_done += self.done
+        try:
+            chunk = json.loads(data.decode("utf-8"))
+        except ValueError:
+            self.undecodable.append(data[:80].decode("utf-8", "replace"))
+            return
+        if not isinstance(chunk, dict):
+            self.undecodable.append(str(chunk)[:80])
+            return
+        self.chunks.append(chunk)
+        if "error" in chunk:
+            self.error = self.error or chunk
+        if chunk.get("usage"):
+            self.usages.append(chunk["usage"])
+        if chunk.get("choices"):
+            self._take_choice(chunk["choices"][0])
 
-    @property
-    def choices(self) -> list[Json]:
-        """The first choice of every chunk that has one, in order."""
-        return [chunk["choices"][0] for chunk in self.chunks if chunk.get("choices")]
-
-    @property
-    def deltas(self) -> list[Json]:
-        """The delta of every such choice; an absent or null one counts as empty."""
-        return [choice.get("delta") or {} for choice in self.choices]
-
-    @property
-    def text(self) -> str:
-        """All content pieces, joined."""
-        return "".join(delta.get("content") or "" for delta in self.deltas)
-
-    @property
-    def finishes(self) -> list[str]:
-        """Every finish_reason that is not null, in order."""
-        return [choice["finish_reason"] for choice in self.choices if choice.get("finish_reason")]
-
-    @property
-    def usages(self) -> list[Json]:
-        """Every usage object that is not null, in order."""
-        return [chunk["usage"] for chunk in self.chunks if chunk.get("usage")]
-
-    @property
-    def tool_pieces(self) -> list[Json]:
-        """Every tool call piece, in order."""
-        return [piece for delta in self.deltas for piece in delta.get("tool_calls") or []]
+    def _take_choice(self, choice: Json) -> None:
+        delta = choice.get("delta") or {}
+        self.choices.append(choice)
+        self.deltas.append(delta)
+        self.tool_pieces += delta.get("tool_calls") or []
+        if choice.get("finish_reason"):
+            self.finishes.append(choice["finish_reason"])
+        if delta.get("content"):
+            self.text += delta["content"]
+            self.arrivals_s.append(time.monotonic())
 
 
 def count(usage: object, key: str) -> int:
@@ -213,7 +222,7 @@ class Caller:
                 return Streamed(refusal=as_reply(response))
             streamed = Streamed(content_type=response.headers.get("content-type", ""))
             for data in payloads(response.iter_bytes()):
-                take(streamed, data)
+                streamed.take(data)
                 if leave_after is not None and len(streamed.arrivals_s) >= leave_after:
                     break
             return streamed
@@ -226,22 +235,3 @@ def as_reply(response: httpx.Response) -> ApiReply:
     except (UnicodeDecodeError, json.JSONDecodeError):
         body = None
     return ApiReply(response.status_code, response.text, body)
-
-
-def take(streamed: Streamed, data: bytes) -> None:
-    """Add one event's payload to `streamed`."""
-    if data == DONE_DATA:
-        streamed.done = True
-        return
-    streamed.after_done += streamed.done
-    try:
-        chunk = json.loads(data.decode("utf-8"))
-    except ValueError:
-        streamed.undecodable.append(data[:80].decode("utf-8", "replace"))
-        return
-    if not isinstance(chunk, dict):
-        streamed.undecodable.append(str(chunk)[:80])
-        return
-    streamed.chunks.append(chunk)
-    if chunk.get("choices") and (chunk["choices"][0].get("delta") or {}).get("content"):
-        streamed.arrivals_s.append(time.monotonic())

@@ -70,7 +70,7 @@ stop_five = Behaviour(
 def stop_in_stream(ask: Asker) -> Observation:
     word = stop_word(ask.plain.text)
     stream = ask.stream(COMMON, max_tokens=COMMON_TOKENS, stop=[word]).served()
-    return cut_at(ask, word, stream.text, [*stream.finishes])
+    return cut_at(ask, word, stream.text, stream.finishes)
 
 
 @behaviour("stop", "an answer ends at the model's own end token, which is not shown", required=True)

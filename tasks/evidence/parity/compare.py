@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from tasks.evidence.parity.asking import Evidence
@@ -16,7 +16,7 @@ from tasks.verdicts.statistics import percentile, wilson
 
 
 def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: float = 0.5) -> Evidence:
-    """Two `measure_answers`, prompt by prompt: top-1 agreement, KLD, delta-p, divergences, texts, lengths.
+    """Two `measure_answers`, prompt by prompt: top-1 agreement, KLD, divergences, texts, lengths.
 
     Positions run up to and including the first different token; after it the contexts differ and nothing is compared.
     Prompts that the engines read as different numbers of tokens are listed and left out of the positions. A divergence
@@ -27,10 +27,11 @@ def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: f
     theirs = {answer["id"]: answer for answer in candidate["answers"]}
     pairs = [(answer, theirs[answer["id"]]) for answer in incumbent["answers"] if answer["id"] in theirs]
     sound = [(ours, other) for ours, other in pairs if not ours["error"] and not other["error"]]
+    failed = [(ours, other) for ours, other in pairs if ours["error"] or other["error"]]
     aligned = [pair for pair in sound if pair[0]["prompt_tokens"] == pair[1]["prompt_tokens"]]
     match = _Match(aligned)
     walks = [_walk(ours, other, match) for ours, other in aligned]
-    steps = [step for walk in walks for step in walk.steps]
+    klds = [kld for walk in walks for kld in walk.klds]
     hidden = sum(walk.hidden for walk in walks)
     divergences = [
         _divergence(ours, other, walk, tie_gap_nats)
@@ -41,33 +42,29 @@ def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: f
         "prompts": len(incumbent["answers"]),
         "prompts_compared": len(aligned),
         "prompt_tokens_differ": [ours["id"] for ours, other in sound if (ours, other) not in aligned],
-        "errors": [
-            f"{ours['id']}: {ours['error'] or other['error']}" for ours, other in pairs if (ours, other) not in sound
-        ],
+        "errors": [f"{ours['id']}: {ours['error'] or other['error']}" for ours, other in failed],
         "matched_by": match.by,
         "tie_gap_nats": tie_gap_nats,
-        **_position_numbers(steps, hidden, sum(not walk.unseen for walk in walks if walk.diverged), len(divergences)),
+        **_position_numbers(klds, hidden, sum(not walk.unseen for walk in walks if walk.diverged), len(divergences)),
         "hidden_positions": hidden,
         "divergences": divergences,
-        "median_divergence_position": median(d["position"] for d in divergences) if divergences else None,
         **_text_numbers(sound),
     }
 
 
-def _position_numbers(steps: list[tuple[float, float]], hidden: int, seen: int, diverged: int) -> Evidence:
-    """Agreement, KLD (nats) and delta-p over all compared positions; None without any.
+def _position_numbers(klds: list[float], hidden: int, seen: int, diverged: int) -> Evidence:
+    """Agreement and KLD (nats) over all compared positions; None without any.
 
     `hidden` tokens agree (their text does) but have no KLD; of the `diverged` positions `seen` have one.
     """
-    if not steps:
-        names = ("top1_agreement", "top1_low", "top1_high", "mean_kld", "p99_kld", "max_kld", "rms_delta_p")
+    if not klds:
+        names = ("top1_agreement", "top1_low", "top1_high", "mean_kld", "p99_kld", "max_kld")
         return {"positions": 0, "same_top1": 0, **dict.fromkeys(names)}
-    klds = [kld for kld, _ in steps]
-    same = len(steps) - seen + hidden
+    same = len(klds) - seen + hidden
     trials = same + diverged
     low, high = wilson(same, trials, 0.90)  # both ends of the two-sided 90 %: one-sided 95 % each
     return {
-        "positions": len(steps),
+        "positions": len(klds),
         "same_top1": same,
         "top1_agreement": same / trials,
         "top1_low": low,
@@ -75,7 +72,6 @@ def _position_numbers(steps: list[tuple[float, float]], hidden: int, seen: int, 
         "mean_kld": fmean(klds),
         "p99_kld": percentile(klds, 0.99),
         "max_kld": max(klds),
-        "rms_delta_p": math.sqrt(fmean(delta * delta for _, delta in steps)),
     }
 
 
@@ -133,9 +129,9 @@ def _readable(*texts: str) -> bool:
 
 @dataclass(frozen=True)
 class _Walk:
-    """(KLD, delta-p) by position, tokens passed unseen, and the first difference; `unseen`: it has no step."""
+    """KLD by position, tokens passed unseen, and the first difference; `unseen`: it has no KLD."""
 
-    steps: list[tuple[float, float]]
+    klds: list[float]
     hidden: int
     diverged: tuple[int, int] | None = None
     unseen: bool = False
@@ -144,32 +140,29 @@ class _Walk:
 
 
 def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
-    """(KLD, delta-p) at each position both engines show, and where the first different token is.
+    """The KLD at each position both engines show, and where the first different token is.
 
     llama.cpp shows one entry, that of the last token, for a character made of several tokens; mistral.rs shows each
     token as U+FFFD. Where the texts agree, the walk continues behind the character and counts what it passed as hidden.
     """
     ours, theirs = incumbent["positions"], candidate["positions"]
-    steps: list[tuple[float, float]] = []
+    klds: list[float] = []
     i = j = hidden = 0
     while i < len(ours) and j < len(theirs):
         if not match.same(ours[i], theirs[j]):
             passed = _past_character(incumbent, candidate, i, j)
             if passed is None:
-                return _diverged(_Walk(steps, hidden), incumbent, candidate, (i, j), match)
+                return _diverged(_Walk(klds, hidden), incumbent, candidate, (i, j), match)
             hidden += passed[0] - i + passed[1] - j
             i, j = passed
-        steps.append(_step(match, ours[i], theirs[j]))
+        klds.append(_kld_at(match, ours[i], theirs[j]))
         i, j = i + 1, j + 1
     # llama.cpp lists the end of the answer as a position of its own, our host of mistral.rs does not: no difference
-    left = [position for position in ours[i:] if position[0] not in match.ends]
-    left_there = [position for position in theirs[j:] if position[0] not in match.ends]
-    ended_early = (left and candidate["finish_reason"] != "length") or (
-        left_there and incumbent["finish_reason"] != "length"
-    )
-    if ended_early and ours and theirs:
-        return _Walk(steps, hidden, diverged=(i, j), unseen=True)
-    return _Walk(steps, hidden)
+    left, left_there = (any(one[0] not in match.ends for one in more) for more in (ours[i:], theirs[j:]))
+    early = left and candidate["finish_reason"] != "length", left_there and incumbent["finish_reason"] != "length"
+    if any(early) and ours and theirs:
+        return _Walk(klds, hidden, diverged=(i, j), unseen=True)
+    return _Walk(klds, hidden)
 
 
 def _diverged(walk: _Walk, incumbent: Evidence, candidate: Evidence, at: tuple[int, int], match: _Match) -> _Walk:
@@ -185,7 +178,7 @@ def _diverged(walk: _Walk, incumbent: Evidence, candidate: Evidence, at: tuple[i
         shown = shown if _hides(ours[i]) else _parts(ours, i)
         gap = min(map(_tie_gap, shown), default=None)
         return replace(walk, diverged=at, unseen=True, gap=gap, choice_gap=gap)
-    walk.steps.append(_step(match, ours[i], theirs[j]))
+    walk.klds.append(_kld_at(match, ours[i], theirs[j]))
     top = match.top(ours[i])
     chosen, least = top[match.key(ours[i])], min(top.values())
     second = max((p for key, p in top.items() if key != match.key(ours[i])), default=least)
@@ -243,11 +236,9 @@ def _end_of_parts(whole: list[list[Any]], at: int, parts: list[list[Any]], start
     return None
 
 
-def _step(match: _Match, ours: list[Any], theirs: list[Any]) -> tuple[float, float]:
-    """(KLD in nats, delta-p of the incumbent's token) at one position."""
-    shown, other = match.top(ours), match.top(theirs)
-    filled, tail = fill_missing(shown, other)
-    return kld(shown, filled, tail), filled[match.key(ours)] - shown[match.key(ours)]
+def _kld_at(match: _Match, ours: list[Any], theirs: list[Any]) -> float:
+    shown = match.top(ours)
+    return kld(shown, *fill_missing(shown, match.top(theirs)))
 
 
 def fill_missing(shown: dict[Any, float], other: dict[Any, float]) -> tuple[dict[Any, float], float]:
@@ -304,8 +295,6 @@ def _divergence(incumbent: Evidence, candidate: Evidence, walk: _Walk, tie_gap_n
         "explained": None if gap is None else gap < tie_gap_nats,
         "incumbent_token": incumbent["positions"][i][0] if i < len(incumbent["positions"]) else None,
         "candidate_token": candidate["positions"][j][0] if j < len(candidate["positions"]) else None,
-        "incumbent_text": incumbent["text"],
-        "candidate_text": candidate["text"],
     }
 
 
