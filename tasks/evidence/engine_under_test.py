@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -107,3 +108,11 @@ class EngineBehindYard(EngineUnderTest):
             yield Served(endpoint, child, engine["load_s"])
         finally:
             child.stop()
+
+
+def ends_within(served: Served, seconds: float) -> bool:
+    """Whether the engine's process ends within `seconds`; waits for it."""
+    limit = time.monotonic() + seconds
+    while served.process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.02)
+    return served.process.poll() is not None

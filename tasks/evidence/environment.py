@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
+import pynvml
 
 # what is ours, what drives the engines, and the engines that come as wheels
 _PACKAGES = (
@@ -64,26 +65,22 @@ def _versions() -> dict[str, str]:
 
 def _gpus() -> list[dict[str, object]] | None:
     """Name, memory and driver of each NVIDIA GPU; [] where there is none, None where NVML does not answer."""
-    import pynvml
-
     try:
         pynvml.nvmlInit()
+        try:
+            driver = pynvml.nvmlSystemGetDriverVersion()
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            return [
+                {
+                    "name": pynvml.nvmlDeviceGetName(handle),
+                    "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+                    "driver": driver,
+                }
+                for handle in handles
+            ]
+        finally:
+            pynvml.nvmlShutdown()
     except pynvml.NVMLError_LibraryNotFound:
         return []
     except pynvml.NVMLError:
         return None
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            {
-                "name": pynvml.nvmlDeviceGetName(handle),
-                "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-                "driver": driver,
-            }
-            for handle in handles
-        ]
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()

@@ -29,13 +29,13 @@ from engines.openai.sse import DONE_DATA, payloads
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served, serving
 from tasks.evidence.behaviours.caller import Caller
-from tasks.evidence.engine_under_test import EngineUnderTest
+from tasks.evidence.engine_under_test import EngineUnderTest, ends_within
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most
 
 MIN_HANG_S = 2.0
 GAPS_TO_HANG = 20  # a silence of so many of the longest gaps seen is a hang
 POLL_S = 0.02
-DYING_S = 5.0
+DYING_S = 5.0  # a dying process closes its sockets before its pid goes, on a GPU by seconds
 SEEN_TOKENS = 4
 COPY_BYTES = 64 * 1024 * 1024
 KINDS = ("sigkill", "sigstop", "truncated_gguf", "port_taken")
@@ -125,17 +125,9 @@ def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, 
             with contextlib.suppress(psutil.Error):
                 state = psutil.Process(served.process.pid).status()
                 return "wedged", f"alive ({state}), a request in progress and no token for {silent_s:.1f} s"
-        if stream.end.is_set() and not _ends_soon(served):
+        if stream.end.is_set() and not ends_within(served, DYING_S):
             return "lost stream", f"the stream ended ({stream.outcome}) while the process runs"
         time.sleep(POLL_S)
-
-
-def _ends_soon(served: Served) -> bool:
-    """True when the process ends within DYING_S: its sockets close before its pid goes, on a GPU by seconds."""
-    limit = time.monotonic() + DYING_S
-    while served.process.poll() is None and time.monotonic() <= limit:
-        time.sleep(POLL_S)
-    return served.process.poll() is not None
 
 
 class _Stream:

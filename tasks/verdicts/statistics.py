@@ -82,6 +82,11 @@ def chi2_quantile(p: float, df: float) -> float:
     return _invert(lambda x: chi2_cdf(x, df), p)
 
 
+def binomial_tail(hits: int, trials: int, share: float) -> float:
+    """P(X >= hits) of a binomial."""
+    return sum(math.comb(trials, i) * share**i * (1 - share) ** (trials - i) for i in range(hits, trials + 1))
+
+
 def poisson_upper_rate(failures: int, exposure: float, confidence: float = 0.95) -> float:
     """Upper bound of the rate, in failures per unit of `exposure`, after `failures` in it.
 

@@ -10,7 +10,6 @@ The logprobs asked for are the model's own. llama-server returns the softmax of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from tasks.evidence.parity.asking import Evidence
@@ -28,6 +27,7 @@ from tasks.verdicts.limits import (
     UNEXPLAINED_DIVERGENCES,
     Limits,
 )
+from tasks.verdicts.statistics import binomial_tail
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 
@@ -144,7 +144,8 @@ def _judge_degenerate(comparison: Evidence, limits: Limits) -> CheckResult:
         why += f"; new: {'; '.join(f'{key}: {theirs[key]}' for key in gained[:3])}"
     if loops_gained or loops_lost:
         why += f"; loops only in the candidate {len(loops_gained)}, only in the incumbent {len(loops_lost)}"
-    if _sign_test(len(loops_gained), len(loops_lost)) < 0.05:
+    # sign test: were both sides as likely, so many or more would rarely fall on the candidate
+    if binomial_tail(len(loops_gained), len(loops_gained) + len(loops_lost), 0.5) < 0.05:
         excess += len(loops_gained) - len(loops_lost)
         why += " (p < 0.05)"
     return at_most(check, max(0, excess), limit=limit, unit="answers", why=why)
@@ -155,12 +156,6 @@ def _discordant(ours: dict[str, str], theirs: dict[str, str], *, loops: bool) ->
     gained = [key for key, why in theirs.items() if key not in ours and why.startswith(LOOP) == loops]
     lost = [key for key, why in ours.items() if key not in theirs and why.startswith(LOOP) == loops]
     return gained, lost
-
-
-def _sign_test(gained: int, lost: int) -> float:
-    """Probability of `gained` or more out of all discordant pairs if both sides were as likely."""
-    n = gained + lost
-    return sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n
 
 
 def _judge_finish(comparison: Evidence) -> CheckResult:

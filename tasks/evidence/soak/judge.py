@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.units import duration
-from tasks.verdicts.statistics import Slope, bucket_medians, poisson_upper_rate, theil_sen
+from tasks.verdicts.statistics import Slope, binomial_tail, bucket_medians, poisson_upper_rate, theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 DAY_S = 86_400
@@ -104,7 +103,7 @@ def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Check
     elif not ours["requests"]:
         verdict, why = Verdict.FAIL, f"the candidate served no request; {_kinds(ours['failures'])}"
     else:
-        chance = _at_least(k, k + k_theirs, ours["exposure_s"] / (ours["exposure_s"] + theirs["exposure_s"] or 1))
+        chance = binomial_tail(k, k + k_theirs, ours["exposure_s"] / (ours["exposure_s"] + theirs["exposure_s"] or 1))
         verdict = Verdict.FAIL if chance < 0.05 or (k_theirs == 0 and k >= 3) else Verdict.INCONCLUSIVE
         why = f"{k} failures ({_kinds(ours['failures'])}) in {exposure}; by chance alone {chance:.0%}"
     return CheckResult(check="stability.failures", verdict=verdict, value=k, limit=0, unit="failures", why=why)
@@ -158,8 +157,3 @@ def _judge_retention(segments: Sequence[Mapping[str, Any]], limit: float) -> Che
 def _kinds(failures: Sequence[Mapping[str, Any]]) -> str:
     counted = Counter(str(failure["type"]) for failure in failures)
     return ", ".join(f"{number} {kind}" for kind, number in counted.items()) or "none"
-
-
-def _at_least(k: int, n: int, p: float) -> float:
-    """P(X >= k) of a binomial."""
-    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))

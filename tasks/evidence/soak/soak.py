@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engines.client.record import StreamRecord
 from engines.errors import EngineError
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served
 from engines.process.telemetry import Sampler
-from tasks.evidence.engine_under_test import EngineUnderTest
+from tasks.evidence.engine_under_test import EngineUnderTest, ends_within
 from tasks.evidence.soak.prompts import FALLBACK_CONTEXT, Agent
 from tasks.evidence.soak.segment import DYING_S, MEMORY_EVERY_S, STALL_S, ask, count_answer, count_turn, empty_segment
 
@@ -95,7 +94,8 @@ def _segment(
         agent.answered(record, context)
         at_s = round(offset_s + time.monotonic() - started, 2)
         count_turn(segment, kind)
-        if record.error_type == "hang" or _died(served, record):
+        dying = record.error_type in ("connect", "stream_truncated")  # a dying engine closes its sockets first
+        if record.error_type == "hang" or ends_within(served, DYING_S if dying else 0.0):
             # one event, one failure: the broken request is part of the death
             death = {"at_s": at_s, "type": "crash", "error": f"ended with {exit_reason(served.process)}"}
             if served.process.poll() is None:
@@ -106,13 +106,3 @@ def _segment(
         count_answer(segment, record, kind, at_s)
     segment["exposure_s"] = time.monotonic() - started
     return segment
-
-
-def _died(served: Served, record: StreamRecord) -> bool:
-    """True when the process ended. A dying one closes its sockets first: after a lost connection it gets DYING_S."""
-    limit = time.monotonic() + (DYING_S if record.error_type in ("connect", "stream_truncated") else 0.0)
-    while served.process.poll() is None:
-        if time.monotonic() >= limit:
-            return False
-        time.sleep(0.02)
-    return True
