@@ -191,31 +191,22 @@ def reconcile(record: StreamRecord) -> list[dict[str, Any]]:
     """
     chunks, tokens = len(record.output_events), (record.usage or {}).get("completion_tokens")
     expected = None if tokens is None else tokens - record.first_chunk_tokens + 1
-    timed_n = (record.engine_timings or {}).get("predicted_n")
-    found = [
-        _disagreement("content_chunks_vs_usage", chunks, expected, limit=1, unit="tokens"),
-        _disagreement("usage_vs_engine_tokens", tokens, timed_n, limit=0, unit="tokens"),
-        _decode_disagreement(record),
-    ]
+    timings = record.engine_timings or {}
+    tpot_ms = measured(record, "tpot_ms")
+    decode_ms = None if tpot_ms is None else record.decode_ms
+    within_ms = 0.0 if tpot_ms is None else tpot_ms + max(5.0, 0.05 * record.decode_ms)
+    compared = (
+        ("content_chunks_vs_usage", chunks, expected, 1, "tokens"),
+        ("usage_vs_engine_tokens", tokens, timings.get("predicted_n"), 0, "tokens"),
+        ("client_vs_engine_decode", decode_ms, timings.get("predicted_ms"), within_ms, "ms"),
+    )
+    found = []
+    for finding, client, engine, limit, unit in compared:
+        if client is not None and engine is not None and abs(client - engine) > limit:
+            why = f"{client:.6g} against {engine:.6g} {unit}: apart by {abs(client - engine):.4g}, {limit:.4g} allowed"
+            numbers = {"client": client, "engine": engine, "limit": limit, "unit": unit}
+            found.append({"finding": finding, **numbers, "why": why})
     if record.ok and not record.cancelled and tokens is None:
         why = "the stream ended without usage.completion_tokens"
         found.append({"finding": "usage_missing", "client": chunks, "engine": None, "unit": "tokens", "why": why})
-    return [finding for finding in found if finding]
-
-
-def _decode_disagreement(record: StreamRecord) -> dict[str, Any] | None:
-    client_ms, tpot_ms = measured(record, "decode_ms"), measured(record, "tpot_ms")
-    engine_ms = (record.engine_timings or {}).get("predicted_ms")
-    if client_ms is None or tpot_ms is None:
-        return None
-    limit = tpot_ms + max(5.0, 0.05 * client_ms)
-    return _disagreement("client_vs_engine_decode", client_ms, engine_ms, limit=limit, unit="ms")
-
-
-def _disagreement(
-    finding: str, client: float | None, engine: float | None, *, limit: float, unit: str
-) -> dict[str, Any] | None:
-    if client is None or engine is None or abs(client - engine) <= limit:
-        return None
-    why = f"{client:.6g} against {engine:.6g} {unit}: apart by {abs(client - engine):.4g}, {limit:.4g} allowed"
-    return {"finding": finding, "client": client, "engine": engine, "limit": limit, "unit": unit, "why": why}
+    return found

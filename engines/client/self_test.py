@@ -112,10 +112,8 @@ def self_test(
         records = measure(endpoint, [body] * (streams * rounds), concurrency=streams, stall_s=START_S)
         cpu_ns, wall_ns = time.thread_time_ns() - cpu_ns, time.monotonic_ns() - wall_ns
     budget = _budget(streams, records, cpu_ns, wall_ns)
-    budget["why"] = "; ".join(_objections(budget, max_lateness_p99_ms, max_tpot_error_percent, max_cpu_share))
-    budget["passed"] = not budget["why"]
-    budget["why"] = budget["why"] or "the client stamps every chunk in time"
-    return budget
+    why = "; ".join(_objections(budget, max_lateness_p99_ms, max_tpot_error_percent, max_cpu_share))
+    return {**budget, "passed": not why, "why": why or "the client stamps every chunk in time"}
 
 
 def _budget(streams: int, records: list[StreamRecord], cpu_ns: int, wall_ns: int) -> ErrorBudget:

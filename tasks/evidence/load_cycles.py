@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
-
 from engines.errors import SwitchyardError
-from engines.process.telemetry import private_bytes
+from engines.process.telemetry import private_bytes, process_tree
 from tasks.evidence.rehearsal import OpenStage, Stage, engine_of, noted_at
 from tasks.verdicts.statistics import theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
@@ -133,13 +131,5 @@ def _cycle(stage: Stage) -> dict[str, Any]:
         "error": answer["error"] or (None if right else f"{answer['by']} answered, not {stage.candidate}"),
         "load_s": engine["load_s"],
         "yard_bytes": private_bytes([stage.client.status()["pid"]]),
-        "engine_bytes": _tree_bytes(engine["pid"]),
+        "engine_bytes": private_bytes(process_tree(engine["pid"])) if engine["pid"] else None,
     }
-
-
-def _tree_bytes(pid: int | None) -> int | None:
-    if pid is None:
-        return None
-    with contextlib.suppress(psutil.Error):
-        return private_bytes([pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))])
-    return None

@@ -137,20 +137,19 @@ def _twice(free: FreeMemory, held_bytes: int | None, held_vram_bytes: int | None
 def measure_rehearsal(open_stage: OpenStage, *, candidate: str, form: str, say: Say = lambda _: None) -> dict[str, Any]:
     """What each drill showed. One that cannot be carried out is evidence as well: `{"failed": reason}`."""
     evidence: dict[str, Any] = {"form": form}
-    say("a yard of its own starts without the candidate")
+    say("starting a yard without the candidate")
     try:
         with open_stage(candidate) as stage:
             evidence["hidden_candidate"] = _hidden(stage)
     except SwitchyardError as error:
-        evidence["hidden_candidate"] = {"failed": _first_line(error)}
-    say("a yard of its own starts with both engines")
+        evidence["hidden_candidate"] = {"failed": str(error).splitlines()[0]}
+    say("starting a yard with both engines")
     try:
         with open_stage(None) as stage:
-            evidence |= _killed(stage, form, say, incumbent_s=evidence["hidden_candidate"].get("took_s"))
+            return evidence | _killed(stage, form, say, incumbent_s=evidence["hidden_candidate"].get("took_s"))
     except SwitchyardError as error:
-        evidence.setdefault("killed_candidate", {"failed": _first_line(error)})
-        evidence.setdefault("fallback", {"failed": _first_line(error)})
-    return evidence
+        failed = {"failed": str(error).splitlines()[0]}
+        return {**evidence, "killed_candidate": failed, "fallback": failed}
 
 
 def judge_rehearsal(evidence: Mapping[str, Any], *, kill_detect_s: float, recover_s: float) -> list[CheckResult]:
@@ -253,7 +252,3 @@ def _judge_kill(check: str, seen: Mapping[str, Any], kill_detect_s: float, recov
 
 def _who_answered(seen: Mapping[str, Any]) -> str:
     return f"{seen['by']} answered" if seen["answered"] else f"no engine answered ({seen['error']})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
