@@ -163,7 +163,6 @@ class Workers:
         self._pick_up_s = pick_up_s
 
     def missing(self, host: str) -> str | None:
-        """Why nothing can be started there; None when it can."""
         try:
             for name in ("migrate", "rollback"):
                 self._client.read_deployment_by_name(_deployment(name, host))
@@ -172,7 +171,6 @@ class Workers:
         return None
 
     def start(self, flow: str, host: str, parameters: Mapping[str, Any], *, key: str) -> str:
-        """The id of the host's run; the one that was started with the same key before."""
         known = self._client.read_deployment_by_name(_deployment(flow, host))
         started = self._client.create_flow_run_from_deployment(
             known.id, parameters=dict(parameters), idempotency_key=key, tags=["fleet", host]

@@ -292,7 +292,7 @@ class WholeMigration:
         if outcome["result"] != WAITS:
             return outcome
         checks = tuple(CheckResult.model_validate(check) for check in outcome["checks"])
-        known = PhaseOne(True, "", None, Verdict.PASS, tuple(c for c in checks if c.verdict is Verdict.PASS))
+        known = PhaseOne("", None, Verdict.PASS, tuple(c for c in checks if c.verdict is Verdict.PASS))
         try:
             refused = self._refused("deprecate", NOBODY, f"Retire {self.incumbent}", known)
         except Waits as waits:

@@ -19,6 +19,7 @@ from engines.errors import SwitchyardError
 from engines.home import host
 from engines.process.process import end_orphans
 from engines.yard.client import YardClient
+from tasks.evidence.rehearsal import route_of
 from tasks.records.store import Records
 from tasks.records.tables import Run, Step
 
@@ -53,35 +54,23 @@ def _closed(run: Run, records: Records, yard: YardClient, say: Say) -> list[str]
 
 def _over(step: Step, run: Run, yard: YardClient, say: Say) -> str | None:
     """Why an open step is over; None when its effect lasts and the same command resumes there."""
-    route = _route(yard, step.model_id)
+    route: dict[str, Any] = {"committed": None, "canary": None}  # where no yard has the model
+    with contextlib.suppress(SwitchyardError):
+        route = route_of(yard, step.model_id)
+    plan = run.plan if isinstance(run.plan, dict) else {}
+    candidate = plan.get("candidate", {}).get("engine")
+    has_moved = route["committed"] is not None and route["committed"] == candidate
     if step.step == "rollback":
-        _roll_back(run, step.model_id, route, yard, say)
+        # traffic goes back at once; the row stays open for the command that concludes it
+        if route["canary"] or has_moved:
+            with contextlib.suppress(SwitchyardError):
+                yard.order("rollback", say, model=step.model_id)
         return None
     if step.step == "promote":
-        moved = route is not None and route["committed"] == _candidate(run)
-        return None if moved else "its process ended before the model moved"
-    if step.step.startswith("canary") and route is not None and route["canary"]:
+        return None if has_moved else "its process ended before the model moved"
+    if step.step.startswith("canary") and route["canary"]:
         return None  # the yard judges it, and takes it out by itself
     return "its process ended in it"
-
-
-def _roll_back(run: Run, model_id: str, route: dict[str, Any] | None, yard: YardClient, say: Say) -> None:
-    """Traffic goes back at once where a rollback was begun; the row stays open for the command that concludes it."""
-    if route is not None and (route["canary"] or route["committed"] == _candidate(run)):
-        with contextlib.suppress(SwitchyardError):
-            yard.order("rollback", say, model=model_id)
-
-
-def _candidate(run: Run) -> str | None:
-    plan = run.plan if isinstance(run.plan, dict) else {}
-    found = plan.get("candidate", {}).get("engine")
-    return str(found) if found else None
-
-
-def _route(yard: YardClient, model_id: str) -> dict[str, Any] | None:
-    with contextlib.suppress(SwitchyardError):
-        return next((route for route in yard.status()["models"] if route["id"] == model_id), None)
-    return None
 
 
 def _mark_crashed(flow_run_id: str) -> None:

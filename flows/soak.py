@@ -97,7 +97,7 @@ def soak_window(
     """
     try:
         with alone(home, SOAK):
-            return _Soak(plan, home, records, say=say, in_flow=in_flow).window(window_s)
+            return SoakRun(plan, home, records, say=say, in_flow=in_flow).window(window_s)
     except Busy as busy:  # it measures, or moves traffic: the next window comes by itself
         return nothing(plan.name, str(busy))
 
@@ -107,7 +107,7 @@ def nothing(plan_name: str, why: str) -> dict[str, Any]:
     return {"result": NOTHING, "why": why, "run_id": None, "plan": plan_name, "verdict": None, "models": []}
 
 
-class _Soak:
+class SoakRun:
     """One window of a plan's soak; whatever it knows of earlier ones it has from the records."""
 
     def __init__(self, plan: Plan, home: Path, records: Records, *, say: Say, in_flow: bool) -> None:
@@ -116,7 +116,7 @@ class _Soak:
         self.asked = plan.model_dump(mode="json")
 
     def window(self, window_s: float) -> dict[str, Any]:
-        """See `soak_window`."""
+        """Measure and judge one window of every model that needs one."""
         try:
             found = targets(self.plan, self.home)
         except SwitchyardError as error:
@@ -138,12 +138,12 @@ class _Soak:
             on_error="interrupted",
             interrupted_by=lambda error: f"broken off: {type(error).__name__}",
         ) as run:
-            going = [target for target in found if self._end_of(target) is None]
-            if going:
+            ends = [self._end_of(target) for target in found]
+            if going := [target for target, end in zip(found, ends, strict=True) if end is None]:
                 return self._conclude(run, [self._soaked(run, target, window_s / len(going)) for target in going])
             if run.known_id is not None:  # killed after the last model's end and before its own
                 self._finish(run)
-            return nothing(self.plan.name, "; ".join(self._over_already(target) for target in found))
+            return nothing(self.plan.name, "; ".join(end for end in ends if end))
 
     # --- one model
 
@@ -250,20 +250,15 @@ class _Soak:
                     if step.state == "intent" and time.time() - at < STALE_S and at > target.moved_at:
                         self._report(run.id, target, step.step, step.detail)
 
-    def _end_of(self, target: Target) -> tuple[Run, Step] | None:
-        """The run and the step by which this engine's soak is over; None when the model was moved anew since."""
+    def _end_of(self, target: Target) -> str | None:
+        """How this engine's soak ended, and in which run; None while it is not over, or the model was moved anew."""
         for run in self._runs():
             for step in (*self._steps(run.id, target, OVER), *self._steps(run.id, target, BREACH)):
                 if step.at.timestamp() >= target.moved_at:
-                    return run, step
+                    over, detail = step.step == OVER, step.detail
+                    how = f"ended with {detail['verdict']}" if over else f"was breached: {detail['why']}"
+                    return f"the soak of {target.model_id} on {target.engine} {target.version} {how} (run {run.id})"
         return None
-
-    def _over_already(self, target: Target) -> str:
-        over = self._end_of(target)
-        assert over is not None
-        run, step = over
-        how = f"ended with {step.detail['verdict']}" if step.step == OVER else f"was breached: {step.detail['why']}"
-        return f"the soak of {target.model_id} on {target.engine} {target.version} {how} (run {run.id})"
 
     def _steps(self, run_id: str, target: Target, name: str) -> list[Step]:
         return [

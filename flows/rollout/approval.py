@@ -42,7 +42,7 @@ class Question:
     def markdown(self) -> str:
         """The question with its verdicts, as the form shows it: a narrow box, which would cut a table."""
         lines = [f"## {self.what}?", "", f"**{self.model}: {self.verdict}**", ""]
-        lines += [f"- **{check.verdict}** {check.check}: {_flat(check.why)}" for check in self.checks]
+        lines += [f"- **{check.verdict}** {check.check}: {' '.join(check.why.split())[:300]}" for check in self.checks]
         if self.report:
             lines += ["", f"Report: `{self.report}`"]
         return "\n".join([*lines, "", "Unanswered, everything stays as it is. Name and reason are recorded."])
@@ -108,10 +108,6 @@ def in_prefect(question: Question) -> Approval | None:
 
 
 asks: ContextVar[Asks] = ContextVar("asks", default=nobody)
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split())[:300]
 
 
 def _filled(prompt: str, out: Console) -> str:

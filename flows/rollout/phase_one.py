@@ -15,13 +15,17 @@ LOOK_BACK = 200  # evaluations; an older one than these is no evidence any more
 
 @dataclass(frozen=True)
 class PhaseOne:
-    """Result of phase 1 for a model: whether its gate is open, why not, by which run; `verdict` where it has one."""
+    """Result of phase 1 for a model: why its gate is open or shut, by which run; `verdict` where it has one."""
 
-    open: bool
     why: str
     run_id: str | None = None
     verdict: Verdict | None = None
     checks: tuple[CheckResult, ...] = ()
+
+    @property
+    def open(self) -> bool:
+        """Whether the model may move."""
+        return self.verdict is Verdict.PASS
 
 
 def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version: str) -> PhaseOne:
@@ -39,13 +43,13 @@ def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version:
         versions = {e["version"] for seen in under for e in seen.get("engines", ()) if e["arm"] == "candidate"}
         if versions != {candidate_version}:
             measured = ", ".join(sorted(versions)) or "no version"
-            return PhaseOne(False, f"run {run.id} measured {measured}; here is {candidate_version}", run.id)
+            return PhaseOne(f"run {run.id} measured {measured}; here is {candidate_version}", run.id)
         verdict = gate(results)
         if verdict is Verdict.PASS:
-            return PhaseOne(True, f"run {run.id} opened it", run.id, verdict, tuple(results))
+            return PhaseOne(f"run {run.id} opened it", run.id, verdict, tuple(results))
         shut = reasons(results)
         first = f": {shut[0].check}: {shut[0].why}" if shut else ""
-        return PhaseOne(False, f"run {run.id} ended with {verdict}{first}", run.id, verdict, tuple(results))
+        return PhaseOne(f"run {run.id} ended with {verdict}{first}", run.id, verdict, tuple(results))
     if other:
-        return PhaseOne(False, f"run {other} evaluated another plan or another model file", other)
-    return PhaseOne(False, "it was never evaluated")
+        return PhaseOne(f"run {other} evaluated another plan or another model file", other)
+    return PhaseOne("it was never evaluated")

@@ -20,7 +20,7 @@ from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import yard_config
 from migrations.plan import Plan, content_hash
-from migrations.plan_file import load_plan, plan_path, plan_to_toml
+from migrations.plan_file import load_plan, plan_path
 from tasks.evidence.rehearsal import Stage
 
 STOP_S = 30.0
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 class Yards:
     """The yards of a plan: `switchyard serve` on the plan's file, and flows.rollout.rehearsal_yard."""
 
-    def __init__(self, plan: Plan, home: Path, path: Path | None = None) -> None:
+    def __init__(self, plan: Plan, home: Path, path: Path) -> None:
         self.plan, self.home, self._path = plan, home, path
         self.settings = plan.yard
         self.key = plan.api_key(os.environ)
@@ -62,13 +62,8 @@ class Yards:
         return f"the yard that runs serves another plan ({served}): stop it with `switchyard stop` and migrate again"
 
     def serving(self) -> Sequence[str]:
-        """The command of the yard that serves the user; a plan that is no file yet becomes one."""
-        path = self._path
-        if path is None:
-            path = self.home / "plans" / "migrate.toml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(plan_to_toml(self.plan), encoding="utf-8")
-        return [sys.executable, "-m", "flows.cli", "serve", str(path.absolute())]
+        """The command of the yard that serves the user."""
+        return [sys.executable, "-m", "flows.cli", "serve", str(self._path.absolute())]
 
     def rehearsing(self, home: Path, model_id: str, port: int, hidden: str | None) -> Sequence[str]:
         """The command of a yard of one model, quick to give up on an engine; `hidden` is one that it must not find."""

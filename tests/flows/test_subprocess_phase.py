@@ -468,10 +468,10 @@ def test_decisions_want_a_name_and_a_reason(plan: Plan) -> None:
 
 def test_a_yard_of_another_plan_is_told_apart(plan: Plan, tmp_path: Path) -> None:
     """By content: the same plan at another path is the same."""
-    yards = Yards(plan, tmp_path)
+    path = tmp_path / "served.toml"
+    yards = Yards(plan, tmp_path, path)
     assert yards.differs() is None
     (tmp_path / "yard").mkdir()
-    path = tmp_path / "served.toml"
     path.write_text(plan_to_toml(plan))
     remember_plan(path, tmp_path)
     assert yards.differs() is None
@@ -479,13 +479,6 @@ def test_a_yard_of_another_plan_is_told_apart(plan: Plan, tmp_path: Path) -> Non
     assert yards.differs() == (
         f"the yard that runs serves another plan ({path}): stop it with `switchyard stop` and migrate again"
     )
-
-
-def test_a_plan_that_is_no_file_becomes_one(plan: Plan, tmp_path: Path) -> None:
-    """A plan out of a form: the yard that is started needs a file."""
-    command = Yards(plan, tmp_path / "home").serving()
-    assert command[-2] == "serve"
-    assert Path(command[-1]).is_file()
 
 
 # for real

@@ -69,7 +69,7 @@ class FakeYards(Yards):
     """The yards of a spec."""
 
     def __init__(self, spec: Spec) -> None:
-        super().__init__(spec.plan, spec.home)
+        super().__init__(spec.plan, spec.home, spec.path)
         self._spec = spec
         self.config = spec.config(self.settings)
 
