@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -121,18 +122,11 @@ def publish(bench: Bench, outcome: dict[str, Any]) -> None:
         table=rows,
         description=f"Run {outcome['run_id']}: {outcome['verdict']}. Report: {outcome['report']}",
     )
-    if (link := _link(bench.home, outcome["report"])) is not None:
+    with contextlib.suppress(SwitchyardError):  # the yard serves the report, so there is no link where no yard runs
+        address = public_address(YardClient(bench.home).status()["address"])
+        link = f"{address}/yard/reports/{Path(outcome['report']).name}"
         create_link_artifact(link, link_text="the report", key="switchyard-report", description="served by the yard")
     for number, (model, image) in enumerate(latency_images(bench.records, outcome["run_id"], outcome).items(), 1):
         create_image_artifact(
             key=f"switchyard-latency-{number}", image_url=image, description=f"{model}: time to first token"
         )
-
-
-def _link(home: Path, written: str) -> str | None:
-    """The report's address for a browser: the yard serves it, so None where no yard runs."""
-    try:
-        address = public_address(YardClient(home).status()["address"])
-    except SwitchyardError:
-        return None
-    return f"{address}/yard/reports/{Path(written).name}"

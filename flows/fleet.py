@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 from uuid import UUID
 
 import httpx
@@ -142,20 +142,7 @@ def _shut(end: Ended, accepted: frozenset[str]) -> str:
 # --- the hosts, behind Prefect
 
 
-class Hosts(Protocol):
-    """The hosts of a fleet: starts a flow on one, once for a key, and reports how it ended."""
-
-    def missing(self, host: str) -> str | None:
-        """Why nothing can be started there; None when it can."""
-
-    def start(self, flow: str, host: str, parameters: Mapping[str, Any], *, key: str) -> str:
-        """The id of the host's run; the one that was started with the same key before."""
-
-    def ended(self, run_id: str) -> Ended | None:
-        """How it ended; None while it runs."""
-
-
-class Workers:
+class Hosts:
     """The hosts as Prefect knows them: `migrate-HOST` and `rollback-HOST`, each on its work queue."""
 
     def __init__(self, client: SyncPrefectClient, *, pick_up_s: float) -> None:
@@ -163,6 +150,7 @@ class Workers:
         self._pick_up_s = pick_up_s
 
     def missing(self, host: str) -> str | None:
+        """Why nothing can be started there; None when it can."""
         try:
             for name in ("migrate", "rollback"):
                 self._client.read_deployment_by_name(_deployment(name, host))
@@ -171,6 +159,7 @@ class Workers:
         return None
 
     def start(self, flow: str, host: str, parameters: Mapping[str, Any], *, key: str) -> str:
+        """Start a flow on a host, once for a key: the id of its run."""
         known = self._client.read_deployment_by_name(_deployment(flow, host))
         started = self._client.create_flow_run_from_deployment(
             known.id, parameters=dict(parameters), idempotency_key=key, tags=["fleet", host]
@@ -441,18 +430,10 @@ def fleet(
         without_canary: move all traffic of a host at once, where there is too little of it to judge a part
         pick_up_minutes: a host whose worker starts nothing for so long has failed
     """
-    orders = _orders(
-        hosts=tuple(hosts),
-        plan=plan,
-        waves=tuple(waves),
-        accept_stays=tuple(accept_stays),
-        rollback_wave=rollback_wave,
-        without_canary=without_canary,
-        who=who,
-        reason=reason,
-    )
+    how = {"waves": waves, "accept_stays": accept_stays, "rollback_wave": rollback_wave}
+    orders = _orders(hosts=hosts, plan=plan, who=who, reason=reason, without_canary=without_canary, **how)
     with open_records() as records, get_client(sync_client=True) as client:
-        workers = Workers(client, pick_up_s=pick_up_minutes * 60)
+        workers = Hosts(client, pick_up_s=pick_up_minutes * 60)
         outcome = roll_out(orders, workers, records, say=progress.get().say, flow_run_id=flow_run.id)
     publish(outcome)
     return concluded(outcome)
@@ -474,10 +455,10 @@ def rollback_fleet(
         pick_up_minutes: a host whose worker starts nothing for so long has failed
     """
     with open_records() as records, get_client(sync_client=True) as client:
-        orders = _orders(hosts=tuple(hosts or last_wave(records)), who=who, reason=reason)
+        orders = _orders(hosts=hosts or last_wave(records), who=who, reason=reason)
         outcome = roll_back_hosts(
             orders.hosts,
-            Workers(client, pick_up_s=pick_up_minutes * 60),
+            Hosts(client, pick_up_s=pick_up_minutes * 60),
             records,
             who=orders.who,
             reason=orders.reason,

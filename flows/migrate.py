@@ -63,12 +63,13 @@ class Phases:
     version: Callable[[Plan], str]  # of the candidate, as found here: another one's verdict does not count
 
 
-def _version(plan: Plan) -> str:
-    return driver(plan.candidate.engine).find(plan.candidate.form, plan.candidate.binary).version
-
-
-# as plain functions of the one flow: a subflow cannot be suspended for an answer
-REAL = Phases(evaluate.fn, to_subprocess, to_native, deprecate, _version)
+REAL = Phases(  # as plain functions of the one flow: a subflow cannot be suspended for an answer
+    evaluate=evaluate.fn,
+    subprocess=to_subprocess,
+    native=to_native,
+    deprecate=deprecate,
+    version=lambda plan: driver(plan.candidate.engine).find(plan.candidate.form, plan.candidate.binary).version,
+)
 
 
 class Waits(Exception):

@@ -20,7 +20,7 @@ from prefect import flow
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
-from engines.registry import native_driver
+from engines.registry import driver, native_driver
 from flows.evaluate import evaluate
 from flows.rollout.model_move import ModelMove, MovePhase
 from flows.rollout.orders import Orders
@@ -61,11 +61,6 @@ def _refusal(move: ModelMove) -> str | None:
 
 
 def _drills(move: ModelMove) -> None:
-    move.migration.do(move.id, "hang and load cycles", lambda: _drill(move))
-    move.require_open()
-
-
-def _drill(move: ModelMove) -> None:
     step = move.step("drills")
     if step and step.state == "done":
         move.recall(step.detail["checks"])
@@ -124,9 +119,7 @@ def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
 
 def _conform(plan: Plan, orders: Orders) -> None:
     """Both forms evaluated against each other, unless the records have a verdict on just this."""
-    native = native_driver(plan.incumbent.engine)
-    assert native is not None
-    version = native.find().version
+    version = driver(plan.candidate.engine).find().version
     with open_records() as records:
         known = [phase_one(records, plan, model, version) for model in plan.models]
         unfinished = records.unfinished(plan.model_dump(mode="json"), kind="evaluate")

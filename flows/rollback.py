@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
-
 from engines.deadline import Background
 from engines.errors import BadInput, SwitchyardError
 from engines.home import host
@@ -56,14 +54,17 @@ def roll_back(home: Path, model: str | None, wish: Wish, say: Say = lambda _: No
     if wish.only_from and before["committed"] != wish.only_from:
         why = f"{before['committed']} serves {name}, not {wish.only_from}: nothing was rolled back"
         return {"model": name, "result": "nothing to do", "verdict": Verdict.PASS.value, "done": why}
-    plan = _plan(home)
+    plan = key = None
+    with contextlib.suppress(SwitchyardError):  # only for the name in the records, and for the clients' key
+        plan = load_plan(plan_path(None, home))
+        key = plan.api_key(os.environ)
     with _recorded(plan, name, wish, say) as note:
         done = yard.order("rollback", say, model=name, form=wish.form)
-        token = one_token(public_address(yard.status()["address"]), name, _key(plan), wait_s=WAIT_S)
+        token = one_token(public_address(yard.status()["address"]), name, key, wait_s=WAIT_S)
         after = route_of(yard, name)
         proof = f"one real token in {token['took_s']:.2f} s" if token["answered"] else f"no token: {token['error']}"
         verdict = Verdict.PASS if token["answered"] else Verdict.ERROR
-        outcome = {
+        note |= {
             "model": name,
             "result": "rolled back" if token["answered"] else "rolled back, not proven",
             "verdict": verdict.value,
@@ -72,8 +73,7 @@ def roll_back(home: Path, model: str | None, wish: Wish, say: Say = lambda _: No
             "serving": after["serving"],
             "token": token,
         }
-        note.update(outcome)
-    return outcome
+    return note
 
 
 def movable(home: Path) -> list[str]:
@@ -88,19 +88,6 @@ def _route(yard: YardClient, model: str | None) -> dict[str, Any]:
     if len(routes) != 1:
         raise BadInput(f"name the model: {', '.join(route['id'] for route in routes)}")
     return routes[0]
-
-
-def _plan(home: Path) -> Plan | None:
-    """The plan the yard serves, as far as it can be read: only for the name in the records and the clients' key."""
-    with contextlib.suppress(SwitchyardError):
-        return load_plan(plan_path(None, home))
-    return None
-
-
-def _key(plan: Plan | None) -> SecretStr | None:
-    with contextlib.suppress(BadInput):
-        return plan.api_key(os.environ) if plan else None
-    return None
 
 
 # --- the records, which may be gone

@@ -401,14 +401,12 @@ def markdown(outcome: dict[str, Any]) -> str:
         lines += [f"## {model['model']}: {model['verdict']}", "", progress_line(model), ""]
         lines += [f"**Breached**: {why}" for why in model["breached"]]
         lines += ["", "| check | verdict | why |", "|---|---|---|"]
-        lines += [f"| {c['check']} | {c['verdict']} | {_cell(c['why'])} |" for c in model["checks"]]
+        for check in model["checks"]:
+            why = check["why"].replace("|", "\\|").replace("\n", " ")
+            lines.append(f"| {check['check']} | {check['verdict']} | {why} |")
         lines.append("")
     now = datetime.now().astimezone()
     return "\n".join([*lines, f"{now:%Y-%m-%d %H:%M %Z}, run {outcome['run_id']}"])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def soak(plan: str = "", window_s: float = 240) -> dict[str, Any]:

@@ -34,8 +34,18 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
     """Every verdict of a run made again from its raw evidence, and its report written; a broken-off run stays so."""
     with Background("the database of the records", lambda: open_records(wait_s=LOCKED_S)).result(READ_S) as records:
         run = _evaluation(records, reference)
-        bench = _bench_of(records, run, home)
-        trials = [Trial(bench, model) for model in bench.plan.models]
+        plan, budget = recorded_plan(run.plan), records.get_evidence(run.id, "-", "-", "self_test")
+        if budget is None:
+            raise BadInput(f"run {run.id} ended before anything was measured; there is nothing to report")
+        bench = Bench(
+            plan=plan,
+            records=records,
+            run_id=run.id,
+            home=home,
+            installations={arm: driver(getattr(plan, arm).engine).find() for arm in ARMS},
+            error_budget=budget.payload,
+        )
+        trials = [Trial(bench, model) for model in plan.models]
         return report(records, home, judge(bench, trials), output)
 
 
@@ -44,14 +54,3 @@ def _evaluation(records: Records, reference: str) -> Run:
     if run.kind != "evaluate":
         raise BadInput(f"run {run.id} is a migration, not an evaluation; `switchyard migrate` resumes it")
     return run
-
-
-def _bench_of(records: Records, run: Run, home: Path) -> Bench:
-    plan = recorded_plan(run.plan)
-    budget = records.get_evidence(run.id, "-", "-", "self_test")
-    if budget is None:
-        raise BadInput(f"run {run.id} ended before anything was measured; there is nothing to report")
-    installations = {arm: driver(getattr(plan, arm).engine).find() for arm in ARMS}
-    return Bench(
-        plan=plan, records=records, run_id=run.id, home=home, installations=installations, error_budget=budget.payload
-    )

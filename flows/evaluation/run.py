@@ -101,21 +101,19 @@ def unreadable(plan: Plan) -> dict[str, str]:
 
 
 def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[str]:
-    """Who meets whom over which models, and what the candidate cannot honour: said before anything is launched."""
+    """The engines, the models and what the candidate does not support: printed before anything is launched."""
     lines = [
         f"{arm}: {found.engine} {found.version} ({found.form}: {found.where})" for arm, found in installations.items()
     ]
     lines.append(f"models: {', '.join(model.id for model in plan.models)}")
     lines += [f"{name} cannot be measured: {why}" for name, why in unreadable(plan).items()]
     candidate = installations["candidate"]
-    unsupported: dict[str, None] = {}
     for model in plan.models:
         serve = Serve(model_id=model.id, gguf=model.gguf, port=1, settings=plan.settings_for(model.id))
-        unsupported |= dict.fromkeys(driver(candidate.engine).unsupported(candidate, serve))
-    accepted = set(plan.accepted_unsupported)
-    return lines + [
-        f"not supported by the candidate: {one}" for one in unsupported if one.partition(":")[0] not in accepted
-    ]
+        for one in driver(candidate.engine).unsupported(candidate, serve):
+            if one.partition(":")[0] not in plan.accepted_unsupported:
+                lines.append(f"not supported by the candidate: {one}")
+    return list(dict.fromkeys(lines))
 
 
 def _run_of(records: Records, plan: Plan, reference: str) -> Run:

@@ -87,6 +87,7 @@ def in_advance(who: str, reason: str) -> Asks:
 
 def in_prefect(question: Question) -> Approval | None:
     """A form in the UI. The run is suspended: its process ends, and the flow is run again once it is answered."""
+    # here, not above: the terminal asks without Prefect's start
     from prefect.flow_runs import suspend_flow_run
     from prefect.input import RunInput
 

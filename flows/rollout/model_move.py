@@ -42,7 +42,7 @@ class MovePhase:
     evaluation: str  # whose gate has to be open, and how one comes by it
     advice: str
     refusal: Callable[[ModelMove], str | None] = lambda _: None  # why the model cannot move yet, whatever its gate
-    drills: Callable[[ModelMove], None] = lambda _: None  # tried on a yard of its own before any traffic moves
+    drills: Callable[[ModelMove], None] | None = None  # tried on a yard of its own before any traffic moves
 
     @property
     def gate_check(self) -> str:

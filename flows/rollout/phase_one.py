@@ -44,12 +44,10 @@ def phase_one(records: Records, plan: Plan, model: ModelPlan, candidate_version:
         if versions != {candidate_version}:
             measured = ", ".join(sorted(versions)) or "no version"
             return PhaseOne(f"run {run.id} measured {measured}; here is {candidate_version}", run.id)
-        verdict = gate(results)
-        if verdict is Verdict.PASS:
-            return PhaseOne(f"run {run.id} opened it", run.id, verdict, tuple(results))
-        shut = reasons(results)
+        verdict, shut = gate(results), reasons(results)
         first = f": {shut[0].check}: {shut[0].why}" if shut else ""
-        return PhaseOne(f"run {run.id} ended with {verdict}{first}", run.id, verdict, tuple(results))
+        end = "opened it" if verdict is Verdict.PASS else f"ended with {verdict}{first}"
+        return PhaseOne(f"run {run.id} {end}", run.id, verdict, tuple(results))
     if other:
         return PhaseOne(f"run {other} evaluated another plan or another model file", other)
     return PhaseOne("it was never evaluated")

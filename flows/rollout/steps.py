@@ -120,7 +120,9 @@ def _move(move: ModelMove) -> None:
     else:
         do(move.id, "rehearsal", functools.partial(rehearse, move))
         move.require_open()
-        phase.drills(move)
+        if phase.drills is not None:
+            do(move.id, "hang and load cycles", functools.partial(phase.drills, move))
+            move.require_open()
         canaries(move)
     do(move.id, "promote", functools.partial(promote, move))
 

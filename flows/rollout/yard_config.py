@@ -11,7 +11,7 @@ from engines.errors import EngineNotFound
 from engines.registry import driver, native_driver
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
-from migrations.plan import EngineChoice, Plan
+from migrations.plan import Plan
 from tasks.evidence.canary import canary_judge, shadow_judge
 from tasks.verdicts.limits import CanaryLimits
 
@@ -25,7 +25,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
     missing: dict[str, str] = {}
     for choice in (plan.incumbent, plan.candidate):
         try:
-            found[choice.engine] = _found(choice)
+            found[choice.engine] = driver(choice.engine).find(choice.form, choice.binary)
         except EngineNotFound as error:
             missing[choice.engine] = str(error)
     if not found:
@@ -63,10 +63,6 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
 def canary_limits(plan: Plan) -> CanaryLimits:
     """The plan's limits and looks as they hold for live traffic."""
     return CanaryLimits(**plan.limits.model_dump(), looks=plan.measure.looks)
-
-
-def _found(choice: EngineChoice) -> Installation:
-    return driver(choice.engine).find(choice.form, choice.binary)
 
 
 def unsupported(plan: Plan, config: YardConfig) -> list[str]:
