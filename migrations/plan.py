@@ -93,12 +93,9 @@ class ModelPlan(PlanPart):
     )
     aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
     engine: EngineOrAuto = Field(
-        "auto",
-        description="who serves it: auto leaves that to promote and rollback; naming an engine is a manual choice",
+        "auto", description="who serves it: auto leaves that to promote and rollback; a name is a manual choice"
     )
-    load: Load = Field(
-        "start", description="when the yard loads it: at its own start, or with the first request for it"
-    )
+    load: Load = Field("start", description="when the yard loads it: at its own start, or with the first request")
     pin: bool = Field(False, description="never unloaded to make room for another model")
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
 
@@ -117,19 +114,13 @@ class CanarySteps(PlanPart):
         (0.05, 0.25, 0.5),
         min_length=1,
         max_length=8,
-        description="shares of the conversations that the candidate answers, one step after the other",
+        description="shares of conversations, one step after the other",
     )
     min_requests: int = Field(
-        20,
-        ge=1,
-        le=5000,
-        description="requests the candidate has answered before the next share; the last one also needs a verdict",
+        20, ge=1, le=5000, description="candidate's answers before the next share; the last one also needs a verdict"
     )
     max_minutes: float = Field(
-        120,
-        gt=0,
-        le=10_080,
-        description="minutes after which a share is judged on what it has; too little for a verdict goes back",
+        120, gt=0, le=10_080, description="minutes after which a share is judged; without a verdict it is rolled back"
     )
 
     @model_validator(mode="after")
@@ -157,9 +148,7 @@ class Course(PlanPart):
         ("subprocess", "native", "deprecate"), description="what follows on the evaluation, in this order"
     )
     approve: Literal["ask", "auto"] = Field(
-        "ask",
-        description="ask: a person approves each phase of each model; auto: an open gate is enough, but INCONCLUSIVE "
-        "always asks",
+        "ask", description="ask: a person approves each phase of each model; auto: only what is INCONCLUSIVE"
     )
     wait_hours: float = Field(
         72, gt=0, le=8760, description="hours a question waits for its answer in Prefect; then all stays as it is"

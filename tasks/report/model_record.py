@@ -18,42 +18,27 @@ from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 WHY_CHARS = 220
 SAYS = {Verdict.FAIL: "failed", Verdict.ERROR: "could not be carried out", Verdict.INCONCLUSIVE: "unproven"}
 # by the worst check: what would change the verdict
-NEXT_STEPS = (
-    (
-        "launch.candidate",
-        "Keep the incumbent for this model, or choose a GGUF that the candidate loads; its last words stand below.",
-    ),
-    (
-        "launch.incumbent",
-        "Fix what keeps the incumbent from starting with this model; its last words stand below. Then resume the run.",
-    ),
-    (
-        "preflight",
-        "Keep the incumbent for this model, or choose a GGUF that the candidate loads and this machine holds.",
-    ),
-    (
-        "parity.prompt_tokens",
-        "Keep the incumbent for this model: the candidate reads other tokens. A tokenizer.json named in the plan, or a "
-        "newer candidate, may fix it; then evaluate again.",
-    ),
-    ("parity", "Read the answers that differ below. Keep the incumbent unless you can explain them."),
-    (
-        "compatibility",
-        "Keep the incumbent while your client needs what is missing; name in client.requires what it does use, and "
-        "evaluate again.",
-    ),
-    ("performance.errors", "Keep the incumbent; the candidate's log says why its requests failed."),
-    ("performance", "Tune the candidate, or accept a larger limit in the plan with your reason; then evaluate again."),
-    ("memory", "Give the candidate more memory or a smaller context, or accept a larger limit in the plan."),
-    ("stability", "Keep the incumbent; look at the failures below and in the candidate's log."),
-    ("faults", "Keep the incumbent until the candidate's faults are noticed, and recovered from, in time."),
-)
-UNPROVEN = (
-    ("performance", "Plan more blocks (measure.looks) or quiet the machine, and evaluate again."),
-    ("memory", "Plan more blocks or a longer soak, and evaluate again."),
-    ("parity", "Plan more prompts (measure.parity_prompts), and evaluate again."),
-    ("stability", "Soak for longer (measure.soak_s), and evaluate again."),
-)
+NEXT_STEPS = {
+    "launch.candidate": "Keep the incumbent, or choose a GGUF that the candidate loads; its last output is below.",
+    "launch.incumbent": "Fix what keeps the incumbent from starting (its last output is below), then resume the run.",
+    "preflight": "Keep the incumbent, or choose a GGUF that the candidate loads and this machine holds.",
+    "parity.prompt_tokens": "Keep the incumbent: the candidate reads other tokens. A tokenizer.json named in the plan, "
+    "or a newer candidate, may fix it; then evaluate again.",
+    "parity": "Read the answers that differ below. Keep the incumbent unless you can explain them.",
+    "compatibility": "Keep the incumbent while your client needs what is missing; name in client.requires what it does "
+    "use, and evaluate again.",
+    "performance.errors": "Keep the incumbent; the candidate's log says why its requests failed.",
+    "performance": "Tune the candidate, or accept a larger limit in the plan with your reason; then evaluate again.",
+    "memory": "Give the candidate more memory or a smaller context, or accept a larger limit in the plan.",
+    "stability": "Keep the incumbent; look at the failures below and in the candidate's log.",
+    "faults": "Keep the incumbent until the candidate's faults are noticed, and recovered from, in time.",
+}
+UNPROVEN = {
+    "performance": "Plan more blocks (measure.looks) or quiet the machine, and evaluate again.",
+    "memory": "Plan more blocks or a longer soak, and evaluate again.",
+    "parity": "Plan more prompts (measure.parity_prompts), and evaluate again.",
+    "stability": "Soak for longer (measure.soak_s), and evaluate again.",
+}
 
 
 @dataclass(frozen=True)
@@ -187,7 +172,7 @@ class ModelRecord:
         worst = self.closed_by[0]
         steps = UNPROVEN if worst.verdict is Verdict.INCONCLUSIVE else NEXT_STEPS
         fallback = "Read below what was not measured, fix it, then evaluate again."
-        return next((words for prefix, words in steps if worst.check.startswith(prefix)), fallback)
+        return next((words for prefix, words in steps.items() if worst.check.startswith(prefix)), fallback)
 
 
 def shortened(text: str, limit: int = WHY_CHARS) -> str:
