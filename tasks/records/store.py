@@ -1,4 +1,4 @@
-"""What was measured, judged, learned, done and decided, kept as it happens.
+"""The records: what was measured, judged, learned, done and decided, stored as it happens.
 
 SQLite at `home()/switchyard.db`, or PostgreSQL by URL. A `Records` is cheap to open and is opened per unit of work;
 every call is one short transaction, so that several processes write at once and a killed run keeps what it stored.

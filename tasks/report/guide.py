@@ -1,6 +1,6 @@
 """The migration guide: what a move changed, for the people and programs that use the port, from the records alone.
 
-`guide_facts.gather` reads everything; `markdown` and `html` say the same of those facts.
+`guide_facts.gather` reads everything; `markdown` and `html` write the same of those facts.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from tasks.report.markup import Html, el, joined, row, table, verdict_mark
 from tasks.report.model_record import shortened
 from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 
-# --- what the guide says: each section is a list of Markdown blocks --------------------------------------------------
+# --- the sections: each section is a list of Markdown blocks --------------------------------------------------
 
 
 def _summary(facts: Facts) -> list[str]:
     known = any(model.phases or model.serving for model in facts.models)
-    said = [
+    sentences = [
         f"This guide describes what the plan {facts.plan} (from {facts.incumbent} to {facts.candidate}) changed on "
         f"{facts.host}, as recorded by {facts.at:%Y-%m-%d}."
     ]
     if not known:
-        said.append("Nothing is recorded of it yet: no model was evaluated, and none has moved.")
-        said.append("The first step is an evaluation.")
+        sentences.append("Nothing is recorded of it yet: no model was evaluated, and none has moved.")
+        sentences.append("The first step is an evaluation.")
     elif facts.moved:
         who = "; ".join(f"{model.id} is served by {model.serving}" for model in facts.moved)
-        said.append(f"{len(facts.moved)} of {len(facts.models)} models moved: {who}.")
-        said.append(f"Clients keep their address, {facts.address}/v1, and the model names that they use.")
+        sentences.append(f"{len(facts.moved)} of {len(facts.models)} models moved: {who}.")
+        sentences.append(f"Clients keep their address, {facts.address}/v1, and the model names that they use.")
     elif facts.staying:
-        said.append("No model of it has moved.")
+        sentences.append("No model of it has moved.")
     if known and facts.staying:
         who = ", ".join(model.id for model in facts.staying)
-        said.append(f"Left with {facts.incumbent}, for the reasons given below: {who}.")
+        sentences.append(f"Left with {facts.incumbent}, for the reasons given below: {who}.")
     if n := len(facts.decisions):
-        said.append(
+        sentences.append(
             f"Decisions that people made against, or instead of, the evidence: {n}, repeated under Known limits."
         )
     if facts.moved or facts.retirement:
-        said.append(_until(facts))
-    return [_text(" ".join(said))]
+        sentences.append(_until(facts))
+    return [_text(" ".join(sentences))]
 
 
 def _until(facts: Facts) -> str:
@@ -163,9 +163,9 @@ def _check(facts: Facts) -> list[str]:
     for model in served:
         blocks += _questions(model, facts)
     for run_id in dict.fromkeys(phase.run_id for model in facts.models for phase in model.phases if phase.evaluates):
-        said = [f"{m.id} {phase.verdict}" for m in facts.models for phase in m.phases if phase.run_id == run_id]
-        says = ", ".join(map(_code, said))
-        blocks += [_typed(f"switchyard report {run_id}"), f"judges the recorded evidence again, and says {says}."]
+        verdicts = [f"{m.id} {phase.verdict}" for m in facts.models for phase in m.phases if phase.run_id == run_id]
+        shown = ", ".join(map(_code, verdicts))
+        blocks += [_typed(f"switchyard report {run_id}"), f"judges the recorded evidence again, and shown {shown}."]
     return blocks
 
 
@@ -174,10 +174,10 @@ def _questions(model: ModelFacts, facts: Facts) -> list[str]:
     ask = {"model": model.id, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
     key = f' -H "Authorization: Bearer ${facts.key_variable}"' if facts.key_variable else ""
     sent = f"{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(ask))}"
-    said = ", ".join(map(_code, ('"status": "ok"', f'"engine": {json.dumps(model.serving)}', '"fallback": false')))
+    fields = ", ".join(map(_code, ('"status": "ok"', f'"engine": {json.dumps(model.serving)}', '"fallback": false')))
     return [
         _typed(f"curl -s '{facts.address}/health?model={model.id}'"),
-        f"answers 200 with {said}; while nothing can serve it is 503, with the reason.",
+        f"answers 200 with {fields}; while nothing can serve it is 503, with the reason.",
         _typed(f"curl -s {facts.address}/v1/chat/completions{sent}"),
         "answers 200 with a text in `choices[0].message.content` and 1 or more in `usage.completion_tokens`.",
     ]

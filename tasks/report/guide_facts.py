@@ -1,4 +1,4 @@
-"""What a migration guide says, read from the records once, with what is private hidden.
+"""The facts of a migration guide, read from the records once, with what is private hidden.
 
 A model's id and the name that a person signed a decision with stay as given: commands need the one, a decision the
 other.
@@ -182,7 +182,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Private:
-    """What a guide does not tell: Switchyard's folder, the account, hosts, and where the named files lie."""
+    """What a guide leaves out: Switchyard's folder, the account, hosts, and where the named files lie."""
 
     home: Path
     user: str = ""
@@ -250,21 +250,21 @@ def gather(
     `home` is Switchyard's folder. `retirement` is for one that is not in the state yet. The host's name is left out
     unless `show_host`.
     """
-    told: Mapping[str, Any] = plan.model_dump(mode="json") if isinstance(plan, BaseModel) else plan
-    runs = [run for name in _names(told) for run in records.history(LOOK_BACK, name=name, host=host())]
-    yard, incumbent = told.get("yard") or {}, str(told["incumbent"]["engine"])
+    stored: Mapping[str, Any] = plan.model_dump(mode="json") if isinstance(plan, BaseModel) else plan
+    runs = [run for name in _names(stored) for run in records.history(LOOK_BACK, name=name, host=host())]
+    yard, incumbent = stored.get("yard") or {}, str(stored["incumbent"]["engine"])
     facts = Facts(
-        plan=str(told["name"]),
-        plan_hash=plan_hash(told),
+        plan=str(stored["name"]),
+        plan_hash=plan_hash(stored),
         incumbent=incumbent,
-        candidate=str(told["candidate"]["engine"]),
+        candidate=str(stored["candidate"]["engine"]),
         host=host(),
         machine=_machine((runs[0].environment or {}) if runs else {}),
         at=now,
         address=_address(str(yard.get("host", "127.0.0.1")), int(yard.get("port", 8080))),
-        key_variable=told.get("api_key_env") or "",
-        accepted=tuple(told.get("accepted_unsupported") or ()),
-        models=tuple(_model(records, runs, told, model, state) for model in told["models"]),
+        key_variable=stored.get("api_key_env") or "",
+        accepted=tuple(stored.get("accepted_unsupported") or ()),
+        models=tuple(_model(records, runs, stored, model, state) for model in stored["models"]),
         decisions=_decisions(records, runs),
         retirement=retirement or _retired(state, incumbent),
         rollback_until=rollback_until,
@@ -274,7 +274,7 @@ def gather(
         *(str(h) for run in runs for h in (run.owner_host, (run.environment or {}).get("host")) if h),
     }
     account, hidden = pwd.getpwuid(os.getuid()), () if show_host else tuple(hosts)
-    files = tuple(_files(told, state))
+    files = tuple(_files(stored, state))
     shared: Facts = _shared(facts, Private(home, account.pw_name, account.pw_dir, hidden, files))
     return shared
 
@@ -303,14 +303,14 @@ def _files(plan: Mapping[str, Any], state: YardState) -> Iterable[Path]:
     yield from (spec.gguf for specs in held for spec in specs.values())
 
 
-def _machine(told: Mapping[str, Any]) -> str:
-    cpu, ram, gpus = told.get("cpu"), told.get("ram_bytes"), told.get("gpus")
+def _machine(environment: Mapping[str, Any]) -> str:
+    cpu, ram, gpus = environment.get("cpu"), environment.get("ram_bytes"), environment.get("gpus")
     names = ", ".join(str(gpu["name"]) for gpu in gpus or []) or ("no GPU" if gpus == [] else f"GPUs {NOT_RECORDED}")
     return f"{cpu or f'processor {NOT_RECORDED}'}, RAM {size(ram) if ram else NOT_RECORDED}, {names}"
 
 
 def _address(host: str, port: int) -> str:
-    """Where a program on the same host asks; an address in somebody's network is not told."""
+    """Where a program on the same host asks; an address in somebody's network stays private."""
     local = host in ("0.0.0.0", "localhost", "127.0.0.1", "::", "::1")
     return f"http://{'127.0.0.1' if local else 'YARD_HOST'}:{port}"
 
@@ -330,9 +330,9 @@ def _decisions(records: Records, runs: Sequence[Run]) -> tuple[DecisionFacts, ..
 
 
 def _model(
-    records: Records, runs: Sequence[Run], plan: Mapping[str, Any], told: Mapping[str, Any], state: YardState
+    records: Records, runs: Sequence[Run], plan: Mapping[str, Any], entry: Mapping[str, Any], state: YardState
 ) -> ModelFacts:
-    name, incumbent = str(told["id"]), str(plan["incumbent"]["engine"])
+    name, incumbent = str(entry["id"]), str(plan["incumbent"]["engine"])
     route, gone = state.models.get(name), state.retired.get(incumbent)
     canary = route.canary if route else None
     judged = [
@@ -344,8 +344,8 @@ def _model(
     back = [step.at for _, run in judged for step in records.steps(run.id, name) if step.step == "rollback"]
     return ModelFacts(
         id=name,
-        names=(name, *(told.get("aliases") or ())),
-        file=str(told["gguf"]),
+        names=(name, *(entry.get("aliases") or ())),
+        file=str(entry["gguf"]),
         digest=next((one.digest for one in seen if one.digest), NOT_MEASURED),
         before=_engine(spec) if spec else _measured(measured) if measured else None,
         now=_engine(route.specs[route.serving]) if route and route.serving in route.specs else None,

@@ -1,4 +1,4 @@
-"""What a report says about one model: plots, verdicts, behaviours, answers, risks, and what was not measured."""
+"""The part of a report about one model: plots, verdicts, behaviours, answers, risks, and what was not measured."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def _divergence_plot(model: ModelRecord) -> Html:
     ]
     if found:
         return plots.divergences(title, found, model.tie_gap)
-    said = f"No answer parts from the incumbent's within {comparison['positions']} compared positions."
-    return el("div", el("b", title), f": {said}", class_="absent")
+    summary = f"No answer parts from the incumbent's within {comparison['positions']} compared positions."
+    return el("div", el("b", title), f": {summary}", class_="absent")
 
 
 def _token_plot(model: ModelRecord) -> Html:
@@ -365,12 +365,12 @@ def _answers(model: ModelRecord) -> Html | None:
     broken = model.comparison["degenerate"]
     unlike = [pair for pair in pairs if _spoken(pair[0]) != _spoken(pair[1]) or pair[0]["id"] in broken["candidate"]]
     counts = ", ".join(f"{len(broken[arm])} degenerate by the {arm}" for arm in ARMS)
-    said = f"{len(unlike)} of {len(pairs)} answers differ or are degenerate; {counts}."
+    summary = f"{len(unlike)} of {len(pairs)} answers differ or are degenerate; {counts}."
     apart = {one["prompt"]: one for one in model.comparison["divergences"]}
     shown = [_answer_pair(a, b, apart.get(a["id"]), broken) for a, b in unlike[:MAX_ANSWERS]]
     left = len(unlike) - len(shown)
     more = el("p", f"{left} more are in the records.", class_="soft") if left else None
-    return joined(el("h3", "Answers that differ"), el("p", said), *shown, more)
+    return joined(el("h3", "Answers that differ"), el("p", summary), *shown, more)
 
 
 def _answer_pair(
@@ -411,7 +411,7 @@ def _answer(arm: str, answer: Mapping[str, Any]) -> Html:
 
 
 def _spoken(answer: Mapping[str, Any]) -> str:
-    """All that the engine said: error, reasoning, text and tool calls."""
+    """All that the engine summary: error, reasoning, text and tool calls."""
     calls = [json.dumps(call, ensure_ascii=False) for call in answer["tool_calls"]]
     error = [f"error: {answer['error']}"] if answer["error"] else []
     return "\n".join(part for part in (*error, answer.get("reasoning") or "", answer["text"], *calls) if part)

@@ -89,16 +89,16 @@ class Divergence:
 def strips(title: str, unit: str, samples: Mapping[str, Sequence[float]], names: Names) -> Html:
     """Every sample of both engines as a mark, with quartile box and median; logarithmic where medians differ much."""
     scale = _strip_scale([list(samples[arm]) for arm in ARMS])
-    rows, said = [], []
+    rows, summary = [], []
     for arm, y in zip(ARMS, (44.0, 96.0), strict=True):
         values = sorted(samples[arm])
         words = _strip_words(values, unit)
-        said.append(f"{arm} {names[arm]}: {words}")
+        summary.append(f"{arm} {names[arm]}: {words}")
         rows += [_text(8, y - 20, f"{arm}: {words}", class_=f"label {arm}"), *_strip(values, scale, y, arm)]
     words = f"{unit}, logarithmic axis" if scale.log else unit
     drawing = joined(_x_axis(scale, 122.0, words, top=30.0), *rows)
     read = "One mark per request of the blocks that count; the box holds the middle half, the thick bar is the median."
-    return _plot(title, "; ".join(said), drawing, 152, read)
+    return _plot(title, "; ".join(summary), drawing, 152, read)
 
 
 def ratios(title: str, rows: Sequence[RatioRow]) -> Html:
@@ -110,12 +110,12 @@ def ratios(title: str, rows: Sequence[RatioRow]) -> Html:
     drawn.append(_line(scale.at(1.0), top, scale.at(1.0), bottom, class_="equal"))
     for number, row in enumerate(rows):
         drawn += _ratio_row(row, scale, top + step * number)
-    said = "; ".join(f"{row.label} {row.verdict}: {_ratio_words(row)}" for row in rows)
+    summary = "; ".join(f"{row.label} {row.verdict}: {_ratio_words(row)}" for row in rows)
     read = (
         "Dots: blocks (hollow: discarded, not counted). Diamond and bar: mean and interval. A metric passes where the "
         "whole bar is left of the dashed limit, fails where it is right of it, and is undecided where it crosses."
     )
-    return _plot(title, said, joined(*drawn), bottom + 30, read)
+    return _plot(title, summary, joined(*drawn), bottom + 30, read)
 
 
 def memory_lines(title: str, series: Mapping[str, Series], names: Names) -> Html:
@@ -127,17 +127,17 @@ def memory_lines(title: str, series: Mapping[str, Series], names: Names) -> Html
     x = Scale(0.0, max(max(t for t, _ in points), 1.0))
     y = Scale(low, highest * 1.02 if highest > low else low + 1.0, 186.0, 52.0)
     drawn: list[Html] = [_time_axis(x, 186.0), *_memory_grid(y)]
-    said = []
+    summary = []
     for number, arm in enumerate(shown):
         words = _memory_words(series[arm])
-        said.append(f"{arm} {names[arm]}: {words}")
+        summary.append(f"{arm} {names[arm]}: {words}")
         drawn.append(_mark(arm, 14, 12.0 + 18 * number, 4))
         drawn.append(_text(24, 16.0 + 18 * number, f"{arm}: {words}", class_=f"label {arm}"))
         drawn += [el("path", d=_path(part, x, y), class_=f"curve {arm}") for part in shown[arm]]
     read = "Anonymous memory and swap of the engine's processes" + (
         "." if low == 0.0 else "; the axis does not start at 0."
     )
-    return _plot(title, "; ".join(said), joined(*drawn), 218, read)
+    return _plot(title, "; ".join(summary), joined(*drawn), 218, read)
 
 
 def divergences(title: str, found: Sequence[Divergence], tie_gap: float) -> Html:
@@ -153,9 +153,11 @@ def divergences(title: str, found: Sequence[Divergence], tie_gap: float) -> Html
     unexplained = sum(one.explained is False for one in found)
     unseen = sum(one.explained is None for one in found)
     differ = "1 answer parts" if len(found) == 1 else f"{len(found)} answers part"
-    said = f"{differ} from the incumbent's; {unexplained} unexplained (cross), {unseen} not visible (hollow)."
-    read = f"{said} Height: nats by which the incumbent prefers its own token to the candidate's; bar: to its second."
-    return _plot(title, said, joined(*drawn), 212, read)
+    summary = f"{differ} from the incumbent's; {unexplained} unexplained (cross), {unseen} not visible (hollow)."
+    read = (
+        f"{summary} Height: nats by which the incumbent prefers its own token to the candidate's; bar: to its second."
+    )
+    return _plot(title, summary, joined(*drawn), 212, read)
 
 
 def token_counts(title: str, pairs: Sequence[tuple[int, int]]) -> Html:
@@ -172,8 +174,8 @@ def token_counts(title: str, pairs: Sequence[tuple[int, int]]) -> Html:
     for ours, theirs in pairs:
         at = x.at(ours), y.at(theirs)
         drawn.append(_cross(*at, "candidate") if ours != theirs else _mark("neutral", *at, 3.4))
-    said = f"{len(pairs) - off} of {len(pairs)} prompts have equally many tokens; {off} differ (crosses)."
-    return _plot(title, said, joined(*drawn), 232, said)
+    summary = f"{len(pairs) - off} of {len(pairs)} prompts have equally many tokens; {off} differ (crosses)."
+    return _plot(title, summary, joined(*drawn), 232, summary)
 
 
 def thinned(series: Series, limit: int = MAX_POINTS) -> list[list[tuple[float, float]]]:
@@ -330,10 +332,10 @@ def _divergence(one: Divergence, x: Scale, y: Scale) -> list[Html]:
 # --- axes and marks --------------------------------------------------------------------------------------------------
 
 
-def _plot(title: str, said: str, drawing: Html, height: float, read: str) -> Html:
-    """A figure: `said` are its numbers in words, for those who do not see it, and `read` is how to read it."""
+def _plot(title: str, summary: str, drawing: Html, height: float, read: str) -> Html:
+    """A figure: `summary` are its numbers in words, for those who do not see it, and `read` is how to read it."""
     view = f"0 0 {WIDTH} {height:g}"
-    svg = el("svg", el("title", title), el("desc", said), drawing, viewBox=view, role="img", aria_label=title)
+    svg = el("svg", el("title", title), el("desc", summary), drawing, viewBox=view, role="img", aria_label=title)
     return el("figure", el("h4", title), svg, el("figcaption", read), class_="plot")
 
 

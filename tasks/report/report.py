@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that explains itself, plots first, made from the records alone.
 
 It needs no network and no script. Whatever comes from outside (prompts, answers, log lines, paths) is escaped where
-the page is put together, in `tasks.report.markup`; a figure that was not measured is said to be that, never drawn as 0.
+the page is put together, in `tasks.report.markup`; a figure that was not measured is marked so, never drawn as 0.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def _self_test(found: Mapping[str, Any] | None) -> list[Html]:
     )
     words = ", ".join(f"{name} {quantity(found.get(key), unit)}" for name, key, unit in wanted)
     passed = "passed" if found.get("passed") else "did not pass"
-    said = f"Against a server of known timing it {passed} ({found.get('why', '')}): {words}."
-    return [el("p", said), el("p", "A difference smaller than three times this error is not judged.", class_="soft")]
+    summary = f"Against the reference server of known timing it {passed} ({found.get('why', '')}): {words}."
+    return [el("p", summary), el("p", "A difference smaller than three times this error is not judged.", class_="soft")]
 
 
 def _blocks(model: ModelRecord) -> Html:

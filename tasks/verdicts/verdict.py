@@ -80,7 +80,7 @@ def at_least(check: str, value: float | None, *, limit: float, unit: str, why: s
 def not_measured(
     check: str, why: str, *, limit: float | None = None, unit: str = "", required: bool = True
 ) -> CheckResult:
-    """INCONCLUSIVE without a value: what was not measured is said, not guessed."""
+    """INCONCLUSIVE without a value: what was not measured is reported, not guessed."""
     return CheckResult(check=check, verdict=Verdict.INCONCLUSIVE, limit=limit, unit=unit, why=why, required=required)
 
 
@@ -95,6 +95,6 @@ def gate(results: Iterable[CheckResult]) -> Verdict:
 
 
 def reasons(results: Iterable[CheckResult]) -> list[CheckResult]:
-    """The required checks that keep the gate shut, worst first, in their order otherwise."""
-    shut = [result for result in results if result.required and result.verdict is not Verdict.PASS]
-    return sorted(shut, key=lambda result: -result.verdict.badness)
+    """The required checks that keep the gate closed, worst first, in their order otherwise."""
+    closed = [result for result in results if result.required and result.verdict is not Verdict.PASS]
+    return sorted(closed, key=lambda result: -result.verdict.badness)
