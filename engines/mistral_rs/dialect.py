@@ -383,13 +383,12 @@ def _whole_choice(choice: Any) -> Any:
         return {**choice, "logprobs": logprobs}
     message = {key: value for key, value in (choice.get("message") or {}).items() if value or key == "content"}
     if "tool_calls" in message:
-        message["tool_calls"] = [_without_index(call) for call in message["tool_calls"]]
+        message["tool_calls"] = [
+            {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
+            for call in message["tool_calls"]
+        ]
     changed = {key: value for key, value in choice.items() if key != "logprobs"} | {"message": message}
     return changed | ({"logprobs": logprobs} if logprobs else {})
-
-
-def _without_index(call: Any) -> Any:
-    return {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -86,18 +86,15 @@ class Lines:
                 else:
                     self.lost += 1
             except (OSError, ValueError, RecursionError, TypeError) as error:
-                self._failed(error)
+                self.lost += 1
+                if isinstance(error, OSError):
+                    self._silent_until = time.monotonic() + TRY_AGAIN_S
+                if not self._in_trouble:
+                    self._in_trouble = True
+                    self._problem(f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}")
             finally:
                 with self._lock:
                     self._queued -= size
-
-    def _failed(self, error: Exception) -> None:
-        self.lost += 1
-        if isinstance(error, OSError):
-            self._silent_until = time.monotonic() + TRY_AGAIN_S
-        if not self._in_trouble:
-            self._in_trouble = True
-            self._problem(f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}")
 
     def _write(self, data: bytes) -> None:
         # never through a link that somebody else laid
@@ -134,7 +131,6 @@ class Capture:
         return None if lines is None else {"path": str(lines.path), "written": lines.written, "lost": lines.lost}
 
     def close(self) -> None:
-        """Write what waits."""
         if self._lines is not None:
             self._lines.close()
 

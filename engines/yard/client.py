@@ -50,7 +50,6 @@ class YardClient:
         return True
 
     def status(self) -> dict[str, Any]:
-        """Everything it reports of itself."""
         return self._get("/status")
 
     def samples(self, model: str | None = None) -> list[dict[str, Any]]:
@@ -65,7 +64,7 @@ class YardClient:
         if needed > FIRST and self.status().get("orders", FIRST) < needed:
             raise SwitchyardError(too_old(name))
         fields["version"] = needed
-        with self._http() as http, self._reachable(), http.stream("POST", f"/{name}", json=fields) as answer:
+        with self._http() as http, http.stream("POST", f"/{name}", json=fields) as answer:
             if answer.status_code == httpx.codes.NOT_FOUND:
                 raise SwitchyardError(too_old(name))
             answer.raise_for_status()
@@ -79,28 +78,22 @@ class YardClient:
         raise SwitchyardError(f"the yard ended while it carried out `{name}`: see `switchyard status`")
 
     def _get(self, path: str, **query: str) -> dict[str, Any]:
-        with self._http() as http, self._reachable():
+        with self._http() as http:
             return dict(http.get(path, params=query, timeout=10).raise_for_status().json())
 
     @contextlib.contextmanager
     def _http(self) -> Iterator[httpx.Client]:
+        nobody = f"no yard runs here ({self._path}): start one with `switchyard serve`"
         if not self._path.parent.is_dir():
-            raise SwitchyardError(f"no yard runs here ({self._path}): start one with `switchyard serve`")
-        with (
-            short_name(self._path) as name,
-            # no TLS on a socket: loading certificates would cost 45 ms of CPU a request
-            httpx.Client(
-                transport=httpx.HTTPTransport(uds=name, verify=False), base_url="http://yard", timeout=None
-            ) as http,
-        ):
-            yield http
-
-    @contextlib.contextmanager
-    def _reachable(self) -> Iterator[None]:
+            raise SwitchyardError(nobody)
         try:
-            yield
+            with short_name(self._path) as name:
+                # no TLS on a socket: loading certificates would cost 45 ms of CPU a request
+                transport = httpx.HTTPTransport(uds=name, verify=False)
+                with httpx.Client(transport=transport, base_url="http://yard", timeout=None) as http:
+                    yield http
         except (httpx.ConnectError, FileNotFoundError) as error:
-            raise SwitchyardError(f"no yard runs here ({self._path}): start one with `switchyard serve`") from error
+            raise SwitchyardError(nobody) from error
         except httpx.HTTPError as error:
             raise SwitchyardError(f"the yard did not answer: {error or type(error).__name__}") from error
 
@@ -159,7 +152,6 @@ def _loading(client: YardClient, models: Sequence[str]) -> str | None:
 
 
 def _last_words(output: str) -> str:
-    """The line with which the yard gave up."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.partition("error:")[2].strip() for line in lines if line.startswith("error:")]
     return (errors or lines or ["the yard ended without a message"])[-1]

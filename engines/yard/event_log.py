@@ -37,11 +37,8 @@ class EventLog:
         level = logging.WARNING if kind == "incident" else logging.INFO
         self._log.log(level, "%s%s: %s", model, engine, what)
         with contextlib.suppress(OSError):
-            self._write(json.dumps(event, default=str))
-
-    def _write(self, line: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            size = file.tell()
-        if size > FILE_BYTES:
-            os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event, default=str) + "\n")
+                size = file.tell()
+            if size > FILE_BYTES:
+                os.replace(self._path, self._path.with_name(self._path.name + ".1"))

@@ -162,7 +162,9 @@ class MemoryBudget:
         try:
             await asyncio.gather(*(unit.idle() for unit in route.units.values()))
             units = [unit for unit in route.units.values() if unit.child is not None]
-            held, vram = sum(unit.stats.memory_bytes or 0 for unit in units), _vram(units)
+            held = sum(unit.stats.memory_bytes or 0 for unit in units)
+            known = [unit.stats.vram_bytes for unit in units if unit.stats.vram_bytes is not None]
+            vram = sum(known) if known else None
             before = await asyncio.to_thread(free_memory)
             route.unloaded = True
             for unit in route.units.values():
@@ -199,11 +201,6 @@ def needed_bytes(unit: Unit) -> tuple[int, int]:
 
 def _is_quiet(route: Route) -> bool:
     return not route.waiting and not any(unit.in_flight for unit in route.units.values())
-
-
-def _vram(units: list[Unit]) -> int | None:
-    known = [unit.stats.vram_bytes for unit in units if unit.stats.vram_bytes is not None]
-    return sum(known) if known else None
 
 
 async def memory_back(vram_held: int | None, before: FreeMemory, within_s: float) -> str:

@@ -64,7 +64,6 @@ class Metrics:
         return observe
 
     def served(self, model: str, sample: LiveSample, chunks: int) -> None:
-        """Count an answered request."""
         outcome = "error" if not sample.ok else "empty" if sample.empty else "ok"
         self._requests.labels(model, sample.engine, outcome).inc()
         self._chunks.labels(model, sample.engine).inc(chunks)

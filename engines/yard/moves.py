@@ -152,8 +152,7 @@ class Moves:
         if route is None:
             self._memory_budget.admit(self._yard.add(model))
             return f"{model.id} is new"
-        route.incumbent, route.candidate = model.incumbent, model.candidate
-        route.load, route.pin = model.load, model.pin
+        route.apply(model)
         changed = []
         for engine, spec in model.specs.items():
             known = engine in route.units and route.units[engine].spec == spec

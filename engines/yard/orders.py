@@ -31,8 +31,6 @@ class Order(_Fields):
 
 
 class RollbackOrder(Order):
-    """`form` is how the engines change places."""
-
     form: MoveForm = "auto"
 
 
@@ -43,40 +41,28 @@ class PromoteOrder(RollbackOrder):
 
 
 class CanaryOrder(Order):
-    """`weight` is the share of conversations that `to` answers."""
-
     to: str | None = None
     weight: float = 0
 
 
 class ShadowOrder(Order):
-    """`share` is that of the chat requests which are copied to `to`."""
-
     to: str | None = None
     share: float = 0
 
 
 class UseOrder(Order):
-    """`engine` is an engine, or `auto`."""
-
     engine: str
 
 
 class DrainOrder(Order):
-    """Hold new requests (`on`), or take them again."""
-
     on: bool = True
 
 
 class RestoreOrder(_Fields):
-    """An order about an engine, on all its routes."""
-
     engine: str
 
 
 class RetireOrder(RestoreOrder):
-    """`archive` is the folder with what the engine leaves behind."""
-
     who: str = ""
     why: str = ""
     archive: str = ""

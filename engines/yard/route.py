@@ -8,18 +8,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from engines.openai.call import Refusal
+from engines.yard.config import ModelConfig
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.unit import Unit
-from engines.yard.settings import Load
 from engines.yard.state import ModelState
-
-
-class Full(Exception):
-    """As many requests wait as may wait."""
-
-
-class Unservable(Exception):
-    """No engine can serve the model now or soon; the text has the reason."""
 
 
 @dataclass(eq=False)
@@ -41,25 +34,27 @@ class Route:
     waits here is lost with no engine, and nothing of ours queues inside one.
     """
 
-    def __init__(self, model_id: str, state: ModelState, units: dict[str, Unit], *, max_waiting: int) -> None:
-        self.model_id = model_id
+    def __init__(self, model: ModelConfig, state: ModelState, max_waiting: int) -> None:
+        self.model_id = model.id
         self.state = state
-        self.units = units
+        self.units: dict[str, Unit] = {}
         self.fallback: str | None = None
         self.unservable: str | None = None
         self.holding = False
         self.moving: str | None = None  # the move under way, in words
-        self.incumbent = self.candidate = state.serving
         self.max_waiting = max_waiting
-        self.load: Load = "start"
-        self.pin = False
+        self.apply(model)
         self.unloaded = False  # not in memory; the next request loads it
         self.used_at = time.monotonic()  # the last request
         self._waiting: deque[Waiting] = deque()
 
+    def apply(self, model: ModelConfig) -> None:
+        """Take over what the plan says of the model."""
+        self.incumbent, self.candidate = model.incumbent, model.candidate
+        self.load, self.pin = model.load, model.pin
+
     @property
     def waiting(self) -> int:
-        """Requests that wait for their turn."""
         return len(self._waiting)
 
     @property
@@ -79,16 +74,17 @@ class Route:
     def enter(self, conversation: str, prompt_tokens: int, *, light: bool = False) -> Waiting:
         """Queue a request; a light one needs an engine, but no slot.
 
-        Raises Full, or Unservable when nothing would ever serve it.
+        Raises Refusal 429 where too many wait, 503 when no engine can serve the model now or soon.
         """
         if self.unservable is not None:
-            raise Unservable(self.unservable)
+            raise _unservable(self.unservable)
         place = Waiting(conversation, prompt_tokens, light)
         self._waiting.append(place)
         self.hand_over()
         if not place.turn.done() and len(self._waiting) > self.max_waiting:
             self._waiting.remove(place)
-            raise Full(f"{self.max_waiting} requests wait for {self.model_id} already")
+            why = f"{self.max_waiting} requests wait for {self.model_id} already; try again later"
+            raise Refusal(429, why, kind="rate_limit_error", retry_after_s=5)
         return place
 
     def refuse_waiting(self, why: str) -> None:
@@ -96,7 +92,7 @@ class Route:
         while self._waiting:
             place = self._waiting.popleft()
             if not place.turn.done():
-                place.turn.set_exception(Unservable(why))
+                place.turn.set_exception(_unservable(why))
 
     def leave(self, place: Waiting) -> None:
         """Stop waiting; a turn it got meanwhile goes to the next request."""
@@ -118,6 +114,10 @@ class Route:
             if (unit.has_room or (place.light and unit.accepts)) and not place.turn.done():
                 self._waiting.remove(place)
                 place.turn.set_result((unit, unit.take(place.prompt_tokens)))
+
+
+def _unservable(why: str) -> Refusal:
+    return Refusal(503, why, code="model_unavailable", retry_after_s=30)
 
 
 def _share(conversation: str) -> float:

@@ -68,13 +68,13 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
     async def reload() -> str:
         return await moves.reload(await asyncio.to_thread(read_config))
 
-    async def reload_and_log() -> None:
-        try:
-            yard.log.info(await reload())
-        except SwitchyardError as error:
-            yard.log.warning("the new plan is refused, the old one stays: %s", error)
-
     def on_hangup() -> None:
+        async def reload_and_log() -> None:
+            try:
+                yard.log.info(await reload())
+            except SwitchyardError as error:
+                yard.log.warning("the new plan is refused, the old one stays: %s", error)
+
         task = asyncio.create_task(reload_and_log())
         reloads.add(task)
         task.add_done_callback(reloads.discard)

@@ -46,7 +46,6 @@ class RecordedAnswer:
         self._size = 0
 
     def add(self, piece: bytes) -> None:
-        """Keep one more piece."""
         self._size += len(piece)
         if self._size <= RECORDED_BYTES:
             self._pieces.append(piece)

@@ -29,7 +29,6 @@ def config_of(spec: LaunchSpec, port: int, restarts: int = 0) -> YardConfig:
 
 
 def main() -> None:
-    """Serve until stopped."""
     spec, port = LaunchSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
     restarts = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     logging.basicConfig(level=logging.INFO)

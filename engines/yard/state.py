@@ -102,7 +102,6 @@ class YardState(_Stored):
         return self.model_copy(update={"models": models, "retired": retired})
 
     def text(self) -> str:
-        """The JSON that is stored."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
 
     def with_model(self, model_id: str, route: ModelState) -> YardState:

@@ -144,9 +144,7 @@ class Yard:
 
     def add(self, model: ModelConfig) -> Route:
         """Add a model with its route and engines. One whose engine is not here is served by the other one."""
-        route = Route(model.id, self._route_state(model), {}, max_waiting=self.settings.max_waiting)
-        route.incumbent, route.candidate = model.incumbent, model.candidate
-        route.load, route.pin = model.load, model.pin
+        route = Route(model, self._route_state(model), self.settings.max_waiting)
         for engine, spec in {**route.state.specs, **model.specs}.items():
             if engine not in self.state.retired:
                 stored = engine not in model.specs

@@ -32,11 +32,9 @@ class EngineAnswer(Protocol):
 
     async def read(self) -> bytes:
         """All of it."""
-        ...
 
     def pieces(self) -> AsyncIterator[bytes]:
         """Each piece as the engine sent it."""
-        ...
 
 
 class EngineConnection:
@@ -108,15 +106,12 @@ class HttpConnection(EngineConnection):
 
 
 class HttpAnswer:
-    """An answer over HTTP."""
-
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         self.status = answer.status
         self.read = answer.read
         self._answer = answer
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Each chunk as it was sent."""
         async for chunk, _ in self._answer.content.iter_chunks():
             if chunk:
                 yield chunk

@@ -63,7 +63,6 @@ class LaunchSpec(BaseModel):
 
     @property
     def installation(self) -> Installation:
-        """The engine as it was found."""
         as_found = {one.name: getattr(self, one.name) for one in fields(Installation)}
         return Installation(**{**as_found, "flags": frozenset(self.flags)})
 

@@ -71,11 +71,9 @@ class Liveness:
         self._token_s = token_s if isinstance(token_s, float) else 0.0  # at most, when nothing else was to do
 
     def request_taken(self) -> None:
-        """A request goes to the engine."""
         self._cached, self._missed = True, 0
 
     def request_done(self, running: InFlight) -> None:
-        """A request has left the engine, answered or failed."""
         self._progressed = time.monotonic()
         if not self._in_flight:
             self._step_s = 0.0

@@ -52,7 +52,6 @@ class Silence:
         return still_s - max(self._waited_s, self._unseen_s)
 
     def excused(self) -> str:
-        """What was not counted, in words."""
         return f", {self._waited_s:.1f} s of waiting for a CPU not counted" if self._waited_s > STILL_S else ""
 
 

@@ -52,7 +52,6 @@ class EngineStats:
             self.held_bytes = max(self.held_bytes or 0, self.memory_bytes + (self.vram_bytes or 0))
 
     def forget_process(self) -> None:
-        """Its process has ended."""
         self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
         self.sampled_at, self._tokens_then = 0.0, self._tokens
 

@@ -47,9 +47,6 @@ class Control:
             stop()
             return "the yard stops; requests in flight are finished first"
 
-        async def reload_plan(_: Any, __: Say) -> str:
-            return await reload()
-
         self._carry_out: dict[str, Callable[[Any, Say], Awaitable[str]]] = {
             "promote": moves.promote,
             "rollback": moves.rollback,
@@ -62,11 +59,10 @@ class Control:
             "load": memory_budget.load,
             "unload": memory_budget.unload,
             "stop": stop_yard,
-            "reload": reload_plan,
+            "reload": lambda _, __: reload(),
         }
 
     def application(self) -> web.Application:
-        """Its routes."""
         app = web.Application()
         app.router.add_get("/status", self._get_status)
         app.router.add_get("/samples", self._get_samples)

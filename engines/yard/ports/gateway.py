@@ -32,7 +32,7 @@ from engines.yard.ports.page import page
 from engines.yard.ports.props import props
 from engines.yard.ports.status import Status
 from engines.yard.ports.unread import SOME_BYTES, Comments, StalledClients, Unread, address_of
-from engines.yard.route import Full, Route, Unservable, Waiting
+from engines.yard.route import Route, Waiting
 from engines.yard.shadow import RecordedAnswer, Shadow
 from engines.yard.yard import Yard
 
@@ -130,7 +130,9 @@ class Gateway:
         reply.recorded = self._shadow.recorder(route, call)
         try:
             for attempt in range(1, TRIES + 1):
-                unit, running = await self._turn(route, self._enter(route, call), reply, began)
+                conversation = call.conversation() if route.state.canary else ""
+                place = route.enter(conversation, call.prompt_tokens, light=call.path in LIGHT)
+                unit, running = await self._turn(route, place, reply, began)
                 try:
                     await self._exchange(route, unit, running, call, reply)
                 except Unanswered as gone:
@@ -153,15 +155,6 @@ class Gateway:
         finally:
             self._unread.forget(reply)
 
-    def _enter(self, route: Route, call: Call) -> Waiting:
-        try:
-            conversation = call.conversation() if route.state.canary else ""
-            return route.enter(conversation, call.prompt_tokens, light=call.path in LIGHT)
-        except Full as full:
-            raise Refusal(429, f"{full}; try again later", kind="rate_limit_error", retry_after_s=5) from None
-        except Unservable as why:
-            raise Refusal(503, str(why), code="model_unavailable", retry_after_s=30) from None
-
     async def _turn(self, route: Route, place: Waiting, reply: Reply, began: float) -> tuple[Unit, InFlight]:
         """The engine and the place on it; a stream that waits long is kept alive with comments."""
         try:
@@ -175,8 +168,6 @@ class Gateway:
                 if not place.turn.done():
                     await reply.keep_alive()
             return place.turn.result()
-        except Unservable as why:
-            raise Refusal(503, str(why), code="model_unavailable", retry_after_s=30) from None
         except BaseException:  # the client left, or waited too long: its turn goes to the next one
             route.leave(place)
             raise
@@ -367,7 +358,6 @@ class Reply:
             await self._write(b"\n\n")
 
     async def pass_on(self, chunk: bytes) -> None:
-        """Send a piece of the stream."""
         if not self.begun_with_content:
             self.begun_with_content = not self._comments.only(chunk)
         if self.recorded is not None:

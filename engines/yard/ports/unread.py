@@ -32,12 +32,10 @@ class Unread:
         self._all = 0
 
     def count(self, request: object, size: int) -> None:
-        """`request` has so many unread bytes now."""
         self._all += size - self._bytes.get(request, 0)
         self._bytes[request] = size
 
     def forget(self, request: object) -> None:
-        """It is over."""
         self._all -= self._bytes.pop(request, 0)
 
     @property
@@ -80,8 +78,6 @@ class Comments:
 
 
 class ClientConnection(Protocol):
-    """A client's connection, as the HTTP library has it."""
-
     transport: asyncio.Transport | None
 
 
@@ -118,7 +114,6 @@ class StalledClients:
 
 
 def address_of(transport: asyncio.Transport) -> str:
-    """The client's address."""
     return str((transport.get_extra_info("peername") or ("?",))[0])
 
 
