@@ -12,11 +12,12 @@ import contextlib
 import time
 
 from engines.errors import BadInput, EngineError, SwitchyardError
-from engines.fit import estimate
+from engines.fit import Fit, estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
 from engines.units import size
 from engines.yard.client import Say
+from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.unit import Unit
 from engines.yard.orders import Order
 from engines.yard.route import Route
@@ -185,18 +186,22 @@ class MemoryBudget:
         return sum(needed_bytes(unit)[1] for unit in units if unit.child is not None or unit.given_up is not None)
 
 
+def estimate_of(spec: LaunchSpec) -> Fit | None:
+    """Whether an engine fits into the memory that is free now; None where its file cannot be read. Blocks."""
+    try:
+        return estimate(read_header(spec.gguf), spec.settings, spec.engine, memory=free_memory())
+    except SwitchyardError:
+        return None
+
+
 def needed_bytes(unit: Unit) -> tuple[int, int]:
     """What an engine holds, at least and expected: as measured, else as estimated, else the size of its file."""
     if unit.stats.held_bytes is not None:
         return unit.stats.held_bytes, unit.stats.held_bytes
-    try:
-        fit = estimate(read_header(unit.spec.gguf), unit.spec.settings, unit.spec.engine, memory=free_memory())
-        if fit.needs:
-            return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
-    except SwitchyardError:
-        pass
-    size = unit.spec.gguf.stat().st_size
-    return size, size
+    if (fit := estimate_of(unit.spec)) is not None and fit.needs:
+        return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
+    n_bytes = unit.spec.gguf.stat().st_size
+    return n_bytes, n_bytes
 
 
 def _is_quiet(route: Route) -> bool:

@@ -15,14 +15,12 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 
 from engines.errors import BadInput, EngineError, SwitchyardError
-from engines.fit import estimate
-from engines.model.free_memory import FreeMemory, free_memory
-from engines.model.header import read_header
+from engines.model.free_memory import free_memory
 from engines.yard.client import Say
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.unit import Unit
-from engines.yard.memory_budget import MemoryBudget, memory_back
+from engines.yard.memory_budget import MemoryBudget, estimate_of, memory_back
 from engines.yard.orders import (
     CanaryOrder,
     DrainOrder,
@@ -361,21 +359,13 @@ class Moves:
 
 async def _fits(spec: LaunchSpec, beside: Unit) -> bool:
     """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
-    free, estimated = await asyncio.to_thread(_estimated, spec)
-    if estimated != "unknown":
-        return estimated == "fits"
-    return _holds(free.ram_bytes, beside.stats.memory_bytes) and (
-        beside.stats.vram_bytes is None or _holds(free.vram_bytes, beside.stats.vram_bytes)
+    fit = await asyncio.to_thread(estimate_of, spec)
+    if fit is not None and fit.verdict != "unknown":
+        return fit.verdict == "fits"
+    free, held = await asyncio.to_thread(free_memory), beside.stats
+    return _holds(free.ram_bytes, held.memory_bytes) and (
+        held.vram_bytes is None or _holds(free.vram_bytes, held.vram_bytes)
     )
-
-
-def _estimated(spec: LaunchSpec) -> tuple[FreeMemory, str]:
-    # files and NVML are read: too slow for the loop that streams pass through
-    free = free_memory()
-    try:
-        return free, estimate(read_header(spec.gguf), spec.settings, spec.engine, memory=free).verdict
-    except SwitchyardError:
-        return free, "unknown"
 
 
 def _holds(free: int | None, held: int | None) -> bool:
