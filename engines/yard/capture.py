@@ -114,7 +114,7 @@ class Lines:
             os.close(file)
 
 
-class Capture:
+class RequestCapture:
     """The chat requests that were answered, where the plan names a file for them."""
 
     def __init__(self, path: Path | None, limit_bytes: int, problem: Callable[[str], None] = lambda _: None) -> None:

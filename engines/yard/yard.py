@@ -29,7 +29,7 @@ from engines.process.process import end_orphans
 from engines.redaction import redacted_text
 from engines.registry import driver
 from engines.settings import Serve
-from engines.yard.capture import Capture
+from engines.yard.capture import RequestCapture
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.connection import EngineConnection, FrameConnection, HttpConnection
 from engines.yard.engine.in_flight import InFlight
@@ -64,7 +64,7 @@ class Yard:
         self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
         self.canary_verdicts: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
         self.look_at_canaries = asyncio.Event()
-        self.capture = Capture(None, 0)
+        self.capture = RequestCapture(None, 0)
         self.names: dict[str, str] = {}  # of models, aliases included, and the id of each
         self._driver: Callable[[str], Driver] = drivers.__getitem__ if drivers else driver
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
@@ -132,10 +132,10 @@ class Yard:
         await self.kept.close()
         await asyncio.to_thread(self.capture.close)
 
-    def _open_capture(self) -> Capture:
+    def _open_capture(self) -> RequestCapture:
         settings = self.settings
         path = None if settings.capture is None else self.folder / settings.capture
-        return Capture(path, settings.capture_mib * 2**20, self.note_problem)
+        return RequestCapture(path, settings.capture_mib * 2**20, self.note_problem)
 
     def note_problem(self, what: str) -> None:
         """Note an incident from a thread."""

@@ -124,7 +124,7 @@ class Gateway:
         path = request.path if request.path.startswith(("/v1/", "/tokenize", "/detokenize")) else f"/v1{request.path}"
         call = parse(path, await request.read())
         route = self._yard.route_for(call.model)
-        reply = Reply(request, call, self._unread)
+        reply = ClientReply(request, call, self._unread)
         self._shadow.make_way(route)
         self._memory_budget.wake(route)
         reply.recorded = self._shadow.recorder(route, call)
@@ -155,7 +155,7 @@ class Gateway:
         finally:
             self._unread.forget(reply)
 
-    async def _turn(self, route: Route, place: Waiting, reply: Reply, began: float) -> tuple[Unit, InFlight]:
+    async def _turn(self, route: Route, place: Waiting, reply: ClientReply, began: float) -> tuple[Unit, InFlight]:
         """The engine and the place on it; a stream that waits long is kept alive with comments."""
         try:
             while not place.turn.done():
@@ -172,7 +172,7 @@ class Gateway:
             route.leave(place)
             raise
 
-    async def _exchange(self, route: Route, unit: Unit, running: InFlight, call: Call, reply: Reply) -> None:
+    async def _exchange(self, route: Route, unit: Unit, running: InFlight, call: Call, reply: ClientReply) -> None:
         """Pass the request to the engine and its answer on, until the engine is done with it."""
         dialect, running.generates = unit.dialect(call), call.path in GENERATING
         try:
@@ -196,7 +196,7 @@ class Gateway:
             await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
 
     async def _stream(
-        self, route: Route, answer: EngineAnswer, running: InFlight, dialect: Dialect, reply: Reply
+        self, route: Route, answer: EngineAnswer, running: InFlight, dialect: Dialect, reply: ClientReply
     ) -> None:
         last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
         comments = Comments()
@@ -228,7 +228,7 @@ class Gateway:
         elif running.first is None and not running.failure:
             running.failure = "an answer without content"
 
-    async def _hold_back(self, route: Route, running: InFlight, reply: Reply) -> None:
+    async def _hold_back(self, route: Route, running: InFlight, reply: ClientReply) -> None:
         """Stop reading the engine until the client takes some; for `client_stall_s` at most while others wait."""
         began = time.monotonic()
         running.hold()
@@ -307,7 +307,7 @@ class Gateway:
         return web.FileResponse(path)
 
 
-class Reply:
+class ClientReply:
     """What goes back to the client: a whole answer, or a stream that may begin before an engine has it."""
 
     def __init__(self, request: web.Request, call: Call, unread: Unread) -> None:

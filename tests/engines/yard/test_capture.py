@@ -11,7 +11,7 @@ from waiting import until
 
 from engines.redaction import REDACTED
 from engines.redaction import redacted as redacted_in
-from engines.yard.capture import Capture, Lines, replayable
+from engines.yard.capture import Lines, RequestCapture, replayable
 from tasks.evidence.prompts import load_transcripts
 
 redacted = partial(redacted_in, strict=True)
@@ -93,7 +93,7 @@ def test_every_line_is_a_transcript(tmp_path):
             "stream": True,
         },
     ]
-    capture = Capture(tmp_path / "seen.jsonl", 2**20)
+    capture = RequestCapture(tmp_path / "seen.jsonl", 2**20)
     for body in bodies:
         capture.take("/v1/chat/completions", body, 100)
     capture.take("/v1/completions", {"prompt": "no chat"}, 100)
