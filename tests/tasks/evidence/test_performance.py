@@ -127,7 +127,7 @@ def test_a_block_on_a_busy_machine_is_void(tmp_path: Path) -> None:
     """With the share that others used; every share is over a limit below zero."""
     got = measured(tmp_path, foreign_cpu_limit=-1.0)
     if got["foreign_cpu"] == {"incumbent": None, "candidate": None}:
-        pytest.skip("this system does not tell how much CPU other programs use")
+        pytest.skip("this system does not report how much CPU other processes use")
     assert "of the CPU while the" in got["void"]
 
 
@@ -229,14 +229,14 @@ def test_too_few_blocks_decide_nothing() -> None:
     assert gate(judged(made_up(5, 1.0)).values()) is Verdict.INCONCLUSIVE
 
 
-def test_void_blocks_do_not_count() -> None:
+def test_discarded_blocks_do_not_count() -> None:
     """Five of eight are not enough for the look at six."""
     blocks = made_up(8, 1.0)
     for block in blocks[:3]:
-        block["void"] = "other programs used 40% of the CPU"
+        block["void"] = "other processes used 40% of the CPU"
     result = judged(blocks)["performance.ttft_p50_ratio"]
     assert result.verdict is Verdict.INCONCLUSIVE
-    assert "3 void" in result.why
+    assert "3 discarded" in result.why
 
 
 def test_no_block_is_inconclusive() -> None:

@@ -237,7 +237,7 @@ def test_without_ids_tokens_match_by_text_and_all_ends_are_one() -> None:
 
 
 def test_a_character_shown_whole_by_one_and_in_parts_by_the_other_is_no_divergence() -> None:
-    """llama.cpp joins the parts of a character into the entry of the last part; the walk goes on behind it."""
+    """llama.cpp joins the parts of a character into the entry of the last part; the walk continues behind it."""
     part, last = token("\ufffd", 0.8, 7365), token("\ufffd", 0.8, 247)
     joined = position(last, token("\ufffd", 0.1, 233), shown="そ")
     parts = [position(part, token("x", 0.1, 5)), position(last, token("\ufffd", 0.1, 233))]
