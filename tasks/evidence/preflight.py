@@ -12,7 +12,7 @@ from engines.errors import BadInput
 from engines.fit import Fit, estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
-from engines.model.loads import Loads, known_architectures
+from engines.model.loads import known_architectures
 from engines.model.memory import kv_bytes, kv_bytes_per_token, state_bytes_per_sequence, why_unsized
 from engines.registry import DRIVERS
 from engines.settings import Settings
@@ -84,23 +84,22 @@ def _report(
     return {
         "model": model,
         "architecture": header.architecture,
-        "engines": [_engine_report(engine, answers[engine], fits[engine]) for engine in engines],
+        "engines": [
+            {
+                "engine": engine,
+                "loads": answers[engine].answer,
+                "why": answers[engine].why,
+                "warnings": list(answers[engine].warnings),
+                "fit": fits[engine].as_dict(),
+            }
+            for engine in engines
+        ],
         "memory": _memory_report(header, settings, context),
         "side_by_side": _side_by_side(fits, free),
         "header": _header_report(header),
         "alternatives": alternatives(
             answers, incumbent=engines[0], fits=all(fit.verdict != "does not fit" for fit in fits.values())
         ),
-    }
-
-
-def _engine_report(engine: str, answer: Loads, fit: Fit) -> dict[str, Any]:
-    return {
-        "engine": engine,
-        "loads": answer.answer,
-        "why": answer.why,
-        "warnings": list(answer.warnings),
-        "fit": fit.as_dict(),
     }
 
 

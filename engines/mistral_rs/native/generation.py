@@ -13,7 +13,7 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 
 from engines.mistral_rs.native import requests, responses, stop_text
@@ -70,38 +70,22 @@ class Counters:
 
     def text(self, turns: Turns) -> str:
         """Prometheus' text format 0.0.4, under the names of mistral.rs's own server where it has one."""
-        lines = [
-            *family("mistralrs_sequences_running", "gauge", "Generations on the engine.", {"": turns.running}),
-            *family("mistralrs_sequences_waiting", "gauge", "Generations waiting for a turn.", {"": turns.waiting}),
-            *family(
-                "mistralrs_sequences_completed_total",
-                "counter",
-                "Generations ended, by reason.",
-                {f'{{reason="{reason}"}}': self.completed[reason] for reason in END_REASONS},
-            ),
-            *family(
-                "mistralrs_tokens_processed_total",
-                "counter",
-                "Prompt and completion tokens, counted as they are done; cached prompt tokens included.",
-                {"": self.tokens},
-            ),
-            *family(
-                "mistralrs_time_to_first_token_seconds",
-                "summary",
-                "From a generation's arrival, waiting included, to its first token.",
-                {"_sum": self.first_token_s, "_count": self.first_tokens},
-            ),
-        ]
+        ended = {f'{{reason="{reason}"}}': self.completed[reason] for reason in END_REASONS}
+        tokens_help = "Prompt and completion tokens, counted as they are done; cached prompt tokens included."
+        first_help = "From a generation's arrival, waiting included, to its first token."
+        first_token = {"_sum": self.first_token_s, "_count": self.first_tokens}
+        metrics: tuple[tuple[str, str, str, Mapping[str, float]], ...] = (
+            ("sequences_running", "gauge", "Generations on the engine.", {"": turns.running}),
+            ("sequences_waiting", "gauge", "Generations waiting for a turn.", {"": turns.waiting}),
+            ("sequences_completed_total", "counter", "Generations ended, by reason.", ended),
+            ("tokens_processed_total", "counter", tokens_help, {"": self.tokens}),
+            ("time_to_first_token_seconds", "summary", first_help, first_token),
+        )
+        lines = []
+        for name, kind, meaning, samples in metrics:
+            lines += [f"# HELP mistralrs_{name} {meaning}", f"# TYPE mistralrs_{name} {kind}"]
+            lines += [f"mistralrs_{name}{suffix} {value}" for suffix, value in samples.items()]
         return "\n".join(lines) + "\n"
-
-
-def family(name: str, kind: str, meaning: str, samples: dict[str, float]) -> list[str]:
-    """One metric in Prometheus' text format; *samples* by what follows the name."""
-    return [
-        f"# HELP {name} {meaning}",
-        f"# TYPE {name} {kind}",
-        *(f"{name}{suffix} {value}" for suffix, value in samples.items()),
-    ]
 
 
 async def count_tokens(pieces: Pieces, counters: Counters) -> Pieces:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from engines.mistral_rs.native.requests import Json
 
@@ -101,17 +102,18 @@ class Head:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def chunk_choice(index: int, delta: Json, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+def _choice(index: int, *, finish: str | None = None, logprobs: Json | None = None, **content: Any) -> Json:
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
 
-def text_choice(index: int, text: str, *, finish: str | None = None, logprobs: Json | None = None) -> Json:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+def text_choice(index: int, text: str) -> Json:
+    """One choice of a text completion's chunk."""
+    return _choice(index, text=text)
 
 
 def opening_choice(head: Head, index: int) -> Json | None:
     """The first chunk's choice: the role, once, with empty content. Text completions have none."""
-    return chunk_choice(index, {"role": "assistant", "content": ""}) if head.chat else None
+    return _choice(index, delta={"role": "assistant", "content": ""}) if head.chat else None
 
 
 def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json | None:
@@ -120,7 +122,7 @@ def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json 
         return None
     entries = list(piece.logprobs)
     if not head.chat:
-        return text_choice(index, piece.content, logprobs=legacy_logprobs(entries, offset) if entries else None)
+        return _choice(index, text=piece.content, logprobs=legacy_logprobs(entries, offset) if entries else None)
     delta: Json = {}
     if piece.reasoning:
         delta["reasoning_content"] = piece.reasoning
@@ -128,12 +130,12 @@ def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json 
         delta["content"] = piece.content
     if piece.tool_calls:
         delta["tool_calls"] = list(piece.tool_calls)
-    return chunk_choice(index, delta, logprobs={"content": entries} if entries else None)
+    return _choice(index, delta=delta, logprobs={"content": entries} if entries else None)
 
 
 def closing_choice(head: Head, index: int, finish: str) -> Json:
     """The choice with the finish reason and nothing else."""
-    return chunk_choice(index, {}, finish=finish) if head.chat else text_choice(index, "", finish=finish)
+    return _choice(index, finish=finish, delta={}) if head.chat else _choice(index, finish=finish, text="")
 
 
 def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") -> Json:
@@ -143,7 +145,7 @@ def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") ->
     finish = next((piece.finish for piece in reversed(pieces) if piece.finish), None)
     if not head.chat:
         logprobs = legacy_logprobs(entries, len(echo)) if entries else None
-        return text_choice(index, echo + content, finish=finish, logprobs=logprobs)
+        return _choice(index, text=echo + content, finish=finish, logprobs=logprobs)
     calls = [call for piece in pieces for call in piece.tool_calls]
     message: Json = {"role": "assistant", "content": None if calls and not content else content}
     reasoning = "".join(piece.reasoning for piece in pieces)
@@ -152,4 +154,4 @@ def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") ->
     if calls:
         message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
     logprobs = {"content": entries} if entries else None
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+    return _choice(index, message=message, finish=finish, logprobs=logprobs)
