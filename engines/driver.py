@@ -146,6 +146,11 @@ def _is_executable(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
 
 
+def flags_of(*pairs: tuple[str, object]) -> list[str]:
+    """`--flag value` of each pair whose value is not None."""
+    return [word for flag, value in pairs if value is not None for word in (flag, str(value))]
+
+
 def help_flags(text: str) -> frozenset[str]:
     """The long options that a `--help` text lists."""
     return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))

@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Form, Installation, Installer, executable, first_executable, help_flags, probe, scrubbed
+from engines.driver import (
+    Form,
+    Installation,
+    Installer,
+    executable,
+    first_executable,
+    flags_of,
+    help_flags,
+    probe,
+    scrubbed,
+)
 from engines.errors import EngineNotFound
 from engines.llama_cpp import memory, support
 from engines.openai.dialect import Dialect
@@ -66,7 +76,7 @@ class LlamaCpp:
         settings = serve.settings
         argv = [*installation.program, "-m", str(serve.gguf)]
         argv += ["--host", serve.host, "--port", str(serve.port), "--alias", serve.model_id]
-        for flag, value in (
+        argv += flags_of(
             ("--ctx-size", settings.context_tokens),
             ("--parallel", settings.parallel),
             ("--n-gpu-layers", settings.gpu_layers),
@@ -77,9 +87,7 @@ class LlamaCpp:
             ("--cache-ram", settings.host_cache_mib),
             ("--seed", settings.seed),
             ("--chat-template-file", settings.chat_template),
-        ):
-            if value is not None:
-                argv += [flag, str(value)]
+        )
         if settings.flash_attention is not None:
             # a bare --flash-attn is an error since August 2025
             argv += ["--flash-attn", "on" if settings.flash_attention else "off"]

@@ -17,6 +17,7 @@ from engines.driver import (
     Installer,
     executable,
     first_executable,
+    flags_of,
     help_flags,
     native_of,
     probe,
@@ -142,16 +143,14 @@ class MistralRsNative(MistralRs):
 def _hosted_argv(installation: Installation, serve: Serve) -> list[str]:
     settings = serve.settings
     argv = ["--gguf", str(serve.gguf), "--model-id", serve.model_id, "--host", serve.host, "--port", str(serve.port)]
-    for flag, value in (
+    argv += flags_of(
         ("--context", settings.context_tokens),
         ("--parallel", settings.parallel),
         ("--threads", settings.threads),
         ("--seed", settings.seed),
         ("--tokenizer-json", settings.tokenizer_json),
         ("--chat-template", settings.chat_template),
-    ):
-        if value is not None:
-            argv += [flag, str(value)]
+    )
     if settings.gpu_layers == 0:
         argv.append("--cpu")
     # the wheel never evicts: SmolLM2 135M grew by 11.3 MiB with every distinct prompt, at any setting above 0 (0.9.5)
@@ -173,12 +172,7 @@ def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
         argv += ["--pa-cache-type", "f8e4m3"]
     if settings.batch_tokens is not None and installation.knows("--max-num-batched-tokens"):
         argv += ["--max-num-batched-tokens", str(settings.batch_tokens)]
-    if settings.seed is not None:
-        argv += ["--seed", str(settings.seed)]
-    if settings.tokenizer_json is not None:
-        argv += ["-t", str(settings.tokenizer_json)]
-    if settings.chat_template is not None:
-        argv += ["-j", str(settings.chat_template)]
+    argv += flags_of(("--seed", settings.seed), ("-t", settings.tokenizer_json), ("-j", settings.chat_template))
     if installation.knows("--no-ui"):
         argv.append("--no-ui")  # on by default since 0.8.2
     return argv
