@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from engines.process.telemetry import PSS_EVERY_S, Sampler, Telemetry, interval
+from engines.process.telemetry import MemorySampler, Telemetry, interval, private_bytes, process_tree, shared_bytes
 
 REACH = 0.01
 SNAPSHOTS = 200
@@ -41,21 +41,20 @@ def cost_s(work: Callable[[], object], times: int) -> float:
 
 
 def watch(pid: int) -> None:
-    """Prints what one snapshot costs, with and without PSS, and what a running sampler costs."""
-    plain = Telemetry(pid, pss_every_s=1e9)
-    first = plain.snapshot()
-    per_snapshot = cost_s(plain.snapshot, SNAPSHOTS)
-    with_pss = cost_s(Telemetry(pid, pss_every_s=0).snapshot, SNAPSHOTS // 10)
-    share = per_snapshot + (with_pss - per_snapshot) / PSS_EVERY_S
-    memory = "memory not measured" if first["memory_bytes"] is None else f"{first['memory_bytes'] / 2**20:.0f} MiB"
-    print(f"watched: {first['processes']} processes, {first['threads']} threads, {memory} anonymous")
-    print(f"snapshot          {1e6 * per_snapshot:8.0f} us CPU (median of {SNAPSHOTS}, back to back)")
-    print(f"snapshot with PSS {1e6 * with_pss:8.0f} us CPU (once in {PSS_EVERY_S:g} s)")
+    """Prints what one CPU snapshot, one sample of memory and one of PSS cost, and what a running sampler costs."""
+    telemetry, tree = Telemetry(pid), process_tree(pid)
+    first, memory = telemetry.snapshot(), private_bytes(tree)
+    shown = "memory not measured" if memory is None else f"{memory / 2**20:.0f} MiB"
+    print(f"watched: {len(tree)} processes, {shown} anonymous")
+    sample_s = cost_s(lambda: private_bytes(process_tree(pid)), SNAPSHOTS)
+    print(f"CPU snapshot     {1e6 * cost_s(telemetry.snapshot, SNAPSHOTS):8.0f} us CPU (median of {SNAPSHOTS})")
+    print(f"sample of memory {1e6 * sample_s:8.0f} us CPU")
+    print(f"sample of PSS    {1e6 * cost_s(lambda: shared_bytes(tree), SNAPSHOTS // 10):8.0f} us CPU")
     sampled = sampled_share(pid, seconds=8)
-    for what, value in {"from single snapshots": share, "of a sampler running 8 s": sampled}.items():
+    for what, value in {"from single samples": sample_s, "of a sampler running 8 s": sampled}.items():
         mark = "reached    " if value < REACH else "not reached"
         print(f"{mark}  share of one core at 1 Hz, {what}: {100 * value:.3f} % (reach < {100 * REACH:g} %)")
-    machine = interval(first, plain.snapshot())
+    machine = interval(first, telemetry.snapshot())
     foreign = machine["foreign_cpu_fraction"]
     load = "not measured" if foreign is None else f"{100 * foreign:.0f} %"
     print(f"machine: {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.2f}, CPU taken by others: {load}")
@@ -63,7 +62,7 @@ def watch(pid: int) -> None:
 
 def sampled_share(pid: int, seconds: float) -> float:
     """CPU of this process, which does nothing but sample at 1 Hz, per second of wall time."""
-    with Sampler(pid, 1.0):
+    with MemorySampler(pid, 1.0):
         wall, cpu = time.monotonic(), time.process_time()
         time.sleep(seconds)
         return (time.process_time() - cpu) / (time.monotonic() - wall)

@@ -1,10 +1,10 @@
-"""Memory and CPU of an engine's process tree, of ours and of the machine, as plain dicts.
+"""Memory and CPU time of an engine's process tree, CPU time of ours and of the machine.
 
 A field that could not be read is None, never 0: a dead process, a kernel without PSI, or any system but Linux. CPU time
 is counted per process between snapshots, so that a child that ends takes nothing back.
 
-Memory of an engine is RssAnon + VmSwap (`memory_bytes`): what it would need again elsewhere, swapped out or not
-(ollama#18106: RSS looked clean while 9 GiB sat in swap). A memory-mapped model is not in it; PSS shows that.
+Memory of an engine is RssAnon + VmSwap (`private_bytes`): what it would need again elsewhere, swapped out or not
+(ollama#18106: RSS looked clean while 9 GiB sat in swap). A memory-mapped model is not in it; `shared_bytes` has it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-PSS_EVERY_S = 30.0  # smaps_rollup walks the page tables: milliseconds per GB mapped
-KEPT_SAMPLES = 3600
 
 _LINUX = sys.platform.startswith("linux")
 _PROC = Path("/proc")
@@ -32,46 +28,27 @@ Snapshot = dict[str, Any]
 
 
 class Telemetry:
-    """Reads one engine's process tree, our own, and the machine. Not for two threads at once."""
+    """CPU time of one engine's process tree, of our own, and of the machine. Not for two threads at once."""
 
-    def __init__(self, pid: int, *, pss_every_s: float = PSS_EVERY_S) -> None:
-        self.pid = pid
-        self._started = _start_ticks(pid)
+    def __init__(self, pid: int) -> None:
+        self._tree = ProcessTree(pid)
         self._cpu = _CpuLedger()
-        self._pss_every_ns = pss_every_s * 1e9
-        self._pss_due_ns = 0.0
 
     def snapshot(self) -> Snapshot:
         """All fields now. Times and `*_cpu_s` only mean something as differences: see `interval`.
 
-        `pss_bytes` is read every `pss_every_s` and None in between. `client_cpu_s` is this process alone;
-        `own_cpu_s` adds its children, without the engine's tree.
+        `client_cpu_s` is this process alone; `own_cpu_s` adds its children, without the engine's tree.
         """
-        engine = process_tree(self.pid) if self._alive() else []
+        engine = self._tree.pids()
         own = [pid for pid in process_tree(os.getpid()) if pid not in set(engine)]
         cpu_s = self._cpu.add(engine, own)
         return {
             "t_ns": time.monotonic_ns(),
-            "pid": self.pid,
-            "alive": bool(engine) if _LINUX else None,
             **_machine(),
             "engine_cpu_s": cpu_s["engine"] if engine else None,
             "own_cpu_s": cpu_s["own"] if _LINUX else None,
             "client_cpu_s": time.process_time(),
-            "memory_bytes": private_bytes(engine),
-            "pss_bytes": self._pss(engine),
         }
-
-    def _alive(self) -> bool:
-        # the kernel hands pids out again: the start time tells a successor from our process
-        return self._started is not None and _start_ticks(self.pid) == self._started
-
-    def _pss(self, engine: list[int]) -> int | None:
-        now = time.monotonic_ns()
-        if not engine or now < self._pss_due_ns:
-            return None
-        self._pss_due_ns = now + self._pss_every_ns
-        return _total(_kib(pid, "smaps_rollup", "Pss:") for pid in engine)
 
 
 def interval(before: Snapshot, after: Snapshot) -> dict[str, float | None]:
@@ -98,43 +75,28 @@ def interval(before: Snapshot, after: Snapshot) -> dict[str, float | None]:
     }
 
 
-def peak_memory(samples: Iterable[Snapshot]) -> int | None:
-    """The largest RssAnon + VmSwap of the tree among `samples`, in bytes; what lies between samples is not seen."""
-    return max((s["memory_bytes"] for s in samples if s["memory_bytes"] is not None), default=None)
-
-
-class Sampler:
-    """A thread that takes a snapshot every `every_s`: the last `keep` are in `samples`, each goes to `on_sample` too.
+class MemorySampler:
+    """A thread that reads the memory of a process tree every `every_s`, keeps the `peak` and hands on each sample.
 
     A context manager. An error of `on_sample` ends the sampling and is raised by `stop`.
     """
 
     def __init__(
-        self,
-        pid: int,
-        every_s: float = 1.0,
-        *,
-        keep: int = KEPT_SAMPLES,
-        on_sample: Callable[[Snapshot], None] | None = None,
-        pss_every_s: float = PSS_EVERY_S,
+        self, pid: int, every_s: float = 1.0, *, on_sample: Callable[[int | None], None] = lambda _: None
     ) -> None:
-        self._telemetry = Telemetry(pid, pss_every_s=pss_every_s)
+        self.peak: int | None = None  # bytes; what lies between samples is not seen
+        self._tree = ProcessTree(pid)
         self._every_s = every_s
         self._on_sample = on_sample
-        self._samples: deque[Snapshot] = deque(maxlen=keep)
         self._stopping = threading.Event()
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name=f"telemetry-{pid}", daemon=True)
-
-    @property
-    def samples(self) -> list[Snapshot]:
-        return list(self._samples)
+        self._thread = threading.Thread(target=self._run, name=f"memory of {pid}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends, after a last snapshot; safe to call twice."""
+        """Ends, after a last sample; safe to call twice."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -142,7 +104,7 @@ class Sampler:
         if error:
             raise error
 
-    def __enter__(self) -> Sampler:
+    def __enter__(self) -> MemorySampler:
         self.start()
         return self
 
@@ -162,13 +124,25 @@ class Sampler:
             self._error = problem
 
     def _take(self) -> None:
-        sample = self._telemetry.snapshot()
-        self._samples.append(sample)
-        if self._on_sample:
-            self._on_sample(sample)
+        memory = private_bytes(self._tree.pids())
+        if memory is not None:
+            self.peak = max(memory, self.peak or 0)
+        self._on_sample(memory)
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
+
+
+class ProcessTree:
+    """The tree under `pid`; empty once that process has ended, although the kernel hands its pid out again."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._started = _start_ticks(pid)
+
+    def pids(self) -> list[int]:
+        alive = self._started is not None and _start_ticks(self._pid) == self._started
+        return process_tree(self._pid) if alive else []
 
 
 def process_tree(pid: int) -> list[int]:
@@ -237,6 +211,11 @@ def _start_ticks(pid: int) -> int | None:
 def private_bytes(pids: Iterable[int]) -> int | None:
     """RssAnon + swap of these processes together; None where there is none to ask."""
     return _total(_kib(pid, "status", "RssAnon:", "VmSwap:") for pid in pids)
+
+
+def shared_bytes(pids: Iterable[int]) -> int | None:
+    """PSS of these processes together, mapped files included; walks the page tables: milliseconds per GB mapped."""
+    return _total(_kib(pid, "smaps_rollup", "Pss:") for pid in pids)
 
 
 def _kib(pid: int, file: str, *labels: str) -> int | None:

@@ -17,7 +17,7 @@ from engines.client.load import measure
 from engines.client.record import StreamRecord, reconcile
 from engines.errors import EngineError
 from engines.process.serving import Served
-from engines.process.telemetry import Sampler, Telemetry, interval, peak_memory
+from engines.process.telemetry import MemorySampler, Telemetry, interval, private_bytes, process_tree, shared_bytes
 from engines.settings import Endpoint
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.limits import Limits
@@ -183,23 +183,22 @@ def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload,
     extra = engine.driver.neutral_body()
     warm = _warm_up(served.endpoint, workload, extra, index)
     telemetry = Telemetry(served.process.pid)
-    with Sampler(served.process.pid, SAMPLE_EVERY_S) as sampler:
+    with MemorySampler(served.process.pid, SAMPLE_EVERY_S) as sampler:
         before = telemetry.snapshot()
         records = measure(served.endpoint, _bodies(workload, extra, index, "request"), keep_text=False)
         levels = [level for level in workload.concurrency if level > 1]
         rounds = {level: _throughput(served.endpoint, workload, extra, index, level) for level in levels}
         after = telemetry.snapshot()
-    resident = Telemetry(served.process.pid, pss_every_s=0).snapshot()["pss_bytes"]
-    peak = peak_memory(sampler.samples)
+    tree = process_tree(served.process.pid)
     arm: dict[str, Any] = {
         "load_s": served.load_s,
         "warmup_requests": warm,
         "records": [record.to_dict() for record in records],
         "reconciled": [finding for record in records for finding in reconcile(record)],
         "machine": interval(before, after),
-        "memory_peak_mib": [] if peak is None else [peak / 2**20],
-        "memory_steady_bytes": after["memory_bytes"],
-        "pss_bytes": resident,
+        "memory_peak_mib": [] if sampler.peak is None else [sampler.peak / 2**20],
+        "memory_steady_bytes": private_bytes(tree),
+        "pss_bytes": shared_bytes(tree),
         # a figure, not a gate: once is enough
         "prefix_cache": _prefix_cache(served.endpoint, workload, index) if index == 0 else None,
         "errors": [record.error_type for record in records if not record.ok],

@@ -14,7 +14,7 @@ from typing import Any
 from engines.errors import EngineError
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served
-from engines.process.telemetry import Sampler
+from engines.process.telemetry import MemorySampler
 from tasks.evidence.engine_under_test import EngineUnderTest, ends_within
 from tasks.evidence.soak.prompts import FALLBACK_CONTEXT, Agent
 from tasks.evidence.soak.segment import DYING_S, MEMORY_EVERY_S, STALL_S, ask, count_answer, count_turn, empty_segment
@@ -49,12 +49,12 @@ def soak(
     carried: list[dict[str, Any]] = []
     stop = stop or threading.Event()
 
-    def remember(sample: Mapping[str, Any]) -> None:
-        on_memory(time.time(), sample["memory_bytes"])
+    def remember(memory_bytes: int | None) -> None:
+        on_memory(time.time(), memory_bytes)
 
     while exposed_s < soak_s and restarts <= RESTARTS_ALLOWED and not stop.is_set():
         try:
-            with engine.up() as served, Sampler(served.process.pid, MEMORY_EVERY_S, on_sample=remember):
+            with engine.up() as served, MemorySampler(served.process.pid, MEMORY_EVERY_S, on_sample=remember):
                 while exposed_s < soak_s:
                     length_s = min(segment_s, soak_s - exposed_s)
                     segment = _segment(served, agent, length_s, exposed_s, carried, stop)

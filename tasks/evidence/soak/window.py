@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from engines.client.record import StreamRecord
 from engines.errors import BadInput, SwitchyardError
-from engines.process.telemetry import Sampler, private_bytes
+from engines.process.telemetry import MemorySampler, private_bytes
 from engines.settings import Endpoint
 from engines.yard.client import YardClient, public_address
 from tasks.evidence.soak.prompts import FALLBACK_CONTEXT, Agent
@@ -36,7 +36,6 @@ from tasks.evidence.soak.segment import (
 LOOK_EVERY_S = 1.0
 POLL_S = 0.1
 KEPT = 1000  # times of answers kept of a window: a fast engine must not fill the disk
-NO_PSS_S = 1e9  # it walks the page tables of the engine that serves the user
 FULL, WRONG_KEY = 429, (401, 403)
 BUSY_S = 1.0
 DEATHS = {"dead": "crash", "wedged": "hang", "failing": "hang"}
@@ -123,7 +122,7 @@ def measure_window(
     """
     window = _Window(place, look(place), before, offset_s)
     agent = Agent(seed)
-    with _MemorySampler(window.sight.yard_pid, on_memory) as memory:
+    with _YardMemory(window.sight.yard_pid, on_memory) as memory:
         while not window.ended and (left_s := length_s - window.elapsed_s) > 0:
             memory.follow(window.sight)
             kind, body, leave_after, pause_s = agent.next()
@@ -302,7 +301,7 @@ class _Process:
     bytes: list[int] = field(default_factory=list)
 
 
-class _MemorySampler:
+class _YardMemory:
     """Memory of whichever process serves, and of the yard itself, every second."""
 
     def __init__(self, yard_pid: int, on_memory: OnMemory) -> None:
@@ -311,9 +310,9 @@ class _MemorySampler:
         self._processes: list[_Process] = []
         self._yard: list[int] = []
         self._pid: int | None = None
-        self._sampler: Sampler | None = None
+        self._sampler: MemorySampler | None = None
 
-    def __enter__(self) -> _MemorySampler:
+    def __enter__(self) -> _YardMemory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -330,11 +329,8 @@ class _MemorySampler:
             now = time.time()
             process = _Process(f"{sight.pid}@{_created(sight.pid)}", now, now)
             self._processes.append(process)
-            self._sampler = Sampler(
-                sight.pid,
-                MEMORY_EVERY_S,
-                on_sample=lambda sample: self._take(process, sample["memory_bytes"]),
-                pss_every_s=NO_PSS_S,
+            self._sampler = MemorySampler(
+                sight.pid, MEMORY_EVERY_S, on_sample=lambda memory_bytes: self._take(process, memory_bytes)
             )
             self._sampler.start()
 
@@ -361,7 +357,7 @@ class _MemorySampler:
         if memory_bytes is not None:
             process.bytes.append(memory_bytes)
             process.ended = now
-        # a Sampler counts whole trees, and the engines are the yard's children
+        # the sampler counts whole trees, and the engines are the yard's children
         own = private_bytes([self._yard_pid])
         self._on_memory("yard_memory_bytes", now, own)
         if own is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from engines.process.telemetry import Sampler, Telemetry, interval, peak_memory, private_bytes, process_tree, vram_bytes
+from engines.process.telemetry import (
+    MemorySampler,
+    ProcessTree,
+    Telemetry,
+    interval,
+    private_bytes,
+    process_tree,
+    shared_bytes,
+    vram_bytes,
+)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -51,15 +59,14 @@ def say_go(process: subprocess.Popen[str]) -> None:
 def test_memory_is_summed_over_the_tree() -> None:
     """The parent's 32 MiB and its child are both seen."""
     with busy_tree() as process:
-        sample = Telemetry(process.pid).snapshot()
         tree = process_tree(process.pid)
-        alone = private_bytes([process.pid])
+        whole, alone, shared = private_bytes(tree), private_bytes([process.pid]), shared_bytes(tree)
     assert len(tree) == 2
+    assert whole is not None
     assert alone is not None
-    assert sample["memory_bytes"] > alone > 32 * MIB
-    assert sample["pss_bytes"] > 32 * MIB
-    assert sample["alive"] is True
-    json.dumps(sample)
+    assert shared is not None
+    assert whole > alone > 32 * MIB
+    assert shared > 32 * MIB
 
 
 def test_an_interval_gives_the_engines_cpu_to_the_engine() -> None:
@@ -86,14 +93,13 @@ def test_a_dead_process_leaves_none_not_zero() -> None:
         process.kill()
         process.wait()
         after = telemetry.snapshot()
-    assert after["alive"] is False
-    names = ("memory_bytes", "engine_cpu_s", "pss_bytes")
-    assert [after[name] for name in names] == [None] * len(names)
+    assert after["engine_cpu_s"] is None
     assert after["cpu_total_s"] is not None
     found = interval(before, after)
     assert found["engine_cpu_s"] is None
     assert found["foreign_cpu_fraction"] is None
     assert private_bytes([process.pid]) is None
+    assert shared_bytes([process.pid]) is None
     assert process_tree(process.pid) == []
 
 
@@ -160,24 +166,21 @@ def test_without_nvml_the_gpu_is_not_measured() -> None:
     assert vram_bytes([os.getpid()]) is None
 
 
-def test_a_sampler_keeps_the_last_and_reports_each() -> None:
-    """Bounded in memory, whole in the callback, over the death of the process."""
-    told: list[dict[str, Any]] = []
+def test_a_sampler_keeps_the_peak_and_reports_each() -> None:
+    """The largest sample stays, over the death of the process; after that a sample is None."""
+    seen: list[int | None] = []
     seen_dead = threading.Event()
 
-    def keep(sample: dict[str, Any]) -> None:
-        told.append(sample)
-        if sample["alive"] is False:
+    def keep(memory: int | None) -> None:
+        seen.append(memory)
+        if memory is None:
             seen_dead.set()
 
-    with busy_tree() as process, Sampler(process.pid, 0.01, keep=3, on_sample=keep) as sampler:
+    with busy_tree() as process, MemorySampler(process.pid, 0.01, on_sample=keep) as sampler:
         process.kill()
         assert seen_dead.wait(10)
-    assert len(sampler.samples) <= 3
-    assert sampler.samples == told[-len(sampler.samples) :]
-    assert told[-1]["alive"] is False
-    peak = peak_memory(told)
-    assert peak is None or peak > 0
+    assert seen[-1] is None
+    assert sampler.peak == max((memory for memory in seen if memory is not None), default=None)
     sampler.stop()  # twice is fine
 
 
@@ -185,20 +188,20 @@ def test_an_error_while_storing_comes_out_at_the_end() -> None:
     """A callback that fails is not lost in its thread."""
     failed = threading.Event()
 
-    def broken(_: dict[str, Any]) -> None:
+    def broken(_: int | None) -> None:
         failed.set()
         raise RuntimeError("disk full")
 
-    def watch(on_sample: Callable[[dict[str, Any]], None]) -> None:
-        with Sampler(os.getpid(), 0.01, on_sample=on_sample):
+    def watch(on_sample: Callable[[int | None], None]) -> None:
+        with MemorySampler(os.getpid(), 0.01, on_sample=on_sample):
             assert failed.wait(10)
 
     with pytest.raises(RuntimeError, match="disk full"):
         watch(broken)
 
 
-def test_a_pid_that_never_was_is_not_alive() -> None:
+def test_a_pid_that_never_was_has_no_tree() -> None:
     """A process that ended before we looked raises nothing."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    assert Telemetry(process.pid).snapshot()["alive"] is False
+    assert ProcessTree(process.pid).pids() == []
