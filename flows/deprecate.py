@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +44,26 @@ Say = Callable[[str], None]
 Do = Callable[[str, Callable[[], None]], None]
 
 
+@dataclass
 class Deprecation:
     """Phase 4 of one plan. `who` and `reason` approve it; `at_once` waives the rollback window."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        folder: Path,
-        records: Records,
-        *,
-        who: str = "",
-        reason: str = "",
-        at_once: bool = False,
-        uninstall: bool = False,
-        say: Say = lambda _: None,
-        do: Do = lambda _, work: work(),
-    ) -> None:
-        if at_once and not (who.strip() and reason.strip()):
+    plan: Plan
+    home: Path
+    records: Records
+    who: str = ""
+    reason: str = ""
+    at_once: bool = False
+    uninstall: bool = False
+    say: Say = lambda _: None
+    do: Do = lambda _, work: work()
+
+    def __post_init__(self) -> None:
+        self.who, self.reason = self.who.strip(), self.reason.strip()
+        if self.at_once and not (self.who and self.reason):
             raise BadInput("not to wait is a decision: add --who and --reason")
-        self.plan, self.home, self.records = plan, folder, records
-        self.engine = plan.incumbent.engine
-        self.who, self.reason, self.at_once, self.uninstall = who.strip(), reason.strip(), at_once, uninstall
-        self.say, self.do = say, do
-        self.client, self._file = YardClient(folder), StateFile(folder / "yard")
+        self.engine = self.plan.incumbent.engine
+        self.client, self._file = YardClient(self.home), StateFile(self.home / "yard")
         self._results: list[CheckResult] = []
 
     def run(self) -> dict[str, Any]:

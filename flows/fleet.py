@@ -290,18 +290,12 @@ class HostRuns:
 
 
 def roll_out(
-    orders: Rollout,
-    hosts: Hosts,
-    records: Records,
-    *,
-    say: Say = lambda _: None,
-    poll_s: float = POLL_S,
-    flow_run_id: str | None = None,
+    orders: Rollout, hosts: Hosts, records: Records, *, say: Say = lambda _: None, poll_s: float = POLL_S
 ) -> dict[str, Any]:
     """Wave after wave until a gate stays shut: the result as plain JSON. Raises BadInput for an unknown host."""
     _require(hosts, orders.hosts)
     name, asked = f"fleet {Path(orders.plan).stem}".rstrip(), orders.model_dump(mode="json")
-    with _opened(records, KIND, asked, name, flow_run_id, say) as run:
+    with _opened(records, KIND, asked, name, say) as run:
         run.put_decision("-", KIND, who=orders.who, why=orders.reason)
         runs = HostRuns(run, hosts, say, poll_s)
         shut = _waves(orders, runs)
@@ -311,27 +305,20 @@ def roll_out(
 
 
 def roll_back_hosts(
-    names: Sequence[str],
-    hosts: Hosts,
-    records: Records,
-    *,
-    who: str,
-    reason: str,
-    say: Say = lambda _: None,
-    poll_s: float = POLL_S,
-    flow_run_id: str | None = None,
+    orders: Rollout, hosts: Hosts, records: Records, *, say: Say = lambda _: None, poll_s: float = POLL_S
 ) -> dict[str, Any]:
-    """These hosts back, all at once: the result as plain JSON. Raises BadInput for an unknown host."""
+    """The hosts of `orders` back, all at once: the result as plain JSON. Raises BadInput for an unknown host."""
+    names, who, reason = orders.hosts, orders.who, orders.reason
     _require(hosts, names)
     asked = {"hosts": list(names), "who": who, "reason": reason}
-    with _opened(records, UNDO, asked, "fleet", flow_run_id, say) as run:
+    with _opened(records, UNDO, asked, "fleet", say) as run:
         runs = HostRuns(run, hosts, say, poll_s)
         runs.roll_back(names, who, reason, wave=1)
         return _concluded(run, [runs.row(host) for host in names], Verdict.PASS, "rolled back", "")
 
 
 def _opened(
-    records: Records, kind: str, asked: Mapping[str, Any], name: str, flow_run_id: str | None, say: Say
+    records: Records, kind: str, asked: Mapping[str, Any], name: str, say: Say
 ) -> contextlib.AbstractContextManager[RunJournal]:
     """The run of these orders, new or unfinished; what a broken-off one started on the hosts is waited for."""
     return journal(
@@ -341,7 +328,7 @@ def _opened(
         name=name,
         unfinished=records.unfinished(asked, kind=kind),
         environment=machine_environment,
-        flow_run_id=flow_run_id,
+        flow_run_id=flow_run.id,
         say=say,
     )
 
@@ -433,8 +420,8 @@ def fleet(
     how = {"waves": waves, "accept_stays": accept_stays, "rollback_wave": rollback_wave}
     orders = _orders(hosts=hosts, plan=plan, who=who, reason=reason, without_canary=without_canary, **how)
     with open_records() as records, get_client(sync_client=True) as client:
-        workers = Hosts(client, pick_up_s=pick_up_minutes * 60)
-        outcome = roll_out(orders, workers, records, say=progress.get().say, flow_run_id=flow_run.id)
+        where = Hosts(client, pick_up_s=pick_up_minutes * 60)
+        outcome = roll_out(orders, where, records, say=progress.get().say)
     publish(outcome)
     return concluded(outcome)
 
@@ -456,15 +443,8 @@ def rollback_fleet(
     """
     with open_records() as records, get_client(sync_client=True) as client:
         orders = _orders(hosts=hosts or last_wave(records), who=who, reason=reason)
-        outcome = roll_back_hosts(
-            orders.hosts,
-            Hosts(client, pick_up_s=pick_up_minutes * 60),
-            records,
-            who=orders.who,
-            reason=orders.reason,
-            say=progress.get().say,
-            flow_run_id=flow_run.id,
-        )
+        where = Hosts(client, pick_up_s=pick_up_minutes * 60)
+        outcome = roll_back_hosts(orders, where, records, say=progress.get().say)
     publish(outcome)
     return concluded(outcome)
 

@@ -87,7 +87,6 @@ def migrated(plan: Plan, path: Path, orders: Orders) -> Json:
             orders=orders,
             ask=in_prefect if deployment.id and asks.get() is nobody else asks.get(),
             say=progress.get().say,
-            flow_run_id=flow_run.id,
         )
     publish(outcome)
     return outcome
@@ -103,7 +102,6 @@ def migrate_all(
     ask: Asks = nobody,
     phases: Phases = REAL,
     say: Say = lambda _: None,
-    flow_run_id: str | None = None,
 ) -> Json:
     """All four phases: the result as plain JSON. Whatever is raised, the yard keeps serving.
 
@@ -120,7 +118,7 @@ def migrate_all(
             asked,
             unfinished=records.unfinished(asked, kind=KIND),
             environment=machine_environment,
-            flow_run_id=flow_run_id,
+            flow_run_id=flow_run.id,
             say=say,
             # Prefect suspends the run for an answer by an exception
             interrupted_by=lambda error: "waits for an answer" if isinstance(error, Pause) else type(error).__name__,

@@ -237,8 +237,17 @@ class SoakRun:
         self._report(run.id, target, name, detail)
 
     def _report(self, run_id: str, target: Target, name: str, detail: Mapping[str, Any]) -> None:
-        if self.in_flow:
-            emit_breach(run_id, target.model_id, target.engine, name, str(detail["why"]))
+        if self.in_flow:  # an automation may answer it with a rollback
+            emit_event(
+                EVENT,
+                resource={
+                    "prefect.resource.id": f"switchyard.model.{target.model_id}",
+                    "prefect.resource.name": target.model_id,
+                    "switchyard.host": host(),  # another host's model of the same name is another model
+                },
+                payload={"model": target.model_id, "engine": target.engine, "run_id": run_id, "why": detail["why"]},
+                id=uuid.uuid5(EVENT_IDS, f"{run_id} {target.model_id} {name}"),  # one, however often it is sent
+            )
         self.records.put_step(run_id, target.model_id, name, "done", {**detail, "told": self.in_flow})
 
     def _report_late(self, found: Sequence[Target]) -> None:
@@ -367,20 +376,6 @@ def _identity(row: Evidence) -> tuple[str, str]:
 
 
 # --- Prefect
-
-
-def emit_breach(run_id: str, model_id: str, engine: str, step: str, why: str) -> None:
-    """The event that an automation may answer with a rollback; a breach has one id, however often it is sent."""
-    emit_event(
-        EVENT,
-        resource={
-            "prefect.resource.id": f"switchyard.model.{model_id}",
-            "prefect.resource.name": model_id,
-            "switchyard.host": host(),  # another host's model of the same name is another model
-        },
-        payload={"model": model_id, "engine": engine, "run_id": run_id, "why": why},
-        id=uuid.uuid5(EVENT_IDS, f"{run_id} {model_id} {step}"),
-    )
 
 
 def publish(outcome: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from tasks.evidence.unmeasured import KIND, broken, can_be_retried, ends_the_run
 from tasks.records.store import Records
 
 Side = Arm | Literal["both"]
+Engines = Sequence[EngineUnderTest]
 ARMS: tuple[Arm, Arm] = ("incumbent", "candidate")
 BOTH: Literal["both"] = "both"
 SELF_TEST_ITL_MS = 10.0
@@ -87,7 +88,7 @@ class Trial:
         """The content digest of the model file."""
         return model_digest(self.model.gguf)
 
-    def environment(self, engines: Sequence[EngineUnderTest]) -> dict[str, Any]:
+    def environment(self, engines: Engines) -> dict[str, Any]:
         """What a piece of evidence was measured under: stored with it."""
         return {
             "model_digest": self.digest,
@@ -96,22 +97,12 @@ class Trial:
             "engines": [engine.environment() for engine in engines],
         }
 
-    def gather(
-        self,
-        arm: Side,
-        kind: str,
-        measure: Callable[[], Any],
-        *,
-        key: str = "",
-        engines: Sequence[EngineUnderTest] = (),
-    ) -> None:
+    def gather(self, arm: Side, kind: str, measure: Callable[[], Any], *, key: str = "", engines: Engines = ()) -> None:
         """Store what `measure` returns, unless the records have it; `engines` default to those of `arm`."""
         if not self.records.has_evidence(self.run_id, self.model.id, arm, kind, key=key):
             self.put(arm, kind, measure(), key=key, engines=engines)
 
-    def put(
-        self, arm: Side, kind: str, payload: Any, *, key: str = "", engines: Sequence[EngineUnderTest] = ()
-    ) -> None:
+    def put(self, arm: Side, kind: str, payload: Any, *, key: str = "", engines: Engines = ()) -> None:
         """Store one piece of evidence with its environment."""
         environment = self.environment(engines or self._of(arm))
         self.records.put_evidence(self.run_id, self.model.id, arm, kind, payload, key=key, environment=environment)

@@ -242,7 +242,8 @@ def test_the_last_wave_can_be_taken_back(records: Records) -> None:
     assert last_wave(records) == ["b", "c"]
     for _ in range(2):
         hosts.started = []
-        back = roll_back_hosts(last_wave(records), hosts, records, who="Ada", reason="Monday", poll_s=0)
+        again = orders(hosts=last_wave(records), reason="Monday")
+        back = roll_back_hosts(again, hosts, records, poll_s=0)
         assert hosts.started == ["rollback b", "rollback c"]
         assert (back["verdict"], back["why"]) == ("PASS", "2 of 2 hosts rolled back")
         hosts._keys.clear()

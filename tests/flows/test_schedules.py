@@ -79,7 +79,7 @@ def test_it_is_skipped_where_its_engines_do_not_fit_beside_what_serves(tmp_path)
         assert answer.status_code == 200, answer.text
         state = up.ended(up.begin("evaluate"))
         assert state["type"] == "CANCELLED", state
-        assert "GiB is missing" in state["message"]
+        assert "TiB is missing" in state["message"]
         assert state["message"].startswith("skipped: m on ")
         assert "\n" not in state["message"]
         assert up.evaluations() == []
