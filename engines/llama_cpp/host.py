@@ -98,7 +98,7 @@ def settings_of(arguments: argparse.Namespace, key: str | None) -> dict[str, Any
 
 
 def parameters(arguments: argparse.Namespace, key: str | None) -> Any:
-    import xllamacpp
+    import xllamacpp  # optional, and `--help` does without
 
     params = xllamacpp.CommonParams()
     for name, value in settings_of(arguments, key).items():
@@ -133,7 +133,7 @@ def serve(arguments: argparse.Namespace, key: str | None) -> int:
     if not arguments.model.is_file():
         log(f"error: cannot load {arguments.model}: no such file")
         return 1
-    import xllamacpp
+    import xllamacpp  # optional, and `--help` does without
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # loading does not return to Python: let the kernel end it

@@ -114,9 +114,6 @@ def read_header(path: Path | str) -> Header:
     return _interpret(first, shards)
 
 
-# --- split sets ----------------------------------------------------------------------------------------------------
-
-
 def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
     """The paths of shards 2..n; empty for a file that stands alone."""
     count = meta.get("split.count", 1)
@@ -139,9 +136,6 @@ def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BadInput(f"{first}: the shard {missing[0]}{more} is missing beside it; fetch the whole set")
     return others
-
-
-# --- meaning -------------------------------------------------------------------------------------------------------
 
 
 class _Meta:
@@ -293,8 +287,6 @@ def _vocab_size(meta: _Meta, tensors: tuple[Tensor, ...]) -> int | None:
     embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
     return meta.whole("vocab_size") or (embedding.shape[1] if embedding and len(embedding.shape) > 1 else None)
 
-
-# --- chat template -------------------------------------------------------------------------------------------------
 
 _OPENING = re.compile(r"\{[{%#]")
 _CLOSING = MappingProxyType({"{": "}}", "%": "%}", "#": "#}"})

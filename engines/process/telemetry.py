@@ -130,9 +130,6 @@ class MemorySampler:
         self._on_sample(memory)
 
 
-# --- processes ----------------------------------------------------------------------------------------------------
-
-
 class ProcessTree:
     """The tree under `pid`; empty once that process has ended, although the kernel hands its pid out again."""
 
@@ -226,9 +223,6 @@ def _kib(pid: int, file: str, *labels: str) -> int | None:
     return sum(found) * 1024 if len(found) == len(labels) else None
 
 
-# --- machine ------------------------------------------------------------------------------------------------------
-
-
 def _machine() -> dict[str, float | None]:
     found: dict[str, float | None] = dict.fromkeys(("cpu_total_s", "cpu_busy_s", "cpu_steal_s", "psi_cpu_some_us"))
     with contextlib.suppress(OSError):
@@ -238,9 +232,6 @@ def _machine() -> dict[str, float | None]:
     with contextlib.suppress(OSError):  # a kernel without PSI
         found["psi_cpu_some_us"] = int(_read("/proc/pressure/cpu").split("\n", 1)[0].rpartition("total=")[2])
     return found
-
-
-# --- GPU ----------------------------------------------------------------------------------------------------------
 
 
 def vram_bytes(pids: Iterable[int]) -> int | None:
@@ -270,9 +261,6 @@ def _used_on(nvml: Any, handle: Any, pids: set[int]) -> int | None:
                 if process.pid in pids and process.usedGpuMemory is not None:
                     used[process.pid] = max(used.get(process.pid, 0), process.usedGpuMemory)
     return sum(used.values()) if used else None
-
-
-# --- small things -------------------------------------------------------------------------------------------------
 
 
 def _read(path: str | Path) -> str:

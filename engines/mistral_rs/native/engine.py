@@ -201,8 +201,6 @@ class Native:
         identifier = new_id("chatcmpl-" if chat else "cmpl-")
         return responses.Head(id=identifier, created=int(time.time()), model=self.model_id, chat=chat)
 
-    # --- what it answers
-
     async def _chat(self, body: Json) -> EngineResponse:
         call, prompt = self._rendered(body)
         tools = () if call.forced_tools else tuple(json.dumps({"type": "function", **tool}) for tool in call.tools)

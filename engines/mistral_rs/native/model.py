@@ -79,7 +79,7 @@ class LoadedModel:
         self.context = min(limits) if limits else 0
 
     def _load(self, arguments: argparse.Namespace) -> Any:
-        from mistralrs import Runner, Which
+        from mistralrs import Runner, Which  # reads the environment at import
 
         extra: Json = {}
         if arguments.prefix_cache is not None:
@@ -129,7 +129,7 @@ class LoadedModel:
 
     def open(self, job: Job, max_tokens: int) -> Any:
         """The wheel's iterator over chunks; dropping it frees the engine."""
-        import mistralrs
+        import mistralrs  # as above
 
         sampling, grammar = job.sampling, job.sampling.grammar
         text = None if grammar is None else grammar.text

@@ -60,9 +60,6 @@ def context_exceeded(prompt_tokens: int, context: int) -> ApiError:
     )
 
 
-# --- requests -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Grammar:
     """What a generated text must obey: its *kind* is one of GRAMMARS, and *param* is the parameter that asks for it."""
@@ -409,9 +406,3 @@ def parse_completion(body: Json) -> CompletionCall:
         stream=stream,
         include_usage=_include_usage(body, stream),
     )
-
-
-# --- pieces of a generation -----------------------------------------------------------------------------------------
-
-
-# --- responses ------------------------------------------------------------------------------------------------------
