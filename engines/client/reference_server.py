@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 
@@ -61,14 +62,18 @@ class _Connection(asyncio.Protocol):
         if request.get("stream"):
             self._start()
         else:
-            self._answer(_completion(self._tokens))
+            message = {"role": "assistant", "content": f"{time.monotonic_ns():0{STAMP_DIGITS}d}"}
+            choice = {"index": 0, "message": message, "finish_reason": "length"}
+            self._answer({**_COMMON, "object": "chat.completion", "choices": [choice], "usage": _usage(self._tokens)})
 
-    def _answer(self, fields: dict[str, object]) -> None:
-        self._transport.write(_whole("200 OK", fields))
+    def _answer(self, fields: dict[str, object], status: str = "200 OK") -> None:
+        body = json.dumps(fields).encode()
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._transport.write(head.encode() + body)
 
     def _refuse(self, status: int, message: str) -> None:
-        error: dict[str, object] = {"code": status, "message": message, "type": "invalid_request_error"}
-        self._transport.write(_whole(f"{status} Refused", {"error": error}, "Connection: close\r\n"))
+        error = {"code": status, "message": message, "type": "invalid_request_error"}
+        self._answer({"error": error}, f"{status} Refused")
         self._transport.close()
 
     def _start(self) -> None:
@@ -104,27 +109,12 @@ class _Connection(asyncio.Protocol):
 
 
 def _content_length(head: bytes) -> int:
-    for line in head.split(b"\r\n"):
-        name, _, value = line.partition(b":")
-        if name.lower() == b"content-length":
-            return int(value)
-    return 0
+    found = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+    return int(found[1]) if found else 0
 
 
 def _usage(tokens: int) -> dict[str, int]:
     return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
-
-
-def _completion(tokens: int) -> dict[str, object]:
-    message = {"role": "assistant", "content": f"{time.monotonic_ns():0{STAMP_DIGITS}d}"}
-    choice = {"index": 0, "message": message, "finish_reason": "length"}
-    return {**_COMMON, "object": "chat.completion", "choices": [choice], "usage": _usage(tokens)}
-
-
-def _whole(status: str, fields: dict[str, object], more_headers: str = "") -> bytes:
-    body = json.dumps(fields).encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{more_headers}\r\n"
-    return head.encode() + body
 
 
 def _event(fields: dict[str, object]) -> bytes:

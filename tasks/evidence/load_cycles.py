@@ -6,16 +6,13 @@ hang          the engine's process is stopped (SIGSTOP) and asked: found wedged,
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engines.errors import SwitchyardError
 from engines.process.telemetry import private_bytes, process_tree
-from tasks.evidence.rehearsal import OpenStage, Stage, engine_of, noted_at
+from tasks.evidence.rehearsal import OpenStage, Stage, engine_of, signal_candidate
 from tasks.verdicts.statistics import theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
@@ -43,20 +40,8 @@ def measure_hang(open_stage: OpenStage, say: Say = lambda _: None) -> dict[str, 
     """The candidate's process stopped, then a request: seconds until it was found wedged, and until who answered."""
     with open_stage(None) as stage:
         stage.client.order("promote", say, model=stage.model_id, to=stage.candidate)
-        pid = engine_of(stage.route(), stage.candidate)["pid"]
-        if pid is None:
-            raise SwitchyardError(f"{stage.candidate} has no process to stop")
         say(f"stopping {stage.candidate} and sending it a request: it should be found wedged")
-        stopped_at = time.time()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
-        answer = stage.answer()
-        answered_at, noticed_at = time.time(), noted_at(stage, stopped_at, "wedged", "failing", "dead")
-        return {
-            **answer,
-            "detect_s": None if noticed_at is None else noticed_at - stopped_at,
-            "recover_s": answered_at - (noticed_at or stopped_at),
-        }
+        return signal_candidate(stage, signal.SIGSTOP, "wedged", "failing", "dead")
 
 
 def judge_load_cycles(evidence: Mapping[str, Any], *, limit: float = LIMIT_BYTES_PER_CYCLE) -> list[CheckResult]:

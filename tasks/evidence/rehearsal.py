@@ -191,23 +191,28 @@ def _kill(stage: Stage, right: str, usual_s: float | None) -> dict[str, Any]:
 
     `usual_s` is what the same request takes of the right engine when it is up: that is no part of the recovery.
     """
+    seen = signal_candidate(stage, signal.SIGKILL, "dead")
+    load_s = engine_of(stage.route(), seen["by"])["load_s"] if seen["by"] else None
+    return {**seen, "right": right, "usual_s": usual_s, "load_s": load_s}
+
+
+def signal_candidate(stage: Stage, number: signal.Signals, *states: str) -> dict[str, Any]:
+    """The answer to a request after the candidate's process got signal `number`.
+
+    With seconds until the yard noted the candidate in one of `states`, and from there until an engine answered.
+    """
     pid = engine_of(stage.route(), stage.candidate)["pid"]
     yard = stage.client.status()["pid"]
     if pid is None or yard not in [parent.pid for parent in psutil.Process(pid).parents()]:
-        raise SwitchyardError(f"{stage.candidate} (pid {pid}) is no process of the rehearsal's yard")
-    killed_at = time.time()
-    os.kill(pid, signal.SIGKILL)
+        raise SwitchyardError(f"{stage.candidate} (pid {pid}) is not a process of the rehearsal's yard")
+    hit_at = time.time()
+    os.kill(pid, number)
     answer = stage.answer()
-    answered_at = time.time()
-    noticed_at = noted_at(stage, killed_at, "dead")
-    by = answer["by"]
+    answered_at, noticed_at = time.time(), noted_at(stage, hit_at, *states)
     return {
         **answer,
-        "right": right,
-        "usual_s": usual_s,
-        "detect_s": None if noticed_at is None else noticed_at - killed_at,
-        "recover_s": answered_at - (noticed_at or killed_at) if answer["answered"] else None,
-        "load_s": engine_of(stage.route(), by)["load_s"] if by else None,
+        "detect_s": None if noticed_at is None else noticed_at - hit_at,
+        "recover_s": answered_at - (noticed_at or hit_at) if answer["answered"] else None,
     }
 
 
