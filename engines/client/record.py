@@ -136,10 +136,12 @@ class StreamRecord:
         from_usage = (self.usage or {}).get("cached_tokens")
         return from_usage if from_usage is not None else whole_number(self.engine_timings, "cache_n")
 
-    def metrics(self) -> dict[str, Any]:
-        """The derived numbers by name; None where there is no measurement."""
-        names = ("ttft_ms", "tpot_ms", "icl_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s")
-        return {name: measured(self, name) for name in names}
+    def measured(self, name: str) -> Any:
+        """The derived number of this name; None where there is no measurement."""
+        try:
+            return getattr(self, name)
+        except NoMeasurement:
+            return None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, some 12 bytes an event: times as gaps in ns, kinds as one letter each."""
@@ -171,13 +173,6 @@ class StreamRecord:
         return tokens - self.first_chunk_tokens
 
 
-def measured(record: StreamRecord, name: str) -> Any:
-    try:
-        return getattr(record, name)
-    except NoMeasurement:
-        return None
-
-
 def whole_number(numbers: dict[str, float] | None, name: str) -> int | None:
     value = (numbers or {}).get(name)
     return None if value is None else int(value)
@@ -192,7 +187,7 @@ def reconcile(record: StreamRecord) -> list[dict[str, Any]]:
     chunks, tokens = len(record.output_events), (record.usage or {}).get("completion_tokens")
     expected = None if tokens is None else tokens - record.first_chunk_tokens + 1
     timings = record.engine_timings or {}
-    tpot_ms = measured(record, "tpot_ms")
+    tpot_ms = record.measured("tpot_ms")
     decode_ms = None if tpot_ms is None else record.decode_ms
     within_ms = 0.0 if tpot_ms is None else tpot_ms + max(5.0, 0.05 * record.decode_ms)
     compared = (

@@ -30,6 +30,7 @@ from engines.process.readiness import exit_reason
 from engines.process.serving import Served, serving
 from tasks.evidence.behaviours.caller import Caller
 from tasks.evidence.engine_under_test import EngineUnderTest, ends_within
+from tasks.evidence.unmeasured import error_lines
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most
 
 MIN_HANG_S = 2.0
@@ -182,7 +183,7 @@ def _truncated(engine: EngineUnderTest) -> dict[str, Any]:
             with replace(engine, gguf=cut, stall_s=30.0).up():
                 return {"classified": "served", "evidence": "it serves a model whose file is cut short"}
         except EngineExited as error:
-            reason = _reason(error)
+            reason = (error_lines(error.log_tail) or [str(error)])[-1][:200]
             return {"classified": "refused", "evidence": reason, "detect_s": time.monotonic() - started}
         except EngineError as error:
             return {"classified": type(error).__name__, "evidence": str(error).splitlines()[0]}
@@ -214,9 +215,3 @@ def _squatter(port: int) -> Iterator[None]:
         held.bind(("127.0.0.1", port))
         held.listen()
         yield
-
-
-def _reason(error: EngineExited) -> str:
-    """The engine's own words: the last logged line that speaks of an error, else the last line."""
-    spoken = [line for line in error.log_tail if "error" in line.lower() or "corrupt" in line.lower()]
-    return (spoken or list(error.log_tail) or [str(error)])[-1][:200]

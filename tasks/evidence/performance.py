@@ -204,7 +204,7 @@ def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload,
         "errors": [record.error_type for record in records if not record.ok],
     }
     arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if rate}
-    arm["icl_ms"] = [gap for record in records if record.ok for gap in record.metrics()["icl_ms"] or ()]
+    arm["icl_ms"] = [gap for record in records if record.ok for gap in record.measured("icl_ms") or ()]
     for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s"):
         arm[name] = _samples(records, name)
     return arm
@@ -215,7 +215,7 @@ def _samples(records: Sequence[StreamRecord], name: str) -> list[float]:
 
     A stream read in one go has a TPOT of 0: the client was held up, or the engine buffers. That is no measurement.
     """
-    values = [record.metrics()[name] for record in records if record.ok]
+    values = [record.measured(name) for record in records if record.ok]
     return [value for value in values if value is not None and value > 0]
 
 
@@ -232,7 +232,7 @@ def _warm_up(endpoint: Endpoint, workload: Workload, extra: Mapping[str, object]
     for number in range(workload.warmup_max):
         text = prompt(workload.prompt_words, f"warm-up {index}-{number}", workload.seed + number)
         (record,) = measure(endpoint, [body(text, workload.max_tokens, extra)], keep_text=False)
-        elapsed = record.metrics()["e2e_ms"]
+        elapsed = record.measured("e2e_ms")
         if elapsed is not None:
             times.append(elapsed)
         alike = len(times) >= 2 and abs(times[-1] / times[-2] - 1) < WARMUP_AGREEMENT
@@ -258,7 +258,7 @@ def _prefix_cache(endpoint: Endpoint, workload: Workload, index: int) -> dict[st
     """TTFT of one long prompt sent twice, its cache left on: what a growing conversation gains."""
     text = prompt(workload.prompt_words * 3, f"prefix {index}", workload.seed)
     first, second = measure(endpoint, [body(text, 2, {})] * 2, keep_text=False)
-    cold, again = first.metrics()["ttft_ms"], second.metrics()["ttft_ms"]
+    cold, again = first.measured("ttft_ms"), second.measured("ttft_ms")
     return {
         "cold_ttft_ms": cold,
         "cached_ttft_ms": again,

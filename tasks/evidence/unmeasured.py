@@ -117,7 +117,7 @@ def models_to_retry(records: Records, run_id: str) -> frozenset[str]:
 
 def judge_unmeasured(arm: str, what: str, record: Mapping[str, Any]) -> CheckResult:
     """The verdict on one record, with the last lines of the engine's log."""
-    lines = _log_lines(record["log"])
+    lines = error_lines(record["log"])
     why = f"{record['why']}: {' | '.join(lines)}" if lines else str(record["why"])
     why = why if len(why) <= WHY_CHARS else f"{why[: WHY_CHARS - 4]} ..."
     verdict, required = Verdict(record["verdict"]), what not in _OPTIONAL
@@ -131,7 +131,7 @@ def check_name(arm: str, what: str) -> str:
     return f"{_AREAS.get(what, what)}.{'measured' if arm == 'both' else arm}"
 
 
-def _log_lines(log: Sequence[str]) -> list[str]:
+def error_lines(log: Sequence[str]) -> list[str]:
     """The last lines that mention an error, else the last ones; without their time stamps."""
     lines = [bare for line in log if (bare := _LOG_PREFIX.sub("", line).strip())]
     errors = [line for line in lines if _ERROR_WORDS.search(line)]

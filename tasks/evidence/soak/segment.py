@@ -51,10 +51,9 @@ def count_answer(segment: dict[str, Any], record: StreamRecord, kind: str, at_s:
     if not record.ok:
         segment["failures"].append(failure_of(record, kind, at_s))
     elif not record.cancelled:
-        measured = record.metrics()
         segment["silent_empty"] += not record.text and not record.tool_calls
-        segment["ttft_ms"].append(measured["ttft_ms"])
-        segment["decode_tok_s"].append(measured["decode_tok_s"])
+        segment["ttft_ms"].append(record.measured("ttft_ms"))
+        segment["decode_tok_s"].append(record.measured("decode_tok_s"))
         segment["prompt_tokens"].append(record.prompt_tokens)
 
 

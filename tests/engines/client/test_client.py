@@ -138,7 +138,7 @@ def test_an_empty_reply_measures_nothing(name: str) -> None:
     record = parsed((1, event({"role": "assistant"})), (2, event({}, finish="stop")), (2, DONE))
     with pytest.raises(NoMeasurement):
         getattr(record, name)
-    assert record.metrics()[name] is None
+    assert record.measured(name) is None
 
 
 def test_one_token_has_no_tpot() -> None:
