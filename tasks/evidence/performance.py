@@ -82,7 +82,7 @@ def measure_block(
     foreign_cpu_limit: float,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """One block's evidence, as `tasks.verdicts.noninferiority.Block`; its `void` says why it must be discarded."""
+    """One block's evidence, in the form of `tasks.verdicts.noninferiority`; its `void` says why it is discarded."""
     order = block_orders(index + 1, workload.seed)[index]
     arms: dict[str, dict[str, Any]] = {}
     named = {"A": ("incumbent", incumbent), "B": ("candidate", candidate)}

@@ -16,12 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import (
-    Engine,
-    delete,
-    func,
-    select,
-)
+from sqlalchemy import Engine, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
@@ -142,9 +137,8 @@ class Records(_Database):
         if ref == "latest":
             found = self.history(1, kind=kind, host=this_host())
             if not found:
-                raise BadInput(
-                    f"{self.place}: no run{f' of kind {kind}' if kind else ''} is recorded yet for this host"
-                )
+                wanted = f"run of kind {kind}" if kind else "run"
+                raise BadInput(f"{self.place}: no {wanted} is recorded yet for this host")
             return found[0]
         with self.read() as session:
             exact = session.get(Run, ref)
@@ -155,9 +149,8 @@ class Records(_Database):
         if not ref or not matches:
             raise BadInput(f"no run {ref!r} in {self.place}: `switchyard history` lists them")
         if len(matches) > 1:
-            raise BadInput(
-                f"{ref!r} fits several runs: {', '.join(run.id for run in matches[:5])}: give more of the id"
-            )
+            some_ids = ", ".join(run.id for run in matches[:5])
+            raise BadInput(f"{ref!r} fits several runs: {some_ids}: give more of the id")
         return matches[0]
 
     def unfinished(self, plan: Any, *, kind: str = "evaluate") -> Run | None:
@@ -188,39 +181,18 @@ class Records(_Database):
         return run
 
     def finish_run(
-        self,
-        run_id: str,
-        status: Status = "done",
-        *,
-        verdict: Verdict | None = None,
-        error: str | None = None,
-        report_path: str | Path | None = None,
+        self, run_id: str, status: Status = "done", *, verdict: Verdict | None = None, error: str | None = None
     ) -> Run:
         """Store how the run ended; what is None stays as stored."""
-        return self.note_run(
-            run_id,
-            status=status,
-            ended_at=_now(),
-            verdict=verdict.value if verdict else None,
-            error=error,
-            report_path=report_path,
-        )
+        code = verdict.value if verdict else None
+        return self.note_run(run_id, error=error, status=status, ended_at=_now(), verdict=code)
 
     def note_run(
-        self,
-        run_id: str,
-        *,
-        environment: Any = None,
-        report_path: str | Path | None = None,
-        error: str | None = None,
-        **columns: Any,
+        self, run_id: str, *, report_path: Path | None = None, error: str | None = None, **columns: Any
     ) -> Run:
         """Store what became known while or after the run ran; None changes nothing."""
-        columns |= {
-            "error": storable_text(error) if error else None,
-            "report_path": str(report_path) if report_path else None,
-            "environment": None if environment is None else redact(environment),
-        }
+        columns["error"] = storable_text(error) if error else None
+        columns["report_path"] = str(report_path) if report_path else None
         with self.write() as session:
             run = _existing(session, run_id)
             for name, value in _given(**columns).items():
@@ -230,7 +202,7 @@ class Records(_Database):
     def history(
         self, limit: int = 20, *, kind: str | None = None, name: str | None = None, host: str | None = None
     ) -> list[Run]:
-        """The latest runs, newest first; those of one host of a fleet with `host`."""
+        """The latest runs, newest first, narrowed by what is given."""
         query = select(Run).order_by(col(Run.started_at).desc(), col(Run.id).desc()).limit(limit)
         query = query.filter_by(**_given(kind=kind, name=name, owner_host=host))
         with self.read() as session:
@@ -253,12 +225,8 @@ class Records(_Database):
 
         Raises SwitchyardError, naming the place, for NaN and infinity: what was not measured is None.
         """
-        row = {
-            "run_id": run_id,
-            "model_id": model_id,
-            "arm": arm,
-            "kind": kind,
-            "key": key,
+        row: dict[str, Any] = {"run_id": run_id, "model_id": model_id, "arm": arm, "kind": kind, "key": key}
+        row |= {
             "payload": pack_json(payload, what=f"evidence {kind} {key}".strip()),
             "environment": redact(environment or {}),
             "recorded_at": _now(),
@@ -351,13 +319,8 @@ class Records(_Database):
 
     def put_decision(self, run_id: str, model_id: str, kind: str, *, who: str, why: str) -> Decision:
         """The decision as recorded; repeated by a resumed run, it stays one row."""
-        same = {
-            "run_id": run_id,
-            "model_id": model_id,
-            "kind": kind,
-            "who": storable_text(who),
-            "why": storable_text(why),
-        }
+        same = {"run_id": run_id, "model_id": model_id, "kind": kind}
+        same |= {"who": storable_text(who), "why": storable_text(why)}
         with self.write() as session:
             found = session.scalar(select(Decision).filter_by(**same))
             decision = found or Decision(id=None, **same, at=_now())

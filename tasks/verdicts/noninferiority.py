@@ -6,6 +6,9 @@ block, not the request, is what is counted. For quantile p of a metric, block j 
     d_j = ln( Q_p(candidate) / Q_p(incumbent) )         sign flipped where higher is better: above 0 is always worse
     L, U = mean d -+ t * s / sqrt(J)                     s: standard deviation of the d_j
 
+A block is a mapping: `index`, `order` ("AB": incumbent first), `incumbent` and `candidate` (samples by name, in the
+metric's unit), `foreign_cpu` (by arm, the share that neither engine nor client used), `void` (why it does not count).
+
 PASS iff U <= ln(1 + margin), FAIL iff L > ln(1 + margin), otherwise INCONCLUSIVE: no difference found is not a pass.
 Data are judged at planned looks only (6, 12 and 24 blocks); t is Student's quantile with the tail of the look's
 O'Brien-Fleming bound, so that looking several times still promotes wrongly about one time in twenty. Promotion needs a
@@ -23,7 +26,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -40,17 +43,6 @@ COVARIATE_MIN_BLOCKS = 12
 COVARIATE_CONFIDENCE = 0.99
 MIN_BLOCKS = 3
 HOPELESS_BLOCKS = 1000
-
-
-class Block(TypedDict):
-    """Evidence of one block: a fresh start of both engines and the same prompts to each."""
-
-    index: int
-    order: str  # "AB": incumbent first, "BA": candidate first
-    incumbent: dict[str, list[float]]  # metric name -> samples, in the metric's unit
-    candidate: dict[str, list[float]]
-    foreign_cpu: dict[str, float | None]  # share of the CPU that neither engine nor client used, per arm
-    void: str | None  # why the block does not count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,27 +280,14 @@ def _explanation(url: URL, problem: DBAPIError) -> SwitchyardError:
     return SwitchyardError(f"{name}: the database refused: {reason}")
 
 
+_LEFT = "it was left as it is; move it aside, or put back a .bak- copy beside it, and try again"
+_WRITABLE = "check that the file and its directory are writable, or set SWITCHYARD_HOME to another directory"
+_LOCKED = "another program holds the lock: wait for that one or end it, then try again"
 _ADVICE: tuple[tuple[tuple[str, ...], type[SwitchyardError], str], ...] = (
-    (
-        ("not a database", "malformed"),
-        BadInput,
-        "it was left as it is; move it aside, or put back a .bak- copy beside it, and try again",
-    ),
+    (("not a database", "malformed"), BadInput, _LEFT),
     (("disk is full",), SwitchyardError, "free some space; what was recorded before is kept"),
-    (
-        ("unable to open", "readonly database", "attempt to write a readonly"),
-        BadInput,
-        "check that the file and its directory are writable, or set SWITCHYARD_HOME to another directory",
-    ),
-    (
-        ("database is locked", "database table is locked"),
-        SwitchyardError,
-        "another program holds the lock: wait for that one or end it, then try again",
-    ),
-    (
-        ("FOREIGN KEY", "foreign key"),
-        SwitchyardError,
-        "there is no such run; start it before anything is recorded for it",
-    ),
+    (("unable to open", "readonly database", "attempt to write a readonly"), BadInput, _WRITABLE),
+    (("database is locked", "database table is locked"), SwitchyardError, _LOCKED),
+    (("FOREIGN KEY", "foreign key"), SwitchyardError, "no such run; start it before anything is recorded for it"),
     (("disk I/O error",), SwitchyardError, "check the disk; what was recorded before is kept"),
 )

@@ -126,7 +126,8 @@ def test_a_run_keeps_its_plan_its_owner_and_its_end(records: Records) -> None:
     run = records.start_run("evaluate", "nightly", {"limits": {"ttft": 1.1}}, environment={"host": "box"})
     assert run.shown_status == "running"
     records.note_run(run.id, flow_run_id="f-1", environment={"host": "box", "cpu": "x"})
-    records.finish_run(run.id, verdict=Verdict.FAIL, report_path=Path("report.html"))
+    records.note_run(run.id, report_path=Path("report.html"))
+    records.finish_run(run.id, verdict=Verdict.FAIL)
     stored = records.find_run(run.id)
     assert stored.plan == {"limits": {"ttft": 1.1}}
     assert stored.environment == {"host": "box", "cpu": "x"}
