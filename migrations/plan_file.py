@@ -113,14 +113,12 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
     listed = "\n".join(f"  - {_flat(line)}" for line in unsupported)
     note = f"Not supported by the candidate:\n{listed}" if unsupported else ""
     blocks.append(_keys(plan, notes={"accepted_unsupported": note}))
-    for name in ("incumbent", "candidate", "settings"):
-        blocks.append(_section(plan, name))
+    blocks += [_section(plan, name) for name in ("incumbent", "candidate", "settings")]
     for model in plan.models:
         blocks.append(_table("[[models]]", model))
         if _fields(model.settings, only_set=True):
             blocks.append(_table("[models.settings]", model.settings, only_set=True))
-    for name in ("measure", "limits", "client", "canary", "migrate", "retire", "yard"):
-        blocks.append(_section(plan, name))
+    blocks += [_section(plan, name) for name in ("measure", "limits", "client", "canary", "migrate", "retire", "yard")]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 

@@ -47,7 +47,15 @@ def model_section(model: ModelRecord) -> Html:
         "section",
         el("h2", model.name, " ", verdict_mark(model.verdict), id=model.anchor),
         *_reasons(model),
-        el("div", *_plots(model), class_="plots"),
+        el(
+            "div",
+            *_latency_plots(model),
+            _ratio_plot(model),
+            _memory_plot(model),
+            _divergence_plot(model),
+            _token_plot(model),
+            class_="plots",
+        ),
         _side_by_side(model),
         _verdicts(model),
         _matrix(model),
@@ -72,16 +80,6 @@ def _area_reason(closed: Sequence[CheckResult]) -> Html:
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
-
-
-def _plots(model: ModelRecord) -> list[Html]:
-    return [
-        *_latency_plots(model),
-        _ratio_plot(model),
-        _memory_plot(model),
-        _divergence_plot(model),
-        _token_plot(model),
-    ]
 
 
 def _latency_plots(model: ModelRecord) -> list[Html]:
@@ -128,7 +126,8 @@ def _metrics(model: ModelRecord) -> list[tuple[Metric, str]]:
     if not wanted <= limits.keys():  # of another Switchyard's plan
         return []
     workload = Workload(requests=1, max_tokens=1, concurrency=tuple(amounts.get("concurrency") or (1,)))
-    primary, peak = metrics(Limits(**limits), workload), memory_metric(Limits(**limits))
+    held_to = Limits(**{name: limits[name] for name in wanted})
+    primary, peak = metrics(held_to, workload), memory_metric(held_to)
     return [(metric, f"performance.{metric.name}_ratio") for metric in primary] + [(peak, "memory.peak_ratio")]
 
 
@@ -376,7 +375,8 @@ def _answers(model: ModelRecord) -> Html | None:
 def _answer_pair(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], apart: Mapping[str, Any] | None, broken: Mapping[str, Any]
 ) -> Html:
-    words = "; ".join([*_parting(ours, theirs, apart), *_degenerate(ours["id"], broken)]) or "the texts differ"
+    degenerate = [f"{arm} degenerate: {broken[arm][ours['id']]}" for arm in ARMS if ours["id"] in broken[arm]]
+    words = "; ".join([*_parting(ours, theirs, apart), *degenerate]) or "the texts differ"
     return el(
         "details",
         el("summary", el("b", str(ours["id"])), f": {words}"),
@@ -398,10 +398,6 @@ def _parting(ours: Mapping[str, Any], theirs: Mapping[str, Any], apart: Mapping[
     kind = {True: "near tie", False: "unexplained", None: "logprobs not shown there"}[apart["explained"]]
     gap = apart["choice_gap_nats"]
     return [f"{tokens}, {kind}" + (f" ({figure(gap)} nats)" if gap is not None else "")]
-
-
-def _degenerate(prompt: str, broken: Mapping[str, Any]) -> list[str]:
-    return [f"{arm} degenerate: {broken[arm][prompt]}" for arm in ARMS if prompt in broken[arm]]
 
 
 def _answer(arm: str, answer: Mapping[str, Any]) -> Html:

@@ -1,7 +1,7 @@
 """Plots of a report as inline SVG: small, without scripts, scaled by their viewBox, drawn for light and dark.
 
-The incumbent is a blue circle and the candidate an orange diamond, everywhere. Each plot has a title and a description
-in words. The width is that of a telephone, so that its letters stay readable there; a page puts several side by side.
+The incumbent is a blue circle and the candidate an orange diamond, everywhere; `report_template.html` has the colours.
+Each plot has a title and a description in words, and the width of a telephone; a page puts several side by side.
 """
 
 from __future__ import annotations

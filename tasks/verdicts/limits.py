@@ -26,6 +26,8 @@ def either(table: str, key: str) -> AliasChoices:
 
 
 class PlanPart(BaseModel):
+    """One table of a plan: frozen, without unknown keys, NaN and infinity; a renamed key is read under both names."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True)
 
 
