@@ -21,7 +21,6 @@ def measure_answers(
     *,
     max_tokens: int = 64,
     top_logprobs: int = 20,
-    timeout_s: float = TIMEOUT_S,
     progress: Progress = lambda _: None,
 ) -> Evidence:
     """Greedy answers, one at a time, with the `top_logprobs` most likely tokens at every position.
@@ -32,11 +31,12 @@ def measure_answers(
     """
     started = time.monotonic()
     answers = []
-    with Caller(endpoint, read_timeout_s=timeout_s) as caller:
+    with Caller(endpoint, read_timeout_s=TIMEOUT_S) as caller:
         for number, prompt in enumerate(prompts, 1):
             answers.append(_answer(caller, endpoint, prompt, max_tokens, top_logprobs))
             progress(f"{endpoint.engine}: answer {number}/{len(prompts)} ({prompt.id})")
-    return _answers(endpoint, answers, max_tokens, top_logprobs, time.monotonic() - started)
+    asked = {"max_tokens": max_tokens, "top_logprobs": top_logprobs, "temperature": 0, "cache": "engine default"}
+    return origin(endpoint) | asked | {"answers": answers, "seconds": time.monotonic() - started}
 
 
 def measure_floor(
@@ -46,7 +46,6 @@ def measure_floor(
     max_tokens: int = 64,
     top_logprobs: int = 20,
     parallel: int = 3,
-    timeout_s: float = TIMEOUT_S,
     progress: Progress = lambda _: None,
 ) -> Evidence:
     """How far the engine is from itself: a later repeat, a repeat at once (cached prefix), and `parallel` at a time.
@@ -56,7 +55,7 @@ def measure_floor(
     """
     started = time.monotonic()
     first, cached = [], []
-    with Caller(endpoint, read_timeout_s=timeout_s) as caller:
+    with Caller(endpoint, read_timeout_s=TIMEOUT_S) as caller:
 
         def ask(prompt: Prompt) -> Evidence:
             return _answer(caller, endpoint, prompt, max_tokens, top_logprobs)
@@ -69,20 +68,12 @@ def measure_floor(
         progress(f"{endpoint.engine}: self-noise, {parallel} at a time")
         with ThreadPoolExecutor(parallel) as pool:
             together = list(pool.map(ask, prompts))
-    base = _answers(endpoint, first, max_tokens, top_logprobs, 0.0)
     kept = ("exact_match_share", "positions", "top1_agreement", "mean_kld", "p99_kld", "max_kld", "errors")
     floor: Evidence = {}
     for name, run in {"repeat": repeat, "cached": cached, "parallel": together}.items():
-        comparison = compare_answers(base, _answers(endpoint, run, max_tokens, top_logprobs, 0.0))
+        comparison = compare_answers({"answers": first}, {"answers": run})
         floor[name] = {key: comparison[key] for key in kept}
     return origin(endpoint) | floor | {"prompts": len(prompts), "seconds": time.monotonic() - started}
-
-
-def _answers(
-    endpoint: Endpoint, answers: list[Evidence], max_tokens: int, top_logprobs: int, seconds: float
-) -> Evidence:
-    asked = {"max_tokens": max_tokens, "top_logprobs": top_logprobs, "temperature": 0, "cache": "engine default"}
-    return origin(endpoint) | asked | {"answers": answers, "seconds": seconds}
 
 
 def _answer(caller: Caller, endpoint: Endpoint, prompt: Prompt, max_tokens: int, top_logprobs: int) -> Evidence:

@@ -16,9 +16,7 @@ from tasks.verdicts.verdict import CheckResult, at_most, not_measured
 QUESTION = "Write a short story about a lighthouse and its keeper."
 
 
-def measure_ignored_parameters(
-    endpoint: Endpoint, *, timeout_s: float = TIMEOUT_S, progress: Progress = lambda _: None
-) -> Evidence:
+def measure_ignored_parameters(endpoint: Endpoint, *, progress: Progress = lambda _: None) -> Evidence:
     """For parameters beyond OpenAI's: what was sent, whether it had its effect (None: cannot say), and what was seen.
 
     OpenAI's own are among the compatibility battery's behaviours: `with_behaviours` adds them. A 200 proves nothing:
@@ -27,7 +25,7 @@ def measure_ignored_parameters(
     incumbent's result is the yardstick.
     """
     found: Evidence = {}
-    with _Prober(endpoint, read_timeout_s=timeout_s) as prober:
+    with _Prober(endpoint, read_timeout_s=TIMEOUT_S) as prober:
         for name, (probe, value) in _PROBES.items():
             sent = {name: value}
             try:

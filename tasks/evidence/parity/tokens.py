@@ -30,7 +30,7 @@ RAW_TEXTS = (
 
 
 def measure_prompt_tokens(
-    endpoint: Endpoint, prompts: Sequence[Prompt], progress: Progress = lambda _: None, *, timeout_s: float = TIMEOUT_S
+    endpoint: Endpoint, prompts: Sequence[Prompt], progress: Progress = lambda _: None
 ) -> Evidence:
     """The tokens of every prompt with its template, and of raw texts without.
 
@@ -42,7 +42,7 @@ def measure_prompt_tokens(
     """
     started = time.monotonic()
     counted: dict[str, Evidence] = {}
-    with Caller(endpoint, read_timeout_s=timeout_s) as caller:
+    with Caller(endpoint, read_timeout_s=TIMEOUT_S) as caller:
         counter = _counter(caller, endpoint, prompts)
         for number, prompt in enumerate(prompts, 1):
             counted[prompt.id] = _prompt_tokens(counter, endpoint, prompt)
