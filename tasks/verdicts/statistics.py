@@ -154,16 +154,29 @@ def theil_sen(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) 
     the slope (under 5 at 95 %). The points must be near independent: give it `bucket_medians`, not raw samples, whose
     autocorrelation makes it sure of slopes that are not there. Raises NoMeasurement on fewer than two distinct x.
     """
-    if len(x) != len(y):
-        raise BadInput(f"a slope needs as many x as y, not {len(x)} and {len(y)}")
+    return slope_within([(x, y)], confidence)
+
+
+def slope_within(parts: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Slope:
+    """As `theil_sen`, over the pairs of points within each part (x, y); the variances of the parts are added.
+
+    The slope of Hirsch, Slack and Smith (1982), whose parts are seasons.
+    """
     _inside(confidence, "confidence")
-    if not all(math.isfinite(number) for number in (*x, *y)):
-        raise BadInput("a slope needs finite points: leave out what was not measured")
-    points = list(zip(x, y, strict=True))
-    slopes = sorted((y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(points) for x2, y2 in points[:i] if x2 != x1)
+    slopes: list[float] = []
+    for x, y in parts:
+        if len(x) != len(y):
+            raise BadInput(f"a slope needs as many x as y, not {len(x)} and {len(y)}")
+        if not all(math.isfinite(number) for number in (*x, *y)):
+            raise BadInput("a slope needs finite points: leave out what was not measured")
+        points = list(zip(x, y, strict=True))
+        slopes += [(y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(points) for x2, y2 in points[:i] if x2 != x1]
+    n_points = sum(len(x) for x, _ in parts)
     if not slopes:
-        raise NoMeasurement(f"no slope from {len(x)} points without two different x")
-    spread = normal_quantile((1.0 + confidence) / 2.0) * math.sqrt(_kendall_variance(x))
+        raise NoMeasurement(f"no slope from {n_points} points without two different x")
+    slopes.sort()
+    variance = sum(_kendall_variance(x) for x, _ in parts)
+    spread = normal_quantile((1.0 + confidence) / 2.0) * math.sqrt(variance)
     low_rank = math.floor((len(slopes) - spread) / 2.0) - 1
     high_rank = len(slopes) - 1 - low_rank
     bounded = low_rank >= 0
@@ -171,7 +184,7 @@ def theil_sen(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) 
         estimate=median(slopes),
         low=slopes[low_rank] if bounded else -math.inf,
         high=slopes[high_rank] if bounded else math.inf,
-        n_points=len(x),
+        n_points=n_points,
     )
 
 

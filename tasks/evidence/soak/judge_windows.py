@@ -11,12 +11,11 @@ from engines.units import duration
 from tasks.evidence.soak.judge import BUCKETS, DAY_S, LEAK, LEAK_UNIT, judge_slope, judge_stability, warm_up_s
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.statistics import (
-    Slope,
     bucket_medians,
     clopper_pearson_lower,
     clopper_pearson_upper,
     newcombe_upper,
-    normal_quantile,
+    slope_within,
     theil_sen,
 )
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
@@ -204,29 +203,6 @@ def _judge_processes(
     result = judge_slope(slope, soak_s=min(soak_s, span_s), limit_bytes_per_day=limit_bytes_per_day)
     why = f"{result.why}; within {len(usable)} of {len(processes)} processes of {whose}"
     return result.model_copy(update={"why": why, "required": required})
-
-
-def slope_within(parts: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = 0.95) -> Slope:
-    """The median of the slopes of all pairs within a part, and Sen's interval from the sum of Kendall's variances.
-
-    The slope of Hirsch, Slack and Smith (1982), whose parts are seasons. The x of a part differ from one another.
-    """
-    slopes = sorted(
-        (y2 - y1) / (x2 - x1)
-        for xs, ys in parts
-        for i, (x1, y1) in enumerate(zip(xs, ys, strict=True))
-        for x2, y2 in zip(xs[:i], ys[:i], strict=True)
-    )
-    sizes = [len(xs) for xs, _ in parts]
-    variance = sum(n * (n - 1) * (2 * n + 5) for n in sizes) / 18.0
-    low_rank = math.floor((len(slopes) - normal_quantile((1 + confidence) / 2) * math.sqrt(variance)) / 2.0) - 1
-    bounded = low_rank >= 0
-    return Slope(
-        estimate=statistics.median(slopes),
-        low=slopes[low_rank] if bounded else -math.inf,
-        high=slopes[len(slopes) - 1 - low_rank] if bounded else math.inf,
-        n_points=sum(sizes),
-    )
 
 
 def judge_yard_leak(windows: Sequence[Mapping[str, Any]], *, limit_bytes_per_day: float) -> CheckResult:

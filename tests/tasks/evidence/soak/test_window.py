@@ -20,14 +20,13 @@ from tasks.evidence.soak.judge_windows import (
     YARD_LEAK,
     ending,
     judge_windows,
-    slope_within,
     window_summary,
 )
 from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import KEPT
 from tasks.records.store import open_records
 from tasks.verdicts.limits import Limits
-from tasks.verdicts.statistics import theil_sen
+from tasks.verdicts.statistics import slope_within, theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 DAYS_3 = 3 * DAY_S
