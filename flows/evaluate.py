@@ -26,10 +26,7 @@ from tasks.evidence.unmeasured import summary
 from tasks.report.report import latency_images
 from tasks.verdicts.verdict import Verdict
 
-KINDS = {
-    "prompt tokens": "parity.tokens",
-    "answers": "parity.answers",
-}  # of evidence, where the step is named otherwise
+KINDS = {"prompt tokens": "parity.tokens", "answers": "parity.answers"}  # of evidence, where the step has another name
 
 
 @task(task_run_name="{model} · {arm} · {evidence}", cache_policy=NO_CACHE, persist_result=False)

@@ -30,7 +30,7 @@ DECIDED = {"who": "Ada", "reason": "all is well"}
 STEPS = ["precondition", "archive", "retire", "guide"]
 
 
-def recipe(engine: str, gguf: Path) -> LaunchSpec:
+def launch_spec(engine: str, gguf: Path) -> LaunchSpec:
     found = Installation(engine, "binary", (f"/opt/{engine}",), "1", where=f"/opt/{engine}")
     return LaunchSpec.of(found, "m", gguf, Settings(context_tokens=512))
 
@@ -45,9 +45,9 @@ class Box:
         self.put(**state)
 
     def put(self, *, serving: str = NEW, moved_days: float | None = 30.0, undo: str | None = OLD) -> None:
-        recipes = {engine: recipe(engine, self.gguf) for engine in (OLD, NEW)}
+        specs = {engine: launch_spec(engine, self.gguf) for engine in (OLD, NEW)}
         moved = None if moved_days is None else time.time() - moved_days * DAY
-        self.file.save(YardState(models={"m": ModelState(serving=serving, undo=undo, specs=recipes, moved_at=moved)}))
+        self.file.save(YardState(models={"m": ModelState(serving=serving, undo=undo, specs=specs, moved_at=moved)}))
 
     def plan(self, **parts: Any) -> Plan:
         engines = {"incumbent": {"engine": OLD}, "candidate": {"engine": NEW}}
@@ -92,7 +92,7 @@ def test_approved_and_past_its_window_it_is_archived_and_retired(box: Box, recor
 
 
 @pytest.mark.parametrize("last", ["archive", "retire", "guide"])
-def test_ended_behind_any_step_it_goes_on_with_the_same_run(box: Box, records: Records, last: str) -> None:
+def test_ended_behind_any_step_it_resumes_the_same_run(box: Box, records: Records, last: str) -> None:
     """Retired already, what is missing of the rest is done; and nothing is asked or judged again."""
 
     def ended(step: str, work: Callable[[], None]) -> None:

@@ -114,7 +114,7 @@ def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     assert sorted(stored, key=str) == sorted(shown, key=str)
 
 
-def test_a_killed_run_leaves_nothing_and_goes_on_where_it_stopped(switchyard, environment, tmp_path, quick_plan, home):
+def test_a_killed_run_leaves_nothing_and_resumes_where_it_stopped(switchyard, environment, tmp_path, quick_plan, home):
     """SIGKILL while blocks are measured; any later command cleans up; what is recorded is not measured again."""
     run = started(environment, tmp_path, "evaluate", quick_plan)
     until(lambda: ("both", "performance", "00000") in evidence(home), "a block", deadline_s=180)

@@ -1,4 +1,4 @@
-"""A rollout over hosts: what is in a wave, when its gate opens, what is undone, what a second start goes on with."""
+"""A rollout over hosts: what is in a wave, when its gate opens, what is undone, what a second start resumes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_one_host_then_a_share_then_all(hosts: int, shares: list[float], sizes: 
 
 
 def test_a_gate_opens_on_pass_alone() -> None:
-    """A run that was cancelled, crashed, or came to anything else keeps it shut, with its reason."""
+    """A run that was cancelled, crashed, or ended with anything else keeps it shut, with its reason."""
     ends = {"a": PASS, "b": Ended("Crashed", False, "killed"), "c": Ended("INCONCLUSIVE", True), "d": stays()}
     assert gate_of_wave(ends) == {
         "b": "Crashed: killed",
@@ -110,7 +110,7 @@ class Killed(BaseException):
 
 
 class Played:
-    """Hosts whose runs end as told; what was started is in `started`, once for each key."""
+    """Hosts whose runs end as given; what was started is in `started`, once for each key."""
 
     def __init__(self, **ends: Ended) -> None:
         self.ends = ends
@@ -205,14 +205,14 @@ def test_the_same_orders_go_on_where_the_gate_was_shut(records: Records) -> None
 @pytest.mark.parametrize(
     "moment", ["start migrate a", "migrate a", "start migrate c", "migrate c", "start rollback b", "rollback c"]
 )
-@pytest.mark.parametrize("mended", [False, True])
-def test_killed_anywhere_it_goes_on_and_starts_nothing_twice(records: Records, moment: str, mended: bool) -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_killed_anywhere_it_resumes_and_starts_nothing_twice(records: Records, moment: str, fixed: bool) -> None:
     """Also where a clean-up has meanwhile closed the rows that the dead process left open."""
     hosts = Played(c=stays())
     hosts.breaks = lambda now: now == moment
     with pytest.raises(Killed):
         out(records, hosts)
-    if mended:
+    if fixed:
         (run,) = records.history(kind=KIND)
         for step in records.steps(run.id):
             if step.state == "intent":
@@ -255,7 +255,7 @@ def test_the_last_wave_can_be_taken_back(records: Records) -> None:
 def test_hosts_on_one_database_keep_their_runs_apart(
     records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even two on one machine: nobody goes on with another's run, or calls it killed."""
+    """Even two on one machine: nobody resumes another's run, or calls it killed."""
     plan = {"name": "p"}
     monkeypatch.setenv("SWITCHYARD_HOST", "a")
     run = records.start_run("evaluate", "p", plan)
@@ -378,7 +378,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 @pytest.mark.engine
 def test_two_workers_are_two_hosts(place: Place) -> None:
-    """A wave whose gate stays shut comes back on both; killed in the next try, it goes on and starts nothing twice."""
+    """A wave whose gate stays shut comes back on both; killed in the next try, it resumes and starts nothing twice."""
     arguments = {"hosts": ["a", "b"], "who": "Ada", "reason": "a test", "waves": [1.0]}
     place.done("-m", "prefect", "--no-prompt", "deploy", "--all", host="c")
     made = {one["name"]: one["work_queue_name"] for one in place.asked("deployments/filter")}

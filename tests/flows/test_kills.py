@@ -179,7 +179,7 @@ class Killed:
 
 
 def test_it_is_killed_in_every_phase_and_comes_to_its_end(up: Up) -> None:
-    """No request fails, nothing is measured or done twice, one row tells of each part; then a run changes nothing."""
+    """No request fails, nothing is measured or done twice, each part has one row; then a run changes nothing."""
     killed = Killed(up)
     with up.traffic() as seen:
         for point in POINTS:

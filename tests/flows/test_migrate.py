@@ -110,12 +110,12 @@ class Box:
     def _deprecate(self, plan: Plan, who: str, _why: str) -> dict[str, Any]:
         self._note(f"deprecate by {who or 'nobody'}")
         stays = [model.id for model in plan.models if self.serving(model.id) == OLD]
-        told = {"engine": OLD, "run_id": None, "checks": []}
+        base = {"engine": OLD, "run_id": None, "checks": []}
         if stays:
-            return {**told, "result": "not retired", "verdict": "FAIL", "why": f"{stays} need it"}
+            return {**base, "result": "not retired", "verdict": "FAIL", "why": f"{stays} need it"}
         if not who:
-            return {**told, "result": "waits for approval", "verdict": "INCONCLUSIVE", "why": "nobody approved"}
-        return {**told, "result": "retired", "verdict": "PASS", "why": "gone"}
+            return {**base, "result": "waits for approval", "verdict": "INCONCLUSIVE", "why": "nobody approved"}
+        return {**base, "result": "retired", "verdict": "PASS", "why": "gone"}
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_one_model_goes_all_the_way_while_the_other_stays(box: Box) -> None:
     assert (outcome["verdict"], outcome["retirement"]["result"]) == ("FAIL", "not retired")
 
 
-def test_what_broke_off_is_gone_on_with_and_nothing_is_retired_before(box: Box, records: Records) -> None:
+def test_what_broke_off_is_resumed_and_nothing_is_retired_before(box: Box, records: Records) -> None:
     """The yard died in phase 3, say: one run, one question for each phase."""
     box.parts["migrate"] = {"approve": "ask"}
     box.refuses, box.refusal = {NATIVE}, "ERROR"
@@ -204,7 +204,7 @@ def test_a_plan_that_asks_waits_where_nobody_answers(box: Box) -> None:
 
 
 def test_an_answer_is_asked_for_once(box: Box) -> None:
-    """The run that was broken off after it goes on with it; nothing is measured twice."""
+    """The run that was broken off after it is resumed; nothing is measured twice."""
     box.parts["migrate"] = {"approve": "ask"}
     box.breaks = f"good to {NEW}"
     with pytest.raises(KeyboardInterrupt):
@@ -272,7 +272,7 @@ def test_retirement_is_asked_for_last(tmp_path: Path, records: Records) -> None:
     assert (outcome["retirement"]["result"], outcome["verdict"]) == ("retired", "PASS")
 
 
-def test_an_error_is_recorded_and_the_next_run_goes_on(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_recorded_and_the_next_run_resumes_it(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise EngineError("no more memory")
 

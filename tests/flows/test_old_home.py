@@ -144,7 +144,7 @@ def test_the_report_of_a_finished_run_has_the_verdicts_that_were_stored(used):
 
 
 @pytest.mark.engine
-def test_a_broken_off_evaluation_goes_on_and_keeps_what_it_has(used):
+def test_a_broken_off_evaluation_is_resumed_and_keeps_what_it_has(used):
     run_id = used.run_id("running")
     query = "select arm, kind, key, recorded_at from evidence where run_id = ? and model_id = 'smollm2'"
     before = set(used.rows(query, run_id))
@@ -270,11 +270,11 @@ def test_a_plan_of_268cc56_has_both_its_hashes_still(tmp_path):
     runs = db.execute("select plan_json, plan_hash from run").fetchall()
     assert len({stored for _, stored in runs}) == 1
     for text, stored in runs:
-        told = json.loads(text)
-        assert plan_hash(told) == stored_hash(told) == stored
-        assert plan_hash(build_plan(told).model_dump(mode="json")) == stored, "a field was added that is not left out"
-        (told_model,) = told["models"]
-        here = build_plan({**told, "models": [{**told_model, "gguf": str(model)}]})
+        parsed = json.loads(text)
+        assert plan_hash(parsed) == stored_hash(parsed) == stored
+        assert plan_hash(build_plan(parsed).model_dump(mode="json")) == stored, "a field was added that is not left out"
+        (stored_model,) = parsed["models"]
+        here = build_plan({**parsed, "models": [{**stored_model, "gguf": str(model)}]})
         meant = [json.loads(row[0]).get("plan_hash") for row in db.execute("select circumstances from evidence")]
         assert {content_hash(here)} == {found for found in meant if found}
     db.close()
@@ -287,15 +287,15 @@ def test_a_plan_of_268cc56_has_both_its_hashes_still(tmp_path):
 def test_an_installed_unit_starts_the_yard(used):
     """As systemd would: its words, its folder and its environment, with the paths of this installation."""
     lines = (FOLDER / "switchyard.service").read_text().splitlines()
-    told = [line.partition("=")[::2] for line in lines if "=" in line and not line.startswith("#")]
+    parsed = [line.partition("=")[::2] for line in lines if "=" in line and not line.startswith("#")]
 
     def here(text):
         for there, now in ((f"{INSTALLED}/.venv/bin", BIN), (INSTALLED, str(ROOT)), ("/home/ada", str(used.user))):
             text = text.replace(there, now)
         return text
 
-    unit = {name: here(value) for name, value in told if name != "Environment"}
-    given = dict(here(value).split("=", 1) for name, value in told if name == "Environment")
+    unit = {name: here(value) for name, value in parsed if name != "Environment"}
+    given = dict(here(value).split("=", 1) for name, value in parsed if name == "Environment")
     assert shlex.split(unit["ExecStart"])[1:4] == ["-m", "flows.cli", "serve"]
     kept = {"SWITCHYARD_HOST": HOST, "HOME": str(used.user)}
     with yard(used, shlex.split(unit["ExecStart"]), unit["WorkingDirectory"], {**kept, **given}) as client:

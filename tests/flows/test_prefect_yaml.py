@@ -24,12 +24,12 @@ ALL: dict[str, Offer] = {**OFFERS, **FLEET}
 
 def declared(**environ: str) -> dict[str, dict[str, Any]]:
     """The deployments of the file by name, with the environment filled in as `prefect deploy` does it."""
-    told = yaml.safe_load(FILE.read_text())["deployments"]
+    entry = yaml.safe_load(FILE.read_text())["deployments"]
     with pytest.MonkeyPatch.context() as patched:
         patched.delenv("SWITCHYARD_PLAN", raising=False)
         for name, value in environ.items():
             patched.setenv(name, value)
-        filled = apply_values(apply_values(told, dict(os.environ), remove_notset=False), {}, skip_prefixes=["event."])
+        filled = apply_values(apply_values(entry, dict(os.environ), remove_notset=False), {}, skip_prefixes=["event."])
     return {one["name"]: one for one in filled}
 
 
@@ -64,35 +64,35 @@ def test_the_entrypoint_is_the_flow(name: str, on_host: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_each_runs_on_the_queue_of_its_host(name: str, on_host: dict[str, Any]) -> None:
     """What spans the hosts has a queue of its own; a form with a wrong field is refused."""
-    told = on_host[in_file(name)]
+    entry = on_host[in_file(name)]
     queue = "fleet" if name in FLEET else "a"
-    assert told["work_pool"] == {"name": "switchyard", "work_queue_name": queue}
-    assert told["enforce_parameter_schema"] is True
+    assert entry["work_pool"] == {"name": "switchyard", "work_queue_name": queue}
+    assert entry["enforce_parameter_schema"] is True
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_tags_and_the_plan_are_the_offers(name: str, on_host: dict[str, Any]) -> None:
-    told = on_host[in_file(name)]
+    entry = on_host[in_file(name)]
     fleet = ["fleet"] if name in FLEET else []
-    assert set(told["tags"]) == {"switchyard", *fleet, ALL[name].phase}
-    assert told.get("parameters", {}) == ({"plan": "/etc/plan.toml"} if ALL[name].needs_plan else {})
+    assert set(entry["tags"]) == {"switchyard", *fleet, ALL[name].phase}
+    assert entry.get("parameters", {}) == ({"plan": "/etc/plan.toml"} if ALL[name].needs_plan else {})
 
 
 @pytest.mark.parametrize("name", OFFERS)
 def test_it_runs_by_itself_as_often(name: str, on_host: dict[str, Any], served: dict[str, RunnerDeployment]) -> None:
     """And each schedule has a slug, by which a second deployment knows it."""
-    told = on_host[in_file(name)].get("schedules", [])
+    entry = on_host[in_file(name)].get("schedules", [])
     assert [when(one.schedule) for one in served[name].schedules or []] == [
-        (one.get("cron") or one["interval"], one["timezone"]) for one in told
+        (one.get("cron") or one["interval"], one["timezone"]) for one in entry
     ]
-    assert [one["slug"] for one in told] == [name for _ in told]
+    assert [one["slug"] for one in entry] == [name for _ in entry]
 
 
 @pytest.mark.parametrize("name", OFFERS)
 def test_as_many_run_at_once(name: str, on_host: dict[str, Any], served: dict[str, RunnerDeployment]) -> None:
-    told, options = on_host[in_file(name)].get("concurrency_limit"), served[name].concurrency_options
-    assert (told or {}).get("limit") == served[name].concurrency_limit
-    assert (told or {}).get("collision_strategy") == (options.collision_strategy if options else None)
+    entry, options = on_host[in_file(name)].get("concurrency_limit"), served[name].concurrency_options
+    assert (entry or {}).get("limit") == served[name].concurrency_limit
+    assert (entry or {}).get("collision_strategy") == (options.collision_strategy if options else None)
 
 
 def test_one_rollout_at_a_time_and_a_way_back_at_any(on_host: dict[str, Any]) -> None:
@@ -102,12 +102,12 @@ def test_one_rollout_at_a_time_and_a_way_back_at_any(on_host: dict[str, Any]) ->
 
 def test_a_soak_that_fails_rolls_back_its_own_host(on_host: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The trigger is the same one, but for the host that it listens to."""
-    (told,) = on_host["rollback-a"]["triggers"]
+    (entry,) = on_host["rollback-a"]["triggers"]
     monkeypatch.setenv("SWITCHYARD_HOST", "a")
     made = rollback_trigger()
-    assert set(told["expect"]) == set(made.expect)
-    assert told["match"] == made.match.model_dump()
-    assert told["parameters"] == made.parameters
+    assert set(entry["expect"]) == set(made.expect)
+    assert entry["match"] == made.match.model_dump()
+    assert entry["parameters"] == made.parameters
 
 
 def test_without_a_plan_the_one_served_last_is_meant() -> None:

@@ -482,7 +482,7 @@ print(json.dumps({
 def test_a_window_in_prefect_leaves_one_percentage_and_one_table(
     make_box: MakeBox, environment: dict[str, str]
 ) -> None:
-    """The second call finds the breach of the first told, and publishes nothing."""
+    """The second call finds the breach of the first reported, and publishes nothing."""
     box = make_box(restarts=0).start().promoted()
     box.kill_engine()
     until(lambda: box.client.status()["models"][0]["fallback"], "the fallback")
@@ -490,10 +490,13 @@ def test_a_window_in_prefect_leaves_one_percentage_and_one_table(
     argv = [sys.executable, "-c", FLOW, str(box.toml)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["results"] == ["breached", "nothing to soak"]
-    assert told["artifacts"] == [["switchyard-soak-a-box", "markdown"], ["switchyard-soak-progress-a-box", "progress"]]
-    assert told["names"] == ["soak plan"] * 2
-    state, detail = box.steps(told["runs"][0])["breach 00000"]
+    shown = json.loads(done.stdout.splitlines()[-1])
+    assert shown["results"] == ["breached", "nothing to soak"]
+    assert shown["artifacts"] == [
+        ["switchyard-soak-a-box", "markdown"],
+        ["switchyard-soak-progress-a-box", "progress"],
+    ]
+    assert shown["names"] == ["soak plan"] * 2
+    state, detail = box.steps(shown["runs"][0])["breach 00000"]
     assert (state, detail["told"]) == ("done", True)
     assert box.runs()[0].flow_run_id

@@ -93,7 +93,7 @@ class Box:
             return {step.step: step.state for step in records.steps(runs[0].id)} if runs else {}
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that was started for this box and lives."""
+        """Everything that was started for this box and still runs."""
         return of_home(self.home, "FAKE_BOX")
 
     def traffic(self) -> contextlib.AbstractContextManager[list[int]]:
@@ -120,8 +120,8 @@ def make_box(tmp_path: Path) -> Iterator[MakeBox]:
         folder.mkdir()
         box = Box(folder / "home", free_port(), folder / "spec.json")
         parts = {"limits": LIMITS, "canary": CANARY, **plan}
-        told = {"home": str(box.home), "port": box.port, "gguf": str(write_gguf(folder / "m.gguf")), "plan": parts}
-        box.spec.write_text(json.dumps({**told, OLD: old.split(), NEW: new.split(), NATIVE: native.split()}))
+        written = {"home": str(box.home), "port": box.port, "gguf": str(write_gguf(folder / "m.gguf")), "plan": parts}
+        box.spec.write_text(json.dumps({**written, OLD: old.split(), NEW: new.split(), NATIVE: native.split()}))
         boxes.append(box)
         return box
 
@@ -202,9 +202,9 @@ def moved(box: Box) -> Box:
 
 def box_for_native(make_box: MakeBox, **options: Any) -> Box:
     box = make_box(**options)
-    told = json.loads(box.spec.read_text())
-    told["plan"] |= DRILLS | {"yard": {**DRILLS["yard"], "port": box.port}}
-    box.spec.write_text(json.dumps(told))
+    written = json.loads(box.spec.read_text())
+    written["plan"] |= DRILLS | {"yard": {**DRILLS["yard"], "port": box.port}}
+    box.spec.write_text(json.dumps(written))
     return box
 
 
@@ -255,7 +255,7 @@ def test_a_shut_gate_moves_nothing_and_starts_nothing(make_box: MakeBox) -> None
 
 
 def test_without_traffic_the_canary_goes_out_and_a_decision_replaces_it(make_box: MakeBox) -> None:
-    """INCONCLUSIVE is not settled: the same run goes on, and its rehearsal is not done again."""
+    """INCONCLUSIVE is not settled: the same run is resumed, and its rehearsal is not done again."""
     box = make_box(canary={**CANARY, "max_minutes": 0.01})
     code, outcome = box.migrate(**OVERRIDE)
     assert (code, outcome["models"][0]["result"]) == (4, "not moved"), outcome
@@ -328,8 +328,8 @@ def test_two_migrations_at_once_are_refused(make_box: MakeBox) -> None:
 
 
 @pytest.mark.parametrize("point", ["rehearsal", "canary", "promote"])
-def test_killed_at_any_point_the_yard_serves_and_the_same_command_goes_on(make_box: MakeBox, point: str) -> None:
-    """SIGKILL of the migration; a user's requests go on; the second start finishes the same run."""
+def test_killed_at_any_point_the_yard_serves_and_the_same_command_resumes(make_box: MakeBox, point: str) -> None:
+    """SIGKILL of the migration; a user's requests continue; the second start finishes the same run."""
     box = make_box(new="--load-s 1")
     orders = {**OVERRIDE, "without_canary": point == "promote"}
     reached = {
@@ -400,7 +400,7 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def evaluated(records: Records, plan: Plan, verdict: Verdict, **environment: Any) -> str:
-    """A recorded evaluation of the plan that came to `verdict`."""
+    """A recorded evaluation of the plan that ended with `verdict`."""
     under = {
         "plan_hash": content_hash(plan),
         "model_digest": model_digest(plan.models[0].gguf),

@@ -84,7 +84,7 @@ def test_a_key_in_an_engines_last_words_is_not_stored(switchyard, environment, t
 
 
 def test_a_resumed_run_tries_again_what_broke_and_nothing_else(switchyard, tmp_path, home):
-    """An engine that was mended meanwhile is measured; a candidate that FAILed stays so."""
+    """An engine that was fixed meanwhile is measured; a candidate that FAILed stays so."""
     plan = plan_of(tmp_path, "incumbent-refuses", "candidate-refuses", "last")
     first = json_of(switchyard("evaluate", plan, "--json"))
     before = recorded(home)
@@ -92,11 +92,11 @@ def test_a_resumed_run_tries_again_what_broke_and_nothing_else(switchyard, tmp_p
     assert json_of(again)["run_id"] == first["run_id"]
     assert verdicts(by_model(json_of(again))["incumbent-refuses"]) == verdicts(by_model(first)["incumbent-refuses"])
 
-    (tmp_path / "incumbent-refuses.gguf.mended").touch()
-    mended = json_of(switchyard("evaluate", "--resume", "latest", "--json"))
-    assert "launch.incumbent" not in by_model(mended)["incumbent-refuses"]
+    (tmp_path / "incumbent-refuses.gguf.fixed").touch()
+    fixed = json_of(switchyard("evaluate", "--resume", "latest", "--json"))
+    assert "launch.incumbent" not in by_model(fixed)["incumbent-refuses"]
     assert ("incumbent-refuses", "faults") in measured(home)
-    assert by_model(mended)["candidate-refuses"] == by_model(first)["candidate-refuses"]
+    assert by_model(fixed)["candidate-refuses"] == by_model(first)["candidate-refuses"]
     after = recorded(home)
     assert {key: after[key] for key in before} == before
     assert "is done" in switchyard("evaluate", "--resume", "latest").stderr
@@ -136,7 +136,7 @@ def test_a_migration_resumes_the_evaluation_of_a_model_that_broke(switchyard, tm
     """And does not take it for the last word on that model."""
     plan = plan_of(tmp_path, "incumbent-refuses")
     first = json_of(switchyard("evaluate", plan, "--json"))
-    (tmp_path / "incumbent-refuses.gguf.mended").touch()
+    (tmp_path / "incumbent-refuses.gguf.fixed").touch()
     switchyard("migrate", plan, "--json")
     runs = [run for run in json_of(switchyard("history", "--json"))["runs"] if run["kind"] == "evaluate"]
     assert [run["run_id"] for run in runs] == [first["run_id"]]

@@ -2,7 +2,7 @@
 
 The answers are tests/rig/openai_stub.py's. What goes wrong is written in the model file's name, engine first:
 `candidate-refuses.gguf`, `both-refuse.gguf`, `incumbent-dies.gguf` (in its second chat), `candidate-odd-logprobs.gguf`.
-A file `NAME.gguf.mended` beside it ends that.
+A file `NAME.gguf.fixed` beside it ends that.
 """
 
 import os
@@ -50,7 +50,7 @@ def main() -> None:
     arm = "candidate" if is_candidate else "incumbent"
     model = Path(value_of("-m"), value_of("-f")) if is_candidate else Path(value_of("-m"))
     who, _, wrong = model.stem.partition("-")
-    if who not in (arm, "both") or model.with_name(f"{model.name}.mended").exists():
+    if who not in (arm, "both") or model.with_name(f"{model.name}.fixed").exists():
         wrong = ""
     if wrong.startswith("refuse"):
         print("loading the model", file=sys.stderr)
