@@ -110,8 +110,7 @@ def migrate_all(
     orders.checked(plan)
     asked = plan.model_dump(mode="json")
     with alone(home, "a migration"):
-        for line in reconcile(home, records):
-            say(line)
+        reconcile(home, records, say)
         with journal(
             records,
             KIND,

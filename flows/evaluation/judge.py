@@ -152,10 +152,7 @@ def _faults(trial: Trial) -> list[CheckResult]:
     if evidence is None:
         return [_missing(trial, "faults.sigkill")]
     return faults.judge_faults(
-        evidence,
-        kill_detect_s=limits.kill_detect_s,
-        hang_detect_s=limits.hang_detect_s,
-        recover_s=limits.recover_s,
+        evidence, kill_detect_s=limits.kill_detect_s, hang_detect_s=limits.hang_detect_s, recover_s=limits.recover_s
     )
 
 

@@ -66,11 +66,9 @@ def _preflight_report(trial: Trial) -> Any:
 
 def prompt_tokens(trial: Trial, arm: Arm) -> None:
     """How many tokens each prompt is to this engine: the cheapest way to see another tokenizer or template."""
-    _gather_served(
-        trial,
-        arm,
-        {"parity.tokens": lambda e: measure_prompt_tokens(e, _prompts(trial), progress=trial.say)},
-    )
+    prompts = _prompts(trial)
+    wanted = {"parity.tokens": lambda e: measure_prompt_tokens(e, prompts, progress=trial.say)}
+    _gather_served(trial, arm, wanted)
 
 
 def answers(trial: Trial, arm: Arm) -> None:
@@ -95,14 +93,11 @@ def _prompts(trial: Trial) -> list[Prompt]:
 def compatibility(trial: Trial, arm: Arm) -> None:
     """The battery of API behaviours, and the effect of parameters beyond OpenAI's."""
     names = None if trial.plan.measure.every_behaviour else sorted(required_behaviours(trial.plan))
-    _gather_served(
-        trial,
-        arm,
-        {
-            "compatibility": lambda e: behaviours.measure_compatibility(e, names=names, progress=trial.say),
-            "parity.parameters": lambda e: measure_ignored_parameters(e, progress=trial.say),
-        },
-    )
+    wanted = {
+        "compatibility": lambda e: behaviours.measure_compatibility(e, names=names, progress=trial.say),
+        "parity.parameters": lambda e: measure_ignored_parameters(e, progress=trial.say),
+    }
+    _gather_served(trial, arm, wanted)
 
 
 def calibration(trial: Trial) -> None:
@@ -125,7 +120,13 @@ def performance(trial: Trial) -> None:
         if decision.stop:
             trial.say(f"speed: {decision.why}")
             break
-    _learn_memory(trial)
+    # measured against estimated memory of each engine, for the next preflight
+    report, blocks = trial.payload(BOTH, "preflight"), trial.payloads(BOTH, "performance")
+    for arm in ARMS if report is not None else ():
+        name = trial.engines[arm].driver.name
+        ratio = headers.measured_over_estimated(report, name, [block[arm].get("pss_bytes") for block in blocks])
+        if ratio is not None:
+            trial.records.learn_correction(name, report["architecture"], ratio)
 
 
 def _block(
@@ -144,16 +145,6 @@ def _block(
         ),
         key=f"{index:05d}",
     )
-
-
-def _learn_memory(trial: Trial) -> None:
-    """Measured against estimated memory of each engine, stored for the next preflight."""
-    report, blocks = trial.payload(BOTH, "preflight"), trial.payloads(BOTH, "performance")
-    for arm in ARMS if report is not None else ():
-        name = trial.engines[arm].driver.name
-        ratio = headers.measured_over_estimated(report, name, [block[arm].get("pss_bytes") for block in blocks])
-        if ratio is not None:
-            trial.records.learn_correction(name, report["architecture"], ratio)
 
 
 def faults(trial: Trial) -> None:

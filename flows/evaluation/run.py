@@ -7,7 +7,6 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import SecretStr
 
@@ -51,13 +50,16 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
         with journal(
             records, "evaluate", asked, unfinished=earlier, environment=here, flow_run_id=flow_run_id()
         ) as run:
+            with progress.get().step("self-test of the measuring client"):  # in a resumed run as well
+                budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))
+            records.put_evidence(run.id, "-", "-", "self_test", budget)
             bench = Bench(
                 plan=plan,
                 records=records,
                 run_id=run.id,
                 home=home,
                 installations=installations,
-                error_budget=_error_budget(records, run.id),
+                error_budget=budget,
                 # checked by the engines where the plan's clients send a key; theirs is for the yard, not for engines
                 api_key=SecretStr(secrets.token_hex(16)) if plan.api_key_env else None,
             )
@@ -122,11 +124,3 @@ def _run_of(records: Records, plan: Plan, reference: str) -> Run:
     if recorded_plan(run.plan) != asked:  # a plan stored by an older version has fewer keys
         raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
     return run
-
-
-def _error_budget(records: Records, run_id: str) -> dict[str, Any]:
-    """The measuring client's own error, measured before every run (a resumed one included)."""
-    with progress.get().step("self-test of the measuring client"):
-        budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))
-    records.put_evidence(run_id, "-", "-", "self_test", budget)
-    return budget

@@ -13,9 +13,8 @@ from typing import Any
 
 from engines.errors import SwitchyardError
 from engines.yard.client import YardClient
-from flows.rollout import yards as yard_processes
 from flows.rollout.orders import Orders
-from flows.rollout.yards import Yards
+from flows.rollout.yards import Yards, stage
 from migrations.plan import ModelPlan, Plan
 from tasks.evidence.rehearsal import OpenStage, engine_of, room, route_of
 from tasks.records.journal import RunJournal
@@ -201,11 +200,7 @@ class ModelMove:
 
     def stage(self) -> OpenStage:
         """Opens a yard for the rehearsal."""
+        shared = self.migration
         return functools.partial(
-            yard_processes.stage,
-            self.migration.yards,
-            self.id,
-            incumbent=self.migration.incumbent,
-            candidate=self.candidate,
-            say=self.say,
+            stage, shared.yards, self.id, incumbent=shared.incumbent, candidate=self.candidate, say=self.say
         )

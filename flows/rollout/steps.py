@@ -13,12 +13,11 @@ from engines.errors import BadInput, EngineNotFound, SwitchyardError
 from engines.yard.client import public_address, wait_until_serving
 from flows.experiment_lock import alone
 from flows.orchestrator.run import flow_run_id
-from flows.rollout import yards as yard_processes
 from flows.rollout.canary import canaries
 from flows.rollout.model_move import POLL_S, Closed, Do, Judge, Migration, ModelMove, MovePhase, Say
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
-from flows.rollout.yards import Yards
+from flows.rollout.yards import Yards, start_detached
 from migrations.plan import Plan
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import engine_of, judge_rehearsal, measure_rehearsal, one_token
@@ -162,7 +161,7 @@ def ensure_yard(migration: Migration, moves: list[ModelMove]) -> None:
     names = [move.id for move in moves]
     if not migration.client.runs():
         migration.run.put_step("-", "yard", "intent")
-        migration.yard_started = yard_processes.start_detached(migration.yards, names, migration.say)
+        migration.yard_started = start_detached(migration.yards, names, migration.say)
     elif differs := migration.yards.differs():
         raise BadInput(differs)
     else:
