@@ -134,6 +134,7 @@ def _kinds(url):
             assert kinds
             seen.append([kind for at, kind in enumerate(kinds) if at == 0 or kind != kinds[at - 1]])
         errors = [http.post(CHAT, json=body) for body in ({"messages": 5}, {"messages": SHORT, "temperature": "hot"})]
+        assert all("error" in error.json() for error in errors), [(error.status_code, error.text) for error in errors]
         shapes = [(error.status_code, error.json()["error"]["code"], error.json()["error"]["type"]) for error in errors]
         none = http.post(CHAT, json={"messages": SHORT, "max_tokens": 0, "top_k": -1, "n_predict": None}).json()
         assert none["usage"]["completion_tokens"] == 1
