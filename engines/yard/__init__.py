@@ -1,1 +1,1 @@
-"""The yard: one public port that never lies, engines that are supervised, moves that lose nothing."""
+"""The yard: a supervising gateway. One public port, engines that are kept up, moves that lose no request."""
