@@ -68,13 +68,11 @@ def _judge_window(model: Standing, window_s: float, now: float, waived: str | No
     ends = moved + window_s
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(ends))
     value = (now - moved) / DAY_S
+    verdict = Verdict.INCONCLUSIVE if now < ends else Verdict.PASS
+    why = f"{model.model_id} has been there for {value:.1f} days; its window ended {day}"
     if now < ends:
         why = f"{model.model_id} may want back until {day}; wait, or add --now --who NAME --reason TEXT"
-        return CheckResult(
-            check=check, verdict=Verdict.INCONCLUSIVE, value=value, limit=window_s / DAY_S, unit="days", why=why
-        )
-    why = f"{model.model_id} has been there for {value:.1f} days; its window ended {day}"
-    return CheckResult(check=check, verdict=Verdict.PASS, value=value, limit=window_s / DAY_S, unit="days", why=why)
+    return CheckResult(check=check, verdict=verdict, value=value, limit=window_s / DAY_S, unit="days", why=why)
 
 
 def write_archive(folder: Path, engine: str, state: YardState, plan_toml: str) -> Path:

@@ -333,7 +333,7 @@ def test_toml_round_trip() -> None:
 
 
 def test_toml_explains_every_key() -> None:
-    """Every key stands under a comment, the losses above what accepts them."""
+    """Every key stands under a comment, what is unsupported above what accepts them."""
     text = plan_to_toml(a_full_plan(), header_comment="mine", unsupported=["mlock: no counterpart"])
     lines = text.splitlines()
     assert lines[0] == "# mine"

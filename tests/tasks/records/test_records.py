@@ -167,7 +167,7 @@ def test_the_latest_is_this_hosts_own(records: Records, monkeypatch: pytest.Monk
 
 
 def test_no_runs_yet_is_said(records: Records) -> None:
-    """`latest` of nothing is the user's to mend, not a traceback."""
+    """`latest` of nothing is the user's to fix, not a traceback."""
     with pytest.raises(BadInput, match="no run is recorded yet"):
         records.find_run("latest")
 
@@ -186,7 +186,7 @@ time.sleep(600)
 
 
 def test_a_killed_run_keeps_what_it_measured_and_is_shown_as_killed(file: Path) -> None:
-    """It can be taken over then, and goes on behind its samples."""
+    """It can be taken over then, and continues behind its samples."""
     process = python(START_AND_SAMPLE, file)
     assert process.stdout is not None
     run_id = process.stdout.readline().strip()
@@ -293,7 +293,7 @@ def test_a_decision_is_recorded_once_and_keeps_its_name_and_reason(records: Reco
 
 
 def test_environment_are_read_without_the_payloads(records: Records) -> None:
-    """Of one model, all of them: a run that was gone on with may have measured under several."""
+    """Of one model, all of them: a run that was resumed may have measured under several."""
     run = records.start_run("evaluate", "n", {})
     for key, digest in (("1", "a"), ("2", "b")):
         records.put_evidence(run.id, "m", "both", "performance", {}, key=key, environment={"model_digest": digest})

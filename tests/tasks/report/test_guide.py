@@ -73,7 +73,7 @@ def plan() -> Plan:
     return build_plan({"models": models, **engines, **own})
 
 
-def recipe(engine: str, plan: Plan, model: str) -> LaunchSpec:
+def launch_spec(engine: str, plan: Plan, model: str) -> LaunchSpec:
     settings = Settings(context_tokens=4096, mlock=True)
     program = "/home/paula/bin/llama-server" if engine == OLD else "/usr/local/bin/mistralrs"
     return LaunchSpec(
@@ -91,9 +91,9 @@ def routes(plan: Plan, **serving: str) -> YardState:
     """A state in which each model is served by the engine named; OLD is the way back where that is another."""
     models = {}
     for model, engine in serving.items():
-        recipes = {name: recipe(name, plan, model) for name in (OLD, NEW)}
+        specs = {name: launch_spec(name, plan, model) for name in (OLD, NEW)}
         moved = {"undo": OLD, "moved_at": NOW.timestamp() - 3600} if engine != OLD else {}
-        models[model] = ModelState.model_validate({"serving": engine, "recipes": recipes, **moved})
+        models[model] = ModelState.model_validate({"serving": engine, "recipes": specs, **moved})
     return YardState(models=models)
 
 

@@ -298,9 +298,9 @@ def test_the_head_says_why_the_gate_is_shut_or_open(records: Records, tmp_path: 
     """In counts and in the words of the worst check; and what to do."""
     run_id = started(records)
     checks = put_model(records, run_id)
-    shut = read_model(records, run_id, checks)
-    assert shut.why.startswith("Of 6 required checks 1 failed (memory), 1 unproven (stability). Worst: memory.peak")
-    assert "memory" in shut.next_step
+    closed = read_model(records, run_id, checks)
+    assert closed.why.startswith("Of 6 required checks 1 failed (memory), 1 unproven (stability). Worst: memory.peak")
+    assert "memory" in closed.next_step
     unproven = read_model(records, run_id, [check for check in checks if check.verdict is not Verdict.FAIL])
     assert "Soak for longer" in unproven.next_step
     opened = read_model(records, run_id, [check for check in checks if check.verdict is Verdict.PASS])

@@ -199,7 +199,7 @@ def test_candidates_at_the_margin_are_promoted_about_one_time_in_twenty() -> Non
 
 
 def loaded_blocks(n: int, bias: float = 0.0) -> list[dict[str, Any]]:
-    """Equal engines; a neighbour takes a varying share of the CPU and slows what it meets (d = 4 x + little noise)."""
+    """Equal engines; another process takes some of the CPU and slows what it meets (d = 4 x + little noise)."""
     rng = random.Random(3)
     blocks = []
     for index in range(n):
@@ -211,7 +211,7 @@ def loaded_blocks(n: int, bias: float = 0.0) -> list[dict[str, Any]]:
 
 
 def test_foreign_load_is_taken_out_where_it_explains_the_noise() -> None:
-    """12 blocks that the noise leaves undecided pass once the neighbour is accounted for."""
+    """12 blocks that the noise leaves undecided pass once the other process is accounted for."""
     blocks = loaded_blocks(12)
     blind = [block | {"foreign_cpu": {"incumbent": None, "candidate": None}} for block in blocks]
     assert judge(TTFT, blind).verdict is Verdict.INCONCLUSIVE
