@@ -17,13 +17,7 @@ from uuid import UUID
 
 from prefect import Flow, flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
@@ -108,14 +102,8 @@ def migrate(
         if not (who.strip() and reason.strip()):
             raise BadInput("an approval is recorded with a name and a reason: fill in who and reason")
         asks.set(in_advance(who, reason))
-    orders = Orders(
-        models=tuple(models),
-        override=tuple(override),
-        who=who,
-        reason=reason,
-        without_canary=without_canary,
-        without_rehearsal=without_rehearsal,
-    )
+    decided = {"who": who, "reason": reason, "without_canary": without_canary, "without_rehearsal": without_rehearsal}
+    orders = Orders.model_validate({"models": models, "override": override, **decided})
     return concluded(migrated(*_loaded(plan), orders))
 
 
@@ -143,13 +131,7 @@ def rollback(model: str = "", who: str = "", reason: str = "", only_from: str = 
 
 
 @flow(name="retire", flow_run_name=lambda: _name("retire"), persist_result=False)
-def retire(
-    plan: str = "",
-    who: str = "",
-    reason: str = "",
-    now: bool = False,
-    uninstall: bool = False,
-) -> Any:
+def retire(plan: str = "", who: str = "", reason: str = "", now: bool = False, uninstall: bool = False) -> Any:
     """Phase 4: retire the incumbent, or say who still needs it.
 
     Args:
@@ -202,13 +184,13 @@ def reconcile_home(late_minutes: int = 4) -> Any:
 
 
 def _moved(home: Path) -> list[str]:
-    """The models that have a way back, by the yard, else by what it wrote down."""
+    """The models that have a way back, by the running yard, else by its state file."""
     if YardClient(home).runs():
         return movable(home)
     return [name for name, state in StateFile(home / "yard").read().models.items() if state.undo or state.canary]
 
 
-# --- how a run is called, and how it ends
+# --- the name and the end of a run
 
 
 def _name(what: str) -> str:
@@ -232,7 +214,7 @@ def _unless_late(minutes: int, work: Callable[[], dict[str, Any]]) -> Any:
 
 
 def concluded(outcome: dict[str, Any]) -> Any:
-    """The outcome; of a deployment's run as a state that shows the verdict in every list of runs."""
+    """The outcome; in a deployment's run as a state named after the verdict, for Prefect's lists of runs."""
     if deployment.id is None:
         return outcome
     return Completed(name=outcome["verdict"], message=str(outcome.get("why") or outcome.get("run_id") or ""))
@@ -245,12 +227,12 @@ def _loaded(plan: str) -> tuple[Plan, Path]:
     return loaded, path
 
 
-# --- what is offered
+# --- the deployments
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One deployment: its flow, when it runs by itself (cron, or every so often; never without), and its tags."""
+    """One deployment: its flow, its tags, and its schedule (cron or interval; none: it runs only when started)."""
 
     flow: Flow[..., Any]
     phase: str
@@ -297,7 +279,7 @@ async def _deployment(name: str, offer: Offer, plan: Path, zone: str, schedules:
 
 
 def rollback_trigger() -> DeploymentEventTrigger:
-    """A soak that failed on this host rolls its model back, if the engine it failed on still serves it."""
+    """Rolls back the model of a soak that failed on this host, if the engine it failed on still serves it."""
     return DeploymentEventTrigger(
         name="roll back when a soak fails",
         expect={BREACH},
@@ -334,8 +316,8 @@ async def _mark_orphans(deployment_ids: list[UUID]) -> None:
     begun = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
     async with get_client() as client:
         runs = await client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=deployment_ids)),
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=begun))),
+            deployment_filter=DeploymentFilter.model_validate({"id": {"any_": deployment_ids}}),
+            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": begun}}}),
         )
         for run in runs:
             await client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)

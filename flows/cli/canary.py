@@ -1,7 +1,3 @@
-"""`switchyard canary`."""
-
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
-import typer
 
 from engines.errors import SwitchyardError
 from engines.home import home
 from engines.redaction import redacted_text
 from engines.yard.client import YardClient, public_address
 from flows.cli.keep_up import stop_yard
-from flows.cli.migrate import print_outcome
+from flows.cli.migrate import next_step, show
 from flows.cli.options import Json
-from flows.cli.output import EXIT_CODES, errors
+from flows.cli.output import errors, finish
 from flows.orchestrator.server import with_prefect
 from flows.rollback import Wish, roll_back
 from flows.rollout.approval import asks, on_terminal
@@ -48,12 +48,15 @@ def demo(json_: Json = False) -> None:
             ]
     finally:
         stop_yard(folder)
-    print_outcome({**outcome, "rolled_back": back, "client": client.summary()}, json_)
-    if not json_:
-        for one in back:
-            errors.print(f"rolled back: {one['done']}", markup=False)
-        errors.print(f"the client on the port, meanwhile: {client.summary()}", markup=False)
-    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+    more = {"rolled_back": back, "client": client.summary(), "next": next_step(outcome)}
+    finish({**outcome, **more}, json_, _show)
+
+
+def _show(outcome: Mapping[str, Any]) -> None:
+    show(outcome)
+    for one in outcome["rolled_back"]:
+        errors.print(f"rolled back: {one['done']}", markup=False)
+    errors.print(f"the client on the port, meanwhile: {outcome['client']}", markup=False)
 
 
 class Traffic:

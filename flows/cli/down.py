@@ -1,7 +1,3 @@
-"""`switchyard down`."""
-
-from __future__ import annotations
-
 import signal
 import time
 

@@ -1,7 +1,5 @@
 """`switchyard evaluate`: phase 1, and what it prints."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +10,12 @@ import typer
 from engines.errors import BadInput
 from flows.cli.options import Json
 from flows.cli.output import (
-    EXIT_CODES,
     errors,
     evaluation_table,
+    finish,
     next_command,
     out,
     prepared_home,
-    print_json,
     print_step,
     verdict_text,
 )
@@ -59,12 +56,7 @@ def evaluate(
     """
     folder = prepared_home()
     plan, run_id = _plan_and_run(target, resume, soak, folder)
-    outcome = _evaluate(plan, run_id, folder, allow_retired=allow_retired)
-    if json_:
-        print_json(outcome)
-    else:
-        _show(outcome)
-    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+    finish(_evaluate(plan, run_id, folder, allow_retired=allow_retired), json_, _show)
 
 
 def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:

@@ -1,7 +1,3 @@
-"""`switchyard history`."""
-
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

@@ -1,7 +1,6 @@
 """`switchyard init`: a plan written from the llama-server in use."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,7 @@ import typer
 
 from engines.driver import Installation
 from engines.errors import BadInput, EngineError
-from engines.llama_cpp import argv as llama_server_argv
-from engines.llama_cpp.argv import LlamaServerCommand
+from engines.llama_cpp.argv import LlamaServerCommand, parse_command, read_listener
 from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.settings import YardSettings
@@ -21,6 +19,7 @@ from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
 from migrations.plan import ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
 
+NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._-]")
 KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 
 
@@ -55,7 +54,13 @@ def write_plan(
     """Write the plan to `output`; what is unsupported, noted or unknown. BadInput when there is nothing to read."""
     if output.exists() and not force:
         raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
-    command = _command(from_port, from_command)
+    if from_port is not None and from_command is not None:
+        raise BadInput("--from-port and --from-command exclude each other: give one")
+    command = None
+    if from_port is not None:
+        command = read_listener(from_port)
+    elif from_command is not None:
+        command = parse_command(from_command)
     plan = _plan(command, models)
     unsupported = _unsupported(plan)
     unknown = [] if command is None else [f"{flag} {value or ''}".strip() for flag, value in command.unknown]
@@ -75,23 +80,12 @@ def write_plan(
     }
 
 
-def _command(from_port: int | None, from_command: str | None) -> LlamaServerCommand | None:
-    if from_port is not None and from_command is not None:
-        raise BadInput("--from-port and --from-command exclude each other: give one")
-    if from_port is not None:
-        return llama_server_argv.read_listener(from_port)
-    if from_command is not None:
-        return llama_server_argv.parse_command(from_command)
-    return None
-
-
 def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
-    chosen = [ModelPlan(id=_slug(path), gguf=_existing(path)) for path in models]
+    names = [NOT_IN_AN_ID.sub("-", path.stem).lstrip("._-") or "model" for path in models]
+    chosen = [ModelPlan(id=name, gguf=_existing(path)) for name, path in zip(names, models, strict=True)]
     if command is None:
         if not chosen:
-            raise BadInput(
-                'nothing to plan from: give --from-port 8080, --from-command "llama-server ...", or --model FILE'
-            )
+            raise BadInput('give --from-port 8080, --from-command "llama-server ...", or --model FILE to plan from')
         return plan_for(chosen)
     if command.gguf is None and not chosen:
         raise BadInput("the command names no model file (-m FILE); add --model FILE")
@@ -100,7 +94,10 @@ def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
             chosen[0] = chosen[0].model_copy(update={"id": command.model_id})
     elif command.gguf not in [model.gguf for model in chosen]:
         chosen.insert(0, ModelPlan(id=command.model_id, gguf=_existing(command.gguf)))
-    incumbent = INCUMBENT.model_copy(update={"binary": _binary(command)})
+    binary = Path(command.binary) if command.binary else None
+    if binary is not None and not (binary.is_absolute() and binary.is_file()):
+        binary = None  # not the one in use: the usual places are searched
+    incumbent = INCUMBENT.model_copy(update={"binary": binary})
     yard = YardSettings(host=command.host, port=command.port)
     key = {"api_key_env": KEY_VARIABLE} if command.has_api_key or not yard.on_loopback else {}
     return plan_for(chosen, incumbent=incumbent, settings=command.settings, yard=yard, **key)
@@ -127,12 +124,6 @@ def _key_note(plan: Plan, command: LlamaServerCommand | None) -> str | None:
     return f"{where}: {whose}; {export}; api_key_env in the plan names the variable"
 
 
-def _binary(command: LlamaServerCommand) -> Path | None:
-    """The binary in use, when the command names it by an absolute path; otherwise the usual places are searched."""
-    binary = Path(command.binary) if command.binary else None
-    return binary if binary is not None and binary.is_absolute() and binary.is_file() else None
-
-
 def _unsupported(plan: Plan) -> list[str]:
     """The plan's settings that the candidate does not support, in the form installed here."""
     candidate = driver(plan.candidate.engine)
@@ -149,9 +140,3 @@ def _existing(path: Path) -> Path:
     if not whole.is_file():
         raise BadInput(f"{path}: no such model file; give the path of a GGUF")
     return whole
-
-
-def _slug(path: Path) -> str:
-    return (
-        "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem).lstrip("._-") or "model"
-    )

@@ -23,11 +23,10 @@ import psutil
 from engines.environment import without_proxies
 from engines.errors import SwitchyardError
 from engines.process import process
-from engines.process.process import Identity, ManagedProcess
-from engines.process.readiness import exit_reason
+from engines.process.process import Identity
 from engines.yard.client import YardClient, socket_path
 from flows.cli.output import errors
-from flows.orchestrator.server import PrefectServer, workplace
+from flows.orchestrator.server import PrefectServer, ServerProcess, workplace
 from flows.rollout.yards import Yards, start_detached
 from migrations.plan import Plan
 from migrations.plan_file import remember_plan
@@ -108,7 +107,7 @@ def stop_yard(folder: Path) -> None:
             time.sleep(0.1)
 
 
-class DeploymentsProcess:
+class DeploymentsProcess(ServerProcess):
     """The process that registers the deployments and runs their flows."""
 
     def __init__(self, folder: Path, plan: Path, api_url: str, schedules: bool) -> None:
@@ -116,27 +115,19 @@ class DeploymentsProcess:
         serve = "from flows.deployments import main; main()"
         self._argv = [sys.executable, "-c", serve, str(plan), "--schedules" if schedules else "--no-schedules"]
         self._env = {"PREFECT_API_URL": api_url, "SWITCHYARD_HOME": str(folder)}
-        self._child: ManagedProcess | None = None
 
     def start(self) -> None:
         """Return once they are served. Raises SwitchyardError with the process's last lines when they are not."""
-        self.stop()  # what it has left behind, where it died: the flows that it ran
+        self.stop(STOP_S)  # what it has left behind, where it died: the flows that it ran
         log = self._folder / "logs" / "deployments.log"
         env = {**without_proxies(os.environ), **self._env}
         cwd = workplace(self._folder)
-        child = process.start("deployments", self._argv, state_dir=self._folder, log_path=log, env=env, cwd=cwd)
-        self._child = child
-        deadline = time.monotonic() + SERVE_S
-        while not any(SERVED in line for line in child.log_tail()):
-            if child.poll() is not None or time.monotonic() > deadline:
-                words = "\n  ".join(child.log_tail()[-5:])
-                child.stop()
-                raise SwitchyardError(f"the deployments could not be served (log: {child.log.path}):\n  {words}")
-            time.sleep(0.1)
-
-    def died(self) -> str | None:
-        """How it ended; None while it runs."""
-        return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
+        self._child = process.start("deployments", self._argv, state_dir=self._folder, log_path=log, env=env, cwd=cwd)
+        self.wait_until(
+            lambda child: any(SERVED in line for line in child.log_tail()),
+            SERVE_S,
+            "the deployments could not be served",
+        )
 
     def forgotten(self) -> bool:
         """Whether Prefect does not know them any more: its database was removed."""
@@ -145,11 +136,6 @@ class DeploymentsProcess:
             return httpx.get(url, timeout=60, trust_env=False, verify=False).status_code == httpx.codes.NOT_FOUND
         except httpx.HTTPError:  # the server died again; the next look finds that
             return False
-
-    def stop(self) -> None:
-        """End it, and the flows that it runs; safe twice."""
-        if self._child is not None:
-            self._child.stop(grace_s=STOP_S)
 
 
 @dataclass

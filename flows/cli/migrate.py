@@ -1,7 +1,5 @@
 """`switchyard migrate`: the whole migration, or one of the two phases that move traffic."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,7 +9,7 @@ from rich.text import Text
 from engines.errors import BadInput
 from engines.home import home
 from flows.cli.options import Json, PlanFile, Reason
-from flows.cli.output import EXIT_CODES, out, prepared_home, print_end, print_json, verdict_text
+from flows.cli.output import finish, out, prepared_home, print_end, verdict_text
 from flows.orchestrator.server import with_prefect
 from flows.rollout.approval import asks, in_advance, on_terminal
 from flows.rollout.orders import Orders
@@ -77,16 +75,11 @@ def migrate(
         with open_records():  # records that cannot be written are better known before anything moves
             pass
         outcome = with_prefect(folder, PHASES[phase])(path, orders)
-    print_outcome(outcome, json_)
-    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+    finish({**outcome, "next": next_step(outcome)}, json_, show)
 
 
-def print_outcome(outcome: Mapping[str, Any], json_: bool) -> None:
+def show(outcome: Mapping[str, Any]) -> None:
     """Print how far every model and the retirement came, the decisions on the way, and what to do next."""
-    next_step = next_of_whole(outcome) if outcome["phase"] == "all" else next_of_phase(outcome)
-    if json_:
-        print_json({**outcome, "next": next_step})
-        return
     for model in outcome["models"]:
         print_end(model["model"], model)
         _print_decisions(model.get("decisions", ()))
@@ -100,7 +93,7 @@ def print_outcome(outcome: Mapping[str, Any], json_: bool) -> None:
         out.print(f"\nrun {outcome['run_id']}: ", verdict_text(outcome["verdict"]), sep="")
     elif outcome["phase"] == "all":
         out.print("\nnothing had to be done")
-    out.print(next_step, markup=False)
+    out.print(outcome["next"], markup=False)
 
 
 def _print_decisions(decisions: Iterable[Mapping[str, Any]]) -> None:
@@ -109,8 +102,12 @@ def _print_decisions(decisions: Iterable[Mapping[str, Any]]) -> None:
         out.print(Text(f"  decided by {made['who']}: {what}: {made['why']}", style="yellow"))
 
 
-def next_of_whole(outcome: Mapping[str, Any]) -> str:
-    """What to do after a whole migration, as its last line."""
+def next_step(outcome: Mapping[str, Any]) -> str:
+    """What to do after a migration, as its last line."""
+    return _next_of_whole(outcome) if outcome["phase"] == "all" else _next_of_phase(outcome)
+
+
+def _next_of_whole(outcome: Mapping[str, Any]) -> str:
     results = {end["result"] for end in (*outcome["models"], outcome["retirement"]) if end}
     if "waits for approval" in results:
         return "next: rerun this command with --yes --who NAME --reason TEXT, or on a terminal"
@@ -122,8 +119,7 @@ def next_of_whole(outcome: Mapping[str, Any]) -> str:
     return "next: rerun this command when the rollback window is over; `switchyard rollback MODEL` is the way back"
 
 
-def next_of_phase(outcome: Mapping[str, Any]) -> str:
-    """What to do after one of the phases that move traffic, as its last line."""
+def _next_of_phase(outcome: Mapping[str, Any]) -> str:
     by_result = {model["result"]: model["model"] for model in reversed(outcome["models"])}
     if outcome["verdict"] == "PASS":
         return "next: watch it with `switchyard status`; `switchyard rollback MODEL` is the way back"

@@ -1,7 +1,5 @@
 """Orders from a command to the running yard."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from engines.home import home

@@ -1,13 +1,12 @@
 """What commands print: JSON, steps, verdicts with their checks, and the tables that several commands show."""
 
-from __future__ import annotations
-
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
@@ -41,6 +40,15 @@ def print_done(done: str, json_: bool) -> None:
         print_json({"done": done})
     else:
         out.print(done, markup=False)
+
+
+def finish(outcome: Mapping[str, Any], json_: bool, show: Callable[[Any], None], code: int | None = None) -> NoReturn:
+    """Print the outcome of a command, as JSON or by `show`, and exit by its verdict."""
+    if json_:
+        print_json(outcome)
+    else:
+        show(outcome)
+    raise typer.Exit(EXIT_CODES[outcome["verdict"]] if code is None else code)
 
 
 def print_step(step: str) -> None:

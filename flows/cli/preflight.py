@@ -1,7 +1,5 @@
 """`switchyard preflight`: whether a plan's models, or GGUF files, load and fit, from their headers alone."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,3 @@
-"""`switchyard promote`."""
-
-from __future__ import annotations
-
 from flows.cli.options import Json, Model, Placement, To
 from flows.cli.order import order
 

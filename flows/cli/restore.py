@@ -1,7 +1,5 @@
 """`switchyard restore`: the undo of phase 4."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

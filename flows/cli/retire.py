@@ -1,7 +1,5 @@
 """`switchyard retire`: phase 4."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -10,7 +8,7 @@ from rich.text import Text
 
 from engines.home import home
 from flows.cli.options import Json, PlanFile, Reason
-from flows.cli.output import EXIT_CODES, out, print_json, verdict_text
+from flows.cli.output import finish, out, verdict_text
 from flows.orchestrator.server import with_prefect
 from migrations.plan_file import load_plan, plan_path
 
@@ -39,11 +37,7 @@ def retire(
     load_plan(path)  # what is wrong with it is better known before Prefect starts
     flow = with_prefect(folder, "flows.deployments:retire")
     outcome = flow(str(path), who=who, reason=reason, now=now, uninstall=uninstall)
-    if json_:
-        print_json({**outcome, "next": _next_step(outcome)})
-    else:
-        _show(outcome)
-    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+    finish({**outcome, "next": _next_step(outcome)}, json_, _show)
 
 
 def _show(outcome: Mapping[str, Any]) -> None:
@@ -53,7 +47,7 @@ def _show(outcome: Mapping[str, Any]) -> None:
         out.print(Text.assemble("  ", verdict_text(check["verdict"]), f"  {check['why']}"))
     if outcome["archive"]:
         out.print(f"archive: {outcome['archive']}")
-    out.print(_next_step(outcome))
+    out.print(outcome["next"])
 
 
 def _next_step(outcome: Mapping[str, Any]) -> str:

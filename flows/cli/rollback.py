@@ -1,14 +1,10 @@
-"""`switchyard rollback`."""
-
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
 
 from engines.home import home
 from flows.cli.options import Json, Model, Placement, Reason
-from flows.cli.output import EXIT_CODES, out, print_json, print_step
+from flows.cli.output import finish, out, print_step
 from flows.rollback import Wish, roll_back
 
 
@@ -26,8 +22,4 @@ def rollback(
     Needs neither Prefect nor the database: the yard itself keeps the way back.
     """
     outcome = roll_back(home(), model, Wish(who=who, reason=reason, form=form), print_step)
-    if json_:
-        print_json(outcome)
-    else:
-        out.print(outcome["done"], markup=False)
-    raise typer.Exit(EXIT_CODES[outcome["verdict"]])
+    finish(outcome, json_, lambda rolled_back: out.print(rolled_back["done"], markup=False))

@@ -1,7 +1,5 @@
 """`switchyard serve`: the yard in the foreground."""
 
-from __future__ import annotations
-
 from engines.home import home
 from engines.yard.config import YardConfig
 from engines.yard.serve import log_to_terminal, run

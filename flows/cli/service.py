@@ -4,8 +4,6 @@ Quoting and specifiers follow systemd.syntax(7), systemd.service(5) and systemd.
 the unit: its variable is read from a file that only its owner can open.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import math
@@ -52,13 +50,26 @@ def install(
     """Write the unit for a plan and start it now and at every boot; safe to repeat."""
     folder = home()
     path = plan_path(plan, folder)
-    checked = _checked(path)
-    text = unit_text(path, checked.yard.stop_s, home=folder, systemd=_systemd_version())
+    loaded = load_plan(path)
+    if not loaded.yard.on_loopback and loaded.api_key_env is None:
+        raise BadInput(
+            f"{path}: yard.host {loaded.yard.host} can be reached from other machines: set "
+            'api_key_env = "SWITCHYARD_API_KEY" in it and export that variable, or listen on 127.0.0.1'
+        )
+    text = unit_text(path, loaded.yard.stop_s, home=folder, systemd=_systemd_version())
     if dry_run:
-        _print({"unit": str(unit_path()), "text": text, "changed": False}, text, json_)
+        _print({"unit": str(unit_path()), "text": text, "changed": False}, text.splitlines(), json_)
         return
-    done = _install(checked, text, folder)
-    _print(done, "\n".join(_installed_lines(done)), json_)
+    done = _install(loaded, text, folder)
+    lines = [f"{'written' if done['changed'] else 'unchanged'}: {done['unit']}"]
+    if done["to_run"]:
+        lines += ["systemd is not running here (no user manager answers); where it does, run:"]
+        lines += [f"  {command}" for command in done["to_run"]]
+    elif done["started"]:
+        lines.append("enabled and started; its log: journalctl --user -u switchyard -f")
+    else:
+        lines.append("enabled, not started")
+    _print(done, lines + [f"note: {note}" for note in done["notes"]], json_)
 
 
 @service.command()
@@ -77,33 +88,39 @@ def status(json_: Json = False) -> None:
         lines.append("systemd is not running here (no user manager answers)")
     elif found["installed"]:
         lines += [f"active: {found['active']}", f"at boot: {found['enabled']}"]
-    _print(found, "\n".join(lines), json_)
+    _print(found, lines, json_)
 
 
 @service.command()
 def uninstall(json_: Json = False) -> None:
     """Stop the service after finishing the requests in flight, disable and remove it; safe to repeat."""
-    unit = unit_path()
+    unit, kept = unit_path(), _environment_file()
     installed, there = unit.is_file(), _manager_answers()
     if installed and there:
-        _run(("disable", "--now", UNIT))
+        _run("disable", "--now", UNIT)
     for left in (unit, unit.parent / "default.target.wants" / UNIT):
         left.unlink(missing_ok=True)
     if installed and there:
-        _run(("daemon-reload",))
-    kept = str(_environment_file()) if _environment_file().is_file() else None
+        _run("daemon-reload")
     lines = [f"removed: {unit}" if installed else "not installed; nothing to remove"]
-    if kept and installed:
+    if kept.is_file() and installed:
         lines.append(f"kept: {kept}")
-    _print({"unit": str(unit), "removed": installed, "kept": kept}, "\n".join(lines), json_)
+    _print({"unit": str(unit), "removed": installed, "kept": str(kept) if kept.is_file() else None}, lines, json_)
+
+
+def _print(result: Mapping[str, Any], lines: Sequence[str], json_: bool) -> None:
+    if json_:
+        print_json(result)
+    else:
+        out.print("\n".join(lines), markup=False)
 
 
 # --- the unit
 
 
-def unit_path(environment: Mapping[str, str] = os.environ) -> Path:
+def unit_path() -> Path:
     """Path of this user's unit."""
-    return _config(environment) / "systemd" / "user" / UNIT
+    return _config(os.environ) / "systemd" / "user" / UNIT
 
 
 def unit_text(
@@ -119,14 +136,12 @@ def unit_text(
 
     `systemd` is its version, None where unknown: from 254 on the pause between restarts grows.
     """
-    installed = _root().name in ("site-packages", "dist-packages")
-    kept = {name: environment[name] for name in KEPT if environment.get(name)}
-    given = "".join(
-        f"Environment={_quoted(f'{name}={value}')}\n" for name, value in {"SWITCHYARD_HOME": str(home), **kept}.items()
-    )
-    given += "Environment=PYTHONSAFEPATH=1\n" + (
-        "" if installed else f"Environment={_quoted(f'PYTHONPATH={_root()}')}\n"
-    )
+    root = Path(flows.__file__).absolute().parent.parent  # where Python finds our packages
+    given = {"SWITCHYARD_HOME": str(home), **{name: environment[name] for name in KEPT if environment.get(name)}}
+    given["PYTHONSAFEPATH"] = "1"
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout
+        given["PYTHONPATH"] = str(root)
+    variables = "".join(f"Environment={_quoted(f'{name}={value}')}\n" for name, value in given.items())
     # arguments, not the program, have their `$` expanded
     arguments = ["-m", "flows.cli", "serve", str(plan).replace("$", "$$")]
     pause = "RestartSec=10"
@@ -140,8 +155,8 @@ def unit_text(
         "\n[Service]\n"
         "Type=exec\n"
         # whatever reads files of its working directory finds our own there
-        f"WorkingDirectory={_escaped(str(_root()))}\n"
-        f"{given}"
+        f"WorkingDirectory={_escaped(str(root))}\n"
+        f"{variables}"
         f"EnvironmentFile=-{_escaped(glob.escape(str(_environment_file(environment))))}\n"
         f"ExecStart={' '.join(map(_quoted, [python, *arguments]))}\n"
         "ExecReload=kill -HUP $MAINPID\n"
@@ -172,7 +187,7 @@ def _escaped(text: str) -> str:
     return text.replace("%", "%%")
 
 
-def _config(environment: Mapping[str, str] = os.environ) -> Path:
+def _config(environment: Mapping[str, str]) -> Path:
     named = environment.get("XDG_CONFIG_HOME", "")
     # the XDG base directory specification: relative ones are ignored
     return Path(named) if Path(named).is_absolute() else Path("~/.config").expanduser()
@@ -182,22 +197,7 @@ def _environment_file(environment: Mapping[str, str] = os.environ) -> Path:
     return _config(environment) / "switchyard" / "environment"
 
 
-def _root() -> Path:
-    """The folder that Python finds our packages in: site-packages, or a checkout."""
-    return Path(flows.__file__).absolute().parent.parent
-
-
 # --- installing it
-
-
-def _checked(path: Path) -> Plan:
-    plan = load_plan(path)
-    if not plan.yard.on_loopback and plan.api_key_env is None:
-        raise BadInput(
-            f"{path}: yard.host {plan.yard.host} can be reached from other machines: set "
-            'api_key_env = "SWITCHYARD_API_KEY" in it and export that variable, or listen on 127.0.0.1'
-        )
-    return plan
 
 
 def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
     commands = [("daemon-reload",), ("enable", "--now", UNIT) if starts else ("enable", UNIT)]
     if there:
         for command in commands:
-            _run(command)
+            _run(*command)
     notes.append("to start it at boot, before you log in: `loginctl enable-linger`")
     return {
         "unit": str(unit),
@@ -232,18 +232,6 @@ def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
         "to_run": [] if there else [" ".join(("systemctl", "--user", *command)) for command in commands],
         "notes": notes,
     }
-
-
-def _installed_lines(done: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'written' if done['changed'] else 'unchanged'}: {done['unit']}"]
-    if done["to_run"]:
-        lines += ["systemd is not running here (no user manager answers); where it does, run:"]
-        lines += [f"  {command}" for command in done["to_run"]]
-    elif done["started"]:
-        lines.append("enabled and started; its log: journalctl --user -u switchyard -f")
-    else:
-        lines.append("enabled, not started")
-    return lines + [f"note: {note}" for note in done["notes"]]
 
 
 def _prepare_key(name: str | None) -> tuple[bool, list[str]]:
@@ -300,15 +288,8 @@ def _word(question: str) -> str | None:
     return (done.stdout.strip() or None) if done else None
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(*command: str) -> None:
     done = _systemctl("--user", *command)
     if done is None or done.returncode != 0:
         why = done.stderr.strip().replace("\n", "; ") if done else "it could not be run"
         raise SwitchyardError(f"`systemctl --user {' '.join(command)}` failed: {why}")
-
-
-def _print(result: Mapping[str, Any], text: str, json_: bool) -> None:
-    if json_:
-        print_json(result)
-    else:
-        out.print(text.rstrip("\n"), markup=False)

@@ -1,7 +1,3 @@
-"""`switchyard shadow`."""
-
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`switchyard soak`: one window of the soak of the engine that serves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -12,7 +10,7 @@ from rich.text import Text
 from engines.home import home
 from flows.cli import output
 from flows.cli.options import Json, PlanFile
-from flows.cli.output import EXIT_CODES, print_checks, print_json, verdict_text
+from flows.cli.output import EXIT_CODES, finish, print_checks, verdict_text
 from flows.orchestrator.server import with_prefect
 from migrations.plan_file import load_plan, plan_path
 
@@ -34,11 +32,7 @@ def soak(
     path = plan_path(plan, folder)
     load_plan(path)  # what is wrong with it is better known before Prefect starts
     outcome = with_prefect(folder, "flows.deployments:soak")(str(path), window)
-    if json_:
-        print_json({**outcome, "next": next_step(outcome)})
-    else:
-        show(outcome)
-    raise typer.Exit(exit_code(outcome))
+    finish({**outcome, "next": next_step(outcome)}, json_, show, exit_code(outcome))
 
 
 def exit_code(outcome: Mapping[str, Any]) -> int:

@@ -60,7 +60,7 @@ def status(
     if json_:
         print_json({**current(folder), "yard": yard})
         return
-    out.print(_shown(yard, why), "", soft_wrap=yard is None)  # before anything waits for the database
+    out.print(yard_view(yard, why), "", soft_wrap=yard is None)  # before anything waits for the database
     models = yard["models"] if yard else []
     _print_evaluations(current(folder), {engine["pid"] for model in models for engine in model["engines"]})
 
@@ -141,13 +141,13 @@ def _ask(client: YardClient) -> tuple[dict[str, Any] | None, str]:
 
 def watch_yard(client: YardClient, out: Console, *, pause: Callable[[float], None] = time.sleep) -> None:
     """Show the yard once a second until Ctrl-C, also while it is away."""
-    last = _shown(*_ask(client))
+    last = yard_view(*_ask(client))
     live = Live(last, console=out, screen=out.is_terminal, auto_refresh=False)
     try:
         live.start(refresh=True)  # not `with`: interrupted in its beginning, that would leave the terminal as it is
         while True:
             pause(EVERY_S)
-            last = _shown(*_ask(client))
+            last = yard_view(*_ask(client))
             live.update(last, refresh=True)
     except KeyboardInterrupt:
         pass
@@ -157,28 +157,20 @@ def watch_yard(client: YardClient, out: Console, *, pause: Callable[[float], Non
         out.print(last)
 
 
-def _shown(status: Mapping[str, Any] | None, why: str) -> RenderableType:
-    return Text(why, style="dim") if status is None else yard_view(status)
-
-
-def yard_view(status: Mapping[str, Any], now: float | None = None) -> Group:
-    """Address, then model by model its route and engines, then the incidents of the last day."""
+def yard_view(status: Mapping[str, Any] | None, why: str = "", now: float | None = None) -> RenderableType:
+    """Address, model by model its route and engines, the incidents of the last day; or `why` there is no yard."""
+    if status is None:
+        return Text(why, style="dim")
     moment = time.time() if now is None else now
-    head = Text.assemble(
-        ("yard ", "bold"), str(status["address"]), (f"  pid {status['pid']}, up {ago(status['since'], moment)}", "dim")
-    )
-    parts: list[RenderableType] = [head]
+    since = f"  pid {status['pid']}, up {ago(status['since'], moment)}"
+    parts: list[RenderableType] = [Text.assemble(("yard ", "bold"), str(status["address"]), (since, "dim"))]
     for model in status["models"]:
-        parts += ["", *_route(model), *_engines(model, moment)]
+        serving = Text(one_line(model["serving"] or "nothing"), "bold cyan" if model["serving"] else "bold red")
+        parts += ["", Text.assemble((one_line(model["id"]), "bold"), " → ", serving)]
+        parts += [Padding(Text(one_line(note, 400), KINDS[kind]), (0, 0, 0, 2)) for kind, note in notes(model)]
+        parts += _engines(model, moment)
     parts += [Text(one_line(line, 400), "dim") for line in retired(status)]
     return Group(*parts, *_incidents(status["incidents"], moment))
-
-
-def _route(model: Mapping[str, Any]) -> list[RenderableType]:
-    """The model, the engine that serves it, and notes."""
-    serving = Text(one_line(model["serving"] or "nothing"), "bold cyan" if model["serving"] else "bold red")
-    head = Text.assemble((one_line(model["id"]), "bold"), " → ", serving)
-    return [head, *(Padding(Text(one_line(note, 400), KINDS[kind]), (0, 0, 0, 2)) for kind, note in notes(model))]
 
 
 def _engines(model: Mapping[str, Any], now: float) -> list[RenderableType]:
@@ -196,6 +188,9 @@ def _engines(model: Mapping[str, Any], now: float) -> list[RenderableType]:
 def _engine(engine: Mapping[str, Any], *, serves: bool) -> list[RenderableType]:
     first = engine["ttft_ms_series"]
     runs = engine["pid"] is not None
+    memory = Text(size(engine["memory_bytes"])) if runs else Text("-", style="dim")
+    if runs and engine["vram_bytes"] is not None:
+        memory.append(f"\nGPU {size(engine['vram_bytes'])}")
     return [
         Text("●" if serves else " ", style="green" if engine["state"] in ("ready", "busy") else "red"),
         Text(one_line(engine["engine"]), style="bold" if serves else ""),
@@ -203,27 +198,19 @@ def _engine(engine: Mapping[str, Any], *, serves: bool) -> list[RenderableType]:
         str(engine["in_flight"]),
         _measured(engine["tokens_per_s"], "{:.1f}", runs),
         _measured(first[-1] if first else None, "{:.0f} ms", runs),
-        _memory(engine, runs),
+        memory,
         str(engine["restarts"]),
     ]
 
 
-def _memory(engine: Mapping[str, Any], runs: bool) -> Text:
-    if not runs:
-        return Text("-", style="dim")
-    memory = Text(size(engine["memory_bytes"]))
-    return memory if engine["vram_bytes"] is None else memory.append(f"\nGPU {size(engine['vram_bytes'])}")
-
-
 def _measured(value: float | None, form: str, runs: bool) -> Text:
-    """A stopped engine has nothing to measure; a running one that was not measured says so."""
     if value is None:
         return Text("not measured" if runs else "-", style="dim")
     return Text(form.format(value))
 
 
 def _evidence(engine: Mapping[str, Any], now: float) -> Text:
-    """The last transition, and which process it is."""
+    """The last transition of state, and the process."""
     since = "" if engine["since"] is None else f", {ago(engine['since'], now)} ago"
     process = "" if engine["pid"] is None else f", pid {engine['pid']}"
     loading = f" ({one_line(engine['loading'])})" if engine["loading"] else ""

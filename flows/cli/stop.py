@@ -1,7 +1,3 @@
-"""`switchyard stop`."""
-
-from __future__ import annotations
-
 from flows.cli.options import Json
 from flows.cli.order import order
 

@@ -1,7 +1,3 @@
-"""`switchyard unload`."""
-
-from __future__ import annotations
-
 from flows.cli.options import Json, Model
 from flows.cli.order import order
 

@@ -1,7 +1,5 @@
 """`switchyard up`: Prefect's server, the deployments and the yard on one host, started and ended together."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -14,7 +12,7 @@ import typer
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home, host
 from engines.yard.client import YardClient, public_address
-from flows.cli.keep_up import DeploymentsProcess, GaveUp, YardProcess, keep_up, stop_yard
+from flows.cli.keep_up import STOP_S, DeploymentsProcess, GaveUp, YardProcess, keep_up, stop_yard
 from flows.cli.options import PlanFile
 from flows.cli.output import errors, prepared_home, print_step
 from flows.orchestrator.server import PrefectServer, declared_up, prepare_process, running_up
@@ -56,7 +54,7 @@ def up(
                     keep_up(yard, server, deployments)
                 finally:
                     errors.print("stopping the deployments")
-                    deployments.stop()
+                    deployments.stop(STOP_S)
         except GaveUp:
             ends_with_us = False
             raise

@@ -1,7 +1,3 @@
-"""`switchyard use`."""
-
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

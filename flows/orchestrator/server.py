@@ -1,7 +1,7 @@
 """Prefect's API for one command: the user's own server where one is set, else one that lives as long as the command.
 
 Prefect's own temporary server shares our process group (Ctrl-C would end it before the run can report its state) and
-survives a SIGKILL of ours. So it is started like an engine: own session, dies with us, known to the register.
+survives our SIGKILL. So ours is started like an engine: in its own session, registered, and it dies with us.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tasks.records.schema.upgrade import absolute, database
 LoadedFlow = Callable[..., dict[str, Any]]
 
 START_S = 120.0
+UP_FILE = "up.json"
 OFFLINE = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -45,23 +46,24 @@ OFFLINE = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "switchyard",
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    # an error is one line of ours; Prefect would print its traceback above it
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }
 
 
 def prepare_environment(home: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The settings Prefect reads at its import, those the user has not set himself: offline, quiet, own home."""
-    wanted = {**OFFLINE, "PREFECT_HOME": str(home / "prefect"), "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore"}
-    # an error is one line of ours; Prefect would print its traceback above it
-    wanted["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    wanted = {**OFFLINE, "PREFECT_HOME": str(home / "prefect")}
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def prepare_process(home: Path) -> None:
-    """Keep other people's Prefect settings out of this process; to be called before Prefect is imported.
+    """Keep the working directory's Prefect settings out of this process; call it before Prefect is imported.
 
-    Prefect reads `.env`, `prefect.toml` and `pyproject.toml` of the working directory, whenever it likes, and puts that
-    directory in front of the module path. So the process works in a folder of its own from here on: whoever has a
-    relative path makes it absolute first. BadInput when the folder cannot be made.
+    Prefect reads `.env`, `prefect.toml` and `pyproject.toml` of the working directory at any time and puts that
+    directory in front of the module path. So this process changes to a folder of its own: relative paths have to be
+    made absolute before. Raises BadInput when the folder cannot be made.
     """
     os.environ.update(prepare_environment(home))
     os.environ["SWITCHYARD_HOME"] = str(home)
@@ -111,7 +113,7 @@ class Up:
 def running_up(home: Path) -> Up | None:
     """The `switchyard up` of this home; None when none runs."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        up = Up(**json.loads(_up_file(home).read_text()))
+        up = Up(**json.loads((home / UP_FILE).read_text()))
         return up if up.process() is not None else None
     return None
 
@@ -119,19 +121,43 @@ def running_up(home: Path) -> Up | None:
 @contextlib.contextmanager
 def declared_up(home: Path, api_url: str) -> Iterator[None]:
     """While the block runs other commands of this home find this process, and report to its Prefect."""
-    me = Identity.of(os.getpid())
-    _up_file(home).write_text(json.dumps(asdict(Up(me.pid, me.create_time, api_url))))
+    me, file = Identity.of(os.getpid()), home / UP_FILE
+    file.write_text(json.dumps(asdict(Up(me.pid, me.create_time, api_url))))
     try:
         yield
     finally:
-        _up_file(home).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
-def _up_file(home: Path) -> Path:
-    return home / "up.json"
+class ServerProcess:
+    """A child of this process that serves something, until it is stopped or dies."""
+
+    _child: process.ManagedProcess | None = None
+
+    def died(self) -> str | None:
+        """How it ended; None while it runs."""
+        return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
+
+    def stop(self, grace_s: float = 4) -> None:
+        """End it; safe twice."""
+        if self._child is not None:
+            self._child.stop(grace_s=grace_s)
+
+    def wait_until(self, serves: Callable[[process.ManagedProcess], bool], within_s: float, failed: str) -> None:
+        """Return once `serves`. Stops it and raises SwitchyardError(`failed` ...) when it died or took too long."""
+        child = self._child
+        assert child is not None
+        deadline = time.monotonic() + within_s
+        while not serves(child):
+            if child.poll() is not None or time.monotonic() > deadline:
+                words = "\n  ".join(child.log_tail()[-5:]) or "it printed nothing; is the disk full?"
+                state = exit_reason(child)
+                self.stop()
+                raise SwitchyardError(f"{failed} ({state}, log: {child.log.path}):\n  {words}")
+            time.sleep(0.1)
 
 
-class PrefectServer:
+class PrefectServer(ServerProcess):
     """A Prefect API server of our own; `start` returns at once, `ready` waits for it.
 
     `services` also runs its background services (the scheduler), `ui` its pages; a single command has no use for them.
@@ -142,17 +168,18 @@ class PrefectServer:
         self._services = services
         self._ui = ui
         self._port = port or free_port()
-        self._child: process.ManagedProcess | None = None
-
-    @property
-    def api_url(self) -> str:
-        """Where its API answers."""
-        return f"http://127.0.0.1:{self._port}/api"
+        self.api_url = f"http://127.0.0.1:{self._port}/api"
 
     def start(self) -> None:
         """Begin starting it; about 10 s with a fresh home, half of it later on. BadInput when its port is taken."""
-        if _taken(self._port):
-            raise BadInput(f"port {self._port} is taken: name another with --prefect-port, or end what listens there")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is merely closing down is no listener
+            try:
+                probe.bind(("127.0.0.1", self._port))
+            except OSError as error:
+                raise BadInput(
+                    f"port {self._port} is taken: name another with --prefect-port, or end what listens there"
+                ) from error
         argv = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         argv += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "error"]
         env = {**os.environ, "PREFECT_UI_ENABLED": "1" if self._ui else "0", "PREFECT_API_URL": ""}
@@ -169,22 +196,15 @@ class PrefectServer:
         )
 
     def ready(self) -> None:
-        """Return when it answers; SwitchyardError with its last words when it died or took too long."""
-        assert self._child is not None
-        deadline = time.monotonic() + START_S
+        """Return when it answers. Raises SwitchyardError with its last lines when it died or took too long."""
         with httpx.Client(timeout=2, trust_env=False, verify=False) as http:
-            while time.monotonic() < deadline and self._child.poll() is None:
-                with contextlib.suppress(httpx.HTTPError):
-                    if http.get(f"{self.api_url}/health").status_code == 200:
-                        return
-                time.sleep(0.1)
-        words = "\n  ".join(self._child.log_tail()[-5:]) or "it said nothing; is the disk full?"
-        state = exit_reason(self._child)
-        raise SwitchyardError(f"Prefect's API server did not start ({state}, log: {self._child.log.path}):\n  {words}")
 
-    def died(self) -> str | None:
-        """How it ended; None while it runs."""
-        return exit_reason(self._child) if self._child is not None and self._child.poll() is not None else None
+            def answers(_: object) -> bool:
+                with contextlib.suppress(httpx.HTTPError):
+                    return http.get(f"{self.api_url}/health").status_code == 200
+                return False
+
+            self.wait_until(answers, START_S, "Prefect's API server did not start")
 
     def start_again(self) -> None:
         """Return when it answers on the same port as before. Raises as `start` and `ready` do."""
@@ -192,28 +212,12 @@ class PrefectServer:
         self.start()
         self.ready()
 
-    def stop(self) -> None:
-        """End it; safe twice."""
-        if self._child is not None:
-            self._child.stop(grace_s=4)
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is merely closing down is no listener
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
-
 
 def prefect_api(home: Path) -> PrefectServer | None:
     """None where PREFECT_API_URL names a server, else a temporary one that is starting and ends with this process.
 
-    To be called before Prefect is imported: it reads its settings then. And exit handlers run last in, first out:
-    Prefect, which registers its own later, still sends its last events to a server that answers. Stopped any earlier,
-    the server would be missed for more than a minute at the end of every command.
+    Call it before Prefect is imported, for its settings and its exit handler: handlers run last in, first out, so
+    Prefect still sends its last events to a server that answers; without one it tries for more than a minute.
     """
     prepare_process(home)
     if (running := running_up(home)) is not None:
@@ -225,7 +229,7 @@ def prefect_api(home: Path) -> PrefectServer | None:
         server.start()
         os.environ["PREFECT_API_URL"] = server.api_url
     local = is_loopback(urlsplit(os.environ["PREFECT_API_URL"]).hostname or "")
-    if local:  # Prefect's clients take every proxy variable seriously, and a SOCKS proxy they cannot even read
+    if local:  # Prefect's clients use every proxy variable, and cannot even parse a SOCKS proxy
         for name in os.environ.keys() - without_proxies(os.environ).keys():
             del os.environ[name]
     if server is None:

@@ -92,7 +92,7 @@ def printed(renderable, width=80):
 
 
 def seen(*incidents, width=80, **changed):
-    return printed(yard_view(status_of(*incidents, **changed), NOW), width)
+    return printed(yard_view(status_of(*incidents, **changed), now=NOW), width)
 
 
 def test_everything_about_route_and_engines_fits_80_columns():
