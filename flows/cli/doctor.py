@@ -48,8 +48,7 @@ MARKS = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "broken": 
 def doctor(
     json_: Json = False,
     prefect: Annotated[
-        bool,
-        typer.Option("--prefect", help="Also start Prefect's server and check that a schedule makes runs (20 s)."),
+        bool, typer.Option("--prefect", help="Also test Prefect's server and schedules, 20 s.")
     ] = False,
 ) -> None:
     """Check Python, packages, engines, models, records and memory, and print how to fix what is missing."""

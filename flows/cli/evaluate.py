@@ -34,18 +34,10 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def evaluate(
-    target: Annotated[
-        str | None, typer.Argument(help="`demo`, or a plan (.toml) written by `switchyard init`.")
-    ] = None,
-    resume: Annotated[
-        str | None, typer.Option(help="Resume a run that was killed: its id, part of it, or `latest`.")
-    ] = None,
-    soak: Annotated[
-        str | None, typer.Option(help="Length of the soak, such as 90s, 2m, 6h or 3d; the plan's by default.")
-    ] = None,
-    allow_retired: Annotated[
-        bool, typer.Option("--allow-retired", help="Start an engine of the plan although it was retired here.")
-    ] = False,
+    target: Annotated[str | None, typer.Argument(help="`demo`, or a plan (.toml) from `switchyard init`.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Resume a killed run: its id, part of it, or `latest`.")] = None,
+    soak: Annotated[str | None, typer.Option(help="Length of the soak, not the plan's: 90s, 2m, 6h or 3d.")] = None,
+    allow_retired: Annotated[bool, typer.Option("--allow-retired", help="Start engines that were retired.")] = False,
     json_: Json = False,
 ) -> None:
     """Phase 1: measure both engines on every model and judge whether the candidate may take over.

@@ -13,9 +13,7 @@ from tasks.records.store import open_records
 
 def guide(
     plan: PlanFile = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder for guide.md and guide.html.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of guide.md and guide.html.")] = None,
     json_: Json = False,
 ) -> None:
     """Write the migration guide from the records: what changed, what is unsupported, how to undo it.

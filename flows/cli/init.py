@@ -24,9 +24,7 @@ KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 
 
 def init(
-    from_port: Annotated[
-        int | None, typer.Option(help="Read the running llama-server that listens on this port.")
-    ] = None,
+    from_port: Annotated[int | None, typer.Option(help="Read the llama-server that listens on this port.")] = None,
     from_command: Annotated[str | None, typer.Option(help="Read a llama-server command line (quote it).")] = None,
     model: Annotated[list[Path] | None, typer.Option(help="A GGUF to evaluate; repeat for several.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("switchyard.toml"),

@@ -11,13 +11,8 @@ from flows.cli.output import errors, out
 
 def install(
     engine: Annotated[str, typer.Argument(help="llama.cpp or mistral.rs")],
-    vendor_script: Annotated[
-        bool,
-        typer.Option("--vendor-script", help="Use the vendor's own installer, at a pinned version, instead of pip."),
-    ] = False,
-    sha256: Annotated[
-        str | None, typer.Option(help="Confirm the vendor script by its checksum instead of being asked.")
-    ] = None,
+    vendor_script: Annotated[bool, typer.Option("--vendor-script", help="Use the vendor's pinned script.")] = False,
+    sha256: Annotated[str | None, typer.Option(help="Confirm the vendor's script by its checksum.")] = None,
 ) -> None:
     """Install an engine: with pip, or with the vendor's script once you have confirmed its checksum.
 

@@ -28,16 +28,12 @@ def migrate(
         Literal["all", "subprocess", "native"],
         typer.Option(help="All four phases with their gates, or only one of the two that move traffic."),
     ] = "all",
-    model: Annotated[
-        list[str] | None, typer.Option(help="Migrate this model only; repeat for several. All models by default.")
-    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Migrate only this model; may be repeated.")] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(help="Migrate this model although its phase 1 gate is closed; needs --who and --reason."),
     ] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Approve every phase in advance; needs --who and --reason.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Approve every phase; needs --who and --reason.")] = False,
     who: Annotated[str, typer.Option(help="Who decides; recorded.")] = "",
     reason: Reason = "",
     without_canary: Annotated[

@@ -24,9 +24,7 @@ LOADS = {"yes": "green", "no": "red", "unknown": "yellow"}
 
 def preflight(
     targets: Annotated[list[Path], typer.Argument(help="A plan (.toml), or GGUF files.")],
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Context in tokens, instead of the plan's or the model's.")
-    ] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Context in tokens, not the plan's or model's.")] = None,
     json_: Json = False,
 ) -> None:
     """Check from file headers, in milliseconds, whether each engine loads a model and memory suffices.

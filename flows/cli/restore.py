@@ -10,10 +10,7 @@ from flows.cli.output import print_done, print_step
 from flows.orchestrator.server import prepare_process
 
 
-def restore(
-    engine: Annotated[str, typer.Argument(help="The engine that was retired.")],
-    json_: Json = False,
-) -> None:
+def restore(engine: Annotated[str, typer.Argument(help="The retired engine.")], json_: Json = False) -> None:
     """Bring back a retired engine and what was uninstalled of it; promote a model to use it again."""
     folder = home()
     prepare_process(folder)

@@ -17,12 +17,8 @@ def retire(
     plan: PlanFile = None,
     who: Annotated[str, typer.Option(help="Who approves it; recorded.")] = "",
     reason: Reason = "",
-    now: Annotated[
-        bool, typer.Option("--now", help="Do not wait for the rollback window; needs --who and --reason.")
-    ] = False,
-    uninstall: Annotated[
-        bool, typer.Option("--uninstall", help="Also remove what `switchyard install` installed, and nothing else.")
-    ] = False,
+    now: Annotated[bool, typer.Option("--now", help="Skip the rollback window; needs --who and --reason.")] = False,
+    uninstall: Annotated[bool, typer.Option("--uninstall", help="Also remove what Switchyard installed.")] = False,
     json_: Json = False,
 ) -> None:
     """Phase 4: retire the incumbent, or list what still needs it; `switchyard restore` undoes it.

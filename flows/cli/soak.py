@@ -17,9 +17,7 @@ from migrations.plan_file import load_plan, plan_path
 
 def soak(
     plan: PlanFile = None,
-    window: Annotated[
-        float, typer.Option(min=1, help="Seconds of load in this window, shared by the models under soak.")
-    ] = 240,
+    window: Annotated[float, typer.Option(min=1, help="Seconds of load, shared by the models under soak.")] = 240,
     json_: Json = False,
 ) -> None:
     """Put load on the candidate through the yard for one window, and judge the soak so far.

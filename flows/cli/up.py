@@ -20,15 +20,11 @@ from flows.schedules import schedule_lines
 from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records
 
-PREFECT_PORT = 4200
-
 
 def up(
     plan: PlanFile = None,
-    prefect_port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Port of Prefect's API and UI, on loopback.")
-    ] = PREFECT_PORT,
-    schedules: Annotated[bool, typer.Option(help="Run evaluations (nightly), soaks and upkeep on a schedule.")] = True,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's API and UI.")] = 4200,
+    schedules: Annotated[bool, typer.Option(help="Run evaluations (nightly), soaks and upkeep.")] = True,
 ) -> None:
     """Start everything on this host: Prefect's server with its UI, the flows as deployments, and the yard.
 
