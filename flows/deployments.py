@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
 
+import httpx
 from prefect import Flow, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
@@ -22,6 +24,7 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLi
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import DeploymentEventTrigger
+from prefect.exceptions import PrefectException
 from prefect.runner import Runner
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Crashed
@@ -39,7 +42,6 @@ from flows.evaluation.beside import DoesNotFit, lacking
 from flows.evaluation.rejudge import rejudge
 from flows.experiment_lock import Busy
 from flows.migrate import migrated
-from flows.orchestrator.run import tag_run
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
@@ -223,7 +225,10 @@ def concluded(outcome: dict[str, Any]) -> Any:
 def _loaded(plan: str) -> tuple[Plan, Path]:
     path = plan_path(Path(plan) if plan else None, default_home())
     loaded = load_plan(path)
-    tag_run(loaded.incumbent.engine, loaded.candidate.engine, *(model.id for model in loaded.models))
+    if flow_run.id is not None:  # a label for the lists and filters of the UI is worth no failure
+        tags = {loaded.incumbent.engine, loaded.candidate.engine, *(model.id for model in loaded.models)}
+        with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(flow_run.id), tags=sorted({*flow_run.tags, *tags}))
     return loaded, path
 
 
@@ -242,7 +247,7 @@ class Offer:
 
 
 OFFERS: dict[str, Offer] = {
-    "evaluate": Offer(evaluate, "1 evaluate", cron=EVALUATE.cron),
+    "evaluate": Offer(evaluate, "1 evaluate", cron=f"0 {EVALUATE.hour} * * *"),
     "migrate": Offer(migrate, "all phases"),
     "soak": Offer(soak, "soak", every=SOAK.every),
     "rollback": Offer(rollback, "undo", needs_plan=False),

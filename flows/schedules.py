@@ -1,20 +1,18 @@
-"""What runs by itself while `switchyard up` runs: what, when, for how long, and how to turn it off.
-
-Free of Prefect, so that a terminal shows it without loading that.
-"""
+"""The schedules of `switchyard up`: what runs, when and for how long. Free of Prefect: a terminal need not load it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from engines.units import duration
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a deployment runs by itself (at an hour every night, or every so often), what it does and how long."""
+    """A deployment's hour of the night or interval, what it does, and how long it takes."""
 
     name: str
     does: str
@@ -22,15 +20,10 @@ class Schedule:
     hour: int | None = None
     every: timedelta | None = None
 
-    @property
-    def cron(self) -> str | None:
-        """The hour as a cron line."""
-        return None if self.hour is None else f"0 {self.hour} * * *"
-
 
 EVALUATE = Schedule(
     "evaluate",
-    "measures and judges both engines over every model; no soak; skipped where memory is short beside what serves",
+    "measures and judges both engines over every model; no soak; skipped when memory is short beside what serves",
     "minutes to hours, by the plan's blocks",
     hour=3,
 )
@@ -43,7 +36,6 @@ SOAK = Schedule(
 RECONCILE = Schedule(
     "reconcile", "ends what a killed run left behind, and closes its records", "seconds", every=timedelta(minutes=5)
 )
-SCHEDULES: Sequence[Schedule] = (EVALUATE, SOAK, RECONCILE)
 
 
 def time_zone() -> str:
@@ -63,10 +55,10 @@ def schedule_lines(
     except (ZoneInfoNotFoundError, ValueError):
         here = now or datetime.now().astimezone()
     lines = []
-    for one in SCHEDULES:
+    for one in (EVALUATE, SOAK, RECONCILE):
         takes = one.takes
         if one is EVALUATE and last_evaluation_s is not None:
-            takes = f"the last one took {_length(last_evaluation_s)}"
+            takes = f"the last one took {duration(last_evaluation_s)}"
         lines.append(f"{one.name}: {_when(one, here, zone)}; {takes}: {one.does}")
     return lines
 
@@ -78,9 +70,3 @@ def _when(schedule: Schedule, here: datetime, zone: str) -> str:
     due = here.replace(hour=schedule.hour, minute=0, second=0, microsecond=0)
     day = "today" if due > here else "tomorrow"
     return f"every night at {schedule.hour:02d}:00 ({zone}), next {day} at {schedule.hour:02d}:00"
-
-
-def _length(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

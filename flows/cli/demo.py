@@ -94,19 +94,17 @@ class Traffic:
                         self._ask(public_address(status["address"]), route["id"])
 
     def _ask(self, address: str, model: str) -> None:
-        number = self.sent
         body = {
             "model": model,
-            "messages": [{"role": "user", "content": f"Count from {number}."}],
+            "messages": [{"role": "user", "content": f"Count from {self.sent}."}],
             "max_tokens": 6,
             "stream": True,  # a canary is judged on the times of streams
         }
+        url = f"{address}/v1/chat/completions"
         try:
-            answer = httpx.post(
-                f"{address}/v1/chat/completions", json=body, timeout=TIMEOUT_S, trust_env=False, verify=False
-            )
-            if answer.status_code != 200:
-                self.failed.append(f"{answer.status_code}: {redacted_text(answer.text)[:120]}")
+            reply = httpx.post(url, json=body, timeout=TIMEOUT_S, trust_env=False, verify=False)
+            if reply.status_code != 200:
+                self.failed.append(f"{reply.status_code}: {redacted_text(reply.text)[:120]}")
         except httpx.HTTPError as error:
             self.failed.append(f"{type(error).__name__}: {error}")
         self.sent += 1

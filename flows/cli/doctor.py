@@ -47,9 +47,7 @@ MARKS = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "broken": 
 
 def doctor(
     json_: Json = False,
-    prefect: Annotated[
-        bool, typer.Option("--prefect", help="Also test Prefect's server and schedules, 20 s.")
-    ] = False,
+    prefect: Annotated[bool, typer.Option("--prefect", help="Also test Prefect's server and schedules, 20 s.")] = False,
 ) -> None:
     """Check Python, packages, engines, models, records and memory, and print how to fix what is missing."""
     findings = examine(prefect=prefect)
@@ -67,17 +65,14 @@ def doctor(
 
 def examine(*, prefect: bool) -> list[Finding]:
     """All findings, in the order in which things are needed."""
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _engines, _models, _records, _disk, _memory]
+    checks: list[Callable[[], Iterator[Finding]]] = [_packages, _engines, _models, _records, _disk, _memory]
     if prefect:
         checks.append(_prefect)
     return [finding for check in checks for finding in check()]
 
 
-def _python() -> Iterator[Finding]:
-    yield Finding("Python", "ok" if sys.version_info >= (3, 11) else "broken", sys.version.split()[0], "")
-
-
 def _packages() -> Iterator[Finding]:
+    yield Finding("Python", "ok" if sys.version_info >= (3, 11) else "broken", sys.version.split()[0])
     for package, (low, high) in PINS.items():
         try:
             found = version(package)
@@ -166,22 +161,20 @@ def _schedule(api_url: str) -> Finding:
 
 def _created(api: httpx.Client, path: str, body: dict[str, Any]) -> str:
     deadline = time.monotonic() + SCHEDULED_S
-    while True:
-        answer = api.post(path, json=body)
-        # its services write to the same new database: for some seconds it is busy
-        if answer.status_code != 503 or time.monotonic() > deadline:
-            return str(answer.raise_for_status().json()["id"])
+    # its services write to the same new database: for some seconds it is busy
+    while (reply := api.post(path, json=body)).status_code == 503 and time.monotonic() < deadline:
         time.sleep(0.5)
+    return str(reply.raise_for_status().json()["id"])
 
 
 def _planned_runs(api: httpx.Client, deployment: str) -> int:
     wanted = {"deployments": {"id": {"any_": [deployment]}}}
     deadline = time.monotonic() + SCHEDULED_S
-    while time.monotonic() < deadline:
-        if planned := int(api.post("/flow_runs/count", json=wanted).raise_for_status().json()):
-            return planned
+    planned = 0
+    while not planned and time.monotonic() < deadline:
         time.sleep(0.5)
-    return 0
+        planned = int(api.post("/flow_runs/count", json=wanted).raise_for_status().json())
+    return planned
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -44,9 +44,7 @@ def up(
                 deployments = DeploymentsProcess(folder, path, server.api_url, schedules)
                 try:
                     deployments.start()
-                    _print_addresses(folder, server.api_url)
-                    _print_schedules(schedules)
-                    print_step("Ctrl-C, or `switchyard down` elsewhere, stops all of it")
+                    _print_start(folder, server, schedules)
                     keep_up(yard, server, deployments)
                 finally:
                     errors.print("stopping the deployments")
@@ -68,7 +66,7 @@ def _only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             other = running_up(folder)
-            which = f"running (pid {other.pid}, {_ui(other.api_url)})" if other else "starting"
+            which = f"running (pid {other.pid}, {other.api_url.removesuffix('/api')})" if other else "starting"
             raise BadInput(f"`switchyard up` is already {which}: `switchyard down` ends it") from error
         yield
 
@@ -88,21 +86,20 @@ def _prefect(folder: Path, port: int) -> Iterator[PrefectServer]:
         server.stop()
 
 
-def _print_addresses(folder: Path, api_url: str) -> None:
+def _print_start(folder: Path, server: PrefectServer, schedules: bool) -> None:
+    """Addresses, what runs on a schedule, and how to stop it all."""
     address = public_address(YardClient(folder).status()["address"])
     errors.print(f"the models   [bold]{address}/v1[/bold]")
     errors.print(f"the yard     [bold]{address}/yard[/bold]")
-    errors.print(f"Prefect      [bold]{_ui(api_url)}[/bold]")
-
-
-def _print_schedules(schedules: bool) -> None:
-    if not schedules:
+    errors.print(f"Prefect      [bold]{server.api_url.removesuffix('/api')}[/bold]")
+    if schedules:
+        errors.print("on a schedule (`switchyard up --no-schedules` turns all of it off):")
+        for line in schedule_lines(last_evaluation_s=_last_evaluation_s()):
+            errors.print(f"  {line}", markup=False)
+        print_step("pause one of them on its page under Deployments in Prefect")
+    else:
         errors.print("nothing runs on a schedule (--no-schedules)")
-        return
-    errors.print("on a schedule (`switchyard up --no-schedules` turns all of it off):")
-    for line in schedule_lines(last_evaluation_s=_last_evaluation_s()):
-        errors.print(f"  {line}", markup=False)
-    print_step("pause one of them on its page under Deployments in Prefect")
+    print_step("Ctrl-C, or `switchyard down` elsewhere, stops all of it")
 
 
 def _last_evaluation_s() -> float | None:
@@ -112,7 +109,3 @@ def _last_evaluation_s() -> float | None:
             if run.status == "done" and run.ended_at is not None:
                 return (run.ended_at - run.started_at).total_seconds()
     return None
-
-
-def _ui(api_url: str) -> str:
-    return api_url.removesuffix("/api")
