@@ -22,12 +22,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
-from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import PrefectException
 from prefect.runner import Runner
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Crashed
+from prefect.types.entrypoint import EntrypointType
 from pydantic import Field
 
 from engines.errors import BadInput

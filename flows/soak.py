@@ -363,7 +363,7 @@ def progress_line(model: Mapping[str, Any]) -> str:
 
 
 def _percent(model: Mapping[str, Any]) -> float:
-    return round(min(100.0, 100 * model["exposure_s"] / model["soak_s"]), 1)
+    return float(round(min(100.0, 100 * model["exposure_s"] / model["soak_s"]), 1))
 
 
 def _exposure_s(windows: Sequence[Mapping[str, Any]]) -> float:

@@ -141,7 +141,7 @@ def _gemma3(folder: Path) -> Path:
     if importlib.util.find_spec(GEMMA3) is None:
         raise BadInput(f"the model Gemma 3 270M is not installed; {INSTALL}")
     package = importlib.import_module(GEMMA3)
-    path = folder / package.MODEL_NAME
+    path = folder / str(package.MODEL_NAME)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")

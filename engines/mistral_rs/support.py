@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import BadInput
-from engines.model.header import Header, Tensor
+from engines.model.gguf import Tensor
+from engines.model.header import Header
 from engines.model.loads import Loads, parse_version
 
 LISTS = Path(__file__).with_suffix(".toml")

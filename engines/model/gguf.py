@@ -158,7 +158,7 @@ class GgufReader:
     def _number(self, code: str, what: str) -> int | float | bool:
         size = struct.calcsize(self.order + code)
         self._need(size, what)
-        (value,) = struct.unpack_from(self.order + code, self.data, self.at)
+        value: int | float | bool = struct.unpack_from(self.order + code, self.data, self.at)[0]
         self.at += size
         return value
 

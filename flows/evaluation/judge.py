@@ -9,6 +9,7 @@ from typing import Any
 from flows.evaluation.trial import ARMS, BOTH, Trial
 from migrations.plan import Plan
 from tasks.evidence import compatibility, faults, performance, preflight
+from tasks.evidence.behaviours.battery import DEFAULT_REQUIRED
 from tasks.evidence.parity.judge import judge_parity
 from tasks.evidence.parity.parameters import with_behaviours
 from tasks.evidence.parity.tokens import judge_prompt_tokens
@@ -47,7 +48,7 @@ def turned_down(trial: Trial) -> list[CheckResult]:
 
 def required_behaviours(plan: Plan) -> Collection[str]:
     """The API behaviours that hold the gate: the plan's own list, else what a tool-calling agent uses."""
-    return plan.client.requires or compatibility.DEFAULT_REQUIRED
+    return plan.client.requires or DEFAULT_REQUIRED
 
 
 def _launches(trial: Trial) -> list[CheckResult]:

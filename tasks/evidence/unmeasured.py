@@ -105,7 +105,7 @@ def left_out(why: str, **detail: Any) -> dict[str, Any]:
 
 def can_be_retried(record: Mapping[str, Any]) -> bool:
     """Whether a resumed run repeats the check: a FAIL is a result, and stands."""
-    return record["verdict"] != Verdict.FAIL
+    return bool(record["verdict"] != Verdict.FAIL)
 
 
 def models_to_retry(records: Records, run_id: str) -> frozenset[str]:

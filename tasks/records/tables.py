@@ -216,14 +216,14 @@ METADATA = _Table.metadata
 
 @cache
 def _created(pid: int) -> float:
-    return psutil.Process(pid).create_time()
+    return float(psutil.Process(pid).create_time())
 
 
 def _lives(pid: int, created: float) -> bool:
     """Whether the process that had `pid` since `created` is there; the clock may have been set by seconds since."""
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - created) < 5 and process.status() != psutil.STATUS_ZOMBIE
+        return bool(abs(process.create_time() - created) < 5 and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -380,7 +380,7 @@ def _cross(x: float, y: float, arm: str) -> Html:
 
 
 def _round_step(least: float) -> float:
-    power = 10 ** math.floor(math.log10(least))
+    power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 

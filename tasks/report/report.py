@@ -24,7 +24,8 @@ from tasks.records.store import Records
 from tasks.records.tables import Run
 from tasks.report.markup import Html, el, joined, named, row, table, verdict_mark
 from tasks.report.model_record import ModelRecord
-from tasks.report.model_section import ARMS, latency_figure, model_section
+from tasks.report.model_section import latency_figure, model_section
+from tasks.report.plots import ARMS
 
 SAYS = {
     "PASS": "The gate is open: every required check passed.",

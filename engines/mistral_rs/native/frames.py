@@ -122,7 +122,9 @@ class FrameClient:
             raise Broken(f"no worker on port {self._where[1]}") from error
 
 
-def ask(port: int, key: str, method: str, path: str, body: bytes = b"", timeout_s: float | None = None) -> Any:
+def ask(
+    port: int, key: str, method: str, path: str, body: bytes = b"", timeout_s: float | None = None
+) -> tuple[int, Any]:
     """Status and JSON of an answer, for code without an event loop. Raises OSError, ValueError."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
         connection.sendall(head(key, method, path, body))

@@ -113,7 +113,8 @@ class LoadedModel:
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         with self._lock:
-            return self._runner.tokenize_text(text, add_special, None)
+            tokens: list[int] = self._runner.tokenize_text(text, add_special, None)
+        return tokens
 
     def detokenize(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens included; ApiError 400 for ids outside the vocabulary."""
@@ -121,7 +122,8 @@ class LoadedModel:
         if any(token < 0 or (size and token >= size) for token in tokens):
             raise requests.bad("tokens", f"must be ids of the vocabulary, 0 to {size - 1}")
         with self._lock:
-            return self._runner.detokenize_text(tokens, False)
+            text: str = self._runner.detokenize_text(tokens, False)
+        return text
 
     def count(self, prompt: str) -> int:
         """Tokens that the engine makes of a rendered prompt: it adds no second BOS."""

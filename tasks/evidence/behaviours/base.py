@@ -121,7 +121,7 @@ class Asker(Caller):
         props = self.get("/props").body
         settings = props.get("default_generation_settings") if isinstance(props, dict) else None
         if isinstance(settings, dict) and isinstance(settings.get("n_ctx"), int):
-            return settings["n_ctx"]
+            return int(settings["n_ctx"])
         models = self.get("/v1/models").body
         listed = models.get("data") if isinstance(models, dict) else None
         return next((entry["max_model_len"] for entry in listed or [] if entry.get("max_model_len")), None)

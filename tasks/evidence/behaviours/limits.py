@@ -29,7 +29,7 @@ def stop_word(text: str) -> str:
     words = re.findall(r"[A-Za-z]{3,}", text)
     for word in words[1:]:
         if text.find(word) > len(text) // 4:
-            return word
+            return str(word)
     raise NotApplicable(f"no word to stop at in {text!r}")
 
 
