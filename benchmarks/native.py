@@ -78,22 +78,22 @@ Row = dict[str, Any]
 # --- measuring one way: in the caller's process, or in the engine's own ---------------------------------------------
 
 
-async def streamed(door: EngineConnection, body: bytes) -> Row:
+async def streamed(connection: EngineConnection, body: bytes) -> Row:
     """When a streamed chat was asked and each piece of its answer came, on the clock that all processes share."""
     cpu_ns, sent_ns, chunks = time.process_time_ns(), time.monotonic_ns(), []
-    async with door.ask("POST", "/v1/chat/completions", body, timeout_s=ANSWER_S) as answer:
+    async with connection.ask("POST", "/v1/chat/completions", body, timeout_s=ANSWER_S) as answer:
         async for data in answer.pieces():
             chunks.append((time.monotonic_ns(), data.decode("latin-1")))
     cpu_ns = time.process_time_ns() - cpu_ns
     return {"status": answer.status, "sent_ns": sent_ns, "chunks": chunks, "cpu_ns": cpu_ns}
 
 
-async def called(door: EngineConnection, calls: int) -> Row:
+async def called(connection: EngineConnection, calls: int) -> Row:
     """Microseconds of each of so many calls that cost an engine nothing, one after the other; CPU of this process."""
     cpu_ns, times_us = time.process_time_ns(), []
     for _ in range(calls):
         began_ns = time.monotonic_ns()
-        async with door.ask("GET", "/health", timeout_s=ANSWER_S) as answer:
+        async with connection.ask("GET", "/health", timeout_s=ANSWER_S) as answer:
             await answer.read()
         times_us.append((time.monotonic_ns() - began_ns) / 1e3)
         if answer.status != 200:
@@ -101,7 +101,7 @@ async def called(door: EngineConnection, calls: int) -> Row:
     return {"us": times_us, "cpu_ns": time.process_time_ns() - cpu_ns}
 
 
-class Told:
+class WorkerAnswer:
     """An answer that never left the process."""
 
     def __init__(self, reply: EngineResponse) -> None:
@@ -130,7 +130,7 @@ class Direct:
         self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
     ) -> AsyncIterator[EngineAnswer]:
         async with asyncio.timeout(timeout_s):
-            yield Told(await self._ask(method, path, json_body(body) if body else {}))
+            yield WorkerAnswer(await self._ask(method, path, json_body(body) if body else {}))
 
 
 class Itself(Native):
@@ -139,9 +139,11 @@ class Itself(Native):
     async def ask(self, method: str, path: str, body: Json) -> EngineResponse:
         if path != MEASURED:
             return await super().ask(method, path, body)
-        door = Direct(super().ask)
+        connection = Direct(super().ask)
         calls = body.get("calls")
-        return EngineResponse(await (called(door, calls) if calls else streamed(door, json.dumps(body).encode())))
+        return EngineResponse(
+            await (called(connection, calls) if calls else streamed(connection, json.dumps(body).encode()))
+        )
 
 
 # --- the children ---------------------------------------------------------------------------------------------------
@@ -301,22 +303,22 @@ class Up:
     child: ManagedProcess
     load_s: float
     pids: list[int]
-    doors: dict[str, EngineConnection] = field(default_factory=dict)  # of calls, by their names in the table
+    connections: dict[str, EngineConnection] = field(default_factory=dict)  # of calls, by their names in the table
 
     def open(self, fresh: aiohttp.ClientSession, kept: aiohttp.ClientSession) -> None:
-        """Doors as the yard has them, which keeps connections for requests that generate."""
+        """Connections as the yard has them, which keeps connections for requests that generate."""
         key, url = self.serve.settings.api_key, self.serve.base_url
         if isinstance(self.driver, MistralRsNative):
-            self.door: EngineConnection = FrameConnection(self.serve.host, self.serve.port, key)
-            self.doors = {self.name: self.door}
+            self.connection: EngineConnection = FrameConnection(self.serve.host, self.serve.port, key)
+            self.connections = {self.name: self.connection}
             return
-        self.door = HttpConnection(url, key, fresh, kept)
-        self.doors[f"{self.name}, kept connection"] = HttpConnection(url, key, kept, kept)
-        self.doors[f"{self.name}, new connection"] = HttpConnection(url, key, fresh, fresh)
+        self.connection = HttpConnection(url, key, fresh, kept)
+        self.connections[f"{self.name}, kept connection"] = HttpConnection(url, key, kept, kept)
+        self.connections[f"{self.name}, new connection"] = HttpConnection(url, key, fresh, fresh)
 
     async def itself(self, what: Json) -> Row:
         """What the process that holds the engine has measured."""
-        async with self.door.ask("POST", MEASURED, json.dumps(what).encode(), timeout_s=ANSWER_S) as answer:
+        async with self.connection.ask("POST", MEASURED, json.dumps(what).encode(), timeout_s=ANSWER_S) as answer:
             data = await answer.read()
         if answer.status != 200:
             raise Gone(data.decode())
@@ -326,19 +328,21 @@ class Up:
         """The numbers of one streamed request, or why there are none. A call before it finds the engine awake."""
         body = {**chat(text), **self.driver.neutral_body(), "model": MODEL}
         try:
-            await self.calls(next(iter(self.doors)), 1)
+            await self.calls(next(iter(self.connections)), 1)
             if self.name == IN_PROCESS:
                 return stream_numbers({**await self.itself(body), "cpu_ns": None})  # the engine's CPU time is in it
-            return stream_numbers(await streamed(self.door, json.dumps(body).encode()))
+            return stream_numbers(await streamed(self.connection, json.dumps(body).encode()))
         except Gone as error:
             return {"failed": str(error)}
 
-    async def calls(self, door: str, calls: int) -> Row:
-        """Times and CPU time of so many calls through one of its doors."""
+    async def calls(self, connection: str, calls: int) -> Row:
+        """Times and CPU time of so many calls through one of its connections."""
         before_ns = cpu_ns(self.pids)
-        taken = await (self.itself({"calls": calls}) if self.name == IN_PROCESS else called(self.doors[door], calls))
+        taken = await (
+            self.itself({"calls": calls}) if self.name == IN_PROCESS else called(self.connections[connection], calls)
+        )
         engine_ns = None if self.name == IN_PROCESS else cpu_ns(self.pids) - before_ns
-        return {"door": door, "us": taken["us"], "client_ns": taken["cpu_ns"], "engine_ns": engine_ns}
+        return {"connection": connection, "us": taken["us"], "client_ns": taken["cpu_ns"], "engine_ns": engine_ns}
 
 
 def cpu_ns(pids: Sequence[int]) -> int:
@@ -424,9 +428,9 @@ async def _ask_all(running: list[Up], dice: random.Random, requests: int) -> lis
             text = prompt(dice)
             for one in dice.sample(running, len(running)):
                 rows.append({"way": one.name, "turn": turn, **await one.stream(text)})
-        doors = [(one, label) for one in running for label in one.doors]
+        connections = [(one, label) for one in running for label in one.connections]
         for _ in range(CALLS // BLOCK):
-            for one, label in dice.sample(doors, len(doors)):
+            for one, label in dice.sample(connections, len(connections)):
                 rows.append({"way": one.name, **await one.calls(label, BLOCK)})
     for one in running:
         after = private_bytes(one.pids)
@@ -536,7 +540,7 @@ def report_ways(rows: list[Row], ways: Sequence[str]) -> None:
     report_calls(rows)
     print("\nmemory is private (RssAnon and swap) of the process tree; llama.cpp maps its weights: they are not in it;")
     print("us/chunk is CPU of the client alone. Not measured: what a chunk costs the engine's side of its transport,")
-    print("which nothing tells apart from generating, and the client's CPU in process, which is the engine's too")
+    print("which nothing distinguishes from generating, and the client's CPU in process, which is the engine's too")
     print(f"CPU taken by others: {foreign(rows)}")
 
 
@@ -547,19 +551,19 @@ def print_row(name: str, cells: Sequence[str], width: int = 17) -> None:
 
 def report_calls(rows: list[Row]) -> None:
     """Prints the table of calls that cost the engine nothing."""
-    doors = sorted({row["door"] for row in rows if "door" in row})
-    calls = {door: [row for row in rows if row.get("door") == door] for door in doors}
-    middle = {door: percentile(values(mine, "us"), 50) for door, mine in calls.items()}
+    connections = sorted({row["connection"] for row in rows if "connection" in row})
+    calls = {connection: [row for row in rows if row.get("connection") == connection] for connection in connections}
+    middle = {connection: percentile(values(mine, "us"), 50) for connection, mine in calls.items()}
     print()
     print_row("GET /health, us", ["p50", "p99", "ratio p50", "added p50", "client CPU", "engine CPU"], 32)
-    for door, mine in calls.items():
-        times = [middle[door], percentile(values(mine, "us"), 99)]
-        more = less(middle[door], middle.get(IN_PROCESS))
+    for connection, mine in calls.items():
+        times = [middle[connection], percentile(values(mine, "us"), 99)]
+        more = less(middle[connection], middle.get(IN_PROCESS))
         cpu = [cell(cpu_us(mine, name), 1) for name in ("client_ns", "engine_ns")]
-        compared = [cell(ratio(middle[door], middle.get(KEPT)), 3), cell(more, 1)]
-        print_row(door, [*(cell(value, 1) for value in times), *compared, *cpu], 32)
+        compared = [cell(ratio(middle[connection], middle.get(KEPT)), 3), cell(more, 1)]
+        print_row(connection, [*(cell(value, 1) for value in times), *compared, *cpu], 32)
     print("ratio: to the subprocess's kept connection, which requests that generate take; added: to a call in process,")
-    print("whose whole CPU is told as the client's; the worker's connection is kept, as in the yard")
+    print("whose whole CPU counts as the client's; the worker's connection is kept, as in the yard")
 
 
 def cpu_us(rows: list[Row], name: str) -> float | None:
@@ -576,9 +580,9 @@ def report_freeze(found: Row) -> None:
 
 def report_memory(found: Row) -> None:
     """Prints what comes back when a model is let go."""
-    told = [f"{_mib(loaded)} -> {_mib(left)}" for loaded, left in found["cycles"]]
+    shown = [f"{_mib(loaded)} -> {_mib(left)}" for loaded, left in found["cycles"]]
     print(f"\nprivate MiB, loaded -> model deleted, in one process that began with {_mib(found['before'])}:")
-    print(", ".join(told))
+    print(", ".join(shown))
     left = "no process left, all given back" if found["worker_left"] is None else f"{_mib(found['worker_left'])} left"
     print(f"native worker: {_mib(found['worker_loaded'])} loaded, ended: {left}")
 

@@ -77,8 +77,8 @@ class Replay:
         }
         plan["measure"], plan["limits"] = {"soak_s": WINDOWS * WINDOW_S}, {}
         self.run = records.start_run("soak", "replay", plan)
-        told = {"engine": "mistral.rs", "version": "replayed", "form": "binary", "argv": ["mistralrs", "serve"]}
-        self.target = Target(MODEL, "mistral.rs", "replayed", told, 0.0)
+        environment = {"engine": "mistral.rs", "version": "replayed", "form": "binary", "argv": ["mistralrs", "serve"]}
+        self.target = Target(MODEL, "mistral.rs", "replayed", environment, 0.0)
         self._began = time.time() - WINDOWS * WINDOW_S
         self._kept: list[int] = []
         self.samples = 0

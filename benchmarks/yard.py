@@ -241,7 +241,7 @@ class KnownTruth:
 
 
 def serve_yard(home: Path, port: int) -> None:
-    """The real yard over the reference server, until it is told to stop."""
+    """The real yard over the reference server, until it is stopped."""
     driver: Driver = KnownTruth()
     spec = LaunchSpec.of(driver.find(), MODEL, home / "no.gguf", Settings(parallel=64))
     model = ModelConfig(id=MODEL, incumbent=MODEL, candidate=MODEL, specs={MODEL: spec})
@@ -303,8 +303,11 @@ def litellm(program: str, home: Path, engine: str) -> Iterator[Way]:
     """The way through LiteLLM's proxy, one worker, without database, key, price list from the network or telemetry."""
     port, plan = free_port(), home / "litellm.yaml"
     backend = {"model": f"openai/{MODEL}", "api_base": f"{engine}/v1", "api_key": "none"}
-    told = {"model_list": [{"model_name": MODEL, "litellm_params": backend}], "litellm_settings": {"telemetry": False}}
-    plan.write_text(json.dumps(told))  # JSON is YAML
+    config = {
+        "model_list": [{"model_name": MODEL, "litellm_params": backend}],
+        "litellm_settings": {"telemetry": False},
+    }
+    plan.write_text(json.dumps(config))  # JSON is YAML
     argv = [program, "--config", str(plan), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
     env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "HOME": str(home)}
     with _running("litellm", argv, home, f"http://127.0.0.1:{port}", "/health/liveliness", env) as (child, base_url):
