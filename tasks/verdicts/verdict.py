@@ -1,4 +1,7 @@
-"""Verdicts: what a check returns, and how several become one. Nothing measured is INCONCLUSIVE, never PASS."""
+"""Verdicts: what a check returns, and how several become one. Nothing measured is INCONCLUSIVE, never PASS.
+
+The words of the verdict table are in `flows/cli/output.py` (terminal) and `tasks/report/report.py` (report).
+"""
 
 from __future__ import annotations
 
