@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from engines.driver import Driver, Installation, help_flags, probe
 from engines.errors import BadInput, EngineNotFound
 from engines.llama_cpp import host as llama_cpp_host
 from engines.llama_cpp.driver import LlamaCpp
-from engines.mistral_rs import host as mistral_rs_host
 from engines.mistral_rs.driver import MistralRs
+from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments
 from engines.registry import DRIVERS, driver
 from engines.settings import KvType, Serve, Settings
 
@@ -276,7 +277,9 @@ def test_on_the_cpu_there_is_no_paging() -> None:
 def test_mistral_rs_hosted_takes_the_flags_it_is_given() -> None:
     """The host's own parser accepts every one of them."""
     asked = serve(**OTHER | {"gpu_layers": 0})
-    arguments = mistral_rs_host.parser().parse_args(argv(MISTRAL_HOSTED, asked))
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    arguments = parser.parse_args(argv(MISTRAL_HOSTED, asked))
     assert (arguments.gguf, arguments.model_id, arguments.port) == (GGUF, "m", 8080)
     assert (arguments.context, arguments.parallel, arguments.threads, arguments.seed) == (4096, 3, 2, 11)
     assert (arguments.chat_template, arguments.tokenizer_json) == (OTHER["chat_template"], OTHER["tokenizer_json"])
@@ -291,7 +294,7 @@ def test_stray_variables_do_not_reach_mistral_rs() -> None:
 
 def test_the_key_of_the_hosted_form_is_the_hosts_variable() -> None:
     """The host reads it from there and nowhere else."""
-    assert environment(MISTRAL_HOSTED, serve(TWELVE))[mistral_rs_host.KEY_VARIABLE] == KEY
+    assert environment(MISTRAL_HOSTED, serve(TWELVE))[KEY_VARIABLE] == KEY
     assert environment(LLAMA_HOSTED, serve(TWELVE))[llama_cpp_host.KEY_VARIABLE] == KEY
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import third_engine.switchyard
 from gguf_files import LLAMA, write_gguf
 from played import played
 from processes import of_home
@@ -19,6 +18,7 @@ from waiting import until
 
 from engines.process.serving import free_port
 
+COMMAND = Path(__file__).parents[1] / "rig" / "third_engine" / "switchyard.py"
 PLAN = """
 [incumbent]
 engine = "llama.cpp"
@@ -59,7 +59,7 @@ class Third:
         self.plan.write_text(PLAN.format(binary=played(folder, "llama-server"), gguf=gguf, port=free_port()))
 
     def argv(self, *arguments: object) -> list[str]:
-        return [sys.executable, third_engine.switchyard.__file__, *map(str, arguments)]
+        return [sys.executable, str(COMMAND), *map(str, arguments)]
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -3,15 +3,15 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parents[3])]
-
-from third_engine.driver import ThirdEngine  # noqa: E402
-
-from engines import registry  # noqa: E402
-
-registry.DRIVERS[ThirdEngine.name] = ThirdEngine()  # the one line
-
 if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parents[3])]
+
+    from third_engine.driver import ThirdEngine
+
+    from engines import registry
+
+    registry.DRIVERS[ThirdEngine.name] = ThirdEngine()  # the one line
+
     from flows.cli.app import main  # after the line, as the command would find it
 
     main()
