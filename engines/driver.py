@@ -72,54 +72,42 @@ class Driver(Protocol):
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The engine on this machine; raises EngineNotFound with how to install it."""
-        ...
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         """The command that serves: neutral words in, flags out. Pure; holds no secret."""
-        ...
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         """The child's environment: `base` without stray engine variables, with what this engine needs."""
-        ...
 
     def loads(self, header: Header, version: str | None = None) -> Loads:
         """Whether this engine at `version` (None: not known) loads the model, and why."""
-        ...
 
     def memory_parts(self, case: MemoryCase) -> list[Part]:
         """Everything that takes memory while this engine serves the model."""
-        ...
 
     def memory_notes(self, case: MemoryCase) -> list[str]:
         """What to know about these figures, one line each."""
-        ...
 
     def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         """What was asked for and this engine cannot honour, one line each: named, never dropped quietly."""
-        ...
 
     def cache_budget(self, settings: Settings) -> str:
         """How much host memory this engine may fill with cached prompts: growth up to there is no leak."""
-        ...
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
         """Counters in an answer from `progress_path`: they change when a prompt or tokens move; () where it has none.
 
         Raises ValueError for an answer that is not this engine's.
         """
-        ...
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The model's name that this engine answers to."""
-        ...
 
     def dialect(self, installation: Installation) -> type[Dialect]:
         """Brings its requests and answers to the shapes of llama.cpp's server, for which clients were written."""
-        ...
 
     def neutral_body(self) -> dict[str, object]:
         """Request fields that switch off this engine's own shortcuts while speed is measured (prompt cache reuse)."""
-        ...
 
 
 def native_of(name: str) -> str:

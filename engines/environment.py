@@ -37,7 +37,11 @@ def of_child(base: Mapping[str, str]) -> dict[str, str]:
     PYTHONPATH begins with our own packages, where they are not installed, and loses its relative entries (an empty
     one is the working directory as well).
     """
-    env = {**base, "PYTHONSAFEPATH": "1", **_no_proxy(base)}
+    given = base.get("no_proxy", base.get("NO_PROXY", ""))  # of two spellings that differ the lower case one counts
+    hosts = [host.strip() for host in given.split(",") if host.strip()]
+    if "*" not in hosts:  # together with others the asterisk would not be understood by all
+        hosts += [host for host in LOOPBACK if host not in hosts]
+    env = {**base, "PYTHONSAFEPATH": "1", "no_proxy": ",".join(hosts), "NO_PROXY": ",".join(hosts)}
     paths = [entry for entry in base.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     if ROOT.name not in ("site-packages", "dist-packages"):  # these may hold what shadows the standard library
         paths = [str(ROOT), *(entry for entry in paths if entry != str(ROOT))]
@@ -80,12 +84,3 @@ def _is_kept_from_engines(name: str, value: str) -> bool:
         or SECRET.search(name) is not None
         or redacted_text(value) != value
     )
-
-
-def _no_proxy(base: Mapping[str, str]) -> dict[str, str]:
-    """The hosts that are reached without a proxy, in both spellings: of two that differ the lower case one counts."""
-    given = base.get("no_proxy", base.get("NO_PROXY", ""))
-    hosts = [host.strip() for host in given.split(",") if host.strip()]
-    if "*" not in hosts:  # together with others the asterisk would not be understood by all
-        hosts += [host for host in LOOPBACK if host not in hosts]
-    return {"no_proxy": ",".join(hosts), "NO_PROXY": ",".join(hosts)}

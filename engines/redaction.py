@@ -68,11 +68,6 @@ def _rule(triggers: Sequence[str], pattern: str, replacement: str = REDACTED) ->
     return tuple(trigger.lower() for trigger in triggers), re.compile(pattern), replacement
 
 
-def _marked(beginnings: str, rest: str) -> Rule:
-    begins = beginnings.split()
-    return _rule(begins, rf"{_START}(?:{'|'.join(map(re.escape, begins))}){rest}")
-
-
 def _after(triggers: Sequence[str], name: str, separator: str, least: int) -> tuple[Rule, Rule]:
     """The value after `name`: up to the end of its quotes (`\\"` in JSON within JSON), else a word."""
     quoted = rf"""({name}{separator})(\\{{0,3}}["'])(?!{_NONE})(?:(?!\2)(?:\\.|[^\n])){{1,4096}}"""
@@ -106,7 +101,10 @@ MILD: tuple[Rule, ...] = (
         ["/sk-", "/sk_", "/pk-", "/pk_", "/rk-", "/rk_"],
         r"(?<=/)(?:sk|pk|rk)[-_](?=[\w-]{0,128}[A-Z])(?=[\w-]{0,128}\d)[\w-]{20,512}(?![\w.-])",
     ),
-    *(_marked(beginnings, rest) for beginnings, rest in _MARKS.items()),
+    *(
+        _rule(begins.split(), rf"{_START}(?:{'|'.join(map(re.escape, begins.split()))}){rest}")
+        for begins, rest in _MARKS.items()
+    ),
     _rule([":aa"], r"(?<!\d)\d{8,10}:AA[\w-]{30,40}"),  # Telegram
     *_after(_NAMED, rf"{_START}(?i:[\w-]{{0,32}}{_NAMES})", _ASSIGNED, 4),
     *_after([*_NAMED, "_pass", "_pat"], rf"{_START}{_ENV_NAME}", _ASSIGNED, 4),

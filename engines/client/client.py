@@ -63,7 +63,15 @@ async def capture_stream(
     cancel_after: int | None = None,
 ) -> Capture:
     """The stamped chunks of one request, unparsed; see `stream_chat`."""
-    url, data, headers = _request(endpoint, body)
+    options = {**(body.get("stream_options") or {}), "include_usage": True}
+    data = json.dumps({"model": endpoint.model_id, **body, "stream": True, "stream_options": options}).encode()
+    url = f"{endpoint.base_url.rstrip('/')}/v1/chat/completions"
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "text/event-stream",
+        "Accept-Encoding": "identity",  # a compressor would hold chunks back
+        **endpoint.headers,
+    }
     record = StreamRecord(sent_ns=time.monotonic_ns())
     capture = Capture(record, stall_s, cancel_after)
     try:
@@ -85,18 +93,6 @@ async def capture_stream(
     finally:
         capture.timer.cancel()
     return capture
-
-
-def _request(endpoint: Endpoint, body: dict[str, Any]) -> tuple[str, bytes, dict[str, str]]:
-    options = {**(body.get("stream_options") or {}), "include_usage": True}
-    whole = {"model": endpoint.model_id, **body, "stream": True, "stream_options": options}
-    headers = {
-        "Content-Type": "application/json",
-        "Accept": "text/event-stream",
-        "Accept-Encoding": "identity",  # a compressor would hold chunks back
-        **endpoint.headers,
-    }
-    return f"{endpoint.base_url.rstrip('/')}/v1/chat/completions", json.dumps(whole).encode(), headers
 
 
 def _fail(record: StreamRecord, error_type: ErrorType, error: str) -> None:
@@ -129,7 +125,11 @@ class Capture:
         if response.status != 200:
             body = await response.read()
             self._progress_ns = time.monotonic_ns()
-            _fail(self.record, "http_5xx" if response.status >= 500 else "http_4xx", _body_text(body))
+            try:
+                text = error_text(json.loads(body.decode()))
+            except ValueError:
+                text = body[:ERROR_TEXT_CHARS].decode(errors="replace")
+            _fail(self.record, "http_5xx" if response.status >= 500 else "http_4xx", text)
             return
         read, stamp, keep = response.content.readany, time.monotonic_ns, self.chunks.append
         events_left = self._cancel_after
@@ -144,13 +144,6 @@ class Capture:
                     self.record.cancelled = True
                     response.close()
                     return
-
-
-def _body_text(body: bytes) -> str:
-    try:
-        return error_text(json.loads(body.decode()))
-    except ValueError:
-        return body[:ERROR_TEXT_CHARS].decode(errors="replace")
 
 
 async def parse_capture(capture: Capture, *, keep_text: bool = True) -> StreamRecord:

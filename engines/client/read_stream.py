@@ -35,7 +35,14 @@ class RecordReader:
 
     def feed(self, t_ns: int, data: bytes) -> None:
         for event in self._splitter.feed(data):
-            self._read_event(t_ns - self._record.sent_ns, event)
+            name, payload = read_event(event)
+            if not payload:
+                self._record.keepalives += 1
+            elif payload == DONE_DATA:
+                self._record.done = True
+            else:
+                n_chars, kind = self._read_data(name, payload)
+                self._record.events.append(Event(t_ns - self._record.sent_ns, len(event) + 2, n_chars, kind))
 
     def finish(self) -> StreamRecord:
         record, rest = self._record, self._splitter.rest
@@ -50,16 +57,6 @@ class RecordReader:
             record.reasoning = "".join(self._reasoning) or None
         record.tool_calls = [self._tools[index] for index in sorted(self._tools)]
         return record
-
-    def _read_event(self, t_ns: int, raw: bytes) -> None:
-        name, data = read_event(raw)
-        if not data:
-            self._record.keepalives += 1
-        elif data == DONE_DATA:
-            self._record.done = True
-        else:
-            n_chars, kind = self._read_data(name, data)
-            self._record.events.append(Event(t_ns, len(raw) + 2, n_chars, kind))
 
     def _read_data(self, name: bytes, data: bytes) -> tuple[int, Kind]:
         try:

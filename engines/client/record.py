@@ -12,8 +12,6 @@ Kind = Literal["role", "content", "reasoning", "tool", "usage", "empty", "error"
 ErrorType = Literal[
     "connect", "timeout", "http_4xx", "http_5xx", "stream_truncated", "invalid_json", "hang", "error_event"
 ]
-
-
 _LETTER: dict[Kind, str] = {
     "role": "r",
     "content": "c",
@@ -23,8 +21,6 @@ _LETTER: dict[Kind, str] = {
     "empty": "e",
     "error": "x",
 }
-
-
 OUTPUT_KINDS: frozenset[Kind] = frozenset({"content", "reasoning", "tool"})
 
 

@@ -45,7 +45,8 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         head, blank, body = self._received.partition(b"\r\n\r\n")
-        if not blank or len(body) < _content_length(head):
+        length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+        if not blank or (length and len(body) < int(length[1])):
             return
         self._arrived_ns, self._received = time.monotonic_ns(), b""
         if head.startswith(b"GET /health "):
@@ -60,7 +61,9 @@ class _Connection(asyncio.Protocol):
         except (ValueError, AttributeError):
             return self._refuse(400, "the body is no JSON object")
         if request.get("stream"):
-            self._start()
+            loop = asyncio.get_running_loop()
+            self._loop, self._first_at, self._sent, self._sent_ns = loop, loop.time() + self._ttft_s, 0, [0, 0]
+            self._timer = loop.call_at(self._first_at, self._send_next)
         else:
             message = {"role": "assistant", "content": f"{time.monotonic_ns():0{STAMP_DIGITS}d}"}
             choice = {"index": 0, "message": message, "finish_reason": "length"}
@@ -76,11 +79,6 @@ class _Connection(asyncio.Protocol):
         self._answer({"error": error}, f"{status} Refused")
         self._transport.close()
 
-    def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._loop, self._first_at, self._sent, self._sent_ns = loop, loop.time() + self._ttft_s, 0, [0, 0]
-        self._timer = loop.call_at(self._first_at, self._send_next)
-
     def _send_next(self) -> None:
         if self._sent == 0:
             # headers and role travel with the first token, as llama.cpp holds them back until prefill is over
@@ -91,10 +89,7 @@ class _Connection(asyncio.Protocol):
         self._sent += 1
         if self._sent < self._tokens:
             self._timer = self._loop.call_at(self._first_at + self._sent * self._itl_s, self._send_next)
-        else:
-            self._finish()
-
-    def _finish(self) -> None:
+            return
         first_ns, last_ns = self._sent_ns[0], max(self._sent_ns)
         timings = {
             "prompt_n": 1,
@@ -106,11 +101,6 @@ class _Connection(asyncio.Protocol):
         end = _framed(_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}))
         end += _framed(_event({"choices": [], "usage": usage, "timings": timings})) + _framed(b"data: [DONE]\n\n")
         self._transport.write(end + b"0\r\n\r\n")  # the connection stays open, as an engine's does
-
-
-def _content_length(head: bytes) -> int:
-    found = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
-    return int(found[1]) if found else 0
 
 
 def _usage(tokens: int) -> dict[str, int]:
@@ -125,15 +115,12 @@ def _framed(event: bytes) -> bytes:
     return b"%x\r\n" % len(event) + event + b"\r\n"
 
 
-def _content_event() -> bytes:
-    delta = {"index": 0, "finish_reason": None, "delta": {"content": "0" * STAMP_DIGITS}}
-    bare = _event({"choices": [delta], "system_fingerprint": ""})
-    return _event({"choices": [delta], "system_fingerprint": "x" * (CHUNK_BYTES - len(bare))})
-
-
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _ROLE = _event({"choices": [{"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": None}}]})
-_BEFORE, _AFTER = _framed(_content_event()).split(b"0" * STAMP_DIGITS)
+_CHOICES = [{"index": 0, "finish_reason": None, "delta": {"content": "0" * STAMP_DIGITS}}]
+_PADDING = "x" * (CHUNK_BYTES - len(_event({"choices": _CHOICES, "system_fingerprint": ""})))
+_CONTENT = _event({"choices": _CHOICES, "system_fingerprint": _PADDING})
+_BEFORE, _AFTER = _framed(_CONTENT).split(b"0" * STAMP_DIGITS)
 
 
 async def _serve(port: int, ttft_ms: float, itl_ms: float, tokens: int, *, forever: bool = False) -> None:

@@ -111,18 +111,12 @@ def self_test(
         wall_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
         records = measure(endpoint, [body] * (streams * rounds), concurrency=streams, stall_s=START_S)
         cpu_ns, wall_ns = time.thread_time_ns() - cpu_ns, time.monotonic_ns() - wall_ns
-    budget = _budget(streams, records, cpu_ns, wall_ns)
-    why = "; ".join(_objections(budget, max_lateness_p99_ms, max_tpot_error_percent, max_cpu_share))
-    return {**budget, "passed": not why, "why": why or "the client stamps every chunk in time"}
-
-
-def _budget(streams: int, records: list[StreamRecord], cpu_ns: int, wall_ns: int) -> ErrorBudget:
     good = [record for record in records if record.ok]
     late = [value for record in good for value in lateness_ms(record)]
     timed = [(record, record.engine_timings) for record in good if record.engine_timings]
     ttft = [record.ttft_ms - truth["prompt_ms"] for record, truth in timed]
     tpot = [abs(record.decode_ms / truth["predicted_ms"] - 1) for record, truth in timed if truth["predicted_ms"] > 0]
-    return ErrorBudget(
+    budget = ErrorBudget(
         streams=streams,
         n_chunks=len(late),
         n_requests=len(records),
@@ -137,6 +131,8 @@ def _budget(streams: int, records: list[StreamRecord], cpu_ns: int, wall_ns: int
         passed=False,
         why="",
     )
+    why = "; ".join(_objections(budget, max_lateness_p99_ms, max_tpot_error_percent, max_cpu_share))
+    return {**budget, "passed": not why, "why": why or "the client stamps every chunk in time"}
 
 
 def _objections(budget: ErrorBudget, lateness_ms: float, tpot_percent: float, cpu_share: float) -> Iterator[str]:

@@ -102,13 +102,22 @@ def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_con
 
     Raises BadInput, one line: nobody listens there, this user may not see who does, or it is another program.
     """
-    process = _owner(port, connections)
+    not_allowed = (
+        f"port {port}: this user may not see who listens there; run as that user or as root, or give the command"
+    )
     try:
+        found = [c for c in connections(kind="tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+        if not found:
+            raise BadInput(f"port {port}: nobody listens there; start llama-server first, or give its command")
+        pid = next((connection.pid for connection in found if connection.pid), None)
+        if pid is None:
+            raise BadInput(not_allowed)
+        process = psutil.Process(pid)
         argv = process.cmdline()
     except psutil.AccessDenied:
-        raise BadInput(_not_allowed(port)) from None
-    except psutil.NoSuchProcess:
-        raise BadInput(f"port {port}: pid {process.pid} ended while it was read; try again") from None
+        raise BadInput(not_allowed) from None
+    except psutil.NoSuchProcess as error:
+        raise BadInput(f"port {port}: pid {error.pid} ended while it was read; try again") from None
     try:
         _program_and_flags(argv)
     except BadInput:
@@ -155,8 +164,7 @@ def _program_and_flags(argv: list[str]) -> tuple[str | None, list[str]]:
 
 # ---- flags
 
-# where a container's port is reached from outside
-Published = Callable[[int], tuple[str, int] | None] | None
+Published = dict[int, tuple[str, int]] | None  # where a container's ports are reached from outside
 Take = Callable[[LlamaServerCommand, str, str], None]
 
 
@@ -402,7 +410,7 @@ def _flag(word: str) -> tuple[str, str | None]:
 
 
 def _read_one(flag: str, rest: list[str], command: LlamaServerCommand) -> int:
-    """Reads one flag; how many of `rest` were its value."""
+    """Reads one flag; how many of `rest` were its value: of a flag in no table, what does not look like a flag."""
     if flag in ("-fa", "--flash-attn") and _is_next_flag(rest):
         command.values["flash_attention"] = True  # builds before August 2025: a switch without a value
         return 0
@@ -421,11 +429,6 @@ def _read_one(flag: str, rest: list[str], command: LlamaServerCommand) -> int:
     if flag in ENGINE_ONLY_SWITCH:
         command.passthrough.append(flag)
         return 0
-    return _read_other(flag, rest, command)
-
-
-def _read_other(flag: str, rest: list[str], command: LlamaServerCommand) -> int:
-    """Reads a flag that is in no table: what does not look like a flag is taken for its value."""
     if flag == "--control-vector-layer-range":
         command.passthrough += [flag, *rest[:2]]
         return len(rest[:2])
@@ -505,7 +508,7 @@ def _agree_on_address(command: LlamaServerCommand, published: Published) -> None
         command.note(f"--host {asked}: the yard listens on a port, not on a socket file; the plan has {where()}")
         return
     if published is not None:
-        command.host, command.port = published(command.port) or (asked, command.port)
+        command.host, command.port = published.get(command.port, (asked, command.port))
     command.host = command.host or EVERY_HOST
     if command.port == 0:
         command.port = DEFAULT_PORT
@@ -536,40 +539,12 @@ def _published(words: Sequence[str]) -> Published:
     pairs = itertools.pairwise(words)
     given = [after for word, after in pairs if word in ("-p", "--publish")]
     given += [word.partition("=")[2] for word in words if word.startswith("--publish=")]
-    found = [match for text in given if (match := _PUBLISHED.fullmatch(text))]
-    if not found:
-        return None
-
-    def outside(port: int) -> tuple[str, int] | None:
-        for match in found:
-            if int(match["inside"]) == port and match["outside"]:
-                return match["ip"] or EVERY_HOST, int(match["outside"])
-        return None
-
-    return outside
+    found = [match for text in reversed(given) if (match := _PUBLISHED.fullmatch(text))]  # of two the first counts
+    ports = {int(m["inside"]): (m["ip"] or EVERY_HOST, int(m["outside"])) for m in found if m["outside"]}
+    return ports if found else None
 
 
 # ---- the process on a port
-
-
-def _owner(port: int, connections: Callable[..., Any]) -> psutil.Process:
-    try:
-        found = [c for c in connections(kind="tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
-    except psutil.AccessDenied:
-        raise BadInput(_not_allowed(port)) from None
-    if not found:
-        raise BadInput(f"port {port}: nobody listens there; start llama-server first, or give its command")
-    pid = next((connection.pid for connection in found if connection.pid), None)
-    if pid is None:
-        raise BadInput(_not_allowed(port))
-    try:
-        return psutil.Process(pid)
-    except psutil.NoSuchProcess:
-        raise BadInput(f"port {port}: pid {pid} ended while it was read; try again") from None
-
-
-def _not_allowed(port: int) -> str:
-    return f"port {port}: this user may not see who listens there; run as that user or as root, or give the command"
 
 
 def _allowed(read: Callable[[], Any], otherwise: Any) -> Any:

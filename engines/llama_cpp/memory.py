@@ -18,6 +18,10 @@ def memory_parts(case: MemoryCase) -> list[Part]:
     weights, vocab = weights_bytes(header, case.gpu_layers), header.vocab_size or 0
     compute = compute_bytes(header, case.context, settings.parallel, case.ubatch)
     where: Device = "vram" if case.gpu_layers else "ram"
+    kv_type = settings.kv_type or "f16"
+    arguments = (header, case.context, settings.parallel, case.ubatch, kv_type)
+    unified, split = kv_bytes(*arguments), kv_bytes(*arguments, unified=False)
+    kv_sizes = min(unified, split), split, max(unified, split)
     cache_mib = DEFAULT_HOST_CACHE_MIB if settings.host_cache_mib is None else settings.host_cache_mib
     set_by = "llama.cpp's default" if settings.host_cache_mib is None else "as set"
     cache_why = f"grows with distinct prompts up to {cache_mib} MiB ({set_by})"
@@ -28,7 +32,7 @@ def memory_parts(case: MemoryCase) -> list[Part]:
     return [
         exactly("weights", "ram", weights["ram"], "tensors on the CPU, mapped from the file"),
         exactly("weights", "vram", weights["vram"], f"{case.gpu_layers} GPU layers; token_embd stays on the CPU"),
-        *_kv_cache(case),
+        *_by_layer_share(case, "KV cache", kv_sizes, f"{case.context} tokens in all, {kv_type}"),
         *_by_layer_share(case, "recurrent state", (case.state_bytes,) * 3, f"f32, {settings.parallel} sequence(s)"),
         Part("compute buffers", where, *compute, f"logits, mask and activations at ubatch {case.ubatch}"),
         Part("process", "ram", *process, "libraries and vocabulary tables"),
@@ -36,14 +40,6 @@ def memory_parts(case: MemoryCase) -> list[Part]:
         *(gpu_overhead() if case.gpu_layers else []),
         Part("context checkpoints", "ram", 0, 0, checkpoints, checkpoints_why),
     ]
-
-
-def _kv_cache(case: MemoryCase) -> list[Part]:
-    kv_type = case.settings.kv_type or "f16"
-    arguments = (case.header, case.context, case.settings.parallel, case.ubatch, kv_type)
-    unified, split = kv_bytes(*arguments), kv_bytes(*arguments, unified=False)
-    sizes = min(unified, split), split, max(unified, split)
-    return _by_layer_share(case, "KV cache", sizes, f"{case.context} tokens in all, {kv_type}")
 
 
 def _by_layer_share(case: MemoryCase, name: str, sizes: tuple[int, int, int], why: str) -> list[Part]:

@@ -240,14 +240,10 @@ def without_llama_words(body: Json) -> Json:
         plain.setdefault("repetition_penalty", plain.pop("repeat_penalty"))
     if plain.get("stream") is not True:
         plain.pop("stream_options", None)
-    return _with_sampling(plain)
-
-
-def _with_sampling(body: Json) -> Json:
-    temperature, top_k = body.get("temperature"), body.get("top_k")
+    temperature, top_k = plain.get("temperature"), plain.get("top_k")
     if _is_number(temperature) and temperature <= 0:
-        return {**body, "temperature": 0} | ({"top_k": 1} if "top_k" in body else {})
-    full = {**SAMPLING, **body}
+        return {**plain, "temperature": 0} | ({"top_k": 1} if "top_k" in plain else {})
+    full = {**SAMPLING, **plain}
     if _is_number(top_k) and top_k <= 0:  # all tokens
         del full["top_k"]
     return full

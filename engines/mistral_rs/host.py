@@ -84,7 +84,10 @@ class CancellableResponse:
             if stopping.done() and not (answering.done() or leaving.done()):
                 answering.cancel()
                 await asyncio.gather(answering, return_exceptions=True)
-                await self._refuse_stopping(scope, receive, send)
+                if self._begun:
+                    await send({"type": "http.response.body", "body": write_event(STOPPING)})
+                else:
+                    await JSONResponse(STOPPING, 503)(scope, receive, send)
         finally:
             for task in tasks:
                 task.cancel()
@@ -103,12 +106,6 @@ class CancellableResponse:
             if self._begun:
                 raise
             await to_response(refusal(error))(scope, receive, send)
-
-    async def _refuse_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._begun:
-            await send({"type": "http.response.body", "body": write_event(STOPPING)})
-        else:
-            await JSONResponse(STOPPING, 503)(scope, receive, send)
 
 
 async def client_left(receive: Receive) -> None:
@@ -147,17 +144,15 @@ class KeyRequired:
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in ("/health", "/v1/health") or self._carries_key(scope):
-            await self._app(scope, receive, send)
-            return
-        error = ApiError(401, "Invalid API key", type="authentication_error", code="invalid_api_key")
-        await to_response(refusal(error))(scope, receive, send)
-
-    def _carries_key(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or scope["path"] in ("/health", "/v1/health"):
+            return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         offered = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        return hmac.compare_digest(offered, self._key)
+        if hmac.compare_digest(offered, self._key):
+            return await self._app(scope, receive, send)
+        error = ApiError(401, "Invalid API key", type="authentication_error", code="invalid_api_key")
+        await to_response(refusal(error))(scope, receive, send)
 
 
 def application(native: Native, key: str | None, stopping: asyncio.Event) -> ASGIApp:
@@ -195,6 +190,11 @@ class LoadingResponder:
         os.waitpid(self._child, 0)
 
     def _serve(self, listener: socket.socket) -> None:
+        body = json.dumps(LOADING).encode()
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
         while True:
             readable, _, _ = select.select([listener.fileno(), self._alive], [], [])
             if self._alive in readable:
@@ -202,22 +202,14 @@ class LoadingResponder:
             with contextlib.suppress(OSError):
                 connection, _ = listener.accept()
                 with connection:
-                    self._answer(connection)
-
-    @staticmethod
-    def _answer(connection: socket.socket) -> None:
-        connection.settimeout(1.0)
-        connection.recv(65536)
-        body = json.dumps(LOADING).encode()
-        head = (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body)
-        connection.shutdown(socket.SHUT_WR)
-        connection.settimeout(0.2)  # what the client still sends must be read, or a reset would eat the answer
-        while connection.recv(65536):
-            pass
+                    connection.settimeout(1.0)
+                    connection.recv(65536)
+                    connection.sendall(head.encode() + body)
+                    connection.shutdown(socket.SHUT_WR)
+                    # what the client still sends must be read, or a reset would eat the answer
+                    connection.settimeout(0.2)
+                    while connection.recv(65536):
+                        pass
 
 
 class HttpServer(uvicorn.Server):
@@ -254,15 +246,6 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def load_behind(arguments: argparse.Namespace, listener: socket.socket) -> Any:
-    """The loaded model; while it loads, the port answers 503. Ends the process with 1 when loading fails."""
-    responder = LoadingResponder(listener) if hasattr(os, "fork") else None
-    model = load(arguments)
-    if responder:
-        responder.close()
-    return model
-
-
 async def serve(arguments: argparse.Namespace, model: Any, key: str | None, listener: socket.socket) -> None:
     native, stopping = Native(model, arguments.model_id, arguments.slots), asyncio.Event()
     config = uvicorn.Config(
@@ -283,7 +266,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         log(f"error: cannot listen on {arguments.host}:{arguments.port}: {error}")
         return 1
-    asyncio.run(serve(arguments, load_behind(arguments, listener), key, listener))
+    responder = LoadingResponder(listener) if hasattr(os, "fork") else None
+    model = load(arguments)
+    if responder:
+        responder.close()
+    asyncio.run(serve(arguments, model, key, listener))
     sys.stderr.flush()
     os._exit(0)  # a worker thread may still sit in the engine
 

@@ -47,8 +47,11 @@ def _obstacles(header: Header, lists: dict[str, Any], refused: list[Tensor]) -> 
     if header.endianness == "big":
         obstacles.append("the file is big-endian; mistral.rs reads little-endian only")
     if refused:
-        first, more = refused[0], f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        obstacles.append(f"tensor {first.name} is {first.type}{more}; mistral.rs reads no {_family(first.type, lists)}")
+        kind, more = refused[0].type, f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        only_for = lists["tensor_types_for"].get(kind)
+        family = f"{kind} outside {', '.join(only_for)}" if only_for else kind
+        family = f"{kind[:2]}* type" if kind.startswith(("IQ", "TQ")) else family
+        obstacles.append(f"tensor {refused[0].name} is {kind}{more}; mistral.rs reads no {family}")
     return obstacles
 
 
@@ -65,14 +68,6 @@ def _alternatives(header: Header, lists: dict[str, Any], refused: list[Tensor]) 
     if header.architecture not in lists["text"]:
         choices += [row["text"] for row in lists["alternatives"] if header.architecture in row["for"]]
     return choices
-
-
-def _family(kind: str, lists: dict[str, Any]) -> str:
-    for prefix in ("IQ", "TQ"):
-        if kind.startswith(prefix):
-            return f"{prefix}* type"
-    only_for = lists["tensor_types_for"].get(kind)
-    return f"{kind} outside {', '.join(only_for)}" if only_for else kind
 
 
 def _list_age(lists: dict[str, Any], version: str | None, installed: tuple[int, ...] | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 from engines.errors import BadInput
 from engines.model.gguf import shard_paths
@@ -48,18 +47,14 @@ def _file_digest(path: Path) -> str:
             size = os.fstat(file.fileno()).st_size
             if size <= WHOLE_UP_TO_BYTES:
                 return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-            return f"sampled-sha256:{_sampled(file, size)}"
+            digest = hashlib.sha256(str(size).encode())
+            digest.update(file.read(EDGE_BYTES))
+            inner = size - 2 * EDGE_BYTES - SAMPLE_BYTES
+            for index in range(SAMPLES):
+                file.seek(EDGE_BYTES + inner * index // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+            file.seek(size - EDGE_BYTES)
+            digest.update(file.read(EDGE_BYTES))
+            return f"sampled-sha256:{digest.hexdigest()}"
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _sampled(file: BinaryIO, size: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    digest.update(file.read(EDGE_BYTES))
-    inner = size - 2 * EDGE_BYTES - SAMPLE_BYTES
-    for index in range(SAMPLES):
-        file.seek(EDGE_BYTES + inner * index // (SAMPLES - 1))
-        digest.update(file.read(SAMPLE_BYTES))
-    file.seek(size - EDGE_BYTES)
-    digest.update(file.read(EDGE_BYTES))
-    return digest.hexdigest()

@@ -79,7 +79,14 @@ def read_gguf(path: Path) -> GgufFile:
     with _reader(path) as reader:
         n_tensors, n_keys = reader.open()
         meta = reader.pairs(n_keys)
-        rows = [_tensor_row(reader) for _ in range(n_tensors)]
+        rows = []
+        for _ in range(n_tensors):
+            name = reader.name("a tensor name")
+            n_dimensions = reader.whole("I", name)
+            if n_dimensions > MAX_DIMENSIONS:
+                raise reader.bad(f"the tensor {name!r} claims {n_dimensions} dimensions")
+            shape = tuple(reader.whole("Q", name) for _ in range(n_dimensions))
+            rows.append(_Row(name, shape, reader.whole("I", name), reader.whole("Q", name)))
         alignment = meta.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise reader.bad(f"general.alignment is {alignment!r}, not a power of two")
@@ -248,15 +255,6 @@ class _Row:
     shape: tuple[int, ...]
     type_number: int
     offset: int
-
-
-def _tensor_row(reader: GgufReader) -> _Row:
-    name = reader.name("a tensor name")
-    n_dimensions = reader.whole("I", name)
-    if n_dimensions > MAX_DIMENSIONS:
-        raise reader.bad(f"the tensor {name!r} claims {n_dimensions} dimensions")
-    shape = tuple(reader.whole("Q", name) for _ in range(n_dimensions))
-    return _Row(name, shape, reader.whole("I", name), reader.whole("Q", name))
 
 
 def _place(reader: GgufReader, rows: list[_Row], alignment: int) -> tuple[tuple[Tensor, ...], int]:

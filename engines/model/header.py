@@ -78,7 +78,7 @@ class Header:
     value_length_swa: int | None
     sliding_window: int | None
     sliding: tuple[bool, ...]
-    shared_kv_layers: int
+    shared_kv_layers: int  # so many of the last reuse the KV of earlier ones
     kv_lora_rank: int | None
     key_length_mla: int | None
     rope_dimension: int | None
@@ -180,7 +180,15 @@ class _Meta:
 def _interpret(path: Path, shards: list[GgufFile]) -> Header:
     meta = _Meta(path, shards[0].meta)
     tensors = tuple(tensor for shard in shards for tensor in shard.tensors)
-    n_layers = _n_layers(meta, tensors)
+    n_layers = meta.whole("block_count")
+    if n_layers is None:
+        n_layers = 1 + max((layer for tensor in tensors if (layer := tensor.layer) is not None), default=-1)
+    if n_layers > MAX_LAYERS:
+        raise BadInput(f"{meta.path}: {meta.key('block_count')} is {n_layers}; no model has so many layers")
+    shared = meta.whole("attention.shared_kv_layers")
+    if shared is None:
+        # llama.cpp: gemma3n keeps KV for its first 20 layers, whatever the file has
+        shared = max(n_layers - 20, 0) if meta.architecture == "gemma3n" else 0
     head_count = meta.per_layer("attention.head_count", n_layers) or (0,) * n_layers
     heads = next((count for count in head_count if count), 0)
     embedding = meta.whole("embedding_length")
@@ -188,6 +196,8 @@ def _interpret(path: Path, shards: list[GgufFile]) -> Header:
     key_length, value_length = meta.whole("attention.key_length"), meta.whole("attention.value_length")
     window, sliding, notes = _sliding(meta, n_layers)
     template = meta.text("tokenizer.chat_template")
+    named = [meta.text(key) for key in meta.values if key.startswith("tokenizer.chat_template.")]  # such as `tool_use`
+    shows = [answer for text in (template, *named) if (answer := template_shows_tools(text)) is not None]
     return Header(
         path=path,
         shards=tuple(shard.path for shard in shards),
@@ -207,7 +217,7 @@ def _interpret(path: Path, shards: list[GgufFile]) -> Header:
         value_length_swa=meta.whole("attention.value_length_swa"),
         sliding_window=window,
         sliding=sliding,
-        shared_kv_layers=_shared_kv_layers(meta, n_layers),
+        shared_kv_layers=min(shared, n_layers),
         kv_lora_rank=meta.whole("attention.kv_lora_rank"),
         key_length_mla=meta.whole("attention.key_length_mla"),
         rope_dimension=meta.whole("rope.dimension_count"),
@@ -221,18 +231,9 @@ def _interpret(path: Path, shards: list[GgufFile]) -> Header:
         tokenizer_pre=meta.text("tokenizer.ggml.pre"),
         vocab_size=_vocab_size(meta, tensors),
         chat_template=template,
-        template_shows_tools=_any_template_shows_tools(meta, template),
+        template_shows_tools=any(shows) if shows else None,
         notes=notes,
     )
-
-
-def _n_layers(meta: _Meta, tensors: tuple[Tensor, ...]) -> int:
-    declared = meta.whole("block_count")
-    if declared is None:
-        declared = 1 + max((layer for tensor in tensors if (layer := tensor.layer) is not None), default=-1)
-    if declared > MAX_LAYERS:
-        raise BadInput(f"{meta.path}: {meta.key('block_count')} is {declared}; no model has so many layers")
-    return declared
 
 
 def _sliding(meta: _Meta, n_layers: int) -> tuple[int | None, tuple[bool, ...], tuple[str, ...]]:
@@ -253,15 +254,6 @@ def _sliding(meta: _Meta, n_layers: int) -> tuple[int | None, tuple[bool, ...], 
         return window, full, (f"{why}: every layer counts as full attention",)
     full_layer = 0 if architecture in FULL_LAYER_FIRST else period - 1
     return window, tuple(layer % period != full_layer for layer in range(n_layers)), ()
-
-
-def _shared_kv_layers(meta: _Meta, n_layers: int) -> int:
-    """How many of the last layers reuse the KV of earlier ones."""
-    shared = meta.whole("attention.shared_kv_layers")
-    if shared is None:
-        # llama.cpp: gemma3n keeps KV for its first 20 layers, whatever the file has
-        shared = max(n_layers - 20, 0) if meta.architecture == "gemma3n" else 0
-    return min(shared, n_layers)
 
 
 def _ssm(meta: _Meta) -> Ssm:
@@ -314,14 +306,3 @@ def _jinja_code(template: str) -> Iterator[str]:
         if mark != "#":
             yield template[opened.end() : closed]
         at = closed + 2
-
-
-def _any_template_shows_tools(meta: _Meta, template: str | None) -> bool | None:
-    """As `template_shows_tools`, with the named templates (`tokenizer.chat_template.tool_use`) counted in."""
-    named = [
-        value
-        for key, value in meta.values.items()
-        if key.startswith("tokenizer.chat_template.") and isinstance(value, str)
-    ]
-    answers = [answer for text in [template, *named] if (answer := template_shows_tools(text)) is not None]
-    return any(answers) if answers else None

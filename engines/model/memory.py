@@ -156,12 +156,16 @@ def kv_bytes(
     Sliding layers keep `min(context, pad(window * parallel + ubatch, 256))` cells. With `unified=False` each sequence
     has a cache of its own, as llama.cpp makes them when `--parallel` is given: the padding is then paid per sequence.
     """
-    return math.ceil(
-        sum(
-            _layer_kv_bytes(header, layer, kv_type) * _cells(header, layer, context, parallel, ubatch, unified=unified)
-            for layer in _kv_layers(header)
-        )
-    )
+    window, n_bytes = header.sliding_window, Fraction(0)
+    for layer in _kv_layers(header):
+        if not header.sliding[layer] or not window:
+            cells = context
+        elif unified:
+            cells = min(context, _padded(window * parallel + ubatch))
+        else:
+            cells = parallel * min(math.ceil(context / parallel), _padded(window + ubatch))
+        n_bytes += _layer_kv_bytes(header, layer, kv_type) * cells
+    return math.ceil(n_bytes)
 
 
 def _kv_layers(header: Header) -> list[int]:
@@ -178,14 +182,6 @@ def _layer_kv_bytes(header: Header, layer: int, kv_type: str) -> Fraction:
     if header.sliding[layer]:
         key, value = header.key_length_swa or key, header.value_length_swa or value
     return element * header.head_count_kv[layer] * (key + value)
-
-
-def _cells(header: Header, layer: int, context: int, parallel: int, ubatch: int, *, unified: bool) -> int:
-    if not header.sliding[layer] or not header.sliding_window:
-        return context
-    if unified:
-        return min(context, _padded(header.sliding_window * parallel + ubatch))
-    return parallel * min(math.ceil(context / parallel), _padded(header.sliding_window + ubatch))
 
 
 def _padded(cells: int) -> int:

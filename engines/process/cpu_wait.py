@@ -21,10 +21,6 @@ class _Thread:
     moved_at: float  # monotonic; when one of the two was first seen at its present value
     waited_before_s: float  # up to the mark
 
-    def waited_s(self, now: float, *, runnable: bool) -> float:
-        pending_s = now - self.moved_at if runnable else 0.0
-        return self.waited_ns / 1e9 + pending_s - self.waited_before_s
-
 
 class CpuWait:
     """How long the threads of `pids` have waited for a CPU since a mark. Reads files: not for an event loop."""
@@ -50,7 +46,8 @@ class CpuWait:
             known = self._threads.setdefault(thread_id, _Thread(ran_ns, waited_ns, now, 0.0))
             if (known.ran_ns, known.waited_ns) != (ran_ns, waited_ns):
                 known.ran_ns, known.waited_ns, known.moved_at = ran_ns, waited_ns, now
-            most = max(most, known.waited_s(now, runnable=runnable))
+            pending_s = now - known.moved_at if runnable else 0.0
+            most = max(most, known.waited_ns / 1e9 + pending_s - known.waited_before_s)
         return min(most, now - self._marked_at)
 
 

@@ -80,7 +80,12 @@ class RotatingLog:
         self.bytes_seen = 0
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         with contextlib.suppress(OSError):
-            self._keep_earlier()
+            if path.exists() and path.stat().st_size > 0:  # the end of an earlier log shows why its process ended
+                for number in range(KEPT_LOGS, 1, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(self._named(f"ended-{number - 1}"), self._named(f"ended-{number}"))
+                os.replace(path, self._named("ended-1"))
+                self._named("1").unlink(missing_ok=True)
         self._file = path.open("wb")
 
     def write(self, line: bytes) -> None:
@@ -91,7 +96,9 @@ class RotatingLog:
             self._tail.append(text)
         with contextlib.suppress(OSError):
             if self._file.tell() + len(line) > self.max_bytes:
-                self._rotate()
+                self._file.close()
+                os.replace(self.path, self._named("1"))
+                self._file = self.path.open("wb")
             self._file.write(text.encode() + b"\n")
             self._file.flush()
 
@@ -101,21 +108,6 @@ class RotatingLog:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
-
-    def _rotate(self) -> None:
-        self._file.close()
-        os.replace(self.path, self._named("1"))
-        self._file = self.path.open("wb")
-
-    def _keep_earlier(self) -> None:
-        """Make room for a new process; the end of an earlier log shows why it ended."""
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return
-        for number in range(KEPT_LOGS, 1, -1):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(self._named(f"ended-{number - 1}"), self._named(f"ended-{number}"))
-        os.replace(self.path, self._named("ended-1"))
-        self._named("1").unlink(missing_ok=True)
 
     def _named(self, suffix: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{suffix}")
@@ -180,31 +172,28 @@ class ManagedProcess:
         Takes `grace_s` and twice `KILLED_S` at most: what is still there then is `given_up`.
         """
         with self._stopping:  # an interrupt may stop it while its own block is doing so
-            return self._stop(grace_s)
-
-    def _stop(self, grace_s: float) -> int | None:
-        if self.given_up:  # SIGKILL is pending; nothing more can be done
-            return None
-        _RUNNING.discard(self)
-        for process in [*self.tree(), *self._left_behind()]:
-            self._known[process.pid] = process
-        for _ in range(2):
-            if self._wait(0):
-                break
-            self.send_signal(signal.SIGTERM)
-            self.send_signal(signal.SIGCONT)  # a stopped process would not see the TERM
-            if self._wait(grace_s / 2):
-                break
-        for process in self._known.values():  # psutil checks the start time before it signals
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        ended = self._wait(KILLED_S)
-        _, alive = psutil.wait_procs(self._known.values(), timeout=KILLED_S if ended else 0)
-        if not ended or any(_runs(process) for process in alive):
-            self._give_up()
-            return None
-        self._forget()
-        return self._popen.returncode
+            if self.given_up:  # SIGKILL is pending; nothing more can be done
+                return None
+            _RUNNING.discard(self)
+            for process in [*self.tree(), *self._left_behind()]:
+                self._known[process.pid] = process
+            for _ in range(2):
+                if self._wait(0):
+                    break
+                self.send_signal(signal.SIGTERM)
+                self.send_signal(signal.SIGCONT)  # a stopped process would not see the TERM
+                if self._wait(grace_s / 2):
+                    break
+            for process in self._known.values():  # psutil checks the start time before it signals
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            ended = self._wait(KILLED_S)
+            _, alive = psutil.wait_procs(self._known.values(), timeout=KILLED_S if ended else 0)
+            if not ended or any(_runs(process) for process in alive):
+                self._give_up()
+                return None
+            self._forget()
+            return self._popen.returncode
 
     def _give_up(self) -> None:
         """Leave it to the kernel. Its entry stays, marked: a later run neither waits for it nor forgets it."""

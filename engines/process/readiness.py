@@ -19,26 +19,12 @@ from engines.process.process import ManagedProcess
 from engines.settings import Serve
 
 POLL_S = 0.05
-
-
 ASK_AGAIN_S = 1.0  # at most, after an answer that held no token
-
-
 REFUSED_S = 10.0  # so long an engine that has stopped loading may refuse completions before that is its last word
-
-
 CHAT = "/v1/chat/completions"
-
-
 TEXT = "/v1/completions"  # a model without a chat template may take this only
-
-
 STOPPED_S = 1.0  # a process that is continued at once was never in trouble
-
-
 NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
-
-
 QUOTED_LINES = 8
 
 

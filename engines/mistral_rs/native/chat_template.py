@@ -11,19 +11,11 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engines.model.header import template_shows_tools
-
 CONTROL_TOKEN = 3
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes, the other way round (openai/gpt-2 `src/encoder.py`)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + at): byte for at, byte in enumerate(rest)}
-
-
-_BYTE_OF = _byte_of_character()
+# GPT-2's printable stand-ins for the 256 bytes, the other way round (openai/gpt-2 `src/encoder.py`)
+_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_REST = [byte for byte in range(256) if byte not in _PLAIN]
+_BYTE_OF = {chr(byte): byte for byte in _PLAIN} | {chr(256 + at): byte for at, byte in enumerate(_REST)}
 
 
 class Vocabulary:
@@ -73,10 +65,6 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self._template = environment.from_string(source)
-
-    @property
-    def shows_tools(self) -> bool:
-        return bool(template_shows_tools(self.source))
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, extra: dict[str, Any]) -> str:
         """The prompt for *messages*, ending where the assistant's turn begins; TemplateRefused with the reason."""

@@ -36,6 +36,7 @@ from engines.mistral_rs.native.generation import (
 from engines.mistral_rs.native.model import Job, LoadedModel, first_line, new_id
 from engines.mistral_rs.native.requests import ApiError, Json
 from engines.mistral_rs.native.responses import Piece
+from engines.model.header import template_shows_tools
 from engines.openai.sse import DONE, write_event
 
 KEEP_ALIVE_S = 10.0
@@ -168,10 +169,10 @@ class Native:
         """The SSE frames of a streamed request; an empty one when the first choice has been admitted."""
         usages: list[responses.Usage] = []
         for index, job in enumerate(request.jobs):
-            opening = [responses.opening_choice(request.head, index)]
-            echo = request.echo(index)
+            chat, echo = request.head.chat, request.echo(index)
+            opening = [responses.choice(index, delta={"role": "assistant", "content": ""})] if chat else []
             if echo:
-                opening.append(responses.text_choice(index, echo))
+                opening.append(responses.choice(index, text=echo))
             offset, finish = len(echo), "stop"
             async with contextlib.aclosing(self.pieces(request, job)) as arriving:
                 async for piece in arriving:
@@ -183,7 +184,8 @@ class Native:
                             yield write_event(request.head.body(stream=True, choices=[choice]))
                     opening, offset, finish = [], offset + len(piece.content), piece.finish or finish
                     usages += [piece.usage] if piece.usage else []
-            closing = request.head.body(stream=True, choices=[responses.closing_choice(request.head, index, finish)])
+            empty: Json = {"delta": {}} if chat else {"text": ""}
+            closing = request.head.body(stream=True, choices=[responses.choice(index, finish=finish, **empty)])
             last = index == len(request.jobs) - 1
             timings = {"timings": responses.timings_body(usages)} if last and not request.include_usage else {}
             yield write_event(closing | timings)
@@ -213,7 +215,7 @@ class Native:
             include_usage=call.include_usage,
             forced=bool(call.forced_tools),
         )
-        unseen = bool(call.tools) and not self.model.template.shows_tools
+        unseen = bool(call.tools) and not template_shows_tools(self.model.template.source)
         return await self._answer(
             request, {"x-switchyard-warning": "the chat template shows no tools"} if unseen else {}
         )

@@ -195,7 +195,10 @@ async def with_calls(pieces: Pieces, job: Job, forced: bool) -> Pieces:
             elif forced:
                 text += piece.content
                 if piece.finish:
-                    yield forced_piece(piece, text)
+                    call = stop_text.forced_call(text, new_id("call_"))
+                    finish = "tool_calls" if call and piece.finish != "length" else piece.finish
+                    calls = (call,) if call else ()
+                    yield replace(piece, content="", logprobs=(), starts=(), tool_calls=calls, finish=finish)
             else:
                 content = gate.pass_on(piece.content)
                 if piece.finish and not piece.tool_calls:
@@ -230,13 +233,6 @@ def cut_usage(prompt_tokens: int, times_s: list[float]) -> responses.Usage:
         prompt_ms=(first - begun) * 1000,
         predicted_ms=(later[-1] - first) * 1000 if later else None,
     )
-
-
-def forced_piece(last: Piece, text: str) -> Piece:
-    """The one piece of a forced call, from all its *text*."""
-    call = stop_text.forced_call(text, new_id("call_"))
-    finish = "tool_calls" if call and last.finish != "length" else last.finish
-    return replace(last, content="", logprobs=(), starts=(), tool_calls=(call,) if call else (), finish=finish)
 
 
 async def keep_alive(frames: AsyncGenerator[bytes, None], interval_s: float) -> AsyncGenerator[bytes, None]:

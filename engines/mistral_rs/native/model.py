@@ -73,7 +73,12 @@ class LoadedModel:
         self._bos = Vocabulary(metadata).special("bos")
         self._lock = threading.Lock()
         self._runner = self._load(arguments)
-        self._end_bias = self._against_other_ends(Vocabulary(metadata).special("eos"))
+        # Where a grammar is fulfilled the engine allows llguidance's end of text beside the model's own. If that one is
+        # chosen and is none to the model, it is repeated unseen until the tokens are used up (0.9.5; SmolLM2,
+        # `(yes|no)`): texts that obey a grammar get a bias against it.
+        own = Vocabulary(metadata).special("eos")
+        ends = [self.tokenize(end, False) for end in TEXT_ENDS if own and end != own]
+        self._end_bias = {tokens[0]: -100.0 for tokens in ends if len(tokens) == 1}
         self.trained_context: int | None = self._runner.max_sequence_length()
         limits = [limit for limit in (arguments.context, self.trained_context) if limit]
         self.context = min(limits) if limits else 0
@@ -101,15 +106,6 @@ class LoadedModel:
                 tokenizer_json=str(arguments.tokenizer_json) if arguments.tokenizer_json else None,
             )
             return Runner(which=which, max_seqs=arguments.slots, jinja_explicit=file.name, **extra)
-
-    def _against_other_ends(self, own: str) -> dict[int, float]:
-        """A bias for texts that obey a grammar: away from ends of text that are not the model's *own*.
-
-        Where a grammar is fulfilled the engine allows llguidance's end beside the model's. If that one is chosen and
-        is none to the model, it is repeated unseen until the tokens are used up (wheel 0.9.5; SmolLM2, `(yes|no)`).
-        """
-        found = [self.tokenize(end, False) for end in TEXT_ENDS if own and end != own]
-        return {tokens[0]: -100.0 for tokens in found if len(tokens) == 1}
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         with self._lock:

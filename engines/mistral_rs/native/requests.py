@@ -1,8 +1,6 @@
-"""The OpenAI wire format as plain functions: request bodies in, response bodies and SSE frames out.
+"""Request bodies of OpenAI's API, checked: platform.openai.com/docs/api-reference (chat, completions).
 
-Nothing here knows an engine. Requests are refused with `ApiError`, which carries the HTTP status and OpenAI's error
-object. Shapes: platform.openai.com/docs/api-reference (chat, completions); `timings`, `id` beside a log-probability and
-`exceed_context_size_error` as llama.cpp's server has them, so that one client reads both.
+Nothing here knows an engine. `exceed_context_size_error` is as llama.cpp has it, so that one client reads both.
 """
 
 from __future__ import annotations
@@ -155,23 +153,18 @@ def _stop(body: Json) -> tuple[str, ...]:
     return tuple(one for one in stops if one)
 
 
-def _logit_bias(body: Json) -> dict[int, float] | None:
-    biases = _object(body, "logit_bias")
-    try:
-        read = {int(token): float(bias) for token, bias in biases.items()}
-    except (TypeError, ValueError):
-        raise bad("logit_bias", "must map token ids to numbers") from None
-    if not all(math.isfinite(bias) for bias in read.values()):
-        raise bad("logit_bias", "must map token ids to finite numbers")
-    return read or None
-
-
 def parse_sampling(body: Json, *, grammar: Grammar | None, logprobs: tuple[bool, int]) -> SamplingParameters:
     """The sampling part of a body. Temperature is OpenAI's default of 1 where it is missing; 0 is greedy."""
     limit = _integer(body, "max_completion_tokens", 1)
     if limit is None:
         limit = _integer(body, "max_tokens", 1)
     temperature = _number(body, "temperature", 0)
+    try:
+        bias = {int(token): float(number) for token, number in _object(body, "logit_bias").items()}
+    except (TypeError, ValueError):
+        raise bad("logit_bias", "must map token ids to numbers") from None
+    if not all(math.isfinite(number) for number in bias.values()):
+        raise bad("logit_bias", "must map token ids to finite numbers")
     _integer(body, "seed", -(2**63))
     return SamplingParameters(
         temperature=1.0 if temperature is None else temperature,
@@ -181,7 +174,7 @@ def parse_sampling(body: Json, *, grammar: Grammar | None, logprobs: tuple[bool,
         presence_penalty=_number(body, "presence_penalty", -2, 2),
         frequency_penalty=_number(body, "frequency_penalty", -2, 2),
         repetition_penalty=_number(body, "repetition_penalty", 0) or _number(body, "repeat_penalty", 0),
-        logit_bias=_logit_bias(body),
+        logit_bias=bias or None,
         stop=_stop(body),
         max_tokens=limit,
         ignore_eos=_flag(body, "ignore_eos"),

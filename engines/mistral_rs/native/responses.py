@@ -38,10 +38,6 @@ class Piece:
     usage: Usage | None = None
 
 
-def _finite(value: float | None, scale: float = 1.0) -> float | None:
-    return value * scale if value is not None and math.isfinite(value) and value >= 0 else None
-
-
 def usage_body(usages: list[Usage], n: int = 1) -> Json:
     """OpenAI's usage over all generations of one request; a prompt with *n* choices is counted once."""
     prompt = sum(usage.prompt_tokens for usage in usages[::n])
@@ -58,8 +54,8 @@ def timings_body(usages: list[Usage]) -> Json:
         "predicted_n": sum(usage.completion_tokens for usage in usages),
     }
     for phase in ("prompt", "predicted"):
-        times = [_finite(getattr(usage, f"{phase}_ms")) for usage in usages]
-        known = [time for time in times if time is not None]
+        times = [getattr(usage, f"{phase}_ms") for usage in usages]
+        known = [time for time in times if time is not None and math.isfinite(time) and time >= 0]
         if len(known) == len(times) and known:
             body[f"{phase}_ms"] = total = sum(known)
             if total > 0:
@@ -102,18 +98,8 @@ class Head:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def _choice(index: int, *, finish: str | None = None, logprobs: Json | None = None, **content: Any) -> Json:
+def choice(index: int, *, finish: str | None = None, logprobs: Json | None = None, **content: Any) -> Json:
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
-
-
-def text_choice(index: int, text: str) -> Json:
-    """One choice of a text completion's chunk."""
-    return _choice(index, text=text)
-
-
-def opening_choice(head: Head, index: int) -> Json | None:
-    """The first chunk's choice: the role, once, with empty content. Text completions have none."""
-    return _choice(index, delta={"role": "assistant", "content": ""}) if head.chat else None
 
 
 def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json | None:
@@ -122,7 +108,7 @@ def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json 
         return None
     entries = list(piece.logprobs)
     if not head.chat:
-        return _choice(index, text=piece.content, logprobs=legacy_logprobs(entries, offset) if entries else None)
+        return choice(index, text=piece.content, logprobs=legacy_logprobs(entries, offset) if entries else None)
     delta: Json = {}
     if piece.reasoning:
         delta["reasoning_content"] = piece.reasoning
@@ -130,12 +116,7 @@ def piece_choice(head: Head, index: int, piece: Piece, offset: int = 0) -> Json 
         delta["content"] = piece.content
     if piece.tool_calls:
         delta["tool_calls"] = list(piece.tool_calls)
-    return _choice(index, delta=delta, logprobs={"content": entries} if entries else None)
-
-
-def closing_choice(head: Head, index: int, finish: str) -> Json:
-    """The choice with the finish reason and nothing else."""
-    return _choice(index, finish=finish, delta={}) if head.chat else _choice(index, finish=finish, text="")
+    return choice(index, delta=delta, logprobs={"content": entries} if entries else None)
 
 
 def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") -> Json:
@@ -145,7 +126,7 @@ def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") ->
     finish = next((piece.finish for piece in reversed(pieces) if piece.finish), None)
     if not head.chat:
         logprobs = legacy_logprobs(entries, len(echo)) if entries else None
-        return _choice(index, text=echo + content, finish=finish, logprobs=logprobs)
+        return choice(index, text=echo + content, finish=finish, logprobs=logprobs)
     calls = [call for piece in pieces for call in piece.tool_calls]
     message: Json = {"role": "assistant", "content": None if calls and not content else content}
     reasoning = "".join(piece.reasoning for piece in pieces)
@@ -154,4 +135,4 @@ def whole_choice(head: Head, index: int, pieces: list[Piece], echo: str = "") ->
     if calls:
         message["tool_calls"] = [{key: call[key] for key in ("id", "type", "function")} for call in calls]
     logprobs = {"content": entries} if entries else None
-    return _choice(index, message=message, finish=finish, logprobs=logprobs)
+    return choice(index, message=message, finish=finish, logprobs=logprobs)

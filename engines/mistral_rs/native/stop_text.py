@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -26,17 +27,11 @@ class TokenPlaces:
         start = -1 if piece.reasoning else self._shown_bytes + len(self._unshown)
         self._unshown += b"".join(bytes(entry["bytes"]) for entry in piece.logprobs)
         self._shown_bytes += len(piece.content.encode())
-        if piece.content or _is_text(self._unshown):  # whole, yet not shown: a control token
+        with contextlib.suppress(UnicodeDecodeError):
+            if not piece.content:
+                self._unshown.decode()  # whole, yet not shown: a control token
             self._unshown = b""
         return replace(piece, starts=(start,) * len(piece.logprobs))
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 class StopMatcher:
@@ -56,8 +51,8 @@ class StopMatcher:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             return text[: min(found)[1]], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        sent = len(text) - keep
+        ends = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        sent = len(text) - max(ends, default=0)
         self._held = text[sent:]
         return text[:sent], False
 
@@ -65,12 +60,6 @@ class StopMatcher:
         """The text still held, for a generation that ended by itself."""
         rest, self._held = self._held, ""
         return rest
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of *text* that is a beginning of *stop*."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class StopCutter:
@@ -119,7 +108,10 @@ class ToolTextGate:
             self._held = text
             return ""
         self._begun = True
-        at = self._opening(text)
+        # where the first markup begins, or a tail that may become one; the text's end if there is none
+        found = [at for mark in _MARKUP if (at := text.find(mark)) >= 0]
+        tails = [len(text) - size for mark in _MARKUP for size in range(1, len(mark)) if text.endswith(mark[:size])]
+        at = min([*found, *tails, len(text)])
         self._held = text[at:]
         return text[:at]
 
@@ -127,13 +119,6 @@ class ToolTextGate:
         """The text still held, for a generation that turned out to hold no call."""
         rest, self._held = self._held, ""
         return rest
-
-    @staticmethod
-    def _opening(text: str) -> int:
-        """Where the first markup begins, or a tail that may become one; the length of *text* if there is none."""
-        found = [at for mark in _MARKUP if (at := text.find(mark)) >= 0]
-        tails = [len(text) - size for mark in _MARKUP for size in range(1, len(mark)) if text.endswith(mark[:size])]
-        return min([*found, *tails, len(text)])
 
 
 _FORCED = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL)
