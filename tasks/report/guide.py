@@ -165,7 +165,7 @@ def _check(facts: Facts) -> list[str]:
     for run_id in dict.fromkeys(phase.run_id for model in facts.models for phase in model.phases if phase.evaluates):
         verdicts = [f"{m.id} {phase.verdict}" for m in facts.models for phase in m.phases if phase.run_id == run_id]
         shown = ", ".join(map(_code, verdicts))
-        blocks += [_typed(f"switchyard report {run_id}"), f"judges the recorded evidence again, and shown {shown}."]
+        blocks += [_typed(f"switchyard report {run_id}"), f"judges the recorded evidence again and shows {shown}."]
     return blocks
 
 
