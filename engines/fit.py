@@ -98,8 +98,15 @@ def estimate(
     parts = tuple(part for part in asked.memory_parts(case) if part.high)
     needs = tuple(_needs(parts, free, correction))
     verdict: FitVerdict = max((need.verdict for need in needs), key=WORSE.index, default="unknown")
-    notes = (*_notes(case), *asked.memory_notes(case))
-    return Fit(engine, verdict, "; ".join(map(str, needs)), context, parts, needs, notes, correction)
+    notes = [*header.notes]
+    if header.context_length and context > header.context_length * settings.parallel:
+        notes.append(f"{context} tokens are more than the trained context of {header.context_length} per sequence")
+    if free.n_gpus > 1:
+        notes.append(f"the free VRAM of {free.n_gpus} GPUs is added up; each must hold its own share")
+    if gpu_layers and settings.gpu_layers is None:
+        notes.append("gpu_layers is not set: counted as the whole model on the GPU")
+    notes += asked.memory_notes(case)
+    return Fit(engine, verdict, "; ".join(map(str, needs)), context, parts, needs, tuple(notes), correction)
 
 
 def _needs(parts: tuple[Part, ...], free: FreeMemory, correction: float | None) -> list[Need]:
@@ -114,15 +121,3 @@ def _needs(parts: tuple[Part, ...], free: FreeMemory, correction: float | None) 
         if here:
             needs.append(Need(device, low, expected, high, free.of(device)))
     return needs
-
-
-def _notes(case: MemoryCase) -> list[str]:
-    header, settings = case.header, case.settings
-    notes = list(header.notes)
-    if header.context_length and case.context > header.context_length * settings.parallel:
-        notes.append(f"{case.context} tokens are more than the trained context of {header.context_length} per sequence")
-    if case.free.n_gpus > 1:
-        notes.append(f"the free VRAM of {case.free.n_gpus} GPUs is added up; each must hold its own share")
-    if case.gpu_layers and settings.gpu_layers is None:
-        notes.append("gpu_layers is not set: counted as the whole model on the GPU")
-    return notes

@@ -231,11 +231,8 @@ def _host_cache(command: LlamaServerCommand, flag: str, text: str) -> None:
         command.note(f"{flag} -1: an unbounded prompt cache cannot be planned for; the engine's own default is used")
 
 
-def _kv_type(side: str) -> Take:
-    def take(command: LlamaServerCommand, flag: str, text: str) -> None:
-        command.kv_types[side] = text
-
-    return take
+def _kv_type(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.kv_types["K" if flag in ("-ctk", "--cache-type-k") else "V"] = text
 
 
 def _seed(command: LlamaServerCommand, flag: str, text: str) -> None:
@@ -291,13 +288,6 @@ def _token(command: LlamaServerCommand, flag: str, text: str) -> None:
     command.note(f"{flag}: a download token is not copied; the plan names a file that is already here")
 
 
-def _set(name: str, value: bool) -> Take:
-    def take(command: LlamaServerCommand, flag: str, text: str) -> None:
-        command.values[name] = value
-
-    return take
-
-
 _SLOTS_NOTE = "llama-server then chooses (4 slots in builds of 2026); the plan has 1, raise it if needed"
 _ON, _OFF, _AUTO = ("on", "enabled", "true", "1"), ("off", "disabled", "false", "0"), ("auto", "-1")
 
@@ -314,8 +304,8 @@ _VALUES: tuple[tuple[str, str, Take], ...] = (
     ("-b --batch-size", "LLAMA_ARG_BATCH", _number("batch_tokens")),
     ("-ub --ubatch-size", "LLAMA_ARG_UBATCH", _number("ubatch_tokens")),
     ("-fa --flash-attn", "LLAMA_ARG_FLASH_ATTN", _flash_attention),
-    ("-ctk --cache-type-k", "LLAMA_ARG_CACHE_TYPE_K", _kv_type("K")),
-    ("-ctv --cache-type-v", "LLAMA_ARG_CACHE_TYPE_V", _kv_type("V")),
+    ("-ctk --cache-type-k", "LLAMA_ARG_CACHE_TYPE_K", _kv_type),
+    ("-ctv --cache-type-v", "LLAMA_ARG_CACHE_TYPE_V", _kv_type),
     ("-lm --load-mode", "LLAMA_ARG_LOAD_MODE", _load_mode),
     ("--cache-reuse", "LLAMA_ARG_CACHE_REUSE", _number("cache_reuse_tokens", least=0)),
     ("-cram --cache-ram", "LLAMA_ARG_CACHE_RAM", _host_cache),
@@ -339,8 +329,8 @@ _SWITCHES: tuple[tuple[str, str, str], ...] = (
 )
 
 TAKES_VALUE: dict[str, Take] = {name: take for names, _, take in _VALUES for name in names.split()}
-STANDS_ALONE: dict[str, Take] = {
-    name: _set(setting, value)
+STANDS_ALONE: dict[str, tuple[str, bool]] = {
+    name: (setting, value)
     for flag, _, setting in _SWITCHES
     for name, value in ((flag, True), (flag.replace("--", "--no-", 1), False))
     if name != "--no-mlock"
@@ -415,7 +405,7 @@ def _read_one(flag: str, rest: list[str], command: LlamaServerCommand) -> int:
         command.values["flash_attention"] = True  # builds before August 2025: a switch without a value
         return 0
     if flag in STANDS_ALONE:
-        STANDS_ALONE[flag](command, flag, "")
+        command.values |= [STANDS_ALONE[flag]]
         return 0
     if flag in TAKES_VALUE:
         TAKES_VALUE[flag](command, flag, _needed(flag, rest))

@@ -126,10 +126,6 @@ def main(argv: list[str] | None = None) -> int:
     key = os.environ.pop(KEY_VARIABLE, "") or None
     if arguments.host not in ("127.0.0.1", "::1", "localhost") and not key:
         parser().error(f"--host {arguments.host} is open to others: set a key in {KEY_VARIABLE}, or use 127.0.0.1")
-    return serve(arguments, key)
-
-
-def serve(arguments: argparse.Namespace, key: str | None) -> int:
     if not arguments.model.is_file():
         log(f"error: cannot load {arguments.model}: no such file")
         return 1

@@ -155,16 +155,6 @@ class KeyRequired:
         await to_response(refusal(error))(scope, receive, send)
 
 
-def application(native: Native, key: str | None, stopping: asyncio.Event) -> ASGIApp:
-
-    async def answer(request: Request) -> Any:
-        return CancellableResponse(native, request, stopping)
-
-    routes = [Route(path, answer, methods=[method]) for method, path in native.routes]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: on_http_error})
-    return KeyRequired(app, key) if key else app
-
-
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +238,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def serve(arguments: argparse.Namespace, model: Any, key: str | None, listener: socket.socket) -> None:
     native, stopping = Native(model, arguments.model_id, arguments.slots), asyncio.Event()
+
+    async def answer(request: Request) -> Any:
+        return CancellableResponse(native, request, stopping)
+
+    routes = [Route(path, answer, methods=[method]) for method, path in native.routes]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: on_http_error})
     config = uvicorn.Config(
-        application(native, key, stopping), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75
+        KeyRequired(app, key) if key else app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75
     )
     log(f"listening on http://{arguments.host}:{arguments.port}")
     await HttpServer(config, stopping).serve(sockets=[listener])

@@ -34,50 +34,30 @@ class TokenPlaces:
         return replace(piece, starts=(start,) * len(piece.logprobs))
 
 
-class StopMatcher:
-    """Finds the first stop string to be complete in a text that arrives in chunks, however it is split.
+class StopCutter:
+    """Ends the pieces of a generation before the first stop string to be complete, however the text is split.
 
     Of two that are complete at the same character the longer counts. Text that may be the beginning of a stop string
-    is held back.
+    is held back; a log-probability is sent with the first text that its token is part of.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
-        self._held = ""
-
-    def pass_on(self, text: str) -> tuple[str, bool]:
-        """What may be sent of the held text and *text*, and whether a stop string was found behind it."""
-        text, self._held = self._held + text, ""
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            return text[: min(found)[1]], True
-        ends = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-        sent = len(text) - max(ends, default=0)
-        self._held = text[sent:]
-        return text[:sent], False
-
-    def rest(self) -> str:
-        """The text still held, for a generation that ended by itself."""
-        rest, self._held = self._held, ""
-        return rest
-
-
-class StopCutter:
-    """Ends the pieces of a generation before the first stop string, log-probabilities too.
-
-    A log-probability is sent with the first text that its token is part of.
-    """
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._matcher = StopMatcher(stops)
+        self._unsent = ""
         self._sent_bytes = 0
         self._held: list[tuple[int, Json]] = []
 
     def pass_on(self, piece: Piece) -> Piece:
         """The piece with what may be sent by now; its finish is "stop" when a stop string was found."""
-        text, found = self._matcher.pass_on(piece.content)
-        over = bool(piece.finish) and not found
-        text += self._matcher.rest() if over else ""
+        text = self._unsent + piece.content
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        over, cut_at = bool(piece.finish) and not found, len(text)
+        if found:
+            cut_at = min(found)[1]
+        elif not over:
+            ends = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+            cut_at -= max(ends, default=0)
+        text, self._unsent = text[:cut_at], text[cut_at:]
         self._sent_bytes += len(text.encode())
         entries = [*self._held, *zip(piece.starts, piece.logprobs, strict=True)]
         sent = [entry for entry in entries if over or entry[0] < self._sent_bytes]

@@ -88,7 +88,8 @@ async def run_tools(
             async with limit:
                 choice = (await chat({**body, "messages": [*history]}))["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
-            calls = [(call.get("id") or "", *_named(call["function"])) for call in message.get("tool_calls") or []]
+            asked = [(call.get("id") or "", call["function"]) for call in message.get("tool_calls") or []]
+            calls = [(call_id, str(one.get("name")), one.get("arguments") or {}) for call_id, one in asked]
         except Exception as error:
             if limit.expired():
                 return ToolLoopResult(messages=history, rounds=rounds, ended="seconds")
@@ -112,10 +113,6 @@ async def run_tools(
 
 def _unknown(name: str, tools: Tools) -> str:
     return f"error: there is no {name}; the tools are: {', '.join(tools) or 'none'}"
-
-
-def _named(function: Json) -> tuple[str, Any]:
-    return str(function.get("name")), function.get("arguments") or {}
 
 
 async def _result(name: str, arguments: Any, tools: Tools, limit_s: float) -> str:

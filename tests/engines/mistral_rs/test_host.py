@@ -241,14 +241,14 @@ def splits(text: str) -> Iterator[list[str]]:
 
 
 def through(stops: tuple[str, ...], chunks: list[str]) -> tuple[str, bool]:
-    """The text that a StopMatcher tells of *chunks*, and whether it found a stop string."""
-    matcher, told = stop_text.StopMatcher(stops), ""
+    """The text that a StopCutter passes on of *chunks*, and whether it found a stop string."""
+    cutter, told = stop_text.StopCutter(stops), ""
     for chunk in chunks:
-        text, found = matcher.pass_on(chunk)
-        told += text
-        if found:
+        piece = cutter.pass_on(Piece(content=chunk))
+        told += piece.content
+        if piece.finish:
             return told, True
-    return told + matcher.rest(), False
+    return told + cutter.pass_on(Piece(finish="length")).content, False
 
 
 @pytest.mark.parametrize(
@@ -291,12 +291,13 @@ def test_short_texts_end_as_if_read_character_by_character() -> None:
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     """Text is told at once as far as it is safe."""
-    matcher = stop_text.StopMatcher(("young",))
-    assert [matcher.pass_on(text) for text in ("a yo", "u", "r y", "oung!")] == [
-        ("a ", False),
-        ("", False),
-        ("your ", False),
-        ("", True),
+    cutter = stop_text.StopCutter(("young",))
+    pieces = [cutter.pass_on(Piece(content=text)) for text in ("a yo", "u", "r y", "oung!")]
+    assert [(piece.content, piece.finish) for piece in pieces] == [
+        ("a ", None),
+        ("", None),
+        ("your ", None),
+        ("", "stop"),
     ]
 
 
