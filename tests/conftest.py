@@ -1,7 +1,13 @@
-"""For all tests: Ctrl-C reaches the process even where a script started it in the background, with SIGINT ignored."""
+"""For all tests: nothing of a run outlives it, and Ctrl-C reaches it.
+
+A script that starts it in the background has SIGINT ignored.
+"""
 
 import signal
 
+import left_behind
+
+left_behind.watch()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
