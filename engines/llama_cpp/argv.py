@@ -405,7 +405,8 @@ def _read_one(flag: str, rest: list[str], command: LlamaServerCommand) -> int:
         command.values["flash_attention"] = True  # builds before August 2025: a switch without a value
         return 0
     if flag in STANDS_ALONE:
-        command.values |= [STANDS_ALONE[flag]]
+        setting, is_on = STANDS_ALONE[flag]
+        command.values[setting] = is_on
         return 0
     if flag in TAKES_VALUE:
         TAKES_VALUE[flag](command, flag, _needed(flag, rest))

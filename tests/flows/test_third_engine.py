@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gguf_files import LLAMA, write_gguf
-from played import played
+from played import AMOUNTS, played
 from processes import of_home
 from switchyard_command import json_of
 from waiting import until
@@ -30,20 +30,7 @@ id = "m"
 gguf = "{gguf}"
 [settings]
 mlock = true
-[measure]
-requests_per_block = 1
-warmup_min = 0
-warmup_max = 1
-looks = [3]
-max_discarded_blocks = 0
-calibration_blocks = 0
-max_tokens = 4
-parity_prompts = 2
-parity_tokens = 4
-soak_s = 1
-every_behaviour = false
-[client]
-requires = ["chat_answer"]
+{amounts}
 [yard]
 port = {port}
 """
@@ -56,7 +43,9 @@ class Third:
         self._folder, self._environment = folder, environment
         self.plan = folder / "plan.toml"
         gguf = write_gguf(folder / "m.gguf", keys=LLAMA)
-        self.plan.write_text(PLAN.format(binary=played(folder, "llama-server"), gguf=gguf, port=free_port()))
+        self.plan.write_text(
+            PLAN.format(binary=played(folder, "llama-server"), gguf=gguf, amounts=AMOUNTS, port=free_port())
+        )
 
     def argv(self, *arguments: object) -> list[str]:
         return [sys.executable, str(COMMAND), *map(str, arguments)]

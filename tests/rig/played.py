@@ -8,6 +8,23 @@ from pathlib import Path
 from gguf_files import LLAMA, write_gguf
 
 TESTS = Path(__file__).parent
+# what is measured, as little as can be
+AMOUNTS = """\
+[measure]
+requests_per_block = 1
+warmup_min = 0
+warmup_max = 1
+looks = [3]
+max_discarded_blocks = 0
+calibration_blocks = 0
+max_tokens = 4
+parity_prompts = 2
+parity_tokens = 4
+soak_s = 1
+every_behaviour = false
+[client]
+requires = ["chat_answer"]
+"""
 
 
 def played(folder: Path, name: str) -> Path:
@@ -37,20 +54,6 @@ binary = "{played(folder, "llama-server")}"
 engine = "mistral.rs"
 binary = "{played(folder, "mistralrs")}"
 {"".join(tables)}
-[measure]
-requests_per_block = 1
-warmup_min = 0
-warmup_max = 1
-looks = [3]
-max_discarded_blocks = 0
-calibration_blocks = 0
-max_tokens = 4
-parity_prompts = 2
-parity_tokens = 4
-soak_s = 1
-every_behaviour = false
-[client]
-requires = ["chat_answer"]
-{tail}
+{AMOUNTS}{tail}
 """)
     return path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -37,7 +38,7 @@ class EngineAnswer(Protocol):
         """Each piece as the engine sent it."""
 
 
-class EngineConnection:
+class EngineConnection(ABC):
     """Asks one engine. Requests under way can be broken off: a process that the kernel holds hangs up on nobody."""
 
     def __init__(self) -> None:
@@ -65,8 +66,9 @@ class EngineConnection:
             if not limit.expired():
                 limit.reschedule(asyncio.get_running_loop().time())
 
+    @abstractmethod
     def _send(self, method: str, path: str, body: bytes) -> AbstractAsyncContextManager[EngineAnswer]:
-        raise NotImplementedError
+        """The answer, as soon as it begins; raises what is in BROKEN."""
 
 
 class HttpConnection(EngineConnection):
