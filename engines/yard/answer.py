@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engines.client.read_stream import error_text, parse_stream
-from engines.client.record import StreamRecord
+from engines.client.record import OUTPUT_KINDS, StreamRecord
 from engines.openai.sse import write_event
 
 ChatAnswer = dict[str, Any]
@@ -52,13 +52,15 @@ def read_answer(data: bytes, *, stream: bool, status: int = 200) -> ChatAnswer:
 
     Arguments of tool calls are brought to one spelling: JSON with sorted keys, as it came where it is none.
     """
+    if status >= 400:
+        return no_answer(_error_of(data) or f"HTTP {status}")
     try:
         record = parse_stream([(0, data if stream else _as_stream(data))], StreamRecord(0))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return no_answer(_error_of(data) or (f"HTTP {status}" if status >= 400 else "no answer could be read"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return no_answer(_error_of(data) or "no answer could be read")
     if record.error_type == "error_event":
         return no_answer(str(record.error))
-    if not record.events:
+    if record.finish_reason is None and not any(event.kind in ("role", *OUTPUT_KINDS) for event in record.events):
         return no_answer("no answer could be read")
     usage = record.usage or {}
     return no_answer(None) | {

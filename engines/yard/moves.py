@@ -148,7 +148,7 @@ class Moves:
     async def _reload_model(self, model: ModelConfig) -> str:
         route = self._yard.routes.get(model.id)
         if route is None:
-            self._memory_budget.admit(self._yard.add(model))
+            self._memory_budget.admit(await self._yard.add(model))
             return f"{model.id} is new"
         route.apply(model)
         changed = []
@@ -186,10 +186,12 @@ class Moves:
         """Have a retired engine back on every route that it was on; it serves when a move, or a person, wants it to."""
         engine = order.engine
         back = self._yard.state.retired.get(engine)
+        # searched first: from the save on, nothing may come between
+        specs = {name: await self._yard.spec_to_restore(spec) for name, spec in (back.specs if back else {}).items()}
         self._yard.save(self._yard.state.restore(engine))
-        for model_id, spec in back.specs.items() if back else ():
+        for model_id, spec in specs.items():
             if (route := self._yard.routes.get(model_id)) is not None and engine not in route.units:
-                route.units[engine] = self._yard.unit(await self._yard.spec_to_restore(spec))
+                route.units[engine] = self._yard.unit(spec)
         self._yard.events.note("move", "-", "restored", engine=engine)
         return f"{engine} is back; `switchyard promote MODEL --to {engine}` makes it serve"
 

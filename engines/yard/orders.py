@@ -90,7 +90,8 @@ def order_of(name: str, fields: Mapping[str, Any]) -> BaseModel:
         return ORDERS[name].model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        given = f", not {first['input']!r}" if first["type"] == "literal_error" else ""
+        raise BadInput(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}{given}") from error
 
 
 def version_needed(name: str, fields: Mapping[str, Any]) -> int:

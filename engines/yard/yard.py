@@ -108,7 +108,7 @@ class Yard:
         self._loop = asyncio.get_running_loop()
         self.capture = self._open_capture()
         for model in self.config.models:
-            self.add(model)
+            await self.add(model)
 
     def bring_up(self, route: Route) -> None:
         """Start the engines that the route needs; returns at once."""
@@ -142,13 +142,14 @@ class Yard:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.events.note, "incident", "-", what)
 
-    def add(self, model: ModelConfig) -> Route:
+    async def add(self, model: ModelConfig) -> Route:
         """Add a model with its route and engines. One whose engine is not here is served by the other one."""
+        specs = dict(model.specs)
+        for engine, spec in self._route_state(model).specs.items():
+            if engine not in specs and engine not in self.state.retired:
+                specs[engine] = await self._relocated(spec)
         route = Route(model, self._route_state(model), self.settings.max_waiting)
-        for engine, spec in {**route.state.specs, **model.specs}.items():
-            if engine not in self.state.retired:
-                stored = engine not in model.specs
-                route.units[engine] = self.unit(self._relocated(spec) if stored else spec)
+        route.units |= {engine: self.unit(spec) for engine, spec in specs.items() if engine not in self.state.retired}
         self.routes[model.id] = route
         self.samples[model.id] = deque(maxlen=SAMPLES)
         self.names |= {name: model.id for name in (model.id, *model.aliases)}
@@ -188,9 +189,9 @@ class Yard:
         unit.gap = self.metrics.gap(spec.model_id, spec.engine)
         return unit
 
-    def _relocated(self, spec: LaunchSpec, search: tuple[LaunchSpec, str] | None = None) -> LaunchSpec:
+    async def _relocated(self, spec: LaunchSpec) -> LaunchSpec:
         """A stored spec as it can be started now; what differs, or is missing, is noted."""
-        found, line = search or relocated(spec, self._driver(spec.engine))
+        found, line = await asyncio.to_thread(relocated, spec, self._driver(spec.engine))
         if line:
             self.events.note("yard" if found != spec else "incident", spec.model_id, line, engine=spec.engine)
         return found
@@ -200,7 +201,7 @@ class Yard:
         for model in self.config.models:
             if model.id == spec.model_id and spec.engine in model.specs:
                 return model.specs[spec.engine]
-        return self._relocated(spec, await asyncio.to_thread(relocated, spec, self._driver(spec.engine)))
+        return await self._relocated(spec)
 
     def _connection(self, spec: LaunchSpec, serve: Serve) -> EngineConnection:
         if spec.form == "native":
@@ -265,17 +266,23 @@ class Yard:
         route.units[other].want()
 
     def save(self, everything: YardState) -> None:
-        """Change routes, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
+        """Change routes, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written.
+
+        A route that is left as it was stored keeps what the plan chose for it, which is not stored.
+        """
         self._file.save(everything)
-        self.state = everything
+        before, self.state = self.state.models, everything
         for model_id, route in self.routes.items():
-            route.state = everything.models.get(model_id, route.state)
+            state = everything.models.get(model_id, route.state)
+            if state != before.get(model_id):
+                route.state = state
 
     def commit(self, route: Route, **changes: Any) -> None:
         """Change one route, as `save` does."""
         specs = {engine: unit.spec for engine, unit in route.units.items()}
         state = route.state.model_copy(update={"specs": specs, **changes})
         self.save(self.state.with_model(route.model_id, state))
+        route.state = state
         route.hand_over()
 
     # --- what requests ask

@@ -21,7 +21,7 @@ from engines.home import home
 from engines.process.process import end_orphans, registered
 from engines.units import ago, size
 from engines.yard.client import YardClient
-from engines.yard.ports.page import notes, one_line, retired
+from engines.yard.ports.notes import notes, one_line, retired
 from flows.cli.history import DATABASE, run_row
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, prepared_home, print_json, run_table

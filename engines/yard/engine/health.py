@@ -94,6 +94,6 @@ class RestartBudget:
         return BACK_OFF_S[min(used, len(BACK_OFF_S) - 1)]
 
     def reset(self) -> None:
-        """Give the whole budget back: a person, or a move, asked for this engine."""
+        """Give the whole budget back: to an engine that was asked for, or once `try_again_s` has passed."""
         self._used.clear()
         self.exhausted = False

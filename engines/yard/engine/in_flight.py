@@ -56,10 +56,10 @@ class InFlight:
         return "" if self.process is None else self.process.ended_because
 
     def hold(self) -> None:
-        """Stop reading the engine: the client takes nothing, and no more may be kept for it."""
+        """Note that the engine is not read until `release`: its client takes nothing, and no more may be kept."""
         self.held, self._held_at = True, time.monotonic()
 
     def release(self) -> None:
-        """Read the engine again: from now on silence is its own."""
+        """Note that the engine is read again: from now on silence is its own."""
         self.held, self.moved = False, time.monotonic()
         self.held_s += self.moved - self._held_at

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from engines.driver import Installation
 from engines.mistral_rs.dialect import BinaryDialect, HostDialect, error_of, logprobs_of, timings_of
 from engines.openai.call import Call, Refusal
 from engines.openai.dialect import Dialect
+from engines.registry import driver
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -390,3 +392,17 @@ def test_what_the_binary_does_not_have_is_501(path):
     with pytest.raises(Refusal, match="does not tokenize") as refused:
         binary(path=path).request()
     assert refused.value.status == 501
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "kind"),
+    [
+        ("llama.cpp", "binary", Dialect),
+        ("llama.cpp", "hosted", Dialect),
+        ("mistral.rs", "binary", BinaryDialect),
+        ("mistral.rs", "hosted", HostDialect),
+        ("mistral.rs-native", "native", HostDialect),
+    ],
+)
+def test_each_driver_names_its_dialect(name, form, kind):
+    assert driver(name).dialect(Installation(name, form, ("engine",), "1")) is kind

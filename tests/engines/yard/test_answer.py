@@ -52,6 +52,10 @@ def test_stream_and_whole_read_alike():
         (b"", True, 200, "no answer could be read"),
         (b"[1, 2]", False, 200, "no answer could be read"),
         (b'{"choices": "none"}', False, 200, "no answer could be read"),
+        (b'{"choices": []}', False, 200, "no answer could be read"),
+        (stream_of({}), True, 200, "no answer could be read"),
+        (stream_of({"choices": [], "usage": {"prompt_tokens": 9}}), True, 200, "no answer could be read"),
+        (b'{"choices": [{"message": {"content": "It"}}]}', False, 500, "HTTP 500"),
     ],
 )
 def test_what_is_no_answer(data, stream, status, error):

@@ -143,7 +143,11 @@ def test_an_order_that_cannot_be_carried_out_is_one_line(start_yard):
     for name, body, said in [
         ("promote", {"to": "vllm"}, "vllm cannot serve m here"),
         ("promote", {"model": "x"}, "no model 'x' here: there are m"),
-        ("promote", {"form": "sideways"}, "form: Input should be 'auto', 'side-by-side' or 'one-at-a-time'"),
+        (
+            "promote",
+            {"form": "sideways"},
+            "form: Input should be 'auto', 'side-by-side' or 'one-at-a-time', not 'sideways'",
+        ),
         ("rollback", {}, "nothing to roll back"),
         ("canary", {"weight": 1.5}, "must be at least 0 and below 1"),
         ("canary", {"weight": 0.5, "to": "old"}, "serves m already"),

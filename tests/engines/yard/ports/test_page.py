@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engines.yard.ports.page import one_line, page
+from engines.yard.ports.notes import one_line
+from engines.yard.ports.page import page
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 

@@ -1,0 +1,47 @@
+"""What is to be known about the yard's routes, in words for the page and for `switchyard status`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def retired(status: Mapping[str, Any]) -> list[str]:
+    """A line for each engine that nothing starts any more."""
+    return list(status.get("retired", {}).values())
+
+
+def one_line(text: object, most: int = 160) -> str:
+    """The first line of a text from outside, without control characters, at most `most` characters long."""
+    line = "".join(sign if sign.isprintable() else " " for sign in str(text).strip().partition("\n")[0])
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is to be known about a route, each with its kind: bad, wait, news or muted."""
+    shown = []
+    if model["unservable"]:
+        shown.append(("bad", f"Not served: {model['unservable']}"))
+    if model["fallback"]:
+        shown.append(("bad", f"Fallback: {model['committed']} is out of order, {model['fallback']} serves"))
+    if model["moving"]:
+        shown.append(("wait", f"Under way: {model['moving']}"))
+    if model.get("dormant"):
+        shown.append(("muted", "Not loaded; the next request loads it"))
+    if model["holding"]:
+        shown.append(("wait", "Holding new requests"))
+    if canary := model["canary"]:
+        share = f"{canary['engine']} answers {canary['weight']:.0%} of the conversations"
+        shown.append(("news", f"Canary: {share}{_verdict(canary)}"))
+    if shadow := model.get("shadow"):
+        shown.append(("news", f"Shadow: {shadow['engine']} gets copies of {shadow['share']:.0%}{_verdict(shadow)}"))
+    if last := model.get("last_canary"):
+        shown.append(("muted", f"Last canary{_verdict(last)}"))
+    usual = [f"{model['waiting']} waiting"]
+    usual += [f"way back: {model['undo']}"] if model["undo"] else []
+    usual += [f"engine chosen by hand: {model['selected']}"] if model["selected"] != "auto" else []
+    return [*shown, ("muted", " · ".join(usual))]
+
+
+def _verdict(judged: Mapping[str, Any]) -> str:
+    return f"; {judged['verdict']}: {one_line(judged.get('why', ''))}" if judged.get("verdict") else ""
