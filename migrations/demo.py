@@ -48,7 +48,7 @@ WHOLE_LIMITS = {
     **dict.fromkeys(("ttft_p50_ratio", "ttft_p95_ratio", "tpot_p50_ratio", "e2e_p50_ratio"), 40.0),
     "memory_peak_ratio": 20.0,
     "failure_rate_margin": 0.4,
-    "foreign_cpu": 1.0,  # a busy machine voids no block
+    "foreign_cpu": 1.0,  # a busy machine discards no block
     "kill_detect_s": 10.0,
     "recover_s": 30.0,
 }

@@ -1,7 +1,7 @@
 """The plan of one migration: which engines, which models, how much is measured, and where the limits lie.
 
-One pydantic model: read from TOML, written back to TOML, and shown as a form by Prefect. Frozen before the first
-measurement and named by its hash, so that a verdict cannot be fitted to the data afterwards.
+One pydantic model, read from TOML and written back to it. Frozen before the first measurement and named by its hash,
+so that a verdict cannot be fitted to the data afterwards.
 """
 
 from __future__ import annotations

@@ -78,9 +78,8 @@ def load_plan(path: Path) -> Plan:
 def _warn_of_old_keys(where: str, data: Mapping[str, Any]) -> None:
     found = []
     for table, keys in RENAMED_KEYS.items():
-        for name in {table, RENAMED_KEYS[""].get(table, table)}:
-            part = data.get(name) if name else data
-            found += [f"{old} is now {new}" for new, old in keys.items() if isinstance(part, dict) and old in part]
+        part = data.get(table, data.get(RENAMED_KEYS[""].get(table, table))) if table else data
+        found += [f"{old} is now {new}" for new, old in keys.items() if isinstance(part, dict) and old in part]
     if found:
         _warn(f"{where}: {', '.join(found)}; the old name is still read")
 
@@ -274,6 +273,9 @@ def _unknown_key(location: Location) -> str:
     parent = _model_at(location[:-1])
     known = [name for name in parent.model_fields if name != "api_key"] if parent else []
     key = str(location[-1])
+    for new, old in RENAMED_KEYS.get("".join(map(str, location[:-1])), {}).items():
+        if key == old:
+            return f"is the old name of '{new}', which is given as well; keep one"
     close = (
         [_LLAMA_WORDS.get(key, "")] if _LLAMA_WORDS.get(key) in known else difflib.get_close_matches(key, known, n=1)
     )

@@ -29,7 +29,7 @@ import numpy as np
 from engines.errors import BadInput
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.judge import judge_answers
-from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits, Limits
+from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits
 from tasks.verdicts.noninferiority import Metric, MetricOutcome, judge, look_bounds
 from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, gate, not_measured
@@ -116,21 +116,20 @@ def judge_canary(
     ]
 
 
-def judge_shadow(pairs: Sequence[Mapping[str, Any]], limits: Limits | None = None) -> list[CheckResult]:
+def judge_shadow(pairs: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
     """Parity's own checks on live answers and on what the candidate answered to copies of their requests.
 
     Each pair is `{"sampled": bool, "incumbent": answer, "candidate": answer}`, an answer as `measure_answers` keeps it,
     without logprobs. Answers drawn with a temperature differ by themselves: of those only degenerate text and unknown
     finish reasons count. The checks are called `shadow.*` and stand beside `parity.*`, which sees logprobs as well.
     """
-    limits = limits or Limits()
     compared = [pair for pair in pairs if not pair["incumbent"]["error"] and not pair["candidate"]["error"]]
     greedy = [pair for pair in compared if not pair["sampled"]]
-    every = {r.check: r for r in judge_answers(_comparison(compared), limits=limits)}
-    alike = {r.check: r for r in judge_answers(_comparison(greedy), limits=limits)}
+    every = {r.check: r for r in judge_answers(_comparison(compared))}
+    alike = {r.check: r for r in judge_answers(_comparison(greedy))}
     results = [
         _judge_copies(pairs),
-        _judge_sizes(compared, limits),
+        _judge_sizes(compared),
         every["parity.degenerate"],
         alike["parity.finish_reason"],
         alike["parity.mean_length_ratio"],
@@ -145,9 +144,9 @@ def canary_judge(limits: CanaryLimits) -> Callable[[Sequence[LiveSample], str, s
     return lambda samples, incumbent, candidate: judgement(judge_canary(samples, incumbent, candidate, limits))
 
 
-def shadow_judge(limits: Limits | None = None) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+def shadow_judge() -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
     """The yard's judge of a shadow: pairs of answers in, `judgement` out."""
-    return lambda pairs: judgement(judge_shadow(pairs, limits))
+    return lambda pairs: judgement(judge_shadow(pairs))
 
 
 def judgement(results: Sequence[CheckResult]) -> dict[str, Any]:
@@ -334,7 +333,7 @@ def _judge_copies(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
     return CheckResult(check=check, verdict=verdict, value=upper, limit=COPIES_FAILED, unit="share", why=why)
 
 
-def _judge_sizes(pairs: Sequence[Mapping[str, Any]], limits: Limits) -> CheckResult:
+def _judge_sizes(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
     """Prompts read as equally many tokens, where the client asked for usage."""
     counts = [(pair["incumbent"]["prompt_tokens"], pair["candidate"]["prompt_tokens"]) for pair in pairs]
     known = [(ours, theirs) for ours, theirs in counts if ours is not None and theirs is not None]

@@ -46,6 +46,11 @@ class Workload:
     seed: int = 7
 
 
+RATIOS = frozenset(  # the limits that blocks are judged by
+    {"ttft_p50_ratio", "ttft_p95_ratio", "tpot_p50_ratio", "e2e_p50_ratio", "throughput_ratio", "memory_peak_ratio"}
+)
+
+
 def metrics(limits: Limits, workload: Workload) -> list[Metric]:
     """The primary metrics: promotion needs a PASS of every one of them."""
     primary = [

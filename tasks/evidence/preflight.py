@@ -13,10 +13,11 @@ from engines.fit import Fit, estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
 from engines.model.loads import known_architectures
-from engines.model.memory import kv_bytes, kv_bytes_per_token, state_bytes_per_sequence, why_unsized
+from engines.model.memory import DEFAULT_UBATCH, kv_bytes, kv_bytes_per_token, state_bytes_per_sequence, why_unsized
 from engines.registry import DRIVERS
 from engines.settings import Settings
 from engines.support import alternatives, loads
+from engines.units import size
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 _LOADS_VERDICTS = {"yes": Verdict.PASS, "no": Verdict.FAIL, "unknown": Verdict.INCONCLUSIVE}
@@ -111,7 +112,7 @@ def _memory_report(header: Header, settings: Settings, context: int | None) -> d
     sized = unsized is None
     total = None
     if sized and tokens is not None:
-        total = kv_bytes(header, tokens, settings.parallel, settings.ubatch_tokens or 512, kv_type)
+        total = kv_bytes(header, tokens, settings.parallel, settings.ubatch_tokens or DEFAULT_UBATCH, kv_type)
     return {
         "weights_bytes": header.tensor_bytes,
         "kv_bytes_per_token": kv_bytes_per_token(header, kv_type) if sized else None,
@@ -135,7 +136,7 @@ def _side_by_side(fits: Mapping[str, Fit], free: FreeMemory) -> dict[str, Any]:
             continue
         total, free_bytes = sum(need.expected for need in needs), needs[0].free or 0
         fitting = fitting and total <= free_bytes
-        reasons.append(f"{device.upper()}: {total / 2**30:.2f} GiB together, {free_bytes / 2**30:.2f} GiB free")
+        reasons.append(f"{device.upper()}: {size(total)} together, {size(free_bytes)} free")
     return {"fits": fitting, "why": "; ".join(reasons)}
 
 

@@ -98,9 +98,10 @@ def one_token(address: str, model_id: str, key: SecretStr | None, *, wait_s: flo
     with Caller(endpoint, read_timeout_s=wait_s + CONNECT_S, verify=False) as caller:
         for path, body in bodies.items():
             try:
-                if caller.post(path, body).used("completion_tokens") >= 1:
+                answer = caller.post(path, body)
+                if answer.used("completion_tokens") >= 1:
                     return {"answered": True, "took_s": time.monotonic() - began, "error": None}
-                error = error or "an answer without a token"
+                error = error or f"an answer without a token: {answer.error_text}"
             except (Refused, Malformed) as problem:
                 error = error or str(problem)
             except httpx.HTTPError as problem:
@@ -203,10 +204,13 @@ def signal_candidate(stage: Stage, number: signal.Signals, *states: str) -> dict
     """
     pid = engine_of(stage.route(), stage.candidate)["pid"]
     yard = stage.client.status()["pid"]
-    if pid is None or yard not in [parent.pid for parent in psutil.Process(pid).parents()]:
-        raise SwitchyardError(f"{stage.candidate} (pid {pid}) is not a process of the rehearsal's yard")
-    hit_at = time.time()
-    os.kill(pid, number)
+    try:
+        if pid is None or yard not in [parent.pid for parent in psutil.Process(pid).parents()]:
+            raise SwitchyardError(f"{stage.candidate} (pid {pid}) is not a process of the rehearsal's yard")
+        hit_at = time.time()
+        os.kill(pid, number)
+    except (psutil.NoSuchProcess, ProcessLookupError) as error:
+        raise SwitchyardError(f"{stage.candidate} (pid {pid}) ended before it could be signalled") from error
     answer = stage.answer()
     answered_at, noticed_at = time.time(), noted_at(stage, hit_at, *states)
     return {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.units import NOT_MEASURED, duration, figure, quantity
-from tasks.evidence.performance import Workload, memory_metric, metrics
+from tasks.evidence.performance import RATIOS, Workload, memory_metric, metrics
 from tasks.report import plots
 from tasks.report.markup import DASH, Html, el, joined, number, row, table, verdict_mark
 from tasks.report.model_record import ModelRecord, area, areas, shortened
@@ -122,11 +122,10 @@ def _ratio_plot(model: ModelRecord) -> Html:
 def _metrics(model: ModelRecord) -> list[tuple[Metric, str]]:
     """What the blocks are judged by, with the names of the checks."""
     limits, amounts = model.plan.get("limits") or {}, model.plan.get("measure") or {}
-    wanted = {name for name in Limits.model_fields if name.endswith("_ratio")} - {"memory_headroom_ratio"}
-    if not wanted <= limits.keys():  # of another Switchyard's plan
+    if not limits.keys() >= RATIOS:  # of another Switchyard's plan
         return []
     workload = Workload(requests=1, max_tokens=1, concurrency=tuple(amounts.get("concurrency") or (1,)))
-    held_to = Limits(**{name: limits[name] for name in wanted})
+    held_to = Limits.model_construct(**{name: limits[name] for name in RATIOS})
     primary, peak = metrics(held_to, workload), memory_metric(held_to)
     return [(metric, f"performance.{metric.name}_ratio") for metric in primary] + [(peak, "memory.peak_ratio")]
 
@@ -407,7 +406,7 @@ def _answer(arm: str, answer: Mapping[str, Any]) -> Html:
 
 
 def _spoken(answer: Mapping[str, Any]) -> str:
-    """All that the engine summary: error, reasoning, text and tool calls."""
+    """All of the engine's answer: error, reasoning, text and tool calls."""
     calls = [json.dumps(call, ensure_ascii=False) for call in answer["tool_calls"]]
     error = [f"error: {answer['error']}"] if answer["error"] else []
     return "\n".join(part for part in (*error, answer.get("reasoning") or "", answer["text"], *calls) if part)

@@ -113,14 +113,14 @@ def _header(run: Run, outcome: Mapping[str, Any], models: Sequence[ModelRecord])
     return el(
         "header",
         el("h1", f"{run.name}: may the engine be switched?"),
-        el("p", *_contenders(run, models)),
+        el("p", *_engines(run, models)),
         el("p", when, class_="soft"),
         el("div", verdict_mark(verdict), el("p", SAYS.get(verdict, "")), class_=f"banner {verdict}"),
         _model_table(models) if models else el("p", NO_MODEL),
     )
 
 
-def _contenders(run: Run, models: Sequence[ModelRecord]) -> list[Html | str]:
+def _engines(run: Run, models: Sequence[ModelRecord]) -> list[Html | str]:
     seen: dict[str, Mapping[str, Any]] = {}
     for model in models:
         seen = {**model.engines, **seen}

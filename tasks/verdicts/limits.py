@@ -26,9 +26,9 @@ def either(table: str, key: str) -> AliasChoices:
 
 
 class PlanPart(BaseModel):
-    """One table of a plan: frozen, without unknown keys, NaN and infinity; a renamed key is read under both names."""
+    """One table of a plan: frozen, without unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Measure(PlanPart):
@@ -114,7 +114,7 @@ class Limits(PlanPart):
         1.0,
         gt=0,
         le=1000,
-        description="crashes, hangs and restarts, 95 % upper bound; one a day is why people move",
+        description="crashes, hangs and restarts a day, 95 % upper bound; one a day is why people move",
     )
     throughput_retention: Share = Field(
         0.9, description="tokens/s at the end of the soak over the beginning; a slow decay shows only over hours"

@@ -83,8 +83,8 @@ def chi2_quantile(p: float, df: float) -> float:
 
 
 def binomial_tail(hits: int, trials: int, share: float) -> float:
-    """P(X >= hits) of a binomial."""
-    return sum(math.comb(trials, i) * share**i * (1 - share) ** (trials - i) for i in range(hits, trials + 1))
+    """P(X >= hits) of a binomial, for hits <= trials: I_share(hits, trials - hits + 1), DLMF 8.17.5."""
+    return 1.0 if hits <= 0 else _beta_lower(share, float(hits), trials - hits + 1.0)
 
 
 def poisson_upper_rate(failures: int, exposure: float, confidence: float = 0.95) -> float:

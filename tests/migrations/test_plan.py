@@ -477,6 +477,12 @@ NEW = OLD.replace("accepted_losses", "accepted_unsupported").replace("sampling",
 NEW = NEW.replace("max_void_blocks", "max_discarded_blocks").replace("top1_lower", "top1_lower_bound")
 
 
+def test_both_names_of_a_renamed_key_are_refused(write: Write) -> None:
+    path = write(PLAN + "\n[measure]\nsoak_s = 60\n\n[sampling]\nsoak_s = 30\n")
+    with pytest.raises(BadInput, match=r"sampling \(line 17\): is the old name of 'measure', which is given as well"):
+        load_plan(path)
+
+
 def test_renamed_keys_are_read_under_their_old_names(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     """One line says so, however often the plan is read; the hashes are those of the old names."""
     old, new = write(OLD.format(plan=PLAN), "old.toml"), write(NEW.format(plan=PLAN), "new.toml")

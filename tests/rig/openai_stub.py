@@ -134,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
             raise Refusal(400, "messages must be a list")
         if not body["messages"]:
+            if self.bad("200 on no messages"):
+                raise Refusal(200, "no messages")
             raise Refusal(500 if self.bad("500 on no messages") else 400, "no messages")
         if not isinstance(body.get("temperature", 0), int | float) and not self.bad("takes any type"):
             raise Refusal(400, "temperature must be a number")

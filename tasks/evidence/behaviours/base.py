@@ -126,14 +126,20 @@ class Asker(Caller):
         listed = models.get("data") if isinstance(models, dict) else None
         return next((entry["max_model_len"] for entry in listed or [] if entry.get("max_model_len")), None)
 
-    @cached_property
+    @property
     def ending(self) -> tuple[str, ApiReply]:
         """The first prompt whose greedy answer ends by itself within the limit, with that answer."""
+        if self._ending is None:
+            raise NotApplicable(f"no answer to {len(ENDING)} prompts ended within {ENDING_TOKENS} tokens")
+        return self._ending
+
+    @cached_property
+    def _ending(self) -> tuple[str, ApiReply] | None:
         for prompt in ENDING:
             reply = self.chat(prompt, max_tokens=ENDING_TOKENS)
             if reply.finish == "stop" or MARKERS.search(reply.text):
                 return prompt, reply
-        raise NotApplicable(f"no answer to {len(ENDING)} prompts ended within {ENDING_TOKENS} tokens")
+        return None
 
     @cached_property
     def repeating(self) -> ApiReply:

@@ -58,7 +58,8 @@ def unknown_route(ask: Asker) -> Observation:
 @behaviour("errors", "an empty conversation is refused or served, not a server error")
 def empty_messages(ask: Asker) -> Observation:
     reply = ask.chat([], max_tokens=1)
-    return holds(reply.status < 500, refusal(reply))
+    observed = f"served {reply.text!r}" if reply.status == 200 else refusal(reply)  # a 200 without choices: Malformed
+    return holds(reply.status < 500, observed)
 
 
 @behaviour("errors", "a good request right after refused ones is answered as before", required=True)

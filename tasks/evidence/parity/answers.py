@@ -1,4 +1,8 @@
-"""Greedy answers with logprobs, and how far an engine is from itself."""
+"""Greedy answers with logprobs, and how far an engine is from itself.
+
+The logprobs asked for are the model's own. llama-server returns the softmax of the raw logits at temperature 0 too
+(b10434: the same numbers as at temperature 1), unless `post_sampling_probs` is set; mistral.rs does the same.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
 """Does the candidate read and answer like the incumbent? In order of cost: prompt tokens, answers, noise, parameters.
 
-`measure_*` ask one engine over HTTP and return plain JSON-able evidence; `compare_answers` and `judge_*` are pure.
+Pure: tokens.py, answers.py and parameters.py measured the evidence.
 Greedy text differs between two sound engines on the same weights, so text equality is reported and not gated: what is
 gated is each engine's distribution at every position up to, and including, the first different token.
-
-The logprobs asked for are the model's own. llama-server returns the softmax of the raw logits at temperature 0 too
-(b10434: the same numbers as at temperature 1), unless `post_sampling_probs` is set; mistral.rs does the same.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from openai_stub import CONTEXT_TOKENS, KEY, MODEL, stub
 
 from engines.errors import BadInput
 from engines.settings import Endpoint
+from tasks.evidence.behaviours.base import ENDING, Asker
 from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
+from tasks.evidence.behaviours.caller import ApiReply
 from tasks.evidence.compatibility import judge_compatibility, measure_compatibility
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -128,7 +130,7 @@ def test_every_behaviour_has_a_habit_that_breaks_it() -> None:
     assert set(HABITS) == set(BEHAVIOURS)
 
 
-@pytest.mark.parametrize(("name", "habit"), HABITS.items())
+@pytest.mark.parametrize(("name", "habit"), [*HABITS.items(), ("empty_messages", "200 on no messages")])
 def test_a_bad_habit_is_caught(name: str, habit: str) -> None:
     """A server that answers 200 without doing what was asked fails the behaviour."""
     with stub(habit) as base_url:
@@ -156,6 +158,23 @@ def test_the_context_is_found_where_the_endpoint_does_not_state_it() -> None:
     with stub() as base_url:
         seen = measure_compatibility(endpoint(base_url, context_tokens=None), names=["overflow"])["behaviours"]
     assert seen["overflow"]["outcome"] == "passed"
+
+
+def test_a_model_that_never_ends_is_asked_once_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two behaviours need an answer that ends by itself; that there is none is found out once."""
+    asked: list[object] = []
+
+    def endless(ask: Asker, messages: object, **_: object) -> ApiReply:
+        asked.append(messages)
+        choice = {"message": {"content": "on and on"}, "finish_reason": "length"}
+        return ApiReply(200, "", {"choices": [choice]})
+
+    monkeypatch.setattr(Asker, "chat", endless)
+    with stub() as base_url:
+        names = ["ends_by_itself", "ignore_eos"]
+        seen = measure_compatibility(endpoint(base_url), names=names)["behaviours"]
+    assert {record["outcome"] for record in seen.values()} == {"not_applicable"}
+    assert asked == list(ENDING)
 
 
 def test_no_key_means_no_key_check() -> None:

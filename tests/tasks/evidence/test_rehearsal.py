@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +18,15 @@ from engines.driver import Installation
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.settings import Settings
 from engines.yard.engine.launch_spec import LaunchSpec
-from tasks.evidence.rehearsal import Stage, engine_of, judge_rehearsal, measure_rehearsal, one_token, room
+from tasks.evidence.rehearsal import (
+    Stage,
+    engine_of,
+    judge_rehearsal,
+    measure_rehearsal,
+    one_token,
+    room,
+    signal_candidate,
+)
 from tasks.verdicts.verdict import Verdict, gate
 
 OLD, NEW = "llama.cpp", "mistral.rs"
@@ -102,6 +114,17 @@ def test_a_port_where_nobody_answers_is_said() -> None:
     told = one_token("http://127.0.0.1:9", "m", None, wait_s=1)
     assert not told["answered"]
     assert "ConnectError" in told["error"]
+
+
+def test_a_candidate_that_ended_before_its_signal_is_a_failed_drill() -> None:
+    """No psutil error: the other drills go on."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    route = {"id": "m", "engines": [{"engine": NEW, "pid": gone.pid}]}
+    yard: Any = SimpleNamespace(status=lambda: {"pid": 1, "models": [route]})
+    stage = Stage(client=yard, address="", key=None, model_id="m", incumbent=OLD, candidate=NEW, wait_s=1)
+    with pytest.raises(SwitchyardError, match=rf"{NEW} \(pid {gone.pid}\) ended before it could be signalled"):
+        signal_candidate(stage, signal.SIGSTOP, "wedged")
 
 
 def test_an_engine_that_the_yard_lacks_is_named() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from engines.errors import BadInput, NoMeasurement
 from tasks.verdicts.statistics import (
+    binomial_tail,
     bucket_medians,
     chi2_cdf,
     chi2_quantile,
@@ -165,3 +166,22 @@ def test_a_slope_needs_two_different_times() -> None:
 def test_bucket_medians_leave_empty_buckets_out() -> None:
     """Hours 0 and 2 hold samples, hour 1 does not."""
     assert bucket_medians([0.0, 0.5, 0.9, 2.1], [1.0, 9.0, 2.0, 4.0], 1.0) == ([0.5, 2.5], [2.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "share", "expected"),
+    [
+        (3, 5, 0.5, 0.5),
+        (5, 5, 0.5, 1 / 32),
+        (0, 5, 0.5, 1.0),
+        (2, 3, 0.25, 10 / 64),
+        (0, 0, 0.5, 1.0),
+    ],
+)
+def test_binomial_tail_is_the_sum_of_its_terms(hits: int, trials: int, share: float, expected: float) -> None:
+    assert binomial_tail(hits, trials, share) == pytest.approx(expected, abs=1e-12)
+
+
+def test_binomial_tail_takes_thousands_of_trials() -> None:
+    """Of 10 000 fair trials half or more: a little over one half (half of P(X = 5000), which is 0.79788 % )."""
+    assert binomial_tail(5000, 10_000, 0.5) == pytest.approx(0.5 + 0.0079788 / 2, abs=1e-6)
