@@ -101,7 +101,7 @@ async def called(connection: EngineConnection, calls: int) -> Row:
     return {"us": times_us, "cpu_ns": time.process_time_ns() - cpu_ns}
 
 
-class WorkerAnswer:
+class DirectAnswer:
     """An answer that never left the process."""
 
     def __init__(self, reply: EngineResponse) -> None:
@@ -119,18 +119,16 @@ class WorkerAnswer:
                     yield frame
 
 
-class Direct:
+class Direct(EngineConnection):
     """The engine in this very process: a function call."""
 
-    def __init__(self, ask: Callable[[str, str, Json], Awaitable[EngineResponse]]) -> None:
-        self._ask = ask
+    def __init__(self, call: Callable[[str, str, Json], Awaitable[EngineResponse]]) -> None:
+        super().__init__()
+        self._call = call
 
     @contextlib.asynccontextmanager
-    async def ask(
-        self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
-    ) -> AsyncIterator[EngineAnswer]:
-        async with asyncio.timeout(timeout_s):
-            yield WorkerAnswer(await self._ask(method, path, json_body(body) if body else {}))
+    async def _send(self, method: str, path: str, body: bytes) -> AsyncIterator[EngineAnswer]:
+        yield DirectAnswer(await self._call(method, path, json_body(body) if body else {}))
 
 
 class Itself(Native):

@@ -36,6 +36,9 @@ from engines.client.record import StreamRecord
 from engines.client.self_test import lateness_ms
 from engines.driver import Driver, Form, Installation, Installer
 from engines.errors import EngineError
+from engines.model.header import Header
+from engines.model.loads import Loads
+from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
 from engines.process.process import ManagedProcess, start
 from engines.process.serving import free_port
@@ -220,6 +223,15 @@ class KnownTruth:
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         return dict(base)
+
+    def loads(self, header: Header, version: str | None = None) -> Loads:
+        return Loads("yes", "")
+
+    def memory_parts(self, case: MemoryCase) -> list[Part]:
+        return []
+
+    def memory_notes(self, case: MemoryCase) -> list[str]:
+        return []
 
     def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         return []

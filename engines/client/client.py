@@ -91,7 +91,8 @@ async def capture_stream(
         when = "before a reply" if record.status is None else f"after {len(capture.chunks)} chunks"
         _fail(record, "stream_truncated", f"connection lost {when}: {type(problem).__name__}: {problem}")
     finally:
-        capture.timer.cancel()
+        if capture.timer is not None:
+            capture.timer.cancel()
     return capture
 
 
@@ -102,7 +103,7 @@ def _fail(record: StreamRecord, error_type: ErrorType, error: str) -> None:
 class Capture:
     """Stamps what arrives, and ends the wait when nothing has for too long."""
 
-    timer: asyncio.TimerHandle
+    timer: asyncio.TimerHandle | None = None
 
     def __init__(self, record: StreamRecord, stall_s: float, cancel_after: int | None) -> None:
         self.chunks: list[tuple[int, bytes]] = []

@@ -14,9 +14,9 @@ from engines.redaction import redacted_text
 ERROR_TEXT_CHARS = 500
 
 
-def parse_stream(chunks: Iterable[tuple[int, bytes]], record: StreamRecord, *, keep_text: bool = True) -> StreamRecord:
+def parse_stream(chunks: Iterable[tuple[int, bytes]], record: StreamRecord) -> StreamRecord:
     """`record`, filled from (monotonic ns, bytes) of a 200 reply; the chunk that completes an event gives its time."""
-    reader = RecordReader(record, keep_text=keep_text)
+    reader = RecordReader(record, keep_text=True)
     for t_ns, data in chunks:
         reader.feed(t_ns, data)
     return reader.finish()

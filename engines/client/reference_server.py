@@ -69,14 +69,14 @@ class _Connection(asyncio.Protocol):
             choice = {"index": 0, "message": message, "finish_reason": "length"}
             self._answer({**_COMMON, "object": "chat.completion", "choices": [choice], "usage": _usage(self._tokens)})
 
-    def _answer(self, fields: dict[str, object], status: str = "200 OK") -> None:
+    def _answer(self, fields: dict[str, object], status: str = "200 OK", more: str = "") -> None:
         body = json.dumps(fields).encode()
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
         self._transport.write(head.encode() + body)
 
     def _refuse(self, status: int, message: str) -> None:
         error = {"code": status, "message": message, "type": "invalid_request_error"}
-        self._answer({"error": error}, f"{status} Refused")
+        self._answer({"error": error}, f"{status} Refused", "Connection: close\r\n")
         self._transport.close()
 
     def _send_next(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TypeGuard
 
 from engines.openai.call import GENERATING, Call, Refusal
 from engines.openai.dialect import Dialect, Json
-from engines.openai.sse import DONE, DONE_DATA, SseSplitter, read_event, write_event
+from engines.openai.sse import DONE, DONE_DATA, SseSplitter, compact, read_event, write_event
 
 # what llama-server uses where a request sets nothing (common/common.h, shown by its /props)
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
@@ -72,7 +72,7 @@ class HostDialect(Dialect):
             return status, data
         try:
             error = json.loads(data)["error"]
-            return status, _json({"error": {**error, "code": status}})
+            return status, compact({"error": {**error, "code": status}})
         except (ValueError, KeyError, TypeError):
             return status, data
 
@@ -126,7 +126,7 @@ class BinaryDialect(Dialect):
             changed["usage"] = usage_of(usage)
             if "choices" in body:
                 changed["timings"] = timings_of(usage)
-        return status, _json(changed)
+        return status, compact(changed)
 
     def event(self, chunk: bytes) -> bytes:
         """All events that are complete by now."""
@@ -144,7 +144,7 @@ class BinaryDialect(Dialect):
             return b""
         if self.early_error is not None:
             return b""
-        if name or not data:
+        if name or not data or not all(line.startswith(b"data:") for line in event.splitlines()):
             return event + b"\n\n"
         if data == DONE_DATA:
             owed, self._usage_chunk = self._usage_chunk, None
@@ -164,7 +164,7 @@ class BinaryDialect(Dialect):
 
     def _failed(self, message: str) -> bytes:
         """An error in the stream: an answer of its own when nothing came before it, as llama.cpp has it."""
-        status, body = error_of(500, _json({"message": message}))
+        status, body = error_of(500, compact({"message": message}))
         if not self._started:
             self.early_error = status, body
             return b""
@@ -314,7 +314,7 @@ def error_of(status: int, data: bytes) -> tuple[int, bytes]:
     error: Json = {"code": status, "message": message or f"HTTP {status}", "type": KINDS.get(status, "server_error")}
     if too_long := TOO_LONG.search(message):
         error |= {"type": "exceed_context_size_error", "n_ctx": int(too_long[1])}
-    return status, _json({"error": error})
+    return status, compact({"error": error})
 
 
 def usage_of(usage: Json) -> Json:
@@ -389,7 +389,3 @@ def _whole_choice(choice: Any) -> Any:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _json(body: Json) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

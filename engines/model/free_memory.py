@@ -32,7 +32,7 @@ def free_memory() -> FreeMemory:
 
 def _free_vram() -> tuple[int | None, int]:
     try:
-        import pynvml
+        import pynvml  # 70 ms that only a process which asks pays
 
         pynvml.nvmlInit()
     except Exception:  # no driver, no library, no permission: each means that no NVIDIA GPU can be used

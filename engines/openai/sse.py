@@ -50,6 +50,11 @@ def payloads(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield data
 
 
+def compact(body: dict[str, Any]) -> bytes:
+    """`body` as JSON without blanks, as engines send it."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def write_event(body: dict[str, Any]) -> bytes:
     """One event with `body` as its data."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + compact(body) + b"\n\n"

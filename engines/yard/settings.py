@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from engines.environment import is_loopback
+
 Load = Literal["start", "demand"]  # when a model comes into memory: with the yard, or with its first request
 LATER = ("client_stall_s", "failed_requests")  # left out where unused: older plans keep their hashes
 
@@ -102,4 +104,4 @@ class YardSettings(BaseModel):
     @property
     def on_loopback(self) -> bool:
         """True when only this machine can reach the port."""
-        return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        return is_loopback(self.host)

@@ -11,6 +11,8 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engines.model.header import template_shows_tools
+
 CONTROL_TOKEN = 3
 # GPT-2's printable stand-ins for the 256 bytes, the other way round (openai/gpt-2 `src/encoder.py`)
 _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -55,6 +57,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, vocabulary: Vocabulary) -> None:
         self.source = source
+        self.shows_tools = bool(template_shows_tools(source))
         self._specials = {
             "bos_token": vocabulary.special("bos"),
             "eos_token": vocabulary.special("eos"),

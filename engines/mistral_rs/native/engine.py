@@ -36,7 +36,6 @@ from engines.mistral_rs.native.generation import (
 from engines.mistral_rs.native.model import Job, LoadedModel, first_line, new_id
 from engines.mistral_rs.native.requests import ApiError, Json
 from engines.mistral_rs.native.responses import Piece
-from engines.model.header import template_shows_tools
 from engines.openai.sse import DONE, write_event
 
 KEEP_ALIVE_S = 10.0
@@ -215,7 +214,7 @@ class Native:
             include_usage=call.include_usage,
             forced=bool(call.forced_tools),
         )
-        unseen = bool(call.tools) and not template_shows_tools(self.model.template.source)
+        unseen = bool(call.tools) and not self.model.template.shows_tools
         return await self._answer(
             request, {"x-switchyard-warning": "the chat template shows no tools"} if unseen else {}
         )

@@ -22,6 +22,7 @@ from engines.mistral_rs.native.requests import ApiError
 from engines.mistral_rs.native.responses import Piece
 
 MAX_QUEUE = 512
+KEEP_ALIVE = b": keep-alive\n\n"
 END_REASONS = ("stop", "length", "tool_calls", "canceled", "error")
 
 
@@ -244,7 +245,7 @@ async def keep_alive(frames: AsyncGenerator[bytes, None], interval_s: float) -> 
             pending = pending or asyncio.ensure_future(anext(frames))
             done, _ = await asyncio.wait({pending}, timeout=patience)
             if not done:
-                yield requests.KEEP_ALIVE
+                yield KEEP_ALIVE
                 continue
             try:
                 frame = pending.result()

@@ -16,7 +16,6 @@ Json = dict[str, Any]
 GRAMMARS = ("regex", "lark", "json_schema")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_CHOICES = 128
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class ApiError(Exception):

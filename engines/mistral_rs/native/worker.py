@@ -23,7 +23,9 @@ from engines.mistral_rs.native.engine import EngineResponse, Native, in_stream, 
 MAX_BODY_BYTES = 64 * 2**20
 
 
-class WorkerConnection:
+class FrameServer:
+    """Answers requests in frames, one at a time on each connection."""
+
     def __init__(self, native: Native, key: str) -> None:
         self._native = native
         self._key = key.encode()
@@ -99,8 +101,8 @@ async def serve(arguments: argparse.Namespace, native: Native, key: str) -> None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, os._exit, 0)
-    connection = WorkerConnection(native, key)
-    server = await asyncio.start_server(connection.answer, arguments.host, arguments.port, limit=frames.LINE_LIMIT)
+    answers = FrameServer(native, key)
+    server = await asyncio.start_server(answers.answer, arguments.host, arguments.port, limit=frames.LINE_LIMIT)
     log(f"ready for frames on {arguments.host}:{arguments.port}")
     await server.serve_forever()
 

@@ -292,6 +292,13 @@ async def test_silence_before_the_reply_is_a_hang() -> None:
     assert (record.error_type, record.status) == ("hang", None)
 
 
+async def test_no_patience_at_all_is_an_error_in_the_record() -> None:
+    """Not one of the watch that was never set."""
+    with server(until_closed) as endpoint:
+        record = await ask(endpoint, stall_s=0.0)
+    assert (record.error_type, record.status) == ("hang", None)
+
+
 async def test_a_cut_connection_is_a_truncated_stream() -> None:
     """An engine that dies in the middle leaves what it had sent, and stream_truncated."""
     chunked = HEAD.replace(b"Connection", b"Transfer-Encoding: chunked\r\nConnection")

@@ -406,3 +406,13 @@ def test_what_the_binary_does_not_have_is_501(path):
 )
 def test_each_driver_names_its_dialect(name, form, kind):
     assert driver(name).dialect(Installation(name, form, ("engine",), "1")) is kind
+
+
+@pytest.mark.parametrize(
+    "event", [b'id: 1\ndata: {"choices": []}', b'data: {"choices": []}\nretry: 5', b": note\ndata: x"]
+)
+def test_an_event_with_more_than_data_passes_untouched(event):
+    """Its other lines would be lost in llama.cpp's form."""
+    dialect = binary()
+    dialect.event(chunk(word("x")))
+    assert dialect.event(event + b"\n\n") == event + b"\n\n"

@@ -27,6 +27,7 @@ from engines.mistral_rs.host import listen
 from engines.mistral_rs.native import requests, responses, stop_text
 from engines.mistral_rs.native.chat_template import ChatTemplate, TemplateRefused, Vocabulary
 from engines.mistral_rs.native.generation import (
+    KEEP_ALIVE,
     Admitted,
     Counters,
     count_endings,
@@ -224,9 +225,9 @@ async def test_a_silent_stream_gets_keep_alive_comments_after_its_first_frame_on
     seen = []
     async for frame in keep_alive(frames(), 0.001):
         seen.append(frame)
-        if frame == requests.KEEP_ALIVE:
+        if frame == KEEP_ALIVE:
             release.set()
-    assert seen[:2] == [b"first", requests.KEEP_ALIVE]
+    assert seen[:2] == [b"first", KEEP_ALIVE]
     assert seen[-1] == b"last"
 
 

@@ -9,7 +9,7 @@ import pytest
 from engines.mistral_rs.native import frames
 from engines.mistral_rs.native.engine import EngineResponse
 from engines.mistral_rs.native.requests import ApiError
-from engines.mistral_rs.native.worker import WorkerConnection
+from engines.mistral_rs.native.worker import FrameServer
 
 KEY = "secret-of-the-test"
 
@@ -56,7 +56,7 @@ class Scripted:
 @pytest.fixture
 async def worker():
     native = Scripted()
-    server = await asyncio.start_server(WorkerConnection(native, KEY).answer, "127.0.0.1", 0, limit=frames.LINE_LIMIT)
+    server = await asyncio.start_server(FrameServer(native, KEY).answer, "127.0.0.1", 0, limit=frames.LINE_LIMIT)
     async with server:
         yield native, server.sockets[0].getsockname()[1]
 
