@@ -26,9 +26,9 @@ from engines.registry import driver
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile, YardState
 from flows.orchestrator.run import flow_run_id
+from flows.orchestrator.step import take
 from flows.progress import progress
 from flows.rollout.guide import write_guide
-from flows.subprocess_phase import take
 from migrations.plan import Plan
 from migrations.plan_file import plan_to_toml
 from tasks.evidence.environment import machine_environment

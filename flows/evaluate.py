@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
 from engines.errors import SwitchyardError
 from engines.yard.client import YardClient, public_address
@@ -20,6 +19,7 @@ from flows.evaluation.outcome import judge, report
 from flows.evaluation.run import opened
 from flows.evaluation.soak import leave_soak_out, soak
 from flows.evaluation.trial import ARMS, Bench, Side, Trial, Unmeasured
+from flows.orchestrator.step import take
 from flows.progress import progress
 from migrations.plan import Plan
 from tasks.evidence.unmeasured import summary
@@ -27,13 +27,6 @@ from tasks.report.report import latency_images
 from tasks.verdicts.verdict import Verdict
 
 KINDS = {"prompt tokens": "parity.tokens", "answers": "parity.answers"}  # of evidence, where the step has another name
-
-
-@task(task_run_name="{model} · {arm} · {evidence}", cache_policy=NO_CACHE, persist_result=False)
-def gather(model: str, arm: str, evidence: str, work: Callable[[], None]) -> None:
-    """One kind of evidence for one model and engine; `work` stores it, or finds it stored."""
-    with progress.get().step(f"{model} · {arm} · {evidence}"):
-        work()
 
 
 @flow(name="evaluate-plan", flow_run_name="evaluate {plan.name}", persist_result=False)
@@ -96,7 +89,7 @@ def attempt(trial: Trial, arm: Side, evidence: str, work: Callable[[], None]) ->
             raise
 
     try:
-        gather(trial.model.id, arm, evidence, noted)
+        take(f"{trial.model.id} · {arm}", evidence, noted)
     except Exception:
         if not broken:
             raise

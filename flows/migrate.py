@@ -148,7 +148,7 @@ class WholeMigration:
         waiting = [(self._verdict(model), model) for model in self.models if self._serving(model) == self.incumbent]
         again = next((found.run_id for found, model in waiting if self._is_incomplete(found, model)), None)
         if again is not None or not all(found.verdict for found, _ in waiting):
-            _ = self.run.id  # begun with what is done first
+            self.run.begin()
             unfinished = self.run.records.unfinished(self.plan.model_dump(mode="json"))
             self.phases.evaluate(self.plan, unfinished.id if unfinished else again)
 
@@ -245,7 +245,7 @@ class WholeMigration:
         """None when a person approves the phase, now or before; else why it stays. Raises Waits without an answer."""
         if self._decision(model_id, phase) is not None:
             return None
-        _ = self.run.id  # begun with what is asked first
+        self.run.begin()
         answer = self.ask(self._question(phase, model_id, what, known))
         if answer is None:
             how = f"the same command with --yes --who NAME --reason TEXT approves it ({phase})"

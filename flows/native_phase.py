@@ -11,7 +11,7 @@ The native engine lives in a worker process of the yard: what breaks in native c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from migrations.plan import EngineChoice, Plan
 from migrations.plan_file import load_plan
 from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
 from tasks.records.store import open_records
-from tasks.verdicts.verdict import Verdict, gate
+from tasks.verdicts.verdict import CheckResult
 
 
 def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:
@@ -61,17 +61,10 @@ def _refusal(move: ModelMove) -> str | None:
 
 
 def _drills(move: ModelMove) -> None:
-    step = move.step("drills")
-    if step and step.state == "done":
-        move.recall(step.detail["checks"])
-        return
-    move.put("drills", "intent")
-    evidence = _drilled(move)
-    move.run.records.put_evidence(move.run.id, move.id, "candidate", "drills", evidence)
-    results = [judge_hang(evidence["hang"]), *judge_load_cycles(evidence["cycles"])]
-    move.record(*results)
-    state, checks = gate(results) is Verdict.PASS, [result.check for result in results]
-    move.put("drills", "done" if state else "failed", checks=checks)
+    def judged(evidence: Mapping[str, Any]) -> list[CheckResult]:
+        return [judge_hang(evidence["hang"]), *judge_load_cycles(evidence["cycles"])]
+
+    move.drill("drills", "candidate", lambda: _drilled(move), judged)
 
 
 def _drilled(move: ModelMove) -> dict[str, Any]:

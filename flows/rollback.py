@@ -21,7 +21,7 @@ from migrations.plan import Plan
 from migrations.plan_file import load_plan, plan_path
 from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import one_token, route_of
-from tasks.records.store import Records, open_records
+from tasks.records.store import DATABASE, LOCKED_S, Records, open_records
 from tasks.records.tables import Run
 from tasks.verdicts.verdict import Verdict
 
@@ -29,8 +29,6 @@ KIND = "rollback"
 MOVES = ("migrate", "migrate-native")
 WAIT_S = 120.0
 LOOK_BACK = 50
-DATABASE = "the database of the records"
-LOCKED_S = 3.0  # for each lock that another program holds
 RECORD_S = 6.0  # for the records as a whole, whatever hangs
 Say = Callable[[str], None]
 

@@ -22,6 +22,7 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.events import emit_event
 from prefect.runtime import flow_run
+from pydantic import SecretStr
 
 from engines.driver import native_of
 from engines.errors import SwitchyardError
@@ -123,6 +124,7 @@ class SoakRun:
             return nothing(self.plan.name, str(error))
         if not found:
             return nothing(self.plan.name, f"no model of {self.plan.name} is served by {self.plan.candidate.engine}")
+        key = self.plan.api_key(os.environ)
         if self.in_flow:
             self._report_late(found)
         unfinished = self.records.unfinished(self.asked, kind=KIND)
@@ -140,22 +142,21 @@ class SoakRun:
         ) as run:
             ends = [self._end_of(target) for target in found]
             if going := [target for target, end in zip(found, ends, strict=True) if end is None]:
-                return self._conclude(run, [self._soaked(run, target, window_s / len(going)) for target in going])
+                return self._conclude(run, [self._soaked(run, target, window_s / len(going), key) for target in going])
             if run.known_id is not None:  # killed after the last model's end and before its own
                 self._finish(run)
             return nothing(self.plan.name, "; ".join(end for end in ends if end))
 
     # --- one model
 
-    def _soaked(self, run: RunJournal, target: Target, window_s: float) -> dict[str, Any]:
+    def _soaked(self, run: RunJournal, target: Target, window_s: float, key: SecretStr | None) -> dict[str, Any]:
         """One more window of a model, measured, stored, and judged with those before it."""
         before = self._windows(run, target)
         exposure_s = _exposure_s(before)
-        client, key = YardClient(self.home), self.plan.api_key(os.environ)
         index = _next_index(run, target.model_id)
         with self.records.series_writer(run.id, target.model_id, "candidate") as series:
             window = measure_window(
-                Place(client=client, key=key, model_id=target.model_id, engine=target.engine),
+                Place(client=YardClient(self.home), key=key, model_id=target.model_id, engine=target.engine),
                 length_s=min(window_s, max(self.soak_s - exposure_s, 0.0)),
                 offset_s=exposure_s,
                 before=before[-1] if before else None,
@@ -354,7 +355,7 @@ def summed(segments: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def progress_line(model: Mapping[str, Any]) -> str:
-    """`m: 12 % of 3.0 days in 52 windows, INCONCLUSIVE`."""
+    """`m: 12 % of 3 days in 52 windows of mistral.rs 0.9.5, INCONCLUSIVE`."""
     line = (
         f"{model['model']}: {_percent(model):g} % of {duration(model['soak_s'])} in {model['windows']} windows of "
         f"{model['engine']} {model['version']}, {model['verdict']}"

@@ -12,16 +12,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
 from engines.home import home
 from engines.process.process import end_orphans
+from flows.orchestrator.step import take
 from flows.progress import progress
 from flows.rollout.model_move import MovePhase
 from flows.rollout.orders import Orders
@@ -32,13 +31,6 @@ from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.evidence.canary import judge_canary
 from tasks.records.store import open_records
-
-
-@task(task_run_name="{model} · {step}", cache_policy=NO_CACHE, persist_result=False)
-def take(model: str, step: str, work: Callable[[], None]) -> None:
-    """One step of one model; `work` finds out by itself whether it is done already."""
-    with progress.get().step(f"{model} · {step}"):
-        work()
 
 
 @flow(name="migrate-subprocess", flow_run_name="migrate {plan_path.stem} · subprocess", persist_result=False)

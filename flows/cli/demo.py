@@ -14,9 +14,9 @@ from engines.errors import SwitchyardError
 from engines.home import home
 from engines.redaction import redacted_text
 from engines.yard.client import YardClient, public_address
-from flows.cli.keep_up import stop_yard
 from flows.cli.migrate import next_step, show
 from flows.cli.options import Json
+from flows.cli.order import stop_yard
 from flows.cli.output import errors, finish
 from flows.orchestrator.server import with_prefect
 from flows.rollback import Wish, roll_back

@@ -5,8 +5,8 @@ from engines.errors import SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
 from engines.yard.client import YardClient
-from flows.cli.keep_up import DOWN_S, stop_yard
 from flows.cli.options import Json
+from flows.cli.order import DOWN_S, stop_yard
 from flows.cli.output import print_done
 from flows.orchestrator.server import Up, running_up
 

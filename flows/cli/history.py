@@ -6,11 +6,8 @@ from engines.deadline import Background
 from engines.redaction import redacted
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, prepared_home, print_json, run_table
-from flows.evaluation.rejudge import LOCKED_S, READ_S
-from tasks.records.store import open_records
+from tasks.records.store import DATABASE, LOCKED_S, READ_S, open_records
 from tasks.records.tables import Run
-
-DATABASE = "the database of the records"
 
 
 def history(

@@ -33,7 +33,6 @@ from migrations.plan_file import remember_plan
 
 LOOK_S = 1.0
 SERVE_S = 120.0
-DOWN_S = 90.0
 ALWAYS_THERE = "reconcile"  # a deployment
 SERVED = "deployments are served"  # as flows.deployments.serve prints
 STOP_S = 12.0  # an interrupted command has 20 s in all, and the yard is told to stop after the deployments
@@ -90,21 +89,6 @@ def _end_starting_yard() -> None:
             if "serve" in child.cmdline():
                 child.terminate()
                 child.wait(STOP_S)
-
-
-def stop_yard(folder: Path) -> None:
-    """Stop the yard of this home, if one runs, and wait for its end."""
-    yard = YardClient(folder)
-    if not yard.runs():
-        return
-    errors.print("stopping the yard; requests in flight are finished first")
-    pid = yard.status()["pid"]
-    with contextlib.suppress(SwitchyardError):
-        identity = Identity.of(pid)
-        yard.order("stop")
-        deadline = time.monotonic() + DOWN_S
-        while identity.process() is not None and time.monotonic() < deadline:
-            time.sleep(0.1)
 
 
 class DeploymentsProcess(ServerProcess):

@@ -80,7 +80,7 @@ def show(outcome: Mapping[str, Any]) -> None:
         print_end(model["model"], model)
         _print_decisions(model.get("decisions", ()))
     if (retirement := outcome.get("retirement")) is not None:
-        print_end(retirement["engine"], retirement)
+        print_end(retirement["engine"], {**retirement, "checks": ()})  # its reason is made of them
     _print_decisions(outcome.get("decisions", ()))
     if started := outcome.get("yard_started"):
         out.print(f"\na yard was started (pid {started['pid']}, log {started['log']}) and keeps serving")

@@ -16,6 +16,7 @@ from engines.registry import DRIVERS, driver
 from engines.units import size
 from flows.cli.options import Json
 from flows.cli.output import EXIT_CODES, out, print_json
+from migrations.llama_cpp_to_mistral_rs import CANDIDATE
 from migrations.plan_file import load_plan
 from tasks.evidence import preflight as headers
 
@@ -38,7 +39,9 @@ def preflight(
         print_json(report)
     else:
         out.print(_table(report), soft_wrap=False)
-    loads = {model["engines"][-1]["loads"] for model in report["models"]}  # the candidate is the last
+    # files alone have no candidate: the one that plans are written for
+    candidate = report["models"][0]["engines"][-1]["engine"] if targets[0].suffix == ".toml" else CANDIDATE.engine
+    loads = {e["loads"] for model in report["models"] for e in model["engines"] if e["engine"] == candidate}
     raise typer.Exit(EXIT_CODES["FAIL" if "no" in loads else "INCONCLUSIVE" if "unknown" in loads else "PASS"])
 
 

@@ -22,11 +22,10 @@ from engines.process.process import end_orphans, registered
 from engines.units import ago, size
 from engines.yard.client import YardClient
 from engines.yard.ports.notes import notes, one_line, retired
-from flows.cli.history import DATABASE, run_row
+from flows.cli.history import run_row
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, prepared_home, print_json, run_table
-from flows.evaluation.rejudge import LOCKED_S, READ_S
-from tasks.records.store import open_records
+from tasks.records.store import DATABASE, LOCKED_S, READ_S, open_records
 
 STATES = {
     "ready": "green",

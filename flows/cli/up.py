@@ -12,8 +12,9 @@ import typer
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home, host
 from engines.yard.client import YardClient, public_address
-from flows.cli.keep_up import STOP_S, DeploymentsProcess, GaveUp, YardProcess, keep_up, stop_yard
+from flows.cli.keep_up import STOP_S, DeploymentsProcess, GaveUp, YardProcess, keep_up
 from flows.cli.options import PlanFile
+from flows.cli.order import stop_yard
 from flows.cli.output import errors, prepared_home, print_step
 from flows.orchestrator.server import PrefectServer, declared_up, prepare_process, running_up
 from flows.schedules import schedule_lines

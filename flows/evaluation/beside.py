@@ -32,14 +32,14 @@ def lacking(plan: Plan, home: Path) -> str | None:
     for model in plan.models:
         with contextlib.suppress(BadInput):  # such a model is never started
             headers[model.id] = read_header(model.gguf)
-    held = sum(size for _, _, size in loaded)
+    held = sum(n_bytes for _, _, n_bytes in loaded)
     memory = _beside(free_memory(), plan, headers, loaded)
     lacks: list[tuple[int, str]] = []
     for model_id, header in headers.items():
         for engine in dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)):
             fit = estimate(header, plan.settings_for(model_id), engine, memory=memory)
             if fit.verdict == "unknown" and (memory.ram_bytes or 0) < 2 * held:
-                lacks.append((0, f"nobody knows whether {model_id} on {engine} fits beside the yard: {fit.why}"))
+                lacks.append((0, f"cannot say whether {model_id} on {engine} fits beside the yard: {fit.why}"))
             for need in fit.needs:
                 if need.free is not None and (missing := need.expected - need.free) > 0:
                     room = f"{size(need.expected)} of {need.device.upper()}, {size(need.free)} is free"

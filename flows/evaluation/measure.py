@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from engines.errors import BadInput, EngineExited
 from engines.model.header import read_header
@@ -19,7 +20,7 @@ from flows.evaluation.judge import required_behaviours, turned_down
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
 from tasks.evidence import compatibility as behaviours
 from tasks.evidence import preflight as headers
-from tasks.evidence.engine_under_test import Arm, EngineUnderTest
+from tasks.evidence.engine_under_test import Arm, EngineUnderTest, ends_within
 from tasks.evidence.faults import measure_faults
 from tasks.evidence.parity.answers import measure_answers, measure_floor
 from tasks.evidence.parity.parameters import measure_ignored_parameters
@@ -35,7 +36,6 @@ GLIMPSE_TOKENS = 24
 FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
 FLOOR_TOKENS = 16
 DYING_S = 5.0  # a dying engine closes its connections first
-POLL_S = 0.05
 
 
 def preflight(trial: Trial) -> None:
@@ -121,7 +121,7 @@ def performance(trial: Trial) -> None:
             trial.say(f"speed: {decision.why}")
             break
     # measured against estimated memory of each engine, for the next preflight
-    report, blocks = trial.payload(BOTH, "preflight"), trial.payloads(BOTH, "performance")
+    report = trial.payload(BOTH, "preflight")
     for arm in ARMS if report is not None else ():
         name = trial.engines[arm].driver.name
         ratio = headers.measured_over_estimated(report, name, [block[arm].get("pss_bytes") for block in blocks])
@@ -195,13 +195,22 @@ def _while_alive(served: Served, measure: Callable[[Endpoint], Any]) -> Any:
     try:
         payload = measure(served.endpoint)
     except Exception:
-        deadline = time.monotonic() + DYING_S
-        while served.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+        ends_within(served, DYING_S)
         _require_alive(served)
         raise
+    if not _listens(served.endpoint):
+        ends_within(served, DYING_S)
     _require_alive(served)
     return payload
+
+
+def _listens(endpoint: Endpoint) -> bool:
+    address = urlsplit(endpoint.base_url)
+    try:
+        with socket.create_connection((address.hostname, address.port), timeout=DYING_S):
+            return True
+    except OSError:
+        return False
 
 
 def _require_alive(served: Served) -> None:

@@ -13,11 +13,8 @@ from flows.evaluation.trial import ARMS, Bench, Trial
 from migrations.plan import Plan
 from migrations.plan_file import build_plan, recorded_plan
 from tasks.evidence.unmeasured import models_to_retry
-from tasks.records.store import Records, open_records
+from tasks.records.store import DATABASE, LOCKED_S, READ_S, Records, open_records
 from tasks.records.tables import Run
-
-LOCKED_S = 3.0  # for each lock of another program; our own writers hold theirs for milliseconds
-READ_S = 10.0  # for all of it, whatever hangs
 
 
 def plan_of(reference: str) -> tuple[str, Plan]:
@@ -32,7 +29,7 @@ def plan_of(reference: str) -> tuple[str, Plan]:
 
 def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
     """Every verdict of a run made again from its raw evidence, and its report written; a broken-off run stays so."""
-    with Background("the database of the records", lambda: open_records(wait_s=LOCKED_S)).result(READ_S) as records:
+    with Background(DATABASE, lambda: open_records(wait_s=LOCKED_S)).result(READ_S) as records:
         run = _evaluation(records, reference)
         plan, budget = recorded_plan(run.plan), records.get_evidence(run.id, "-", "-", "self_test")
         if budget is None:

@@ -50,6 +50,7 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
         with journal(
             records, "evaluate", asked, unfinished=earlier, environment=here, flow_run_id=flow_run_id()
         ) as run:
+            run.begin()
             with progress.get().step("self-test of the measuring client"):  # in a resumed run as well
                 budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))
             records.put_evidence(run.id, "-", "-", "self_test", budget)

@@ -32,7 +32,6 @@ from engines.process.process import Identity
 from engines.process.readiness import exit_reason
 from engines.process.serving import free_port
 from flows.progress import ConsoleProgress, progress
-from tasks.records.schema.upgrade import absolute, database
 
 LoadedFlow = Callable[..., dict[str, Any]]
 
@@ -68,6 +67,8 @@ def prepare_process(home: Path) -> None:
     os.environ.update(prepare_environment(home))
     os.environ["SWITCHYARD_HOME"] = str(home)
     if database_url() is not None:
+        from tasks.records.schema.upgrade import absolute, database  # SQLAlchemy: half a second of `up --help`
+
         os.environ["SWITCHYARD_DATABASE_URL"] = absolute(database(None))
     os.chdir(workplace(home))
 

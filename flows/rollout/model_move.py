@@ -18,7 +18,7 @@ from flows.rollout.yards import Yards, stage
 from migrations.plan import ModelPlan, Plan
 from tasks.evidence.rehearsal import OpenStage, engine_of, room, route_of
 from tasks.records.journal import RunJournal
-from tasks.records.tables import Step, StepState
+from tasks.records.tables import Arm, Step, StepState
 from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons
 
 POLL_S = 5.0
@@ -101,6 +101,27 @@ class ModelMove:
         """Let results of an earlier start of this run count again: those of a step that is done, or all of them."""
         stored = self.run.checks(self.id)
         self.results |= {result.check: result for result in stored if checks is None or result.check in checks}
+
+    def drill(
+        self,
+        name: str,
+        arm: Arm,
+        measure: Callable[[], dict[str, Any]],
+        judge: Callable[[dict[str, Any]], list[CheckResult]],
+        **detail: Any,
+    ) -> None:
+        """Carry a drill out, once for the same `detail`: its evidence and its results are stored under its name."""
+        step = self.step(name)
+        if step and step.state == "done" and detail.items() <= step.detail.items():
+            self.recall(step.detail["checks"])
+            return
+        self.put(name, "intent", **detail)
+        evidence = measure()
+        self.run.records.put_evidence(self.run.id, self.id, arm, name, evidence)
+        results = judge(evidence)
+        self.record(*results)
+        passed, checks = gate(results) is Verdict.PASS, [result.check for result in results]
+        self.put(name, "done" if passed else "failed", **detail, checks=checks)
 
     def decision(self, kind: str, *, given: bool) -> str | None:
         """Who decided it and why, now or in an earlier start of the same run; None when nobody did."""

@@ -23,7 +23,7 @@ from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import engine_of, judge_rehearsal, measure_rehearsal, one_token
 from tasks.records.journal import RunJournal, journal
 from tasks.records.store import Records
-from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured, worst
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, worst
 
 SUBPROCESS = MovePhase(name="subprocess", kind="migrate", evaluation="phase 1", advice="run `switchyard evaluate`")
 
@@ -60,6 +60,7 @@ def migrate(
                 for move in moves:
                     move.end_as_before()
                 return outcome(shared, moves)
+            run.begin()
             _move_all(shared, moves)
             return _concluded(run, moves, outcome(shared, moves))
 
@@ -130,7 +131,8 @@ def precondition(move: ModelMove) -> bool:
     """Whether the model may move; else its end has why not and what to do."""
     migration, phase = move.migration, move.migration.phase
     if refusal := phase.refusal(move):
-        return _refuse(move, "phase_2.serves", refusal, "first `switchyard migrate --phase subprocess`", sep=": ")
+        advice = "first `switchyard migrate --phase subprocess`"
+        return _refuse(move, "phase_2.serves", refusal, f"{refusal}: {advice}")
     spec = migration.yards.model(move.id).specs.get(move.candidate)
     if spec is None:
         absent = migration.yards.model(move.id).missing.get(move.candidate)
@@ -142,17 +144,18 @@ def precondition(move: ModelMove) -> bool:
         return True
     decided = move.decision("override", given=move.id in migration.orders.override)
     if decided is None:
+        shut = f"the gate of {phase.evaluation} is shut: {found.why}"
         advice = f"{phase.advice}, or add --override {move.id} --who NAME --reason TEXT"
-        return _refuse(move, phase.gate_check, f"the gate of {phase.evaluation} is shut: {found.why}", advice)
+        return _refuse(move, phase.gate_check, shut, f"{shut}; {advice}")
     move.record(not_measured(phase.gate_check, f"overridden by {decided}; {found.why}", required=False))
     move.put("precondition", "done", override=decided, phase_1_run=found.run_id)
     return True
 
 
-def _refuse(move: ModelMove, check: str, why: str, advice: str, *, sep: str = "; ") -> bool:
+def _refuse(move: ModelMove, check: str, why: str, what_to_do: str) -> bool:
     move.record(CheckResult(check=check, verdict=Verdict.FAIL, why=why))
     move.put("precondition", "failed", why=why)
-    move.end(Verdict.FAIL, "gate closed", f"{why}{sep}{advice}")
+    move.end(Verdict.FAIL, "gate closed", what_to_do)
     return False
 
 
@@ -180,17 +183,8 @@ def rehearse(move: ModelMove) -> None:
         move.record(not_measured("rehearsal", f"left out by {decided}", required=False))
         move.put("rehearsal", "done", left_out=decided)
         return
-    step = move.step("rehearsal")
-    if step and step.state == "done" and step.detail.get("versions") == versions:
-        move.recall(step.detail["checks"])
-        return
-    move.put("rehearsal", "intent", versions=versions)
-    evidence = _rehearsed(move)
-    move.run.records.put_evidence(move.run.id, move.id, "both", "rehearsal", evidence)
-    results = judge_rehearsal(evidence, kill_detect_s=limits.kill_detect_s, recover_s=limits.recover_s)
-    move.record(*results)
-    state, checks = gate(results) is Verdict.PASS, [result.check for result in results]
-    move.put("rehearsal", "done" if state else "failed", versions=versions, checks=checks)
+    judge = functools.partial(judge_rehearsal, kill_detect_s=limits.kill_detect_s, recover_s=limits.recover_s)
+    move.drill("rehearsal", "both", lambda: _rehearsed(move), judge, versions=versions)
 
 
 def _rehearsed(move: ModelMove) -> dict[str, Any]:

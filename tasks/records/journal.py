@@ -86,6 +86,10 @@ class RunJournal:
         """The run's id; its row is written on first use."""
         return self.run.id
 
+    def begin(self) -> None:
+        """Put the run on record now, whether anything is recorded of it or not."""
+        _ = self.run
+
     @property
     def known_id(self) -> str | None:
         """The id of the run that is open or would be resumed; None where nothing is recorded yet."""

@@ -42,6 +42,10 @@ from tasks.records.tables import (
 )
 from tasks.verdicts.verdict import CheckResult, Verdict
 
+# a command that only reads must not wait for a database that is locked, or out of reach
+DATABASE = "the database of the records"
+LOCKED_S = 3.0  # for each lock of another program; our own writers hold theirs for milliseconds
+READ_S = 10.0  # for all of it, whatever hangs
 CHUNK_POINTS = 3600
 
 

@@ -186,6 +186,13 @@ def test_an_incumbent_that_serves_is_not_soaked(make_box: MakeBox) -> None:
     assert box.runs() == []
 
 
+def test_a_key_that_is_not_set_is_said_before_a_run_is_recorded(box: Box) -> None:
+    """A schedule asks again every ten minutes."""
+    with pytest.raises(BadInput, match="NO_SUCH_KEY"):
+        box.window(plan=box.plan.model_copy(update={"api_key_env": "NO_SUCH_KEY"}))
+    assert box.runs() == []
+
+
 def test_another_experiment_goes_first(box: Box) -> None:
     """It would be disturbed: the window is left out, and that is no failure."""
     with (box.home / "experiment.lock").open("a+") as lock:

@@ -25,13 +25,15 @@ from switchyard_command import json_of
 from traffic import traffic
 from waiting import until
 
-from engines.errors import BadInput
+from engines.errors import BadInput, EngineNotFound
 from engines.model.digest import model_digest
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
+from engines.yard.config import ModelConfig, YardConfig
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
 from flows.rollout.rehearsal_yard import without
+from flows.rollout.steps import SUBPROCESS, migrate
 from flows.rollout.yards import Yards
 from migrations.plan import Plan, content_hash
 from migrations.plan_file import build_plan, plan_to_toml, remember_plan
@@ -479,6 +481,17 @@ def test_a_yard_of_another_plan_is_told_apart(plan: Plan, tmp_path: Path) -> Non
     assert yards.differs() == (
         f"the yard that runs serves another plan ({path}): stop it with `switchyard stop` and migrate again"
     )
+
+
+def test_a_candidate_that_is_not_here_is_on_record(records: Records, plan: Plan, tmp_path: Path) -> None:
+    """`switchyard history` shows what was tried, and why it failed."""
+    yards = Yards(plan, tmp_path, tmp_path / "plan.toml")
+    model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, specs={}, missing={NEW: "mistral.rs was not found here"})
+    yards.config = YardConfig(settings=plan.yard, models=(model,), api_key=None)
+    with pytest.raises(EngineNotFound):
+        migrate(SUBPROCESS, plan, yards, records, lambda *_: [], orders=Orders())
+    (run,) = records.history(kind="migrate")
+    assert (run.status, run.error) == ("failed", "mistral.rs was not found here")
 
 
 # for real
