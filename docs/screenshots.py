@@ -207,9 +207,16 @@ class Pages:
         self._sent(asks, self.page.get_by_role("button", name="Submit"))
 
     def _sent(self, asks: str, button: Locator) -> None:
-        """Click, and leave once it is answered: a page of Prefect's that is merely open costs most of a core."""
-        with self.page.expect_response(lambda answer: answer.url.endswith(asks)) as answer:
-            button.click()
+        """Click, and leave once it is answered: a page of Prefect's that is merely open costs most of a core.
+
+        Again, as a person would, while Prefect's database is busy (503).
+        """
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            with self.page.expect_response(lambda answer: answer.url.endswith(asks)) as answer:
+                button.click()
+            if answer.value.status != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                break
         if not answer.value.ok:
             raise RuntimeError(f"{answer.value.url}: {answer.value.text()}")
         self.page.goto("about:blank")
