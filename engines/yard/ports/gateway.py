@@ -342,9 +342,10 @@ class ClientReply:
         return address_of(transport)
 
     def _transport(self) -> asyncio.Transport:
-        if self._request.transport is None:
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
             raise ClientLeft
-        return self._request.transport
+        return transport
 
     async def keep_alive(self) -> None:
         """Send a comment in a stream; nothing in a plain answer, whose client has no way to see it."""

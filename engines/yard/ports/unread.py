@@ -100,7 +100,7 @@ class StalledClients:
         self._seen = {}
         for connection in connections:
             transport = connection.transport
-            if transport is None or (unread := transport.get_write_buffer_size()) == 0:
+            if transport is None or transport.is_closing() or (unread := transport.get_write_buffer_size()) == 0:
                 continue
             taken, seen = _taken(transport), before.get(connection)
             if seen is None or taken != seen.taken or (taken is None and unread < seen.unread):

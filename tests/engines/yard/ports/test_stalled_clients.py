@@ -1,15 +1,21 @@
 """Clients that take nothing of their answer, or little: they cost the engine nothing, and others nothing."""
 
+import asyncio
 import contextlib
 import json
 import os
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import uvloop
 from waiting import until
+
+from engines.yard.ports.gateway import ClientLeft, ClientReply
+from engines.yard.ports.unread import StalledClients, Unread
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 PAD = 16 * 1024
@@ -101,6 +107,31 @@ def test_it_is_cut_after_its_own_limit_and_its_place_is_free(start_yard):
     assert "cut the client at 127.0.0.1" in yard.said()
     with yard.http() as http:
         assert "switchyard_clients_cut_total 1.0" in http.get("/metrics").text
+
+
+def test_a_client_that_is_being_cut_is_not_cut_once_more():
+    """Two limits end at once: the one that comes second finds the connection on its way out, and counts nothing."""
+
+    async def cut_twice():
+        connections = []
+        server = await asyncio.start_server(lambda _, writer: connections.append(writer), "127.0.0.1", 0)
+        async with server:
+            _, client = await asyncio.open_connection(*server.sockets[0].getsockname())
+            while not connections:
+                await asyncio.sleep(0.01)
+            transport = connections[0].transport
+            reply = ClientReply(SimpleNamespace(transport=transport), None, Unread())
+            transport.write(bytes(20_000_000))
+            watch = StalledClients()
+            watch.cut([connections[0]], limit_s=0)
+            assert reply.hang_up() == "127.0.0.1"
+            with pytest.raises(ClientLeft):
+                reply.hang_up()
+            assert watch.cut([connections[0]], limit_s=0) == []
+            client.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(cut_twice())
 
 
 @pytest.mark.parametrize("stream", [True, False])
