@@ -245,7 +245,14 @@ class Moves:
         route.holding = True
         try:
             report(f"holding new requests; {len(old.in_flight)} in flight on {old.engine}")
-            await self._drained(route, old, (until - time.monotonic()) / 2)
+            within_s = (until - time.monotonic()) / 2
+            try:
+                await asyncio.wait_for(old.idle(), within_s)
+            except TimeoutError:
+                raise MoveFailed(
+                    f"{route.model_id} stays on {old.engine}: {len(old.in_flight)} request(s) were not done within "
+                    f"{within_s:.0f} s, and no longer may others be held; try again when it is quieter"
+                ) from None
             held, before = old.stats.vram_bytes, await asyncio.to_thread(free_memory)
             report(f"stopping {old.engine}")
             await old.stop()
@@ -267,15 +274,6 @@ class Moves:
             route.holding = False
             route.hand_over()
         report(f"new requests go to {target.engine}")
-
-    async def _drained(self, route: Route, unit: Unit, within_s: float) -> None:
-        try:
-            await asyncio.wait_for(unit.idle(), within_s)
-        except TimeoutError:
-            raise MoveFailed(
-                f"{route.model_id} stays on {unit.engine}: {len(unit.in_flight)} request(s) were not done within "
-                f"{within_s:.0f} s, and no longer may others be held; try again when it is quieter"
-            ) from None
 
     def _settle(self, route: Route, target: Unit, *, undo: str | None) -> None:
         """The commit: from here on the target serves, after a crash as well."""

@@ -68,13 +68,13 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
     async def reload() -> str:
         return await moves.reload(await asyncio.to_thread(read_config))
 
-    def on_hangup() -> None:
-        async def reload_and_log() -> None:
-            try:
-                yard.log.info(await reload())
-            except SwitchyardError as error:
-                yard.log.warning("the new plan is refused, the old one stays: %s", error)
+    async def reload_and_log() -> None:
+        try:
+            yard.log.info(await reload())
+        except SwitchyardError as error:
+            yard.log.warning("the new plan is refused, the old one stays: %s", error)
 
+    def on_hangup() -> None:
         task = asyncio.create_task(reload_and_log())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
@@ -109,7 +109,13 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         await public.setup()
         await control.setup()
         await yard.open()
-        await _listen(public, yard)
+        host, port = yard.settings.host, yard.settings.port
+        try:
+            await web.TCPSite(public, host, port, shutdown_timeout=CLOSE_S).start()
+        except OSError as error:
+            holder = listener_on(port) or "another process"
+            why = f"port {port} is taken by {holder}: stop it first (the yard takes its place)"
+            raise PortTaken(f"{why}, or set yard.port in the plan") from error
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
         opened(yard)  # what engines do not support is reported before one is launched
         memory_budget.start()
@@ -143,17 +149,6 @@ def _http_log() -> logging.Logger:
     log = logging.getLogger("switchyard.yard.http")
     log.addFilter(shortened)
     return log
-
-
-async def _listen(public: web.AppRunner, yard: Yard) -> None:
-    host, port = yard.settings.host, yard.settings.port
-    try:
-        await web.TCPSite(public, host, port, shutdown_timeout=CLOSE_S).start()
-    except OSError as error:
-        holder = listener_on(port) or "another process"
-        raise PortTaken(
-            f"port {port} is taken by {holder}: stop it first (the yard takes its place), or set yard.port in the plan"
-        ) from error
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:

@@ -19,23 +19,18 @@ from engines.yard.settings import YardSettings
 STOP_S = 2.0
 
 
-def config_of(spec: LaunchSpec, port: int, restarts: int = 0) -> YardConfig:
-    """The configuration of a yard of just this engine; without restarts its end leads to refusals."""
+def main() -> None:
+    spec, port = LaunchSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
+    restarts = int(sys.argv[4]) if len(sys.argv) > 4 else 0  # without any its end leads to refusals
     model = ModelConfig(id=spec.model_id, incumbent=spec.engine, candidate=spec.engine, specs={spec.engine: spec})
     settings = YardSettings(
         port=port, restarts=restarts, restart_window_s=0.001, try_again_s=86_400, stop_s=STOP_S, unknown_model="refuse"
     )
-    return YardConfig(settings=settings, models=(model,))
-
-
-def main() -> None:
-    spec, port = LaunchSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[3])
-    restarts = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     logging.basicConfig(level=logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(RedactingFormatter("%(message)s"))
     try:
-        run(lambda: config_of(spec, port, restarts), home=Path(sys.argv[2]))
+        run(lambda: YardConfig(settings=settings, models=(model,)), home=Path(sys.argv[2]))
     except SwitchyardError as error:
         sys.exit(f"error: {error}")
 

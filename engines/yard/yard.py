@@ -16,6 +16,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,12 @@ class Yard:
 
     def unit(self, spec: LaunchSpec) -> Unit:
         """An engine of this yard, not started."""
+        note = partial(self.events.note, model=spec.model_id, engine=spec.engine)
+
+        def reconsider(_: Unit) -> None:
+            if (route := self.routes.get(spec.model_id)) is not None:
+                self.reconsider(route)
+
         unit = Unit(
             spec,
             self._driver(spec.engine),
@@ -180,11 +187,9 @@ class Yard:
             home=self.home,
             key=self._engine_key,
             connect=self._connection,
-            changed=self._on_change,
-            transition=lambda unit, new: self.events.note(
-                "state", unit.spec.model_id, f"{new.state}: {new.why}", engine=unit.engine
-            ),
-            incident=lambda unit, why: self.events.note("incident", unit.spec.model_id, why, engine=unit.engine),
+            changed=reconsider,
+            transition=lambda _, new: note("state", what=f"{new.state}: {new.why}"),
+            incident=lambda _, why: note("incident", what=why),
         )
         unit.gap = self.metrics.gap(spec.model_id, spec.engine)
         return unit
@@ -209,11 +214,6 @@ class Yard:
         return HttpConnection(serve.base_url, self._engine_key, self.http, self.kept)
 
     # --- what changes by itself
-
-    def _on_change(self, unit: Unit) -> None:
-        route = self.routes.get(unit.spec.model_id)
-        if route is not None:
-            self.reconsider(route)
 
     def reconsider(self, route: Route) -> None:
         """Fall back from an engine that cannot be kept up (a move under way decides itself); hand requests over."""
@@ -321,11 +321,14 @@ class Yard:
 
     def served(self, route: Route, unit: Unit, call: Call, running: InFlight, error: str | None) -> None:
         """Count an answered request, and remember it for the judgement of a canary."""
-        gap_s = running.gap_s
+        gap_s, conversation = running.gap_s, ""
+        if route.state.canary:  # a name that does not hold its text
+            told = call.conversation().encode("utf-8", "surrogatepass")
+            conversation = hashlib.blake2b(told, digest_size=8).hexdigest()
         sample = LiveSample(
             at=time.time(),
             engine=unit.engine,
-            conversation=_digest(call.conversation()) if route.state.canary else "",
+            conversation=conversation,
             prompt_tokens=running.prompt_tokens,
             ok=error is None,
             error=error and redacted_text(error),
@@ -343,8 +346,3 @@ class Yard:
         self.samples[route.model_id].append(lost)  # what became of the request is another engine's sample
         what = f"engine dropped a request; {'retrying' if retried else 'giving up'}: {why}"
         self.events.note("incident", route.model_id, what, engine=unit.engine)
-
-
-def _digest(conversation: str) -> str:
-    """A name of a conversation that does not hold its text."""
-    return hashlib.blake2b(conversation.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

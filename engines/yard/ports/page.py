@@ -16,17 +16,11 @@ SHOWN_INCIDENTS = 12
 
 def page(status: Mapping[str, Any], reports: Sequence[str] = ()) -> str:
     """The whole page, with links to the reports of these names; it loads itself again every 5 s."""
-    return TEMPLATE.render(
-        status=status,
-        reports=reports,
-        not_served=sum(not model.get("dormant") and not _is_served(model) for model in status["models"]),
-        shown_incidents=SHOWN_INCIDENTS,
-    )
-
-
-def _is_served(model: Mapping[str, Any]) -> bool:
-    states = {engine["engine"]: engine["state"] for engine in model["engines"]}
-    return states.get(model["serving"]) in ("ready", "busy")
+    not_served = 0
+    for model in status["models"]:
+        states = {engine["engine"]: engine["state"] for engine in model["engines"]}
+        not_served += not model.get("dormant") and states.get(model["serving"]) not in ("ready", "busy")
+    return TEMPLATE.render(status=status, reports=reports, not_served=not_served, shown_incidents=SHOWN_INCIDENTS)
 
 
 def _spark(values: Sequence[float], unit_size: float, unit: str) -> dict[str, str] | None:
@@ -40,13 +34,9 @@ def _spark(values: Sequence[float], unit_size: float, unit: str) -> dict[str, st
     return {"points": points, "label": f"{low / unit_size:.0f} to {high / unit_size:.0f} {unit}, last {len(values)}"}
 
 
-def _mib(n_bytes: int | None) -> float | None:
-    return None if n_bytes is None else n_bytes / 2**20
-
-
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-_ENVIRONMENT.filters |= {"ago": ago, "one_line": one_line, "mib": _mib}
+_ENVIRONMENT.filters |= {"ago": ago, "one_line": one_line}
 _ENVIRONMENT.globals |= {"notes": notes, "retired": retired, "spark": _spark}
 TEMPLATE = _ENVIRONMENT.get_template("page.html")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,12 @@ async def props(unit: Unit) -> dict[str, Any]:
     `n_ctx` is the context of one sequence: as the engine reports it, else as configured, at most what the model was
     trained for. A model that is not loaded has it too: clients read it before their first request.
     """
-    found = await _own_props(unit) if unit.state.serves else {}
+    found: dict[str, Any] = {}
+    if unit.state.serves:
+        with contextlib.suppress(Gone, ValueError):
+            async with unit.connection.ask("GET", "/props", timeout_s=5) as answer:
+                own = json.loads(await answer.read()) if answer.status == 200 else {}
+                found = own if isinstance(own, dict) else {}
     if "default_generation_settings" in found and "model_path" in found:
         return found
     trained = await asyncio.to_thread(_trained_context, unit.spec.gguf)
@@ -36,15 +42,6 @@ async def props(unit: Unit) -> dict[str, Any]:
         "build_info": f"{unit.engine} {unit.spec.version}",
     }
     return {**known, **found}
-
-
-async def _own_props(unit: Unit) -> dict[str, Any]:
-    try:
-        async with unit.connection.ask("GET", "/props", timeout_s=5) as answer:
-            found = json.loads(await answer.read()) if answer.status == 200 else {}
-            return found if isinstance(found, dict) else {}
-    except (Gone, ValueError):
-        return {}
 
 
 @lru_cache(maxsize=16)
