@@ -50,15 +50,12 @@ class Installation:
 
 @dataclass(frozen=True)
 class Installer:
-    """How an engine gets onto this machine: pip packages by default, the vendor's script only when asked for.
-
-    `script_url` is pinned to `script_version`; `script_env` makes the script install that version without asking.
-    """
+    """How an engine gets onto this machine: pip packages by default, the vendor's script only when asked for."""
 
     pip: tuple[str, ...]
     script_url: str | None = None
     script_version: str | None = None
-    script_env: Mapping[str, str] = field(default_factory=dict)
+    script_env: Mapping[str, str] = field(default_factory=dict)  # has it install that version without asking
 
 
 class Driver(Protocol):
@@ -95,10 +92,7 @@ class Driver(Protocol):
         """How much host memory this engine may fill with cached prompts: growth up to there is no leak."""
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
-        """Counters in an answer from `progress_path`: they change when a prompt or tokens move; () where it has none.
-
-        Raises ValueError for an answer that is not this engine's.
-        """
+        """Counters in an answer from `progress_path` that change when a prompt or tokens move, or (). ValueError."""
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The model's name that this engine answers to."""

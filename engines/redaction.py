@@ -40,7 +40,6 @@ _ENVIRONMENT = re.compile(_ENV_NAME)
 _ASSIGNED = r"""\\{0,3}["']?\s{0,4}[:=]\s{0,4}"""
 _NEXT_WORD = r"""(?:=|\s{1,4}|\\{0,3}["'],?\s{0,4})"""
 
-
 # what stands in a secret's place, by us or by the name of a shell's variable: `Bearer $KEY`
 _NONE = r"\[redacted|\$\{?[A-Z_][A-Z0-9_]{0,64}\}?(?![\w$-])"
 # where a word begins, also behind what JSON and URLs put in place of a space or a quote: \\n, \\u0022, %20
@@ -138,7 +137,17 @@ def redacted_text(text: str, *, strict: bool = False) -> str:
     """`text` without the secrets listed at the head of this file."""
     if len(text) < SHORTEST:
         return text
-    return "".join(_clean(piece, strict) for piece in _pieces(text))
+    cleaned = []
+    for piece in _pieces(text):
+        # half a surrogate pair is no text: whoever reads the line would refuse the file
+        piece = piece.encode("utf-8", "replace").decode() if strict else piece
+        # counts and ids of tokens are in every other line of a log, and no secrets
+        lowered = piece.lower().replace("tokens", "").replace("token_id", "").replace("tokeniz", "")
+        for triggers, pattern, replacement in STRICT if strict else MILD:
+            if any(trigger in lowered for trigger in triggers):
+                piece = pattern.sub(replacement, piece)
+        cleaned.append(LONG.sub(_without_token, piece) if strict else piece)
+    return "".join(cleaned)
 
 
 def redacted(value: Any, *, strict: bool = False) -> Any:
@@ -197,17 +206,6 @@ def _pieces(text: str) -> Iterator[str]:
         begin = end
         if begin < len(text):
             time.sleep(0)
-
-
-def _clean(piece: str, strict: bool) -> str:
-    # half a surrogate pair is no text: whoever reads the line would refuse the file
-    piece = piece.encode("utf-8", "replace").decode() if strict else piece
-    # counts and ids of tokens are in every other line of a log, and no secrets
-    lowered = piece.lower().replace("tokens", "").replace("token_id", "").replace("tokeniz", "")
-    for triggers, pattern, replacement in STRICT if strict else MILD:
-        if any(trigger in lowered for trigger in triggers):
-            piece = pattern.sub(replacement, piece)
-    return LONG.sub(_without_token, piece) if strict else piece
 
 
 def _without_token(found: re.Match[str]) -> str:

@@ -47,7 +47,6 @@ class Serve(BaseModel):
 
     @property
     def base_url(self) -> str:
-        """`http://host:port`, without `/v1`."""
         return f"http://{self.host}:{self.port}"
 
 

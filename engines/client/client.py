@@ -27,10 +27,8 @@ PARSED_AT_ONCE = 8  # chunks, some 0.1 ms: what parsing one stream may delay the
 
 
 def client_session() -> aiohttp.ClientSession:
-    """A session for `stream_chat`: no proxy, no limit of connections, and a fresh connection for every request.
-
-    A kept-alive connection that the engine closes while we send would look like a failure of the engine.
-    """
+    """A session for `stream_chat`: no proxy, no limit of connections, and a fresh connection for every request."""
+    # a kept connection that the engine closes while we send would look like a failure of the engine
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),

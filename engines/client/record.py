@@ -117,7 +117,6 @@ class StreamRecord:
 
     @property
     def prompt_tokens(self) -> int | None:
-        """By `usage`; None without it."""
         return (self.usage or {}).get("prompt_tokens")
 
     @property

@@ -143,7 +143,6 @@ async def _serve(port: int, ttft_ms: float, itl_ms: float, tokens: int, *, forev
 
 
 def main() -> None:
-    """Serves until stdin closes, or for ever."""
     parser = argparse.ArgumentParser(description="An OpenAI-like stream whose timing is known exactly.")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--ttft-ms", type=float, default=50)

@@ -47,10 +47,7 @@ class ErrorBudget(TypedDict):
 
 @contextlib.contextmanager
 def reference_server(*, ttft_ms: float = 50, itl_ms: float = 10, tokens: int = 32) -> Iterator[Endpoint]:
-    """The endpoint of a reference server that runs while the context lasts.
-
-    Raises EngineExited or EngineStalled when it does not start.
-    """
+    """The endpoint of a reference server while the context lasts. Raises EngineExited, EngineStalled."""
     flags = (f"--ttft-ms={ttft_ms}", f"--itl-ms={itl_ms}", f"--tokens={tokens}")
     argv = [sys.executable, "-m", "engines.client.reference_server", *flags]
     pipe = subprocess.PIPE

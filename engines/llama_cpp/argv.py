@@ -24,6 +24,7 @@ from engines.settings import KvType, Settings
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 EVERY_HOST = "0.0.0.0"
 RANDOM_SEED = 2**32 - 1
+_ANY = -(2**63)
 API_KEY_NOTE = "the key itself is not copied: export it as the environment variable that api_key_env in the plan names"
 
 
@@ -178,24 +179,24 @@ def _whole(flag: str, text: str, *, least: int) -> int:
     return number
 
 
-def _number(name: str, *, own_default: int | None = None, least: int = 1) -> Take:
+def _number(name: str, *, least: int = 1, own_default: int | None = None, note: str = "") -> Take:
     """Reads a number into setting `name`; at `own_default` or below, the engine's own default is what is meant."""
 
     def take(command: LlamaServerCommand, flag: str, text: str) -> None:
-        number = _whole(flag, text, least=least if own_default is None else -(2**63))
-        if own_default is not None and number <= own_default:
-            command.values.pop(name, None)
-        else:
+        number = _whole(flag, text, least=least)
+        if own_default is None or number > own_default:
             command.values[name] = number
+            return
+        command.values.pop(name, None)
+        if note:
+            command.note(f"{flag} {number}: {note}")
 
     return take
 
 
 def _gpu_layers(command: LlamaServerCommand, flag: str, text: str) -> None:
     command.values.pop("gpu_layers", None)
-    number = {"auto": -1, "all": -2}.get(text)
-    number = _whole(flag, text, least=-2) if number is None else number
-    if number >= 0:
+    if text not in ("auto", "all") and (number := _whole(flag, text, least=-2)) >= 0:
         command.values["gpu_layers"] = number
     elif text != "auto":
         command.note(f"{flag} {text}: left to the engine, which puts on the GPU what fits")
@@ -222,28 +223,23 @@ def _load_mode(command: LlamaServerCommand, flag: str, text: str) -> None:
         command.passthrough += [flag, text]
 
 
-def _host_cache(command: LlamaServerCommand, flag: str, text: str) -> None:
-    number = _whole(flag, text, least=-1)
-    command.values.pop("host_cache_mib", None)
-    if number >= 0:
-        command.values["host_cache_mib"] = number
-    else:
-        command.note(f"{flag} -1: an unbounded prompt cache cannot be planned for; the engine's own default is used")
-
-
 def _kv_type(command: LlamaServerCommand, flag: str, text: str) -> None:
     command.kv_types["K" if flag in ("-ctk", "--cache-type-k") else "V"] = text
 
 
 def _seed(command: LlamaServerCommand, flag: str, text: str) -> None:
     number = _whole(flag, text, least=-1)
-    command.values.pop("seed", None)
     if 0 <= number < RANDOM_SEED:
         command.values["seed"] = number
+    else:
+        command.values.pop("seed", None)
 
 
-def _model(command: LlamaServerCommand, flag: str, text: str) -> None:
-    command.gguf = command.path(text)
+def _file(command: LlamaServerCommand, flag: str, text: str) -> None:
+    if flag == "--chat-template-file":
+        command.values["chat_template"] = command.path(text)
+    else:
+        command.gguf = command.path(text)
 
 
 def _alias(command: LlamaServerCommand, flag: str, text: str) -> None:
@@ -262,10 +258,6 @@ def _port(command: LlamaServerCommand, flag: str, text: str) -> None:
     command.port = _whole(flag, text, least=0)
     if command.port > 65535:
         raise BadInput(f"{flag}: {command.port} is above 65535; give a port that exists")
-
-
-def _template_file(command: LlamaServerCommand, flag: str, text: str) -> None:
-    command.values["chat_template"] = command.path(text)
 
 
 def _template(command: LlamaServerCommand, flag: str, text: str) -> None:
@@ -289,18 +281,19 @@ def _token(command: LlamaServerCommand, flag: str, text: str) -> None:
 
 
 _SLOTS_NOTE = "llama-server then chooses (4 slots in builds of 2026); the plan has 1, raise it if needed"
+_CACHE_NOTE = "an unbounded prompt cache cannot be planned for; the engine's own default is used"
 _ON, _OFF, _AUTO = ("on", "enabled", "true", "1"), ("off", "disabled", "false", "0"), ("auto", "-1")
 
 # spellings of flags that take a value, the environment variable, and what the value means
 _VALUES: tuple[tuple[str, str, Take], ...] = (
-    ("-m --model", "LLAMA_ARG_MODEL", _model),
+    ("-m --model", "LLAMA_ARG_MODEL", _file),
     ("-a --alias", "LLAMA_ARG_ALIAS", _alias),
     ("--host", "LLAMA_ARG_HOST", _host),
     ("--port", "LLAMA_ARG_PORT", _port),
-    ("-c --ctx-size", "LLAMA_ARG_CTX_SIZE", _number("context_tokens", own_default=0)),
+    ("-c --ctx-size", "LLAMA_ARG_CTX_SIZE", _number("context_tokens", least=_ANY, own_default=0)),
     ("-np --parallel", "LLAMA_ARG_N_PARALLEL", _parallel),
     ("-ngl --gpu-layers --n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS", _gpu_layers),
-    ("-t --threads", "LLAMA_ARG_THREADS", _number("threads", own_default=0)),
+    ("-t --threads", "LLAMA_ARG_THREADS", _number("threads", least=_ANY, own_default=0)),
     ("-b --batch-size", "LLAMA_ARG_BATCH", _number("batch_tokens")),
     ("-ub --ubatch-size", "LLAMA_ARG_UBATCH", _number("ubatch_tokens")),
     ("-fa --flash-attn", "LLAMA_ARG_FLASH_ATTN", _flash_attention),
@@ -308,9 +301,9 @@ _VALUES: tuple[tuple[str, str, Take], ...] = (
     ("-ctv --cache-type-v", "LLAMA_ARG_CACHE_TYPE_V", _kv_type),
     ("-lm --load-mode", "LLAMA_ARG_LOAD_MODE", _load_mode),
     ("--cache-reuse", "LLAMA_ARG_CACHE_REUSE", _number("cache_reuse_tokens", least=0)),
-    ("-cram --cache-ram", "LLAMA_ARG_CACHE_RAM", _host_cache),
+    ("-cram --cache-ram", "LLAMA_ARG_CACHE_RAM", _number("host_cache_mib", least=-1, own_default=-1, note=_CACHE_NOTE)),
     ("-s --seed", "", _seed),
-    ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE", _template_file),
+    ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE", _file),
     ("--chat-template", "LLAMA_ARG_CHAT_TEMPLATE", _template),
     ("-hf -hfr --hf-repo", "LLAMA_ARG_HF_REPO", _download),
     ("-mu --model-url", "LLAMA_ARG_MODEL_URL", _download),
@@ -504,18 +497,14 @@ def _agree_on_address(command: LlamaServerCommand, published: Published) -> None
     if command.port == 0:
         command.port = DEFAULT_PORT
         command.note(f"--port 0: clients need a port that stays; the plan has {DEFAULT_PORT}")
-    if command.host != "localhost" and not _is_address(command.host):
+    if command.host == "localhost":
+        return
+    try:
+        ipaddress.ip_address(command.host)
+    except ValueError:
         command.host = _resolved(command.host) or DEFAULT_HOST
         why = "is written as its address" if command.host != DEFAULT_HOST else "is no address of this machine"
         command.note(f"--host {asked}: {why}; the plan has {where()}")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _resolved(host: str) -> str | None:

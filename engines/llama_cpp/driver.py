@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from engines.driver import (
     Form,
@@ -114,11 +113,7 @@ class LlamaCpp:
         env = scrubbed(base, ("LLAMA_", "GGML_"))
         if serve.settings.api_key is not None:
             env["LLAMA_API_KEY"] = serve.settings.api_key.get_secret_value()
-        if installation.libraries is not None:
-            env["LD_LIBRARY_PATH"] = os.pathsep.join(
-                filter(None, [str(installation.libraries), base.get("LD_LIBRARY_PATH", "")])
-            )
-        return env
+        return _with_libraries(env, installation.libraries)
 
     def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         found = []
@@ -137,7 +132,14 @@ class LlamaCpp:
         slots = json.loads(answer)
         if not isinstance(slots, list):
             raise ValueError("/slots is no list")
-        return tuple(number for slot in slots for number in _slot_counters(slot))
+        counters: list[int] = []
+        for slot in slots:
+            following = slot.get("next_token") or {}
+            following = following[0] if isinstance(following, list) and following else following
+            decoded = following.get("n_decoded") if isinstance(following, dict) else None
+            numbers = (slot.get("id_task"), slot.get("n_prompt_tokens_processed"), decoded)
+            counters += (int(number or 0) for number in numbers)
+        return tuple(counters)
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         """Any: llama-server answers to every name."""
@@ -151,19 +153,15 @@ class LlamaCpp:
         return {"cache_prompt": False}
 
 
-def _slot_counters(slot: dict[str, Any]) -> tuple[int, int, int]:
-    following = slot.get("next_token") or {}
-    following = following[0] if isinstance(following, list) and following else following
-    decoded = following.get("n_decoded") if isinstance(following, dict) else None
-    return int(slot.get("id_task") or 0), int(slot.get("n_prompt_tokens_processed") or 0), int(decoded or 0)
+def _with_libraries(env: dict[str, str], libraries: Path | None) -> dict[str, str]:
+    paths = filter(None, [str(libraries), env.get("LD_LIBRARY_PATH", "")])
+    return env if libraries is None else {**env, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
 def _binary_installation(binary: Path) -> Installation:
     # a wheel or a release archive keeps its shared libraries beside the binary
     libraries = binary.parent if any(binary.parent.glob("*.so*")) else None
-    env = scrubbed(os.environ, ("LLAMA_", "GGML_"))
-    if libraries:
-        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), env.get("LD_LIBRARY_PATH", "")]))
+    env = _with_libraries(scrubbed(os.environ, ("LLAMA_", "GGML_")), libraries)
     version_text = probe([str(binary)], "--version", env=env)
     if version_text is None:
         raise EngineNotFound(f"{binary} is there but does not run: try `{binary} --version`", engine="llama.cpp")

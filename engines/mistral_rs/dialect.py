@@ -129,11 +129,9 @@ class BinaryDialect(Dialect):
         return status, compact(changed)
 
     def event(self, chunk: bytes) -> bytes:
-        """All events that are complete by now."""
         return b"".join(map(self._event, self._splitter.feed(chunk)))
 
     def rest(self) -> bytes:
-        """An end that came without its empty line."""
         held, self._splitter.rest = self._splitter.rest, b""
         return self._event(held) if held.strip() else b""
 
@@ -172,7 +170,6 @@ class BinaryDialect(Dialect):
         return b"data: " + body + b"\n\n"
 
     def _chunks(self, body: Json) -> Iterator[Json]:
-        """llama.cpp's chunks for one of the binary's."""
         choices = body["choices"]
         head = {key: value for key, value in body.items() if key not in ("choices", "usage") and value is not None}
         head |= {"id": self._id, "model": self._model_id}

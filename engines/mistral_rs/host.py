@@ -118,7 +118,6 @@ def to_response(reply: EngineResponse) -> Response:
 
 
 async def whole_body(request: Request) -> bytes:
-    """The request's body; ApiError 413 when it is too large."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -159,10 +158,7 @@ class KeyRequired:
 
 
 class LoadingResponder:
-    """A forked child that answers 503 on the listening socket until `close`; it ends with its parent.
-
-    The wheel holds Python's global lock while it loads, so no thread of this process can answer then.
-    """
+    """A forked child that answers 503 on the listening socket until `close`; it ends with its parent."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._alive, self._hold = os.pipe()

@@ -71,7 +71,6 @@ def _alternatives(header: Header, lists: dict[str, Any], refused: list[Tensor]) 
 
 
 def _list_age(lists: dict[str, Any], version: str | None, installed: tuple[int, ...] | None) -> str:
-    """How the lists' version relates to the installed one, as the end of a sentence."""
     read_at = lists["read_at"]
     if installed is None:
         why = f"version {version!r} cannot be read as a number" if version else "the installed version is not known"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -30,21 +31,25 @@ def free_memory() -> FreeMemory:
     return FreeMemory(available if limited is None else min(available, limited), *_free_vram())
 
 
-def _free_vram() -> tuple[int | None, int]:
+@cache
+def nvml() -> tuple[Any, list[Any]]:
+    """NVML and its devices; (None, []) without any that can be used."""
     try:
         import pynvml  # 70 ms that only a process which asks pays
 
         pynvml.nvmlInit()
-    except Exception:  # no driver, no library, no permission: each means that no NVIDIA GPU can be used
-        return None, 0
+        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # no module, no driver, no permission, no device: all mean the same, nothing to measure
+        return None, []
+
+
+def _free_vram() -> tuple[int | None, int]:
+    library, devices = nvml()
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        free = [int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles]
-        return (sum(free), len(free)) if free else (None, 0)
-    except pynvml.NVMLError:
+        free = [int(library.nvmlDeviceGetMemoryInfo(device).free) for device in devices]
+    except library.NVMLError:
         return None, 0
-    finally:
-        pynvml.nvmlShutdown()
+    return (sum(free), len(free)) if free else (None, 0)
 
 
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:

@@ -258,7 +258,6 @@ class _Row:
 
 
 def _place(reader: GgufReader, rows: list[_Row], alignment: int) -> tuple[tuple[Tensor, ...], int]:
-    """The tensors with their sizes, and the file size that they need."""
     data_start = -(-reader.at // alignment) * alignment if rows else reader.at
     ends = sorted({row.offset for row in rows} | {max(reader.size - data_start, 0)})
     following = dict(pairwise(ends))

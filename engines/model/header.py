@@ -115,7 +115,6 @@ def read_header(path: Path | str) -> Header:
 
 
 def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
-    """The paths of shards 2..n; empty for a file that stands alone."""
     count = meta.get("split.count", 1)
     match = SHARD_NAME.match(first.name)
     if not isinstance(count, int) or count > 99_999:

@@ -189,10 +189,7 @@ def _padded(cells: int) -> int:
 
 
 def state_bytes_per_sequence(header: Header) -> int:
-    """Bytes of recurrent state, f32, for one sequence; 0 for a model without recurrent layers.
-
-    Raises BadInput where the header lacks the sizes.
-    """
+    """Bytes of recurrent state, f32, for one sequence; 0 without recurrent layers. BadInput where sizes are missing."""
     n_recurrent = sum(recurrent_layers(header))
     if not n_recurrent:
         return 0

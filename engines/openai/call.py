@@ -30,10 +30,6 @@ class Refusal(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
 
-    def event(self) -> bytes:
-        """The same inside a stream that has begun, and its end: clients raise it as an error."""
-        return b"data: " + json.dumps(self.body()).encode() + b"\n\ndata: [DONE]\n\n"
-
 
 @dataclass(frozen=True)
 class Call:
@@ -50,7 +46,6 @@ class Call:
 
     @property
     def stream(self) -> bool:
-        """Whether the client wants server-sent events."""
         return self.path in GENERATING and self.body.get("stream") is True
 
     @property

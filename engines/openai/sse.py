@@ -51,10 +51,8 @@ def payloads(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def compact(body: dict[str, Any]) -> bytes:
-    """`body` as JSON without blanks, as engines send it."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def write_event(body: dict[str, Any]) -> bytes:
-    """One event with `body` as its data."""
     return b"data: " + compact(body) + b"\n\n"

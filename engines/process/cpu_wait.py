@@ -37,10 +37,7 @@ class CpuWait:
             self._threads[thread_id] = _Thread(ran_ns, waited_ns, self._marked_at, waited_ns / 1e9)
 
     def since_mark_s(self) -> float:
-        """The most that one thread has waited; 0 where the system does not report it.
-
-        One thread is enough: the others wait for it at the next barrier, asleep.
-        """
+        """The most that one thread has waited (others sleep at the next barrier); 0 where that is not reported."""
         now, most = time.monotonic(), 0.0
         for thread_id, ran_ns, waited_ns, runnable in _threads(self._pids()):
             known = self._threads.setdefault(thread_id, _Thread(ran_ns, waited_ns, now, 0.0))
@@ -68,7 +65,6 @@ def _threads(pids: Iterable[int]) -> Iterable[tuple[int, int, int, bool]]:
 
 
 def _state(path: str) -> str:
-    """The state letter of a stat file; '' where there is none."""
     with contextlib.suppress(OSError, IndexError), open(path, encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()[0]  # the name before it may hold brackets and blanks
     return ""

@@ -143,7 +143,6 @@ class ManagedProcess:
         return self._popen.wait()
 
     def tree(self) -> list[psutil.Process]:
-        """The process and all its descendants that are alive now."""
         try:
             root = psutil.Process(self.pid)
             return [root, *root.children(recursive=True)]
@@ -175,8 +174,12 @@ class ManagedProcess:
             if self.given_up:  # SIGKILL is pending; nothing more can be done
                 return None
             _RUNNING.discard(self)
-            for process in [*self.tree(), *self._left_behind()]:
-                self._known[process.pid] = process
+            found = self.tree()
+            # When it has died by itself its children are nobody's descendants, but of its session. Not once the
+            # register let go of it, nor when its pid is in use again: it may be another process.
+            if self.poll() is not None and self._entry.exists() and not psutil.pid_exists(self.pid):
+                found += _session_members(self.pid)
+            self._known |= {process.pid: process for process in found}
             for _ in range(2):
                 if self._wait(0):
                     break
@@ -214,17 +217,7 @@ class ManagedProcess:
         self.log.close()
         self._entry.unlink(missing_ok=True)
 
-    def _left_behind(self) -> list[psutil.Process]:
-        """Members of its session when it has died by itself: its children are nobody's descendants then.
-
-        None once the register let go of it, or when its pid is in use again: it may be another process.
-        """
-        if self.poll() is None or not self._entry.exists() or psutil.pid_exists(self.pid):
-            return []
-        return _session_members(self.pid)
-
     def send_signal(self, number: int) -> None:
-        """Signal the process alone, without its descendants."""
         self._popen.send_signal(number)  # Popen does not signal a pid that it has reaped
 
     def _wait(self, seconds: float) -> bool:
@@ -334,7 +327,6 @@ def end_tree(identity: Identity, *, grace_s: float = 3.0) -> bool:
 
 
 def _members(identity: Identity) -> list[psutil.Process]:
-    """The process with its descendants and its session, as far as they run."""
     root = identity.process()
     with contextlib.suppress(psutil.Error):
         if root is None and not identity.fits(psutil.Process(identity.pid)):
@@ -419,7 +411,6 @@ def _write_entry(entry: Path, record: Mapping[str, Any]) -> None:
 
 
 def _read_entry(entry: Path) -> dict[str, Any] | None:
-    """The record, or None when it is unreadable or from an earlier boot."""
     try:
         record: dict[str, Any] = json.loads(entry.read_text())
         Identity(**record["process"]), Identity(**record["owner"]), record["name"]

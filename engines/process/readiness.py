@@ -49,8 +49,6 @@ def listener_on(port: int) -> str | None:
 
 
 class _LoadClock:
-    """Seconds since loading last moved: log bytes, resident memory or bytes read."""
-
     def __init__(self, child: ManagedProcess) -> None:
         self._child = child
         self._logged = -1
@@ -97,10 +95,7 @@ def wait_ready(
     progress: Callable[[str], None] = lambda _: None,
     ask: Ask | None = None,
 ) -> dict[str, object]:
-    """What the engine reports of itself, once our own child has produced one token; errors as in `serving`.
-
-    `ask` is how one talks to it: HTTP by default.
-    """
+    """What the engine reports of itself, over HTTP or `ask`, once it gave one token; errors as in `serving`."""
     ask = ask or over_http(serve)
     clock = _LoadClock(child)
     progress(f"loading {serve.gguf.name}")
@@ -122,8 +117,11 @@ def wait_ready(
             token = _FirstToken(ask, served_name)
         if token is not None and token.done.is_set():
             if token.arrived:
-                known = {"prefill_tokens_per_s": token.prefill_rate, "first_token_s": token.took_s}
-                return {**known, "first_token_path": token.path, **_metadata(ask)}
+                known: dict[str, object] = {"first_token_path": token.path, "first_token_s": token.took_s}
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    props = ask("GET", "/props", None, 5)[1]
+                    known["context_tokens"] = int(props["default_generation_settings"]["n_ctx"])
+                return {**known, "prefill_tokens_per_s": token.prefill_rate}
             if token.statuses and set(token.statuses) != {503}:  # 503: it reports that it is not ready
                 refused_at = refused_at or now
             refused_s = 0.0 if refused_at is None else min(now - refused_at, clock.loaded_s())
@@ -235,14 +233,6 @@ def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
         return False
     why = f"port {serve.port} is answered by {holder}, not by the {engine} that was started{last_lines(child)}"
     raise WrongListener(why, engine=engine, log_tail=child.log_tail())
-
-
-def _metadata(ask: Ask) -> dict[str, object]:
-    """Usable context of one sequence, where the engine reports it."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        props = ask("GET", "/props", None, 5)[1]
-        return {"context_tokens": int(props["default_generation_settings"]["n_ctx"])}
-    return {}
 
 
 def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:

@@ -15,10 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from engines.model.free_memory import nvml
 
 _LINUX = sys.platform.startswith("linux")
 _PROC = Path("/proc")
@@ -236,30 +237,15 @@ def _machine() -> dict[str, float | None]:
 
 def vram_bytes(pids: Iterable[int]) -> int | None:
     """GPU memory that these processes hold together; None without NVML, or where it does not see them (containers)."""
-    nvml, handles = _nvml()
-    ours = set(pids)
-    return _total(_used_on(nvml, handle, ours) for handle in handles)
-
-
-@cache
-def _nvml() -> tuple[Any, list[Any]]:
-    try:
-        import pynvml  # 70 ms that only a process which measures pays
-
-        pynvml.nvmlInit()
-        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # no module, no driver, no device: all mean the same here, nothing to measure
-        return None, []
-
-
-def _used_on(nvml: Any, handle: Any, pids: set[int]) -> int | None:
-    used: dict[int, int] = {}
-    # a Vulkan engine is listed among the graphics processes, or among both
-    for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
-        with contextlib.suppress(nvml.NVMLError):  # not supported by this card, or the card is gone
-            for process in ask(handle):
-                if process.pid in pids and process.usedGpuMemory is not None:
-                    used[process.pid] = max(used.get(process.pid, 0), process.usedGpuMemory)
+    library, devices = nvml()
+    ours, used = set(pids), dict[tuple[int, int], int]()
+    for at, device in enumerate(devices):
+        # a Vulkan engine is listed among the graphics processes, or among both
+        for ask in (library.nvmlDeviceGetComputeRunningProcesses, library.nvmlDeviceGetGraphicsRunningProcesses):
+            with contextlib.suppress(library.NVMLError):  # not supported by this card, or the card is gone
+                for process in ask(device):
+                    if process.pid in ours and process.usedGpuMemory is not None:
+                        used[at, process.pid] = max(used.get((at, process.pid), 0), process.usedGpuMemory)
     return sum(used.values()) if used else None
 
 

@@ -48,14 +48,16 @@ def first_difference(one: str, other: str) -> int | None:
 
 
 def read_answer(data: bytes, *, stream: bool, status: int = 200) -> ChatAnswer:
-    """A chat answer as the parity check keeps it (without logprobs), out of what an engine sent.
-
-    Arguments of tool calls are brought to one spelling: JSON with sorted keys, as it came where it is none.
-    """
+    """A chat answer as the parity check keeps it (without logprobs), out of what an engine sent."""
     if status >= 400:
         return no_answer(_error_of(data) or f"HTTP {status}")
     try:
-        record = parse_stream([(0, data if stream else _as_stream(data))], StreamRecord(0))
+        events = data
+        if not stream:  # an answer in one piece as the stream that would bring it
+            body = json.loads(data)
+            first = body["choices"][0]
+            events = write_event({**body, "choices": [{**first, "delta": first["message"]}]})
+        record = parse_stream([(0, events)], StreamRecord(0))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return no_answer(_error_of(data) or "no answer could be read")
     if record.error_type == "error_event":
@@ -75,22 +77,13 @@ def read_answer(data: bytes, *, stream: bool, status: int = 200) -> ChatAnswer:
 
 
 def no_answer(error: str | None) -> ChatAnswer:
-    """An answer that did not come."""
     nothing = dict.fromkeys(("finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens"))
     texts = {"id": "", "prompt": "", "text": "", "reasoning": ""}
     return {**texts, "tool_calls": [], **nothing, "positions": [], "error": error}
 
 
 def size_of(answer: ChatAnswer) -> int:
-    """About the bytes that it takes as JSON."""
     return len(answer["text"]) + len(answer["reasoning"]) + 1024
-
-
-def _as_stream(data: bytes) -> bytes:
-    """An answer in one piece as the stream that would bring it. Raises when it is none."""
-    body = json.loads(data)
-    first = body["choices"][0]
-    return write_event({**body, "choices": [{**first, "delta": first["message"]}]})
 
 
 def _error_of(data: bytes) -> str:
@@ -102,6 +95,7 @@ def _error_of(data: bytes) -> str:
 
 
 def _one_spelling(arguments: str) -> str:
+    """JSON with sorted keys; as it came where it is none."""
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except (ValueError, RecursionError):

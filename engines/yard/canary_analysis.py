@@ -28,8 +28,6 @@ JUDGE_SHARE = 20  # the next judgement waits this many times what the last one t
 
 @dataclass
 class _Analysis:
-    """What is known of one canary."""
-
     canary: Canary
     kept: list[LiveSample] = field(default_factory=list)
     last: LiveSample | None = None  # the newest one that was judged
@@ -39,8 +37,6 @@ class _Analysis:
 
 
 class CanaryAnalysis:
-    """The loop of one yard."""
-
     def __init__(self, yard: Yard, moves: Moves) -> None:
         self._yard = yard
         self._moves = moves

@@ -115,8 +115,6 @@ class Lines:
 
 
 class RequestCapture:
-    """The chat requests that were answered, where the plan names a file for them."""
-
     def __init__(self, path: Path | None, limit_bytes: int, problem: Callable[[str], None] = lambda _: None) -> None:
         self._lines = None if path is None else Lines(path, limit_bytes, problem)
 

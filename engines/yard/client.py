@@ -21,7 +21,6 @@ POLL_S = 0.2
 
 
 def socket_path(home: Path) -> Path:
-    """Where the yard of this home listens for orders."""
     return home / "yard" / "control.sock"
 
 
@@ -36,13 +35,10 @@ def short_name(path: Path) -> Iterator[str]:
 
 
 class YardClient:
-    """The yard of a home, as the command line and the flows see it."""
-
     def __init__(self, home: Path) -> None:
         self._path = socket_path(home)
 
     def runs(self) -> bool:
-        """True when it answers."""
         try:
             self.status()
         except SwitchyardError:
@@ -53,7 +49,6 @@ class YardClient:
         return self._get("/status")
 
     def samples(self, model: str | None = None) -> list[dict[str, Any]]:
-        """Its latest live requests of a model, oldest first."""
         return list(self._get("/samples", **({"model": model} if model else {}))["samples"])
 
     def order(self, name: str, say: Say = lambda _: None, **body: Any) -> str:

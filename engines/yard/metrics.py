@@ -59,7 +59,6 @@ class Metrics:
         self._gap = histogram("itl_seconds", "Gap between content chunks.", by_engine, buckets=GAP_S)
 
     def gap(self, model: str, engine: str) -> Callable[[float], None]:
-        """Takes the seconds between two chunks of one stream."""
         observe: Callable[[float], None] = self._gap.labels(model, engine).observe
         return observe
 
@@ -71,7 +70,6 @@ class Metrics:
             self._ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
 
     def text(self, routes: Iterable[Route], incidents: int) -> bytes:
-        """Everything now, in Prometheus' text format."""
         for route in routes:
             self._waiting.labels(route.model_id).set(route.waiting)
             self._fallback.labels(route.model_id).set(route.fallback is not None)

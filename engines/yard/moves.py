@@ -166,10 +166,7 @@ class Moves:
         return "; ".join(changed)
 
     async def retire(self, order: RetireOrder, _: Say) -> str:
-        """Take an engine out of every route, on the disk first; nothing starts it until it is restored.
-
-        Raises BadInput while a route, a fallback in force, a canary or a shadow needs it, or a model is being moved.
-        """
+        """Take an engine out of every route, on the disk first. Raises BadInput while one needs it or is moved."""
         engine = order.engine
         if needs := [need for route in self._yard.routes.values() for need in self._needs(route, engine)]:
             raise BadInput(f"{engine} is still needed: {'; '.join(needs)}")
@@ -290,7 +287,6 @@ class Moves:
         route.hand_over()
 
     async def _bring_up(self, route: Route, target: Unit, report: Say, within_s: float | None = None) -> None:
-        """One real token from the target, or MoveFailed with it stopped again."""
         if target.state.serves:
             return
         report(f"starting {target.engine} {target.spec.version}")
@@ -303,7 +299,6 @@ class Moves:
         report(f"{target.engine} gave its first token after {target.load_s or 0:.1f} s")
 
     async def _end(self, units: Iterable[Unit], report: Say) -> None:
-        """End engines that no new request goes to, once their requests are done."""
         for unit in units:
             running = unit.child is not None
             await unit.idle()

@@ -28,11 +28,7 @@ class Waiting:
 
 
 class Route:
-    """One model's engines, and the requests in front of them.
-
-    Requests are handed over first come, first served, and never more than an engine takes at a time: so a request that
-    waits here is lost with no engine, and nothing of ours queues inside one.
-    """
+    """One model's engines, and the requests in front of them: an engine gets no more than it takes at a time."""
 
     def __init__(self, model: ModelConfig, state: ModelState, max_waiting: int) -> None:
         self.model_id = model.id
@@ -72,10 +68,7 @@ class Route:
         return self.serving
 
     def enter(self, conversation: str, prompt_tokens: int, *, light: bool = False) -> Waiting:
-        """Queue a request; a light one needs an engine, but no slot.
-
-        Raises Refusal 429 where too many wait, 503 when no engine can serve the model now or soon.
-        """
+        """Queue a request; a light one needs no slot. Raises Refusal 429 (too many wait), 503 (no engine can serve)."""
         if self.unservable is not None:
             raise _unservable(self.unservable)
         place = Waiting(conversation, prompt_tokens, light)

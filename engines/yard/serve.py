@@ -152,7 +152,6 @@ def _http_log() -> logging.Logger:
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
-    """One readable line an event, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("switchyard")

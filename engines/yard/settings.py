@@ -72,5 +72,4 @@ class YardSettings(BaseModel):
 
     @property
     def on_loopback(self) -> bool:
-        """True when only this machine can reach the port."""
         return is_loopback(self.host)

@@ -80,8 +80,6 @@ class Tally:
 
 
 class Shadow:
-    """The copies of one yard."""
-
     def __init__(self, yard: Yard) -> None:
         self._yard = yard
         self._tallies: dict[str, Tally] = {}

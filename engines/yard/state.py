@@ -53,7 +53,6 @@ class Retired(_Stored):
     undo: tuple[str, ...] = ()  # models whose way back it was
 
     def line(self, engine: str) -> str:
-        """When, by whom and why, and how to undo it."""
         day = time.strftime("%Y-%m-%d", time.localtime(self.at))
         return f"{engine} was retired on {day} by {self.who} ({self.why}); `switchyard restore {engine}` brings it back"
 
@@ -105,7 +104,6 @@ class YardState(_Stored):
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
 
     def with_model(self, model_id: str, route: ModelState) -> YardState:
-        """The same, with one route changed."""
         return self.model_copy(update={"models": {**self.models, model_id: route}})
 
 
@@ -121,8 +119,6 @@ class Unreadable(SwitchyardError):
 
 
 class StateFile:
-    """`state.json` in the yard's folder."""
-
     def __init__(self, folder: Path) -> None:
         self.path = folder / "state.json"
 

@@ -173,7 +173,6 @@ class Yard:
         return ModelState(serving=chosen, selected=model.engine, specs=dict(model.specs))
 
     def unit(self, spec: LaunchSpec) -> Unit:
-        """An engine of this yard, not started."""
         note = partial(self.events.note, model=spec.model_id, engine=spec.engine)
 
         def reconsider(_: Unit) -> None:
@@ -195,7 +194,6 @@ class Yard:
         return unit
 
     async def _relocated(self, spec: LaunchSpec) -> LaunchSpec:
-        """A stored spec as it can be started now; what differs, or is missing, is noted."""
         found, line = await asyncio.to_thread(relocated, spec, self._driver(spec.engine))
         if line:
             self.events.note("yard" if found != spec else "incident", spec.model_id, line, engine=spec.engine)

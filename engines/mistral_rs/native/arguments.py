@@ -50,7 +50,6 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None, *, n
 
 
 def check(arguments: argparse.Namespace, key: str | None) -> None:
-    """BadInput for arguments that cannot be served."""
     if not is_loopback(arguments.host) and not key:
         raise BadInput(f"--host {arguments.host} is open to others: set a key in {KEY_VARIABLE}, or use 127.0.0.1")
     for name in ("context", "parallel", "threads"):

@@ -64,7 +64,9 @@ class ChatTemplate:
             "unk_token": vocabulary.special("unknown"),
         }
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
+        environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, **_: json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent
+        )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self._template = environment.from_string(source)
@@ -81,10 +83,6 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise TemplateRefused(f"the chat template refused the messages: {error}") from error
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
 def _refuse(reason: str) -> None:

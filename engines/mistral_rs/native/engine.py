@@ -112,8 +112,6 @@ class GenerationRequest:
 
 
 class Native:
-    """A loaded model with the requests that it answers."""
-
     def __init__(self, model: LoadedModel, model_id: str, slots: int) -> None:
         self.model = model
         self.model_id = model_id

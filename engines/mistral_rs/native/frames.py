@@ -30,7 +30,6 @@ class Broken(ConnectionError):
 
 
 def head(key: str, method: str, path: str, body: bytes) -> bytes:
-    """A request, whole."""
     words = {"key": key, "method": method, "path": path, "length": len(body)}
     return json.dumps(words).encode() + b"\n" + body
 

@@ -46,7 +46,6 @@ def bad(param: str, message: str) -> ApiError:
 
 
 def context_exceeded(prompt_tokens: int, context: int) -> ApiError:
-    """The 400 for a prompt that leaves no room, with both numbers."""
     return ApiError(
         400,
         f"the request exceeds the available context size: {prompt_tokens} prompt tokens, {context} of context",
@@ -250,7 +249,6 @@ def _message(message: Any, where: str) -> Json:
 
 
 def parse_tools(body: Json) -> list[Json]:
-    """The function tools of a body; 400 for a tool that is no function."""
     tools = body.get("tools") or []
     if not isinstance(tools, list):
         raise bad("tools", "must be a list")

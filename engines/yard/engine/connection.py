@@ -127,7 +127,6 @@ class FrameConnection(EngineConnection):
         self._client = frames.FrameClient(host, port, key.get_secret_value() if key else "")
 
     def close(self) -> None:
-        """Break off all requests, and let the worker's connections go."""
         super().close()
         self._client.close()
 

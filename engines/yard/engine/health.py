@@ -20,8 +20,6 @@ BACK_OFF_S = (0.0, 1.0, 4.0, 15.0, 60.0)
 
 
 class Health(StrEnum):
-    """What an engine is doing, as far as evidence goes."""
-
     STOPPED = "stopped"
     LOADING = "loading"
     READY = "ready"
@@ -32,7 +30,6 @@ class Health(StrEnum):
 
     @property
     def serves(self) -> bool:
-        """True when a request can be handed to it now."""
         return self in (Health.READY, Health.BUSY)
 
 

@@ -52,7 +52,6 @@ class InFlight:
 
     @property
     def process_ended(self) -> str:
-        """Why its process ended; '' while it runs."""
         return "" if self.process is None else self.process.ended_because
 
     def hold(self) -> None:

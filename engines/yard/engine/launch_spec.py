@@ -57,7 +57,6 @@ class LaunchSpec(BaseModel):
 
     @classmethod
     def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings) -> LaunchSpec:
-        """The spec of an engine that was found on this machine."""
         as_found = {**vars(found), "flags": tuple(sorted(found.flags))}
         return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings)
 

@@ -181,12 +181,11 @@ class Liveness:
         """The engine's own count of how far it is; empty when it does not answer."""
 
         async def ask() -> bytes:
-            try:
+            with contextlib.suppress(Gone):
                 async with self._connection.ask("GET", self._driver.progress_path) as answer:
                     body = await answer.read()
                     return body if answer.status == 200 else b""
-            except Gone:
-                return b""
+            return b""
 
         return await in_time(self._pid, ask(), ASK_TIMEOUT_S) or b""
 

@@ -30,7 +30,6 @@ class EngineStats:
         self._tokens = self._tokens_then = 0
 
     def learn(self, running: InFlight) -> None:
-        """Take over what a finished request showed."""
         if (ttft_ms := running.ttft_ms) is not None:
             self._tokens += running.chunks
             self.ttft_ms_series.append(ttft_ms)
@@ -46,7 +45,12 @@ class EngineStats:
         if self.sampled_at:
             self.tokens_per_s = max(tokens - self._tokens_then, 0) / (now - self.sampled_at)
         self.sampled_at, self._tokens_then = now, tokens
-        self.memory_bytes, self.vram_bytes = await in_thread(lambda: _memory(child), name="memory of an engine")
+
+        def measured() -> tuple[int | None, int | None]:
+            pids = [member.pid for member in child.tree()]
+            return private_bytes(pids), vram_bytes(pids)
+
+        self.memory_bytes, self.vram_bytes = await in_thread(measured, name="memory of an engine")
         if self.memory_bytes is not None:
             self.memory_series.append(self.memory_bytes)
             self.held_bytes = max(self.held_bytes or 0, self.memory_bytes + (self.vram_bytes or 0))
@@ -54,8 +58,3 @@ class EngineStats:
     def forget_process(self) -> None:
         self.memory_bytes = self.vram_bytes = self.tokens_per_s = None
         self.sampled_at, self._tokens_then = 0.0, self._tokens
-
-
-def _memory(child: ManagedProcess) -> tuple[int | None, int | None]:
-    pids = [member.pid for member in child.tree()]
-    return private_bytes(pids), vram_bytes(pids)

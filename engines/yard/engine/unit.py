@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,6 @@ class Unit:
 
     @property
     def why(self) -> str:
-        """The evidence for the state it is in."""
         return self.transitions[-1].why if self.transitions else "never started"
 
     @property
@@ -146,16 +146,12 @@ class Unit:
             await self._moved.wait()
 
     async def idle(self) -> None:
-        """Return when no request is in flight on it."""
         while self.in_flight:
             await self._moved.wait()
 
     async def end_of(self, running: InFlight) -> str:
-        """Why the process of a request that broke off ended; '' when it still runs.
-
-        A broken connection is seen a moment before the end of the process.
-        """
-        deadline = time.monotonic() + SETTLE_S
+        """Why the process of a request that broke off ended; '' when it still runs."""
+        deadline = time.monotonic() + SETTLE_S  # a broken connection is seen a moment before the end of the process
         while not running.process_ended and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), left)
@@ -175,7 +171,6 @@ class Unit:
 
     @property
     def has_room(self) -> bool:
-        """True when a request can be handed to it now."""
         doubted = self._liveness is not None and self._liveness.doubted
         return self.accepts and not doubted and len(self.in_flight) < self.slots
 
@@ -205,7 +200,6 @@ class Unit:
     # --- the owner
 
     async def _supervise(self) -> None:
-        """Run one process after the other, whenever it is wanted."""
         while True:
             if not self._wanted:
                 self._wake.clear()
@@ -293,10 +287,6 @@ class Unit:
             raise EngineError(f"{self.engine} cannot be started: {error}", engine=self.engine) from error
         if not self._wanted:
             return None
-
-        def note_loading(what: str) -> None:
-            self.loading = what
-
         seen: Mapping[str, Any] = await in_thread(
             lambda: wait_ready(
                 self.engine,
@@ -304,7 +294,7 @@ class Unit:
                 child,
                 served_name=self.driver.served_name(found, self.spec.model_id),
                 stall_s=self._settings.load_stall_s,
-                progress=note_loading,
+                progress=partial(setattr, self, "loading"),
                 ask=in_frames(serve) if self.spec.form == "native" else None,
             ),
             name=f"readiness of {self.engine}",

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from engines.openai.call import GENERATING, Call, Refusal, parse, reported_prefill_rate
 from engines.openai.dialect import Dialect
+from engines.openai.sse import DONE, write_event
 from engines.process.readiness import NOT_SUPPORTED
 from engines.yard.engine.connection import EngineAnswer, Gone
 from engines.yard.engine.in_flight import InFlight
@@ -57,8 +58,6 @@ class ClientLeft(Exception):
 
 
 class Gateway:
-    """The aiohttp application in front of a yard."""
-
     def __init__(self, yard: Yard, shadow: Shadow, memory_budget: MemoryBudget, status: Status) -> None:
         self._yard = yard
         self._shadow = shadow
@@ -368,7 +367,7 @@ class ClientReply:
     async def cut(self, refusal: Refusal) -> None:
         """End a stream that had begun: an error event, and a proper end."""
         self.error = str(refusal)
-        await self._write(b"\n\n" + refusal.event())
+        await self._write(b"\n\n" + write_event(refusal.body()) + DONE)  # clients raise it as an error
 
     async def whole(self, status: int, data: bytes) -> None:
         """Send an answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
@@ -379,7 +378,7 @@ class ClientReply:
         if self._response is None:
             self._whole = web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
             return
-        await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n")
+        await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\n" + DONE)
 
     async def delivered(self) -> web.StreamResponse:
         """Complete the answer; of a stream the client has taken nearly all then."""
@@ -425,7 +424,6 @@ class ClientReply:
 
 
 def _error(refusal: Refusal, **detail: Any) -> web.Response:
-    """An error as a whole answer; `detail` stands beside it."""
     headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
     return web.json_response({**refusal.body(), **detail}, status=refusal.status, headers=headers)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 
 def retired(status: Mapping[str, Any]) -> list[str]:
-    """A line for each engine that nothing starts any more."""
     return list(status.get("retired", {}).values())
 
 

@@ -13,8 +13,6 @@ from engines.yard.yard import Yard
 
 
 class Status:
-    """The state of a yard and of the copies it makes."""
-
     def __init__(self, yard: Yard, shadow: Shadow) -> None:
         self._yard = yard
         self._shadow = shadow
@@ -34,7 +32,6 @@ class Status:
         return redacted_text(f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " "))
 
     def models(self) -> list[dict[str, Any]]:
-        """The entries of `/v1/models`: every name that is served."""
         return [
             {
                 "id": name,

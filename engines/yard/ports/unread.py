@@ -40,7 +40,6 @@ class Unread:
 
     @property
     def any(self) -> bool:
-        """True while a client is noticeably behind."""
         return any(size > SOME_BYTES for size in self._bytes.values())
 
     def holds(self, request: object) -> bool:
