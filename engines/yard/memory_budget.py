@@ -46,13 +46,8 @@ class MemoryBudget:
         self._one = asyncio.Lock()
         self._waking: dict[str, asyncio.Task[None]] = {}
 
-    def start(self) -> None:
-        """Load models at the start, as far as the budget goes; the others wait for their first request."""
-        for route in self._yard.routes.values():
-            self.admit(route)
-
     def admit(self, route: Route) -> None:
-        """Take a new model in: loaded, or unloaded until its first request."""
+        """Take a new model in: loaded as far as the budget goes, or unloaded until its first request."""
         route.unloaded = route.load == "demand" or self._yard.settings.memory_budget_mib is not None
         if not route.unloaded:
             self._yard.bring_up(route)

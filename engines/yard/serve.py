@@ -118,7 +118,8 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
             raise PortTaken(f"{why}, or set yard.port in the plan") from error
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
         opened(yard)  # what engines do not support is reported before one is launched
-        memory_budget.start()
+        for route in yard.routes.values():
+            memory_budget.admit(route)
         for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run):
             background.append(asyncio.create_task(loop_of()))
         background.append(asyncio.create_task(gateway.watch_clients(lambda: public.server)))

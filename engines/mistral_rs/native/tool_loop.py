@@ -53,7 +53,6 @@ class ToolLoopResult:
 
 
 def chat_of(native: Native) -> Chat:
-
     async def chat(body: Json) -> Json:
         reply = await native.ask("POST", "/v1/chat/completions", body)
         assert isinstance(reply.content, dict)
