@@ -5,6 +5,9 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from engines.redaction import redacted_text
@@ -42,6 +45,12 @@ def joined(*parts: Part) -> Html:
 def escaped(text: str) -> str:
     """`text` as the content of an element or an attribute; what a page cannot or should not hold becomes a mark."""
     return html.escape(redacted_text(_UNFIT.sub("\ufffd", text)))  # older records may hold secrets
+
+
+@cache
+def page_template() -> Template:
+    """The page around every report and guide: its style, `$title` and `$body`."""
+    return Template(Path(__file__).with_name("report_template.html").read_text("utf-8"))
 
 
 def verdict_mark(verdict: str) -> Html:

@@ -13,16 +13,14 @@ import re
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from engines.errors import BadInput
 from engines.units import NOT_MEASURED, duration, quantity, size
 from tasks.records.store import Records
 from tasks.records.tables import Run
-from tasks.report.markup import Html, el, joined, named, row, table, verdict_mark
+from tasks.report.markup import Html, el, joined, named, page_template, row, table, verdict_mark
 from tasks.report.model_record import ModelRecord
 from tasks.report.model_section import latency_figure, model_section
 from tasks.report.plots import ARMS
@@ -55,7 +53,7 @@ def write_report(records: Records, run_id: str, outcome: Mapping[str, Any], path
 def latency_images(records: Records, run_id: str, outcome: Mapping[str, Any]) -> dict[str, str]:
     """By model: the latency plot as an SVG data URI that needs nothing beside it; models without one are left out."""
     run = records.find_run(run_id)
-    style = re.search(r"<style>.*?</style>", _template().template, re.DOTALL)
+    style = re.search(r"<style>.*?</style>", page_template().template, re.DOTALL)
     images = {}
     for model in outcome.get("models", []):
         drawn = latency_figure(ModelRecord.read(records, run, model))
@@ -80,12 +78,7 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
         _environment(run, models, None if self_test is None else self_test.payload, outcome),
     )
     title = joined(f"{run.name}: {outcome.get('verdict', NOT_MEASURED)} · Switchyard report {run.id}")
-    return _template().substitute(title=title, body=body)
-
-
-@cache
-def _template() -> Template:
-    return Template(Path(__file__).with_name("report_template.html").read_text("utf-8"))
+    return page_template().substitute(title=title, body=body)
 
 
 def _replace(path: Path, page: str) -> None:
