@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from engines.redaction import redacted_text
 from engines.units import NOT_MEASURED, quantity
@@ -22,6 +24,9 @@ class Html(str):
     """Text that is markup already; every other text is escaped when it becomes part of one."""
 
     __slots__ = ()
+
+    def __html__(self) -> Html:
+        return self
 
 
 DASH = Html("&ndash;")
@@ -38,8 +43,9 @@ def el(name: str, *parts: Part, **attributes: Attribute) -> Html:
 
 
 def joined(*parts: Part) -> Html:
-    """The parts one after the other, escaped where they are not markup."""
-    return Html("".join(part if isinstance(part, Html) else escaped(str(part)) for part in parts if part is not None))
+    """The parts one after the other, escaped where they are not markup (ours or a template's)."""
+    given = (part for part in parts if part is not None)
+    return Html("".join(str(part) if hasattr(part, "__html__") else escaped(str(part)) for part in given))
 
 
 def escaped(text: str) -> str:
@@ -51,6 +57,11 @@ def escaped(text: str) -> str:
 def page_template() -> Template:
     """The page around every report and guide: its style, `$title` and `$body`."""
     return Template(Path(__file__).with_name("report_template.html").read_text("utf-8"))
+
+
+def _template_source(name: str) -> str:
+    """The template without the whitespace at the ends of its lines: that of a page means nothing, or too much."""
+    return "".join(line.strip() for line in Path(__file__).with_name(name).read_text("utf-8").splitlines())
 
 
 def verdict_mark(verdict: str) -> Html:
@@ -74,7 +85,7 @@ def _breaks(content: Html | str) -> str | None:
     if content == DASH:
         return "none"
     # plain text may hold one long word (a path, a digest) and may break anywhere; a name or a level may not
-    return "long" if not isinstance(content, Html) and len(content) > 24 else None
+    return "long" if not hasattr(content, "__html__") and len(content) > 24 else None
 
 
 def table(heads: Sequence[str], rows: Iterable[Html]) -> Html:
@@ -83,11 +94,19 @@ def table(heads: Sequence[str], rows: Iterable[Html]) -> Html:
     return el("div", el("table", head, el("tbody", *rows), class_="stack"), class_="wide")
 
 
-def number(value: float | None, unit: str) -> Html:
-    """A figure with its unit; the exact value stands in `data-value`."""
-    return el("span", quantity(value, unit), class_="num", data_value=None if value is None else repr(value))
+def number(value: float | None, unit: str, shown: Callable[[float], str] | None = None) -> Html:
+    """A figure with its unit, or as `shown` says it; the exact value stands in `data-value`."""
+    words = shown(value) if shown and value is not None else quantity(value, unit)
+    return el("span", words, class_="num", data_value=None if value is None else repr(value))
 
 
 def _attribute(key: str, value: Attribute) -> str:
     text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
     return f' {key.rstrip("_").replace("_", "-")}="{escaped(text)}"'
+
+
+TEMPLATES = Environment(
+    loader=FunctionLoader(_template_source), autoescape=True, undefined=StrictUndefined, finalize=joined
+)
+TEMPLATES.globals |= {"el": el, "joined": joined, "named": named, "number": number, "quantity": quantity, "row": row}
+TEMPLATES.globals |= {"table": table, "verdict_mark": verdict_mark, "NOT_MEASURED": NOT_MEASURED}

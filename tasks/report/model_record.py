@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -152,7 +152,7 @@ class ModelRecord:
         if not self.closed_by:
             return f"All {len(required)} required checks passed."
         counts = ", ".join(
-            f"{len(found)} {word} ({', '.join(areas(found))})"
+            f"{len(found)} {word} ({', '.join(by_area(found))})"
             for verdict, word in SAYS.items()
             if (found := [result for result in required if result.verdict is verdict])
         )
@@ -179,10 +179,9 @@ def shortened(text: str, limit: int = WHY_CHARS) -> str:
     return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + " …"
 
 
-def area(result: CheckResult) -> str:
-    """The first word of the check's name."""
-    return result.check.split(".")[0]
-
-
-def areas(results: Sequence[CheckResult]) -> list[str]:
-    return list(dict.fromkeys(area(result) for result in results))
+def by_area(results: Iterable[CheckResult]) -> dict[str, list[CheckResult]]:
+    """The results by the first word of the check's name, in the order in which they begin."""
+    grouped: dict[str, list[CheckResult]] = {}
+    for result in results:
+        grouped.setdefault(result.check.split(".")[0], []).append(result)
+    return grouped

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from engines.units import NOT_MEASURED, duration, figure, quantity
+from engines.units import NOT_MEASURED, duration, figure
 from tasks.evidence.performance import RATIOS, Workload, memory_metric, metrics
 from tasks.report import plots
-from tasks.report.markup import DASH, Html, el, joined, number, row, table, verdict_mark
-from tasks.report.model_record import ModelRecord, area, areas, shortened
+from tasks.report.markup import DASH, TEMPLATES, Html, el, joined, number, row, verdict_mark
+from tasks.report.model_record import ModelRecord, by_area, shortened
 from tasks.report.plots import ARMS
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_log_ratio, judge
@@ -43,60 +43,49 @@ AREAS = {
 
 def model_section(model: ModelRecord) -> Html:
     """All about one model."""
-    return el(
-        "section",
-        el("h2", model.name, " ", verdict_mark(model.verdict), id=model.anchor),
-        *_reasons(model),
-        el(
-            "div",
-            *_latency_plots(model),
-            _ratio_plot(model),
-            _memory_plot(model),
-            _divergence_plot(model),
-            _token_plot(model),
-            class_="plots",
-        ),
-        _side_by_side(model),
-        _verdicts(model),
-        _matrix(model),
-        _answers(model),
-        _failures(model),
-        _risks(model),
-        _unmeasured(model),
+    required = [result for result in model.checks if result.required]
+    # dozens of behaviours that pass, without a number, would bury the rest
+    quiet = [r for r in required if r.verdict is Verdict.PASS and r.value is None and r.check.startswith("compat")]
+    seen = {arm: _behaviours(model.one(arm, "compatibility")) for arm in ARMS}
+    unproven: dict[tuple[str, bool], list[str]] = {}
+    for result in model.checks:
+        if result.verdict is Verdict.INCONCLUSIVE:
+            unproven.setdefault((result.why, result.required), []).append(result.check)
+    drawn = (_ratio_plot(model), _memory_plot(model), _divergence_plot(model), _token_plot(model))
+    page = TEMPLATES.get_template("model.html.jinja").render(
+        model=model,
+        plots=[*_latency_plots(model), *drawn],
+        figures=_figures(model),
+        quiet=quiet,
+        shown=[result for result in required if result not in quiet],
+        seen=seen,
+        known={**seen["candidate"], **seen["incumbent"]},
+        tally=_tally(seen),
+        answers=_answers(model),
+        failures=_failures(model),
+        unproven=unproven,
+        by_area=by_area,
+        check_row=_check_row,
+        shortened=shortened,
+        spoken=_spoken,
+        AREAS=AREAS,
+        ANSWER_CHARS=ANSWER_CHARS,
     )
-
-
-def _reasons(model: ModelRecord) -> list[Html]:
-    items = [_area_reason([r for r in model.closed_by if area(r) == name]) for name in areas(model.closed_by)]
-    parts = [el("p", model.counts), el("ul", *items) if items else None, el("p", model.next_step, class_="next")]
-    return [part for part in parts if part is not None]
-
-
-def _area_reason(closed: Sequence[CheckResult]) -> Html:
-    """What keeps the gate closed in one area: how many checks, and the words of the worst."""
-    worst = closed[0]
-    more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
-    return el("li", verdict_mark(worst.verdict.value), " ", el("b", worst.check), f"{more}: {shortened(worst.why)}")
+    return Html(page)
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
 def _latency_plots(model: ModelRecord) -> list[Html]:
-    samples = {key: pooled(model, key) for key, _ in LATENCIES}
-    if not any(values for arms in samples.values() for values in arms.values()):
+    drawn = {title: latency_figure(model, key, title) for key, title in LATENCIES}
+    if not any(drawn.values()):
         return [_absent("Latency", model, "performance.")]
-    return [
-        plots.strips(title, "ms", samples[key], model.names)
-        if any(samples[key].values())
-        else _absent(title, model, "performance.")
-        for key, title in LATENCIES
-    ]
+    return [plot or _absent(title, model, "performance.") for title, plot in drawn.items()]
 
 
-def latency_figure(model: ModelRecord) -> Html | None:
-    """Time to first token of both engines, every request a mark; None where nothing was measured."""
-    (key, title), *_ = LATENCIES
+def latency_figure(model: ModelRecord, key: str, title: str) -> Html | None:
+    """One latency of both engines, every request a mark; None where nothing was measured."""
     samples = pooled(model, key)
     return plots.strips(title, "ms", samples, model.names) if any(samples.values()) else None
 
@@ -230,59 +219,21 @@ def side_by_side(model: ModelRecord) -> list[tuple[str, str, dict[str, float | N
     return found
 
 
-def _side_by_side(model: ModelRecord) -> Html | None:
-    figures = [
-        (what, unit, arms) for what, unit, arms in side_by_side(model) if any(v is not None for v in arms.values())
-    ]
-    if not figures:
-        return None
+def _figures(model: ModelRecord) -> list[tuple[str, Html, Html, Html]]:
+    """What was measured of `side_by_side`: what, the incumbent's, the candidate's, and candidate over incumbent."""
     rows = []
-    for what, unit, arms in figures:
+    for what, unit, arms in side_by_side(model):
         ours, theirs = arms["incumbent"], arms["candidate"]
+        if ours is None and theirs is None:
+            continue
         times = theirs / ours if ours and theirs is not None and unit not in ("s", "failures", "requests") else None
-        cells = [(arm, _timed(arms[arm]) if what.startswith("soak, time") else number(arms[arm], unit)) for arm in ARMS]
+        shown = duration if what.startswith("soak, time") else None
         compared = number(times, "ratio") if times is not None else DASH
-        rows.append(row(("", el("b", what)), *cells, ("candidate ÷ incumbent", compared)))
-    note = "Pooled over all blocks that count; the gate compares block by block, so its ratios differ a little."
-    heads = ("", "Incumbent", "Candidate", "Candidate ÷ incumbent")
-    return joined(el("h3", "Side by side"), table(heads, rows), el("p", note, class_="soft"))
-
-
-def _timed(seconds: float | None) -> Html:
-    words = NOT_MEASURED if seconds is None else duration(seconds)
-    return el("span", words, class_="num", data_value=None if seconds is None else repr(seconds))
+        rows.append((what, number(ours, unit, shown), number(theirs, unit, shown), compared))
+    return rows
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
-
-
-def _verdicts(model: ModelRecord) -> Html:
-    required = [result for result in model.checks if result.required]
-    # dozens of behaviours that pass, without a number, would bury the rest
-    quiet = [r for r in required if r.verdict is Verdict.PASS and r.value is None and r.check.startswith("compat")]
-    shown = [result for result in required if result not in quiet]
-    return joined(
-        el("h3", "Verdicts that hold the gate"),
-        _check_table(shown) if shown else el("p", "No required check was measured.", class_="absent"),
-        _folded(f"{len(quiet)} required behaviours that pass", quiet),
-        _folded("Reported, does not hold the gate", [result for result in model.checks if not result.required]),
-    )
-
-
-def _folded(words: str, results: Sequence[CheckResult]) -> Html | None:
-    if not results:
-        return None
-    bad = sum(result.verdict is not Verdict.PASS for result in results)
-    counts = f" ({len(results)}, of which {bad} did not pass)" if bad else ""
-    return el("details", el("summary", words + counts), _check_table(results), class_="block")
-
-
-def _check_table(results: Sequence[CheckResult]) -> Html:
-    rows: list[Html] = []
-    for name in areas(results):
-        rows.append(el("tr", el("th", AREAS.get(name, name), colspan=5), class_="area"))
-        rows += [_check_row(result) for result in results if area(result) == name]
-    return table(("Verdict", "Check", "Value", "Limit", "Why"), rows)
 
 
 def _check_row(result: CheckResult) -> Html:
@@ -304,22 +255,6 @@ def _check_row(result: CheckResult) -> Html:
 # --- behaviours ------------------------------------------------------------------------------------------------------
 
 
-def _matrix(model: ModelRecord) -> Html | None:
-    seen = {arm: _behaviours(model.one(arm, "compatibility")) for arm in ARMS}
-    known = {**seen["candidate"], **seen["incumbent"]}
-    if not known:
-        return None
-    rows = []
-    for group in dict.fromkeys(record["group"] for record in known.values()):
-        rows.append(el("tr", el("th", str(group), colspan=4), class_="area"))
-        for name, record in known.items():
-            if record["group"] == group:
-                rows.append(_behaviour(model, name, record, {arm: seen[arm].get(name) for arm in ARMS}))
-    heads = ("Behaviour", "Incumbent", "Candidate", "Holds the gate")
-    summary = el("summary", f"API behaviours side by side: {_tally(seen)}")
-    return el("details", summary, table(heads, rows), class_="block")
-
-
 def _behaviours(evidence: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
     """The records by name; one that was redacted on its way into the records is not measured any more."""
     found = (evidence or {}).get("behaviours", {})
@@ -334,27 +269,11 @@ def _tally(seen: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(words)
 
 
-def _behaviour(model: ModelRecord, name: str, record: Mapping[str, Any], arms: Mapping[str, Any]) -> Html:
-    result = model.check(f"compatibility.{name}")
-    holds = NOT_MEASURED if result is None else ("yes" if result.required else "no")
-    judged = el("span", f"{holds} ", verdict_mark(result.verdict.value) if result else None, class_="num")
-    cells = [(arm, _outcome(arms[arm])) for arm in ARMS]
-    return row(("", joined(el("b", name), el("br"), str(record["claim"]))), *cells, ("holds the gate", judged))
-
-
-def _outcome(record: Mapping[str, Any] | None) -> Html:
-    if record is None:
-        return joined(NOT_MEASURED)
-    outcome = str(record["outcome"])
-    colour = {"passed": "PASS", "failed": "FAIL", "errored": "ERROR"}.get(outcome)
-    summary = el("summary", el("span", outcome.replace("_", " "), class_=colour))
-    return el("details", summary, el("div", str(record["observed"])))
-
-
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _answers(model: ModelRecord) -> Html | None:
+def _answers(model: ModelRecord) -> dict[str, Any] | None:
+    """Both engines' answers that differ or are degenerate, each pair with how they part."""
     ours, theirs = (model.one(arm, "parity.answers") for arm in ARMS)
     if not ours or not theirs or model.comparison is None:
         return None
@@ -363,27 +282,14 @@ def _answers(model: ModelRecord) -> Html | None:
     broken = model.comparison["degenerate"]
     unlike = [pair for pair in pairs if _spoken(pair[0]) != _spoken(pair[1]) or pair[0]["id"] in broken["candidate"]]
     counts = ", ".join(f"{len(broken[arm])} degenerate by the {arm}" for arm in ARMS)
-    summary = f"{len(unlike)} of {len(pairs)} answers differ or are degenerate; {counts}."
     apart = {one["prompt"]: one for one in model.comparison["divergences"]}
-    shown = [_answer_pair(a, b, apart.get(a["id"]), broken) for a, b in unlike[:MAX_ANSWERS]]
-    left = len(unlike) - len(shown)
-    more = el("p", f"{left} more are in the records.", class_="soft") if left else None
-    return joined(el("h3", "Answers that differ"), el("p", summary), *shown, more)
-
-
-def _answer_pair(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], apart: Mapping[str, Any] | None, broken: Mapping[str, Any]
-) -> Html:
-    degenerate = [f"{arm} degenerate: {broken[arm][ours['id']]}" for arm in ARMS if ours["id"] in broken[arm]]
-    words = "; ".join([*_parting(ours, theirs, apart), *degenerate]) or "the texts differ"
-    return el(
-        "details",
-        el("summary", el("b", str(ours["id"])), f": {words}"),
-        el("p", "Prompt (its end)", class_="soft"),
-        el("pre", str(ours["prompt"])),
-        el("div", *(_answer(arm, one) for arm, one in (("incumbent", ours), ("candidate", theirs))), class_="pair"),
-        class_="answer",
-    )
+    shown = []
+    for a, b in unlike[:MAX_ANSWERS]:
+        degenerate = [f"{arm} degenerate: {broken[arm][a['id']]}" for arm in ARMS if a["id"] in broken[arm]]
+        words = "; ".join([*_parting(a, b, apart.get(a["id"])), *degenerate]) or "the texts differ"
+        shown.append((a, b, words))
+    summary = f"{len(unlike)} of {len(pairs)} answers differ or are degenerate; {counts}."
+    return {"summary": summary, "shown": shown, "left": len(unlike) - len(shown)}
 
 
 def _parting(ours: Mapping[str, Any], theirs: Mapping[str, Any], apart: Mapping[str, Any] | None) -> list[str]:
@@ -399,12 +305,6 @@ def _parting(ours: Mapping[str, Any], theirs: Mapping[str, Any], apart: Mapping[
     return [f"{tokens}, {kind}" + (f" ({figure(gap)} nats)" if gap is not None else "")]
 
 
-def _answer(arm: str, answer: Mapping[str, Any]) -> Html:
-    tokens = quantity(answer["completion_tokens"], "tokens")
-    words = f"{arm}: {tokens}, finish reason {answer['finish_reason'] or NOT_MEASURED}"
-    return el("div", el("p", words, class_="soft"), el("pre", _spoken(answer)[:ANSWER_CHARS] or "(empty)"))
-
-
 def _spoken(answer: Mapping[str, Any]) -> str:
     """All of the engine's answer: error, reasoning, text and tool calls."""
     calls = [json.dumps(call, ensure_ascii=False) for call in answer["tool_calls"]]
@@ -412,52 +312,11 @@ def _spoken(answer: Mapping[str, Any]) -> str:
     return "\n".join(part for part in (*error, answer.get("reasoning") or "", answer["text"], *calls) if part)
 
 
-def _failures(model: ModelRecord) -> Html | None:
+def _failures(model: ModelRecord) -> list[str]:
     """The failures of the soak, in the words of client and engine."""
-    lines = [
-        el("li", f"{arm}, after {duration(failure['at_s'])}: {failure['type']}: {failure.get('error') or ''}")
+    return [
+        f"{arm}, after {duration(failure['at_s'])}: {failure['type']}: {failure.get('error') or ''}"
         for arm in ARMS
         for segment in model.all(arm, "soak")
         for failure in segment["failures"]
     ]
-    if not lines:
-        return None
-    more = el("li", f"{len(lines) - 100} more are in the records") if len(lines) > 100 else None
-    summary = el("summary", f"Failures during the soak: {len(lines)}")
-    return el("details", summary, el("ul", *lines[:100], more), class_="block")
-
-
-# --- risks and gaps --------------------------------------------------------------------------------------------------
-
-
-def _risks(model: ModelRecord) -> Html | None:
-    if not model.risks:
-        return None
-    rows = [
-        row(
-            ("", el("b", str(risk["risk"]))),
-            ("likelihood", str(risk["likelihood"])),
-            ("impact", str(risk["impact"])),
-            ("", verdict_mark(str(risk["verdict"]))),
-            ("decided by", ", ".join(risk["decided_by"]) or "every check on it passed"),
-            ("mitigation", str(risk["mitigation"])),
-        )
-        for risk in model.risks
-    ]
-    heads = ("Risk", "Likelihood", "Impact", "Verdict", "Decided by", "Mitigation")
-    return joined(el("h3", "Risks"), table(heads, rows))
-
-
-def _unmeasured(model: ModelRecord) -> Html | None:
-    """What stayed open, each reason once with all the checks that have it."""
-    by_reason: dict[tuple[str, bool], list[str]] = {}
-    for result in model.checks:
-        if result.verdict is Verdict.INCONCLUSIVE:
-            by_reason.setdefault((result.why, result.required), []).append(result.check)
-    if not by_reason:
-        return None
-    items = [
-        el("li", el("b", ", ".join(checks)), f"{'' if required else ' (does not hold the gate)'}: {why}")
-        for (why, required), checks in by_reason.items()
-    ]
-    return joined(el("h3", "Not measured, or not proven"), el("ul", *items))
