@@ -17,6 +17,7 @@ Which conversations the candidate answers, and that they stay with it (sticky), 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import re
@@ -32,7 +33,7 @@ from tasks.evidence.parity.judge import judge_answers
 from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits
 from tasks.verdicts.noninferiority import Metric, MetricOutcome, judge, look_bounds
 from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
-from tasks.verdicts.verdict import CheckResult, Verdict, at_least, gate, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, at_least, decided, gate, not_measured
 
 LiveSample = Mapping[str, Any]
 SURE = 0.9999  # judged all the time: simulated over 4000 requests, equal engines fail in under 1 % of canaries
@@ -83,11 +84,7 @@ class _Share:
         """How many clean answers of the candidate would bring the bound within the margin; None: no number would."""
         if self.upper(MOST_ASKED) > margin:
             return None
-        low, high = 0, MOST_ASKED
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.upper(middle) <= margin else (middle + 1, high)
-        return low
+        return bisect.bisect_left(range(MOST_ASKED), True, key=lambda more: self.upper(more) <= margin)
 
 
 def judge_canary(
@@ -203,8 +200,7 @@ def _judge_share(check: str, share: _Share, margin: float, what: str) -> CheckRe
 
 
 def _judge_refused(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], margin: float) -> CheckResult:
-    """Whether the candidate refuses (HTTP 4xx) what the incumbent takes; by conversation, for one client repeats its
-    fault."""
+    """Whether the candidate refuses (HTTP 4xx) what the incumbent takes; by conversation: one client repeats itself."""
     share = _Share(*_conversations(ours), *_conversations(theirs))
     if not share.asked:
         return not_measured("canary.refused", "the candidate answered nothing yet", unit="share")
@@ -260,11 +256,8 @@ def _first_decision(metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: 
     """The gate at each look that was reached, as one sequence: FAIL wins, then the first PASS, then the last word."""
     reached = [look for look in looks if look <= len(blocks)]
     outcomes = [judge(metric, blocks[:look], looks) for look in reached[:-1]] + [judge(metric, blocks, looks)]
-    for wanted in (Verdict.FAIL, Verdict.PASS):
-        for outcome in outcomes:
-            if outcome.verdict is wanted:
-                return outcome
-    return outcomes[-1]
+    decisive = (one for wanted in (Verdict.FAIL, Verdict.PASS) for one in outcomes if one.verdict is wanted)
+    return next(decisive, outcomes[-1])
 
 
 def _blocks(
@@ -328,8 +321,7 @@ def _judge_copies(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
     upper = clopper_pearson_upper(len(failed), len(pairs))
     why = f"{len(failed)} of {len(pairs)} copies failed" + (f" ({failed[0][:80]})" if failed else "")
     why += f", with 95 % confidence at most {upper:.1%} (limit {COPIES_FAILED:.0%})"
-    verdict = Verdict.PASS if upper <= COPIES_FAILED else Verdict.INCONCLUSIVE
-    verdict = Verdict.FAIL if len(failed) >= FEWEST else verdict
+    verdict = decided(fails=len(failed) >= FEWEST, passes=upper <= COPIES_FAILED)
     return CheckResult(check=check, verdict=verdict, value=upper, limit=COPIES_FAILED, unit="share", why=why)
 
 

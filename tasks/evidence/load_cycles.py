@@ -14,7 +14,7 @@ from engines.errors import SwitchyardError
 from engines.process.telemetry import private_bytes, process_tree
 from tasks.evidence.rehearsal import OpenStage, Stage, engine_of, signal_candidate
 from tasks.verdicts.statistics import theil_sen
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, decided, not_measured
 
 CYCLES, MEMORY, HANG = "native.load_cycles", "native.cycle_memory", "native.hang"
 LEAST_CYCLES = 8  # fewer give no slope
@@ -88,11 +88,7 @@ def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) 
             check, f"{len(kept)} cycles have a memory sample; a slope needs {LEAST_CYCLES}", unit="bytes/cycle"
         )
     slope = theil_sen([number for number, _ in kept], [float(value) for _, value in kept])
-    verdict = Verdict.INCONCLUSIVE
-    if slope.low > limit:
-        verdict = Verdict.FAIL
-    elif slope.high < limit:
-        verdict = Verdict.PASS
+    verdict = decided(fails=slope.low > limit, passes=slope.high < limit)
     why = (
         f"memory of the {part} moved by {slope.estimate / 1e3:.0f} kB a cycle (95 % between {slope.low / 1e3:.0f} and "
         f"{slope.high / 1e3:.0f}) over {len(kept)} cycles"

@@ -11,6 +11,8 @@ Ratio = Annotated[float, Field(ge=1.0, le=100.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Portion = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=600)]
+Looks = Annotated[tuple[Annotated[int, Field(ge=3, le=500)], ...], Field(min_length=1, max_length=8)]
+Levels = Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(min_length=1, max_length=8)]
 
 # keys of a plan that have been renamed, by their table: read under both names, hashed under the old one
 RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
@@ -37,12 +39,7 @@ class Measure(PlanPart):
     requests_per_block: int = Field(20, ge=1, le=1000, description="requests to each engine in one block; p95 needs 20")
     warmup_min: int = Field(3, ge=0, le=100, description="requests sent and discarded after each start")
     warmup_max: int = Field(10, ge=0, le=100, description="most of them; fewer once two in a row differ < 10 %")
-    looks: tuple[Annotated[int, Field(ge=3, le=500)], ...] = Field(
-        (6, 12, 24),
-        min_length=1,
-        max_length=8,
-        description="blocks after which a verdict is tried; the last ends it",
-    )
+    looks: Looks = Field((6, 12, 24), description="blocks after which a verdict is tried; the last ends it")
     max_discarded_blocks: Annotated[int, Field(ge=0, le=500)] = Field(
         12,
         validation_alias=either("measure", "max_discarded_blocks"),
@@ -53,21 +50,15 @@ class Measure(PlanPart):
     prompt_set: Literal["short", "long"] = Field(
         "short", description="short: tens to hundreds of prompt tokens; long: half of the context"
     )
-    concurrency: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
-        (1,), min_length=1, max_length=8, description="requests in flight at a time; each value is measured for itself"
-    )
-    parity_prompts: int = Field(
-        60, ge=1, le=10_000, description="prompts answered greedily by both engines; 50 or more carry the limits below"
-    )
+    concurrency: Levels = Field((1,), description="requests in flight at a time; each value is measured for itself")
+    parity_prompts: int = Field(60, ge=1, le=10_000, description="prompts both answer greedily; 50+ carry the limits")
     parity_tokens: int = Field(64, ge=1, le=4096, description="tokens compared for each of those prompts")
     top_logprobs: int = Field(20, ge=1, le=20, description="alternatives asked for at each token; OpenAI allows 20")
     every_behaviour: bool = Field(True, description="try the API behaviours that hold no gate as well")
     soak_s: float = Field(
         259_200, gt=0, le=31 * 86_400, description="seconds under load; 3 clean days just prove at most 1 failure a day"
     )
-    load_cycles: int = Field(
-        25, ge=10, le=10_000, description="times that phase 3 loads and unloads each model; their memory may not grow"
-    )
+    load_cycles: int = Field(25, ge=10, le=10_000, description="times phase 3 reloads a model; memory may not grow")
     seed: int = Field(20261122, ge=0, le=2**32 - 1, description="same seed, same prompts, order and arrivals")
 
     @model_validator(mode="after")
@@ -86,49 +77,26 @@ class Limits(PlanPart):
     ttft_p95_ratio: Ratio = Field(1.20, description="p95 of the time to first token; it is twice as noisy")
     tpot_p50_ratio: Ratio = Field(1.10, description="median time per output token; the reading speed of a stream")
     e2e_p50_ratio: Ratio = Field(1.10, description="median time of a whole request; what an agent's step costs")
-    throughput_ratio: Ratio = Field(
-        1.10, description="incumbent's tokens/s over the candidate's, at each concurrency above 1 that is measured"
-    )
-    memory_peak_ratio: Ratio = Field(
-        1.10, description="peak private memory with swap; 10 %, since a box sized for the incumbent has little more"
-    )
-    top1_agreement: Share = Field(
-        0.97, description="share of greedy tokens that agree; two engines reach 97.65 % on equal weights, Q3_K_M 90 %"
-    )
+    throughput_ratio: Ratio = Field(1.10, description="incumbent's tokens/s over candidate's, at each concurrency > 1")
+    memory_peak_ratio: Ratio = Field(1.10, description="peak private memory with swap; machines have little to spare")
+    top1_agreement: Share = Field(0.97, description="greedy tokens that agree; equal weights: 97.65 %, Q3_K_M: 90 %")
     top1_lower_bound: Share = Field(
-        0.95,
-        validation_alias=either("limits", "top1_lower_bound"),
-        description="95 % lower bound of that share: few prompts cannot pass by luck",
+        0.95, validation_alias=either("limits", "top1_lower_bound"), description="95 % lower bound of it: no lucky pass"
     )
-    mean_kld: Portion = Field(
-        0.005, description="mean divergence in nats; quantising to Q5_K_M costs 0.0047, a wrong template over 0.02"
-    )
+    mean_kld: Portion = Field(0.005, description="mean divergence, nats; Q5_K_M costs 0.0047, a wrong template > 0.02")
     p99_kld: float = Field(0.05, gt=0, le=10, description="divergence of the worst hundredth of tokens, in nats")
-    tie_gap_nats: float = Field(
-        0.5, ge=0, le=5, description="a first difference is a tie when the incumbent's own top two lie this close"
-    )
-    failure_rate_margin: Portion = Field(
-        0.01, description="failed share above the incumbent's, 95 % upper bound; 299 clean requests prove 1 %"
-    )
+    tie_gap_nats: float = Field(0.5, ge=0, le=5, description="a tie: the incumbent's own top two tokens this close")
+    failure_rate_margin: Portion = Field(0.01, description="excess failed share, 95 % bound; 299 clean ones prove 1 %")
     failures_per_day: float = Field(
-        1.0,
-        gt=0,
-        le=1000,
-        description="crashes, hangs and restarts a day, 95 % upper bound; one a day is why people move",
+        1.0, gt=0, le=1000, description="crashes, hangs, restarts a day, 95 % upper bound; one a day is why people move"
     )
-    throughput_retention: Share = Field(
-        0.9, description="tokens/s at the end of the soak over the beginning; a slow decay shows only over hours"
-    )
-    leak_bytes_per_day: float = Field(
-        50e6, gt=0, le=1e12, description="growth of private memory; 50 MB a day is 1.5 GB in a month of uptime"
-    )
+    throughput_retention: Share = Field(0.9, description="soak's last tokens/s over its first; decay shows over hours")
+    leak_bytes_per_day: float = Field(50e6, gt=0, le=1e12, description="growth of private memory; 50 MB: 1.5 GB/month")
     memory_headroom_ratio: Share = Field(0.05, description="share of free memory that preflight must leave free")
     kill_detect_s: Seconds = Field(1.0, description="seconds to notice a killed engine; its pid is gone at once")
     hang_detect_s: Seconds = Field(2.0, description="seconds beyond the no-progress time to notice a hang")
     recover_s: Seconds = Field(1.0, description="seconds beyond the load time until tokens flow again")
-    foreign_cpu: Portion = Field(
-        0.10, description="discard a block when other processes use more than this share of the CPU"
-    )
+    foreign_cpu: Portion = Field(0.10, description="discard a block when others use more than this share of the CPU")
     client_cpu: Portion = Field(0.5, description="share of a core above which our own client spoils a measurement")
 
     @model_validator(mode="after")
@@ -148,9 +116,7 @@ DEFAULT_LIMITS = Limits()
 class ClientNeeds(PlanPart):
     """What the programs in front of the engine need from its API."""
 
-    requires: tuple[str, ...] = Field(
-        (), description="API behaviours that must work, by the compatibility check's names; empty: its default set"
-    )
+    requires: tuple[str, ...] = Field((), description="API behaviours that must work, by name; empty: the default set")
     required_parameters: tuple[str, ...] = Field(
         ("stop", "max_tokens"), description="request parameters that must take effect; any other is only reported"
     )
@@ -172,6 +138,4 @@ class CanaryLimits(Limits):
     looks: tuple[int, ...] = Field(Measure().looks, min_length=1, description="blocks after which speed is judged")
     block_requests: int = Field(10, ge=3, description="answers of each engine that make a block")
     warm_up: int = Field(3, ge=0, description="the candidate's first answers, whose times do not count")
-    min_conversations: int = Field(
-        3, ge=1, description="conversations on each engine; fewer, and it is they that are compared"
-    )
+    min_conversations: int = Field(3, ge=1, description="conversations on each engine; fewer are no fair comparison")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,7 +33,7 @@ import numpy as np
 
 from engines.errors import BadInput, NoMeasurement
 from tasks.verdicts.statistics import normal_cdf, normal_quantile, percentile, t_quantile
-from tasks.verdicts.verdict import CheckResult, Verdict, worst
+from tasks.verdicts.verdict import CheckResult, Verdict, decided, worst
 
 ALPHA = 0.05
 DEFAULT_LOOKS = (6, 12, 24)
@@ -43,6 +44,7 @@ COVARIATE_MIN_BLOCKS = 12
 COVARIATE_CONFIDENCE = 0.99
 MIN_BLOCKS = 3
 HOPELESS_BLOCKS = 1000
+_SIMPSON = np.array([1.0, *(4.0, 2.0) * 299, 4.0, 1.0])  # weights of the 601 points over which a density is summed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +185,9 @@ def judge(
         needed = looks[0] - len(valid)
         why = f"{says}: too few to judge, the first look needs {looks[0]} blocks; {limit}"
         return _undecided(facts, why, blocks_needed=needed, **numbers)
-    if high <= metric.limit:
-        return MetricOutcome(**facts, **numbers, verdict=Verdict.PASS, blocks_needed=None, why=f"{says}; {limit}")
-    if low > metric.limit:
-        return MetricOutcome(**facts, **numbers, verdict=Verdict.FAIL, blocks_needed=None, why=f"{says}; {limit}")
+    verdict = decided(fails=low > metric.limit, passes=high <= metric.limit)
+    if verdict is not Verdict.INCONCLUSIVE:
+        return MetricOutcome(**facts, **numbers, verdict=verdict, blocks_needed=None, why=f"{says}; {limit}")
     further = _blocks_needed(metric, estimate, len(valid), [look for look in looks if look > reached])
     return _undecided(facts, f"{says}: {_what_would_settle(metric, further)}", blocks_needed=further, **numbers)
 
@@ -294,7 +295,7 @@ def spent_alpha(looks: Sequence[int], bounds: Sequence[float]) -> float:
     density = np.exp(-0.5 * (grid / first) ** 2) / (first * math.sqrt(2 * math.pi))
     for before, share, crossing in zip(shares, shares[1:], crossings[1:], strict=False):
         step = math.sqrt(share - before)
-        mass = density * _simpson_weights(len(grid), grid[1] - grid[0])
+        mass = density * (_SIMPSON * (grid[1] - grid[0]) / 3.0)
         spent += sum(m * (1.0 - normal_cdf((crossing - x) / step)) for m, x in zip(mass, grid, strict=True))
         following = np.linspace(-8.0, crossing, 601)
         kernel = np.exp(-0.5 * ((following[:, None] - grid[None, :]) / step) ** 2) / (step * math.sqrt(2 * math.pi))
@@ -325,12 +326,8 @@ def blocks_for_power(sd: float, margin: float, *, power: float = POWER, alpha: f
     high = MIN_BLOCKS
     while pass_chance(sd, margin, high, alpha=alpha) < power:
         high *= 2
-    low = max(MIN_BLOCKS, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        enough = pass_chance(sd, margin, middle, alpha=alpha) >= power
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return low
+    numbers = range(max(MIN_BLOCKS, high // 2), high)
+    return numbers.start + bisect_left(numbers, True, key=lambda n: pass_chance(sd, margin, n, alpha=alpha) >= power)
 
 
 def _calibrate(
@@ -527,13 +524,6 @@ def _undecided(facts: Mapping[str, Any], why: str, **numbers: Any) -> MetricOutc
 
 def _obrien_fleming(looks: Sequence[int], constant: float) -> tuple[float, ...]:
     return tuple(constant * math.sqrt(looks[-1] / look) for look in looks)
-
-
-def _simpson_weights(points: int, step: float) -> np.ndarray:
-    weights = np.full(points, 2.0)
-    weights[1::2] = 4.0
-    weights[0] = weights[-1] = 1.0
-    return weights * step / 3.0
 
 
 def _finite_exp(log_ratio: float) -> float | None:

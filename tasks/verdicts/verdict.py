@@ -80,6 +80,13 @@ def at_least(check: str, value: float | None, *, limit: float, unit: str, why: s
     )
 
 
+def decided(*, fails: bool, passes: bool) -> Verdict:
+    """FAIL where the evidence `fails`, else PASS where it `passes`, else INCONCLUSIVE."""
+    if fails:
+        return Verdict.FAIL
+    return Verdict.PASS if passes else Verdict.INCONCLUSIVE
+
+
 def not_measured(
     check: str, why: str, *, limit: float | None = None, unit: str = "", required: bool = True
 ) -> CheckResult:

@@ -25,7 +25,7 @@ from tasks.verdicts.limits import (
     Limits,
 )
 from tasks.verdicts.statistics import binomial_tail
-from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most, decided, not_measured
 
 
 def judge_parity(
@@ -81,9 +81,7 @@ def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:
     low, high = comparison["top1_low"], comparison["top1_high"]
     why = f"{share:.2%} on {_basis(comparison)}, 95 % bounds {low:.2%} and {high:.2%}"
     enough = share >= limits.top1_agreement and low >= limits.top1_lower_bound
-    verdict = Verdict.PASS if enough else Verdict.INCONCLUSIVE
-    if high < limits.top1_agreement:
-        verdict = Verdict.FAIL
+    verdict = decided(fails=high < limits.top1_agreement, passes=enough)
     if verdict is Verdict.INCONCLUSIVE:
         why += f": too few positions (wanted {limits.top1_agreement:.0%}, lower bound {limits.top1_lower_bound:.0%})"
     return CheckResult(check=check, verdict=verdict, value=share, limit=limits.top1_agreement, unit="share", why=why)
@@ -176,11 +174,7 @@ def _judge_length(comparison: Evidence, limits: Limits) -> CheckResult:
     if length["ratio"] is None:
         return not_measured(check, "completion tokens of fewer than 2 answers", limit=inside[1], required=False)
     low, high = length["low"], length["high"]
-    verdict = Verdict.INCONCLUSIVE
-    if inside[0] <= low and high <= inside[1]:
-        verdict = Verdict.PASS
-    elif high < inside[0] or low > inside[1]:
-        verdict = Verdict.FAIL
+    verdict = decided(fails=high < inside[0] or low > inside[1], passes=inside[0] <= low and high <= inside[1])
     why = f"{length['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f} over {length['prompts']} prompts"
     return CheckResult(
         check=check, verdict=verdict, value=length["ratio"], limit=inside[1], unit="ratio", why=why, required=required

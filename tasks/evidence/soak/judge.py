@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.units import duration
 from tasks.verdicts.statistics import Slope, binomial_tail, bucket_medians, poisson_upper_rate, theil_sen
-from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most, decided, not_measured
 
 DAY_S = 86_400
 WARM_SHARE = 0.1  # of the soak, and 6 h at most, before memory is judged: caches fill first
@@ -67,17 +67,13 @@ def judge_slope(slope: Slope, *, soak_s: float, limit_bytes_per_day: float) -> C
     """The verdict on a slope of memory in bytes per second, as `judge_leak` says."""
     required = soak_s >= DAY_S
     per_day, low, high = slope.estimate * DAY_S, slope.low * DAY_S, slope.high * DAY_S
-    verdict = Verdict.INCONCLUSIVE
-    if low > 0 and per_day > limit_bytes_per_day:
-        verdict = Verdict.FAIL
-    elif high < limit_bytes_per_day:
-        verdict = Verdict.PASS
+    fails, passes = low > 0 and per_day > limit_bytes_per_day, high < limit_bytes_per_day
+    verdict = decided(fails=required and fails, passes=required and passes)
     why = (
         f"memory moved by {per_day / 1e6:.3g} MB a day (95 % between {low / 1e6:.3g} and {high / 1e6:.3g}), limit "
         f"{limit_bytes_per_day / 1e6:.3g}"
     )
     if not required:
-        verdict = Verdict.INCONCLUSIVE
         why += f"; {duration(soak_s)} cannot distinguish a filling cache from a leak; soak for two days"
     value, limit = per_day, limit_bytes_per_day
     return CheckResult(

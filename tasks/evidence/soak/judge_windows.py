@@ -18,7 +18,7 @@ from tasks.verdicts.statistics import (
     slope_within,
     theil_sen,
 )
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, decided, not_measured
 
 MEDIANS_FOR_SLOPE = 4
 # looked at after every window: at 95 % one look in forty would be a false alarm, and an alarm moves traffic
@@ -99,7 +99,8 @@ def judge_silent_empty(
         return not_measured(SILENT_EMPTY, "no request was answered", limit=margin, unit="share")
     upper = newcombe_upper(k, n, k_theirs, n_theirs) if n_theirs else clopper_pearson_upper(k, n)
     lower = clopper_pearson_lower(k, n) - (k_theirs / n_theirs if n_theirs else 0.0)
-    verdict = Verdict.PASS if k == 0 or upper <= margin else Verdict.FAIL if lower > margin else Verdict.INCONCLUSIVE
+    passes = k == 0 or upper <= margin
+    verdict = decided(fails=not passes and lower > margin, passes=passes)
     why = f"{k} of {n} answers were a 200 without a token (incumbent: {k_theirs} of {n_theirs}); under {upper:.2%} more"
     return CheckResult(check=SILENT_EMPTY, verdict=verdict, value=upper, limit=margin, unit="share", why=why)
 
@@ -143,11 +144,7 @@ def _judge_drift(
     slope = theil_sen(times, medians, confidence)
     ratio, *bounds = (_ratio(rate, span_s) for rate in (slope.estimate, slope.low, slope.high))
     low, high = bounds
-    verdict = Verdict.INCONCLUSIVE
-    if high < least or low > most:
-        verdict = Verdict.FAIL
-    elif least <= low and high <= most:
-        verdict = Verdict.PASS
+    verdict = decided(fails=high < least or low > most, passes=least <= low and high <= most)
     why = (
         f"{ratio:.1%} of its beginning after {duration(span_s)} ({confidence:.1%} between {low:.1%} and {high:.1%}), "
         f"by the medians of {len(known)} windows"
