@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,8 @@ POLL_S = 0.02
 DYING_S = 5.0  # a dying process closes its sockets before its pid goes, on a GPU by seconds
 SEEN_TOKENS = 4
 COPY_BYTES = 64 * 1024 * 1024
-KINDS = ("sigkill", "sigstop", "truncated_gguf", "port_taken")
+EXPECTED = {"sigkill": "dead", "sigstop": "wedged", "truncated_gguf": "refused", "port_taken": "refused"}
+KINDS = tuple(EXPECTED)
 
 
 def measure_faults(engine: EngineUnderTest, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -68,12 +69,7 @@ def judge_faults(
 ) -> list[CheckResult]:
     """Each fault noticed, classified and recovered from in time: seconds beyond the no-progress and the load time."""
     results = []
-    for kind, expected in (
-        ("sigkill", "dead"),
-        ("sigstop", "wedged"),
-        ("truncated_gguf", "refused"),
-        ("port_taken", "refused"),
-    ):
+    for kind, expected in EXPECTED.items():
         check, seen = f"faults.{kind}", evidence[kind]
         if broken := seen.get("failed"):
             results.append(CheckResult(check=check, verdict=Verdict.ERROR, why=f"the drill failed: {broken}"))
@@ -96,7 +92,8 @@ def _interrupted(engine: EngineUnderTest, number: signal.Signals) -> dict[str, A
     with engine.up() as served:
         stream = _Stream(served)
         stream.wait_for(SEEN_TOKENS)
-        no_progress_s = max(MIN_HANG_S, GAPS_TO_HANG * stream.longest_gap_s())
+        gaps_s = (b - a for a, b in itertools.pairwise(list(stream.arrivals)))
+        no_progress_s = max(MIN_HANG_S, GAPS_TO_HANG * max(gaps_s, default=0.0))
         served.process.send_signal(number)
         hit_at = time.monotonic()
         classified, evidence = _watch(served, stream, no_progress_s)
@@ -121,7 +118,7 @@ def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, 
     while True:
         if served.process.poll() is not None:
             return "dead", f"the process ended with {exit_reason(served.process)}"
-        silent_s = stream.silent_s()
+        silent_s = time.monotonic() - stream.arrivals[-1]
         if silent_s > no_progress_s:
             with contextlib.suppress(psutil.Error):
                 state = psutil.Process(served.process.pid).status()
@@ -136,7 +133,7 @@ class _Stream:
 
     def __init__(self, served: Served) -> None:
         self._served = served
-        self._arrivals: list[float] = []
+        self.arrivals: list[float] = []
         self.outcome = "still open"
         self.end = threading.Event()
         threading.Thread(target=self._read, name="drill", daemon=True).start()
@@ -144,19 +141,10 @@ class _Stream:
     def wait_for(self, chunks: int, deadline_s: float = 120.0) -> None:
         """Return when `chunks` chunks arrived; EngineError when the stream ends or the deadline passes before."""
         limit = time.monotonic() + deadline_s
-        while len(self._arrivals) < chunks:
+        while len(self.arrivals) < chunks:
             if self.end.is_set() or time.monotonic() > limit:
-                raise EngineError(f"the stream gave {len(self._arrivals)} chunks before the fault: {self.outcome}")
+                raise EngineError(f"the stream gave {len(self.arrivals)} chunks before the fault: {self.outcome}")
             time.sleep(POLL_S / 4)
-
-    def longest_gap_s(self) -> float:
-        """The longest pause between chunks so far."""
-        arrivals = list(self._arrivals)
-        return max((b - a for a, b in itertools.pairwise(arrivals)), default=0.0)
-
-    def silent_s(self) -> float:
-        """Seconds since the last chunk."""
-        return time.monotonic() - self._arrivals[-1]
 
     def _read(self) -> None:
         try:
@@ -166,7 +154,7 @@ class _Stream:
                 with caller.http.stream("POST", "/v1/chat/completions", json=body) as answer:
                     last = b""
                     for data in payloads(answer.iter_bytes()):
-                        self._arrivals.append(time.monotonic())
+                        self.arrivals.append(time.monotonic())
                         last = data
                 self.outcome = "a whole answer" if last == DONE_DATA else "the stream ended without [DONE]"
         except httpx.HTTPError as error:
@@ -177,7 +165,9 @@ class _Stream:
 
 def _truncated(engine: EngineUnderTest) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=engine.home) as folder:
-        cut = _cut_copy(engine.gguf, Path(folder))
+        cut = Path(folder) / engine.gguf.name
+        with engine.gguf.open("rb") as source:  # enough for the header, not for the tensors
+            cut.write_bytes(source.read(min(int(engine.gguf.stat().st_size * 0.6), COPY_BYTES)))
         started = time.monotonic()
         try:
             with replace(engine, gguf=cut, stall_s=30.0).up():
@@ -189,17 +179,11 @@ def _truncated(engine: EngineUnderTest) -> dict[str, Any]:
             return {"classified": type(error).__name__, "evidence": str(error).splitlines()[0]}
 
 
-def _cut_copy(gguf: Path, folder: Path) -> Path:
-    """The first 60 % of the file, 64 MiB at most: enough for the header, not for the tensors."""
-    cut = folder / gguf.name
-    with gguf.open("rb") as source, cut.open("wb") as target:
-        target.write(source.read(min(int(gguf.stat().st_size * 0.6), COPY_BYTES)))
-    return cut
-
-
 def _port_taken(engine: EngineUnderTest) -> dict[str, Any]:
     serve = engine.serve()
-    with _squatter(serve.port):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", serve.port))
+        held.listen()
         started = time.monotonic()
         try:
             log_path = engine.home / "logs" / "port-taken.log"
@@ -207,11 +191,3 @@ def _port_taken(engine: EngineUnderTest) -> dict[str, Any]:
                 return {"classified": "served", "evidence": "it claims to serve a port that another process holds"}
         except PortTaken as error:
             return {"classified": "refused", "evidence": str(error), "detect_s": time.monotonic() - started}
-
-
-@contextlib.contextmanager
-def _squatter(port: int) -> Iterator[None]:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", port))
-        held.listen()
-        yield

@@ -59,14 +59,9 @@ def metrics(limits: Limits, workload: Workload) -> list[Metric]:
         Metric(name="tpot_p50", samples="tpot_ms", quantile=0.5, margin=limits.tpot_p50_ratio - 1, unit="ms"),
         Metric(name="e2e_p50", samples="e2e_ms", quantile=0.5, margin=limits.e2e_p50_ratio - 1, unit="ms"),
     ]
-    throughput: Any = {
-        "quantile": 0.5,
-        "margin": limits.throughput_ratio - 1,
-        "unit": "tok/s",
-        "higher_is_better": True,
-    }
+    shared: Any = {"quantile": 0.5, "margin": limits.throughput_ratio - 1, "unit": "tok/s", "higher_is_better": True}
     return primary + [
-        Metric(name=f"throughput_c{level}", samples=f"throughput_c{level}_tok_s", **throughput)
+        Metric(name=f"throughput_c{level}", samples=f"throughput_c{level}_tok_s", **shared)
         for level in workload.concurrency
         if level > 1
     ]
@@ -94,7 +89,11 @@ def measure_block(
     for letter in order:
         name, engine = named[letter]
         progress(f"{name} ({engine.driver.name})")
-        arms[name] = _measure_arm(engine, workload, index)
+        try:
+            with engine.up() as served:
+                arms[name] = _measure_served(served, engine, workload, index)
+        except EngineError as error:
+            arms[name] = {"failed": str(error).splitlines()[0], "machine": {}, "records": []}
     foreign = {name: arm["machine"].get("foreign_cpu_fraction") for name, arm in arms.items()}
     discarded = _reason_to_discard(arms, foreign, foreign_cpu_limit)
     return {"index": index, "order": order, **arms, "foreign_cpu": foreign, "void": discarded}
@@ -174,14 +173,6 @@ def body(text: str, max_tokens: int, extra: Mapping[str, object]) -> dict[str, A
     """A greedy request for exactly `max_tokens` tokens: an early stop would make an engine look fast."""
     messages = [{"role": "user", "content": text}]
     return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **extra}
-
-
-def _measure_arm(engine: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
-    try:
-        with engine.up() as served:
-            return _measure_served(served, engine, workload, index)
-    except EngineError as error:
-        return {"failed": str(error).splitlines()[0], "machine": {}, "records": []}
 
 
 def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:

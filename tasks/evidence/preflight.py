@@ -53,18 +53,14 @@ def preflight(
     for model, path in models:
         progress(f"preflight: {model}")
         started = time.perf_counter()
-        header = _header_of(model, path)
+        try:
+            header = read_header(path)
+        except BadInput as error:
+            raise BadInput(f"model {model!r}: {error}") from error
         settings = (settings_by_model or {}).get(model, Settings())
         report = _report(model, header, settings, engines, context, versions or {}, free, corrections or {})
         reports.append({**report, "elapsed_ms": round((time.perf_counter() - started) * 1000, 1)})
     return {"models": reports, "free": {"ram_bytes": free.ram_bytes, "vram_bytes": free.vram_bytes}}
-
-
-def _header_of(model: str, path: Path) -> Header:
-    try:
-        return read_header(path)
-    except BadInput as error:
-        raise BadInput(f"model {model!r}: {error}") from error
 
 
 def _report(
@@ -162,10 +158,12 @@ def judge_preflight(report: Mapping[str, Any], incumbent: str, candidate: str) -
 
     `report` is one entry of `preflight(...)["models"]`. An engine that it does not cover is INCONCLUSIVE.
     """
+    pair = report["side_by_side"]
+    verdict = {True: Verdict.PASS, False: Verdict.FAIL, None: Verdict.INCONCLUSIVE}[pair["fits"]]
     return [
         *_judge_engine(report, candidate, "preflight", required=True),
         *_judge_engine(report, incumbent, "preflight.incumbent", required=False),
-        _judge_side_by_side(report),
+        CheckResult(check="preflight.side_by_side", verdict=verdict, why=pair["why"], required=False),
     ]
 
 
@@ -198,12 +196,6 @@ def _judge_fit(fit: Mapping[str, Any], check: str, engine: str, *, required: boo
         why=f"{engine}: {fit['verdict']}: {fit['why']}",
         required=required,
     )
-
-
-def _judge_side_by_side(report: Mapping[str, Any]) -> CheckResult:
-    pair = report["side_by_side"]
-    verdict = {True: Verdict.PASS, False: Verdict.FAIL, None: Verdict.INCONCLUSIVE}[pair["fits"]]
-    return CheckResult(check="preflight.side_by_side", verdict=verdict, why=pair["why"], required=False)
 
 
 def measured_over_estimated(report: Mapping[str, Any], engine: str, measured: Sequence[int | None]) -> float | None:

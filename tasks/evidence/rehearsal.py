@@ -137,17 +137,20 @@ def _twice(free: FreeMemory, held_bytes: int | None, held_vram_bytes: int | None
 
 def measure_rehearsal(open_stage: OpenStage, *, candidate: str, form: str, say: Say = lambda _: None) -> dict[str, Any]:
     """What each drill showed. One that cannot be carried out is evidence as well: `{"failed": reason}`."""
-    evidence: dict[str, Any] = {"form": form}
     say("starting a yard without the candidate")
     try:
         with open_stage(candidate) as stage:
-            evidence["hidden_candidate"] = _hidden(stage)
+            answer = stage.answer()
+            incidents = [incident["what"] for incident in stage.client.status()["incidents"]]
+            fallback = stage.route()["fallback"]
+        hidden = {**answer, "right": stage.incumbent, "fallback": fallback, "incidents": incidents}
     except SwitchyardError as error:
-        evidence["hidden_candidate"] = {"failed": str(error).splitlines()[0]}
+        hidden = {"failed": str(error).splitlines()[0]}
+    evidence: dict[str, Any] = {"form": form, "hidden_candidate": hidden}
     say("starting a yard with both engines")
     try:
         with open_stage(None) as stage:
-            return evidence | _killed(stage, form, say, incumbent_s=evidence["hidden_candidate"].get("took_s"))
+            return evidence | _killed(stage, form, say, incumbent_s=hidden.get("took_s"))
     except SwitchyardError as error:
         failed = {"failed": str(error).splitlines()[0]}
         return {**evidence, "killed_candidate": failed, "fallback": failed}
@@ -165,12 +168,6 @@ def judge_rehearsal(evidence: Mapping[str, Any], *, kill_detect_s: float, recove
     for drill in ("killed_candidate", "fallback"):
         results += _judge_kill(f"rehearsal.{drill}", evidence[drill], kill_detect_s, recover_s)
     return results
-
-
-def _hidden(stage: Stage) -> dict[str, Any]:
-    answer = stage.answer()
-    incidents = [incident["what"] for incident in stage.client.status()["incidents"]]
-    return {**answer, "right": stage.incumbent, "fallback": stage.route()["fallback"], "incidents": incidents}
 
 
 def _killed(stage: Stage, form: str, say: Say, *, incumbent_s: float | None) -> dict[str, Any]:
@@ -212,21 +209,15 @@ def signal_candidate(stage: Stage, number: signal.Signals, *states: str) -> dict
     except (psutil.NoSuchProcess, ProcessLookupError) as error:
         raise SwitchyardError(f"{stage.candidate} (pid {pid}) ended before it could be signalled") from error
     answer = stage.answer()
-    answered_at, noticed_at = time.time(), noted_at(stage, hit_at, *states)
+    answered_at = time.time()
+    events = [event for event in stage.client.status()["events"] if event["kind"] == "state" and event["at"] >= hit_at]
+    ours = (event for event in events if event.get("engine") == stage.candidate and event["what"].startswith(states))
+    noticed_at = next((float(event["at"]) for event in ours), None)
     return {
         **answer,
         "detect_s": None if noticed_at is None else noticed_at - hit_at,
         "recover_s": answered_at - (noticed_at or hit_at) if answer["answered"] else None,
     }
-
-
-def noted_at(stage: Stage, since: float, *states: str) -> float | None:
-    """When the yard first noted the candidate in one of `states`, in s since the epoch; None when it did not."""
-    for event in stage.client.status()["events"]:
-        ours = event["kind"] == "state" and event.get("engine") == stage.candidate
-        if ours and event["at"] >= since and event["what"].startswith(states):
-            return float(event["at"])
-    return None
 
 
 def _judge_hidden(seen: Mapping[str, Any]) -> CheckResult:

@@ -121,14 +121,9 @@ def judge_unmeasured(arm: str, what: str, record: Mapping[str, Any]) -> CheckRes
     why = f"{record['why']}: {' | '.join(lines)}" if lines else str(record["why"])
     why = why if len(why) <= WHY_CHARS else f"{why[: WHY_CHARS - 4]} ..."
     verdict, required = Verdict(record["verdict"]), what not in _OPTIONAL
-    return CheckResult(check=check_name(arm, what), verdict=verdict, why=why, required=required)
-
-
-def check_name(arm: str, what: str) -> str:
-    """`launch.candidate`, `parity.answers.incumbent`, `performance.measured`."""
-    if (arm, what) in _IN_PLACE_OF:
-        return _IN_PLACE_OF[arm, what]
-    return f"{_AREAS.get(what, what)}.{'measured' if arm == 'both' else arm}"
+    # `launch.candidate`, `parity.answers.incumbent`, `performance.measured`
+    check = _IN_PLACE_OF.get((arm, what), f"{_AREAS.get(what, what)}.{'measured' if arm == 'both' else arm}")
+    return CheckResult(check=check, verdict=verdict, why=why, required=required)
 
 
 def error_lines(log: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from tasks.evidence.parity.asking import Evidence
 
 LOOP = "loop"
+_CONTROL, _SYMBOLS = {"Cc", "Cn", "Co", "Cs"}, {"So", "Sm", "Sc"}  # Unicode categories
 
 
 def degenerate_answer(answer: Evidence) -> str | None:
@@ -30,27 +31,15 @@ def degenerate(text: str, tokens: Sequence[str] | None = None, *, prompt: str = 
     bare = text.strip().rstrip("\ufffd")  # an answer cut at its token limit may end within a character
     if not bare:
         return "empty"
-    units = list(tokens) if tokens else _units(bare)
-    return _garbage(bare) or _wordless(bare) or _foreign(bare, prompt) or _loops(bare, units)
-
-
-def _units(text: str) -> list[str]:
-    """Words, or characters where the script has no spaces."""
-    words = text.split()
-    return words if len(words) * 12 >= len(text) else list(text)
-
-
-def _garbage(text: str) -> str | None:
-    bad = sum(
-        c == "\ufffd" or (unicodedata.category(c) in {"Cc", "Cn", "Co", "Cs"} and c not in "\n\r\t") for c in text
-    )
-    share = bad / len(text)
-    return f"{share:.0%} replacement, control or unassigned characters" if share > 0.10 else None
-
-
-def _wordless(text: str) -> str | None:
-    content = any(c.isalnum() or unicodedata.category(c) in {"So", "Sm", "Sc"} for c in text)
-    return f"no letters in {len(text)} characters" if len(text) >= 8 and not content else None
+    broken = (c == "\ufffd" or (unicodedata.category(c) in _CONTROL and c not in "\n\r\t") for c in bare)
+    share = sum(broken) / len(bare)
+    if share > 0.10:
+        return f"{share:.0%} replacement, control or unassigned characters"
+    if len(bare) >= 8 and not any(c.isalnum() or unicodedata.category(c) in _SYMBOLS for c in bare):
+        return f"no letters in {len(bare)} characters"
+    words = bare.split()
+    split = words if len(words) * 12 >= len(bare) else list(bare)  # characters, where the script has no spaces
+    return _foreign(bare, prompt) or _loops(bare, list(tokens or split))
 
 
 def _foreign(text: str, prompt: str) -> str | None:
@@ -74,17 +63,11 @@ def _loops(text: str, units: list[str]) -> str | None:
     if run >= 24 and run >= 0.3 * len(text):
         return f"{LOOP}: one character {run} times"
     for period in range(1, len(units) // 4 + 1):
-        covered = _covered_by_tail(units, period)
+        covered = period  # how many of the last units repeat with this period; a last, incomplete round counts
+        while covered < len(units) and units[-covered - 1] == units[-covered - 1 + period]:
+            covered += 1
         if covered >= max(12, 4 * period, len(units) // 2):
             return f"{LOOP}: {' '.join(units[-period:])[:40]!r} {covered // period} times"
     if len(units) >= 24 and len(set(units)) < 0.15 * len(units):
         return f"{LOOP}: {len(set(units))} different of {len(units)} tokens"
     return None
-
-
-def _covered_by_tail(units: list[str], period: int) -> int:
-    """How many of the last units repeat with this period; a last, incomplete round counts."""
-    covered = period
-    while covered < len(units) and units[-covered - 1] == units[-covered - 1 + period]:
-        covered += 1
-    return covered

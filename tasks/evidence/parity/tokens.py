@@ -78,13 +78,10 @@ def _prompt_tokens(count: TokenCounter, endpoint: Endpoint, prompt: Prompt) -> E
         bare = prompt.model_copy(update={"tools": None})
         without, _ = count(chat_body(endpoint, bare, max_tokens=1))
         shown = None if without is None else tokens > without
-    return {"tokens": tokens, "error": error, "tools_shown": shown, "preview": _preview(prompt)}
-
-
-def _preview(prompt: Prompt) -> str:
     last = prompt.messages[-1].content
     text = last if isinstance(last, str) else json.dumps(last, ensure_ascii=False)
-    return text if len(text) <= 48 else f"{text[:47]}…"
+    preview = text if len(text) <= 48 else f"{text[:47]}…"
+    return {"tokens": tokens, "error": error, "tools_shown": shown, "preview": preview}
 
 
 def _raw_tokens(caller: Caller, endpoint: Endpoint, text: str) -> Evidence:

@@ -88,6 +88,8 @@ def look(place: Place) -> Sight:
         raise SwitchyardError(f"the yard does not serve {place.model_id} any more")
     missing: dict[str, Any] = {"state": "missing", "pid": None, "since": None, "restarts": 0, "context_tokens": None}
     engine = next((engine for engine in route["engines"] if engine["engine"] == place.engine), missing)
+    states = (event for event in status["events"] if event["kind"] == "state")
+    ours = (one for one in states if (one["model"], one.get("engine")) == (place.model_id, place.engine))
     return Sight(
         address=public_address(status["address"]),
         yard_pid=status["pid"],
@@ -95,14 +97,9 @@ def look(place: Place) -> Sight:
         committed=route["committed"],
         outage=f"fallback to {route['fallback']}" if route["fallback"] else route["unservable"],
         held=bool(route["holding"] or route["moving"]),
-        deaths=tuple(event for event in status["events"] if _is_death(event, place)),
+        deaths=tuple(event for event in ours if str(event["what"]).partition(":")[0] in DEATHS),
         **{name: engine[name] for name in missing},
     )
-
-
-def _is_death(event: Mapping[str, Any], place: Place) -> bool:
-    ours = event["kind"] == "state" and (event["model"], event.get("engine")) == (place.model_id, place.engine)
-    return ours and str(event["what"]).partition(":")[0] in DEATHS
 
 
 def measure_window(
