@@ -43,7 +43,13 @@ def measure_compatibility(
             started = time.monotonic()
             outcome = tried(BEHAVIOURS[name], ask) if unanswered < GIVE_UP_AFTER else UNTRIED
             unanswered = unanswered + 1 if outcome.outcome == "errored" else 0
-            seen[name] = evidence(BEHAVIOURS[name], outcome, (time.monotonic() - started) * 1000)
+            seen[name] = {
+                "outcome": outcome.outcome,
+                "observed": outcome.observed[:OBSERVED_CHARACTERS],
+                "claim": BEHAVIOURS[name].claim,
+                "group": BEHAVIOURS[name].group,
+                "elapsed_ms": round((time.monotonic() - started) * 1000, 1),
+            }
             progress(f"{endpoint.engine} {name}: {outcome.outcome} ({outcome.observed[:80]})")
     return {"engine": endpoint.engine, "version": endpoint.version, "behaviours": seen}
 
@@ -61,17 +67,6 @@ def tried(behaviour: Behaviour, ask: Asker) -> Observation:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as reason:
         # the answer came, but no client could read its shape
         return Observation("failed", f"unreadable answer: {type(reason).__name__}: {reason}")
-
-
-def evidence(behaviour: Behaviour, seen: Observation, elapsed_ms: float) -> dict[str, Any]:
-    """One behaviour's record, JSON-able and small."""
-    return {
-        "outcome": seen.outcome,
-        "observed": seen.observed[:OBSERVED_CHARACTERS],
-        "claim": behaviour.claim,
-        "group": behaviour.group,
-        "elapsed_ms": round(elapsed_ms, 1),
-    }
 
 
 def known(names: Collection[str], where: str) -> list[str]:

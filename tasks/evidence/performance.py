@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines.client.load import measure
-from engines.client.record import StreamRecord, reconcile
+from engines.client.record import reconcile
 from engines.errors import EngineError
 from engines.process.serving import Served
 from engines.process.telemetry import MemorySampler, Telemetry, interval, private_bytes, process_tree, shared_bytes
@@ -202,17 +202,10 @@ def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload,
     arm |= {f"throughput_c{level}_tok_s": [rate] for level, rate in rounds.items() if rate}
     arm["icl_ms"] = [gap for record in records if record.ok for gap in record.measured("icl_ms") or ()]
     for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s"):
-        arm[name] = _samples(records, name)
+        values = (record.measured(name) for record in records if record.ok)
+        # a stream read in one go (the client was held up, or the engine buffers) has a TPOT of 0: no measurement
+        arm[name] = [value for value in values if value is not None and value > 0]
     return arm
-
-
-def _samples(records: Sequence[StreamRecord], name: str) -> list[float]:
-    """One number per request that has it.
-
-    A stream read in one go has a TPOT of 0: the client was held up, or the engine buffers. That is no measurement.
-    """
-    values = [record.measured(name) for record in records if record.ok]
-    return [value for value in values if value is not None and value > 0]
 
 
 def _bodies(workload: Workload, extra: Mapping[str, object], index: int, what: str) -> list[dict[str, Any]]:
@@ -254,10 +247,9 @@ def _prefix_cache(endpoint: Endpoint, workload: Workload, index: int) -> dict[st
     """TTFT of one long prompt sent twice, its cache left on: what a growing conversation gains."""
     text = prompt(workload.prompt_words * 3, f"prefix {index}", workload.seed)
     first, second = measure(endpoint, [body(text, 2, {})] * 2, keep_text=False)
-    cold, again = first.measured("ttft_ms"), second.measured("ttft_ms")
     return {
-        "cold_ttft_ms": cold,
-        "cached_ttft_ms": again,
+        "cold_ttft_ms": first.measured("ttft_ms"),
+        "cached_ttft_ms": second.measured("ttft_ms"),
         "cached_tokens": second.cached_tokens,
         "prompt_tokens": second.prompt_tokens,
     }

@@ -359,10 +359,13 @@ def _calibrate(
     percent = f"{100 * (math.exp(outcome.sd) - 1):.1f} %"
     if outcome.sd > largest:
         needed = blocks_for_power(outcome.sd, metric.margin, alpha=alpha)
+        # the chance depends on ln(1 + margin) / sd only, so one solution scales to every sd
+        per_sd = math.log1p(0.10) / _largest_sd(0.10, looks[-1], alpha)
+        reachable = math.ceil(100 * math.expm1(per_sd * outcome.sd))
         why = (
             f"the incumbent against itself varies by {percent} from block to block: an equal engine needs {needed} "
             f"blocks for a 90 % chance to pass a {100 * metric.margin:g} % margin, the plan has {looks[-1]}; quiet the "
-            f"machine, plan more blocks, or allow {100 * _reachable_margin(outcome.sd, looks[-1], alpha):.0f} %"
+            f"machine, plan more blocks, or allow {reachable} %"
         )
         return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=why)
     why = (
@@ -380,13 +383,6 @@ def _largest_sd(margin: float, n_blocks: int, alpha: float) -> float:
         enough = pass_chance(middle, margin, n_blocks, alpha=alpha) >= POWER
         low, high = (middle, high) if enough else (low, middle)
     return low
-
-
-def _reachable_margin(sd: float, n_blocks: int, alpha: float) -> float:
-    """The smallest margin, in whole percent, that `n_blocks` can judge at `sd`."""
-    # the chance depends on ln(1 + margin) / sd only, so one solution scales to every sd
-    per_sd = math.log1p(0.10) / _largest_sd(0.10, n_blocks, alpha)
-    return math.ceil(100 * math.expm1(per_sd * sd)) / 100
 
 
 def _valid(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tasks.evidence.behaviours.base import (
-    COMMON,
-    COMMON_TOKENS,
-    Asker,
-    Behaviour,
-    Observation,
-    behaviour,
-    failed,
-    holds,
-    passed,
-)
+from tasks.evidence.behaviours.base import COMMON, COMMON_TOKENS, Asker, Observation, behaviour, failed, holds, passed
 from tasks.evidence.behaviours.caller import Json, count, user
 
 
@@ -38,12 +28,14 @@ def chat_model_name(ask: Asker) -> Observation:
     return holds(name == ask.endpoint.model_id, f"model {name!r}, asked for {ask.endpoint.model_id!r}")
 
 
-system_message = Behaviour(
-    "chat", "the system message reaches the model", lambda ask: message_reaches_prompt(ask, "system"), required=True
-)
-developer_message = Behaviour(
-    "chat", "a developer message reaches the model", lambda ask: message_reaches_prompt(ask, "developer")
-)
+@behaviour("chat", "the system message reaches the model", required=True)
+def system_message(ask: Asker) -> Observation:
+    return message_reaches_prompt(ask, "system")
+
+
+@behaviour("chat", "a developer message reaches the model")
+def developer_message(ask: Asker) -> Observation:
+    return message_reaches_prompt(ask, "developer")
 
 
 def message_reaches_prompt(ask: Asker, role: str) -> Observation:

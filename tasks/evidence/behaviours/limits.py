@@ -13,7 +13,6 @@ from tasks.evidence.behaviours.base import (
     ENDING_TOKENS,
     MARKERS,
     Asker,
-    Behaviour,
     NotApplicable,
     Observation,
     behaviour,
@@ -47,23 +46,19 @@ def cut_at(ask: Asker, word: str, text: str, finishes: list[str | None]) -> Obse
     return holds(good, f"stop {word!r}: {text!r}, finish {finishes}; expected {expected!r}")
 
 
-stop_string = Behaviour(
-    "stop",
-    "a stop string ends the text just before it, with finish reason stop",
-    lambda ask: stops(ask, lambda word: word),
-    required=True,
-)
-stop_list = Behaviour(
-    "stop",
-    "the last of four stop strings works too",
-    lambda ask: stops(ask, lambda word: ["@@1", "@@2", "@@3", word]),
-    required=True,
-)
-stop_five = Behaviour(
-    "stop",
-    "a fifth stop string, one over OpenAI's limit, works too",
-    lambda ask: stops(ask, lambda word: ["@@1", "@@2", "@@3", "@@4", word]),
-)
+@behaviour("stop", "a stop string ends the text just before it, with finish reason stop", required=True)
+def stop_string(ask: Asker) -> Observation:
+    return stops(ask, lambda word: word)
+
+
+@behaviour("stop", "the last of four stop strings works too", required=True)
+def stop_list(ask: Asker) -> Observation:
+    return stops(ask, lambda word: ["@@1", "@@2", "@@3", word])
+
+
+@behaviour("stop", "a fifth stop string, one over OpenAI's limit, works too")
+def stop_five(ask: Asker) -> Observation:
+    return stops(ask, lambda word: ["@@1", "@@2", "@@3", "@@4", word])
 
 
 @behaviour("stop", "a stream ends at a stop string and shows no part of it", required=True)

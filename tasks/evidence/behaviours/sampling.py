@@ -10,7 +10,6 @@ from tasks.evidence.behaviours.base import (
     COMMON,
     REPEATING,
     Asker,
-    Behaviour,
     NotApplicable,
     Observation,
     behaviour,
@@ -43,16 +42,14 @@ def seed(ask: Asker) -> Observation:
     return holds(first != other, f"seed 7 twice {first!r}, seed 8 {other!r}")
 
 
-top_p = Behaviour(
-    "sampling",
-    "a tiny top_p leaves only the most likely token at any temperature",
-    lambda ask: samples_greedily(ask, top_p=0.0001),
-)
-top_k = Behaviour(
-    "sampling",
-    "top_k 1 leaves only the most likely token at any temperature",
-    lambda ask: samples_greedily(ask, top_k=1),
-)
+@behaviour("sampling", "a tiny top_p leaves only the most likely token at any temperature")
+def top_p(ask: Asker) -> Observation:
+    return samples_greedily(ask, top_p=0.0001)
+
+
+@behaviour("sampling", "top_k 1 leaves only the most likely token at any temperature")
+def top_k(ask: Asker) -> Observation:
+    return samples_greedily(ask, top_k=1)
 
 
 def samples_greedily(ask: Asker, **params: Any) -> Observation:
@@ -91,12 +88,14 @@ def tokenized(ask: Asker, text: str) -> list[int]:
     return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else []
 
 
-frequency_penalty = Behaviour(
-    "sampling", "frequency_penalty changes a repeating text", lambda ask: penalised(ask, frequency_penalty=2.0)
-)
-presence_penalty = Behaviour(
-    "sampling", "presence_penalty changes a repeating text", lambda ask: penalised(ask, presence_penalty=2.0)
-)
+@behaviour("sampling", "frequency_penalty changes a repeating text")
+def frequency_penalty(ask: Asker) -> Observation:
+    return penalised(ask, frequency_penalty=2.0)
+
+
+@behaviour("sampling", "presence_penalty changes a repeating text")
+def presence_penalty(ask: Asker) -> Observation:
+    return penalised(ask, presence_penalty=2.0)
 
 
 def penalised(ask: Asker, **penalty: float) -> Observation:

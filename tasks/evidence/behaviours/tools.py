@@ -10,7 +10,6 @@ from tasks.evidence.behaviours.base import (
     WEATHER,
     WEATHER_QUESTION,
     Asker,
-    Behaviour,
     NotApplicable,
     Observation,
     behaviour,
@@ -90,18 +89,15 @@ def joined_calls(pieces: list[Json]) -> list[Json]:
     return [calls[index] for index in sorted(calls)]
 
 
-tool_choice_required = Behaviour(
-    "tools",
-    "tool_choice required yields a call with the arguments of the schema",
-    lambda ask: forced_call(ask, "required", "get_weather", tools=[WEATHER]),
-)
-tool_choice_named = Behaviour(
-    "tools",
-    "a named tool is the one that is called",
-    lambda ask: forced_call(
-        ask, {"type": "function", "function": {"name": "get_time"}}, "get_time", tools=[WEATHER, CLOCK]
-    ),
-)
+@behaviour("tools", "tool_choice required yields a call with the arguments of the schema")
+def tool_choice_required(ask: Asker) -> Observation:
+    return forced_call(ask, "required", "get_weather", tools=[WEATHER])
+
+
+@behaviour("tools", "a named tool is the one that is called")
+def tool_choice_named(ask: Asker) -> Observation:
+    named = {"type": "function", "function": {"name": "get_time"}}
+    return forced_call(ask, named, "get_time", tools=[WEATHER, CLOCK])
 
 
 def forced_call(ask: Asker, choice: str | Json, name: str, *, tools: list[Json]) -> Observation:

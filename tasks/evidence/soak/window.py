@@ -131,7 +131,7 @@ def measure_window(
         if not window.ended:
             memory.follow(window.sight)
         window.settle()
-    return {**window.evidence(), "lives": memory.processes(), "yard_memory_bytes": memory.yard_bytes()}
+    return {**window.evidence(), **memory.evidence()}
 
 
 class _Window:
@@ -331,9 +331,9 @@ class _YardMemory:
             )
             self._sampler.start()
 
-    def processes(self) -> list[dict[str, Any]]:
-        """The processes in turn, each with the median of its memory."""
-        return [
+    def evidence(self) -> dict[str, Any]:
+        """The processes in turn, each with the median of its memory, and the median of the yard's own."""
+        lives = [
             {
                 "life": process.name,
                 "from": process.began,
@@ -343,10 +343,7 @@ class _YardMemory:
             }
             for process in self._processes
         ]
-
-    def yard_bytes(self) -> float | None:
-        """The median of the yard's own memory, without its engines."""
-        return statistics.median(self._yard) if self._yard else None
+        return {"lives": lives, "yard_memory_bytes": statistics.median(self._yard) if self._yard else None}
 
     def _take(self, process: _Process, memory_bytes: int | None) -> None:
         now = time.time()
