@@ -25,14 +25,13 @@ from engines.home import home
 from engines.registry import driver
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile, YardState
-from flows.orchestrator.run import flow_run_id
+from flows.orchestrator.run import run_journal
 from flows.orchestrator.step import take
 from flows.progress import progress
 from flows.rollout.guide import write_guide
 from migrations.plan import Plan
 from migrations.plan_file import plan_to_toml
-from tasks.evidence.environment import machine_environment
-from tasks.records.journal import RunJournal, journal
+from tasks.records.journal import RunJournal
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Decision
 from tasks.verdicts.retirement import DAY_S, Standing, judge_retirement, write_archive
@@ -74,16 +73,8 @@ class Deprecation:
         has_retired = unfinished and any(step.step == "retire" for step in self.records.steps(unfinished.id))
         if gone is not None and not has_retired:
             return self._outcome(None, "already retired", Verdict.PASS, gone.line(self.engine), gone.archive)
-        with journal(
-            self.records,
-            KIND,
-            asked,
-            unfinished=unfinished,
-            environment=machine_environment,
-            flow_run_id=flow_run_id(),
-            on_error="interrupted",
-            interrupted_by=lambda error: str(error) or type(error).__name__,
-        ) as run:
+        closing = {"on_error": "interrupted", "interrupted_by": lambda error: str(error) or type(error).__name__}
+        with run_journal(self.records, KIND, asked, unfinished=unfinished, **closing) as run:
             outcome = self._steps(run, state)
             run.finish("done", verdict=Verdict(outcome["verdict"]))
         return outcome

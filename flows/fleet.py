@@ -9,7 +9,6 @@ twice, and leaves alone the hosts that are done.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -27,15 +26,14 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
-from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engines.errors import BadInput
 from flows.deployments import Offer, concluded
+from flows.orchestrator.run import run_journal
 from flows.progress import progress
-from tasks.evidence.environment import machine_environment
-from tasks.records.journal import RunJournal, journal
+from tasks.records.journal import RunJournal
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import Verdict
 
@@ -295,7 +293,7 @@ def roll_out(
     """Wave after wave until a gate stays shut: the result as plain JSON. Raises BadInput for an unknown host."""
     _require(hosts, orders.hosts)
     name, asked = f"fleet {Path(orders.plan).stem}".rstrip(), orders.model_dump(mode="json")
-    with _opened(records, KIND, asked, name, say) as run:
+    with run_journal(records, KIND, asked, name=name, say=say) as run:
         run.put_decision("-", KIND, who=orders.who, why=orders.reason)
         runs = HostRuns(run, hosts, say, poll_s)
         shut = _waves(orders, runs)
@@ -311,26 +309,10 @@ def roll_back_hosts(
     names, who, reason = orders.hosts, orders.who, orders.reason
     _require(hosts, names)
     asked = {"hosts": list(names), "who": who, "reason": reason}
-    with _opened(records, UNDO, asked, "fleet", say) as run:
+    with run_journal(records, UNDO, asked, name="fleet", say=say) as run:
         runs = HostRuns(run, hosts, say, poll_s)
         runs.roll_back(names, who, reason, wave=1)
         return _concluded(run, [runs.row(host) for host in names], Verdict.PASS, "rolled back", "")
-
-
-def _opened(
-    records: Records, kind: str, asked: Mapping[str, Any], name: str, say: Say
-) -> contextlib.AbstractContextManager[RunJournal]:
-    """The run of these orders, new or unfinished; what a broken-off one started on the hosts is waited for."""
-    return journal(
-        records,
-        kind,
-        asked,
-        name=name,
-        unfinished=records.unfinished(asked, kind=kind),
-        environment=machine_environment,
-        flow_run_id=flow_run.id,
-        say=say,
-    )
 
 
 def _waves(orders: Rollout, runs: HostRuns) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from prefect.artifacts import create_table_artifact
 from prefect.exceptions import Pause
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import deployment
 
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
@@ -29,6 +29,7 @@ from flows.deprecate import deprecate
 from flows.evaluate import evaluate
 from flows.experiment_lock import alone
 from flows.native_phase import to_native
+from flows.orchestrator.run import run_journal
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollout.approval import Asks, Question, asks, in_prefect, nobody
@@ -36,10 +37,9 @@ from flows.rollout.orders import Orders
 from flows.rollout.phase_one import PhaseOne, phase_one
 from flows.subprocess_phase import to_subprocess
 from migrations.plan import ModelPlan, Plan
-from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import route_of
 from tasks.evidence.unmeasured import models_to_retry
-from tasks.records.journal import RunJournal, journal
+from tasks.records.journal import RunJournal
 from tasks.records.payload import plan_hash
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Decision
@@ -108,20 +108,14 @@ def migrate_all(
     The run begins with the first thing that is done or asked: a migration that is finished writes nothing.
     """
     orders.checked(plan)
-    asked = plan.model_dump(mode="json")
+
+    def interrupted_by(error: BaseException) -> str:  # Prefect suspends the run for an answer by an exception
+        return "waits for an answer" if isinstance(error, Pause) else type(error).__name__
+
     with alone(home, "a migration"):
         reconcile(home, records, say)
-        with journal(
-            records,
-            KIND,
-            asked,
-            unfinished=records.unfinished(asked, kind=KIND),
-            environment=machine_environment,
-            flow_run_id=flow_run.id,
-            say=say,
-            # Prefect suspends the run for an answer by an exception
-            interrupted_by=lambda error: "waits for an answer" if isinstance(error, Pause) else type(error).__name__,
-        ) as run:
+        asked = plan.model_dump(mode="json")
+        with run_journal(records, KIND, asked, say=say, interrupted_by=interrupted_by) as run:
             whole = WholeMigration(plan, path, home, run, orders, ask, phases)
             whole.evaluate()
             ends = [whole.move(model) for model in whole.models]

@@ -21,7 +21,6 @@ from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.events import emit_event
-from prefect.runtime import flow_run
 from pydantic import SecretStr
 
 from engines.driver import native_of
@@ -33,14 +32,14 @@ from engines.yard.client import YardClient
 from engines.yard.state import StateFile
 from flows.evaluation.outcome import model_outcome, report, run_outcome
 from flows.experiment_lock import SOAK, Busy, alone
+from flows.orchestrator.run import run_journal
 from flows.progress import progress
 from migrations.plan import Plan
 from migrations.plan_file import load_plan, plan_path
-from tasks.evidence.environment import machine_environment
 from tasks.evidence.soak.judge_windows import ending, judge_windows, window_summary
 from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import Place, measure_window
-from tasks.records.journal import RunJournal, journal
+from tasks.records.journal import RunJournal
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Evidence, Run, Step
 from tasks.verdicts.verdict import Verdict, gate, worst
@@ -130,16 +129,8 @@ class SoakRun:
         unfinished = self.records.unfinished(self.asked, kind=KIND)
         if unfinished is not None and unfinished.verdict is not None:
             unfinished = None  # a breach ended it
-        with journal(
-            self.records,
-            KIND,
-            self.asked,
-            unfinished=unfinished,
-            environment=machine_environment,
-            flow_run_id=flow_run.id,
-            on_error="interrupted",
-            interrupted_by=lambda error: f"broken off: {type(error).__name__}",
-        ) as run:
+        closing = {"on_error": "interrupted", "interrupted_by": lambda error: f"broken off: {type(error).__name__}"}
+        with run_journal(self.records, KIND, self.asked, unfinished=unfinished, **closing) as run:
             ends = [self._end_of(target) for target in found]
             if going := [target for target, end in zip(found, ends, strict=True) if end is None]:
                 return self._conclude(run, [self._soaked(run, target, window_s / len(going), key) for target in going])

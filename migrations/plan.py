@@ -88,13 +88,9 @@ class ModelPlan(PlanPart):
         description="name by which clients ask for the model: letters, digits, dots, dashes, underscores",
     )
     gguf: Path = Field(description="the model file; the first one of a split set")
-    transcripts: Path | None = Field(
-        None, description="JSONL of the user's own chat requests (messages, tools), replayed by the parity checks"
-    )
+    transcripts: Path | None = Field(None, description="own chat requests (JSONL: messages, tools), for parity checks")
     aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
-    engine: EngineOrAuto = Field(
-        "auto", description="who serves it: auto leaves that to promote and rollback; a name is a manual choice"
-    )
+    engine: EngineOrAuto = Field("auto", description="who serves it: auto (promote, rollback decide) or a fixed engine")
     load: Load = Field("start", description="when the yard loads it: at its own start, or with the first request")
     pin: bool = Field(False, description="never unloaded to make room for another model")
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
@@ -116,12 +112,8 @@ class CanarySteps(PlanPart):
         max_length=8,
         description="shares of conversations, one step after the other",
     )
-    min_requests: int = Field(
-        20, ge=1, le=5000, description="candidate's answers before the next share; the last one also needs a verdict"
-    )
-    max_minutes: float = Field(
-        120, gt=0, le=10_080, description="minutes after which a share is judged; without a verdict it is rolled back"
-    )
+    min_requests: int = Field(20, ge=1, le=5000, description="answers a share needs; the last one also needs a verdict")
+    max_minutes: float = Field(120, gt=0, le=10_080, description="minutes per share; no verdict by then: a rollback")
 
     @model_validator(mode="after")
     def _rising(self) -> CanarySteps:
@@ -133,9 +125,7 @@ class CanarySteps(PlanPart):
 class Retire(PlanPart):
     """When the incumbent may go for good."""
 
-    rollback_window_days: float = Field(
-        7, ge=0, le=3650, description="days each model has to be on the candidate before the way back is closed"
-    )
+    rollback_window_days: float = Field(7, ge=0, le=3650, description="days on the candidate until the way back closes")
     approve: Literal["ask", "auto"] = Field(
         "ask", description="ask: a person approves it, by name and with a reason; auto: the conditions are enough"
     )
@@ -150,9 +140,7 @@ class Course(PlanPart):
     approve: Literal["ask", "auto"] = Field(
         "ask", description="ask: a person approves each phase of each model; auto: only what is INCONCLUSIVE"
     )
-    wait_hours: float = Field(
-        72, gt=0, le=8760, description="hours a question waits for its answer in Prefect; then all stays as it is"
-    )
+    wait_hours: float = Field(72, gt=0, le=8760, description="hours a question waits in Prefect; then nothing changes")
 
 
 class Plan(PlanPart):
@@ -176,9 +164,7 @@ class Plan(PlanPart):
     measure: Measure = Field(Measure(), validation_alias=either("", "measure"), description="how much is measured")
     limits: Limits = Field(Limits(), description="where a difference stops being acceptable, and why there")
     client: ClientNeeds = Field(ClientNeeds(), description="what the programs in front of the engine need")
-    canary: CanarySteps = Field(
-        CanarySteps(), description="how live traffic moves: in which shares, and how much decides each"
-    )
+    canary: CanarySteps = Field(CanarySteps(), description="how live traffic moves: in which shares, and what decides")
     migrate: Course = Field(Course(), description="the whole migration: its phases, and what it asks a person")
     retire: Retire = Field(Retire(), description="phase 4: when the incumbent may be retired")
     yard: YardSettings = Field(YardSettings(), description="the public port: where it is and what it takes")
@@ -261,19 +247,14 @@ def content_hash(plan: Plan) -> str:
     """
     elsewhere = {"incumbent", "candidate", "settings", "models"}  # below, by content
     identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard"})
-    identity["engines"] = [_engine_identity(choice) for choice in (plan.incumbent, plan.candidate)]
+    identity["engines"] = [
+        {"engine": one.engine, "form": one.form, "binary": model_digest(one.binary) if one.binary else None}
+        for one in (plan.incumbent, plan.candidate)
+    ]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
     return hashlib.sha256(
         json.dumps(with_old_keys(identity), sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
-
-
-# ---- files and identity
-
-
-def _engine_identity(choice: EngineChoice) -> dict[str, str | None]:
-    digest = model_digest(choice.binary) if choice.binary else None
-    return {"engine": choice.engine, "form": choice.form, "binary": digest}
 
 
 def _model_identity(plan: Plan, model: ModelPlan) -> dict[str, object]:

@@ -14,11 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ValidationError,
-)
+from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from engines.errors import BadInput
@@ -171,6 +167,21 @@ _NOT_A = {
     "model": "a table of keys",
     "dict": "a table of keys",
 }
+# what is wrong with a value, and what to write instead, by pydantic's type of error
+_FIXES = {
+    "value_error": "{error}",
+    "missing": "is missing: {description}",
+    "greater_than_equal": "{value} is below {ge}; write {ge} or more",
+    "less_than_equal": "{value} is above {le}; write {le} or less",
+    "greater_than": "{value} is not above {gt}; write more than {gt}",
+    "too_short": "is empty: {description}",
+    "string_too_short": "is empty: {description}",
+    "too_long": "is too long; {max_length} at most",
+    "string_too_long": "is too long; {max_length} at most",
+    "string_pattern_mismatch": "{value} does not fit: {description}",
+    "int_from_float": "{value} is not a whole number",
+    "finite_number": "{value} is not a number",
+}
 # what people who know llama.cpp's flags write
 _LLAMA_WORDS = {
     "ctx": "context_tokens",
@@ -224,32 +235,13 @@ def _problem(detail: ErrorDetails) -> tuple[Location, str]:
 def _fix(detail: ErrorDetails) -> str:
     """What is wrong with one value, and what to write instead."""
     kind, context, location = detail["type"], detail.get("ctx", {}), detail["loc"]
+    if kind == "extra_forbidden":
+        return _unknown_key(location)
+    if kind == "literal_error":
+        return _unknown_word(location, detail["input"], re.findall(r"'([^']*)'", context["expected"]))
     value = _shown(detail["input"])
-    match kind:
-        case "value_error":
-            return str(context["error"])
-        case "extra_forbidden":
-            return _unknown_key(location)
-        case "missing":
-            return f"is missing: {_description(location)}"
-        case "literal_error":
-            return _unknown_word(location, detail["input"], re.findall(r"'([^']*)'", context["expected"]))
-        case "greater_than_equal":
-            return f"{value} is below {context['ge']}; write {context['ge']} or more"
-        case "less_than_equal":
-            return f"{value} is above {context['le']}; write {context['le']} or less"
-        case "greater_than":
-            return f"{value} is not above {context['gt']}; write more than {context['gt']}"
-        case "too_short" | "string_too_short":
-            return f"is empty: {_description(location)}"
-        case "too_long" | "string_too_long":
-            return f"is too long; {context['max_length']} at most"
-        case "string_pattern_mismatch":
-            return f"{value} does not fit: {_description(location)}"
-        case "int_from_float":
-            return f"{value} is not a whole number"
-        case "finite_number":
-            return f"{value} is not a number"
+    if kind in _FIXES:
+        return _FIXES[kind].format(value=value, description=_description(location), **context)
     expected = _NOT_A.get(kind.partition("_")[0])
     return f"{value} is not {expected}" if expected else f"{value}: {detail['msg']}"
 
@@ -258,15 +250,13 @@ def _shown(value: object) -> str:
     """`value` as it would stand in TOML, cut short; tables are not shown, for one may hold a key."""
     if isinstance(value, str | Path):
         text = f"'{value}'"
-    elif isinstance(value, dict | BaseModel) or (isinstance(value, list | tuple) and any(map(_is_table, value))):
-        text = "a list of tables" if isinstance(value, list | tuple) else "a table"
+    elif isinstance(value, dict | BaseModel):
+        text = "a table"
+    elif isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple | BaseModel) for item in value):
+        text = "a list of tables"
     else:
         text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, dict | list | tuple | BaseModel)
 
 
 def _unknown_key(location: Location) -> str:
@@ -276,9 +266,7 @@ def _unknown_key(location: Location) -> str:
     for new, old in RENAMED_KEYS.get("".join(map(str, location[:-1])), {}).items():
         if key == old:
             return f"is the old name of '{new}', which is given as well; keep one"
-    close = (
-        [_LLAMA_WORDS.get(key, "")] if _LLAMA_WORDS.get(key) in known else difflib.get_close_matches(key, known, n=1)
-    )
+    close = [word for word in [_LLAMA_WORDS.get(key)] if word in known] or difflib.get_close_matches(key, known, n=1)
     close = close or [name for name in known if name.startswith(key)]
     return f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known: {', '.join(known)}"
 
@@ -322,8 +310,6 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 _HEADER = re.compile(r"^\s*(?P<open>\[\[?)\s*(?P<name>[\w.\-\"' ]+?)\s*\]\]?\s*(?:#.*)?$")
-
-
 _KEY = re.compile(r"^\s*(?P<name>[\w.\-\"' ]+?)\s*=")
 
 
@@ -368,7 +354,9 @@ def _keys(part: BaseModel, *, only_set: bool = False, notes: Mapping[str, str] |
     lines: list[str] = []
     for name, value in _fields(part, only_set=only_set).items():
         comment = "\n".join(filter(None, [type(part).model_fields[name].description, (notes or {}).get(name, "")]))
-        lines += [*([_comment(comment)] if comment else []), f"{name} = {_value(value)}"]
+        # JSON's words and escapes are TOML's, but TOML also wants DEL escaped
+        written = json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+        lines += [*([_comment(comment)] if comment else []), f"{name} = {written}"]
     return "\n".join(lines)
 
 
@@ -376,26 +364,8 @@ def _fields(part: BaseModel, *, only_set: bool = False) -> dict[str, object]:
     """Plain values of `part` by name, without those that TOML cannot say (None) and those that are parts themselves."""
     names = [name for name in type(part).model_fields if not only_set or name in part.model_fields_set]
     values = {name: getattr(part, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None and not _is_part(value)}
-
-
-def _is_part(value: object) -> bool:
-    return isinstance(value, BaseModel) or (isinstance(value, tuple) and any(isinstance(v, BaseModel) for v in value))
-
-
-def _value(value: object) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int():
-            return str(value)
-        case float():
-            whole = math.isfinite(value) and value == int(value) and abs(value) < 1e15
-            return f"{value:.1f}" if whole else repr(value)
-        case tuple() | list():
-            return f"[{', '.join(_value(item) for item in value)}]"
-    # JSON's escapes are TOML's, but TOML also wants DEL escaped
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    parts = ("models", *(name for name, value in values.items() if isinstance(value, BaseModel)))
+    return {name: value for name, value in values.items() if value is not None and name not in parts}
 
 
 def _comment(text: str) -> str:

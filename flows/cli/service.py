@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from jinja2 import Template
 
 import flows
 from engines.errors import BadInput, SwitchyardError
@@ -56,7 +57,9 @@ def install(
             f"{path}: yard.host {loaded.yard.host} can be reached from other machines: set "
             'api_key_env = "SWITCHYARD_API_KEY" in it and export that variable, or listen on 127.0.0.1'
         )
-    text = unit_text(path, loaded.yard.stop_s, home=folder, systemd=_systemd_version())
+    asked = _systemctl("--version", within_s=ANSWER_S)
+    version = re.match(r"systemd (\d+)", asked.stdout) if asked else None
+    text = unit_text(path, loaded.yard.stop_s, home=folder, systemd=int(version[1]) if version else None)
     if dry_run:
         _print({"unit": str(unit_path()), "text": text, "changed": False}, text.splitlines(), json_)
         return
@@ -141,33 +144,18 @@ def unit_text(
     given["PYTHONSAFEPATH"] = "1"
     if root.name not in ("site-packages", "dist-packages"):  # a checkout
         given["PYTHONPATH"] = str(root)
-    variables = "".join(f"Environment={_quoted(f'{name}={value}')}\n" for name, value in given.items())
     # arguments, not the program, have their `$` expanded
-    arguments = ["-m", "flows.cli", "serve", str(plan).replace("$", "$$")]
-    pause = "RestartSec=10"
-    if systemd is not None and systemd >= STEPS_SINCE:
-        pause = "RestartSec=1\nRestartSteps=6\nRestartMaxDelaySec=60"
-    return (
-        "# Written by `switchyard service install`, which overwrites changes made here.\n"
-        "[Unit]\n"
-        "Description=Switchyard: one port in front of local LLM engines\n"
-        "StartLimitIntervalSec=0\n"
-        "\n[Service]\n"
-        "Type=exec\n"
-        # whatever reads files of its working directory finds our own there
-        f"WorkingDirectory={_escaped(str(root))}\n"
-        f"{variables}"
-        f"EnvironmentFile=-{_escaped(glob.escape(str(_environment_file(environment))))}\n"
-        f"ExecStart={' '.join(map(_quoted, [python, *arguments]))}\n"
-        "ExecReload=kill -HUP $MAINPID\n"
-        "KillSignal=SIGTERM\n"
-        "KillMode=mixed\n"
-        f"TimeoutStopSec={math.ceil(stop_s + ENGINES_END_S)}\n"
-        "Restart=on-failure\n"
-        f"{pause}\n"
-        "\n[Install]\n"
-        "WantedBy=default.target\n"
+    command = [python, "-m", "flows.cli", "serve", str(plan).replace("$", "$$")]
+    template = Template(Path(__file__).with_name("switchyard.service.jinja").read_text(), keep_trailing_newline=True)
+    text: str = template.render(
+        root=_escaped(str(root)),
+        variables=[_quoted(f"{name}={value}") for name, value in given.items()],
+        key_file=_escaped(glob.escape(str(_environment_file(environment)))),
+        command=" ".join(map(_quoted, command)),
+        stop_s=math.ceil(stop_s + ENGINES_END_S),
+        pause_grows=systemd is not None and systemd >= STEPS_SINCE,
     )
+    return text
 
 
 def _quoted(text: str) -> str:
@@ -269,12 +257,6 @@ def _systemctl(*arguments: str, within_s: float | None = None) -> subprocess.Com
         return subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=within_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-def _systemd_version() -> int | None:
-    done = _systemctl("--version", within_s=ANSWER_S)
-    match = re.match(r"systemd (\d+)", done.stdout) if done else None
-    return int(match[1]) if match else None
 
 
 def _manager_answers() -> bool:

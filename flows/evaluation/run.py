@@ -22,15 +22,14 @@ from engines.yard.state import StateFile
 from flows.evaluation.judge import required_behaviours
 from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench
 from flows.experiment_lock import alone
-from flows.orchestrator.run import flow_run_id
+from flows.orchestrator.run import run_journal
 from flows.progress import progress
 from migrations.plan import Plan
 from migrations.plan_file import recorded_plan
 from tasks.evidence import compatibility
 from tasks.evidence.engine_under_test import Arm
-from tasks.evidence.environment import machine_environment
 from tasks.evidence.prompts import load_transcripts
-from tasks.records.journal import RunJournal, journal
+from tasks.records.journal import RunJournal
 from tasks.records.payload import redact
 from tasks.records.store import Records, open_records
 from tasks.records.tables import Run
@@ -46,10 +45,7 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
     installations = checked(plan)
     with alone(home, "an evaluation"), open_records() as records:
         earlier = _run_of(records, plan, resume) if resume else None
-        asked, here = plan.model_dump(mode="json"), machine_environment
-        with journal(
-            records, "evaluate", asked, unfinished=earlier, environment=here, flow_run_id=flow_run_id()
-        ) as run:
+        with run_journal(records, "evaluate", plan.model_dump(mode="json"), unfinished=earlier) as run:
             run.begin()
             with progress.get().step("self-test of the measuring client"):  # in a resumed run as well
                 budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))

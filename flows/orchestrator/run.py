@@ -1,11 +1,23 @@
-"""The Prefect run that this process carries out."""
+"""The Prefect run that this process carries out, and the recorded run that goes with it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
-def flow_run_id() -> str | None:
-    """Its id; None outside of a flow."""
+from tasks.evidence.environment import machine_environment
+from tasks.records.journal import RunJournal, journal
+from tasks.records.store import Records
+
+
+def run_journal(records: Records, kind: str, plan: Mapping[str, Any], **how: Any) -> AbstractContextManager[RunJournal]:
+    """The journal of a run of `plan`, with this machine and this flow run; `how` as `journal` takes it.
+
+    It resumes the unfinished run of that plan, unless `how` names another or None.
+    """
     from prefect.runtime import flow_run  # Prefect reads its settings at its import: not before they are set
 
-    found: str | None = flow_run.id
-    return found
+    if "unfinished" not in how:
+        how["unfinished"] = records.unfinished(plan, kind=kind)
+    return journal(records, kind, plan, environment=machine_environment, flow_run_id=flow_run.id, **how)

@@ -12,16 +12,15 @@ from typing import Any
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
 from engines.yard.client import public_address, wait_until_serving
 from flows.experiment_lock import alone
-from flows.orchestrator.run import flow_run_id
+from flows.orchestrator.run import run_journal
 from flows.rollout.canary import canaries
 from flows.rollout.model_move import POLL_S, Closed, Do, Judge, Migration, ModelMove, MovePhase, Say
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
 from flows.rollout.yards import Yards, start_detached
 from migrations.plan import Plan
-from tasks.evidence.environment import machine_environment
 from tasks.evidence.rehearsal import engine_of, judge_rehearsal, measure_rehearsal, one_token
-from tasks.records.journal import RunJournal, journal
+from tasks.records.journal import RunJournal
 from tasks.records.store import Records
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, worst
 
@@ -48,10 +47,7 @@ def migrate(
     asked = plan.model_dump(mode="json")
     with alone(yards.home, "a migration"):
         unfinished = records.unfinished(asked, kind=phase.kind)
-        here, prefect = machine_environment, flow_run_id()
-        with journal(
-            records, phase.kind, asked, unfinished=unfinished, environment=here, flow_run_id=prefect, say=say
-        ) as run:
+        with run_journal(records, phase.kind, asked, unfinished=unfinished, say=say) as run:
             shared = Migration(
                 phase=phase, plan=plan, orders=orders, yards=yards, run=run, judge=judge, say=say, do=do, poll_s=poll_s
             )
