@@ -260,28 +260,27 @@ OFFERS: dict[str, Offer] = {
 
 async def deployments(plan: Path, *, zone: str = "UTC", schedules: bool = True) -> list[RunnerDeployment]:
     """All offers for one host, with `plan` filled into their forms."""
-    return [await _deployment(name, offer, plan, zone, schedules) for name, offer in OFFERS.items()]
-
-
-async def _deployment(name: str, offer: Offer, plan: Path, zone: str, schedules: bool) -> RunnerDeployment:
-    scheduled: list[Any] = []
-    if offer.cron and schedules:
-        scheduled.append(CronSchedule(cron=offer.cron, timezone=zone))
-    if offer.every and schedules:
-        scheduled.append(IntervalSchedule(interval=offer.every, timezone="UTC"))
-    return await offer.flow.ato_deployment(
-        name,
-        schedules=scheduled or None,
-        parameters={"plan": str(plan)} if offer.needs_plan else {},
-        description=(offer.flow.fn.__doc__ or "").partition("\n")[0],
-        tags=["switchyard", offer.phase],
-        triggers=[rollback_trigger()] if name == "rollback" else [],
-        # a slot of a run that was killed is free again only after minutes: what must be alone holds a file lock
-        concurrency_limit=None
-        if name == "rollback"
-        else ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
+    # a slot of a run that was killed is free again only after minutes: what must be alone holds a file lock
+    one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    made = []
+    for name, offer in OFFERS.items():
+        scheduled: list[Any] = []
+        if offer.cron and schedules:
+            scheduled.append(CronSchedule(cron=offer.cron, timezone=zone))
+        if offer.every and schedules:
+            scheduled.append(IntervalSchedule(interval=offer.every, timezone="UTC"))
+        deployment = await offer.flow.ato_deployment(
+            name,
+            schedules=scheduled or None,
+            parameters={"plan": str(plan)} if offer.needs_plan else {},
+            description=(offer.flow.fn.__doc__ or "").partition("\n")[0],
+            tags=["switchyard", offer.phase],
+            triggers=[rollback_trigger()] if name == "rollback" else [],
+            concurrency_limit=None if name == "rollback" else one_at_a_time,
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+        made.append(deployment)
+    return made
 
 
 def rollback_trigger() -> DeploymentEventTrigger:

@@ -175,8 +175,11 @@ class WholeMigration:
             if target is None or phase not in self.plan.migrate.phases:
                 continue
             try:
-                is_there = self._serving(model) in (target, self.native)
-                end = self._concluded_phase(phase, model) if is_there else self._phase(phase, target, model)
+                if self._serving(model) not in (target, self.native):
+                    end = self._phase(phase, target, model)
+                # a phase that was ended when its model had moved: its own run knows what is left of it
+                elif (step := self.run.step(model.id, phase)) and step.state != "done":
+                    end = self._carried_out(phase, model, overridden=False)
             except Waits as waits:
                 end = {"verdict": Verdict.INCONCLUSIVE.value, "result": WAITS, "why": str(waits)}
             if end is not None:
@@ -204,34 +207,25 @@ class WholeMigration:
                 return refused
         return self._carried_out(phase, model, overridden=overridden)
 
-    def _concluded_phase(self, phase: str, model: ModelPlan) -> Json | None:
-        """What is left of a phase that was ended when its model had moved; its own run knows what."""
-        step = self.run.step(model.id, phase)
-        return self._carried_out(phase, model, overridden=False) if step and step.state != "done" else None
-
     def _carried_out(self, phase: str, model: ModelPlan, *, overridden: bool) -> Json | None:
         """The phase of one model, recorded before and after; why it did not pass, or None."""
-        who, reason = self._decided_by(self._decision(model.id, phase))
+        asked, given = self.orders, self._decision(model.id, phase)
+        who, reason = asked.who, asked.reason
+        if given and (given.who == who or not (asked.without_canary or asked.without_rehearsal)):
+            who, reason = given.who, given.why
+        elif given:  # another one left out a canary or a rehearsal
+            who, reason = f"{who}, approved by {given.who}", f"{reason}; {given.why}"
         override = (model.id,) if overridden else ()
         changes = {"models": (model.id,), "override": override, "who": who, "reason": reason}
         move = self.phases.subprocess if phase == "subprocess" else self.phases.native
         self.run.put_step(model.id, phase, "intent")
-        outcome = move(self.plan, self.path, self.orders.model_copy(update=changes))
+        outcome = move(self.plan, self.path, asked.model_copy(update=changes))
         passed = outcome["verdict"] == "PASS"
         self.run.put_step(model.id, phase, "done" if passed else "failed", run=outcome["run_id"])
         end = next(found for found in outcome["models"] if found["model"] == model.id)
         if end["verdict"] == "PASS":
             return None
         return {"verdict": end["verdict"], "result": f"{phase}: {end['result']}", "why": end["why"]}
-
-    def _decided_by(self, given: Decision | None) -> tuple[str, str]:
-        """Who decides in this phase, and why: who approved it; and who left out a canary or a rehearsal, if another."""
-        asked = self.orders
-        if given is None:
-            return asked.who, asked.reason
-        if given.who == asked.who or not (asked.without_canary or asked.without_rehearsal):
-            return given.who, given.why
-        return f"{asked.who}, approved by {given.who}", f"{asked.reason}; {given.why}"
 
     # --- approvals
 

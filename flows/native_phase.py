@@ -61,21 +61,20 @@ def _refusal(move: ModelMove) -> str | None:
 
 
 def _drills(move: ModelMove) -> None:
-    def judged(evidence: Mapping[str, Any]) -> list[CheckResult]:
+    def measure() -> dict[str, Any]:
+        form, why = move.room()
+        if not form:
+            return {name: {"not_measured": why} for name in ("hang", "cycles")}
+        stage, cycles = move.stage(), move.migration.plan.measure.load_cycles
+        return {
+            "hang": _or_why(lambda: measure_hang(stage, move.say)),
+            "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=cycles, say=move.say)),
+        }
+
+    def judge(evidence: Mapping[str, Any]) -> list[CheckResult]:
         return [judge_hang(evidence["hang"]), *judge_load_cycles(evidence["cycles"])]
 
-    move.drill("drills", "candidate", lambda: _drilled(move), judged)
-
-
-def _drilled(move: ModelMove) -> dict[str, Any]:
-    form, why = move.room()
-    if not form:
-        return {name: {"not_measured": why} for name in ("hang", "cycles")}
-    stage, cycles = move.stage(), move.migration.plan.measure.load_cycles
-    return {
-        "hang": _or_why(lambda: measure_hang(stage, move.say)),
-        "cycles": _or_why(lambda: measure_load_cycles(stage, cycles=cycles, say=move.say)),
-    }
+    move.drill("drills", "candidate", measure, judge)
 
 
 def _or_why(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -106,16 +105,11 @@ def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
     """Put the candidate's native form behind the public port, for every model of the plan or those `orders` names."""
     folder, derived = home(), native_plan(plan, orders.models)
     end_orphans(folder)
-    _conform(derived, orders)
-    return carried_out(NATIVE, derived, Yards(plan, folder, plan_path), orders)
-
-
-def _conform(plan: Plan, orders: Orders) -> None:
-    """Both forms evaluated against each other, unless the records have a verdict on just this."""
-    version = driver(plan.candidate.engine).find().version
+    version = driver(derived.candidate.engine).find().version
     with open_records() as records:
-        known = [phase_one(records, plan, model, version) for model in plan.models]
-        unfinished = records.unfinished(plan.model_dump(mode="json"), kind="evaluate")
-    enough = (found.open or model.id in orders.override for found, model in zip(known, plan.models, strict=True))
-    if not all(enough):
-        evaluate.fn(plan, unfinished.id if unfinished else None)
+        known = {model.id: phase_one(records, derived, model, version) for model in derived.models}
+        unfinished = records.unfinished(derived.model_dump(mode="json"), kind="evaluate")
+    # both forms are evaluated against each other, unless the records have a verdict on just this
+    if not all(found.open or model_id in orders.override for model_id, found in known.items()):
+        evaluate.fn(derived, unfinished.id if unfinished else None)
+    return carried_out(NATIVE, derived, Yards(plan, folder, plan_path), orders)

@@ -48,7 +48,12 @@ def _closed(run: Run, records: Records, yard: YardClient, say: Say) -> list[str]
     records.finish_run(run.id, "interrupted", error="process vanished (killed or out of memory)")
     lines.append(f"run {run.id} ({run.kind}) was killed; the same command resumes it")
     if run.flow_run_id:
-        _mark_crashed(run.flow_run_id)
+        # Prefect shows a run whose process it did not see die as running for ever; best effort: our records count
+        with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+            known = client.read_flow_run(UUID(run.flow_run_id)).state
+            if known is not None and (known.is_running() or known.is_pending()):
+                crashed: Any = Crashed(message="its process is gone")
+                client.set_flow_run_state(UUID(run.flow_run_id), crashed, force=True)
     return lines
 
 
@@ -71,11 +76,3 @@ def _over(step: Step, run: Run, yard: YardClient, say: Say) -> str | None:
     if step.step.startswith("canary") and route["canary"]:
         return None  # the yard judges it, and takes it out by itself
     return "its process ended in it"
-
-
-def _mark_crashed(flow_run_id: str) -> None:
-    """Prefect shows a run whose process it did not see die as running for ever. Best effort: our records count."""
-    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
-        known = client.read_flow_run(UUID(flow_run_id)).state
-        if known is not None and (known.is_running() or known.is_pending()):
-            client.set_flow_run_state(UUID(flow_run_id), Crashed(message="its process is gone"), force=True)

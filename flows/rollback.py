@@ -47,7 +47,12 @@ class Wish:
 def roll_back(home: Path, model: str | None, wish: Wish, say: Say = lambda _: None) -> dict[str, Any]:
     """One model back, and a real token as proof; plain JSON. Raises BadInput where there is nothing to go back to."""
     yard = YardClient(home)
-    before = _route(yard, model)
+    if not model:
+        known = [str(route["id"]) for route in yard.status()["models"]]
+        if len(known) != 1:
+            raise BadInput(f"name the model: {', '.join(known)}")
+        model = known[0]
+    before = route_of(yard, model)
     name = str(before["id"])
     if wish.only_from and before["committed"] != wish.only_from:
         why = f"{before['committed']} serves {name}, not {wish.only_from}: nothing was rolled back"
@@ -77,15 +82,6 @@ def roll_back(home: Path, model: str | None, wish: Wish, say: Say = lambda _: No
 def movable(home: Path) -> list[str]:
     """The models that have a way back: a canary, or an engine before the last move."""
     return [str(route["id"]) for route in YardClient(home).status()["models"] if route["canary"] or route["undo"]]
-
-
-def _route(yard: YardClient, model: str | None) -> dict[str, Any]:
-    if model:
-        return route_of(yard, model)
-    routes: list[dict[str, Any]] = yard.status()["models"]
-    if len(routes) != 1:
-        raise BadInput(f"name the model: {', '.join(route['id'] for route in routes)}")
-    return routes[0]
 
 
 # --- the records, which may be gone

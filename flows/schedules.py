@@ -59,14 +59,12 @@ def schedule_lines(
         takes = one.takes
         if one is EVALUATE and last_evaluation_s is not None:
             takes = f"the last one took {duration(last_evaluation_s)}"
-        lines.append(f"{one.name}: {_when(one, here, zone)}; {takes}: {one.does}")
+        if one.hour is None:
+            minutes = one.every.total_seconds() / 60 if one.every else 0
+            when = f"every {minutes:.0f} minutes, next within {minutes:.0f} minutes"
+        else:
+            due = here.replace(hour=one.hour, minute=0, second=0, microsecond=0)
+            day = "today" if due > here else "tomorrow"
+            when = f"every night at {one.hour:02d}:00 ({zone}), next {day} at {one.hour:02d}:00"
+        lines.append(f"{one.name}: {when}; {takes}: {one.does}")
     return lines
-
-
-def _when(schedule: Schedule, here: datetime, zone: str) -> str:
-    if schedule.hour is None:
-        minutes = schedule.every.total_seconds() / 60 if schedule.every else 0
-        return f"every {minutes:.0f} minutes, next within {minutes:.0f} minutes"
-    due = here.replace(hour=schedule.hour, minute=0, second=0, microsecond=0)
-    day = "today" if due > here else "tomorrow"
-    return f"every night at {schedule.hour:02d}:00 ({zone}), next {day} at {schedule.hour:02d}:00"

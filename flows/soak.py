@@ -41,7 +41,7 @@ from tasks.evidence.soak.segment import empty_segment
 from tasks.evidence.soak.window import Place, measure_window
 from tasks.records.journal import RunJournal
 from tasks.records.store import Records, open_records
-from tasks.records.tables import Evidence, Run, Step
+from tasks.records.tables import Run, Step
 from tasks.verdicts.verdict import Verdict, gate, worst
 
 KIND = "soak"
@@ -190,11 +190,13 @@ class SoakRun:
         """Summaries of the windows that count: of this engine and version, since its last breach in this run."""
         broke = max((step.at for step in self._steps(run.id, target, BREACH)), default=None)
         rows = self.records.list_evidence(run.id, model_id=target.model_id, arm="candidate", kind=KIND)
-        return [
-            window_summary(row.payload)
-            for row in sorted(rows, key=lambda row: row.key)
-            if _identity(row) == target.identity and (broke is None or row.recorded_at > broke)
-        ]
+        windows = []
+        for row in sorted(rows, key=lambda row: row.key):
+            engine = row.environment["engines"][0]
+            is_of_it = (engine["engine"], engine["version"]) == target.identity
+            if is_of_it and (broke is None or row.recorded_at > broke):
+                windows.append(window_summary(row.payload))
+        return windows
 
     def _put_incumbent(self, run: RunJournal, model_id: str) -> None:
         """The incumbent's soak in the evaluation that opened the model's gate, summed up once for comparison."""
@@ -360,11 +362,6 @@ def _percent(model: Mapping[str, Any]) -> float:
 
 def _exposure_s(windows: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(window["exposure_s"] for window in windows))
-
-
-def _identity(row: Evidence) -> tuple[str, str]:
-    engine = row.environment["engines"][0]
-    return str(engine["engine"]), str(engine["version"])
 
 
 # --- Prefect

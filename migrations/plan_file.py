@@ -169,7 +169,6 @@ _NOT_A = {
 }
 # what is wrong with a value, and what to write instead, by pydantic's type of error
 _FIXES = {
-    "value_error": "{error}",
     "missing": "is missing: {description}",
     "greater_than_equal": "{value} is below {ge}; write {ge} or more",
     "less_than_equal": "{value} is above {le}; write {le} or less",
@@ -235,6 +234,8 @@ def _problem(detail: ErrorDetails) -> tuple[Location, str]:
 def _fix(detail: ErrorDetails) -> str:
     """What is wrong with one value, and what to write instead."""
     kind, context, location = detail["type"], detail.get("ctx", {}), detail["loc"]
+    if kind == "value_error":
+        return str(context["error"])
     if kind == "extra_forbidden":
         return _unknown_key(location)
     if kind == "literal_error":

@@ -8,7 +8,7 @@ from engines.yard.client import YardClient
 from flows.cli.options import Json
 from flows.cli.order import DOWN_S, stop_yard
 from flows.cli.output import print_done
-from flows.orchestrator.server import Up, running_up
+from flows.orchestrator.server import running_up
 
 
 def down(json_: Json = False) -> None:
@@ -16,18 +16,14 @@ def down(json_: Json = False) -> None:
     folder = home()
     running = running_up(folder)
     if running is not None:
-        _end(running)
+        deadline = time.monotonic() + DOWN_S
+        if (process := running.process()) is not None:
+            process.send_signal(signal.SIGTERM)
+        while running.process() is not None:
+            if time.monotonic() > deadline:
+                raise SwitchyardError(f"`switchyard up` (pid {running.pid}) has not ended within {DOWN_S:.0f} s")
+            time.sleep(0.1)
     ended = end_orphans(folder)
     if was_serving := YardClient(folder).runs():
         stop_yard(folder)
     print_done("all is down" if running or was_serving or ended else "nothing was up", json_)
-
-
-def _end(running: Up) -> None:
-    deadline = time.monotonic() + DOWN_S
-    if (process := running.process()) is not None:
-        process.send_signal(signal.SIGTERM)
-    while running.process() is not None:
-        if time.monotonic() > deadline:
-            raise SwitchyardError(f"`switchyard up` (pid {running.pid}) has not ended within {DOWN_S:.0f} s")
-        time.sleep(0.1)

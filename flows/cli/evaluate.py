@@ -53,7 +53,12 @@ def evaluate(
 
 def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:
     """The plan, and the run to resume, which keeps the plan it was started with."""
-    soak_s = _seconds(soak) if soak else None
+    soak_s = None
+    if soak:
+        match = DURATION.match(soak.strip())
+        if match is None or float(match[1]) <= 0:
+            raise BadInput(f"--soak {soak!r} is no duration; write 90s, 2m, 6h or 3d")
+        soak_s = float(match[1]) * SECONDS[match[2]]
     if resume:
         if soak_s is not None:
             raise BadInput("--soak: a resumed run keeps the plan it was started with; remove --soak")
@@ -70,13 +75,6 @@ def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home
         measure = Measure.model_validate({**plan.measure.model_dump(), "soak_s": soak_s})
         plan = plan.model_copy(update={"measure": measure})
     return plan, None
-
-
-def _seconds(text: str) -> float:
-    match = DURATION.match(text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise BadInput(f"--soak {text!r} is no duration; write 90s, 2m, 6h or 3d")
-    return float(match[1]) * SECONDS[match[2]]
 
 
 def _evaluate(plan: Plan, run_id: str | None, home: Path, *, allow_retired: bool) -> dict[str, Any]:

@@ -16,7 +16,12 @@ def history(
 ) -> None:
     """List the runs so far, newest first."""
     prepared_home()
-    runs = past(limit)
+
+    def read() -> list[dict[str, Any]]:
+        with open_records(wait_s=LOCKED_S) as records:
+            return [run_row(run) for run in records.history(limit)]
+
+    runs = Background(DATABASE, read).result(READ_S)
     if json_:
         print_json({"runs": runs})
     elif not runs:
@@ -25,16 +30,6 @@ def history(
         out.print(run_table(runs), soft_wrap=False)
         evaluations = [run["run_id"] for run in runs if run["kind"] == "evaluate"]
         out.print(next_command(f"switchyard report {evaluations[0]}" if evaluations else "switchyard status"))
-
-
-def past(limit: int) -> list[dict[str, Any]]:
-    """The latest runs, newest first."""
-
-    def read() -> list[dict[str, Any]]:
-        with open_records(wait_s=LOCKED_S) as records:
-            return [run_row(run) for run in records.history(limit)]
-
-    return Background(DATABASE, read).result(READ_S)
 
 
 def run_row(run: Run) -> dict[str, Any]:

@@ -63,7 +63,12 @@ class YardProcess:
                 with errors.status("the yard starts") as status:
                     start_detached(yards, names, lambda step: status.update(f"the yard starts [dim]{step}[/dim]"))
             except BaseException:
-                _end_starting_yard()
+                # the yard that is coming up takes no orders yet, but it is a child of this process
+                for child in psutil.Process().children():
+                    with contextlib.suppress(psutil.Error):
+                        if "serve" in child.cmdline():
+                            child.terminate()
+                            child.wait(STOP_S)
                 raise
             remember_plan(self._path, self._folder)
         self._look()
@@ -80,15 +85,6 @@ class YardProcess:
         self._running = None
         with contextlib.suppress(SwitchyardError, psutil.Error):
             self._running = Identity.of(self._client.status()["pid"])
-
-
-def _end_starting_yard() -> None:
-    """End the yard that is coming up: it takes no orders yet, but it is a child of this process."""
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if "serve" in child.cmdline():
-                child.terminate()
-                child.wait(STOP_S)
 
 
 class DeploymentsProcess(ServerProcess):
@@ -157,7 +153,9 @@ def keep_up(yard: YardProcess, server: PrefectServer, deployments: DeploymentsPr
     """Restart what dies until an interrupt; the models first, then what the deployments need. Raises GaveUp."""
 
     def restart_server() -> None:
-        server.start_again()
+        server.stop()  # what it has left behind
+        server.start()
+        server.ready()
         if deployments.forgotten():
             deployments.start()
 

@@ -51,7 +51,9 @@ def examine(targets: Sequence[Path], *, context: int | None) -> dict[str, Any]:
     if plans and len(targets) > 1:
         raise BadInput(f"{plans[0]}: give one plan, or GGUF files, not both")
     if not plans:
-        models = list(zip(_ids(targets), targets, strict=True))
+        stems = [path.stem for path in targets]  # names of the models, but the path where two files share a stem
+        names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, targets, strict=True)]
+        models = list(zip(names, targets, strict=True))
         return headers.preflight(models, context=context, versions=_versions(list(DRIVERS)))
     plan = load_plan(plans[0])
     engines = list(dict.fromkeys([plan.incumbent.engine, plan.candidate.engine]))
@@ -62,12 +64,6 @@ def examine(targets: Sequence[Path], *, context: int | None) -> dict[str, Any]:
         context=context,
         versions=_versions(engines),
     )
-
-
-def _ids(paths: Sequence[Path]) -> list[str]:
-    """File names without the suffix; the path where two files share a name."""
-    stems = [path.stem for path in paths]
-    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
 
 
 def _versions(engines: Sequence[str]) -> dict[str, str]:

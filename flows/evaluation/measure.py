@@ -198,19 +198,13 @@ def _while_alive(served: Served, measure: Callable[[Endpoint], Any]) -> Any:
         ends_within(served, DYING_S)
         _require_alive(served)
         raise
-    if not _listens(served.endpoint):
+    address = urlsplit(served.endpoint.base_url)
+    try:
+        socket.create_connection((address.hostname, address.port), timeout=DYING_S).close()
+    except OSError:
         ends_within(served, DYING_S)
     _require_alive(served)
     return payload
-
-
-def _listens(endpoint: Endpoint) -> bool:
-    address = urlsplit(endpoint.base_url)
-    try:
-        with socket.create_connection((address.hostname, address.port), timeout=DYING_S):
-            return True
-    except OSError:
-        return False
 
 
 def _require_alive(served: Served) -> None:

@@ -31,8 +31,7 @@ from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.prompts import load_transcripts
 from tasks.records.journal import RunJournal
 from tasks.records.payload import redact
-from tasks.records.store import Records, open_records
-from tasks.records.tables import Run
+from tasks.records.store import open_records
 
 
 @contextlib.contextmanager
@@ -44,8 +43,12 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
         refuse_retired(plan, home)
     installations = checked(plan)
     with alone(home, "an evaluation"), open_records() as records:
-        earlier = _run_of(records, plan, resume) if resume else None
-        with run_journal(records, "evaluate", plan.model_dump(mode="json"), unfinished=earlier) as run:
+        asked, earlier = plan.model_dump(mode="json"), records.find_run(resume) if resume else None
+        # read as they were stored: a plan stored by an older version has fewer keys
+        if earlier is not None and recorded_plan(earlier.plan) != recorded_plan(redact(asked)):
+            why = "was made with another plan; start a new run, or resume it without naming a plan"
+            raise BadInput(f"run {earlier.id} {why}")
+        with run_journal(records, "evaluate", asked, unfinished=earlier) as run:
             run.begin()
             with progress.get().step("self-test of the measuring client"):  # in a resumed run as well
                 budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))
@@ -113,11 +116,3 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
             if one.partition(":")[0] not in plan.accepted_unsupported:
                 lines.append(f"not supported by the candidate: {one}")
     return list(dict.fromkeys(lines))
-
-
-def _run_of(records: Records, plan: Plan, reference: str) -> Run:
-    run = records.find_run(reference)
-    asked = recorded_plan(redact(plan.model_dump(mode="json")))  # as it was stored
-    if recorded_plan(run.plan) != asked:  # a plan stored by an older version has fewer keys
-        raise BadInput(f"run {run.id} was made with another plan; start a new run, or resume it without naming a plan")
-    return run

@@ -81,21 +81,17 @@ def leave_soak_out(trial: Trial) -> None:
     """No soak of its own: that of an earlier evaluation of just this counts, else it is recorded as left out."""
     if _is_soaked(trial, trial.run_id) or trial.soak_run != trial.run_id:
         return
-    if (earlier := _earlier_soak(trial)) is not None:
+    # the latest evaluation on this host whose whole soak was of this plan, model file and versions
+    wanted = {arm: found.version for arm, found in trial.bench.installations.items()}
+    evaluations = trial.records.history(LOOK_BACK, kind="evaluate", host=host())
+    others = (run.id for run in evaluations if run.id != trial.run_id and run.status == "done")
+    earlier = next((run_id for run_id in others if _is_soaked(trial, run_id, wanted)), None)
+    if earlier is not None:
         trial.put(BOTH, SOAK_OF, {"run_id": earlier})
         return
     why = "not measured: this evaluation left the soak out, as scheduled ones do, and no earlier one of the same "
     why += f"plan, model file and engines has one; `switchyard evaluate --resume {trial.run_id}` adds it"
     trial.put_unmeasured(BOTH, SOAK_LEFT_OUT, left_out(why))
-
-
-def _earlier_soak(trial: Trial) -> str | None:
-    """The latest evaluation on this host whose whole soak was of this plan, model file and versions."""
-    wanted = {arm: found.version for arm, found in trial.bench.installations.items()}
-    for run in trial.records.history(LOOK_BACK, kind="evaluate", host=host()):
-        if run.id != trial.run_id and run.status == "done" and _is_soaked(trial, run.id, wanted):
-            return run.id
-    return None
 
 
 def _is_soaked(trial: Trial, run_id: str, versions: Mapping[Arm, str] | None = None) -> bool:

@@ -207,12 +207,6 @@ class PrefectServer(ServerProcess):
 
             self.wait_until(answers, START_S, "Prefect's API server did not start")
 
-    def start_again(self) -> None:
-        """Return when it answers on the same port as before. Raises as `start` and `ready` do."""
-        self.stop()  # what it has left behind
-        self.start()
-        self.ready()
-
 
 def prefect_api(home: Path) -> PrefectServer | None:
     """None where PREFECT_API_URL names a server, else a temporary one that is starting and ends with this process.
