@@ -30,10 +30,7 @@ def measure(
     stall_s: float = STALL_S,
     keep_text: bool = True,
 ) -> list[StreamRecord]:
-    """One record per body, in the order of `bodies`: closed loop, `concurrency` requests at a time.
-
-    Ctrl-C closes the connections and comes out as KeyboardInterrupt.
-    """
+    """One record per body, in order: closed loop, `concurrency` requests at a time. Ctrl-C is KeyboardInterrupt."""
     if concurrency < 1:
         raise BadInput(f"concurrency {concurrency}: at least 1 request at a time is needed")
     gc.freeze()  # the collector looks at new objects only: a full walk takes 67 ms once Prefect is imported

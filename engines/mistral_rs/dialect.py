@@ -212,10 +212,7 @@ class BinaryDialect(Dialect):
 
 
 def without_llama_words(body: Json) -> Json:
-    """A request to llama.cpp in words that mistral.rs knows, with llama.cpp's defaults stated: others differ.
-
-    Raises Refusal 400 for a GBNF grammar.
-    """
+    """A request to llama.cpp in mistral.rs's words, llama.cpp's defaults stated. Refusal 400 for a GBNF grammar."""
     grammar = body.get("grammar")
     if isinstance(grammar, str) and grammar.strip():
         raise Refusal(

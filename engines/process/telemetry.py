@@ -77,10 +77,7 @@ def interval(before: Snapshot, after: Snapshot) -> dict[str, float | None]:
 
 
 class MemorySampler:
-    """A thread that reads the memory of a process tree every `every_s`, keeps the `peak` and hands on each sample.
-
-    A context manager. An error of `on_sample` ends the sampling and is raised by `stop`.
-    """
+    """A thread that reads the memory of a process tree every `every_s`; `stop` raises what ended it early."""
 
     def __init__(
         self, pid: int, every_s: float = 1.0, *, on_sample: Callable[[int | None], None] = lambda _: None

@@ -264,15 +264,12 @@ class Yard:
         route.units[other].want()
 
     def save(self, everything: YardState) -> None:
-        """Change routes, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written.
-
-        A route that is left as it was stored keeps what the plan chose for it, which is not stored.
-        """
+        """Change routes, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
         self._file.save(everything)
         before, self.state = self.state.models, everything
         for model_id, route in self.routes.items():
             state = everything.models.get(model_id, route.state)
-            if state != before.get(model_id):
+            if state != before.get(model_id):  # else the route keeps what the plan chose for it, which is not stored
                 route.state = state
 
     def commit(self, route: Route, **changes: Any) -> None:

@@ -2,7 +2,7 @@
 
 - its messages keep role and content alone (past tool calls vanish) and a stream cannot take a raw prompt: the chat
   template is rendered here, and the runner gets a template that passes a rendered prompt through;
-- its JSON grammar lets a model write line breaks for ever: here it allows no white space between the parts;
+- its JSON grammar lets a model write line breaks for ever (0.9.5): here it allows no white space between the parts;
 - a fulfilled grammar lets a token through that need not end a text of this model: here that one is discouraged.
 """
 
@@ -52,11 +52,7 @@ def on_cpu(force_cpu: bool) -> bool:
 
 
 def compact(schema: str) -> str:
-    """The schema, without white space in what it allows: the compact JSON that OpenAI's structured outputs give.
-
-    Where white space is allowed, a small model may write line breaks until its tokens are used up (seen with the
-    wheel 0.9.5). `x-guidance` is llguidance's own keyword, read at the root of a schema.
-    """
+    """The schema, which allows compact JSON only: `x-guidance` is llguidance's keyword, read at the root."""
     return json.dumps({"x-guidance": {"whitespace_flexible": False}} | json.loads(schema))
 
 

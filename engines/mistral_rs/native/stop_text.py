@@ -105,14 +105,11 @@ _FORCED = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments
 
 
 def forced_call(text: str, call_id: str) -> Json | None:
-    """The tool call that grammar-forced *text* holds, arguments as a JSON string; None if it ends before them.
-
-    Text that was cut by the token limit gives the arguments so far, as OpenAI's API does.
-    """
+    """The tool call that grammar-forced *text* holds, arguments as a JSON string; None if it ends before them."""
     try:
         parsed = json.loads(text)
         name, arguments = parsed["name"], json.dumps(parsed["arguments"], ensure_ascii=False, separators=(",", ":"))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # cut by the token limit: the arguments so far, as OpenAI's API has it
         match = _FORCED.match(text)
         if match is None:
             return None
