@@ -78,19 +78,29 @@ class Limits(PlanPart):
     tpot_p50_ratio: Ratio = Field(1.10, description="median time per output token; the reading speed of a stream")
     e2e_p50_ratio: Ratio = Field(1.10, description="median time of a whole request; what an agent's step costs")
     throughput_ratio: Ratio = Field(1.10, description="incumbent's tokens/s over candidate's, at each concurrency > 1")
-    memory_peak_ratio: Ratio = Field(1.10, description="peak private memory with swap; machines have little to spare")
-    top1_agreement: Share = Field(0.97, description="greedy tokens that agree; equal weights: 97.65 %, Q3_K_M: 90 %")
+    memory_peak_ratio: Ratio = Field(
+        1.10, description="peak private memory with swap; 10 %, since a box sized for the incumbent has little more"
+    )
+    top1_agreement: Share = Field(
+        0.97, description="share of greedy tokens that agree; two engines reach 97.65 % on equal weights, Q3_K_M 90 %"
+    )
     top1_lower_bound: Share = Field(
-        0.95, validation_alias=either("limits", "top1_lower_bound"), description="95 % lower bound of it: no lucky pass"
+        0.95,
+        validation_alias=either("limits", "top1_lower_bound"),
+        description="95 % lower bound of that share: few prompts cannot pass by luck",
     )
     mean_kld: Portion = Field(0.005, description="mean divergence, nats; Q5_K_M costs 0.0047, a wrong template > 0.02")
     p99_kld: float = Field(0.05, gt=0, le=10, description="divergence of the worst hundredth of tokens, in nats")
     tie_gap_nats: float = Field(0.5, ge=0, le=5, description="a tie: the incumbent's own top two tokens this close")
-    failure_rate_margin: Portion = Field(0.01, description="excess failed share, 95 % bound; 299 clean ones prove 1 %")
+    failure_rate_margin: Portion = Field(
+        0.01, description="failed share above the incumbent's, 95 % upper bound; 299 clean requests prove 1 %"
+    )
     failures_per_day: float = Field(
         1.0, gt=0, le=1000, description="crashes, hangs, restarts a day, 95 % upper bound; one a day is why people move"
     )
-    throughput_retention: Share = Field(0.9, description="soak's last tokens/s over its first; decay shows over hours")
+    throughput_retention: Share = Field(
+        0.9, description="tokens/s at the end of the soak over the beginning; a slow decay shows only over hours"
+    )
     leak_bytes_per_day: float = Field(50e6, gt=0, le=1e12, description="growth of private memory; 50 MB: 1.5 GB/month")
     memory_headroom_ratio: Share = Field(0.05, description="share of free memory that preflight must leave free")
     kill_detect_s: Seconds = Field(1.0, description="seconds to notice a killed engine; its pid is gone at once")
@@ -116,7 +126,9 @@ DEFAULT_LIMITS = Limits()
 class ClientNeeds(PlanPart):
     """What the programs in front of the engine need from its API."""
 
-    requires: tuple[str, ...] = Field((), description="API behaviours that must work, by name; empty: the default set")
+    requires: tuple[str, ...] = Field(
+        (), description="API behaviours that must work, by the compatibility check's names; empty: its default set"
+    )
     required_parameters: tuple[str, ...] = Field(
         ("stop", "max_tokens"), description="request parameters that must take effect; any other is only reported"
     )
