@@ -80,7 +80,9 @@ def _plain(value: Any, where: str, *, tokens_are_words: bool) -> Any:
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
-        return _finite(float(value), where)
+        if not math.isfinite(value):
+            raise SwitchyardError(f"{where or 'value'} is {float(value)}: store None for what was not measured")
+        return float(value)
     return _plain_container(value, where, tokens_are_words)
 
 
@@ -128,9 +130,3 @@ def _plain_sequence(items: Sequence[Any], where: str, tokens_are_words: bool) ->
             plain.append(_plain(item, f"{where}[{index}]", tokens_are_words=tokens_are_words))
             after = None
     return plain
-
-
-def _finite(number: float, where: str) -> float:
-    if not math.isfinite(number):
-        raise SwitchyardError(f"{where or 'value'} is {number}: store None for what was not measured")
-    return number

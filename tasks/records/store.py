@@ -13,9 +13,11 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from sqlalchemy import Engine, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
@@ -37,7 +39,6 @@ from tasks.records.tables import (
     Status,
     Step,
     StepState,
-    _created,
     _Table,
 )
 from tasks.verdicts.verdict import CheckResult, Verdict
@@ -129,7 +130,8 @@ class Records(_Database):
             **_this_process(),
         )
         with self.write() as session:
-            run.id = _free_id(session, run.started_at)
+            while not run.id or session.get(Run, run.id) is not None:
+                run.id = f"{run.started_at:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
             session.add(run)
         return run
 
@@ -457,13 +459,6 @@ def _existing(session: Session, run_id: str) -> Run:
     return run
 
 
-def _free_id(session: Session, moment: datetime) -> str:
-    while True:
-        run_id = f"{moment:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-        if session.get(Run, run_id) is None:
-            return run_id
-
-
 def _given(**named: Any) -> dict[str, Any]:
     """What of `named` is not None."""
     return {name: value for name, value in named.items() if value is not None}
@@ -471,6 +466,11 @@ def _given(**named: Any) -> dict[str, Any]:
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+@cache
+def _created(pid: int) -> float:
+    return float(psutil.Process(pid).create_time())
 
 
 def _this_process() -> dict[str, Any]:

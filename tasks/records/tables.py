@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any, Literal
 
 import psutil
-from sqlalchemy import (
-    Column,
-    DateTime,
-    Dialect,
-    Float,
-    Index,
-    LargeBinary,
-    Text,
-    UniqueConstraint,
-)
+from sqlalchemy import Column, DateTime, Dialect, Float, Index, LargeBinary, Text, UniqueConstraint
 from sqlalchemy.orm import registry
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
@@ -25,7 +15,7 @@ from sqlmodel import Field, SQLModel
 from engines.errors import SwitchyardError
 from engines.home import host as this_host
 from tasks.records.payload import redact, unpack_json
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult
 
 Arm = Literal["incumbent", "candidate", "both", "-"]
 Status = Literal["running", "done", "interrupted", "failed"]
@@ -98,7 +88,15 @@ class Run(_Table, table=True):
         """Whether the process that runs it still lives; None when it is on another host."""
         if self.owner_host != this_host():
             return None
-        return _lives(self.owner_pid, self.owner_created)
+        try:
+            process = psutil.Process(self.owner_pid)
+            # the clock may have been set by seconds since
+            is_same = abs(process.create_time() - self.owner_created) < 5
+            return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+        except psutil.AccessDenied:
+            return True
 
     @property
     def shown_status(self) -> str:
@@ -151,15 +149,7 @@ class Check(_OfRun, table=True):
     @property
     def result(self) -> CheckResult:
         """The check as it was returned."""
-        return CheckResult(
-            check=self.check,
-            verdict=Verdict(self.verdict),
-            value=self.value,
-            limit=self.limit,
-            unit=self.unit,
-            why=self.why,
-            required=self.required,
-        )
+        return CheckResult.model_validate(self, from_attributes=True)
 
 
 class SeriesChunk(_OfRun, table=True):
@@ -212,19 +202,3 @@ class Decision(_OfRun, table=True):
 
 
 METADATA = _Table.metadata
-
-
-@cache
-def _created(pid: int) -> float:
-    return float(psutil.Process(pid).create_time())
-
-
-def _lives(pid: int, created: float) -> bool:
-    """Whether the process that had `pid` since `created` is there; the clock may have been set by seconds since."""
-    try:
-        process = psutil.Process(pid)
-        return bool(abs(process.create_time() - created) < 5 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True

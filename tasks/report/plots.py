@@ -49,7 +49,9 @@ class Scale:
     def ticks(self, gap: float = TICK_GAP) -> list[float]:
         """Round values, at least `gap` pixels apart."""
         if not self.log:
-            step = _round_step((self.high - self.low) / max(abs(self.end - self.start) / gap, 1.0))
+            least = (self.high - self.low) / max(abs(self.end - self.start) / gap, 1.0)
+            power = 10.0 ** math.floor(math.log10(least))
+            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             return [number * step for number in range(first, last + 1)]
         chosen: list[float] = []
@@ -126,7 +128,9 @@ def memory_lines(title: str, series: Mapping[str, Series], names: Names) -> Html
     low = 0.0 if lowest < highest / 2 else lowest - 0.2 * (highest - lowest or highest * 0.1)
     x = Scale(0.0, max(max(t for t, _ in points), 1.0))
     y = Scale(low, highest * 1.02 if highest > low else low + 1.0, 186.0, 52.0)
-    drawn: list[Html] = [_time_axis(x, 186.0), *_memory_grid(y)]
+    unit = 2**30 if y.high >= 2 * 2**30 else 2**20
+    drawn = [_time_axis(x, 186.0), *_y_grid(Scale(y.low / unit, y.high / unit, y.start, y.end))]
+    drawn.append(_text(8, 46, "GiB" if unit == 2**30 else "MiB"))
     summary = []
     for number, arm in enumerate(shown):
         words = _memory_words(series[arm])
@@ -294,13 +298,6 @@ def _memory_words(series: Series) -> str:
     return f"first {first}, peak {peak}, last {last}"
 
 
-def _memory_grid(y: Scale) -> list[Html]:
-    unit = 2**30 if y.high >= 2 * 2**30 else 2**20
-    in_units = Scale(y.low / unit, y.high / unit, y.start, y.end)
-    drawn = _y_grid(in_units)
-    return [*drawn, _text(8, 46, "GiB" if unit == 2**30 else "MiB")]
-
-
 def _time_axis(x: Scale, y: float) -> Html:
     for length, unit in ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s")):
         if x.high >= 2 * length or length == 1:
@@ -377,11 +374,6 @@ def _mark(arm: str, x: float, y: float, size: float, extra: str = "") -> Html:
 
 def _cross(x: float, y: float, arm: str) -> Html:
     return el("path", d=f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8", class_=f"cross {arm}")
-
-
-def _round_step(least: float) -> float:
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def _round_values(low: float, high: float) -> list[float]:
