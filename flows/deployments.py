@@ -122,7 +122,13 @@ def rollback(model: str = "", who: str = "", reason: str = "", only_from: str = 
     """
     home = default_home()
     wish = Wish(who=who, reason=reason, only_from=only_from, flow_run_id=flow_run.id)
-    names = [model] if model else _moved(home)
+    if model:
+        names = [model]
+    elif YardClient(home).runs():
+        names = movable(home)
+    else:  # what the yard wrote down
+        stored = StateFile(home / "yard").read().models
+        names = [name for name, state in stored.items() if state.undo or state.canary]
     if not names:
         return concluded({"verdict": "PASS", "why": "nothing to roll back: no model was moved", "models": []})
     outcomes = []
@@ -184,13 +190,6 @@ def reconcile_home(late_minutes: int = 4) -> Any:
         return {"verdict": "PASS", "why": "; ".join(lines) or "nothing to clean up", "lines": lines}
 
     return _unless_late(late_minutes, work)
-
-
-def _moved(home: Path) -> list[str]:
-    """The models that have a way back, by the running yard, else by its state file."""
-    if YardClient(home).runs():
-        return movable(home)
-    return [name for name, state in StateFile(home / "yard").read().models.items() if state.undo or state.canary]
 
 
 # --- the name and the end of a run

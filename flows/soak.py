@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.events import emit_event
 from pydantic import SecretStr
@@ -380,17 +381,10 @@ def publish(outcome: dict[str, Any]) -> None:
 
 def markdown(outcome: dict[str, Any]) -> str:
     """The windows, exposure and checks of every model as tables."""
-    lines = [f"# Soak of {outcome['plan']}: {outcome['result']}", ""]
-    for model in outcome["models"]:
-        lines += [f"## {model['model']}: {model['verdict']}", "", progress_line(model), ""]
-        lines += [f"**Breached**: {why}" for why in model["breached"]]
-        lines += ["", "| check | verdict | why |", "|---|---|---|"]
-        for check in model["checks"]:
-            why = check["why"].replace("|", "\\|").replace("\n", " ")
-            lines.append(f"| {check['check']} | {check['verdict']} | {why} |")
-        lines.append("")
-    now = datetime.now().astimezone()
-    return "\n".join([*lines, f"{now:%Y-%m-%d %H:%M %Z}, run {outcome['run_id']}"])
+    template = Template(Path(__file__).with_name("soak.md.jinja").read_text())
+    now = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    text: str = template.render(outcome, progress_line=progress_line, now=now)
+    return text
 
 
 def soak(plan: str = "", window_s: float = 240) -> dict[str, Any]:

@@ -99,7 +99,6 @@ def whole_demo_plan(home: Path) -> Plan:
     They are the demo's own: they show the way, and say nothing about which engine is better.
     """
     plan = demo_plan(home, soak_s=WHOLE_SOAK_S)
-    canary = CanarySteps(steps=(0.5,), min_requests=12, max_minutes=15)
     return plan.model_copy(
         update={
             "name": "demo-migration",
@@ -108,7 +107,7 @@ def whole_demo_plan(home: Path) -> Plan:
             "measure": Measure.model_validate({**plan.measure.model_dump(), **WHOLE_MEASURE}),
             # more threads than free cores bring the CPU wheel to a standstill, which the yard takes for a hang
             "settings": plan.settings.model_copy(update={"threads": 1}),
-            "canary": canary,
+            "canary": CanarySteps(steps=(0.5,), min_requests=12, max_minutes=15),
             "migrate": Course(approve="auto"),
             "retire": Retire(approve="auto"),
             "yard": YardSettings(port=DEMO_PORT),

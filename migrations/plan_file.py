@@ -108,12 +108,13 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
     listed = "\n".join(f"  - {_flat(line)}" for line in unsupported)
     note = f"Not supported by the candidate:\n{listed}" if unsupported else ""
     blocks.append(_keys(plan, notes={"accepted_unsupported": note}))
-    blocks += [_section(plan, name) for name in ("incumbent", "candidate", "settings")]
-    for model in plan.models:
-        blocks.append(_table("[[models]]", model))
-        if _fields(model.settings, only_set=True):
-            blocks.append(_table("[models.settings]", model.settings, only_set=True))
-    blocks += [_section(plan, name) for name in ("measure", "limits", "client", "canary", "migrate", "retire", "yard")]
+    for name, field in Plan.model_fields.items():
+        if isinstance(part := getattr(plan, name), BaseModel):
+            blocks.append(_table(f"[{name}]", part, summary=field.description or ""))
+        for model in plan.models if name == "models" else ():
+            blocks.append(_table("[[models]]", model))
+            if _fields(model.settings, only_set=True):
+                blocks.append(_table("[models.settings]", model.settings, only_set=True))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -234,13 +235,17 @@ def _problem(detail: ErrorDetails) -> tuple[Location, str]:
 def _fix(detail: ErrorDetails) -> str:
     """What is wrong with one value, and what to write instead."""
     kind, context, location = detail["type"], detail.get("ctx", {}), detail["loc"]
+    value = _shown(detail["input"])
     if kind == "value_error":
         return str(context["error"])
     if kind == "extra_forbidden":
         return _unknown_key(location)
     if kind == "literal_error":
-        return _unknown_word(location, detail["input"], re.findall(r"'([^']*)'", context["expected"]))
-    value = _shown(detail["input"])
+        known = re.findall(r"'([^']*)'", context["expected"])
+        close = difflib.get_close_matches(str(detail["input"]), known, n=1)
+        guess = f"; did you mean '{close[0]}'?" if close else ""
+        noun = "engine " if location[-1] == "engine" else ""
+        return f"unknown {noun}{value}; known: {', '.join(known)}{guess}"
     if kind in _FIXES:
         return _FIXES[kind].format(value=value, description=_description(location), **context)
     expected = _NOT_A.get(kind.partition("_")[0])
@@ -270,13 +275,6 @@ def _unknown_key(location: Location) -> str:
     close = [word for word in [_LLAMA_WORDS.get(key)] if word in known] or difflib.get_close_matches(key, known, n=1)
     close = close or [name for name in known if name.startswith(key)]
     return f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known: {', '.join(known)}"
-
-
-def _unknown_word(location: Location, value: object, known: list[str]) -> str:
-    noun = "engine " if location[-1] == "engine" else ""
-    close = difflib.get_close_matches(str(value), known, n=1)
-    guess = f"; did you mean '{close[0]}'?" if close else ""
-    return f"unknown {noun}{_shown(value)}; known: {', '.join(known)}{guess}"
 
 
 def _description(location: Location) -> str:
@@ -340,11 +338,6 @@ def _parts(dotted: str) -> list[str]:
     return [part.strip().strip("\"'") for part in dotted.split(".")]
 
 
-def _section(plan: Plan, name: str) -> str:
-    summary = Plan.model_fields[name].description or ""
-    return _table(f"[{name}]", getattr(plan, name), summary=summary)
-
-
 def _table(header: str, part: BaseModel, *, summary: str = "", only_set: bool = False) -> str:
     keys = _keys(part, only_set=only_set)
     return "\n".join(filter(None, [_comment(summary), header, keys]))
@@ -376,5 +369,4 @@ def _comment(text: str) -> str:
 
 
 def _flat(text: str) -> str:
-    """`text` on one line."""
     return " ".join(text.split())

@@ -48,7 +48,17 @@ def evaluate(
     """
     folder = prepared_home()
     plan, run_id = _plan_and_run(target, resume, soak, folder)
-    finish(_evaluate(plan, run_id, folder, allow_retired=allow_retired), json_, _show)
+    if not allow_retired:
+        refuse_retired(plan, folder)
+    for line in introduction(plan, checked(plan)):
+        print_step(line)
+    if (short := lacking(plan, folder)) is not None:
+        errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here")
+    with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
+        earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
+    if earlier is not None:
+        errors.print(f"run {earlier.id} of this plan is unfinished; to resume it: --resume {earlier.id}")
+    finish(with_prefect(folder, "flows.evaluate:evaluate")(plan, run_id, allow_retired), json_, _show)
 
 
 def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:
@@ -75,21 +85,6 @@ def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home
         measure = Measure.model_validate({**plan.measure.model_dump(), "soak_s": soak_s})
         plan = plan.model_copy(update={"measure": measure})
     return plan, None
-
-
-def _evaluate(plan: Plan, run_id: str | None, home: Path, *, allow_retired: bool) -> dict[str, Any]:
-    """Run the flow; what it measures, lacks or could resume is printed on standard error first."""
-    if not allow_retired:
-        refuse_retired(plan, home)
-    for line in introduction(plan, checked(plan)):
-        print_step(line)
-    if (short := lacking(plan, home)) is not None:
-        errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here")
-    with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
-        earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
-    if earlier is not None:
-        errors.print(f"run {earlier.id} of this plan is unfinished; to resume it: --resume {earlier.id}")
-    return with_prefect(home, "flows.evaluate:evaluate")(plan, run_id, allow_retired)
 
 
 def _show(outcome: Mapping[str, Any]) -> None:

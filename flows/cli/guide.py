@@ -5,7 +5,7 @@ import typer
 
 from engines.home import home
 from flows.cli.options import Json, PlanFile
-from flows.cli.output import out, print_json
+from flows.cli.output import print_lines
 from flows.rollout.guide import write_guide
 from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records
@@ -24,8 +24,5 @@ def guide(
     loaded = load_plan(plan_path(plan, folder))
     with open_records() as records:
         written = write_guide(records, loaded, folder, output)
-    if json_:
-        print_json({"files": [str(path) for path in written]})
-    else:
-        for path in written:
-            out.print(str(path), markup=False)
+    files = [str(path) for path in written]
+    print_lines({"files": files}, files, json_)

@@ -100,10 +100,8 @@ def _print_decisions(decisions: Iterable[Mapping[str, Any]]) -> None:
 
 def next_step(outcome: Mapping[str, Any]) -> str:
     """What to do after a migration, as its last line."""
-    return _next_of_whole(outcome) if outcome["phase"] == "all" else _next_of_phase(outcome)
-
-
-def _next_of_whole(outcome: Mapping[str, Any]) -> str:
+    if outcome["phase"] != "all":
+        return _next_of_phase(outcome)
     results = {end["result"] for end in (*outcome["models"], outcome["retirement"]) if end}
     if "waits for approval" in results:
         return "next: rerun this command with --yes --who NAME --reason TEXT, or on a terminal"

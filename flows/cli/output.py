@@ -34,20 +34,27 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def print_result(result: Any, json_: bool, show: Callable[[Any], None]) -> None:
+    """Print the result of a command, as JSON or by `show`."""
+    if json_:
+        print_json(result)
+    else:
+        show(result)
+
+
+def print_lines(result: Any, lines: Sequence[str], json_: bool) -> None:
+    """Print the result of a command, as JSON or as these lines."""
+    print_result(result, json_, lambda _: out.print("\n".join(lines), markup=False))
+
+
 def print_done(done: str, json_: bool) -> None:
     """Print the one-line result of an order."""
-    if json_:
-        print_json({"done": done})
-    else:
-        out.print(done, markup=False)
+    print_lines({"done": done}, [done], json_)
 
 
 def finish(outcome: Mapping[str, Any], json_: bool, show: Callable[[Any], None], code: int | None = None) -> NoReturn:
     """Print the outcome of a command, as JSON or by `show`, and exit by its verdict."""
-    if json_:
-        print_json(outcome)
-    else:
-        show(outcome)
+    print_result(outcome, json_, show)
     raise typer.Exit(EXIT_CODES[outcome["verdict"]] if code is None else code)
 
 

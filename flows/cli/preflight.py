@@ -15,7 +15,7 @@ from engines.errors import BadInput, EngineError
 from engines.registry import DRIVERS, driver
 from engines.units import size
 from flows.cli.options import Json
-from flows.cli.output import EXIT_CODES, out, print_json
+from flows.cli.output import EXIT_CODES, out, print_result
 from migrations.llama_cpp_to_mistral_rs import CANDIDATE
 from migrations.plan_file import load_plan
 from tasks.evidence import preflight as headers
@@ -35,10 +35,7 @@ def preflight(
     Exit code 3: the candidate does not load a model; 4: that is unknown.
     """
     report = examine(targets, context=context)
-    if json_:
-        print_json(report)
-    else:
-        out.print(_table(report), soft_wrap=False)
+    print_result(report, json_, lambda _: out.print(_table(report), soft_wrap=False))
     # files alone have no candidate: the one that plans are written for
     candidate = report["models"][0]["engines"][-1]["engine"] if targets[0].suffix == ".toml" else CANDIDATE.engine
     loads = {e["loads"] for model in report["models"] for e in model["engines"] if e["engine"] == candidate}
@@ -76,7 +73,6 @@ def _versions(engines: Sequence[str]) -> dict[str, str]:
 
 
 def _table(report: Mapping[str, Any]) -> Group:
-    """What loads where, what it takes, and what to do instead."""
     parts: list[Any] = []
     for model in report["models"]:
         parts.append(Text.assemble("\n", (model["model"], "bold"), f"  {model['architecture']}"))

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from engines.errors import BadInput, SwitchyardError
 from engines.home import home
 from engines.yard.client import YardClient
 from flows.cli.options import Json, PlanFile
-from flows.cli.output import out, print_json
+from flows.cli.output import print_lines
 from migrations.plan import Plan
 from migrations.plan_file import load_plan, plan_path
 
@@ -61,7 +61,7 @@ def install(
     version = re.match(r"systemd (\d+)", asked.stdout) if asked else None
     text = unit_text(path, loaded.yard.stop_s, home=folder, systemd=int(version[1]) if version else None)
     if dry_run:
-        _print({"unit": str(unit_path()), "text": text, "changed": False}, text.splitlines(), json_)
+        print_lines({"unit": str(unit_path()), "text": text, "changed": False}, text.splitlines(), json_)
         return
     done = _install(loaded, text, folder)
     lines = [f"{'written' if done['changed'] else 'unchanged'}: {done['unit']}"]
@@ -72,7 +72,7 @@ def install(
         lines.append("enabled and started; its log: journalctl --user -u switchyard -f")
     else:
         lines.append("enabled, not started")
-    _print(done, lines + [f"note: {note}" for note in done["notes"]], json_)
+    print_lines(done, lines + [f"note: {note}" for note in done["notes"]], json_)
 
 
 @service.command()
@@ -91,7 +91,7 @@ def status(json_: Json = False) -> None:
         lines.append("systemd is not running here (no user manager answers)")
     elif found["installed"]:
         lines += [f"active: {found['active']}", f"at boot: {found['enabled']}"]
-    _print(found, lines, json_)
+    print_lines(found, lines, json_)
 
 
 @service.command()
@@ -108,14 +108,7 @@ def uninstall(json_: Json = False) -> None:
     lines = [f"removed: {unit}" if installed else "not installed; nothing to remove"]
     if kept.is_file() and installed:
         lines.append(f"kept: {kept}")
-    _print({"unit": str(unit), "removed": installed, "kept": str(kept) if kept.is_file() else None}, lines, json_)
-
-
-def _print(result: Mapping[str, Any], lines: Sequence[str], json_: bool) -> None:
-    if json_:
-        print_json(result)
-    else:
-        out.print("\n".join(lines), markup=False)
+    print_lines({"unit": str(unit), "removed": installed, "kept": str(kept) if kept.is_file() else None}, lines, json_)
 
 
 # --- the unit

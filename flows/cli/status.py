@@ -173,7 +173,6 @@ def yard_view(status: Mapping[str, Any] | None, why: str = "", now: float | None
 
 
 def _engines(model: Mapping[str, Any], now: float) -> list[RenderableType]:
-    """The figures as a table, then the evidence for each state."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("", "engine", "state"):
         table.add_column(column, no_wrap=True)

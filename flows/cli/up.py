@@ -74,7 +74,6 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _prefect(folder: Path, port: int) -> Iterator[PrefectServer]:
-    """Prefect's server with its UI and scheduler, while the block runs."""
     prepare_process(folder)
     os.environ.pop("PREFECT_API_URL", None)
     server = PrefectServer(folder, port=port, services=True, ui=True)
