@@ -9,6 +9,7 @@ import pytest
 from waiting import until
 
 ROOT = Path("/sys/fs/cgroup")
+PREFIX = "switchyard-test-"
 PERIOD_US = 100_000
 
 
@@ -32,12 +33,27 @@ def frozen(*pids: int) -> Iterator[None]:
         try:
             yield
         finally:
-            state.write_text("THAWED")
+            thaw(group)
+
+
+def groups_of(pid: int) -> set[Path]:
+    """The control groups of tests that a process is in."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        places = (line.split(":", 2)[1:] for line in lines if f":/{PREFIX}" in line)
+        return {ROOT / controller / path.lstrip("/") for controller, path in places}
+    return set()
+
+
+def thaw(group: Path) -> None:
+    """Let go of what `frozen` holds; other groups have nothing to thaw."""
+    with contextlib.suppress(OSError):
+        (group / "freezer.state").write_text("THAWED")
 
 
 @contextlib.contextmanager
 def _group(controller: str) -> Iterator[Path]:
-    group = ROOT / controller / f"switchyard-test-{os.getpid()}-{os.urandom(3).hex()}"
+    group = ROOT / controller / f"{PREFIX}{os.getpid()}-{os.urandom(3).hex()}"
     try:
         group.mkdir()
     except OSError as error:

@@ -3,6 +3,7 @@
 `python left_behind.py RUN` is started by `watch`; it ends with its standard input, which only the test run holds open.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import uuid
 
 import psutil
+from cgroups import groups_of, thaw
 from processes import of_home
 
 RUN = "TEST_RUN"  # inherited by all that a run starts, engines included; workers of the run find it set
@@ -27,9 +29,9 @@ def watch():
 
 
 def main(run):
-    """Kill every process of `run`, once nothing more is read; what they start meanwhile too."""
+    """Kill every process of `run`, once nothing more is read; what they start meanwhile too, and what is frozen."""
     sys.stdin.read()
-    give_up = time.monotonic() + UNTIL_GONE_S
+    give_up, groups = time.monotonic() + UNTIL_GONE_S, set()
     while (left := of_home(run, RUN)) and time.monotonic() < give_up:
         for process in left:
             try:
@@ -37,7 +39,13 @@ def main(run):
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
+            groups |= groups_of(process.pid)
+        for group in groups:
+            thaw(group)
         psutil.wait_procs(left, timeout=1)
+    for group in groups:
+        with contextlib.suppress(OSError):
+            group.rmdir()
 
 
 if __name__ == "__main__":
