@@ -92,7 +92,10 @@ class Driver(Protocol):
         """How much host memory this engine may fill with cached prompts: growth up to there is no leak."""
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
-        """Counters in an answer from `progress_path` that change when a prompt or tokens move, or (). ValueError."""
+        """Counters in an answer from `progress_path`: they change when a prompt or tokens move; () where it has none.
+
+        Raises ValueError for an answer that is not this engine's.
+        """
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The model's name that this engine answers to."""

@@ -235,11 +235,12 @@ def _seed(command: LlamaServerCommand, flag: str, text: str) -> None:
         command.values.pop("seed", None)
 
 
-def _file(command: LlamaServerCommand, flag: str, text: str) -> None:
-    if flag == "--chat-template-file":
-        command.values["chat_template"] = command.path(text)
-    else:
-        command.gguf = command.path(text)
+def _model(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.gguf = command.path(text)
+
+
+def _template_file(command: LlamaServerCommand, flag: str, text: str) -> None:
+    command.values["chat_template"] = command.path(text)
 
 
 def _alias(command: LlamaServerCommand, flag: str, text: str) -> None:
@@ -286,7 +287,7 @@ _ON, _OFF, _AUTO = ("on", "enabled", "true", "1"), ("off", "disabled", "false", 
 
 # spellings of flags that take a value, the environment variable, and what the value means
 _VALUES: tuple[tuple[str, str, Take], ...] = (
-    ("-m --model", "LLAMA_ARG_MODEL", _file),
+    ("-m --model", "LLAMA_ARG_MODEL", _model),
     ("-a --alias", "LLAMA_ARG_ALIAS", _alias),
     ("--host", "LLAMA_ARG_HOST", _host),
     ("--port", "LLAMA_ARG_PORT", _port),
@@ -303,7 +304,7 @@ _VALUES: tuple[tuple[str, str, Take], ...] = (
     ("--cache-reuse", "LLAMA_ARG_CACHE_REUSE", _number("cache_reuse_tokens", least=0)),
     ("-cram --cache-ram", "LLAMA_ARG_CACHE_RAM", _number("host_cache_mib", least=-1, own_default=-1, note=_CACHE_NOTE)),
     ("-s --seed", "", _seed),
-    ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE", _file),
+    ("--chat-template-file", "LLAMA_ARG_CHAT_TEMPLATE_FILE", _template_file),
     ("--chat-template", "LLAMA_ARG_CHAT_TEMPLATE", _template),
     ("-hf -hfr --hf-repo", "LLAMA_ARG_HF_REPO", _download),
     ("-mu --model-url", "LLAMA_ARG_MODEL_URL", _download),

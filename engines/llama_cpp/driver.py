@@ -154,8 +154,11 @@ class LlamaCpp:
 
 
 def _with_libraries(env: dict[str, str], libraries: Path | None) -> dict[str, str]:
+    """`env` with a build's own shared libraries in front of those that are there."""
+    if libraries is None:
+        return env
     paths = filter(None, [str(libraries), env.get("LD_LIBRARY_PATH", "")])
-    return env if libraries is None else {**env, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
+    return {**env, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
 def _binary_installation(binary: Path) -> Installation:

@@ -158,7 +158,10 @@ class KeyRequired:
 
 
 class LoadingResponder:
-    """A forked child that answers 503 on the listening socket until `close`; it ends with its parent."""
+    """A forked child that answers 503 on the listening socket until `close`; it ends with its parent.
+
+    The wheel holds Python's global lock while it loads, so no thread of this process can answer then.
+    """
 
     def __init__(self, listener: socket.socket) -> None:
         self._alive, self._hold = os.pipe()

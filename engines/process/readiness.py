@@ -138,7 +138,10 @@ def wait_ready(
 
 
 class _FirstToken:
-    """One completion of one token, asked in a thread of its own so that the wait can still see death and stall."""
+    """One completion of one token, asked in a thread of its own so that the wait can still see death and stall.
+
+    The thread is a daemon: an engine that never answers is stopped by the caller, which also ends the request.
+    """
 
     def __init__(self, ask: Ask, served_name: str) -> None:
         self._ask_engine = ask

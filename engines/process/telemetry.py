@@ -235,14 +235,18 @@ def _machine() -> dict[str, float | None]:
 def vram_bytes(pids: Iterable[int]) -> int | None:
     """GPU memory that these processes hold together; None without NVML, or where it does not see them (containers)."""
     library, devices = nvml()
-    ours, used = set(pids), dict[tuple[int, int], int]()
-    for at, device in enumerate(devices):
-        # a Vulkan engine is listed among the graphics processes, or among both
-        for ask in (library.nvmlDeviceGetComputeRunningProcesses, library.nvmlDeviceGetGraphicsRunningProcesses):
-            with contextlib.suppress(library.NVMLError):  # not supported by this card, or the card is gone
-                for process in ask(device):
-                    if process.pid in ours and process.usedGpuMemory is not None:
-                        used[at, process.pid] = max(used.get((at, process.pid), 0), process.usedGpuMemory)
+    ours = set(pids)
+    return _total(_used_on(library, device, ours) for device in devices)
+
+
+def _used_on(library: Any, device: Any, pids: set[int]) -> int | None:
+    used: dict[int, int] = {}
+    # a Vulkan engine is listed among the graphics processes, or among both
+    for ask in (library.nvmlDeviceGetComputeRunningProcesses, library.nvmlDeviceGetGraphicsRunningProcesses):
+        with contextlib.suppress(library.NVMLError):  # not supported by this card, or the card is gone
+            for process in ask(device):
+                if process.pid in pids and process.usedGpuMemory is not None:
+                    used[process.pid] = max(used.get(process.pid, 0), process.usedGpuMemory)
     return sum(used.values()) if used else None
 
 

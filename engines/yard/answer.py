@@ -48,7 +48,10 @@ def first_difference(one: str, other: str) -> int | None:
 
 
 def read_answer(data: bytes, *, stream: bool, status: int = 200) -> ChatAnswer:
-    """A chat answer as the parity check keeps it (without logprobs), out of what an engine sent."""
+    """A chat answer as the parity check keeps it (without logprobs), out of what an engine sent.
+
+    Arguments of tool calls are brought to one spelling, where they are JSON.
+    """
     if status >= 400:
         return no_answer(_error_of(data) or f"HTTP {status}")
     try:

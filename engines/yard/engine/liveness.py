@@ -32,7 +32,10 @@ DEFAULT_BATCH_TOKENS = 2048
 
 
 class Liveness:
-    """The evidence on one process. `wake` asks for a verdict at once, `trusted` reports that a doubted engine works."""
+    """The evidence on one process; `seen` is what its readiness showed. `wake` asks for a verdict at once.
+
+    `trusted` is called when an engine that failed requests has proved that it still works.
+    """
 
     def __init__(
         self,

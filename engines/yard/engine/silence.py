@@ -19,7 +19,10 @@ Result = TypeVar("Result")
 
 
 class Silence:
-    """Measures how long a process tree is silent; its waits for a CPU, and when the yard did not look, do not count."""
+    """Measures the silence of the process tree of `pid`, looked at every TICK_S.
+
+    What does not count: time in which its threads waited for a CPU, and time in which the yard itself did not look.
+    """
 
     def __init__(self, pid: int) -> None:
         self._waits = CpuWait(lambda: process_tree(pid))
