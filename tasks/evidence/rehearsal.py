@@ -164,8 +164,10 @@ def judge_rehearsal(evidence: Mapping[str, Any], *, kill_detect_s: float, recove
     """
     if why := evidence.get("not_rehearsed"):
         return [not_measured(f"rehearsal.{drill}", why) for drill in DRILLS]
-    judged = (_judge_drill(f"rehearsal.{drill}", evidence[drill], kill_detect_s, recover_s) for drill in DRILLS)
-    return [result for results in judged for result in results]
+    results = [_judge_hidden(evidence["hidden_candidate"])]
+    for drill in ("killed_candidate", "fallback"):
+        results += _judge_kill(f"rehearsal.{drill}", evidence[drill], kill_detect_s, recover_s)
+    return results
 
 
 def _killed(stage: Stage, form: str, say: Say, *, incumbent_s: float | None) -> dict[str, Any]:
@@ -218,17 +220,24 @@ def signal_candidate(stage: Stage, number: signal.Signals, *states: str) -> dict
     }
 
 
-def _judge_drill(check: str, seen: Mapping[str, Any], kill_detect_s: float, recover_s: float) -> list[CheckResult]:
+def _judge_hidden(seen: Mapping[str, Any]) -> CheckResult:
+    check = "rehearsal.hidden_candidate"
+    if broken := seen.get("failed"):
+        return CheckResult(check=check, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")
+    right = seen["answered"] and seen["by"] == seen["fallback"] == seen["right"]
+    incidents = "; ".join(seen["incidents"]) or "no incident was noted"
+    who = _who_answered(seen)
+    return CheckResult(check=check, verdict=Verdict.PASS if right else Verdict.FAIL, why=f"{who}; {incidents}")
+
+
+def _judge_kill(check: str, seen: Mapping[str, Any], kill_detect_s: float, recover_s: float) -> list[CheckResult]:
     if broken := seen.get("failed"):
         return [CheckResult(check=check, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")]
     right = seen["answered"] and seen["by"] == seen["right"]
-    note, killed = f"right would be {seen['right']}", "incidents" not in seen
-    if not killed:
-        right = right and seen["fallback"] == seen["right"]
-        note = "; ".join(seen["incidents"]) or "no incident was noted"
-    who = f"{seen['by']} answered" if seen["answered"] else f"no engine answered ({seen['error']})"
-    served = CheckResult(check=check, verdict=Verdict.PASS if right else Verdict.FAIL, why=f"{who}; {note}")
-    if not right or not killed:
+    who = _who_answered(seen)
+    verdict = Verdict.PASS if right else Verdict.FAIL
+    served = CheckResult(check=check, verdict=verdict, why=f"{who}; right would be {seen['right']}")
+    if not right:
         return [served]
     load_s, usual_s = seen["load_s"] or 0.0, seen["usual_s"] or 0.0
     detect = at_most(f"{check}_detect_s", seen["detect_s"], limit=kill_detect_s, unit="s")
@@ -239,3 +248,7 @@ def _judge_drill(check: str, seen: Mapping[str, Any], kill_detect_s: float, reco
     limit_s = load_s + usual_s + recover_s
     recover = at_most(f"{check}_recover_s", seen["recover_s"], limit=limit_s, unit="s", why=why)
     return [served, detect, recover]
+
+
+def _who_answered(seen: Mapping[str, Any]) -> str:
+    return f"{seen['by']} answered" if seen["answered"] else f"no engine answered ({seen['error']})"
