@@ -109,12 +109,14 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
     note = f"Not supported by the candidate:\n{listed}" if unsupported else ""
     blocks.append(_keys(plan, notes={"accepted_unsupported": note}))
     for name, field in Plan.model_fields.items():
-        if isinstance(part := getattr(plan, name), BaseModel):
+        part = getattr(plan, name)
+        if isinstance(part, BaseModel):
             blocks.append(_table(f"[{name}]", part, summary=field.description or ""))
-        for model in plan.models if name == "models" else ():
-            blocks.append(_table("[[models]]", model))
-            if _fields(model.settings, only_set=True):
-                blocks.append(_table("[models.settings]", model.settings, only_set=True))
+        elif name == "models":
+            for model in plan.models:
+                blocks.append(_table("[[models]]", model))
+                if _fields(model.settings, only_set=True):
+                    blocks.append(_table("[models.settings]", model.settings, only_set=True))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
