@@ -1,0 +1,177 @@
+"""Flags and variables of an engine that no neutral setting has a word for: read, checked and passed on as they stand.
+
+A plan holds them as `args` and `env`. What an engine takes is data in its folder: a list of its options, and what of
+them a plan says elsewhere or must not hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from engines.environment import SECRET
+from engines.errors import BadInput
+
+# variables of compute libraries and devices, by their beginning; an engine adds its own
+# fmt: off
+COMPUTE = (
+    "GGML_", "CUDA_", "NVIDIA_", "NCCL_", "HIP_", "HSA_", "ROCR_", "ROCM_", "ROCBLAS_", "HIPBLASLT_", "AMD_", "GPU_",
+    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "VK_", "RADV_", "MESA_", "ANV_", "SYCL_", "ONEAPI_", "ZE_",
+    "ZES_", "UR_", "MUSA_", "ASCEND_", "CANN_", "MTL_", "METAL_", "MALLOC_", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
+)
+# fmt: on
+ON, OFF = ("on", "enabled", "true", "1"), ("off", "disabled", "false", "0")
+NEXT_FLAG = re.compile(r"-(?!\d+(\.\d+)?$|\.\d+$|$)")  # a negative number is a value, and so is a lone dash
+Files = Literal["file", "files", "scaled", "folder"]  # one, several by commas, FILE:SCALE by commas, a directory
+
+
+class Option(NamedTuple):
+    """One option of an engine: its spellings, its negations, what its help calls the value, its variable."""
+
+    names: tuple[str, ...]
+    negations: tuple[str, ...] = ()
+    value: str = ""
+    variable: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first long spelling, under which the tables of an engine know it."""
+        return next((name for name in self.names if name.startswith("--")), self.names[0])
+
+
+class Flag(NamedTuple):
+    """One flag of a command with its values; `option` is None for one that the engine's list does not hold."""
+
+    name: str
+    values: tuple[str, ...] = ()
+    option: Option | None = None
+
+    @property
+    def key(self) -> str:
+        """The name by which tables know it: the option's, or the first long negation of a switch that is negated."""
+        if self.option is None:
+            return self.name
+        if self.name in self.option.negations:
+            return next((name for name in self.option.negations if name.startswith("--")), self.name)
+        return self.option.name
+
+
+@dataclass(frozen=True)
+class OwnArgs:
+    """What one engine takes in `args` and `env` of a plan. Keys of the tables are long spellings or variables.
+
+    `elsewhere` names the plan key that says it; `never` says why it is not passed on; `files` are options whose values
+    name files; `prefixes` are beginnings of the engine's own variables.
+    """
+
+    options: Mapping[str, Option] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    never: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Files] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
+
+    def split(self, words: Sequence[str]) -> list[Flag]:
+        """`words` flag by flag, with `--flag=value` taken apart; raises BadInput where a value is missing.
+
+        What no list holds takes the next word as its value, unless that looks like a flag.
+        """
+        flags, rest = [], list(words)
+        while rest:
+            name, inline = self._name(rest.pop(0))
+            option = self.options.get(name)
+            if inline is not None:
+                flags.append(Flag(name, (inline,), option))
+                continue
+            is_last = not rest or NEXT_FLAG.match(rest[0]) is not None
+            if option is None:
+                n_values = 0 if is_last or not name.startswith("-") else 1
+            else:
+                n_values = 0 if is_last and option.value.endswith("?") else len(option.value.split())
+            if len(rest) < n_values:
+                raise BadInput(f"{name}: its value is missing; the command ends there")
+            flags.append(Flag(name, tuple(rest[:n_values]), option))
+            del rest[:n_values]
+        return flags
+
+    def _name(self, word: str) -> tuple[str, str | None]:
+        """The flag and the value that is glued to it, if any."""
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-") if word.startswith("--") else name  # llama.cpp's own parser does so too
+        if equals and (word.startswith("--") or name in self.options):
+            return name, value
+        return (word if equals else name), None
+
+    def flag_of(self, variable: str, value: str) -> Flag | None:
+        """The flag that an environment variable stands for; None for a variable that stands for none."""
+        for option in set(self.options.values()):
+            if not option.variable:
+                continue
+            if option.value and variable == option.variable:
+                return Flag(option.name, (value,), option)
+            if not option.value and variable == option.variable and value.lower() in (*ON, *OFF):
+                names = option.names if value.lower() in ON else option.negations
+                return Flag(names[-1], (), option) if names else None
+            if option.negations and variable == option.variable.replace("_ARG_", "_ARG_NO_"):
+                return Flag(option.negations[-1], (), option)
+        return None
+
+    def problems(self, args: Sequence[str], env: Mapping[str, str]) -> list[str]:
+        """What of `args` and `env` may not stand in a plan, one line each, values of secrets not shown."""
+        found = []
+        for flag in self.split(args):
+            if why := self._why_not(flag.key):
+                found.append(f"args: {flag.name} {why}")
+            elif not flag.name.startswith("-"):
+                found.append(f"args: '{flag.name}' is no flag, and no flag before it takes a value; remove it")
+        for name, value in env.items():
+            stands_for = self.flag_of(name, value)
+            why = self._why_not(name) or (self._why_not(stands_for.key) if stands_for else None)
+            if why is None and SECRET.search(name):
+                why = "is named like a secret, and a plan holds none; remove it"
+            elif why is None and not name.startswith((*COMPUTE, *self.prefixes)):
+                why = "is no variable of this engine or of a compute library; export it where the yard is started"
+            found += [f"env: {name} {why}"] if why else []
+        return found
+
+    def _why_not(self, key: str) -> str | None:
+        if key in self.elsewhere:
+            return f"is said by `{self.elsewhere[key]}` in a plan; remove it here"
+        return f"is not passed on: {self.never[key]}; remove it" if key in self.never else None
+
+    def with_files(
+        self, args: Sequence[str], env: Mapping[str, str], change: Callable[[str, Files], str]
+    ) -> tuple[tuple[str, ...], dict[str, str]]:
+        """`args` and `env` with each name of a file changed."""
+        words: list[str] = []
+        for flag in self.split(args):
+            words += [flag.name, *(self._changed(flag, value, change) for value in flag.values)]
+        variables = {}
+        for name, value in env.items():
+            stands_for = self.flag_of(name, value)
+            variables[name] = self._changed(stands_for, value, change) if stands_for else value
+        return tuple(words), variables
+
+    def _changed(self, flag: Flag, value: str, change: Callable[[str, Files], str]) -> str:
+        kind = self.files.get(flag.key)
+        if kind in (None, "file", "folder"):
+            return change(value, kind) if kind else value
+        changed = []
+        for part in value.split(","):
+            name, colon, scale = part.rpartition(":") if kind == "scaled" and ":" in part else (part, "", "")
+            changed.append(change(name, "file") + colon + scale)
+        return ",".join(changed)
+
+
+def read_options(text: str) -> dict[str, Option]:
+    """Options by each of their spellings, from lines `spellings / negations | value | variable`."""
+    found: dict[str, Option] = {}
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            spellings, value, variable = [*(part.strip() for part in line.split(" | ")), "-", ""][:3]
+            names, _, negations = spellings.partition(" / ")
+            value = "" if value == "-" else value
+            option = Option(tuple(names.split()), tuple(negations.split()), value, variable.removeprefix("-"))
+            found |= dict.fromkeys((*option.names, *option.negations), option)
+    return found
