@@ -99,7 +99,7 @@ def estimate(
     needs = tuple(_needs(parts, free, correction))
     verdict: FitVerdict = max((need.verdict for need in needs), key=WORSE.index, default="unknown")
     notes = [*header.notes]
-    if header.context_length and context > header.context_length * settings.parallel:
+    if header.context_length and context > header.context_length * settings.sequences:
         notes.append(f"{context} tokens are more than the trained context of {header.context_length} per sequence")
     if free.n_gpus > 1:
         notes.append(f"the free VRAM of {free.n_gpus} GPUs is added up; each must hold its own share")

@@ -62,13 +62,15 @@ class Flag(NamedTuple):
 class OwnArgs:
     """What one engine takes in `args` and `env` of a plan. Keys of the tables are long spellings or variables.
 
-    `elsewhere` names the plan key that says it; `never` says why it is not passed on; `files` are options whose values
+    `elsewhere` names the plan key that says it; `never` says why it is not passed on; `beside` names the
+    setting that must be unset beside it; `files` are options whose values
     name files; `prefixes` are beginnings of the engine's own variables.
     """
 
     options: Mapping[str, Option] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     never: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Files] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f8e4m3"]
+Auto = Literal["auto"]  # nothing is passed: the engine's own choice
+AUTO_PARALLEL = 4  # llama-server's choice in builds of 2026 (tools/server/server.cpp)
 
 
 class Settings(BaseModel):
@@ -16,7 +19,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     context_tokens: int | None = Field(None, ge=1, description="context for all sequences together, in tokens")
-    parallel: int = Field(1, ge=1, description="sequences served at the same time")
+    parallel: Annotated[int, Field(ge=1)] | Auto = Field(
+        1, description="sequences served at the same time; auto: what the engine chooses"
+    )
     gpu_layers: int | None = Field(None, ge=0, description="layers on the GPU; 0 keeps all on the CPU")
     threads: int | None = Field(None, ge=1, description="CPU threads that generate")
     batch_tokens: int | None = Field(None, ge=1, description="logical prefill batch")
@@ -25,13 +30,18 @@ class Settings(BaseModel):
     kv_type: KvType | None = Field(None, description="element type of the KV cache")
     mlock: bool = Field(False, description="keep the weights in RAM")
     cache_reuse_tokens: int | None = Field(None, ge=0, description="smallest chunk of cache to reuse by shifting")
-    host_cache_mib: int | None = Field(None, ge=0, description="budget of the prompt cache in host RAM")
-    jinja: bool = Field(True, description="render the model's own chat template")
+    host_cache_mib: int | None = Field(None, ge=-1, description="budget of the prompt cache in host RAM; -1: no bound")
+    jinja: bool | Auto = Field(True, description="render the model's own chat template; auto: the engine's default")
     prefill_assistant: bool = Field(True, description="a trailing assistant message is continued, not closed")
     seed: int | None = Field(None, ge=0, description="seed of the engine's sampler")
     api_key: SecretStr | None = Field(None, description="key that clients must send")
     chat_template: Path | None = Field(None, description="a template file instead of the model's own")
     tokenizer_json: Path | None = Field(None, description="a tokenizer.json instead of the GGUF's own")
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences are served at the same time, as far as it is known before the engine runs."""
+        return AUTO_PARALLEL if self.parallel == "auto" else self.parallel
 
 
 class Serve(BaseModel):
@@ -44,6 +54,8 @@ class Serve(BaseModel):
     port: int = Field(ge=1, le=65535)
     host: str = "127.0.0.1"
     settings: Settings = Settings()
+    args: tuple[str, ...] = Field((), description="flags of the engine's own, passed on as they stand")
+    env: Mapping[str, str] = Field({}, description="variables of the engine's own, set over its scrubbed environment")
 
     @property
     def base_url(self) -> str:

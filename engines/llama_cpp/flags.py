@@ -79,6 +79,12 @@ NEVER = {
     for name in OPTIONS
     if name.endswith(("-default", "-spec")) and name != "--spec-default"
 }
+BESIDE = {
+    "--cache-type-k": "kv_type",
+    "--cache-type-v": "kv_type",
+    "--load-mode": "mlock",
+    "--chat-template": "chat_template",
+}
 FILES: dict[str, Files] = {
     "--mmproj": "file",
     "--lora": "files",
@@ -97,4 +103,4 @@ FILES: dict[str, Files] = {
     "--media-path": "folder",
     "--log-prompts-dir": "folder",
 }
-OWN_ARGS = OwnArgs(OPTIONS, ELSEWHERE, NEVER, FILES, ("LLAMA_ARG_", "LLAMA_CACHE", "LLAMA_LOG_"))
+OWN_ARGS = OwnArgs(OPTIONS, ELSEWHERE, NEVER, BESIDE, FILES, ("LLAMA_ARG_", "LLAMA_CACHE", "LLAMA_LOG_"))

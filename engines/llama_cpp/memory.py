@@ -16,10 +16,10 @@ def memory_parts(case: MemoryCase) -> list[Part]:
     """Everything it allocates, on its device; sizes beside the model's own as seen with build b10434 on Linux."""
     header, settings = case.header, case.settings
     weights, vocab = weights_bytes(header, case.gpu_layers), header.vocab_size or 0
-    compute = compute_bytes(header, case.context, settings.parallel, case.ubatch)
+    compute = compute_bytes(header, case.context, settings.sequences, case.ubatch)
     where: Device = "vram" if case.gpu_layers else "ram"
     kv_type = settings.kv_type or "f16"
-    arguments = (header, case.context, settings.parallel, case.ubatch, kv_type)
+    arguments = (header, case.context, settings.sequences, case.ubatch, kv_type)
     unified, split = kv_bytes(*arguments), kv_bytes(*arguments, unified=False)
     kv_sizes = min(unified, split), split, max(unified, split)
     cache_mib = DEFAULT_HOST_CACHE_MIB if settings.host_cache_mib is None else settings.host_cache_mib
@@ -33,7 +33,7 @@ def memory_parts(case: MemoryCase) -> list[Part]:
         exactly("weights", "ram", weights["ram"], "tensors on the CPU, mapped from the file"),
         exactly("weights", "vram", weights["vram"], f"{case.gpu_layers} GPU layers; token_embd stays on the CPU"),
         *_by_layer_share(case, "KV cache", kv_sizes, f"{case.context} tokens in all, {kv_type}"),
-        *_by_layer_share(case, "recurrent state", (case.state_bytes,) * 3, f"f32, {settings.parallel} sequence(s)"),
+        *_by_layer_share(case, "recurrent state", (case.state_bytes,) * 3, f"f32, {settings.sequences} sequence(s)"),
         Part("compute buffers", where, *compute, f"logits, mask and activations at ubatch {case.ubatch}"),
         Part("process", "ram", *process, "libraries and vocabulary tables"),
         Part("host prompt cache", "ram", 0, 0, cache_mib * MIB, cache_why),

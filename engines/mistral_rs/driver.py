@@ -145,7 +145,7 @@ def _hosted_argv(installation: Installation, serve: Serve) -> list[str]:
     argv = ["--gguf", str(serve.gguf), "--model-id", serve.model_id, "--host", serve.host, "--port", str(serve.port)]
     argv += flags_of(
         ("--context", settings.context_tokens),
-        ("--parallel", settings.parallel),
+        ("--parallel", None if settings.parallel == "auto" else settings.parallel),
         ("--threads", settings.threads),
         ("--seed", settings.seed),
         ("--tokenizer-json", settings.tokenizer_json),
@@ -161,7 +161,8 @@ def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
     # every flag here is valid at all tags 0.7.0 to 0.9.2, or asked of --help first
     settings = serve.settings
     argv = ["serve", "--host", serve.host, "-p", str(serve.port), "--format", "gguf"]
-    argv += ["-m", str(serve.gguf.parent), "-f", serve.gguf.name, "--max-seqs", str(settings.parallel)]
+    argv += ["-m", str(serve.gguf.parent), "-f", serve.gguf.name]
+    argv += flags_of(("--max-seqs", None if settings.parallel == "auto" else settings.parallel))
     if settings.gpu_layers == 0:
         argv.append("--cpu")
     elif settings.gpu_layers is not None:
@@ -212,7 +213,7 @@ def _unsupported_by_wheel(settings: Settings) -> list[str]:
         found.append("kv_type: the wheel on a CPU has no f8e4m3 KV cache; f16 is used")
     if settings.seed is not None:
         found.append("seed: on a CPU the wheel's sampler starts from a constant; the engine's seed is not used")
-    if settings.parallel > 1:
+    if settings.sequences > 1:
         found.append("parallel: on a CPU the wheel takes one sequence at a time; further requests queue")
     if settings.gpu_layers:
         found.append("gpu_layers: the wheel from PyPI is a CPU build on Linux; nothing goes to the GPU")

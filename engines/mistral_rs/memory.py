@@ -22,7 +22,7 @@ FREE_VRAM_SHARE = Fraction(9, 10)
 
 
 def memory_parts(case: MemoryCase) -> list[Part]:
-    header, parallel = case.header, case.settings.parallel
+    header, parallel = case.header, case.settings.sequences
     where: Device = "vram" if case.gpu_layers else "ram"
     # mistralrs-core/src/models/quantized_*.rs: token_embd is dequantized to f32 and, when tied, kept quantized as well
     embedding = header.tensor("token_embd.weight")
@@ -47,7 +47,7 @@ def memory_parts(case: MemoryCase) -> list[Part]:
 def _kv_cache(case: MemoryCase, where: Device) -> Part:
     kv_type = "f8e4m3" if where == "vram" and case.settings.kv_type == "f8e4m3" else "f16"
     full = kv_bytes_per_token(case.header, kv_type) * case.context
-    bounded = kv_bytes(case.header, case.context, case.settings.parallel, case.ubatch, kv_type)
+    bounded = kv_bytes(case.header, case.context, case.settings.sequences, case.ubatch, kv_type)
     why = f"{case.context} tokens, {kv_type}; sliding-window layers counted in full"
     if where == "ram":
         return Part("KV cache", where, min(bounded, full), full, full, why)

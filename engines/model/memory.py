@@ -83,7 +83,7 @@ class MemoryCase:
 
     @property
     def state_bytes(self) -> int:
-        return state_bytes_per_sequence(self.header) * self.settings.parallel
+        return state_bytes_per_sequence(self.header) * self.settings.sequences
 
 
 def why_unsized(header: Header) -> str | None:

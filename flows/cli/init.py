@@ -9,7 +9,8 @@ import typer
 
 from engines.driver import Installation
 from engines.errors import BadInput, EngineError
-from engines.llama_cpp.argv import LlamaServerCommand, parse_command, read_listener
+from engines.llama_cpp.argv import LlamaServerCommand
+from engines.llama_cpp.commands import parse_command, read_listener
 from engines.registry import driver
 from engines.settings import Serve
 from engines.yard.settings import YardSettings

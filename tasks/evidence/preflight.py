@@ -108,7 +108,7 @@ def _memory_report(header: Header, settings: Settings, context: int | None) -> d
     sized = unsized is None
     total = None
     if sized and tokens is not None:
-        total = kv_bytes(header, tokens, settings.parallel, settings.ubatch_tokens or DEFAULT_UBATCH, kv_type)
+        total = kv_bytes(header, tokens, settings.sequences, settings.ubatch_tokens or DEFAULT_UBATCH, kv_type)
     return {
         "weights_bytes": header.tensor_bytes,
         "kv_bytes_per_token": kv_bytes_per_token(header, kv_type) if sized else None,

@@ -116,7 +116,7 @@ class Liveness:
     def next_probe(self) -> asyncio.Task[None] | None:
         """The probe that is due now, under way: it runs beside the loop, so that one that hangs hides no death."""
         now = time.monotonic()
-        if self.doubted and len(self._in_flight) < self._spec.settings.parallel:
+        if self.doubted and len(self._in_flight) < self._spec.settings.sequences:
             return asyncio.create_task(self._ask_after_failures())
         if working := self._working():
             still = now - max(self._progressed, *(running.moved for running in working))

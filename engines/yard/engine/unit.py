@@ -60,7 +60,7 @@ class Unit:
         self.spec = spec
         self.driver = driver
         self.engine = spec.engine
-        self.slots = spec.settings.parallel  # requests it takes at a time
+        self.slots = spec.settings.sequences  # requests it takes at a time
         self.state = Health.STOPPED
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
         self.in_flight: set[InFlight] = set()

@@ -31,7 +31,7 @@ async def props(unit: Unit) -> dict[str, Any]:
         return found
     trained = await asyncio.to_thread(_trained_context, unit.spec.gguf)
     settings = unit.spec.settings
-    configured = unit.context_tokens or (settings.context_tokens and settings.context_tokens // settings.parallel)
+    configured = unit.context_tokens or (settings.context_tokens and settings.context_tokens // settings.sequences)
     limits = [limit for limit in (configured, trained) if limit]
     known = {
         "default_generation_settings": {"n_ctx": min(limits, default=None)},

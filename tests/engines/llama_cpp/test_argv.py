@@ -17,14 +17,13 @@ import psutil
 import pytest
 
 from engines.errors import BadInput
-from engines.llama_cpp.argv import parse_command, read_argv, read_listener
+from engines.llama_cpp.commands import parse_command, read_argv, read_listener
 from engines.settings import Settings
 
 AGENT_BOX = (
     "--port 8080 --ctx-size 524288 --parallel 1 --n-gpu-layers 40 --threads 14 --batch-size 256 --ubatch-size 128 "
     "--flash-attn on --jinja --no-prefill-assistant --mlock --cache-reuse 256"
 )
-SLOTS = "llama-server then chooses (4 slots in builds of 2026); the plan has 1, raise it if needed"
 LISTENER = """
 import socket, sys
 listener = socket.create_server(("127.0.0.1", 0))
@@ -60,7 +59,7 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         "127.0.0.1",
         8080,
     )
-    assert (command.passthrough, command.unknown, command.notes, command.alias) == ([], [], [], None)
+    assert (command.args, command.env, command.unknown, command.notes, command.names) == ([], {}, [], [], [])
     assert command.model_id == "nemotron"
 
 
@@ -76,12 +75,12 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         ("-c 512 -c 1024", "context_tokens", 1024),
         ("-np 4", "parallel", 4),
         ("--parallel 4", "parallel", 4),
-        ("-np -1", "parallel", 1),
+        ("-np -1", "parallel", "auto"),
         ("-ngl 99", "gpu_layers", 99),
         ("--gpu-layers 0", "gpu_layers", 0),
         ("--n-gpu-layers 7", "gpu_layers", 7),
         ("-ngl auto", "gpu_layers", None),
-        ("-ngl all", "gpu_layers", None),
+        ("-ngl all", "gpu_layers", 999),
         ("-ngl -1", "gpu_layers", None),
         ("-t 3", "threads", 3),
         ("--threads -1", "threads", None),
@@ -93,18 +92,20 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         ("-fa auto", "flash_attention", None),
         ("-fa", "flash_attention", True),
         ("--flash-attn --metrics", "flash_attention", True),
+        ("-c 512", "jinja", "auto"),
+        ("-c 512", "parallel", "auto"),
         ("--no-jinja", "jinja", False),
         ("--no-jinja --jinja", "jinja", True),
         ("--no-prefill-assistant", "prefill_assistant", False),
         ("--prefill-assistant", "prefill_assistant", True),
         ("--mlock", "mlock", True),
         ("--load-mode mmap+mlock", "mlock", True),
-        ("-lm mlock", "mlock", True),
+        ("-lm mlock", "mlock", False),
         ("--load-mode mmap", "mlock", False),
         ("--cache-reuse 0", "cache_reuse_tokens", 0),
         ("--cache-ram 0", "host_cache_mib", 0),
         ("-cram 512", "host_cache_mib", 512),
-        ("--cache-ram -1", "host_cache_mib", None),
+        ("--cache-ram -1", "host_cache_mib", -1),
         ("-ctk q8_0 -ctv q8_0", "kv_type", "q8_0"),
         ("--cache-type-k f16", "kv_type", "f16"),
         ("-ctk q8_0", "kv_type", None),
@@ -122,30 +123,18 @@ def test_each_spelling_of_a_setting(flags: str, name: str, value: object) -> Non
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        ("-np -1", f"-np -1: {SLOTS}"),
-        ("-c 1", f"no --parallel: {SLOTS}"),
-        ("-ngl all", "-ngl all: left to the engine, which puts on the GPU what fits"),
-        (
-            "--cache-ram -1",
-            "--cache-ram -1: an unbounded prompt cache cannot be planned for; the engine's own default is used",
-        ),
-        (
-            "-ctk q8_0",
-            "KV cache types K q8_0, V f16: a plan takes one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, f8e4m3 "
-            "for both; the engine's default is used",
-        ),
-        ("-a one,two", "-a: only the first of 2 names is taken: one"),
         (
             "-hf unsloth/Qwen3:Q4",
             "-hf unsloth/Qwen3:Q4: llama-server downloads this model; a plan needs the file: give its path as gguf",
         ),
-        (
-            "--chat-template chatml",
-            "--chat-template: a template given in the command is not taken over; "
-            "put it into a file and name it chat_template",
-        ),
-        ("--shiny 3", "--shiny 3: not a flag of any known llama-server; left out"),
         ("stray", "stray: not a flag; left out"),
+        ("--port 0", "--port 0: clients need a port that stays; the plan has 8080"),
+        (
+            "--models-dir /m",
+            "--models-dir: not taken over: it makes llama-server a router of several models, and the "
+            "yard is one; list the models in the plan",
+        ),
+        ("--shiny-token abc", "--shiny-token: looks like a secret and is not copied"),
         (
             "--api-key sk-secret",
             "--api-key: the key itself is not copied: export it as the environment variable that api_key_env in the "
@@ -180,12 +169,34 @@ def test_secrets_are_never_echoed() -> None:
     assert command.settings.api_key is None
 
 
-def test_engine_only_flags_are_kept_as_they_stood() -> None:
-    """llama.cpp's own words stay apart from those that no build knows."""
-    kept = "--metrics --temp 0.7 --spec-draft-n-max 4 --spec-default --control-vector-layer-range 1 2 -ot exps=CPU"
-    command = parse_command(f"llama-server -m m.gguf -np 1 {kept} --shiny -1 --dull --load-mode dio")
-    assert command.passthrough == [*kept.split(), "--load-mode", "dio"]
-    assert command.unknown == [("--shiny", "-1"), ("--dull", None)]
+def test_flags_without_a_neutral_word_are_passed_on_as_they_stood() -> None:
+    """Those that no known build lists as well, and they are named."""
+    kept = (
+        "--temp 0.7 --spec-draft-n-max 4 --spec-default --control-vector-layer-range 1 2 -ot exps=CPU --no-mmap "
+        "-ctk q8_0 -ctv q4_0 --chat-template chatml -n -1 --log-colors --shiny -1 --dull --load-mode dio"
+    )
+    command = parse_command(f"llama-server -m m.gguf --metrics {kept}")
+    assert command.args == kept.split()
+    assert command.unknown == ["--shiny -1", "--dull"]
+
+
+def test_files_that_flags_name_start_where_the_command_ran() -> None:
+    """Lists and scales included; a folder that the engine writes to as well."""
+    flags = "--mmproj p.gguf --lora a.gguf,/b.gguf --lora-scaled c.gguf:0.5 --slot-save-path slots -lcd /x"
+    command = parse_command(f"LLAMA_ARG_SPEC_DRAFT_MODEL=d.gguf llama-server -m m.gguf {flags}", cwd=Path("/srv"))
+    assert command.args == [
+        "--mmproj",
+        "/srv/p.gguf",
+        "--lora",
+        "/srv/a.gguf,/b.gguf",
+        "--lora-scaled",
+        "/srv/c.gguf:0.5",
+        "--slot-save-path",
+        "/srv/slots",
+        "-lcd",
+        "/x",
+    ]
+    assert command.env == {"LLAMA_ARG_SPEC_DRAFT_MODEL": "/srv/d.gguf"}
 
 
 @pytest.mark.parametrize(
@@ -254,8 +265,7 @@ def test_flags_win_over_the_environment() -> None:
     command = read_argv(["llama-server", "-c", "2048", "-np", "1"], environ=environ)
     assert (command.settings.context_tokens, command.settings.threads, command.gguf) == (2048, 2, Path("env.gguf"))
     assert (command.settings.mlock, command.settings.jinja, command.settings.prefill_assistant) == (True, False, False)
-    assert command.unknown == [("LLAMA_ARG_TIMEOUT", "60")]
-    assert command.notes == ["LLAMA_ARG_TIMEOUT 60: set in the environment, and no neutral setting; left out"]
+    assert (command.env, command.notes) == ({"LLAMA_ARG_TIMEOUT": "60"}, [])
 
 
 def test_relative_model_starts_where_the_command_ran() -> None:
@@ -370,7 +380,7 @@ def test_real_llama_server_is_read_from_its_port() -> None:
         child.kill()
         child.wait()
     assert (command.gguf, command.port, command.unknown) == (model, port, [])
-    assert command.settings == Settings(context_tokens=512, parallel=1, threads=1)
+    assert command.settings == Settings(context_tokens=512, parallel=1, threads=1, jinja="auto")
 
 
 def _await_listener(port: int, child: subprocess.Popen[bytes], deadline_s: float = 60) -> None:
