@@ -97,6 +97,10 @@ class OwnArgs:
             del rest[:n_values]
         return flags
 
+    def words(self, args: Sequence[str]) -> list[str]:
+        """`args` as an argv, one word for each flag and value."""
+        return [word for flag in self.split(args) for word in (flag.name, *flag.values)]
+
     def _name(self, word: str) -> tuple[str, str | None]:
         """The flag and the value that is glued to it, if any."""
         name, equals, value = word.partition("=")
