@@ -7,7 +7,7 @@ them a plan says elsewhere or must not hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -123,17 +123,17 @@ class OwnArgs:
                 return Flag(option.negations[-1], (), option)
         return None
 
-    def problems(self, args: Sequence[str], env: Mapping[str, str]) -> list[str]:
-        """What of `args` and `env` may not stand in a plan, one line each, values of secrets not shown."""
+    def problems(self, args: Sequence[str], env: Mapping[str, str], settings: Set[str]) -> list[str]:
+        """What of `args` and `env` may not stand in a plan beside the `settings` that are set; one line each."""
         found = []
         for flag in self.split(args):
-            if why := self._why_not(flag.key):
+            if why := self._why_not(flag.key, settings):
                 found.append(f"args: {flag.name} {why}")
             elif not flag.name.startswith("-"):
                 found.append(f"args: '{flag.name}' is no flag, and no flag before it takes a value; remove it")
         for name, value in env.items():
             stands_for = self.flag_of(name, value)
-            why = self._why_not(name) or (self._why_not(stands_for.key) if stands_for else None)
+            why = self._why_not(name, settings) or (self._why_not(stands_for.key, settings) if stands_for else None)
             if why is None and SECRET.search(name):
                 why = "is named like a secret, and a plan holds none; remove it"
             elif why is None and not name.startswith((*COMPUTE, *self.prefixes)):
@@ -141,7 +141,9 @@ class OwnArgs:
             found += [f"env: {name} {why}"] if why else []
         return found
 
-    def _why_not(self, key: str) -> str | None:
+    def _why_not(self, key: str, settings: Set[str]) -> str | None:
+        if self.beside.get(key) in settings:
+            return f"contradicts `settings.{self.beside[key]}`; remove one of the two"
         if key in self.elsewhere:
             return f"is said by `{self.elsewhere[key]}` in a plan; remove it here"
         return f"is not passed on: {self.never[key]}; remove it" if key in self.never else None
