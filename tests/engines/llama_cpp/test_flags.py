@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engines.driver import Installation
-from engines.llama_cpp.argv import BESIDE, OURS, SWITCHES, TAKES, read_flags
+from engines.llama_cpp.argv import BESIDE, KV_TYPES, OURS, SWITCHES, TAKES, read_flags
 from engines.llama_cpp.driver import LlamaCpp
 from engines.llama_cpp.flags import ELSEWHERE, FILES, NEVER, OPTIONS, OWN_ARGS
 from engines.own_args import Flag, Option
@@ -50,6 +50,7 @@ def test_no_flag_gets_lost(given_flags: list[Flag]) -> None:
     passed = [(flag.key, flag.values) for flag in OWN_ARGS.split(command.args)]
     for flag in given_flags:
         taken = flag.key in TAKES or flag.key in SWITCHES or flag.key in OURS
+        taken = taken or (flag.key in KV_TYPES and "kv_type" in command.values)
         noted = any(note.startswith(f"{flag.name}") for note in command.notes)
         kind = FILES.get(flag.key)
         assert taken or noted or kind or (flag.key, flag.values) in passed, flag
