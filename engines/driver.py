@@ -20,6 +20,7 @@ from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
+from engines.own_args import OwnArgs
 from engines.settings import Serve, Settings
 
 # method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
@@ -65,6 +66,7 @@ class Driver(Protocol):
     installer: Installer
     progress_path: str  # GET: how far the requests in flight are; answered by the engine's own loop
     sees_prompt_progress: bool  # that moves while a prompt is read, before the first token
+    own_args: OwnArgs  # what it takes of `args` and `env` in a plan
     probe_is_neutral: bool  # a one-token completion takes no client's prompt out of the engine's cache
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, SerializerFunctionWrapHandler, model_serializer
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f8e4m3"]
 Auto = Literal["auto"]  # nothing is passed: the engine's own choice
@@ -44,6 +43,20 @@ class Settings(BaseModel):
         return AUTO_PARALLEL if self.parallel == "auto" else self.parallel
 
 
+class EngineArgs(BaseModel):
+    """Flags and variables that no neutral setting has a word for: passed on as they stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    args: tuple[str, ...] = Field((), description="flags of the engine's own, passed on as they stand")
+    env: dict[str, str] = Field({}, description="variables of the engine's own, passed on as they stand")
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # what is stored and hashed stays as it was before these keys
+        return {key: value for key, value in dump(self).items() if value or key not in EngineArgs.model_fields}
+
+
 class Serve(BaseModel):
     """One model on one loopback port with its settings: all that a driver needs to know to build an argv."""
 
@@ -54,8 +67,7 @@ class Serve(BaseModel):
     port: int = Field(ge=1, le=65535)
     host: str = "127.0.0.1"
     settings: Settings = Settings()
-    args: tuple[str, ...] = Field((), description="flags of the engine's own, passed on as they stand")
-    env: Mapping[str, str] = Field({}, description="variables of the engine's own, set over its scrubbed environment")
+    own: EngineArgs = EngineArgs()
 
     @property
     def base_url(self) -> str:

@@ -118,7 +118,7 @@ class LlamaCpp:
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         """Without LLAMA_ARG_* (each would silently set a flag), with the key and the wheel's libraries."""
-        env = {**scrubbed(base, ("LLAMA_", "GGML_")), **serve.env}
+        env = {**scrubbed(base, ("LLAMA_", "GGML_")), **serve.own.env}
         if serve.settings.api_key is not None:
             env["LLAMA_API_KEY"] = serve.settings.api_key.get_secret_value()
         return _with_libraries(env, installation.libraries)

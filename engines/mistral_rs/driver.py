@@ -26,6 +26,7 @@ from engines.driver import (
 from engines.errors import EngineNotFound
 from engines.mistral_rs import memory, support
 from engines.mistral_rs.dialect import BinaryDialect, HostDialect
+from engines.mistral_rs.flags import OWN_ARGS
 from engines.openai.dialect import Dialect
 from engines.settings import Serve, Settings
 
@@ -62,6 +63,7 @@ class MistralRs:
     sees_prompt_progress = False  # prompt tokens are counted once the whole prompt is read
     # no prefix cache (hosted), or one of 16 entries of which the probe takes the same each time
     probe_is_neutral = True
+    own_args = OWN_ARGS
     loads = staticmethod(support.loads)
     memory_parts = staticmethod(memory.memory_parts)
     memory_notes = staticmethod(memory.memory_notes)
@@ -85,7 +87,7 @@ class MistralRs:
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         """Flags of `mistralrs serve`, or of our host around the wheel."""
         build = _binary_argv if installation.form == "binary" else _hosted_argv
-        return [*installation.program, *build(installation, serve)]
+        return [*installation.program, *build(installation, serve), *self.own_args.words(serve.own.args)]
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         """Without stray MISTRALRS_*, RAYON_* and CANDLE_* variables; offline; threads and key where they belong."""
@@ -96,7 +98,7 @@ class MistralRs:
             env["RAYON_NUM_THREADS"] = env["CANDLE_NUM_THREADS"] = str(serve.settings.threads)
         if installation.form != "binary" and serve.settings.api_key is not None:
             env["SWITCHYARD_ENGINE_API_KEY"] = serve.settings.api_key.get_secret_value()
-        return env
+        return {**env, **serve.own.env}
 
     def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         """Settings mistral.rs cannot honour (flags read at 0.9.2, wheel seen at 0.9.5)."""

@@ -7,12 +7,21 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, SecretStr, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SecretStr,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_serializer,
+)
 
 from engines.driver import Driver, Found, Installation
 from engines.errors import EngineNotFound
-from engines.settings import Serve, Settings
+from engines.settings import EngineArgs, Serve, Settings
 
 # Modules that engines run in: the name under which each is stored, which is that of the first version that stored it,
 # and its present name. A later version finds what is stored under the present name, and an earlier one can still start
@@ -40,6 +49,11 @@ class LaunchSpec(BaseModel):
     model_id: str
     gguf: Path
     settings: Settings = Settings()
+    own: EngineArgs = EngineArgs()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value or key != "own"}  # an older version reads it
 
     @field_validator("program")
     @classmethod
@@ -56,9 +70,11 @@ class LaunchSpec(BaseModel):
         return settings.model_copy(update={"api_key": None})
 
     @classmethod
-    def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings) -> LaunchSpec:
+    def of(
+        cls, found: Installation, model_id: str, gguf: Path, settings: Settings, own: EngineArgs | None = None
+    ) -> LaunchSpec:
         as_found = {**vars(found), "flags": tuple(sorted(found.flags))}
-        return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings)
+        return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings, own=own or EngineArgs())
 
     @property
     def installation(self) -> Installation:
@@ -68,7 +84,7 @@ class LaunchSpec(BaseModel):
     def serve(self, port: int, key: SecretStr | None) -> Serve:
         """What a driver needs to build the command: on loopback, with the yard's own key."""
         settings = self.settings.model_copy(update={"api_key": key})
-        return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings)
+        return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings, own=self.own)
 
 
 def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
@@ -92,7 +108,8 @@ def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
     if found.version != spec.version:
         how = "name it as an engine of the plan to use that"
         return spec, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
-    moved = LaunchSpec.of(found, spec.model_id, spec.gguf, spec.settings).model_copy(update={"engine": spec.engine})
+    moved = LaunchSpec.of(found, spec.model_id, spec.gguf, spec.settings, spec.own)
+    moved = moved.model_copy(update={"engine": spec.engine})
     return moved, f"{spec.engine} {spec.version} is started with {found.program[0]} now, no longer with {program}"
 
 

@@ -13,7 +13,7 @@ from engines.llama_cpp.argv import BESIDE, KV_TYPES, OURS, SWITCHES, TAKES, read
 from engines.llama_cpp.driver import LlamaCpp
 from engines.llama_cpp.flags import ELSEWHERE, FILES, NEVER, OPTIONS, OWN_ARGS
 from engines.own_args import Flag, Option
-from engines.settings import Serve
+from engines.settings import EngineArgs, Serve
 
 FOUND = Installation("llama.cpp", "binary", ("llama-server",), "b10434", frozenset({"--load-mode", "--offline"}))
 # values that an option takes, where any text would not do
@@ -68,8 +68,7 @@ def test_a_command_read_from_its_own_argv_is_the_same(given_flags: list[Flag]) -
         port=command.port,
         host="127.0.0.1",
         settings=command.settings,
-        args=tuple(command.args),
-        env=command.env,
+        own=EngineArgs(args=tuple(command.args), env=command.env),
     )
     again = read_flags(LlamaCpp().argv(FOUND, serve)[1:], cwd=Path("/w"))
     assert (again.settings, again.args, again.gguf) == (command.settings, command.args, command.gguf)
