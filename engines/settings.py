@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, SerializerFunctionWrapHandler, model_serializer
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f8e4m3"]
-Auto = Literal["auto"]  # nothing is passed: the engine's own choice
 AUTO_PARALLEL = 4  # llama-server's choice in builds of 2026 (tools/server/server.cpp)
 
 
@@ -18,9 +17,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     context_tokens: int | None = Field(None, ge=1, description="context for all sequences together, in tokens")
-    parallel: Annotated[int, Field(ge=1)] | Auto = Field(
-        1, description="sequences served at the same time; auto: what the engine chooses"
-    )
+    parallel: int = Field(1, ge=0, description="sequences served at the same time; 0: what the engine chooses")
     gpu_layers: int | None = Field(None, ge=0, description="layers on the GPU; 0 keeps all on the CPU")
     threads: int | None = Field(None, ge=1, description="CPU threads that generate")
     batch_tokens: int | None = Field(None, ge=1, description="logical prefill batch")
@@ -30,7 +27,7 @@ class Settings(BaseModel):
     mlock: bool = Field(False, description="keep the weights in RAM")
     cache_reuse_tokens: int | None = Field(None, ge=0, description="smallest chunk of cache to reuse by shifting")
     host_cache_mib: int | None = Field(None, ge=-1, description="budget of the prompt cache in host RAM; -1: no bound")
-    jinja: bool | Auto = Field(True, description="render the model's own chat template; auto: the engine's default")
+    jinja: bool = Field(True, description="render the model's own chat template")
     prefill_assistant: bool = Field(True, description="a trailing assistant message is continued, not closed")
     seed: int | None = Field(None, ge=0, description="seed of the engine's sampler")
     api_key: SecretStr | None = Field(None, description="key that clients must send")
@@ -40,7 +37,7 @@ class Settings(BaseModel):
     @property
     def sequences(self) -> int:
         """How many sequences are served at the same time, as far as it is known before the engine runs."""
-        return AUTO_PARALLEL if self.parallel == "auto" else self.parallel
+        return self.parallel or AUTO_PARALLEL
 
 
 class EngineArgs(BaseModel):

@@ -18,9 +18,11 @@ from pydantic import (
     Field,
     SecretStr,
     SerializationInfo,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -29,8 +31,8 @@ from engines.driver import Form
 from engines.environment import withhold
 from engines.errors import BadInput
 from engines.model.digest import model_digest
-from engines.registry import known_engines
-from engines.settings import Settings
+from engines.registry import driver, known_engines
+from engines.settings import EngineArgs, Serve, Settings
 from engines.yard.settings import Load, YardSettings
 from tasks.records.payload import with_old_keys
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure, PlanPart, either
@@ -66,12 +68,23 @@ class EngineChoice(PlanPart):
     engine: EngineName = Field(description="name of the engine")
     form: Form = Field("auto", description="binary, hosted (a Python wheel), or auto: a binary if one is found")
     binary: Path | None = Field(None, description="the engine's executable; without it the usual places are searched")
+    args: tuple[str, ...] = Field((), description="the engine's own flags, passed on as they stand, for every model")
+    env: dict[str, str] = Field({}, description="the engine's own variables, passed on as they stand")
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value or key not in ("args", "env")}
 
     @model_validator(mode="after")
     def _whole(self) -> EngineChoice:
         if self.form == "hosted" and self.binary is not None:
             raise ValueError('form "hosted" runs a Python wheel and takes no binary; remove one of the two')
         return self
+
+    @property
+    def own(self) -> EngineArgs:
+        """What is passed on to the engine as it stands."""
+        return EngineArgs(args=self.args, env=self.env)
 
     @property
     def build(self) -> str:
@@ -94,8 +107,13 @@ class ModelPlan(PlanPart):
     load: Load = Field("start", description="when the yard loads it: at its own start, or with the first request")
     pin: bool = Field(False, description="never unloaded to make room for another model")
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
+    engines: dict[str, EngineArgs] = Field({}, description="args and env of this model only, by the engine's name")
 
     _no_key = field_validator("settings")(_keyless)
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value or key != "engines"}
 
     @field_serializer("settings")
     def _only_what_was_set(self, settings: Settings, info: SerializationInfo) -> dict[str, object]:
@@ -202,6 +220,32 @@ class Plan(PlanPart):
             )
         return self
 
+    @model_validator(mode="after")
+    def _passed_on(self, info: ValidationInfo) -> Plan:
+        if (info.context or {}).get(RECORDED, False):
+            return self
+        for model in self.models:
+            if unknown := set(model.engines) - {self.incumbent.engine, self.candidate.engine}:
+                raise ValueError(f"models.engines.{min(unknown)}: no engine of this plan")
+            settings = self.settings_for(model.id)
+            set_here = {name for name, value in settings if value not in (None, False)}
+            for arm, choice in (("incumbent", self.incumbent), ("candidate", self.candidate)):
+                where = f"models.engines.{choice.engine}" if choice.engine in model.engines else arm
+                own = self.own_args(model.id, choice.engine)
+                for problem in driver(choice.engine).own_args.problems(own.args, own.env, set_here):
+                    raise ValueError(f"{where}.{problem}")
+        return self
+
+    def serve(self, model_id: str, engine: str, *, port: int = 1) -> Serve:
+        """What `engine` is given to serve `model_id`, without a key."""
+        own, settings = self.own_args(model_id, engine), self.settings_for(model_id)
+        return Serve(model_id=model_id, gguf=self.model(model_id).gguf, port=port, settings=settings, own=own)
+
+    def own_args(self, model_id: str, engine: str) -> EngineArgs:
+        """What `engine` gets beside the settings when it serves `model_id`; nothing for one that the plan lacks."""
+        chosen = {choice.engine: choice.own for choice in (self.candidate, self.incumbent)}
+        return self.model(model_id).engines.get(engine, chosen.get(engine, EngineArgs()))
+
     def _builds_differ(self) -> bool:
         ours, theirs = self.incumbent, self.candidate
         if ours.binary is None or theirs.binary is None:
@@ -249,6 +293,7 @@ def content_hash(plan: Plan) -> str:
     identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard"})
     identity["engines"] = [
         {"engine": one.engine, "form": one.form, "binary": model_digest(one.binary) if one.binary else None}
+        | _own_identity(one.engine, one.own)
         for one in (plan.incumbent, plan.candidate)
     ]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
@@ -264,4 +309,22 @@ def _model_identity(plan: Plan, model: ModelPlan) -> dict[str, object]:
         file: Path | None = getattr(settings, name)
         served[name] = model_digest(file) if file else None
     transcripts = model_digest(model.transcripts) if model.transcripts else None
-    return {"id": model.id, "gguf": model_digest(model.gguf), "transcripts": transcripts, "settings": served}
+    engines = {name: _own_identity(name, own) for name, own in model.engines.items()}
+    identity: dict[str, object] = {
+        "id": model.id,
+        "gguf": model_digest(model.gguf),
+        "transcripts": transcripts,
+        "settings": served,
+    }
+    return identity | ({"engines": engines} if engines else {})
+
+
+def _own_identity(engine: str, own: EngineArgs) -> dict[str, object]:
+    """`own` with the content of the files it names; empty where nothing is passed on, as it was before these keys."""
+
+    def content(name: str, kind: str) -> str:
+        return model_digest(Path(name)) if kind == "file" else name
+
+    args, env = driver(engine).own_args.with_files(own.args, own.env, content)
+    passed_on: dict[str, object] = EngineArgs(args=args, env=env).model_dump(mode="json")
+    return passed_on

@@ -19,7 +19,9 @@ from pydantic_core import ErrorDetails
 
 from engines.errors import BadInput
 from engines.model.digest import shards
-from engines.settings import Settings
+from engines.own_args import NEXT_FLAG
+from engines.registry import driver
+from engines.settings import EngineArgs, Settings
 from migrations.plan import API_KEY_FIX, RECORDED, Plan
 from tasks.verdicts.limits import RENAMED_KEYS
 
@@ -65,6 +67,7 @@ def load_plan(path: Path) -> Plan:
         plan = Plan.model_validate_json(as_json, strict=True)
     except ValidationError as error:
         raise BadInput(_one_line(where, _problems(error), lines)) from None
+    plan = _with_whole_paths(plan, path.absolute().parent)
     missing = list(_missing_files(plan))
     if missing:
         raise BadInput(_one_line(where, missing, lines))
@@ -112,9 +115,13 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
         part = getattr(plan, name)
         if isinstance(part, BaseModel):
             blocks.append(_table(f"[{name}]", part, summary=field.description or ""))
+            blocks.append(_variables(f"{name}.env", getattr(part, "env", {})))
         elif name == "models":
             for model in plan.models:
                 blocks.append(_table("[[models]]", model))
+                for engine, own in model.engines.items():
+                    header = f"models.engines.{json.dumps(engine)}"
+                    blocks += [_table(f"[{header}]", own), _variables(f"{header}.env", own.env)]
                 if _fields(model.settings, only_set=True):
                     blocks.append(_table("[models.settings]", model.settings, only_set=True))
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -133,6 +140,41 @@ def _resolved(value: Any, base: Path) -> Any:
     return resolved
 
 
+def _with_whole_paths(plan: Plan, base: Path) -> Plan:
+    """`plan` with every file that `args` and `env` name made absolute from `base`."""
+
+    def whole(engine: str, own: EngineArgs) -> dict[str, Any]:
+        take = driver(engine).own_args.with_files
+        args, env = take(own.args, own.env, lambda name, _: str(base / Path(name).expanduser()))
+        return {"args": args, "env": env}
+
+    arms = {
+        arm: choice.model_copy(update=whole(choice.engine, choice.own))
+        for arm, choice in (("incumbent", plan.incumbent), ("candidate", plan.candidate))
+    }
+    models = [
+        model.model_copy(
+            update={"engines": {name: EngineArgs(**whole(name, own)) for name, own in model.engines.items()}}
+        )
+        if model.engines
+        else model
+        for model in plan.models
+    ]
+    return plan.model_copy(update={**arms, "models": tuple(models)})
+
+
+def _files_of(engine: str, own: EngineArgs) -> list[Path]:
+    """The files that `args` and `env` of `engine` name."""
+    found: list[Path] = []
+
+    def note(name: str, kind: str) -> str:
+        found.extend([Path(name)] if kind == "file" else [])
+        return name
+
+    driver(engine).own_args.with_files(own.args, own.env, note)
+    return found
+
+
 def _named_files(plan: Plan) -> Iterable[tuple[Location, Path | None]]:
     yield ("incumbent", "binary"), plan.incumbent.binary
     yield ("candidate", "binary"), plan.candidate.binary
@@ -141,6 +183,10 @@ def _named_files(plan: Plan) -> Iterable[tuple[Location, Path | None]]:
         yield ("models", index, "gguf"), model.gguf
         yield ("models", index, "transcripts"), model.transcripts
         owners.append((("models", index, "settings"), model.settings))
+        for name, own in model.engines.items():
+            yield from ((("models", index, "engines", name), file) for file in _files_of(name, own))
+    for arm, choice in (("incumbent", plan.incumbent), ("candidate", plan.candidate)):
+        yield from (((arm, "args"), file) for file in _files_of(choice.engine, choice.own))
     for location, settings in owners:
         yield (*location, "chat_template"), settings.chat_template
         yield (*location, "tokenizer_json"), settings.tokenizer_json
@@ -345,13 +391,32 @@ def _table(header: str, part: BaseModel, *, summary: str = "", only_set: bool = 
     return "\n".join(filter(None, [_comment(summary), header, keys]))
 
 
+def _variables(header: str, env: Mapping[str, str]) -> str:
+    return "\n".join([f"[{header}]", *(f"{name} = {_value(value)}" for name, value in env.items())]) if env else ""
+
+
+def _args(args: Sequence[str]) -> str:
+    """`args` with a line for each flag."""
+    lines: list[list[str]] = []
+    for word in args:
+        if NEXT_FLAG.match(word) or not lines:
+            lines.append([])
+        lines[-1].append(_value(word))
+    rows = [", ".join(words) for words in lines]
+    return f"[{', '.join(rows)}]" if sum(map(len, rows)) < 100 else "[\n    " + ",\n    ".join(rows) + ",\n]"
+
+
+def _value(value: object) -> str:
+    # JSON's words and escapes are TOML's, but TOML also wants DEL escaped
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+
+
 def _keys(part: BaseModel, *, only_set: bool = False, notes: Mapping[str, str] | None = None) -> str:
     """The keys of `part` that hold plain values, each under its description."""
     lines: list[str] = []
     for name, value in _fields(part, only_set=only_set).items():
         comment = "\n".join(filter(None, [type(part).model_fields[name].description, (notes or {}).get(name, "")]))
-        # JSON's words and escapes are TOML's, but TOML also wants DEL escaped
-        written = json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")
+        written = _args(value) if name == "args" and isinstance(value, tuple) else _value(value)
         lines += [*([_comment(comment)] if comment else []), f"{name} = {written}"]
     return "\n".join(lines)
 
@@ -360,7 +425,7 @@ def _fields(part: BaseModel, *, only_set: bool = False) -> dict[str, object]:
     """Plain values of `part` by name, without those that TOML cannot say (None) and those that are parts themselves."""
     names = [name for name in type(part).model_fields if not only_set or name in part.model_fields_set]
     values = {name: getattr(part, name) for name in names}
-    parts = ("models", *(name for name, value in values.items() if isinstance(value, BaseModel)))
+    parts = ("models", *(name for name, value in values.items() if isinstance(value, BaseModel | dict)))
     return {name: value for name, value in values.items() if value is not None and name not in parts}
 
 

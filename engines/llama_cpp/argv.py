@@ -60,6 +60,11 @@ class LlamaServerCommand:
         name = self.names[0] if self.names else self.gguf.stem if self.gguf else ""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
 
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Its other names, with the first one where `model_id` had to differ."""
+        return tuple(dict.fromkeys(name for name in self.names if name != self.model_id))
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
@@ -83,11 +88,13 @@ def read_flags(
     BadInput, one line, for a value of the wrong kind or one that is missing. A key is noticed and never copied.
     """
     # what the command leaves to the engine, the plan leaves to it as well
-    command = LlamaServerCommand(binary, cwd, {"parallel": "auto", "jinja": "auto"})
+    command = LlamaServerCommand(binary, cwd, {"parallel": 0})
     for name, value in sorted((environ or {}).items()):
         _read_variable(name, value, command)
     kept = [flag for flag in OWN_ARGS.split(flags) if not _read(flag, command)]
     kept = _without_equal_kv_types(kept, command)
+    if not command.settings.jinja:
+        kept = [flag for flag in kept if flag.key != "--jinja"]
     for flag in kept:
         if command.values.pop(BESIDE.get(flag.key, ""), None):
             command.note(f"{flag.name}: says otherwise than a flag before it, and is kept")
@@ -170,7 +177,7 @@ def _gpu_layers(command: LlamaServerCommand, flag: str, text: str) -> bool:
 
 def _parallel(command: LlamaServerCommand, flag: str, text: str) -> bool:
     number = _whole(flag, text, least=-1)
-    command.values["parallel"] = number if number > 0 else "auto"
+    command.values["parallel"] = max(number, 0)
     return True
 
 
@@ -231,6 +238,11 @@ def _secret(command: LlamaServerCommand, flag: str, _: str) -> bool:
     return True
 
 
+def _jinja(command: LlamaServerCommand, _: str, __: str) -> bool:
+    command.values["jinja"] = True
+    return False  # the default of present builds, said all the same
+
+
 def _token(command: LlamaServerCommand, flag: str, _: str) -> bool:
     command.note(f"{flag}: a download token is not copied; the plan names a file that is already here")
     return True
@@ -258,12 +270,12 @@ TAKES: dict[str, Take] = {
     "--model-url": _download,
     "--docker-repo": _download,
     "--hf-token": _token,
+    "--jinja": _jinja,
     "--api-key": _secret,
     "--api-key-file": _secret,
 }
 SWITCHES = {
     "--mlock": ("mlock", True),
-    "--jinja": ("jinja", True),
     "--no-jinja": ("jinja", False),
     "--prefill-assistant": ("prefill_assistant", True),
     "--no-prefill-assistant": ("prefill_assistant", False),

@@ -85,7 +85,7 @@ class LlamaCpp:
         argv += ["--host", serve.host, "--port", str(serve.port), "--alias", serve.model_id]
         argv += flags_of(
             ("--ctx-size", settings.context_tokens),
-            ("--parallel", None if settings.parallel == "auto" else settings.parallel),
+            ("--parallel", settings.parallel or None),
             ("--n-gpu-layers", settings.gpu_layers),
             ("--threads", settings.threads),
             ("--batch-size", settings.batch_tokens),
@@ -100,7 +100,8 @@ class LlamaCpp:
             argv += ["--flash-attn", "on" if settings.flash_attention else "off"]
         if settings.kv_type is not None and settings.kv_type != "f8e4m3":
             argv += ["--cache-type-k", settings.kv_type, "--cache-type-v", settings.kv_type]
-        if settings.jinja != "auto":
+        # on by default in builds that can switch it off, off in the others
+        if settings.jinja != installation.knows("--no-jinja"):
             argv.append("--jinja" if settings.jinja else "--no-jinja")
         if not settings.prefill_assistant:
             argv.append("--no-prefill-assistant")
@@ -113,7 +114,7 @@ class LlamaCpp:
         return [
             *argv,
             "--metrics",
-            *(word for flag in OWN_ARGS.split(serve.args) for word in (flag.name, *flag.values)),
+            *(word for flag in OWN_ARGS.split(serve.own.args) for word in (flag.name, *flag.values)),
         ]
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:

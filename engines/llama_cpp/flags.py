@@ -31,7 +31,6 @@ ELSEWHERE = {
     "--cache-ram": "settings.host_cache_mib",
     "--seed": "settings.seed",
     "--chat-template-file": "settings.chat_template",
-    "--jinja": "settings.jinja",
     "--no-jinja": "settings.jinja",
     "--prefill-assistant": "settings.prefill_assistant",
     "--no-prefill-assistant": "settings.prefill_assistant",

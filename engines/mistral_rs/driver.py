@@ -147,7 +147,7 @@ def _hosted_argv(installation: Installation, serve: Serve) -> list[str]:
     argv = ["--gguf", str(serve.gguf), "--model-id", serve.model_id, "--host", serve.host, "--port", str(serve.port)]
     argv += flags_of(
         ("--context", settings.context_tokens),
-        ("--parallel", None if settings.parallel == "auto" else settings.parallel),
+        ("--parallel", settings.parallel or None),
         ("--threads", settings.threads),
         ("--seed", settings.seed),
         ("--tokenizer-json", settings.tokenizer_json),
@@ -164,7 +164,7 @@ def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
     settings = serve.settings
     argv = ["serve", "--host", serve.host, "-p", str(serve.port), "--format", "gguf"]
     argv += ["-m", str(serve.gguf.parent), "-f", serve.gguf.name]
-    argv += flags_of(("--max-seqs", None if settings.parallel == "auto" else settings.parallel))
+    argv += flags_of(("--max-seqs", settings.parallel or None))
     if settings.gpu_layers == 0:
         argv.append("--cpu")
     elif settings.gpu_layers is not None:

@@ -64,4 +64,6 @@ FILES: dict[str, Files] = {
     "--matformer-config-path": "file",
     "--hf-cache": "folder",
 }
-OWN_ARGS = OwnArgs(OPTIONS, ELSEWHERE, NEVER, {}, FILES, ("MISTRALRS_", "RAYON_", "CANDLE_", "RUST_LOG", "HF_HUB_CACHE"))
+OWN_ARGS = OwnArgs(
+    OPTIONS, ELSEWHERE, NEVER, {}, FILES, ("MISTRALRS_", "RAYON_", "CANDLE_", "RUST_LOG", "HF_HUB_CACHE")
+)

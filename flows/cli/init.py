@@ -1,5 +1,6 @@
 """`switchyard init`: a plan written from the llama-server in use."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,12 @@ from engines.errors import BadInput, EngineError
 from engines.llama_cpp.argv import LlamaServerCommand
 from engines.llama_cpp.commands import parse_command, read_listener
 from engines.registry import driver
-from engines.settings import Serve
+from engines.settings import Serve, Settings
 from engines.yard.settings import YardSettings
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, print_json
 from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
-from migrations.plan import ModelPlan, Plan
+from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
 
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._-]")
@@ -62,7 +63,6 @@ def write_plan(
         command = parse_command(from_command)
     plan = _plan(command, models)
     unsupported = _unsupported(plan)
-    unknown = [] if command is None else [f"{flag} {value or ''}".strip() for flag, value in command.unknown]
     key = _key_note(plan, command)
     comment = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (f"\n{key}" if key else "")
     try:
@@ -75,7 +75,7 @@ def write_plan(
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
         "unsupported": unsupported,
         "notes": _notes(command, models) + ([key] if key else []),
-        "unknown": unknown,
+        "unknown": command.unknown if command else [],
     }
 
 
@@ -89,17 +89,20 @@ def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
     if command.gguf is None and not chosen:
         raise BadInput("the command names no model file (-m FILE); add --model FILE")
     if command.gguf is None or (chosen and not command.gguf.is_file()):  # elsewhere here, or in a container
-        if command.alias:
-            chosen[0] = chosen[0].model_copy(update={"id": command.model_id})
+        if command.names:
+            chosen[0] = chosen[0].model_copy(update={"id": command.model_id, "aliases": command.aliases})
     elif command.gguf not in [model.gguf for model in chosen]:
-        chosen.insert(0, ModelPlan(id=command.model_id, gguf=_existing(command.gguf)))
+        gguf = _existing(command.gguf)
+        chosen.insert(0, ModelPlan(id=command.model_id, gguf=gguf, aliases=command.aliases))
     binary = Path(command.binary) if command.binary else None
     if binary is not None and not (binary.is_absolute() and binary.is_file()):
         binary = None  # not the one in use: the usual places are searched
-    incumbent = INCUMBENT.model_copy(update={"binary": binary})
+    incumbent = INCUMBENT.model_copy(
+        update={"binary": binary, "args": tuple(command.args), "env": dict(sorted(command.env.items()))}
+    )
     yard = YardSettings(host=command.host, port=command.port)
     key = {"api_key_env": KEY_VARIABLE} if command.has_api_key or not yard.on_loopback else {}
-    return plan_for(chosen, incumbent=incumbent, settings=command.settings, yard=yard, **key)
+    return plan_for(chosen, incumbent=incumbent, settings=_settings(command, incumbent), yard=yard, **key)
 
 
 def _notes(command: LlamaServerCommand | None, models: Sequence[Path]) -> list[str]:
@@ -108,7 +111,18 @@ def _notes(command: LlamaServerCommand | None, models: Sequence[Path]) -> list[s
         return []
     elsewhere = command.gguf is not None and models and not command.gguf.is_file()
     absent = [f"model file {command.gguf} is not on this machine: {models[0]} is used instead"] if elsewhere else []
-    return [*command.notes, *absent, *(f"kept out: {flag}" for flag in command.passthrough)]
+    listed = [f"{flag}: no llama-server known here lists it; kept as it stands" for flag in command.unknown]
+    return [*command.notes, *absent, *listed]
+
+
+def _settings(command: LlamaServerCommand, incumbent: EngineChoice) -> Settings:
+    """The command's settings; builds that cannot switch templates off render none unless they are told to."""
+    if "jinja" in command.values or incumbent.binary is None:
+        return command.settings
+    with contextlib.suppress(EngineError):
+        found = driver(incumbent.engine).find(incumbent.form, incumbent.binary)
+        return command.settings.model_copy(update={"jinja": found.knows("--no-jinja")})
+    return command.settings
 
 
 def _key_note(plan: Plan, command: LlamaServerCommand | None) -> str | None:

@@ -17,7 +17,6 @@ from engines.home import home as default_home
 from engines.model.header import read_header
 from engines.process.process import end_orphans
 from engines.registry import driver
-from engines.settings import Serve
 from engines.yard.state import StateFile
 from flows.evaluation.judge import required_behaviours
 from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench
@@ -111,7 +110,7 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
     lines += [f"{name} cannot be measured: {why}" for name, why in unreadable(plan).items()]
     candidate = installations["candidate"]
     for model in plan.models:
-        serve = Serve(model_id=model.id, gguf=model.gguf, port=1, settings=plan.settings_for(model.id))
+        serve = plan.serve(model.id, candidate.engine)
         for one in driver(candidate.engine).unsupported(candidate, serve):
             if one.partition(":")[0] not in plan.accepted_unsupported:
                 lines.append(f"not supported by the candidate: {one}")

@@ -71,13 +71,15 @@ class Trial:
         # one core is left to the measuring client: it must not disturb what it measures
         threads = settings.threads or max((os.cpu_count() or 2) - 1, 1)
         kind = EngineBehindYard if self.behind_yards else EngineUnderTest
+        found = self.bench.installations[arm]
         return kind(
             arm=arm,
             driver=driver(getattr(self.plan, arm).engine),
-            installation=self.bench.installations[arm],
+            installation=found,
             model_id=self.model.id,
             gguf=self.model.gguf,
             settings=settings.model_copy(update={"threads": threads}),
+            own=self.plan.own_args(self.model.id, found.engine),
             home=self.bench.home,
         )
 

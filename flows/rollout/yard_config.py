@@ -40,7 +40,9 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
             incumbent=plan.incumbent.engine,
             candidate=plan.candidate.engine,
             specs={
-                engine: LaunchSpec.of(installation, model.id, model.gguf, plan.settings_for(model.id))
+                engine: LaunchSpec.of(
+                    installation, model.id, model.gguf, plan.settings_for(model.id), plan.own_args(model.id, engine)
+                )
                 for engine, installation in found.items()
             },
             missing=missing,

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from engines import environment
 from engines.driver import Driver, Installation
 from engines.process import process
 from engines.process.serving import Served, free_port, serving
-from engines.settings import Endpoint, Serve, Settings
+from engines.settings import Endpoint, EngineArgs, Serve, Settings
 from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.engine.launch_spec import LaunchSpec
 
@@ -34,12 +34,13 @@ class EngineUnderTest:
     model_id: str
     gguf: Path
     settings: Settings
+    own: EngineArgs = field(default_factory=EngineArgs)
     home: Path
     stall_s: float = 120.0
 
     def serve(self) -> Serve:
         """What would be launched now, on a port that is free now."""
-        return Serve(model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=self.settings)
+        return Serve(model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=self.settings, own=self.own)
 
     def up(self, progress: Callable[[str], None] = lambda _: None) -> AbstractContextManager[Served]:
         """The engine, freshly started and ready; ended when the block ends."""
@@ -82,7 +83,7 @@ class EngineBehindYard(EngineUnderTest):
         process.end_orphans(folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        spec = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings)
+        spec = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings, self.own)
         (folder / "launch_spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
         port = free_port()
         child = process.start(

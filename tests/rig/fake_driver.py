@@ -10,6 +10,7 @@ from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part, exactly
 from engines.openai.dialect import Dialect
+from engines.own_args import OwnArgs
 from engines.settings import Serve, Settings
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -23,6 +24,7 @@ class FakeDriver:
     progress_path = "/slots"
     sees_prompt_progress = True
     probe_is_neutral = True
+    own_args = OwnArgs()
 
     def __init__(self, *habits: str) -> None:
         self.habits = habits

@@ -59,7 +59,7 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         "127.0.0.1",
         8080,
     )
-    assert (command.args, command.env, command.unknown, command.notes, command.names) == ([], {}, [], [], [])
+    assert (command.args, command.env, command.unknown, command.notes, command.names) == (["--jinja"], {}, [], [], [])
     assert command.model_id == "nemotron"
 
 
@@ -75,7 +75,7 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         ("-c 512 -c 1024", "context_tokens", 1024),
         ("-np 4", "parallel", 4),
         ("--parallel 4", "parallel", 4),
-        ("-np -1", "parallel", "auto"),
+        ("-np -1", "parallel", 0),
         ("-ngl 99", "gpu_layers", 99),
         ("--gpu-layers 0", "gpu_layers", 0),
         ("--n-gpu-layers 7", "gpu_layers", 7),
@@ -92,8 +92,7 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         ("-fa auto", "flash_attention", None),
         ("-fa", "flash_attention", True),
         ("--flash-attn --metrics", "flash_attention", True),
-        ("-c 512", "jinja", "auto"),
-        ("-c 512", "parallel", "auto"),
+        ("-c 512", "parallel", 0),
         ("--no-jinja", "jinja", False),
         ("--no-jinja --jinja", "jinja", True),
         ("--no-prefill-assistant", "prefill_assistant", False),
@@ -370,7 +369,7 @@ def test_real_llama_server_is_read_from_its_port() -> None:
         child.kill()
         child.wait()
     assert (command.gguf, command.port, command.unknown) == (model, port, [])
-    assert command.settings == Settings(context_tokens=512, parallel=1, threads=1, jinja="auto")
+    assert command.settings == Settings(context_tokens=512, parallel=1, threads=1)
 
 
 def _await_listener(port: int, child: subprocess.Popen[bytes], deadline_s: float = 60) -> None:

@@ -15,7 +15,9 @@ from engines.llama_cpp.flags import ELSEWHERE, FILES, NEVER, OPTIONS, OWN_ARGS
 from engines.own_args import Flag, Option
 from engines.settings import EngineArgs, Serve
 
-FOUND = Installation("llama.cpp", "binary", ("llama-server",), "b10434", frozenset({"--load-mode", "--offline"}))
+FOUND = Installation(
+    "llama.cpp", "binary", ("llama-server",), "b10434", frozenset({"--load-mode", "--offline", "--no-jinja"})
+)
 # values that an option takes, where any text would not do
 VALUES = {
     "--host": st.sampled_from(["127.0.0.1", "0.0.0.0", "localhost"]),
