@@ -6,13 +6,15 @@ them a plan says elsewhere or must not hold.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engines.environment import SECRET
 from engines.errors import BadInput
+from engines.settings import EngineArgs
 
 # variables of compute libraries and devices, by their beginning; an engine adds its own
 # fmt: off
@@ -22,18 +24,24 @@ COMPUTE = (
     "ZES_", "UR_", "MUSA_", "ASCEND_", "CANN_", "MTL_", "METAL_", "MALLOC_", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
 )
 # fmt: on
+QUIET = "quiet"
 ON, OFF = ("on", "enabled", "true", "1"), ("off", "disabled", "false", "0")
 NEXT_FLAG = re.compile(r"-(?!\d+(\.\d+)?$|\.\d+$|$)")  # a negative number is a value, and so is a lone dash
 Files = Literal["file", "files", "scaled", "folder"]  # one, several by commas, FILE:SCALE by commas, a directory
 
 
 class Option(NamedTuple):
-    """One option of an engine: its spellings, its negations, what its help calls the value, its variable."""
+    """One option of an engine: its spellings, its negations, what its help calls the value, its variable.
+
+    `effect` is the field of a request that it gives a default to, "quiet" where neither answers nor what can be asked
+    change, else empty.
+    """
 
     names: tuple[str, ...]
     negations: tuple[str, ...] = ()
     value: str = ""
     variable: str = ""
+    effect: str = ""
 
     @property
     def name(self) -> str:
@@ -49,6 +57,25 @@ class Flag(NamedTuple):
     option: Option | None = None
 
     @property
+    def field(self) -> str | None:
+        """The field of a request that it gives a default to."""
+        effect = self.option.effect if self.option else ""
+        return None if effect in ("", QUIET) else effect
+
+    @property
+    def default(self) -> Any:
+        """The default of that field: a number, true, or what stands there."""
+        text = self.values[0] if self.values else "true"
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.option is not None and self.option.effect == QUIET
+
+    @property
     def key(self) -> str:
         """The name by which tables know it: the option's, or the first long negation of a switch that is negated."""
         if self.option is None:
@@ -62,9 +89,9 @@ class Flag(NamedTuple):
 class OwnArgs:
     """What one engine takes in `args` and `env` of a plan. Keys of the tables are long spellings or variables.
 
-    `elsewhere` names the plan key that says it; `never` says why it is not passed on; `beside` names the
-    setting that must be unset beside it; `files` are options whose values
-    name files; `prefixes` are beginnings of the engine's own variables.
+    `elsewhere` names the plan key that says it; `never` says why it is not passed on; `beside` names the setting that
+    must be unset beside it; `files` are options whose values name files; `prefixes` are beginnings of
+    the engine's own variables.
     """
 
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -123,15 +150,15 @@ class OwnArgs:
                 return Flag(option.negations[-1], (), option)
         return None
 
-    def problems(self, args: Sequence[str], env: Mapping[str, str], settings: Set[str]) -> list[str]:
-        """What of `args` and `env` may not stand in a plan beside the `settings` that are set; one line each."""
+    def problems(self, own: EngineArgs, settings: Set[str]) -> list[str]:
+        """What of `own` may not stand in a plan beside the `settings` that are set; one line each."""
         found = []
-        for flag in self.split(args):
+        for flag in self.split(own.args):
             if why := self._why_not(flag.key, settings):
                 found.append(f"args: {flag.name} {why}")
             elif not flag.name.startswith("-"):
                 found.append(f"args: '{flag.name}' is no flag, and no flag before it takes a value; remove it")
-        for name, value in env.items():
+        for name, value in own.env.items():
             stands_for = self.flag_of(name, value)
             why = self._why_not(name, settings) or (self._why_not(stands_for.key, settings) if stands_for else None)
             if why is None and SECRET.search(name):
@@ -148,18 +175,21 @@ class OwnArgs:
             return f"is said by `{self.elsewhere[key]}` in a plan; remove it here"
         return f"is not passed on: {self.never[key]}; remove it" if key in self.never else None
 
-    def with_files(
-        self, args: Sequence[str], env: Mapping[str, str], change: Callable[[str, Files], str]
-    ) -> tuple[tuple[str, ...], dict[str, str]]:
-        """`args` and `env` with each name of a file changed."""
+    def flags(self, own: EngineArgs) -> dict[str, Flag]:
+        """What `own` asks of the engine by its key: variables first, since a flag wins over its variable."""
+        stand_for = (self.flag_of(name, value) for name, value in own.env.items())
+        return {flag.key: flag for flag in (*filter(None, stand_for), *self.split(own.args))}
+
+    def with_files(self, own: EngineArgs, change: Callable[[str, Files], str]) -> EngineArgs:
+        """`own` with each name of a file changed."""
         words: list[str] = []
-        for flag in self.split(args):
+        for flag in self.split(own.args):
             words += [flag.name, *(self._changed(flag, value, change) for value in flag.values)]
         variables = {}
-        for name, value in env.items():
+        for name, value in own.env.items():
             stands_for = self.flag_of(name, value)
             variables[name] = self._changed(stands_for, value, change) if stands_for else value
-        return tuple(words), variables
+        return EngineArgs(args=tuple(words), env=variables)
 
     def _changed(self, flag: Flag, value: str, change: Callable[[str, Files], str]) -> str:
         kind = self.files.get(flag.key)
@@ -173,13 +203,14 @@ class OwnArgs:
 
 
 def read_options(text: str) -> dict[str, Option]:
-    """Options by each of their spellings, from lines `spellings / negations | value | variable`."""
+    """Options by each of their spellings, from lines `spellings / negations | value | variable | effect`."""
     found: dict[str, Option] = {}
     for line in text.splitlines():
         if line.strip() and not line.startswith("#"):
-            spellings, value, variable = [*(part.strip() for part in line.split(" | ")), "-", ""][:3]
+            spellings, *others = (part.strip() for part in line.split(" | "))
             names, _, negations = spellings.partition(" / ")
-            value = "" if value == "-" else value
-            option = Option(tuple(names.split()), tuple(negations.split()), value, variable.removeprefix("-"))
+            option = Option(
+                tuple(names.split()), tuple(negations.split()), *(word.removeprefix("-") for word in others)
+            )
             found |= dict.fromkeys((*option.names, *option.negations), option)
     return found

@@ -232,7 +232,7 @@ class Plan(PlanPart):
             for arm, choice in (("incumbent", self.incumbent), ("candidate", self.candidate)):
                 where = f"models.engines.{choice.engine}" if choice.engine in model.engines else arm
                 own = self.own_args(model.id, choice.engine)
-                for problem in driver(choice.engine).own_args.problems(own.args, own.env, set_here):
+                for problem in driver(choice.engine).own_args.problems(own, set_here):
                     raise ValueError(f"{where}.{problem}")
         return self
 
@@ -325,6 +325,5 @@ def _own_identity(engine: str, own: EngineArgs) -> dict[str, object]:
     def content(name: str, kind: str) -> str:
         return model_digest(Path(name)) if kind == "file" else name
 
-    args, env = driver(engine).own_args.with_files(own.args, own.env, content)
-    passed_on: dict[str, object] = EngineArgs(args=args, env=env).model_dump(mode="json")
+    passed_on: dict[str, object] = driver(engine).own_args.with_files(own, content).model_dump(mode="json")
     return passed_on

@@ -143,24 +143,18 @@ def _resolved(value: Any, base: Path) -> Any:
 def _with_whole_paths(plan: Plan, base: Path) -> Plan:
     """`plan` with every file that `args` and `env` name made absolute from `base`."""
 
-    def whole(engine: str, own: EngineArgs) -> dict[str, Any]:
-        take = driver(engine).own_args.with_files
-        args, env = take(own.args, own.env, lambda name, _: str(base / Path(name).expanduser()))
-        return {"args": args, "env": env}
+    def whole(engine: str, own: EngineArgs) -> EngineArgs:
+        return driver(engine).own_args.with_files(own, lambda name, _: str(base / Path(name).expanduser()))
 
-    arms = {
-        arm: choice.model_copy(update=whole(choice.engine, choice.own))
+    changed: dict[str, Any] = {
+        arm: choice.model_copy(update=dict(whole(choice.engine, choice.own)))
         for arm, choice in (("incumbent", plan.incumbent), ("candidate", plan.candidate))
     }
-    models = [
-        model.model_copy(
-            update={"engines": {name: EngineArgs(**whole(name, own)) for name, own in model.engines.items()}}
-        )
-        if model.engines
-        else model
+    changed["models"] = tuple(
+        model.model_copy(update={"engines": {name: whole(name, own) for name, own in model.engines.items()}})
         for model in plan.models
-    ]
-    return plan.model_copy(update={**arms, "models": tuple(models)})
+    )
+    return plan.model_copy(update=changed)
 
 
 def _files_of(engine: str, own: EngineArgs) -> list[Path]:
@@ -171,7 +165,7 @@ def _files_of(engine: str, own: EngineArgs) -> list[Path]:
         found.extend([Path(name)] if kind == "file" else [])
         return name
 
-    driver(engine).own_args.with_files(own.args, own.env, note)
+    driver(engine).own_args.with_files(own, note)
     return found
 
 

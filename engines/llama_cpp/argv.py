@@ -15,7 +15,7 @@ from engines.errors import BadInput
 from engines.llama_cpp.flags import BESIDE, NEVER, OPTIONS, OWN_ARGS
 from engines.own_args import COMPUTE, OFF, ON, Flag
 from engines.redaction import redacted_text
-from engines.settings import KvType, Settings
+from engines.settings import EngineArgs, KvType, Settings
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 EVERY_HOST = "0.0.0.0"
@@ -33,7 +33,7 @@ Take = Callable[["LlamaServerCommand", str, str], bool]
 class LlamaServerCommand:
     """A llama-server command line in words of a plan, filled while it is read.
 
-    `args` and `env` hold what no neutral setting says, as it stood, with absolute paths; `unknown` names the flags
+    `own` holds what no neutral setting says, as it stood, with absolute paths; `unknown` names the flags
     among them that no build known here lists; `notes` lists what was not taken over, and why.
     """
 
@@ -45,8 +45,8 @@ class LlamaServerCommand:
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
     has_api_key: bool = False
-    args: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    own: EngineArgs = field(default_factory=EngineArgs)
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -99,8 +99,8 @@ def read_flags(
         if command.values.pop(BESIDE.get(flag.key, ""), None):
             command.note(f"{flag.name}: says otherwise than a flag before it, and is kept")
     words = [word for flag in kept for word in (flag.name, *flag.values)]
-    args, command.env = OWN_ARGS.with_files(words, command.env, lambda name, _: str(command.path(name)))
-    command.args = list(args)
+    own = EngineArgs(args=tuple(words), env=command.env)
+    command.own = OWN_ARGS.with_files(own, lambda name, _: str(command.path(name)))
     _agree_on_address(command, published)
     if command.gguf is None and not any("downloads this model" in note for note in command.notes):
         command.note("no model file: without -m llama-server is an empty router; give the file as gguf in the plan")

@@ -102,4 +102,11 @@ FILES: dict[str, Files] = {
     "--media-path": "folder",
     "--log-prompts-dir": "folder",
 }
-OWN_ARGS = OwnArgs(OPTIONS, ELSEWHERE, NEVER, BESIDE, FILES, ("LLAMA_ARG_", "LLAMA_CACHE", "LLAMA_LOG_"))
+OWN_ARGS = OwnArgs(
+    options=OPTIONS,
+    elsewhere=ELSEWHERE,
+    never=NEVER,
+    beside=BESIDE,
+    files=FILES,
+    prefixes=("LLAMA_ARG_", "LLAMA_CACHE", "LLAMA_LOG_"),
+)

@@ -17,8 +17,8 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterator
-from typing import Any, TypeGuard
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeGuard
 
 from engines.openai.call import GENERATING, Call, Refusal
 from engines.openai.dialect import Dialect, Json
@@ -60,6 +60,8 @@ CLIENTS_FAULT = re.compile(
 class HostDialect(Dialect):
     """For our own server around the wheel, which speaks OpenAI's shapes and llama.cpp's `timings`, streams included."""
 
+    ignores = UNKNOWN | {"dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers"}
+
     def request(self) -> bytes:
         """The body, with llama.cpp's words in OpenAI's."""
         if self.call.path not in GENERATING and self.call.path != COUNTING:
@@ -81,6 +83,8 @@ class BinaryDialect(Dialect):
     """For the `mistralrs` binary: requests, errors, answers and streams all have to change."""
 
     changes_streams = True
+    ignores = UNKNOWN
+    words: ClassVar[Mapping[str, str]] = {"repeat_penalty": "repetition_penalty"}
 
     def __init__(self, call: Call, served_name: str, model_id: str = "") -> None:
         super().__init__(call, served_name, model_id)

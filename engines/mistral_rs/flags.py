@@ -65,5 +65,9 @@ FILES: dict[str, Files] = {
     "--hf-cache": "folder",
 }
 OWN_ARGS = OwnArgs(
-    OPTIONS, ELSEWHERE, NEVER, {}, FILES, ("MISTRALRS_", "RAYON_", "CANDLE_", "RUST_LOG", "HF_HUB_CACHE")
+    options=OPTIONS,
+    elsewhere=ELSEWHERE,
+    never=NEVER,
+    files=FILES,
+    prefixes=("MISTRALRS_", "RAYON_", "CANDLE_", "RUST_LOG", "HF_HUB_CACHE"),
 )

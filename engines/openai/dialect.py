@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from engines.openai.call import Call
@@ -19,6 +20,8 @@ class Dialect:
     """
 
     changes_streams = False
+    ignores: frozenset[str] = frozenset()  # fields of llama.cpp's requests that the engine does not act on
+    words: ClassVar[Mapping[str, str]] = {}  # its own names of such fields, where they differ
 
     def __init__(self, call: Call, served_name: str, model_id: str = "") -> None:
         self.call = call

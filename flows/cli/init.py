@@ -13,10 +13,11 @@ from engines.errors import BadInput, EngineError
 from engines.llama_cpp.argv import LlamaServerCommand
 from engines.llama_cpp.commands import parse_command, read_listener
 from engines.registry import driver
-from engines.settings import Serve, Settings
+from engines.settings import Settings
 from engines.yard.settings import YardSettings
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, print_json
+from migrations.carried import unsupported
 from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
 from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
@@ -62,18 +63,18 @@ def write_plan(
     elif from_command is not None:
         command = parse_command(from_command)
     plan = _plan(command, models)
-    unsupported = _unsupported(plan)
+    gaps = _unsupported(plan)
     key = _key_note(plan, command)
     comment = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (f"\n{key}" if key else "")
     try:
-        output.write_text(plan_to_toml(plan, header_comment=comment, unsupported=unsupported), encoding="utf-8")
+        output.write_text(plan_to_toml(plan, header_comment=comment, unsupported=gaps), encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     return {
         "plan": str(output),
         "models": [model.id for model in plan.models],
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
-        "unsupported": unsupported,
+        "unsupported": gaps,
         "notes": _notes(command, models) + ([key] if key else []),
         "unknown": command.unknown if command else [],
     }
@@ -97,9 +98,7 @@ def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
     binary = Path(command.binary) if command.binary else None
     if binary is not None and not (binary.is_absolute() and binary.is_file()):
         binary = None  # not the one in use: the usual places are searched
-    incumbent = INCUMBENT.model_copy(
-        update={"binary": binary, "args": tuple(command.args), "env": dict(sorted(command.env.items()))}
-    )
+    incumbent = INCUMBENT.model_copy(update={"binary": binary, **dict(command.own)})
     yard = YardSettings(host=command.host, port=command.port)
     key = {"api_key_env": KEY_VARIABLE} if command.has_api_key or not yard.on_loopback else {}
     return plan_for(chosen, incumbent=incumbent, settings=_settings(command, incumbent), yard=yard, **key)
@@ -144,8 +143,7 @@ def _unsupported(plan: Plan) -> list[str]:
         installation = candidate.find()
     except EngineError:
         installation = Installation(candidate.name, "hosted", (), "not installed")
-    serve = Serve(model_id="model", gguf=plan.models[0].gguf, port=1, settings=plan.settings)
-    return candidate.unsupported(installation, serve)
+    return unsupported(plan, plan.models[0].id, installation)
 
 
 def _existing(path: Path) -> Path:

@@ -23,6 +23,7 @@ from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench
 from flows.experiment_lock import alone
 from flows.orchestrator.run import run_journal
 from flows.progress import progress
+from migrations.carried import unsupported
 from migrations.plan import Plan
 from migrations.plan_file import recorded_plan
 from tasks.evidence import compatibility
@@ -110,8 +111,7 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
     lines += [f"{name} cannot be measured: {why}" for name, why in unreadable(plan).items()]
     candidate = installations["candidate"]
     for model in plan.models:
-        serve = plan.serve(model.id, candidate.engine)
-        for one in driver(candidate.engine).unsupported(candidate, serve):
+        for one in unsupported(plan, model.id, candidate):
             if one.partition(":")[0] not in plan.accepted_unsupported:
                 lines.append(f"not supported by the candidate: {one}")
     return list(dict.fromkeys(lines))

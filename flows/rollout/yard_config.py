@@ -11,6 +11,7 @@ from engines.errors import EngineNotFound
 from engines.registry import driver, native_driver
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
+from migrations import carried
 from migrations.plan import Plan
 from tasks.evidence.canary import canary_judge, shadow_judge
 from tasks.verdicts.limits import CanaryLimits
@@ -72,7 +73,7 @@ def unsupported(plan: Plan, config: YardConfig) -> list[str]:
     lines: dict[str, None] = {}
     for model in config.models:
         for engine, spec in model.specs.items():
-            for one in driver(engine).unsupported(spec.installation, spec.serve(1, None)):
+            for one in carried.unsupported(plan, model.id, spec.installation):
                 if one.partition(":")[0] not in plan.accepted_unsupported:
                     lines[f"{engine}: {one}"] = None
     return list(lines)

@@ -18,7 +18,7 @@ import pytest
 
 from engines.errors import BadInput
 from engines.llama_cpp.commands import parse_command, read_argv, read_listener
-from engines.settings import Settings
+from engines.settings import EngineArgs, Settings
 
 AGENT_BOX = (
     "--port 8080 --ctx-size 524288 --parallel 1 --n-gpu-layers 40 --threads 14 --batch-size 256 --ubatch-size 128 "
@@ -59,7 +59,7 @@ def test_the_command_to_migrate_comes_out_whole() -> None:
         "127.0.0.1",
         8080,
     )
-    assert (command.args, command.env, command.unknown, command.notes, command.names) == (["--jinja"], {}, [], [], [])
+    assert (command.own, command.unknown, command.notes, command.names) == (EngineArgs(args=("--jinja",)), [], [], [])
     assert command.model_id == "nemotron"
 
 
@@ -175,7 +175,7 @@ def test_flags_without_a_neutral_word_are_passed_on_as_they_stood() -> None:
         "-ctk q8_0 -ctv q4_0 --chat-template chatml -n -1 --log-colors --shiny -1 --dull --load-mode dio"
     )
     command = parse_command(f"llama-server -m m.gguf --metrics {kept}")
-    assert command.args == kept.split()
+    assert list(command.own.args) == kept.split()
     assert command.unknown == ["--shiny -1", "--dull"]
 
 
@@ -184,8 +184,8 @@ def test_files_that_flags_name_start_where_the_command_ran() -> None:
     flags = "--mmproj p.gguf --lora a.gguf,/b.gguf --lora-scaled c.gguf:0.5 --slot-save-path slots -lcd /x"
     command = parse_command(f"LLAMA_ARG_SPEC_DRAFT_MODEL=d.gguf llama-server -m m.gguf {flags}", cwd=Path("/srv"))
     mmproj, lora, scaled = "--mmproj /srv/p.gguf", "--lora /srv/a.gguf,/b.gguf", "--lora-scaled /srv/c.gguf:0.5"
-    assert command.args == f"{mmproj} {lora} {scaled} --slot-save-path /srv/slots -lcd /x".split()
-    assert command.env == {"LLAMA_ARG_SPEC_DRAFT_MODEL": "/srv/d.gguf"}
+    assert list(command.own.args) == f"{mmproj} {lora} {scaled} --slot-save-path /srv/slots -lcd /x".split()
+    assert command.own.env == {"LLAMA_ARG_SPEC_DRAFT_MODEL": "/srv/d.gguf"}
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_flags_win_over_the_environment() -> None:
     command = read_argv(["llama-server", "-c", "2048", "-np", "1"], environ=environ)
     assert (command.settings.context_tokens, command.settings.threads, command.gguf) == (2048, 2, Path("env.gguf"))
     assert (command.settings.mlock, command.settings.jinja, command.settings.prefill_assistant) == (True, False, False)
-    assert (command.env, command.notes) == ({"LLAMA_ARG_TIMEOUT": "60"}, [])
+    assert (command.own.env, command.notes) == ({"LLAMA_ARG_TIMEOUT": "60"}, [])
 
 
 def test_relative_model_starts_where_the_command_ran() -> None:

@@ -49,7 +49,7 @@ def flags(draw: st.DrawFn) -> Flag:
 def test_no_flag_gets_lost(given_flags: list[Flag]) -> None:
     """Each is a setting of the plan, is passed on with its value, or is named in a note."""
     command = read_flags([word for flag in given_flags for word in (flag.name, *flag.values)])
-    passed = [(flag.key, flag.values) for flag in OWN_ARGS.split(command.args)]
+    passed = [(flag.key, flag.values) for flag in OWN_ARGS.split(command.own.args)]
     for flag in given_flags:
         taken = flag.key in TAKES or flag.key in SWITCHES or flag.key in OURS
         taken = taken or (flag.key in KV_TYPES and "kv_type" in command.values)
@@ -70,17 +70,17 @@ def test_a_command_read_from_its_own_argv_is_the_same(given_flags: list[Flag]) -
         port=command.port,
         host="127.0.0.1",
         settings=command.settings,
-        own=EngineArgs(args=tuple(command.args), env=command.env),
+        own=command.own,
     )
     again = read_flags(LlamaCpp().argv(FOUND, serve)[1:], cwd=Path("/w"))
-    assert (again.settings, again.args, again.gguf) == (command.settings, command.args, command.gguf)
+    assert (again.settings, again.own, again.gguf) == (command.settings, command.own, command.gguf)
 
 
 @given(st.lists(flags(), max_size=12))
 def test_what_was_read_may_stand_in_a_plan(given_flags: list[Flag]) -> None:
     command = read_flags([word for flag in given_flags for word in (flag.name, *flag.values)])
     set_here = {name for name, value in command.settings if value not in (None, False)}
-    assert OWN_ARGS.problems(command.args, command.env, set_here) == []
+    assert OWN_ARGS.problems(command.own, set_here) == []
 
 
 def test_tables_name_options_that_there_are() -> None:
@@ -122,11 +122,11 @@ def test_variables_are_read_like_their_flags(option: Option) -> None:
     ],
 )
 def test_what_may_not_stand_in_a_plan(args: str, env: dict[str, str], problem: str) -> None:
-    assert OWN_ARGS.problems(args.split(), env, {"kv_type"}) == [problem]
+    assert OWN_ARGS.problems(EngineArgs(args=tuple(args.split()), env=env), {"kv_type"}) == [problem]
 
 
 @pytest.mark.parametrize("name", sorted(NEVER))
 def test_what_is_never_passed_on_is_named_with_its_reason(name: str) -> None:
     values = ["x"] * len(OPTIONS[name].value.split()) if name in OPTIONS[name].names else []
-    [problem] = OWN_ARGS.problems([name, *values], {}, set())
+    [problem] = OWN_ARGS.problems(EngineArgs(args=(name, *values)), set())
     assert problem == f"args: {name} is not passed on: {NEVER[name]}; remove it"
