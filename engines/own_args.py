@@ -119,7 +119,7 @@ class OwnArgs:
             else:
                 n_values = 0 if is_last and option.value.endswith("?") else len(option.value.split())
             if len(rest) < n_values:
-                raise BadInput(f"{name}: its value is missing; the command ends there")
+                raise BadInput(f"{name}: its value is missing, nothing follows it")
             flags.append(Flag(name, tuple(rest[:n_values]), option))
             del rest[:n_values]
         return flags
@@ -152,8 +152,12 @@ class OwnArgs:
 
     def problems(self, own: EngineArgs, settings: Set[str]) -> list[str]:
         """What of `own` may not stand in a plan beside the `settings` that are set; one line each."""
+        try:
+            flags = self.split(own.args)
+        except BadInput as error:
+            return [f"args: {error}"]
         found = []
-        for flag in self.split(own.args):
+        for flag in flags:
             if why := self._why_not(flag.key, settings):
                 found.append(f"args: {flag.name} {why}")
             elif not flag.name.startswith("-"):

@@ -65,6 +65,7 @@ class Serve(BaseModel):
     host: str = "127.0.0.1"
     settings: Settings = Settings()
     own: EngineArgs = EngineArgs()
+    request_defaults: dict[str, Any] = Field({}, description="fields of a request that does not set them itself")
 
     @property
     def base_url(self) -> str:
@@ -82,6 +83,7 @@ class Endpoint(BaseModel):
     version: str = ""
     context_tokens: int | None = Field(None, description="usable context of one sequence, where known")
     api_key: SecretStr | None = None
+    request_defaults: dict[str, Any] = Field({}, description="fields of a request that does not set them itself")
 
     @property
     def headers(self) -> dict[str, str]:

@@ -62,7 +62,8 @@ async def capture_stream(
 ) -> Capture:
     """The stamped chunks of one request, unparsed; see `stream_chat`."""
     options = {**(body.get("stream_options") or {}), "include_usage": True}
-    data = json.dumps({"model": endpoint.model_id, **body, "stream": True, "stream_options": options}).encode()
+    asked = {"model": endpoint.model_id, **endpoint.request_defaults, **body, "stream": True, "stream_options": options}
+    data = json.dumps(asked).encode()
     url = f"{endpoint.base_url.rstrip('/')}/v1/chat/completions"
     headers = {
         "Content-Type": "application/json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ class Call:
     @property
     def stream(self) -> bool:
         return self.path in GENERATING and self.body.get("stream") is True
+
+    def with_defaults(self, fields: Mapping[str, Any]) -> Call:
+        """The same with `fields` where the client does not set them; null is not set."""
+        body = {**fields, **{name: value for name, value in self.body.items() if value is not None}}
+        return Call(self.path, json.dumps(body).encode(), body)
 
     @property
     def prompt_tokens(self) -> int:

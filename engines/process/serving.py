@@ -68,6 +68,7 @@ def serving(
             version=installation.version,
             context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
             api_key=serve.settings.api_key,
+            request_defaults=serve.request_defaults,
         )
         yield Served(endpoint, child, load_s)
     finally:

@@ -42,7 +42,12 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
             candidate=plan.candidate.engine,
             specs={
                 engine: LaunchSpec.of(
-                    installation, model.id, model.gguf, plan.settings_for(model.id), plan.own_args(model.id, engine)
+                    installation,
+                    model.id,
+                    model.gguf,
+                    plan.settings_for(model.id),
+                    own=plan.own_args(model.id, engine),
+                    request_defaults=carried.request_defaults(plan, model.id, installation),
                 )
                 for engine, installation in found.items()
             },

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engines import environment
 from engines.driver import Driver, Installation
@@ -35,12 +35,19 @@ class EngineUnderTest:
     gguf: Path
     settings: Settings
     own: EngineArgs = field(default_factory=EngineArgs)
+    request_defaults: dict[str, Any] = field(default_factory=dict)
     home: Path
     stall_s: float = 120.0
 
+    @property
+    def _passed_on(self) -> dict[str, Any]:
+        return {"own": self.own, "request_defaults": self.request_defaults}
+
     def serve(self) -> Serve:
         """What would be launched now, on a port that is free now."""
-        return Serve(model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=self.settings, own=self.own)
+        return Serve(
+            model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=self.settings, **self._passed_on
+        )
 
     def up(self, progress: Callable[[str], None] = lambda _: None) -> AbstractContextManager[Served]:
         """The engine, freshly started and ready; ended when the block ends."""
@@ -83,7 +90,7 @@ class EngineBehindYard(EngineUnderTest):
         process.end_orphans(folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        spec = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings, self.own)
+        spec = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings, **self._passed_on)
         (folder / "launch_spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
         port = free_port()
         child = process.start(

@@ -50,10 +50,12 @@ class LaunchSpec(BaseModel):
     gguf: Path
     settings: Settings = Settings()
     own: EngineArgs = EngineArgs()
+    request_defaults: dict[str, Any] = {}
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if value or key != "own"}  # an older version reads it
+        later = ("own", "request_defaults")  # an older version reads a spec without them
+        return {key: value for key, value in dump(self).items() if value or key not in later}
 
     @field_validator("program")
     @classmethod
@@ -70,11 +72,10 @@ class LaunchSpec(BaseModel):
         return settings.model_copy(update={"api_key": None})
 
     @classmethod
-    def of(
-        cls, found: Installation, model_id: str, gguf: Path, settings: Settings, own: EngineArgs | None = None
-    ) -> LaunchSpec:
+    def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings, **passed_on: Any) -> LaunchSpec:
+        """The spec of an engine that was found here; `passed_on`: `own` and `request_defaults`."""
         as_found = {**vars(found), "flags": tuple(sorted(found.flags))}
-        return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings, own=own or EngineArgs())
+        return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings, **passed_on)
 
     @property
     def installation(self) -> Installation:
@@ -108,7 +109,8 @@ def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
     if found.version != spec.version:
         how = "name it as an engine of the plan to use that"
         return spec, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
-    moved = LaunchSpec.of(found, spec.model_id, spec.gguf, spec.settings, spec.own)
+    passed_on = {"own": spec.own, "request_defaults": spec.request_defaults}
+    moved = LaunchSpec.of(found, spec.model_id, spec.gguf, spec.settings, **passed_on)
     moved = moved.model_copy(update={"engine": spec.engine})
     return moved, f"{spec.engine} {spec.version} is started with {found.program[0]} now, no longer with {program}"
 

@@ -20,7 +20,7 @@ from engines.deadline import in_thread
 from engines.driver import Driver
 from engines.errors import EngineError, EngineRefuses
 from engines.mistral_rs.native.frames import in_frames
-from engines.openai.call import Call
+from engines.openai.call import GENERATING, Call
 from engines.openai.dialect import Dialect
 from engines.process.process import KILLED_S, ManagedProcess
 from engines.process.readiness import exit_reason, last_lines, wait_ready
@@ -162,6 +162,8 @@ class Unit:
     def dialect(self, call: Call) -> Dialect:
         """What brings `call` and its answer to the shapes that clients expect."""
         found, model_id = self.spec.installation, self.spec.model_id
+        if self.spec.request_defaults and call.path in GENERATING:
+            call = call.with_defaults(self.spec.request_defaults)
         return self.driver.dialect(found)(call, self.driver.served_name(found, model_id), model_id)
 
     @property

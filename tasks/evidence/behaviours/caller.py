@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import httpx
 
+from engines.openai.call import GENERATING
 from engines.openai.sse import DONE_DATA, payloads
 from engines.redaction import redacted_text
 from engines.settings import Endpoint
@@ -200,6 +201,8 @@ class Caller:
 
     def post(self, path: str, body: Json | bytes) -> ApiReply:
         """The answer to POST `path`; bytes go out as they are, labelled JSON."""
+        if not isinstance(body, bytes) and path in GENERATING:
+            body = {**self.endpoint.request_defaults, **body}
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return as_reply(self.http.post(path, content=content, headers={"Content-Type": "application/json"}))
 
@@ -207,6 +210,7 @@ class Caller:
         """A greedy chat request of at most 8 tokens, unless `params` say otherwise; a None leaves a field out."""
         turns = [user(messages)] if isinstance(messages, str) else messages
         fields = {"model": self.endpoint.model_id, "messages": turns, "temperature": 0, "max_tokens": 8} | params
+        fields = self.endpoint.request_defaults | fields
         return {key: value for key, value in fields.items() if value is not None}
 
     def chat(self, messages: Messages, **params: Any) -> ApiReply:

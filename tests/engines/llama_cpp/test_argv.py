@@ -208,8 +208,8 @@ def test_files_that_flags_name_start_where_the_command_ran() -> None:
         ("llama-server -b 0", "-b: 0 is below 1; llama-server does not take it"),
         ("llama-server --port 70000", "--port: 70000 is above 65535; give a port that exists"),
         ("llama-server -fa maybe", "-fa: 'maybe' is not on, off or auto"),
-        ("llama-server --ctx-size", "--ctx-size: its value is missing; the command ends there"),
-        ("llama-server --temp", "--temp: its value is missing; the command ends there"),
+        ("llama-server --ctx-size", "--ctx-size: its value is missing, nothing follows it"),
+        ("llama-server --temp", "--temp: its value is missing, nothing follows it"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(text: str, line: str) -> None:
