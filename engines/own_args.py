@@ -184,6 +184,15 @@ class OwnArgs:
         stand_for = (self.flag_of(name, value) for name, value in own.env.items())
         return {flag.key: flag for flag in (*filter(None, stand_for), *self.split(own.args))}
 
+    def unknown_to(self, own: EngineArgs, known: Set[str]) -> list[str]:
+        """The flags of `own` that a build does not list in its help: `known` are its long options."""
+        found = []
+        for flag in self.split(own.args):
+            spellings = (*flag.option.names, *flag.option.negations) if flag.option else (flag.name,)
+            if known.isdisjoint(spellings) and any(name.startswith("--") for name in spellings):
+                found.append(flag.name)
+        return found
+
     def with_files(self, own: EngineArgs, change: Callable[[str, Files], str]) -> EngineArgs:
         """`own` with each name of a file changed."""
         words: list[str] = []

@@ -88,7 +88,15 @@ def checked(plan: Plan) -> dict[Arm, Installation]:
     compatibility.known(list(required_behaviours(plan)), "client.requires in the plan")
     plan.api_key(os.environ)
     choices = {arm: getattr(plan, arm) for arm in ARMS}
-    return {arm: driver(choice.engine).find(choice.form, choice.binary) for arm, choice in choices.items()}
+    found = {arm: driver(choice.engine).find(choice.form, choice.binary) for arm, choice in choices.items()}
+    for arm, one in found.items():
+        for own in (choices[arm].own, *(plan.own_args(model.id, one.engine) for model in plan.models)):
+            if one.flags and (unknown := driver(one.engine).own_args.unknown_to(own, one.flags)):
+                fix = "name a build that has it as `binary`, or remove it"
+                raise BadInput(
+                    f"{arm}.args: {unknown[0]} is no option of {one.engine} {one.version} ({one.where}); {fix}"
+                )
+    return found
 
 
 def unreadable(plan: Plan) -> dict[str, str]:
