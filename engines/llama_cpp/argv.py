@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, get_args
 from engines.environment import SECRET
 from engines.errors import BadInput
 from engines.llama_cpp.flags import BESIDE, NEVER, OPTIONS, OWN_ARGS
+from engines.llama_cpp.hub import downloaded
 from engines.own_args import COMPUTE, OFF, ON, Flag
 from engines.redaction import redacted_text
 from engines.settings import EngineArgs, KvType, Settings
@@ -41,6 +43,8 @@ class LlamaServerCommand:
     cwd: Path | None = None
     values: dict[str, Any] = field(default_factory=dict)  # of `settings`
     gguf: Path | None = None
+    repository: str | None = None  # of -hf
+    repository_file: str | None = None
     names: list[str] = field(default_factory=list)  # by which clients ask for the model
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
@@ -92,6 +96,8 @@ def read_flags(
     for name, value in sorted((environ or {}).items()):
         _read_variable(name, value, command)
     kept = [flag for flag in OWN_ARGS.split(flags) if not _read(flag, command)]
+    if command.repository is not None:
+        kept += _from_repository(command.repository, kept, {**os.environ, **(environ or {})}, command)
     kept = _without_equal_kv_types(kept, command)
     if not command.settings.jinja:
         kept = [flag for flag in kept if flag.key != "--jinja"]
@@ -102,7 +108,9 @@ def read_flags(
     own = EngineArgs(args=tuple(words), env=command.env)
     command.own = OWN_ARGS.with_files(own, lambda name, _: str(command.path(name)))
     _agree_on_address(command, published)
-    if command.gguf is None and not any("downloads this model" in note for note in command.notes):
+    if command.gguf is None and not (
+        command.repository or any("downloads this model" in note for note in command.notes)
+    ):
         command.note("no model file: without -m llama-server is an empty router; give the file as gguf in the plan")
     return command
 
@@ -227,6 +235,16 @@ def _template_file(command: LlamaServerCommand, _: str, text: str) -> bool:
     return True
 
 
+def _repository(command: LlamaServerCommand, _: str, text: str) -> bool:
+    command.repository = text
+    return True
+
+
+def _repository_file(command: LlamaServerCommand, _: str, text: str) -> bool:
+    command.repository_file = text
+    return True
+
+
 def _download(command: LlamaServerCommand, flag: str, text: str) -> bool:
     command.note(f"{flag} {text}: llama-server downloads this model; a plan needs the file: give its path as gguf")
     return True
@@ -265,8 +283,8 @@ TAKES: dict[str, Take] = {
     "--cache-ram": _number("host_cache_mib", least=-1),
     "--seed": _seed,
     "--chat-template-file": _template_file,
-    "--hf-repo": _download,
-    "--hf-file": _download,
+    "--hf-repo": _repository,
+    "--hf-file": _repository_file,
     "--model-url": _download,
     "--docker-repo": _download,
     "--hf-token": _token,
@@ -281,6 +299,21 @@ SWITCHES = {
     "--no-prefill-assistant": ("prefill_assistant", False),
 }
 KV_TYPES = ("--cache-type-k", "--cache-type-v")
+
+
+def _from_repository(
+    name: str, flags: Sequence[Flag], environ: Mapping[str, str], command: LlamaServerCommand
+) -> list[Flag]:
+    """Takes the model of `-hf` from where it was downloaded to; its projector as a flag, as llama-server loads it."""
+    found = downloaded(name, command.repository_file, environ)
+    command.gguf = found.model
+    if found.preset:
+        raise BadInput(f"-hf {name}: a preset of several models, not a model; give one of its models with -m")
+    if found.model is None:
+        command.note(f"-hf {name}: not on this machine (it would lie in {found.folder}); name the file with --model")
+    if found.projector is None or {"--mmproj", "--no-mmproj"} & {flag.key for flag in flags}:
+        return []
+    return [Flag("--mmproj", (str(found.projector),), OPTIONS["--mmproj"])]
 
 
 def _without_equal_kv_types(flags: list[Flag], command: LlamaServerCommand) -> list[Flag]:

@@ -123,8 +123,8 @@ def test_each_spelling_of_a_setting(flags: str, name: str, value: object) -> Non
     ("flags", "note"),
     [
         (
-            "-hf unsloth/Qwen3:Q4",
-            "-hf unsloth/Qwen3:Q4: llama-server downloads this model; a plan needs the file: give its path as gguf",
+            "-dr ai/qwen3",
+            "-dr ai/qwen3: llama-server downloads this model; a plan needs the file: give its path as gguf",
         ),
         ("stray", "stray: not a flag; left out"),
         ("--port 0", "--port 0: clients need a port that stays; the plan has 8080"),
