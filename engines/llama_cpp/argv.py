@@ -29,6 +29,12 @@ API_KEY_NOTE = "the key itself is not copied: export it as the environment varia
 
 Published = dict[int, tuple[str, int]]  # port inside a container -> address and port outside
 Take = Callable[["LlamaServerCommand", str, str], bool]
+PROGRAM = re.compile(r"^(llama-server.*(?<!\.gguf)|server(\.exe)?)$")
+
+
+def is_program(word: str) -> bool:
+    """True for the path or the name of a llama-server, older and renamed ones included."""
+    return not word.startswith("-") and "=" not in word and PROGRAM.match(os.path.basename(word)) is not None
 
 
 @dataclass

@@ -1,21 +1,31 @@
-"""llama-server commands as people have them: typed in a shell, in a unit, in front of a container, or running.
+"""llama-server commands as people have them: typed, in a script, unit, compose file or llama-swap config, or running.
 
 Read, never executed.
 """
 
 from __future__ import annotations
 
-import itertools
+import os
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from engines.errors import BadInput
-from engines.llama_cpp.argv import EVERY_HOST, LlamaServerCommand, Published, read_flags
+from engines.llama_cpp import containers
+from engines.llama_cpp.argv import LlamaServerCommand, is_program, read_flags
+from engines.llama_cpp.shell import Command, read_shell
+from engines.own_args import COMPUTE
+
+UNIFIED = re.compile(r"^llama(\.exe)?$")
+ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
+SECTION = re.compile(r"^\s*\[(\w+)\]\s*$", re.MULTILINE)
+SPECIFIER = re.compile(r"%([%hutT])")
+WINDOWS = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\")
+SWAP_PORT = 8080  # llama-swap's own
 
 
 def read_argv(
@@ -23,27 +33,35 @@ def read_argv(
 ) -> LlamaServerCommand:
     """The command `argv` in words of a plan; `environ` is the environment it runs in.
 
-    `cwd` is where the command was run, for a relative model path. Raises BadInput, one line, for another program, a
-    value of the wrong kind or one that is missing. An API key is noticed and never copied.
+    `cwd` is where the command was run, for relative paths. Raises BadInput, one line, for another program, a value of
+    the wrong kind or one that is missing. An API key is noticed and never copied.
     """
     binary, flags = _program_and_flags(list(argv))
-    published = _published(argv[: len(argv) - len(flags)])
-    return read_flags(flags, binary=binary, environ=environ, cwd=cwd, published=published)
+    return read_flags(flags, binary=binary, environ=environ, cwd=cwd)
 
 
 def parse_command(text: str, *, cwd: Path | None = None) -> LlamaServerCommand:
-    """The settings of a command typed in a shell; variables in front count, what follows a pipe or `>` does not."""
-    try:
-        words = shlex.split(_UNIT_LINE.sub("", text).replace("\\\r\n", " ").replace("\\\n", " "))
-    except ValueError as error:
-        raise BadInput(f"the command cannot be read: {str(error).lower()}; check its quotes") from None
-    if not words:
+    """The first llama-server that `text` starts: a command, a script, a unit, a compose file or a llama-swap config."""
+    return parse_commands(text, cwd=cwd)[0]
+
+
+def parse_commands(text: str, *, cwd: Path | None = None) -> list[LlamaServerCommand]:
+    """Every model that `text` serves; a script counts with its first llama-server, the others are named.
+
+    Raises BadInput, one line: no llama-server, an open quote, a Windows path.
+    """
+    if not text.strip():
         raise BadInput("the command is empty; give the whole line that starts llama-server")
-    start = next((i for i, word in enumerate(words) if _is_llama_server(word)), 0)
-    ends = (i for i, word in enumerate(words) if i > start and _SHELL_END.fullmatch(word))
-    words = words[: next(ends, len(words))]
-    environ = dict(word.split("=", 1) for word in words[:start] if _ASSIGNMENT.match(word))
-    return read_argv(words, environ=environ, cwd=cwd)
+    if WINDOWS.search(text):
+        raise BadInput("the command names a Windows path (C:\\...); write it with the paths of this machine")
+    config = _mapping(text)
+    if config is not None and isinstance(config.get("services"), dict):
+        return [_compose(config["services"], cwd)]
+    if config is not None and isinstance(config.get("models"), dict):
+        return _llama_swap(config, cwd)
+    if (SECTION.search(text) and "=" in text) or re.match(r"\s*Exec(Start)?\s*=", text):
+        return [_unit(text, cwd)]
+    return [_script(text, {"HOME": str(Path.home()), "USER": os.environ.get("USER", "")}, cwd)]
 
 
 def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_connections) -> LlamaServerCommand:
@@ -70,7 +88,7 @@ def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_con
     try:
         _program_and_flags(argv)
     except BadInput:
-        name = _basename(argv[0]) if argv else "an unnamed process"
+        name = os.path.basename(argv[0]) if argv else "an unnamed process"
         who = f"{name} (pid {process.pid}) listens there, not llama-server"
         raise BadInput(f"port {port}: {who}; give llama-server's port or its command") from None
     environ, cwd = _allowed(process.environ, {}), _allowed(lambda: Path(process.cwd()), None)
@@ -80,45 +98,183 @@ def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_con
     return command
 
 
+# ---- texts
+
+
+def _script(text: str, variables: Mapping[str, str], cwd: Path | None) -> LlamaServerCommand:
+    """The first llama-server that shell text starts."""
+    try:
+        shell = read_shell(text, variables, cwd)
+    except ValueError:
+        raise BadInput("the command cannot be read: no closing quotation; check its quotes") from None
+    started = [found for found in shell.commands if _starts_llama_server(found.words)]
+    if not started:
+        for found in shell.commands:  # sh -c "llama-server ..."
+            inner = next((word for word in found.words[1:] if "llama-server" in word and " " in word), None)
+            if inner is not None:
+                return _script(inner, {**variables, **found.env}, found.cwd)
+        started = [found for found in shell.commands if found.words[0].startswith("-")]
+    if not started:
+        _program_and_flags(shell.commands[0].words if shell.commands else [])
+    command = _simple(started[0])
+    for note in shell.notes:
+        command.note(note)
+    if len(started) > 1:
+        command.note(f"{len(started)} commands start llama-server here: the first one is read; give the others alone")
+    return command
+
+
+def _simple(found: Command) -> LlamaServerCommand:
+    """One simple command; what only a shell could answer is left out and named."""
+    words, opened = _without_open(found)
+    if containers.is_runner(words):
+        command = containers.of_run(words).read(found.cwd)
+    else:
+        start = _start(words)
+        env = {**found.env, **dict(word.split("=", 1) for word in words[:start] if ASSIGNMENT.match(word))}
+        command = read_argv(words[start:], environ=env, cwd=found.cwd)
+        for name in sorted(env):
+            if not name.startswith((*COMPUTE, "LLAMA_", "HF_", "XDG_", "HOME", "HUGGINGFACE_")):
+                command.note(f"variable {name}: not one that llama-server reads; left out")
+    for note in opened:
+        command.note(note)
+    return command
+
+
+def _without_open(found: Command) -> tuple[list[str], list[str]]:
+    """The words without flags whose value only a shell knows, and a note for each of these."""
+    words: list[str] = []
+    notes = []
+    for word in found.words:
+        if word not in found.open:
+            words.append(word)
+            continue
+        flag = words.pop() if words and words[-1].startswith("-") else ""
+        notes.append(f"{flag} {word}: only the shell knows its value; left out, add it to the plan".strip())
+    for name, value in list(found.env.items()):
+        if value in found.open:
+            notes.append(f"variable {name}: only the shell knows its value; left out, add it to the plan")
+            del found.env[name]
+    return words, notes
+
+
+def _unit(text: str, cwd: Path | None) -> LlamaServerCommand:
+    """A systemd unit or a quadlet, or a line of one."""
+    sections: dict[str, dict[str, list[str]]] = {}
+    section = sections.setdefault("", {})
+    for line in text.replace("\r\n", "\n").replace("\\\n", " ").splitlines():
+        if found := SECTION.match(line):
+            section = sections.setdefault(found[1], {})
+        elif "=" in line and not line.lstrip().startswith(("#", ";")):
+            key, _, value = line.partition("=")
+            section.setdefault(key.strip(), []).append(SPECIFIER.sub(_specified, value.strip()))
+    whole = {**sections.get("", {}), **sections.get("Service", {}), **sections.get("Container", {})}
+    assigned = [word for text in whole.get("Environment", ()) for word in _words(text) if "=" in word]
+    variables = dict(word.split("=", 1) for word in assigned)
+    cwd = Path(whole["WorkingDirectory"][-1]) if whole.get("WorkingDirectory") else cwd
+    line = re.sub(r"^[-@:+!|]*", "", next((whole[key][-1] for key in ("ExecStart", "Exec") if whole.get(key)), ""))
+    if "Container" in sections:
+        container = containers.of_quadlet(whole, _words(line))
+        container.env |= variables
+        command = container.read(cwd)
+    else:
+        exports = "".join(f"export {name}\n" for name in variables)
+        command = _script(exports + line, {"HOME": str(Path.home()), **variables}, cwd)
+    for name in whole.get("EnvironmentFile", ()):
+        command.note(f"EnvironmentFile {name}: another file, which is not read; its variables are missing here")
+    return command
+
+
+def _specified(found: re.Match[str]) -> str:
+    known = {"%": "%", "h": str(Path.home()), "u": os.environ.get("USER", "root"), "t": "/run", "T": "/tmp"}
+    return known[found[1]]
+
+
+def _compose(services: Mapping[str, Any], cwd: Path | None) -> LlamaServerCommand:
+    """The first service of a compose file that runs llama-server."""
+    for service in services.values():
+        if not isinstance(service, Mapping):
+            continue
+        words = [*_words(service.get("entrypoint")), *_words(service.get("command"))]
+        if containers.IMAGE.search(str(service.get("image") or "")) or _starts_llama_server(words):
+            start = _start(words) if _starts_llama_server(words) else 0
+            return containers.of_service(service, words[start:]).read(cwd)
+    raise BadInput(f"no llama-server among the services ({', '.join(map(str, services))}); give the file that has it")
+
+
+def _llama_swap(config: Mapping[str, Any], cwd: Path | None) -> list[LlamaServerCommand]:
+    """Every model of a llama-swap config that llama-server serves; they share llama-swap's own port."""
+    macros = {str(name): str(value) for name, value in (config.get("macros") or {}).items()}
+    commands = []
+    for name, entry in config["models"].items():
+        text = str(entry.get("cmd") or "") if isinstance(entry, Mapping) else ""
+        for macro, value in [*macros.items(), ("PORT", "0"), ("MODEL_ID", str(name))]:
+            text = text.replace("${" + macro + "}", value)
+        lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+        env = dict(str(word).split("=", 1) for word in entry.get("env") or [] if "=" in str(word)) if entry else {}
+        if "llama-server" not in text:
+            continue
+        exports = "".join(f"export {variable}\n" for variable in env)
+        command = _script(exports + " ".join(lines), {"HOME": str(Path.home()), **env}, cwd)
+        command.names = [str(name), *map(str, entry.get("aliases") or [])]
+        command.port = SWAP_PORT
+        command.notes = [note for note in command.notes if not note.startswith("--port 0")]
+        commands.append(command)
+    if not commands:
+        raise BadInput("no model of this llama-swap config is served by llama-server; give a config that has one")
+    commands[0].note(f"llama-swap: the plan has its own port {SWAP_PORT}; change yard.port if it listens elsewhere")
+    return commands
+
+
+def _mapping(text: str) -> dict[Any, Any] | None:
+    """The text as YAML, where it is a table."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _words(value: Any) -> list[str]:
+    """The words of a command: a list as it is, a text as a shell splits it."""
+    if isinstance(value, list):
+        return [str(word) for word in value]
+    try:
+        commands = read_shell(f"x {value}" if value else "", {"HOME": str(Path.home())}).commands
+    except ValueError:
+        raise BadInput("the command cannot be read: no closing quotation; check its quotes") from None
+    return [word for command in commands[:1] for word in command.words[1:]]
+
+
 # ---- the program
 
-_PROGRAM = re.compile(r"^(llama-server.*(?<!\.gguf)|llama\.cpp:server.*|server(\.exe)?)$")
-_UNIFIED = re.compile(r"^llama(\.exe)?$")
-_ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
-_UNIT_LINE = re.compile(r"^\s*ExecStart=[-@:+!|]*")  # of a systemd unit
-_PUBLISHED = re.compile(r"(?:(?:(?P<ip>[\d.]+|\[[^\]]+\]):)?(?P<outside>\d+):)?(?P<inside>\d+)(?:/tcp)?")
-_SHELL_END = re.compile(r"\||\|\||&|&&|;|[012&]?>>?.*")
+
+def _start(words: Sequence[str]) -> int:
+    """Where the program stands among wrappers and variables."""
+    for index, word in enumerate(words):
+        if is_program(word) or (UNIFIED.match(os.path.basename(word)) and words[index + 1 : index + 2] == ["serve"]):
+            return index
+    return 0
 
 
-def _basename(word: str) -> str:
-    return re.split(r"[/\\]", word)[-1]
-
-
-def _is_llama_server(word: str) -> bool:
-    return not word.startswith("-") and not _ASSIGNMENT.match(word) and bool(_PROGRAM.match(_basename(word)))
+def _starts_llama_server(words: Sequence[str]) -> bool:
+    try:
+        return containers.is_runner(words) or _program_and_flags(list(words))[0] is not None
+    except BadInput:
+        return False
 
 
 def _program_and_flags(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The llama-server in `argv` (None when only flags are given, or it runs in a container) and what follows it."""
+    """The llama-server in `argv` (None when only flags are given) and what follows it."""
     if argv and argv[0].startswith("-"):
         return None, argv
     for index, word in enumerate(argv):
-        if _is_llama_server(word):
-            return (None if ":" in _basename(word) else word), argv[index + 1 :]
-        if _UNIFIED.match(_basename(word)) and argv[index + 1 : index + 2] == ["serve"]:
+        if is_program(word):
+            return word, argv[index + 1 :]
+        if UNIFIED.match(os.path.basename(word)) and argv[index + 1 : index + 2] == ["serve"]:
             return word, argv[index + 2 :]
     shown = " ".join(argv[:2]) or "nothing"
     raise BadInput(f"no llama-server in the command: it runs '{shown}'; give the line that starts llama-server")
-
-
-def _published(words: Sequence[str]) -> Published | None:
-    """Where a container's port is reached from outside, by `-p [[IP:]HOST:]CONTAINER` in `words`; None without one."""
-    pairs = itertools.pairwise(words)
-    given = [after for word, after in pairs if word in ("-p", "--publish")]
-    given += [word.partition("=")[2] for word in words if word.startswith("--publish=")]
-    found = [match for text in reversed(given) if (match := _PUBLISHED.fullmatch(text))]  # of two the first counts
-    ports = {int(m["inside"]): (m["ip"] or EVERY_HOST, int(m["outside"])) for m in found if m["outside"]}
-    return ports if found else None
 
 
 def _allowed(read: Callable[[], Any], otherwise: Any) -> Any:
