@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from engines.environment import SECRET
 from engines.errors import BadInput
-from engines.llama_cpp.flags import BESIDE, NEVER, OPTIONS, OWN_ARGS
+from engines.llama_cpp.flags import BESIDE, NEVER, OPTIONS, OWN_ARGS, ROUTING
 from engines.llama_cpp.hub import downloaded
 from engines.own_args import COMPUTE, OFF, ON, Flag
 from engines.redaction import redacted_text
@@ -29,7 +29,7 @@ API_KEY_NOTE = "the key itself is not copied: export it as the environment varia
 
 Published = dict[int, tuple[str, int]]  # port inside a container -> address and port outside
 Take = Callable[["LlamaServerCommand", str, str], bool]
-PROGRAM = re.compile(r"^(llama-server.*(?<!\.gguf)|server(\.exe)?)$")
+PROGRAM = re.compile(r"^(llama-server\S*(?<!\.gguf)|server(\.exe)?)$")
 
 
 def is_program(word: str) -> bool:
@@ -141,6 +141,8 @@ def _read(flag: Flag, command: LlamaServerCommand) -> bool:
         return True
     if flag.key in TAKES:
         return TAKES[flag.key](command, flag.name, flag.values[0] if flag.values else "on")
+    if flag.key in ROUTING:
+        raise BadInput(f"{flag.name}: {ROUTING[flag.key]}; give the command of one model, or its file with --model")
     if flag.key in NEVER:
         command.note(f"{flag.name}: not taken over: {NEVER[flag.key]}")
         return True

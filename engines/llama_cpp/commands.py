@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def parse_commands(text: str, *, cwd: Path | None = None) -> list[LlamaServerCom
         return _llama_swap(config, cwd)
     if (SECTION.search(text) and "=" in text) or re.match(r"\s*Exec(Start)?\s*=", text):
         return [_unit(text, cwd)]
-    return [_script(text, {"HOME": str(Path.home()), "USER": os.environ.get("USER", "")}, cwd)]
+    return [_script(text, {}, cwd)]
 
 
 def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_connections) -> LlamaServerCommand:
@@ -101,10 +101,10 @@ def read_listener(port: int, *, connections: Callable[..., Any] = psutil.net_con
 # ---- texts
 
 
-def _script(text: str, variables: Mapping[str, str], cwd: Path | None) -> LlamaServerCommand:
-    """The first llama-server that shell text starts."""
+def _script(text: str, env: Mapping[str, str], cwd: Path | None) -> LlamaServerCommand:
+    """The first llama-server that shell text starts; `env` is set where it runs."""
     try:
-        shell = read_shell(text, variables, cwd)
+        shell = read_shell(text, {"HOME": str(Path.home()), "USER": os.environ.get("USER", "")}, env, cwd)
     except ValueError:
         raise BadInput("the command cannot be read: no closing quotation; check its quotes") from None
     started = [found for found in shell.commands if _starts_llama_server(found.words)]
@@ -112,11 +112,11 @@ def _script(text: str, variables: Mapping[str, str], cwd: Path | None) -> LlamaS
         for found in shell.commands:  # sh -c "llama-server ..."
             inner = next((word for word in found.words[1:] if "llama-server" in word and " " in word), None)
             if inner is not None:
-                return _script(inner, {**variables, **found.env}, found.cwd)
+                return _script(inner, found.env | _assigned(found.words), found.cwd)
         started = [found for found in shell.commands if found.words[0].startswith("-")]
     if not started:
         _program_and_flags(shell.commands[0].words if shell.commands else [])
-    command = _simple(started[0])
+    command = _simple(started[0], shell.expanded)
     for note in shell.notes:
         command.note(note)
     if len(started) > 1:
@@ -124,16 +124,21 @@ def _script(text: str, variables: Mapping[str, str], cwd: Path | None) -> LlamaS
     return command
 
 
-def _simple(found: Command) -> LlamaServerCommand:
-    """One simple command; what only a shell could answer is left out and named."""
+def _assigned(words: Sequence[str]) -> dict[str, str]:
+    """Variables among the words in front of a program, as `env NAME=value program` sets them."""
+    return dict(word.split("=", 1) for word in words if ASSIGNMENT.match(word))
+
+
+def _simple(found: Command, expanded: Set[str]) -> LlamaServerCommand:
+    """One simple command; what only a shell could answer is left out and named, as are variables of no use."""
     words, opened = _without_open(found)
     if containers.is_runner(words):
         command = containers.of_run(words).read(found.cwd)
     else:
         start = _start(words)
-        env = {**found.env, **dict(word.split("=", 1) for word in words[:start] if ASSIGNMENT.match(word))}
+        env = found.env | _assigned(words[:start])
         command = read_argv(words[start:], environ=env, cwd=found.cwd)
-        for name in sorted(env):
+        for name in sorted(env.keys() - expanded):
             if not name.startswith((*COMPUTE, "LLAMA_", "HF_", "XDG_", "HOME", "HUGGINGFACE_")):
                 command.note(f"variable {name}: not one that llama-server reads; left out")
     for note in opened:
@@ -146,7 +151,7 @@ def _without_open(found: Command) -> tuple[list[str], list[str]]:
     words: list[str] = []
     notes = []
     for word in found.words:
-        if word not in found.open:
+        if word not in found.open or words[-1:] in (["--api-key"], ["--api-key-file"]):  # whose value is never copied
             words.append(word)
             continue
         flag = words.pop() if words and words[-1].startswith("-") else ""
@@ -172,14 +177,13 @@ def _unit(text: str, cwd: Path | None) -> LlamaServerCommand:
     assigned = [word for text in whole.get("Environment", ()) for word in _words(text) if "=" in word]
     variables = dict(word.split("=", 1) for word in assigned)
     cwd = Path(whole["WorkingDirectory"][-1]) if whole.get("WorkingDirectory") else cwd
-    line = re.sub(r"^[-@:+!|]*", "", next((whole[key][-1] for key in ("ExecStart", "Exec") if whole.get(key)), ""))
     if "Container" in sections:
-        container = containers.of_quadlet(whole, _words(line))
+        container = containers.of_quadlet(whole, _words(whole.get("Exec", [""])[-1]))
         container.env |= variables
         command = container.read(cwd)
     else:
-        exports = "".join(f"export {name}\n" for name in variables)
-        command = _script(exports + line, {"HOME": str(Path.home()), **variables}, cwd)
+        line = whole.get("ExecStart", whole.get("Exec", [""]))[-1]
+        command = _script(re.sub(r"^[-@:+!|]*", "", line), variables, cwd)
     for name in whole.get("EnvironmentFile", ()):
         command.note(f"EnvironmentFile {name}: another file, which is not read; its variables are missing here")
     return command
@@ -214,8 +218,7 @@ def _llama_swap(config: Mapping[str, Any], cwd: Path | None) -> list[LlamaServer
         env = dict(str(word).split("=", 1) for word in entry.get("env") or [] if "=" in str(word)) if entry else {}
         if "llama-server" not in text:
             continue
-        exports = "".join(f"export {variable}\n" for variable in env)
-        command = _script(exports + " ".join(lines), {"HOME": str(Path.home()), **env}, cwd)
+        command = _script(" ".join(lines), env, cwd)
         command.names = [str(name), *map(str, entry.get("aliases") or [])]
         command.port = SWAP_PORT
         command.notes = [note for note in command.notes if not note.startswith("--port 0")]
@@ -240,7 +243,7 @@ def _words(value: Any) -> list[str]:
     if isinstance(value, list):
         return [str(word) for word in value]
     try:
-        commands = read_shell(f"x {value}" if value else "", {"HOME": str(Path.home())}).commands
+        commands = read_shell(f"x {value}" if value else "", {"HOME": str(Path.home())}, {}).commands
     except ValueError:
         raise BadInput("the command cannot be read: no closing quotation; check its quotes") from None
     return [word for command in commands[:1] for word in command.words[1:]]

@@ -21,7 +21,7 @@ ALONE = frozenset((
 # fmt: on
 SHORT_ALONE = frozenset("ditPq")
 IMAGE = re.compile(r"llama[._-]?(cpp|server)|ggml-org|ggerganov", re.IGNORECASE)
-PORT = re.compile(r"(?:(?P<ip>[\d.]+|\[[^\]]+\]):)?(?:(?P<outside>\d+):)?(?P<inside>\d+)(?:/tcp)?")
+PORT = re.compile(r"(?:(?:(?P<ip>[\d.]+|\[[^\]]+\]):)?(?P<outside>\d+):)?(?P<inside>\d+)(?:/tcp)?")
 DEFAULT_ENV = {"LLAMA_ARG_HOST": EVERY_HOST}  # of the images that llama.cpp publishes (.devops/*.Dockerfile)
 BUILD_NOTE = (
     "runs in a container: the incumbent becomes a llama-server found on this machine, which is another build than the "

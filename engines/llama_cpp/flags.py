@@ -54,11 +54,6 @@ NEVER = {
     "--mcp-servers-config": _ACTS,
     "--mcp-servers-json": _ACTS,
     "--ui-mcp-proxy": _ACTS,
-    "--models-dir": _ROUTER,
-    "--models-preset": _ROUTER,
-    "--models-max": _ROUTER,
-    "--models-autoload": _ROUTER,
-    "--no-models-autoload": _ROUTER,
     "--hf-repo": _DOWNLOADS,
     "--hf-file": _DOWNLOADS,
     "--hf-token": _DOWNLOADS,
@@ -73,6 +68,14 @@ NEVER = {
     "--cache-list": _ENDS,
     "--list-devices": _ENDS,
     "--completion-bash": _ENDS,
+}
+# several models, or a model that llama-server chooses
+ROUTING = {
+    "--models-dir": _ROUTER,
+    "--models-preset": _ROUTER,
+    "--models-max": _ROUTER,
+    "--models-autoload": _ROUTER,
+    "--no-models-autoload": _ROUTER,
 } | {
     name: "it chooses a model and its settings by itself, out of the network"
     for name in OPTIONS
@@ -105,7 +108,7 @@ FILES: dict[str, Files] = {
 OWN_ARGS = OwnArgs(
     options=OPTIONS,
     elsewhere=ELSEWHERE,
-    never=NEVER,
+    never=NEVER | ROUTING,
     beside=BESIDE,
     files=FILES,
     prefixes=("LLAMA_ARG_", "LLAMA_CACHE", "LLAMA_LOG_"),

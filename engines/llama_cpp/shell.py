@@ -45,6 +45,7 @@ class Shell:
     open: set[str] = field(default_factory=set)
     commands: list[Command] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    expanded: set[str] = field(default_factory=set)  # variables that the text itself uses
 
     def value(self, name: str) -> str | None:
         return " ".join(self.variables[name]) if name in self.variables else None
@@ -83,9 +84,13 @@ class Shell:
                 self.exported |= {name} if is_exported else set()
 
 
-def read_shell(text: str, variables: Mapping[str, str], cwd: Path | None = None) -> Shell:
-    """Every simple command of `text`; `variables` are known beforehand. Raises ValueError for an open quote."""
-    shell = Shell({name: [value] for name, value in variables.items()}, cwd)
+def read_shell(text: str, variables: Mapping[str, str], env: Mapping[str, str], cwd: Path | None = None) -> Shell:
+    """Every simple command of `text`; `variables` are known beforehand, those of `env` are exported as well.
+
+    Raises ValueError for an open quote.
+    """
+    known = {name: [value] for name, value in (*variables.items(), *env.items())}
+    shell = Shell(known, cwd, set(env))
     _Reader(text.replace("\r\n", "\n").replace("\\\n", " "), shell).read()
     return shell
 
@@ -251,6 +256,7 @@ class _Reader:
 
     def _parameter(self, name: str, operator: str | None, word: str | None, text: str) -> tuple[list[str], bool]:
         values = self._shell.variables.get(name)
+        self._shell.expanded.add(name)
         if operator == "+":
             return [word or ""] if values else [], True
         if values is None and operator in ("-", "="):
