@@ -127,12 +127,8 @@ def test_each_spelling_of_a_setting(flags: str, name: str, value: object) -> Non
             "-dr ai/qwen3: llama-server downloads this model; a plan needs the file: give its path as gguf",
         ),
         ("stray", "stray: not a flag; left out"),
+        ("-t $(nproc)", "-t $(nproc): only the shell knows its value; left out, add it to the plan"),
         ("--port 0", "--port 0: clients need a port that stays; the plan has 8080"),
-        (
-            "--models-dir /m",
-            "--models-dir: not taken over: it makes llama-server a router of several models, and the "
-            "yard is one; list the models in the plan",
-        ),
         ("--shiny-token abc", "--shiny-token: looks like a secret and is not copied"),
         (
             "--api-key sk-secret",
@@ -202,7 +198,11 @@ def test_files_that_flags_name_start_where_the_command_ran() -> None:
             "no llama-server in the command: it runs 'python -m'; give the line that starts llama-server",
         ),
         ("llama-server -c lots", "-c: 'lots' is not a whole number; write the number itself"),
-        ("llama-server -t $(nproc)", "-t: '$(nproc)' is not a whole number; write the number itself"),
+        (
+            "llama-server --models-dir /m",
+            "--models-dir: it makes llama-server a router of several models, and the yard is one; list the models in "
+            "the plan; give the command of one model, or its file with --model",
+        ),
         ("llama-server -ngl some", "-ngl: 'some' is not a whole number; write the number itself"),
         ("llama-server -ngl -3", "-ngl: -3 is below -2; llama-server does not take it"),
         ("llama-server -b 0", "-b: 0 is below 1; llama-server does not take it"),

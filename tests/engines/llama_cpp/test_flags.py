@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engines.driver import Installation
 from engines.llama_cpp.argv import BESIDE, KV_TYPES, OURS, SWITCHES, TAKES, read_flags
 from engines.llama_cpp.driver import LlamaCpp
-from engines.llama_cpp.flags import ELSEWHERE, FILES, NEVER, OPTIONS, OWN_ARGS
+from engines.llama_cpp.flags import ELSEWHERE, FILES, NEVER, OPTIONS, OWN_ARGS, ROUTING
 from engines.own_args import Flag, Option
 from engines.settings import EngineArgs, Serve
 
@@ -32,12 +32,13 @@ VALUES = {
 NUMBERS = ("--port", "--ctx-size", "--parallel", "--threads", "--batch-size", "--ubatch-size", "--cache-reuse")
 NUMBERS += ("--cache-ram", "--seed")
 ALL = sorted({*OPTIONS.values()})
+OF_ONE_MODEL = [option for option in ALL if option.name not in ROUTING]
 ANY = st.from_regex(r"[A-Za-z0-9_./:=,+\\\[{\"(|*-][ A-Za-z0-9_./:=,+\\\]}\")|*-]{0,12}", fullmatch=True)
 
 
 @st.composite
 def flags(draw: st.DrawFn) -> Flag:
-    option = draw(st.sampled_from(ALL))
+    option = draw(st.sampled_from(OF_ONE_MODEL))
     name = draw(st.sampled_from((*option.names, *option.negations)))
     value = st.integers(1, 60000).map(str) if option.name in NUMBERS else VALUES.get(option.name, ANY)
     n_values = 0 if name in option.negations else len(option.value.split())
