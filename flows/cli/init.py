@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,9 @@ import typer
 from engines.driver import Installation
 from engines.errors import BadInput, EngineError
 from engines.llama_cpp.argv import LlamaServerCommand
-from engines.llama_cpp.commands import parse_command, read_listener
+from engines.llama_cpp.commands import parse_commands, read_listener
 from engines.registry import driver
-from engines.settings import Settings
+from engines.settings import EngineArgs, Settings
 from engines.yard.settings import YardSettings
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, print_json
@@ -23,22 +24,39 @@ from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
 
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._-]")
+STDIN = Path("-")
 KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 
 
 def init(
     from_port: Annotated[int | None, typer.Option(help="Read the llama-server that listens on this port.")] = None,
     from_command: Annotated[str | None, typer.Option(help="Read a llama-server command line (quote it).")] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option(help="Read a systemd unit, start script, compose file or llama-swap config; - is standard input."),
+    ] = None,
     model: Annotated[list[Path] | None, typer.Option(help="A GGUF to evaluate; repeat for several.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("switchyard.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing plan.")] = False,
     json_: Json = False,
 ) -> None:
-    """Write a plan (TOML) from the llama-server you run now, and list the flags mistral.rs does not support.
+    """Write a plan (TOML) from the llama-server you run now, and list what the candidate does not support.
+
+    Commands and files are read, never executed. Every flag is kept: as a setting, or under [incumbent] args.
 
     Example: `switchyard init --from-port 8080`
     """
-    written = write_plan(from_port=from_port, from_command=from_command, models=model or [], output=output, force=force)
+    given = [name for name in (from_port, from_command, from_file) if name is not None]
+    if len(given) > 1:
+        raise BadInput("--from-port, --from-command and --from-file exclude each other: give one")
+    commands: list[LlamaServerCommand] = []
+    if from_port is not None:
+        commands = [read_listener(from_port)]
+    elif from_command is not None:
+        commands = parse_commands(from_command)
+    elif from_file is not None:
+        commands = parse_commands(_text(from_file), cwd=None if from_file == STDIN else from_file.absolute().parent)
+    written = write_plan(commands, models=model or [], output=output, force=force)
     if json_:
         print_json(written)
         return
@@ -49,22 +67,28 @@ def init(
     out.print(next_command(f"switchyard preflight {output}") + f", then [bold]switchyard evaluate {output}[/bold]")
 
 
+def _text(path: Path) -> str:
+    try:
+        return sys.stdin.read() if path == STDIN else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not UTF-8 text; give a unit, script, compose file or llama-swap config") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def write_plan(
-    *, from_port: int | None, from_command: str | None, models: Sequence[Path], output: Path, force: bool
+    commands: Sequence[LlamaServerCommand], *, models: Sequence[Path], output: Path, force: bool
 ) -> dict[str, Any]:
-    """Write the plan to `output`; what is unsupported, noted or unknown. BadInput when there is nothing to read."""
+    """Write the plan of `commands` and `models` to `output`; what is unsupported, noted or unknown.
+
+    Raises BadInput where there is nothing to read, or `output` is there and not to be overwritten.
+    """
     if output.exists() and not force:
         raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
-    if from_port is not None and from_command is not None:
-        raise BadInput("--from-port and --from-command exclude each other: give one")
-    command = None
-    if from_port is not None:
-        command = read_listener(from_port)
-    elif from_command is not None:
-        command = parse_command(from_command)
-    plan = _plan(command, models)
+    plan = _plan(commands, models)
     gaps = _unsupported(plan)
-    key = _key_note(plan, command)
+    has_key = any(command.has_api_key for command in commands)
+    key = _key_note(plan, has_key=has_key)
     comment = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (f"\n{key}" if key else "")
     try:
         output.write_text(plan_to_toml(plan, header_comment=comment, unsupported=gaps), encoding="utf-8")
@@ -75,39 +99,64 @@ def write_plan(
         "models": [model.id for model in plan.models],
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
         "unsupported": gaps,
-        "notes": _notes(command, models) + ([key] if key else []),
-        "unknown": command.unknown if command else [],
+        "notes": [note for command in commands for note in _notes(command, models)] + ([key] if key else []),
+        "unknown": [flag for command in commands for flag in command.unknown],
     }
 
 
-def _plan(command: LlamaServerCommand | None, models: Sequence[Path]) -> Plan:
+def _plan(commands: Sequence[LlamaServerCommand], models: Sequence[Path]) -> Plan:
     names = [NOT_IN_AN_ID.sub("-", path.stem).lstrip("._-") or "model" for path in models]
     chosen = [ModelPlan(id=name, gguf=_existing(path)) for name, path in zip(names, models, strict=True)]
-    if command is None:
+    if not commands:
         if not chosen:
-            raise BadInput('give --from-port 8080, --from-command "llama-server ...", or --model FILE to plan from')
+            ways = '--from-port 8080, --from-command "llama-server ...", --from-file FILE'
+            raise BadInput(f"give {ways}, or --model FILE to plan from")
         return plan_for(chosen)
-    if command.gguf is None and not chosen:
-        raise BadInput("the command names no model file (-m FILE); add --model FILE")
-    if command.gguf is None or (chosen and not command.gguf.is_file()):  # elsewhere here, or in a container
-        if command.names:
-            chosen[0] = chosen[0].model_copy(update={"id": command.model_id, "aliases": command.aliases})
-    elif command.gguf not in [model.gguf for model in chosen]:
-        gguf = _existing(command.gguf)
-        chosen.insert(0, ModelPlan(id=command.model_id, gguf=gguf, aliases=command.aliases))
-    binary = Path(command.binary) if command.binary else None
+    first = commands[0]
+    binary = Path(first.binary) if first.binary else None
     if binary is not None and not (binary.is_absolute() and binary.is_file()):
         binary = None  # not the one in use: the usual places are searched
-    incumbent = INCUMBENT.model_copy(update={"binary": binary, **dict(command.own)})
-    yard = YardSettings(host=command.host, port=command.port)
-    key = {"api_key_env": KEY_VARIABLE} if command.has_api_key or not yard.on_loopback else {}
-    return plan_for(chosen, incumbent=incumbent, settings=_settings(command, incumbent), yard=yard, **key)
+    incumbent = INCUMBENT.model_copy(update={"binary": binary, **dict(first.own)})
+    yard = YardSettings(host=first.host, port=first.port)
+    has_key = any(command.has_api_key for command in commands) or not yard.on_loopback
+    rest = {"yard": yard, **({"api_key_env": KEY_VARIABLE} if has_key else {})}
+    if len(commands) == 1:
+        return plan_for(_of_command(first, chosen), incumbent=incumbent, settings=_settings(first, incumbent), **rest)
+    incumbent = incumbent.model_copy(update=dict(EngineArgs()))
+    each = [
+        ModelPlan(
+            id=command.model_id,
+            gguf=_existing(_file_of(command)),
+            aliases=command.aliases,
+            load="demand",
+            settings=_settings(command, incumbent),
+            engines={incumbent.engine: command.own} if command.own != EngineArgs() else {},
+        )
+        for command in commands
+    ]
+    return plan_for([*each, *chosen], incumbent=incumbent, **rest)
 
 
-def _notes(command: LlamaServerCommand | None, models: Sequence[Path]) -> list[str]:
+def _of_command(command: LlamaServerCommand, chosen: list[ModelPlan]) -> list[ModelPlan]:
+    """The command's own model before those that were `chosen`; in its place the first of them where it is not here."""
+    named = {"id": command.model_id, "aliases": command.aliases}
+    if chosen and (command.gguf is None or not command.gguf.is_file()):  # elsewhere here, or in a container
+        return [chosen[0].model_copy(update=named if command.names else {}), *chosen[1:]]
+    gguf = _existing(_file_of(command))
+    return chosen if gguf in [model.gguf for model in chosen] else [ModelPlan(gguf=gguf, **named), *chosen]
+
+
+def _file_of(command: LlamaServerCommand) -> Path:
+    if command.gguf is None:
+        why = next(
+            (note for note in command.notes if note.startswith("-hf")), "the command names no model file (-m FILE)"
+        )
+        raise BadInput(why if "--model" in why else f"{why}; add --model FILE")
+    return command.gguf
+
+
+def _notes(command: LlamaServerCommand, models: Sequence[Path]) -> list[str]:
     """What the plan does not take over from the command, and why."""
-    if command is None:
-        return []
     elsewhere = command.gguf is not None and models and not command.gguf.is_file()
     absent = [f"model file {command.gguf} is not on this machine: {models[0]} is used instead"] if elsewhere else []
     listed = [f"{flag}: no llama-server known here lists it; kept as it stands" for flag in command.unknown]
@@ -124,14 +173,13 @@ def _settings(command: LlamaServerCommand, incumbent: EngineChoice) -> Settings:
     return command.settings
 
 
-def _key_note(plan: Plan, command: LlamaServerCommand | None) -> str | None:
+def _key_note(plan: Plan, *, has_key: bool) -> str | None:
     if plan.api_key_env is None:
         return None
     export = f"export {KEY_VARIABLE}=... before `switchyard serve` and `switchyard evaluate`"
     if plan.yard.on_loopback:
         return f"the command's API key is not copied: {export}; api_key_env in the plan names the variable"
-    known = command is not None and command.has_api_key
-    whose = "use the key that clients send today" if known else "choose one and give it to your clients"
+    whose = "use the key that clients send today" if has_key else "choose one and give it to your clients"
     where = f"yard.host {plan.yard.host} can be reached from other machines and needs an API key"
     return f"{where}: {whose}; {export}; api_key_env in the plan names the variable"
 

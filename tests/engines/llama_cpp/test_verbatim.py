@@ -69,9 +69,8 @@ def test_thirty_flags_serve_the_same_from_a_plan(tmp_path: Path) -> None:
     port = free_port()
     with Started([binary, "-m", str(model), "--port", str(port), *FLAGS], port, env) as own:
         before = own.answers()
-        assert read_listener(port).port == port
         path = tmp_path / "plan.toml"
-        written = write_plan(from_port=port, from_command=None, models=[], output=path, force=False)
+        written = write_plan([read_listener(port)], models=[], output=path, force=False)
     assert not written["unknown"]
     plan = load_plan(path)
     serve = plan.serve(plan.models[0].id, "llama.cpp", port=free_port())
