@@ -80,9 +80,12 @@ class Container:
 
 
 def is_runner(words: Sequence[str]) -> bool:
-    """True for `docker run`, `podman run` and the like."""
+    """True for `docker run`, `podman run` and the like with an image or a command of llama.cpp's."""
     at = next((at for at, word in enumerate(words) if os.path.basename(word) in RUNNERS), len(words))
-    return not {"run", "create"}.isdisjoint(words[at:])
+    if {"run", "create"}.isdisjoint(words[at:]):
+        return False
+    container = of_run(words)
+    return IMAGE.search(container.image) is not None or any(map(is_program, container.words[:1]))
 
 
 def of_run(words: Sequence[str]) -> Container:
