@@ -143,7 +143,7 @@ def _of_command(command: LlamaServerCommand, chosen: list[ModelPlan]) -> list[Mo
     if chosen and (command.gguf is None or not command.gguf.is_file()):  # elsewhere here, or in a container
         return [chosen[0].model_copy(update=named if command.names else {}), *chosen[1:]]
     gguf = _existing(_file_of(command))
-    return chosen if gguf in [model.gguf for model in chosen] else [ModelPlan(gguf=gguf, **named), *chosen]
+    return [ModelPlan(gguf=gguf, **named), *(model for model in chosen if model.gguf != gguf)]
 
 
 def _file_of(command: LlamaServerCommand) -> Path:

@@ -72,6 +72,135 @@ def test_the_plan_listens_where_the_command_did(imported, gguf, case):
     assert asked == any("SWITCHYARD_API_KEY" in note and "other machines" in note for note in said["notes"])
 
 
+# what else tests/cases/README.md calls right: keys of the plan by their path
+RIGHT: dict[str, dict[str, Any]] = {
+    "01-gemma4-full": {
+        "incumbent.args": [
+            *shlex.split("--threads-http 6 --ctx-checkpoints 8 --checkpoint-min-step 1024 --fit on --fit-target 512"),
+            *shlex.split("--fit-ctx 262144 --mmproj /srv/models/mmproj-BF16.gguf --mmproj-offload --kv-unified"),
+            *shlex.split("--no-cache-idle-slots --kv-offload --cont-batching --op-offload --warmup --reasoning off"),
+        ],
+        "settings.parallel": 1,
+        "settings.host_cache_mib": 8192,
+        "models.0.id": "gemma4-12b-q8",
+    },
+    "02-alias-with-slash": {
+        "models.0.id": "unsloth-Qwen3.5-35B-A3B",
+        "models.0.aliases": ["unsloth/Qwen3.5-35B-A3B"],
+        "incumbent.args": [
+            *["--temp", "0.6", "--top-p", "0.95", "--top-k", "20", "--min-p", "0.00", "--chat-template-kwargs"],
+            '{"enable_thinking":false}',
+        ],
+    },
+    "03-several-aliases": {"models.0.id": "chat", "models.0.aliases": ["small", "gpt-4o-mini"]},
+    "05-docker-server-image": {"models.0.id": "smol", "settings.parallel": 2, "settings.context_tokens": 16384},
+    "06-environment-in-front": {
+        "incumbent.env": {
+            "CUDA_VISIBLE_DEVICES": "1",
+            "GGML_CUDA_ENABLE_UNIFIED_MEMORY": "1",
+            "GGML_VK_VISIBLE_DEVICES": "1",
+            "HSA_OVERRIDE_GFX_VERSION": "11.0.0",
+        },
+        "api_key_env": "SWITCHYARD_API_KEY",
+    },
+    "08-log-colors-bare": {
+        "incumbent.args": ["-v", "--log-prefix", "--log-timestamps", "--log-colors", "--temp", "0.0", "--top-p", "0.8"],
+        "settings.threads": 12,
+    },
+    "10-hf-alias-model": {"models.0.id": "gemma4", "settings.kv_type": "q8_0"},
+    "12-systemd-line": {"incumbent.args": ["--no-mmap"], "settings.gpu_layers": 99},
+    "14-mixed-kv": {"incumbent.args": ["-ctk", "q8_0", "-ctv", "q4_0"], "settings.kv_type": None},
+    "16-moe-offload": {
+        "incumbent.args": [
+            *["-ot", r"blk\.(?:[0-9]|1[0-9])\.ffn_.*_exps\.=CPU"],
+            *["-ncmoe", "20", "--no-mmap", "-ts", "3,1", "-dev", "CUDA0,CUDA1", "-mg", "0"],
+            *["--rope-scaling", "yarn", "--rope-scale", "4", "--yarn-orig-ctx", "32768"],
+        ]
+    },
+    "18-embeddings": {"incumbent.args": ["--embedding", "--pooling", "rank", "--reranking"]},
+    "24-script": {
+        "incumbent.env": {"CUDA_VISIBLE_DEVICES": "0", "GGML_CUDA_ENABLE_UNIFIED_MEMORY": "1"},
+        "incumbent.args": ["--prio", "3", "--timeout", "3600", "--sleep-idle-seconds", "3600"],
+        "settings.parallel": 3,
+    },
+}
+# what only the incumbent has is named for the candidate, or for the reader
+NAMED = {
+    "01-gemma4-full": ["args --mmproj", "args --reasoning"],
+    "05-docker-server-image": ["runs in a container", "is not on this machine"],
+    "10-hf-alias-model": ["it would lie in"],
+    "14-mixed-kv": ["args --cache-type-k", "args --cache-type-v"],
+    "16-moe-offload": ["args --override-tensor", "args --n-cpu-moe", "args --rope-scaling"],
+    "18-embeddings": ["args --embedding", "args --rerank"],
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_every_flag_of_the_command_is_in_the_plan(imported, gguf, case):
+    plan, said = imported((CASES / f"{case}.cmd").read_text().replace("{M}", str(gguf)))
+    for path, expected in RIGHT[case].items():
+        value: Any = plan
+        for key in path.split("."):
+            value = value[int(key)] if key.isdigit() else value.get(key)
+        assert value == expected, path
+    assert said["unknown"] == []
+    lines = "\n".join([*said["unsupported"], *said["notes"]])
+    assert all(words in lines for words in NAMED.get(case, [])), lines
+    if "parallel" not in str(RIGHT[case]):
+        assert plan["settings"]["parallel"] == 0
+
+
+def test_a_model_below_home_is_found(imported, gguf, tmp_path, environment):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "own.gguf").write_bytes(gguf.read_bytes())
+    environment["HOME"] = str(tmp_path)
+    for written in ("$HOME/models/own.gguf", "~/models/own.gguf", "${HOME}/models/own.gguf"):
+        plan, _said = imported(f"llama-server -m {written}")
+        assert plan["models"][0]["gguf"] == str(tmp_path / "models" / "own.gguf")
+
+
+def test_a_file_is_read_like_a_command(switchyard, tmp_path, gguf):
+    """A script, its text on standard input, and a llama-swap config with two models."""
+    script = tmp_path / "start.sh"
+    script.write_text(f"#!/bin/sh\nllama-server -m {gguf.name} --port 9 --temp 0.5\n")
+    done = switchyard("init", "--from-file", script, "-o", tmp_path / "one.toml")
+    assert done.returncode == 0, done.stderr
+    one = tomllib.loads((tmp_path / "one.toml").read_text())
+    assert (one["models"][0]["gguf"], one["yard"]["port"]) == (str(gguf), 9)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"models:\n  a:\n    cmd: llama-server -m {gguf} --port ${{PORT}} --temp 0.5\n"
+        f"  b:\n    cmd: llama-server -m {gguf} --port ${{PORT}} -c 64\n"
+    )
+    assert switchyard("init", "--from-file", config, "-o", tmp_path / "two.toml").returncode == 0
+    a, b = tomllib.loads((tmp_path / "two.toml").read_text())["models"]
+    assert (a["id"], a["engines"]["llama.cpp"]["args"]) == ("a", ["--temp", "0.5"])
+    assert (b["settings"]["context_tokens"], b["load"], "engines" in b) == (64, "demand", False)
+    assert switchyard("preflight", tmp_path / "two.toml").returncode in (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--from-file", "gone.sh"], "error: gone.sh: cannot be read: No such file or directory"),
+        (["--from-file", "binary"], "error: binary: not UTF-8 text; give a unit, script"),
+        (["--from-port", "1", "--from-command", "x"], "error: --from-port, --from-command and --from-file exclude"),
+        (
+            ["--from-command", "llama-server -np 1"],
+            "error: the command names no model file (-m FILE); add --model FILE",
+        ),
+        (["--from-command", "llama-server --models-dir /m"], "error: --models-dir: it makes llama-server a router"),
+        ([], "error: give --from-port 8080, --from-command"),
+    ],
+)
+def test_what_cannot_be_read_writes_nothing(switchyard, tmp_path, given, line):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    done = switchyard("init", *given, "-o", "plan.toml")
+    assert done.returncode == 2
+    assert done.stderr.startswith(line), done.stderr
+    assert not (tmp_path / "plan.toml").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
