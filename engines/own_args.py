@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from engines.environment import SECRET
 from engines.errors import BadInput
+from engines.redaction import redacted_text
 from engines.settings import EngineArgs
 
 # variables of compute libraries and devices, by their beginning; an engine adds its own
@@ -162,10 +163,12 @@ class OwnArgs:
                 found.append(f"args: {flag.name} {why}")
             elif not flag.name.startswith("-"):
                 found.append(f"args: '{flag.name}' is no flag, and no flag before it takes a value; remove it")
+            elif _is_secret(flag):
+                found.append(f"args: {flag.name} holds what looks like a secret, and a plan holds none; remove it")
         for name, value in own.env.items():
             stands_for = self.flag_of(name, value)
             why = self._why_not(name, settings) or (self._why_not(stands_for.key, settings) if stands_for else None)
-            if why is None and SECRET.search(name):
+            if why is None and (SECRET.search(name) or redacted_text(value) != value):
                 why = "is named like a secret, and a plan holds none; remove it"
             elif why is None and not name.startswith((*COMPUTE, *self.prefixes)):
                 why = "is no variable of this engine or of a compute library; export it where the yard is started"
@@ -213,6 +216,11 @@ class OwnArgs:
             name, colon, scale = part.rpartition(":") if kind == "scaled" and ":" in part else (part, "", "")
             changed.append(change(name, "file") + colon + scale)
         return ",".join(changed)
+
+
+def _is_secret(flag: Flag) -> bool:
+    text = " ".join((flag.name, *flag.values))
+    return (flag.option is None and SECRET.search(flag.name) is not None) or redacted_text(text) != text
 
 
 def read_options(text: str) -> dict[str, Option]:

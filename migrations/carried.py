@@ -22,7 +22,15 @@ def request_defaults(plan: Plan, model_id: str, found: Installation) -> dict[str
 
 def unsupported(plan: Plan, model_id: str, found: Installation) -> list[str]:
     """What `found` cannot honour when it serves the model, one line each, named before the colon."""
-    lines = driver(found.engine).unsupported(found, plan.serve(model_id, found.engine))
+    return [
+        *driver(found.engine).unsupported(found, plan.serve(model_id, found.engine)),
+        *not_given(plan, model_id, found),
+    ]
+
+
+def not_given(plan: Plan, model_id: str, found: Installation) -> list[str]:
+    """The incumbent's own flags that `found` serves without, one line each; empty for the incumbent itself."""
+    lines = []
     ignores = driver(found.engine).dialect(found).ignores
     for flag in _not_repeated(plan, model_id, found):
         if flag.field in ignores:

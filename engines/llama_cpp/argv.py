@@ -314,7 +314,7 @@ def _from_repository(
 ) -> list[Flag]:
     """Takes the model of `-hf` from where it was downloaded to; its projector as a flag, as llama-server loads it."""
     found = downloaded(name, command.repository_file, environ)
-    command.gguf = found.model
+    command.gguf = found.model or command.gguf
     if found.preset:
         raise BadInput(f"-hf {name}: a preset of several models, not a model; give one of its models with -m")
     if found.model is None:

@@ -20,7 +20,7 @@ from engines.driver import Installation
 from engines.errors import SwitchyardError
 from engines.model.digest import model_digest
 from engines.registry import driver
-from migrations.carried import request_defaults
+from migrations import carried
 from migrations.plan import ModelPlan, Plan, content_hash
 from tasks.evidence.engine_under_test import Arm, EngineBehindYard, EngineUnderTest
 from tasks.evidence.performance import Workload
@@ -81,7 +81,8 @@ class Trial:
             gguf=self.model.gguf,
             settings=settings.model_copy(update={"threads": threads}),
             own=self.plan.own_args(self.model.id, found.engine),
-            request_defaults=request_defaults(self.plan, self.model.id, found),
+            request_defaults=carried.request_defaults(self.plan, self.model.id, found),
+            not_given=carried.not_given(self.plan, self.model.id, found),
             home=self.bench.home,
         )
 

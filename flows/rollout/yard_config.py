@@ -48,6 +48,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
                     plan.settings_for(model.id),
                     own=plan.own_args(model.id, engine),
                     request_defaults=carried.request_defaults(plan, model.id, installation),
+                    not_given=carried.not_given(plan, model.id, installation),
                 )
                 for engine, installation in found.items()
             },

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ class EngineUnderTest:
     settings: Settings
     own: EngineArgs = field(default_factory=EngineArgs)
     request_defaults: dict[str, Any] = field(default_factory=dict)
+    not_given: Sequence[str] = ()  # the incumbent's own flags that it serves without, one line each
     home: Path
     stall_s: float = 120.0
 
@@ -72,7 +73,7 @@ class EngineUnderTest:
             "version": self.installation.version,
             "where": self.installation.where,
             "argv": self.driver.argv(self.installation, serve),
-            "unsupported": self.driver.unsupported(self.installation, serve),
+            "unsupported": [*self.driver.unsupported(self.installation, serve), *self.not_given],
             "settings": self.settings.model_dump(mode="json"),
         }
 

@@ -390,7 +390,8 @@ def _engine(spec: LaunchSpec) -> EngineFacts:
     argv, unsupported, serve = list[str](), None, spec.serve(PORT, None)
     with contextlib.suppress(BadInput):  # an engine that this Switchyard does not know
         known = driver(spec.engine)
-        argv, unsupported = known.argv(spec.installation, serve), tuple(known.unsupported(spec.installation, serve))
+        argv = known.argv(spec.installation, serve)
+        unsupported = (*known.unsupported(spec.installation, serve), *spec.not_given)
     settings = spec.settings.model_dump(mode="json", exclude_defaults=True)
     return EngineFacts(spec.engine, spec.form, spec.version, _command(argv), _settings(settings), unsupported)
 

@@ -51,10 +51,11 @@ class LaunchSpec(BaseModel):
     settings: Settings = Settings()
     own: EngineArgs = EngineArgs()
     request_defaults: dict[str, Any] = {}
+    not_given: tuple[str, ...] = ()  # the incumbent's own flags that it serves without, one line each
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        later = ("own", "request_defaults")  # an older version reads a spec without them
+        later = ("own", "request_defaults", "not_given")  # an older version reads a spec without them
         return {key: value for key, value in dump(self).items() if value or key not in later}
 
     @field_validator("program")
@@ -73,7 +74,7 @@ class LaunchSpec(BaseModel):
 
     @classmethod
     def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings, **passed_on: Any) -> LaunchSpec:
-        """The spec of an engine that was found here; `passed_on`: `own` and `request_defaults`."""
+        """The spec of an engine that was found here; `passed_on`: `own`, `request_defaults` and `not_given`."""
         as_found = {**vars(found), "flags": tuple(sorted(found.flags))}
         return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings, **passed_on)
 
@@ -109,7 +110,7 @@ def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
     if found.version != spec.version:
         how = "name it as an engine of the plan to use that"
         return spec, "" if is_there else f"{what}; {found.where} is version {found.version}: {how}"
-    passed_on = {"own": spec.own, "request_defaults": spec.request_defaults}
+    passed_on = {name: getattr(spec, name) for name in ("own", "request_defaults", "not_given")}
     moved = LaunchSpec.of(found, spec.model_id, spec.gguf, spec.settings, **passed_on)
     moved = moved.model_copy(update={"engine": spec.engine})
     return moved, f"{spec.engine} {spec.version} is started with {found.program[0]} now, no longer with {program}"
