@@ -15,13 +15,14 @@ LOCAL = {"trust_env": False, "verify": False}  # certificates would take longer 
 HELLO = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"}]  # its own system prompt is long
 
 
-def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard=""):
+def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard="", incumbent=""):
     return f"""
 name = "serve"
 accepted_unsupported = ["seed", "prefix cache", "prefill_assistant", "parallel"]
 [incumbent]
 engine = "llama.cpp"
 form = "binary"
+{incumbent}
 [candidate]
 engine = "mistral.rs"
 form = "hosted"

@@ -118,6 +118,23 @@ def test_every_move_under_load_fails_nothing(start):
     assert requests == []
 
 
+def test_sampling_flags_of_the_incumbent_hold_for_both_engines(start):
+    """A request that says nothing of sampling gets what the incumbent's command says, whoever serves."""
+    flags = ["--temp", "0", "--repeat-penalty", "3.0", "--top-k", "5"]
+    yard = start(incumbent=f"args = {json.dumps(flags)}").ready()
+    asked = {"max_tokens": 24, "messages": [{"role": "user", "content": "Name three colours, then name them again."}]}
+
+    def text(**fields):
+        return yard.ask(**asked, **fields).json()["choices"][0]["message"]["content"]
+
+    said = {"temperature": 0, "repeat_penalty": 3.0, "top_k": 5}
+    assert text() == text() == text(**said)
+    assert text() != text(repeat_penalty=1.0)
+    yard.orders.order("promote")
+    assert text() == text() == text(**said)
+    assert text() != text(repeat_penalty=1.0)
+
+
 @pytest.mark.parametrize(
     ("engine", "number"),
     [("llama.cpp", signal.SIGKILL), ("llama.cpp", signal.SIGSTOP)],  # phase 2's test kills mistral.rs
