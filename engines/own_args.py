@@ -91,8 +91,8 @@ class OwnArgs:
     """What one engine takes in `args` and `env` of a plan. Keys of the tables are long spellings or variables.
 
     `elsewhere` names the plan key that says it; `never` says why it is not passed on; `beside` names the setting that
-    must be unset beside it; `files` are options whose values name files; `prefixes` are beginnings of
-    the engine's own variables.
+    must be unset beside it; `files` are options whose values name files; `no_chat` are options that
+    make it another server than one for chat, with what it then is; `prefixes` are beginnings of its own variables.
     """
 
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -100,6 +100,7 @@ class OwnArgs:
     never: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Files] = field(default_factory=dict)
+    no_chat: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
 
     def split(self, words: Sequence[str]) -> list[Flag]:
@@ -186,6 +187,10 @@ class OwnArgs:
         """What `own` asks of the engine by its key: variables first, since a flag wins over its variable."""
         stand_for = (self.flag_of(name, value) for name, value in own.env.items())
         return {flag.key: flag for flag in (*filter(None, stand_for), *self.split(own.args))}
+
+    def other_server(self, own: EngineArgs) -> str | None:
+        """What `own` makes the engine instead of a server for chat and completions; None for one of those."""
+        return next((f"{key}: {what}" for key, what in self.no_chat.items() if key in self.flags(own)), None)
 
     def unknown_to(self, own: EngineArgs, known: Set[str]) -> list[str]:
         """The flags of `own` that a build does not list in its help: `known` are its long options."""

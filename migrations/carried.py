@@ -28,6 +28,13 @@ def unsupported(plan: Plan, model_id: str, found: Installation) -> list[str]:
     ]
 
 
+def no_chat(plan: Plan, model_id: str) -> str | None:
+    """Why the model cannot be evaluated: its incumbent is no server for chat; None where it is one."""
+    engine = plan.incumbent.engine
+    other = driver(engine).own_args.other_server(plan.own_args(model_id, engine))
+    return f"{other}; an evaluation compares chat: keep it on {engine}, the yard serves it" if other else None
+
+
 def not_given(plan: Plan, model_id: str, found: Installation) -> list[str]:
     """The incumbent's own flags that `found` serves without, one line each; empty for the incumbent itself."""
     lines = []

@@ -105,11 +105,16 @@ FILES: dict[str, Files] = {
     "--media-path": "folder",
     "--log-prompts-dir": "folder",
 }
+NO_CHAT = {
+    "--rerank": "a reranking server answers /v1/rerank and no chat",
+    "--embedding": "an embedding server answers /v1/embeddings and no chat",
+}
 OWN_ARGS = OwnArgs(
     options=OPTIONS,
     elsewhere=ELSEWHERE,
     never=NEVER | ROUTING,
     beside=BESIDE,
     files=FILES,
+    no_chat=NO_CHAT,
     prefixes=("LLAMA_ARG_", "LLAMA_CACHE", "LLAMA_LOG_"),
 )

@@ -13,6 +13,7 @@ from engines.driver import Installation
 from engines.errors import BadInput, EngineError
 from engines.llama_cpp.argv import LlamaServerCommand
 from engines.llama_cpp.commands import parse_commands, read_listener
+from engines.llama_cpp.flags import OWN_ARGS
 from engines.registry import driver
 from engines.settings import EngineArgs, Settings
 from engines.yard.settings import YardSettings
@@ -25,6 +26,12 @@ from migrations.plan_file import plan_to_toml
 
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._-]")
 STDIN = Path("-")
+PARTLY_MOVED = {
+    "--mmproj": "images work on the incumbent only: a candidate serves the text of this model, without the projector",
+    "--lora": "the candidate serves the model without the adapter, other answers included",
+    "--lora-scaled": "the candidate serves the model without the adapter, other answers included",
+    "--control-vector": "the candidate serves the model without the control vector, other answers included",
+}
 KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
 
 
@@ -159,8 +166,11 @@ def _notes(command: LlamaServerCommand, models: Sequence[Path]) -> list[str]:
     """What the plan does not take over from the command, and why."""
     elsewhere = command.gguf is not None and models and not command.gguf.is_file()
     absent = [f"model file {command.gguf} is not on this machine: {models[0]} is used instead"] if elsewhere else []
+    own, has = OWN_ARGS.flags(command.own), OWN_ARGS.other_server(command.own)
+    kinds = [f"{has}; the yard serves it, and it cannot be moved: an evaluation compares chat"] if has else []
+    kinds += [f"{key}: {what}" for key, what in PARTLY_MOVED.items() if key in own]
     listed = [f"{flag}: no llama-server known here lists it; kept as it stands" for flag in command.unknown]
-    return [*command.notes, *absent, *listed]
+    return [*kinds, *command.notes, *absent, *listed]
 
 
 def _settings(command: LlamaServerCommand, incumbent: EngineChoice) -> Settings:

@@ -18,6 +18,7 @@ from engines.process.serving import Served
 from engines.settings import Endpoint
 from flows.evaluation.judge import required_behaviours, turned_down
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
+from migrations.carried import no_chat
 from tasks.evidence import compatibility as behaviours
 from tasks.evidence import preflight as headers
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest, ends_within
@@ -44,6 +45,8 @@ def preflight(trial: Trial) -> None:
     try:
         read_header(trial.model.gguf)
         verdict = Verdict.ERROR  # of what its header says: the plan itself was checked before the run
+        if other := no_chat(trial.plan, trial.model.id):
+            raise BadInput(other)
         trial.gather(BOTH, "preflight", partial(_preflight_report, trial))
     except BadInput as error:
         trial.put_unmeasured(BOTH, "preflight", {"verdict": verdict.value, "why": str(error), "log": []})

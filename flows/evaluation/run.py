@@ -23,7 +23,7 @@ from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench
 from flows.experiment_lock import alone
 from flows.orchestrator.run import run_journal
 from flows.progress import progress
-from migrations.carried import unsupported
+from migrations.carried import no_chat, unsupported
 from migrations.plan import Plan
 from migrations.plan_file import recorded_plan
 from tasks.evidence import compatibility
@@ -100,13 +100,15 @@ def checked(plan: Plan) -> dict[Arm, Installation]:
 
 
 def unreadable(plan: Plan) -> dict[str, str]:
-    """The models whose file cannot be read, each with the reason."""
+    """The models that cannot be measured, each with the reason: no chat model, or a file that cannot be read."""
     found: dict[str, str] = {}
     for model in plan.models:
         try:
             read_header(model.gguf)
         except BadInput as error:
             found[model.id] = str(error)
+        if other := no_chat(plan, model.id):
+            found[model.id] = other
     return found
 
 

@@ -14,7 +14,7 @@ from engines.openai.call import Call
 from engines.registry import driver
 from engines.settings import EngineArgs
 from engines.yard.engine.launch_spec import LaunchSpec
-from migrations.carried import request_defaults, unsupported
+from migrations.carried import no_chat, request_defaults, unsupported
 from migrations.plan import Plan, content_hash
 from migrations.plan_file import load_plan, plan_to_toml
 from tasks.records.payload import plan_hash
@@ -140,6 +140,22 @@ def test_sampling_defaults_become_defaults_of_requests(load: Load) -> None:
     named = [line.partition(":")[0] for line in unsupported(plan, "small", HOSTED) if line.startswith("args")]
     assert named == ["args --mirostat", "args --mmproj"]
     assert not [line for line in unsupported(plan, "small", LLAMA) if line.startswith("args")]
+
+
+@pytest.mark.parametrize(
+    ("incumbent", "what"),
+    [
+        ('args = ["--embedding"]', "--embedding: an embedding server answers /v1/embeddings and no chat"),
+        ('args = ["--reranking", "--embeddings"]', "--rerank: a reranking server answers /v1/rerank and no chat"),
+        ('env = {LLAMA_ARG_EMBEDDINGS = "1"}', "--embedding: an embedding server"),
+        ('args = ["--pooling", "mean"]', None),
+    ],
+)
+def test_a_server_without_chat_is_said_to_be_one(load: Load, incumbent: str, what: str | None) -> None:
+    found = no_chat(load(incumbent), "small")
+    assert found is None if what is None else (found or "").startswith(what)
+    other = load(incumbent, model='[models.engines."llama.cpp"]\nargs = []')
+    assert no_chat(other, "small") is None
 
 
 def test_a_request_keeps_what_it_sets() -> None:
