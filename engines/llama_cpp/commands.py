@@ -24,6 +24,7 @@ UNIFIED = re.compile(r"^llama(\.exe)?$")
 ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
 SECTION = re.compile(r"^\s*\[(\w+)\]\s*$", re.MULTILINE)
 SPECIFIER = re.compile(r"%([%hutT])")
+INTERPOLATED = re.compile(r"\$\$|\$\{(?P<name>\w+)(?::?-(?P<default>[^}]*)|:?\?[^}]*)?\}|\$(?P<bare>[A-Za-z_]\w*)")
 WINDOWS = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\")
 SWAP_PORT = 8080  # llama-swap's own
 
@@ -116,12 +117,18 @@ def _script(text: str, env: Mapping[str, str], cwd: Path | None) -> LlamaServerC
         started = [found for found in shell.commands if found.words[0].startswith("-")]
     if not started:
         _program_and_flags(shell.commands[0].words if shell.commands else [])
+    # not `pkill llama-server` or `which llama-server`: what starts it says at least which model
+    started = [found for found in started if _is_start(found.words)] or started[:1]
     command = _simple(started[0], shell.expanded)
     for note in shell.notes:
         command.note(note)
     if len(started) > 1:
         command.note(f"{len(started)} commands start llama-server here: the first one is read; give the others alone")
     return command
+
+
+def _is_start(words: Sequence[str]) -> bool:
+    return containers.is_runner(words) or any(word.startswith("-") for word in words[_start(words) + 1 :])
 
 
 def _assigned(words: Sequence[str]) -> dict[str, str]:
@@ -151,7 +158,8 @@ def _without_open(found: Command) -> tuple[list[str], list[str]]:
     words: list[str] = []
     notes = []
     for word in found.words:
-        if word not in found.open or words[-1:] in (["--api-key"], ["--api-key-file"]):  # whose value is never copied
+        is_key = words[-1:] in (["--api-key"], ["--api-key-file"])  # whose value is never copied
+        if word not in found.open or is_key or is_program(word):
             words.append(word)
             continue
         flag = words.pop() if words and words[-1].startswith("-") else ""
@@ -196,14 +204,35 @@ def _specified(found: re.Match[str]) -> str:
 
 def _compose(services: Mapping[str, Any], cwd: Path | None) -> LlamaServerCommand:
     """The first service of a compose file that runs llama-server."""
-    for service in services.values():
+    unknown: list[str] = []
+    for service in _interpolated(services, unknown).values():
         if not isinstance(service, Mapping):
             continue
         words = [*_words(service.get("entrypoint")), *_words(service.get("command"))]
         if containers.IMAGE.search(str(service.get("image") or "")) or _starts_llama_server(words):
             start = _start(words) if _starts_llama_server(words) else 0
-            return containers.of_service(service, words[start:]).read(cwd)
+            container = containers.of_service(service, words[start:])
+            container.notes += [f"${name}: not set in the compose file; its value is missing here" for name in unknown]
+            return container.read(cwd)
     raise BadInput(f"no llama-server among the services ({', '.join(map(str, services))}); give the file that has it")
+
+
+def _interpolated(value: Any, unknown: list[str]) -> Any:
+    """`value` with `${NAME:-default}` and `$$` replaced in every text; names without a default go to `unknown`."""
+
+    def replaced(found: re.Match[str]) -> str:
+        if found[0] == "$$":
+            return "$"
+        if found["default"] is None:
+            unknown.append(found["name"] or found["bare"])
+            return found[0]
+        return found["default"]
+
+    if isinstance(value, Mapping):
+        return {key: _interpolated(item, unknown) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_interpolated(item, unknown) for item in value]
+    return INTERPOLATED.sub(replaced, value) if isinstance(value, str) else value
 
 
 def _llama_swap(config: Mapping[str, Any], cwd: Path | None) -> list[LlamaServerCommand]:
@@ -212,8 +241,8 @@ def _llama_swap(config: Mapping[str, Any], cwd: Path | None) -> list[LlamaServer
     commands = []
     for name, entry in config["models"].items():
         text = str(entry.get("cmd") or "") if isinstance(entry, Mapping) else ""
-        for macro, value in [*macros.items(), ("PORT", "0"), ("MODEL_ID", str(name))]:
-            text = text.replace("${" + macro + "}", value)
+        for macro, value in [*macros.items(), *macros.items(), ("PORT", "0"), ("MODEL_ID", str(name))]:
+            text = text.replace("${" + macro + "}", value)  # macros may hold macros
         lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
         env = dict(str(word).split("=", 1) for word in entry.get("env") or [] if "=" in str(word)) if entry else {}
         if "llama-server" not in text:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import BadInput
@@ -173,6 +176,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+CASES |= {
+    "pkill first": ("pkill -f llama-server; llama-server -m /a.gguf --port 9", {"port": 9}),
+    "pgrep first": ("if ! pgrep llama-server; then\n  llama-server -m /a.gguf --port 9\nfi", {"port": 9}),
+    "systemctl first": ("sudo systemctl stop llama-server && llama-server -m /a.gguf --port 9", {"port": 9}),
+    "function": ("start() {\n  llama-server -m /a.gguf --port 9\n}\nstart", {"port": 9}),
+    "binary in a variable": ("BIN=/opt/llama-server; $BIN -m /a.gguf", {"binary": "/opt/llama-server"}),
+    "unknown folder": ("$LLAMA/llama-server -m /a.gguf -c 64", {"context_tokens": 64, "gguf": "/a.gguf"}),
+    "[[ ]]": ('[[ -n "$X" ]] && Y=1 || Y=2\nllama-server -m /a.gguf -c 64', {"context_tokens": 64}),
+    "compose defaults": (
+        "services: {a: {image: 'ggml-org/llama.cpp:server', command: '-m /m/${F:-a}.gguf --alias $$x', "
+        "volumes: ['${D:-/srv}:/m'], ports: ['${P-9}:8080']}}",
+        {"gguf": "/srv/a.gguf", "port": 9, "names": ["$x"]},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def shell_words(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """Has bash run a text; the words that its llama-server was started with."""
+    folder = tmp_path_factory.mktemp("bash")
+    program, seen = folder / "llama-server", folder / "seen"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {seen}\n")
+    program.chmod(0o755)
+    if (bash := shutil.which("bash")) is None:
+        pytest.skip("needs bash")
+
+    def run(text: str) -> list[str]:
+        env = {"HOME": "/h", "PATH": f"{folder}:/usr/bin:/bin"}
+        subprocess.run([bash, "--norc", "-c", f"set -f\n{text}\nwait"], env=env, check=False, capture_output=True)
+        return seen.read_bytes().decode().split("\0")[:-1]
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_read(name: str) -> None:
     text, expected = CASES[name]
@@ -194,6 +231,10 @@ def test_what_is_read(name: str) -> None:
         ("llama-server -m /a.gguf -t `nproc`", f"-t `nproc`: {UNKNOWN}"),
         ("llama-server -m /a.gguf --port $PORT", f"--port $PORT: {UNKNOWN}"),
         ("GGML_X=$(id) llama-server -m /a.gguf", f"variable GGML_X: {UNKNOWN}"),
+        (
+            "services: {a: {image: 'ggml-org/llama.cpp:server', command: '-m /a.gguf --alias ${NAME}'}}",
+            "$NAME: not set in the compose file; its value is missing here",
+        ),
         ("FOO=1 llama-server -m /a.gguf", "variable FOO: not one that llama-server reads; left out"),
         (". ./env.sh\nllama-server -m /a.gguf", ". ./env.sh: another file, which is not read"),
         (f"docker run --env-file x {SERVER} -m /a.gguf", f"--env-file x: {NOT_READ}"),
@@ -277,6 +318,32 @@ def test_what_cannot_be_read_is_one_line(text: str, line: str) -> None:
         parse_commands(text)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+PLAIN = st.text(st.sampled_from("abc/.,:=-_%@+^"), min_size=1, max_size=5)
+INSIDE = st.lists(
+    st.one_of(PLAIN, st.sampled_from(["$A", "${A}", "${B:-d e}", "${A:+p q}", " ", "'", "#", ";", "\\$x"])), max_size=4
+)
+FRAGMENT = st.one_of(
+    PLAIN,
+    st.sampled_from(["$A", "${A}", "${B:-d}", "${B-e}", "${A:+p}", "\\ ", "\\'", "\\$", "~", "~/m", "{}", "a#b"]),
+    st.text(st.sampled_from('ab $`\\"#;|&(){}~'), max_size=6).map(lambda text: f"'{text}'"),
+    INSIDE.map(lambda parts: f'"{"".join(parts)}"'),
+)
+WORD = st.lists(FRAGMENT, min_size=1, max_size=3).map("".join)
+ENDS = st.sampled_from(
+    ["", " > /dev/null 2>&1", " 2>/dev/null", " # a comment", " &", "; true", " && true", " | cat", "\n"]
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.one_of(WORD, st.just('"${L[@]}"'), st.just("$C")), min_size=1, max_size=5), ENDS)
+def test_words_are_those_that_bash_finds(shell_words: Callable[[str], list[str]], words: list[str], end: str) -> None:
+    """Quotes, expansions, arrays and splitting, beside what a real shell passes to the program."""
+    text = f"A='x y'\nC='1  2 3'\nL=(one 'two three' \"$A\")\nllama-server {' '.join(words)}{end}\n"
+    found = read_shell(text, {"HOME": "/h"}, {}).commands[0]
+    assert found.words[0] == "llama-server"
+    assert found.words[1:] == shell_words(text)
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\x00\r", exclude_categories=["Cs"]), min_size=1), min_size=1))
