@@ -191,7 +191,7 @@ class _Reader:
                     pieces[-1] += split[0]
                     pieces += split[1:]
                     is_word = True
-            elif char == "~" and (self._at == start or self._text[self._at - 1] in "=:"):
+            elif char == "~" and (self._at == start or self._is_value(pieces)):
                 self._at += 1
                 home = (
                     self._shell.value("HOME") if self._text[self._at : self._at + 1] in ("", "/", " ", "\n") else None
@@ -206,6 +206,11 @@ class _Reader:
         if opened:
             self._shell.open |= {piece.partition("=")[2] if ASSIGNMENT.fullmatch(piece) else piece for piece in pieces}
         return pieces if is_word else []
+
+    def _is_value(self, pieces: list[str]) -> bool:
+        """True where `~` begins the value of a variable, or one of several paths in it."""
+        sets = not self._words or self._words[0] in EXPORTS
+        return sets and self._text[self._at - 1] in "=:" and ASSIGNMENT.match(pieces[0]) is not None
 
     def _quoted(self, pieces: list[str]) -> bool:
         """Adds what stands in double quotes; True when it holds what was not resolved."""

@@ -183,6 +183,10 @@ CASES |= {
     "function": ("start() {\n  llama-server -m /a.gguf --port 9\n}\nstart", {"port": 9}),
     "binary in a variable": ("BIN=/opt/llama-server; $BIN -m /a.gguf", {"binary": "/opt/llama-server"}),
     "unknown folder": ("$LLAMA/llama-server -m /a.gguf -c 64", {"context_tokens": 64, "gguf": "/a.gguf"}),
+    "home in a variable": (
+        "D=~/m:~\nexport HF_HOME=~/h\nllama-server -m /a.gguf --slot-save-path $D",
+        {"args": ["--slot-save-path", f"{Path.home()}/m:{Path.home()}"]},
+    ),
     "[[ ]]": ('[[ -n "$X" ]] && Y=1 || Y=2\nllama-server -m /a.gguf -c 64', {"context_tokens": 64}),
     "compose defaults": (
         "services: {a: {image: 'ggml-org/llama.cpp:server', command: '-m /m/${F:-a}.gguf --alias $$x', "
@@ -322,11 +326,11 @@ def test_what_cannot_be_read_is_one_line(text: str, line: str) -> None:
 
 PLAIN = st.text(st.sampled_from("abc/.,:=-_%@+^"), min_size=1, max_size=5)
 INSIDE = st.lists(
-    st.one_of(PLAIN, st.sampled_from(["$A", "${A}", "${B:-d e}", "${A:+p q}", " ", "'", "#", ";", "\\$x"])), max_size=4
+    st.one_of(PLAIN, st.sampled_from(["$A.", "${A}", "${B:-d e}", "${A:+p q}", " ", "'", "#", ";", "\\$x"])), max_size=4
 )
 FRAGMENT = st.one_of(
     PLAIN,
-    st.sampled_from(["$A", "${A}", "${B:-d}", "${B-e}", "${A:+p}", "\\ ", "\\'", "\\$", "~", "~/m", "{}", "a#b"]),
+    st.sampled_from(["$A.", "${A}", "${B:-d}", "${B-e}", "${A:+p}", "\\ ", "\\'", "\\$", "~", "~/m", "{}", "a#b"]),
     st.text(st.sampled_from('ab $`\\"#;|&(){}~'), max_size=6).map(lambda text: f"'{text}'"),
     INSIDE.map(lambda parts: f'"{"".join(parts)}"'),
 )
