@@ -194,7 +194,9 @@ class _Reader:
             elif char == "~" and (self._at == start or self._is_value(pieces)):
                 self._at += 1
                 home = (
-                    self._shell.value("HOME") if self._text[self._at : self._at + 1] in ("", "/", " ", "\n") else None
+                    self._shell.value("HOME")
+                    if self._text[self._at : self._at + 1] in ("", *"/: \t\n;&|()<>")
+                    else None
                 )
                 pieces[-1] += home or "~"
                 is_word = True
