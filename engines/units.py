@@ -7,37 +7,51 @@ import time
 
 NOT_MEASURED = "not measured"
 _COUNTED = frozenset(("answers", "divergences", "failures", "findings", "parameters", "requests"))
+_SHOWN_AS = {"bytes/day": (1e-6, " MB/day"), "share": (100.0, " %"), "ratio": (1.0, "×")}
+SMALLEST = 6  # digits after the point; what is smaller is said to be under that
 _SIZES = (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2), ("TiB", 2))
 
 
-def figure(number: float | None) -> str:
-    """`number` to 4 significant digits with thousands marked; "not measured" for None."""
+def figure(number: float | None, beside: float | None = None) -> str:
+    """`number` to 3 significant digits with thousands marked; "not measured" for None.
+
+    Where that reads like `beside`, its limit, and is not equal to it, as many digits as set the two apart.
+    """
     if number is None:
         return NOT_MEASURED
-    if number == 0 or not math.isfinite(number):
-        return "0" if number == 0 else "infinite"
-    if abs(number) < 1e-4:
-        return f"{number:.2e}"
-    digits = max(0, 3 - math.floor(math.log10(abs(number))))
-    text = f"{number:,.{digits}f}"
+    if not math.isfinite(number):
+        return "infinite"
+    shown = _rounded(number, 3)
+    for digits in range(4, 10):
+        if beside is None or number == beside or shown != _rounded(beside, 3):
+            break
+        shown = _rounded(number, digits)
+    return shown
+
+
+def _rounded(number: float, digits: int) -> str:
+    if abs(number) < 10.0**-SMALLEST:
+        return "0" if number == 0 else f"under 0.{'1':0>{SMALLEST}}" if number > 0 else f"-0.{'1':0>{SMALLEST}}"
+    places = min(max(digits - 1 - math.floor(math.log10(abs(number))), 0), SMALLEST)
+    text = f"{number:,.{places}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def quantity(value: float | None, unit: str = "") -> str:
-    """`value` with its unit, in the size that a reader thinks in; "not measured" for None, never 0."""
+def quantity(value: float | None, unit: str = "", beside: float | None = None) -> str:
+    """`value` with its unit, in the size that a reader thinks in; "not measured" for None, never 0.
+
+    `beside` is the limit in the same unit: what differs from it never reads like it.
+    """
     if value is None:
         return NOT_MEASURED
     if unit == "bytes":
         return size(value)
-    if unit == "bytes/day":
-        return f"{figure(value / 1e6)} MB/day"
-    if unit == "share":
-        return f"{figure(100 * value)} %"
-    if unit == "ratio":
-        return f"{figure(value)}×"
+    factor, name = _SHOWN_AS.get(unit, (1.0, f" {unit}" if unit else ""))
     if unit in _COUNTED:
         return f"{value:,.0f} {unit if value != 1 else unit.removesuffix('s')}"
-    return f"{figure(value)} {unit}".strip()
+    if unit == "share" and beside is None:
+        beside = 1.0  # nearly all is not all
+    return f"{figure(factor * value, None if beside is None else factor * beside)}{name}"
 
 
 def size(n_bytes: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from engines.errors import NoMeasurement
+from engines.units import figure
 
 Kind = Literal["role", "content", "reasoning", "tool", "usage", "empty", "error"]
 ErrorType = Literal[
@@ -193,7 +194,8 @@ def reconcile(record: StreamRecord) -> list[dict[str, Any]]:
     found = []
     for finding, client, engine, limit, unit in compared:
         if client is not None and engine is not None and abs(client - engine) > limit:
-            why = f"{client:.6g} against {engine:.6g} {unit}: apart by {abs(client - engine):.4g}, {limit:.4g} allowed"
+            apart = f"apart by {figure(abs(client - engine), limit)}, {figure(limit)} allowed"
+            why = f"{figure(client, engine)} against {figure(engine, client)} {unit}: {apart}"
             numbers = {"client": client, "engine": engine, "limit": limit, "unit": unit}
             found.append({"finding": finding, **numbers, "why": why})
     if record.ok and not record.cancelled and tokens is None:

@@ -19,6 +19,7 @@ from engines.client.reference_server import MODEL, STAMP_DIGITS
 from engines.environment import of_child
 from engines.errors import EngineExited, EngineStalled
 from engines.settings import Endpoint
+from engines.units import figure
 
 START_S = 20.0
 
@@ -144,7 +145,7 @@ def _objections(budget: ErrorBudget, lateness_ms: float, tpot_percent: float, cp
         if value is None:
             yield f"{name} was not measured"
         elif value > limit:
-            yield f"{name} is {value:.3g} {unit}, {limit:g} allowed"
+            yield f"{name} is {figure(value, limit)} {unit}, {figure(limit)} allowed"
 
 
 def _quantile(values: list[float], share: float) -> float | None:

@@ -125,10 +125,10 @@ def required_passed(checks: Collection[CheckResult]) -> CheckResult:
     """The share of required checks that pass, limit 1; its verdict is the worst among them."""
     needed = [result for result in checks if result.required]
     if not needed:
-        return not_measured("compatibility.required_passed", "no required behaviour applies", limit=1.0, unit="ratio")
+        return not_measured("compatibility.required_passed", "no required behaviour applies", limit=1.0, unit="share")
     bad = [result.check.partition(".")[2] for result in needed if result.verdict is not Verdict.PASS]
     share = (len(needed) - len(bad)) / len(needed)
     why = f"{len(needed) - len(bad)} of {len(needed)} required behaviours pass"
     why += f"; not: {', '.join(bad)}" if bad else ""
     check, verdict = "compatibility.required_passed", gate(needed)
-    return CheckResult(check=check, verdict=verdict, value=share, limit=1.0, unit="ratio", why=why)
+    return CheckResult(check=check, verdict=verdict, value=share, limit=1.0, unit="share", why=why)

@@ -19,6 +19,7 @@ from engines.errors import EngineError
 from engines.process.serving import Served
 from engines.process.telemetry import MemorySampler, Telemetry, interval, private_bytes, process_tree, shared_bytes
 from engines.settings import Endpoint
+from engines.units import quantity, size
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_calibration
@@ -128,8 +129,8 @@ def judge_client(budget: Mapping[str, Any], limit: float) -> CheckResult:
     share = budget["client_cpu_share"]
     if share is None:
         return not_measured("performance.client", "the self-test gave no CPU figure", limit=limit, unit="core")
-    late = "?" if budget["lateness_p99_ms"] is None else f"{budget['lateness_p99_ms']:.2g}"
-    why = f"the measuring client used {share:.1%} of a core in its self-test; it stamped chunks {late} ms late (p99)"
+    late = quantity(budget["lateness_p99_ms"], "ms")
+    why = f"the measuring client used {share:.1%} of a core in its self-test; it stamped chunks {late} late (p99)"
     verdict = Verdict.PASS if share <= limit else Verdict.INCONCLUSIVE
     return CheckResult(check="performance.client", verdict=verdict, value=share, limit=limit, unit="core", why=why)
 
@@ -144,7 +145,7 @@ def memory_figures(blocks: Sequence[Mapping[str, Any]], budgets: Mapping[str, st
     shared = {arm: _median_over(counted, arm, "pss_bytes") for arm in ARMS}
     if shared["incumbent"] is not None and shared["candidate"] is not None:
         # llama.cpp maps the model file: its weights are page cache, which private memory leaves out
-        mapped = f"; with mapped files {shared['candidate'] / 2**20:.4g} against {shared['incumbent'] / 2**20:.4g} MiB"
+        mapped = f"; with mapped files {size(shared['candidate'])} against {size(shared['incumbent'])}"
     allowed = "; ".join(f"{arm}'s cache budget: {budgets[arm]}" for arm in ARMS)
     return figure.model_copy(update={"why": f"{figure.why}{mapped} ({allowed})"})
 
@@ -305,7 +306,7 @@ def _figure(check: str, values: Mapping[str, float | None], unit: str, what: str
     candidate, incumbent = values["candidate"], values["incumbent"]
     if candidate is None or incumbent is None:
         return not_measured(check, f"{what}: not measured on both engines", unit=unit, required=False)
-    why = f"{what}: candidate {candidate:.4g} {unit}, incumbent {incumbent:.4g} {unit}"
+    why = f"{what}: candidate {quantity(candidate, unit)}, incumbent {quantity(incumbent, unit)}"
     return CheckResult(check=check, verdict=Verdict.PASS, value=candidate, unit=unit, why=why, required=False)
 
 

@@ -90,7 +90,7 @@ def _figure(phase: PhaseFacts, check: str) -> tuple[str, ...]:
         return NOT_MEASURED, "", "", ""
     unit = "share" if check.startswith("compatibility") else result.unit  # stored as a ratio of those that are required
     limit = "" if result.limit is None else quantity(result.limit, unit)
-    return quantity(result.value, unit), limit, f"**{result.verdict}**", _text(shortened(result.why))
+    return quantity(result.value, unit, result.limit), limit, f"**{result.verdict}**", _text(shortened(result.why))
 
 
 def _text(text: object) -> str:

@@ -94,9 +94,11 @@ def table(heads: Sequence[str], rows: Iterable[Html]) -> Html:
     return el("div", el("table", head, el("tbody", *rows), class_="stack"), class_="wide")
 
 
-def number(value: float | None, unit: str, shown: Callable[[float], str] | None = None) -> Html:
-    """A figure with its unit, or as `shown` says it; the exact value stands in `data-value`."""
-    words = shown(value) if shown and value is not None else quantity(value, unit)
+def number(
+    value: float | None, unit: str, shown: Callable[[float], str] | None = None, *, beside: float | None = None
+) -> Html:
+    """A figure with its unit, or as `shown` says it; `beside` is its limit. The exact value stands in `data-value`."""
+    words = shown(value) if shown and value is not None else quantity(value, unit, beside)
     return el("span", words, class_="num", data_value=None if value is None else repr(value))
 
 

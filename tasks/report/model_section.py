@@ -239,7 +239,7 @@ def _figures(model: ModelRecord) -> list[tuple[str, Html, Html, Html]]:
 def _check_row(result: CheckResult) -> Html:
     # a behaviour has no number: an empty cell says that better than "not measured"
     bare = result.value is None and result.limit is None and result.verdict in (Verdict.PASS, Verdict.FAIL)
-    value = DASH if bare else number(result.value, result.unit)
+    value = DASH if bare else number(result.value, result.unit, beside=result.limit)
     limit = number(result.limit, result.unit) if result.limit is not None else DASH
     name = Html(joined(result.check).replace(".", ".<wbr>"))
     return row(

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BadInput, NoMeasurement
+from engines.units import figure
 from tasks.verdicts.statistics import normal_cdf, normal_quantile, percentile, t_quantile
 from tasks.verdicts.verdict import CheckResult, Verdict, decided, worst
 
@@ -489,9 +490,9 @@ def _says(metric: Metric, estimate: _Estimate, low: float, high: float, level_a:
     """What was seen, in words: how many times worse, from which values, and how sure that is."""
     ratio = math.exp(estimate.mean)
     if metric.higher_is_better:
-        pair = f"incumbent {ratio:.2f}x the candidate ({level_a:.4g} against {level_b:.4g} {metric.unit})"
+        pair = f"incumbent {ratio:.2f}x the candidate ({figure(level_a)} against {figure(level_b)} {metric.unit})"
     else:
-        pair = f"candidate {ratio:.2f}x the incumbent ({level_b:.4g} against {level_a:.4g} {metric.unit})"
+        pair = f"candidate {ratio:.2f}x the incumbent ({figure(level_b)} against {figure(level_a)} {metric.unit})"
     return f"{pair}, {_times(low)} to {_times(high)} with 95 % confidence on each side"
 
 
@@ -508,8 +509,9 @@ def _times(log_ratio: float) -> str:
 
 def _too_fine(metric: Metric, level: float, client_error: float) -> str:
     return (
-        f"a margin of {100 * metric.margin:g} % of {level:.4g} {metric.unit} is under {CLIENT_ERROR_FACTOR:g} times "
-        f"the measuring client's own error ({client_error:.3g} {metric.unit}, p99): measure longer work or allow more"
+        f"a margin of {100 * metric.margin:g} % of {figure(level)} {metric.unit} is under {CLIENT_ERROR_FACTOR:g} "
+        f"times the measuring client's own error ({figure(client_error)} {metric.unit}, p99): measure longer work or "
+        "allow more"
     )
 
 

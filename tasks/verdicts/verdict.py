@@ -12,6 +12,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from engines.redaction import redacted_text
+from engines.units import quantity
 
 
 class Verdict(StrEnum):
@@ -65,7 +66,12 @@ def at_most(check: str, value: float | None, *, limit: float, unit: str, why: st
     verdict = Verdict.PASS if value <= limit else Verdict.FAIL
     sign = "<=" if verdict is Verdict.PASS else ">"
     return CheckResult(
-        check=check, verdict=verdict, value=value, limit=limit, unit=unit, why=why or f"{value:.4g} {sign} {limit:.4g}"
+        check=check,
+        verdict=verdict,
+        value=value,
+        limit=limit,
+        unit=unit,
+        why=why or f"{quantity(value, unit, limit)} {sign} {quantity(limit, unit)}",
     )
 
 
@@ -76,7 +82,12 @@ def at_least(check: str, value: float | None, *, limit: float, unit: str, why: s
     verdict = Verdict.PASS if value >= limit else Verdict.FAIL
     sign = ">=" if verdict is Verdict.PASS else "<"
     return CheckResult(
-        check=check, verdict=verdict, value=value, limit=limit, unit=unit, why=why or f"{value:.4g} {sign} {limit:.4g}"
+        check=check,
+        verdict=verdict,
+        value=value,
+        limit=limit,
+        unit=unit,
+        why=why or f"{quantity(value, unit, limit)} {sign} {quantity(limit, unit)}",
     )
 
 

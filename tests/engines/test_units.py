@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engines.units import ago, duration, figure, quantity, size
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -16,17 +23,63 @@ from engines.units import ago, duration, figure, quantity, size
         (0.0, "failures", "0 failures"),
         (1, "failures", "1 failure"),
         (12345.678, "ms", "12,346 ms"),
-        (0.97654, "share", "97.65 %"),
-        (1.0512345, "ratio", "1.051×"),
+        (11400.0, "tok/s", "11,400 tok/s"),
+        (0.97654, "share", "97.7 %"),
+        (0.99996, "share", "99.996 %"),
+        (1.0512345, "ratio", "1.05×"),
+        (0.09106, "ratio", "0.0911×"),
         (1.5 * 2**30, "bytes", "1.50 GiB"),
         (5e7, "bytes/day", "50 MB/day"),
-        (0.0000123, "nats", "1.23e-05 nats"),
+        (0.0000123, "nats", "0.000012 nats"),
+        (1e-9, "nats", "under 0.000001 nats"),
         (0.00281, "nats", "0.00281 nats"),
     ],
 )
 def test_quantities_read_alike_everywhere(value: float | None, unit: str, shown: str) -> None:
-    """Four significant digits, the unit behind; what is missing is said."""
+    """Three significant digits, the unit behind; what is missing is said."""
     assert quantity(value, unit) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "unit", "shown"),
+    [
+        (1.1004, 1.1, "ratio", "1.1004×"),
+        (1.1, 1.1, "ratio", "1.1×"),
+        (0.9696, 0.97, "share", "96.96 %"),
+        (2484.3, 2484.0, "ms", "2,484.3 ms"),
+        (10.9, 1.1, "ratio", "10.9×"),
+    ],
+)
+def test_a_value_beyond_its_limit_never_reads_like_the_limit(value: float, limit: float, unit: str, shown: str) -> None:
+    """As many digits as set the two apart, and no more."""
+    assert quantity(value, unit, beside=limit) == shown
+
+
+@given(st.floats(-1e12, 1e12))
+def test_any_figure_is_one_that_a_person_reads(number: float) -> None:
+    """No exponent, thousands marked, and as near to the number as three digits can be."""
+    shown = figure(number)
+    assert re.fullmatch(r"(under )?-?\d{1,3}(,\d{3})*(\.\d{1,6})?", shown), shown
+    if not shown.startswith("under"):
+        assert float(shown.replace(",", "")) == pytest.approx(number, rel=5.1e-3, abs=1e-6)
+
+
+def test_no_text_is_made_with_an_exponent() -> None:
+    """`{x:.3g}` prints 11400 as 1.14e+04: people's figures go through `engines.units`."""
+    found = []
+    for file in [
+        path for folder in ("engines", "tasks", "migrations", "flows") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]:
+        specs = (
+            one.format_spec for one in ast.walk(ast.parse(file.read_text())) if isinstance(one, ast.FormattedValue)
+        )
+        words = (
+            "".join(str(part.value) for part in spec.values if isinstance(part, ast.Constant))
+            for spec in specs
+            if isinstance(spec, ast.JoinedStr)
+        )
+        found += [f"{file.relative_to(ROOT)}: {word}" for word in words if re.search(r"\.\d+[ge]$", word)]
+    assert found == []
 
 
 def test_figures_keep_their_size() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from engines.mistral_rs.native.engine import Native
 from engines.mistral_rs.native.requests import Json
+from engines.units import figure
 
 Chat = Callable[[Json], Awaitable[Json]]  # the body of a chat completion in, OpenAI's response body out
 Tools = Mapping[str, "Tool"]
@@ -132,7 +133,7 @@ async def _result(name: str, arguments: Any, tools: Tools, limit_s: float) -> st
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except Exception as error:
         if limit.expired():
-            return f"error: {name} did not end within {limit_s:.3g} s"
+            return f"error: {name} did not end within {figure(limit_s)} s"
         return f"error: {name} failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 

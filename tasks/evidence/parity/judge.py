@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engines.units import figure
 from tasks.evidence.parity.asking import Evidence
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.degenerate import LOOP
@@ -95,7 +96,7 @@ def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits)
         # the fixed p99 limit is far over any mean that passes: it does not move with the floor
         limit = max(least, FLOOR_FACTOR * own) if name == "mean_kld" else least
         value, check = comparison[name], f"parity.{name}"
-        why = f"{_basis(comparison)}; own noise {f'{own:.2g}' if floors else 'not measured'}"
+        why = f"{_basis(comparison)}; own noise {figure(own) if floors else 'not measured'}"
         if value is None or (value <= limit and comparison["positions"] < MIN_POSITIONS):
             why += f"; {MIN_POSITIONS} positions wanted"
             results.append(not_measured(check, why, limit=limit, unit="nats").model_copy(update={"value": value}))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engines.units import duration
+from engines.units import duration, figure, quantity
 from tasks.verdicts.statistics import Slope, binomial_tail, bucket_medians, poisson_upper_rate, theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, decided, not_measured
 
@@ -70,8 +70,8 @@ def judge_slope(slope: Slope, *, soak_s: float, limit_bytes_per_day: float) -> C
     fails, passes = low > 0 and per_day > limit_bytes_per_day, high < limit_bytes_per_day
     verdict = decided(fails=required and fails, passes=required and passes)
     why = (
-        f"memory moved by {per_day / 1e6:.3g} MB a day (95 % between {low / 1e6:.3g} and {high / 1e6:.3g}), limit "
-        f"{limit_bytes_per_day / 1e6:.3g}"
+        f"memory moved by {quantity(per_day, LEAK_UNIT, limit_bytes_per_day)} (95 % between {figure(low / 1e6)} and "
+        f"{figure(high / 1e6)}), limit {quantity(limit_bytes_per_day, LEAK_UNIT)}"
     )
     if not required:
         why += f"; {duration(soak_s)} cannot distinguish a filling cache from a leak; soak for two days"
@@ -91,8 +91,8 @@ def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Check
     """Exact conditional test: were both engines equally prone, each failure would fall on the candidate by exposure."""
     k, k_theirs = len(ours["failures"]), len(theirs["failures"])
     exposure = (
-        f"{duration(ours['exposure_s'])} and {ours['requests']} requests (incumbent: {k_theirs} in "
-        f"{duration(theirs['exposure_s'])} and {theirs['requests']})"
+        f"{duration(ours['exposure_s'])} and {ours['requests']:,} requests (incumbent: {k_theirs} in "
+        f"{duration(theirs['exposure_s'])} and {theirs['requests']:,})"
     )
     if k == 0 and ours["requests"]:
         verdict, why = Verdict.PASS, f"no failure in {exposure}"
@@ -115,11 +115,11 @@ def _judge_rate(
         return not_measured(check, "no exposure", limit=failures_per_day, unit=unit, required=can_prove)
     upper = poisson_upper_rate(len(ours["failures"]), ours["exposure_s"] / DAY_S)
     per_request = poisson_upper_rate(len(ours["failures"]), ours["requests"]) if ours["requests"] else None
-    why = f"with 95 % confidence under {upper:.3g} failures a day"
+    why = f"with 95 % confidence under {figure(upper)} failures a day"
     why += f" and under {per_request:.2%} of requests" if per_request is not None else ""
     if theirs["exposure_s"]:
         upper_theirs = poisson_upper_rate(len(theirs["failures"]), theirs["exposure_s"] / DAY_S)
-        why += f" (incumbent: under {upper_theirs:.3g} a day)"
+        why += f" (incumbent: under {figure(upper_theirs)} a day)"
     verdict = Verdict.PASS if upper <= failures_per_day else Verdict.INCONCLUSIVE
     if verdict is Verdict.INCONCLUSIVE:
         needed_s = poisson_upper_rate(len(ours["failures"]), 1.0) / failures_per_day * DAY_S

@@ -101,7 +101,8 @@ def judge_silent_empty(
     lower = clopper_pearson_lower(k, n) - (k_theirs / n_theirs if n_theirs else 0.0)
     passes = k == 0 or upper <= margin
     verdict = decided(fails=not passes and lower > margin, passes=passes)
-    why = f"{k} of {n} answers were a 200 without a token (incumbent: {k_theirs} of {n_theirs}); under {upper:.2%} more"
+    theirs = f"incumbent: {k_theirs:,} of {n_theirs:,}"
+    why = f"{k:,} of {n:,} answers were a 200 without a token ({theirs}); under {upper:.2%} more"
     return CheckResult(check=SILENT_EMPTY, verdict=verdict, value=upper, limit=margin, unit="share", why=why)
 
 

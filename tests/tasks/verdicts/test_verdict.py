@@ -77,8 +77,8 @@ def test_a_limit_itself_is_allowed(value: float | None, most: Verdict, least: Ve
 
 def test_a_result_says_why_with_its_numbers() -> None:
     """Unless it was told better."""
-    assert at_most("c", 2.0, limit=1.0, unit="ms").why == "2 > 1"
-    assert at_least("c", 2.0, limit=1.0, unit="ms").why == "2 >= 1"
+    assert at_most("c", 2.0, limit=1.0, unit="ms").why == "2 ms > 1 ms"
+    assert at_least("c", 2.0, limit=1.0, unit="ms").why == "2 ms >= 1 ms"
     assert at_most("c", 2.0, limit=1.0, unit="ms", why="p95").why == "p95"
     assert at_most("c", None, limit=1.0, unit="ms").why == "no samples"
 
