@@ -68,7 +68,11 @@ def init(
         print_json(written)
         return
     out.print(f"{output} written: {', '.join(written['models'])}")
-    for title, word in (("unsupported", "not supported"), ("notes", "note"), ("unknown", "not understood")):
+    for title, word in (
+        ("unsupported", "not supported"),
+        ("notes", "note"),
+        ("unknown", "kept, though no llama-server known here lists it"),
+    ):
         for line in written[title]:
             out.print(f"  {word}: {line}", markup=False)
     out.print(next_command(f"switchyard preflight {output}") + f", then [bold]switchyard evaluate {output}[/bold]")
@@ -107,7 +111,7 @@ def write_plan(
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
         "unsupported": gaps,
         "notes": [note for command in commands for note in _notes(command, models)] + ([key] if key else []),
-        "unknown": [flag for command in commands for flag in command.unknown],
+        "unknown": _unknown(commands, plan.incumbent),
     }
 
 
@@ -169,8 +173,18 @@ def _notes(command: LlamaServerCommand, models: Sequence[Path]) -> list[str]:
     own, has = OWN_ARGS.flags(command.own), OWN_ARGS.other_server(command.own)
     kinds = [f"{has}; the yard serves it, and it cannot be moved: an evaluation compares chat"] if has else []
     kinds += [f"{key}: {what}" for key, what in PARTLY_MOVED.items() if key in own]
-    listed = [f"{flag}: no llama-server known here lists it; kept as it stands" for flag in command.unknown]
-    return [*kinds, *command.notes, *absent, *listed]
+    return [*kinds, *command.notes, *absent]
+
+
+def _unknown(commands: Sequence[LlamaServerCommand], incumbent: EngineChoice) -> list[str]:
+    """Flags that no list here has, and that the incumbent's own help does not have either."""
+    unknown = [flag for command in commands for flag in command.unknown]
+    with contextlib.suppress(EngineError):
+        known = (
+            driver(incumbent.engine).find(incumbent.form, incumbent.binary) if unknown and incumbent.binary else None
+        )
+        unknown = [flag for flag in unknown if not (known and known.knows(flag.partition(" ")[0]))]
+    return unknown
 
 
 def _settings(command: LlamaServerCommand, incumbent: EngineChoice) -> Settings:
