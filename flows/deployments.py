@@ -75,7 +75,8 @@ def _evaluated(plan: Plan, path: Path, *, with_soak: bool) -> dict[str, Any]:
         raise DoesNotFit(f"skipped: {why}; stop the yard and run `switchyard evaluate {path}` to measure all the same")
     with open_records() as records:
         unfinished = records.unfinished(plan.model_dump(mode="json"))
-    return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None, with_soak=with_soak)
+    command = ("switchyard", "evaluate", str(path))
+    return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None, with_soak=with_soak, command=command)
 
 
 @flow(name="migrate", flow_run_name=lambda: _name("migrate"), persist_result=False)

@@ -31,13 +31,18 @@ KINDS = {"prompt tokens": "parity.tokens", "answers": "parity.answers"}  # of ev
 
 @flow(name="evaluate-plan", flow_run_name="evaluate {plan.name}", persist_result=False)
 def evaluate(
-    plan: Plan, resume: str | None = None, allow_retired: bool = False, with_soak: bool = True
+    plan: Plan,
+    resume: str | None = None,
+    allow_retired: bool = False,
+    with_soak: bool = True,
+    command: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Measure and judge every model of the plan; `resume` is a run that was killed or interrupted.
 
-    Without a soak, stability is judged by that of an earlier evaluation of just this, and is INCONCLUSIVE without one.
+    `command` is what a person types to repeat it, for the report. Without a soak, stability is judged by that of an
+    earlier evaluation of just this, and is INCONCLUSIVE without one.
     """
-    with opened(plan, resume, allow_retired=allow_retired) as (bench, run):
+    with opened(plan, resume, allow_retired=allow_retired, command=command) as (bench, run):
         trials = [Trial(bench, model, progress.get().say) for model in plan.models]
         for trial in trials:
             trial.forget_unmeasured()

@@ -54,9 +54,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phases:
-    """What carries out each phase; a model's move takes the plan's path as well, retirement who approves it and why."""
+    """What carries out each phase: all but retirement take the plan's path, retirement who approves it and why."""
 
-    evaluate: Callable[[Plan, str | None], Json]
+    evaluate: Callable[[Plan, str | None, Path], Json]
     subprocess: Callable[[Plan, Path, Orders], Json]
     native: Callable[[Plan, Path, Orders], Json]
     deprecate: Callable[[Plan, str, str], Json]
@@ -64,7 +64,7 @@ class Phases:
 
 
 REAL = Phases(  # as plain functions of the one flow: a subflow cannot be suspended for an answer
-    evaluate=evaluate.fn,
+    evaluate=lambda plan, resume, path: evaluate.fn(plan, resume, command=("switchyard", "evaluate", str(path))),
     subprocess=to_subprocess,
     native=to_native,
     deprecate=deprecate,
@@ -144,7 +144,7 @@ class WholeMigration:
         if again is not None or not all(found.verdict for found, _ in waiting):
             self.run.begin()
             unfinished = self.run.records.unfinished(self.plan.model_dump(mode="json"))
-            self.phases.evaluate(self.plan, unfinished.id if unfinished else again)
+            self.phases.evaluate(self.plan, unfinished.id if unfinished else again, self.path)
 
     def _is_incomplete(self, found: PhaseOne, model: ModelPlan) -> bool:
         """Whether the evaluation behind a verdict lacks a check of this model that a resumed run would carry out."""

@@ -111,5 +111,6 @@ def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
         unfinished = records.unfinished(derived.model_dump(mode="json"), kind="evaluate")
     # both forms are evaluated against each other, unless the records have a verdict on just this
     if not all(found.open or model_id in orders.override for model_id, found in known.items()):
-        evaluate.fn(derived, unfinished.id if unfinished else None)
+        command = ("switchyard", "migrate", str(plan_path), "--phase", "native")
+        evaluate.fn(derived, unfinished.id if unfinished else None, command=command)
     return carried_out(NATIVE, derived, Yards(plan, folder, plan_path), orders)

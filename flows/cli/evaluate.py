@@ -58,7 +58,10 @@ def evaluate(
         earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
     if earlier is not None:
         errors.print(f"run {earlier.id} of this plan is unfinished; to resume it: --resume {earlier.id}")
-    finish(with_prefect(folder, "flows.evaluate:evaluate")(plan, run_id, allow_retired), json_, _show)
+    command = ["switchyard", "evaluate", "demo" if target == "demo" else str(Path(target or "").absolute())]
+    command += ["--soak", soak] if soak else []
+    run = with_prefect(folder, "flows.evaluate:evaluate")
+    finish(run(plan, run_id, allow_retired, command=tuple(command)), json_, _show)
 
 
 def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -35,8 +35,10 @@ from tasks.records.store import open_records
 
 
 @contextlib.contextmanager
-def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> Iterator[tuple[Bench, RunJournal]]:
-    """The bench and the journal of its run, which is new, or the one to `resume`."""
+def opened(
+    plan: Plan, resume: str | None, *, allow_retired: bool = False, command: Sequence[str] = ()
+) -> Iterator[tuple[Bench, RunJournal]]:
+    """The bench and the journal of its run, which is new, or the one to `resume`; `command` is what repeats it."""
     home = default_home()
     end_orphans(home)
     if not allow_retired:
@@ -48,7 +50,7 @@ def opened(plan: Plan, resume: str | None, *, allow_retired: bool = False) -> It
         if earlier is not None and recorded_plan(earlier.plan) != recorded_plan(redact(asked)):
             why = "was made with another plan; start a new run, or resume it without naming a plan"
             raise BadInput(f"run {earlier.id} {why}")
-        with run_journal(records, "evaluate", asked, unfinished=earlier) as run:
+        with run_journal(records, "evaluate", asked, unfinished=earlier, command=command) as run:
             run.begin()
             with progress.get().step("self-test of the measuring client"):  # in a resumed run as well
                 budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))

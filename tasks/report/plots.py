@@ -26,6 +26,7 @@ LOG_FROM = 3.0  # medians further apart than this are drawn on a logarithmic axi
 MAX_DOTS = 400
 MAX_POINTS = 600
 TICK_GAP = 42.0
+CHAR = 6.8  # the width of a digit, about
 ARMS = ("incumbent", "candidate")
 Names = Mapping[str, str]
 
@@ -91,16 +92,17 @@ class Divergence:
 def strips(title: str, unit: str, samples: Mapping[str, Sequence[float]], names: Names) -> Html:
     """Every sample of both engines as a mark, with quartile box and median; logarithmic where medians differ much."""
     scale = _strip_scale([list(samples[arm]) for arm in ARMS])
-    rows, summary = [], []
+    rows, summary, bands = [], [], []
     for arm, y in zip(ARMS, (44.0, 96.0), strict=True):
         values = sorted(samples[arm])
         words = _strip_words(values, unit)
         summary.append(f"{arm} {names[arm]}: {words}")
         rows += [_text(8, y - 20, f"{arm}: {words}", class_=f"label {arm}"), *_strip(values, scale, y, arm)]
+        bands.append((y - 15, y + 15))
     words = f"{unit}, logarithmic axis" if scale.log else unit
-    drawing = joined(_x_axis(scale, 122.0, words, top=30.0), *rows)
+    drawing = joined(_x_axis(scale, 122.0, words, bands), *rows)
     read = "One mark per request of the blocks that count; the box holds the middle half, the thick bar is the median."
-    return _plot(title, "; ".join(summary), drawing, 152, read)
+    return _plot(title, "; ".join(summary), drawing, 154, read)
 
 
 def ratios(title: str, rows: Sequence[RatioRow]) -> Html:
@@ -108,16 +110,18 @@ def ratios(title: str, rows: Sequence[RatioRow]) -> Html:
     scale = _ratio_scale(rows)
     top, step = 8.0, 62.0
     bottom = top + step * len(rows)
-    drawn: list[Html] = [_x_axis(scale, bottom, "candidate ÷ incumbent, per block; right of 1 is worse", top=top)]
-    drawn.append(_line(scale.at(1.0), top, scale.at(1.0), bottom, class_="equal"))
-    for number, row in enumerate(rows):
-        drawn += _ratio_row(row, scale, top + step * number)
+    tops = [top + step * number for number in range(len(rows))]
+    bands = [(here + 30, here + 59) for here in tops]  # a row's words stand above its band, clear of every line
+    drawn: list[Html] = [_x_axis(scale, bottom, "candidate ÷ incumbent, per block; right of 1 is worse", bands)]
+    drawn += [_line(scale.at(1.0), start, scale.at(1.0), end, class_="equal") for start, end in bands]
+    for here, row in zip(tops, rows, strict=True):
+        drawn += _ratio_row(row, scale, here)
     summary = "; ".join(f"{row.label} {row.verdict}: {_ratio_words(row)}" for row in rows)
     read = (
         "Dots: blocks (hollow: discarded, not counted). Diamond and bar: mean and interval. A metric passes where the "
         "whole bar is left of the dashed limit, fails where it is right of it, and is undecided where it crosses."
     )
-    return _plot(title, summary, joined(*drawn), bottom + 30, read)
+    return _plot(title, summary, joined(*drawn), bottom + 32, read)
 
 
 def memory_lines(title: str, series: Mapping[str, Series], names: Names) -> Html:
@@ -127,10 +131,10 @@ def memory_lines(title: str, series: Mapping[str, Series], names: Names) -> Html
     lowest, highest = min(v for _, v in points), max(v for _, v in points)
     low = 0.0 if lowest < highest / 2 else lowest - 0.2 * (highest - lowest or highest * 0.1)
     x = Scale(0.0, max(max(t for t, _ in points), 1.0))
-    y = Scale(low, highest * 1.02 if highest > low else low + 1.0, 186.0, 52.0)
+    y = Scale(low, highest * 1.02 if highest > low else low + 1.0, 194.0, 64.0)
     unit = 2**30 if y.high >= 2 * 2**30 else 2**20
-    drawn = [_time_axis(x, 186.0), *_y_grid(Scale(y.low / unit, y.high / unit, y.start, y.end))]
-    drawn.append(_text(8, 46, "GiB" if unit == 2**30 else "MiB"))
+    drawn = [_time_axis(x, 194.0), *_y_grid(Scale(y.low / unit, y.high / unit, y.start, y.end))]
+    drawn.append(_text(8, 50, "GiB" if unit == 2**30 else "MiB"))
     summary = []
     for number, arm in enumerate(shown):
         words = _memory_words(series[arm])
@@ -141,17 +145,18 @@ def memory_lines(title: str, series: Mapping[str, Series], names: Names) -> Html
     read = "Anonymous memory and swap of the engine's processes" + (
         "." if low == 0.0 else "; the axis does not start at 0."
     )
-    return _plot(title, "; ".join(summary), joined(*drawn), 218, read)
+    return _plot(title, "; ".join(summary), joined(*drawn), 226, read)
 
 
 def divergences(title: str, found: Sequence[Divergence], tie_gap: float) -> Html:
     """Position of every first difference against how near a tie it was; under the line a near tie explains it."""
     gaps = [gap for one in found for gap in (one.top_gap, one.choice_gap) if gap is not None and math.isfinite(gap)]
     x = Scale(0.0, max(1.0, *(one.position for one in found)) * 1.05)
-    y = Scale(0.0, max([*gaps, tie_gap]) * 1.15, 180.0, 14.0)
-    drawn: list[Html] = [_x_axis(x, 180.0, "tokens before the first difference"), *_y_grid(y)]
+    y = Scale(0.0, max([*gaps, tie_gap]) * 1.15, 200.0, 34.0)
+    drawn: list[Html] = [_x_axis(x, 200.0, "tokens before the first difference"), *_y_grid(y)]
     drawn.append(_line(LEFT, y.at(tie_gap), RIGHT, y.at(tie_gap), class_="limit"))
-    drawn.append(_text(RIGHT, y.at(tie_gap) - 4, f"limit of a near tie {figure(tie_gap)} nats", anchor="end"))
+    drawn += [_text(8, 15, "nats"), _line(LEFT, 11, LEFT + 24, 11, class_="limit")]
+    drawn.append(_text(LEFT + 30, 15, f"limit of a near tie, {figure(tie_gap)} nats"))
     for one in found:
         drawn += _divergence(one, x, y)
     unexplained = sum(one.explained is False for one in found)
@@ -161,7 +166,7 @@ def divergences(title: str, found: Sequence[Divergence], tie_gap: float) -> Html
     read = (
         f"{summary} Height: nats by which the incumbent prefers its own token to the candidate's; bar: to its second."
     )
-    return _plot(title, summary, joined(*drawn), 212, read)
+    return _plot(title, summary, joined(*drawn), 232, read)
 
 
 def token_counts(title: str, pairs: Sequence[tuple[int, int]]) -> Html:
@@ -170,16 +175,16 @@ def token_counts(title: str, pairs: Sequence[tuple[int, int]]) -> Html:
     log = least > 0 and most > 10 * least
     low = least / 1.3 if log else 0.0
     x = Scale(low, most * 1.1, log=log)
-    y = Scale(low, most * 1.1, 200.0, 12.0, log=log)
+    y = Scale(low, most * 1.1, 214.0, 30.0, log=log)
     off = sum(a != b for a, b in pairs)
-    drawn: list[Html] = [_x_axis(x, 200.0, "tokens, incumbent" + (", logarithmic axes" if log else "")), *_y_grid(y)]
+    drawn: list[Html] = [_x_axis(x, 214.0, "tokens, incumbent" + (", logarithmic axes" if log else "")), *_y_grid(y)]
     drawn.append(_line(x.at(low), y.at(low), x.at(most * 1.1), y.at(most * 1.1), class_="equal"))
-    drawn.append(_text(LEFT + 6, 22, "tokens, candidate"))
+    drawn.append(_text(8, 14, "tokens, candidate"))
     for ours, theirs in pairs:
         at = x.at(ours), y.at(theirs)
         drawn.append(_cross(*at, "candidate") if ours != theirs else _mark("neutral", *at, 3.4))
     summary = f"{len(pairs) - off} of {len(pairs)} prompts have equally many tokens; {off} differ (crosses)."
-    return _plot(title, summary, joined(*drawn), 232, summary)
+    return _plot(title, summary, joined(*drawn), 246, summary)
 
 
 def thinned(series: Series, limit: int = MAX_POINTS) -> list[list[tuple[float, float]]]:
@@ -227,7 +232,7 @@ def _strip_words(values: Sequence[float], unit: str) -> str:
     if not values:
         return "not measured"
     p95 = percentile(values, 0.95)
-    return f"median {figure(median(values))} {unit}, p95 {figure(p95)} {unit}, n = {len(values)}"
+    return f"median {figure(median(values))} {unit}, p95 {figure(p95)} {unit}, n = {len(values):,}"
 
 
 def _strip(values: Sequence[float], scale: Scale, y: float, arm: str) -> list[Html]:
@@ -295,7 +300,7 @@ def _memory_words(series: Series) -> str:
     if not len(known):
         return "not measured"
     first, peak, last = (size(float(value)) for value in (known[0], known.max(), known[-1]))
-    return f"first {first}, peak {peak}, last {last}"
+    return f"{first} to {last}, peak {peak}"
 
 
 def _time_axis(x: Scale, y: float) -> Html:
@@ -336,13 +341,15 @@ def _plot(title: str, summary: str, drawing: Html, height: float, read: str) -> 
     return el("figure", el("h4", title), svg, el("figcaption", read), class_="plot")
 
 
-def _x_axis(scale: Scale, y: float, words: str, top: float | None = None) -> Html:
+def _x_axis(scale: Scale, y: float, words: str, bands: Sequence[tuple[float, float]] = ()) -> Html:
+    """The axis at `y` with its ticks, whose lines cross the `bands` (from, to) alone."""
     drawn = []
-    for value in scale.ticks():
+    widest = max((len(figure(value)) for value in scale.ticks()), default=1)
+    edge = WIDTH - CHAR * widest / 2
+    for value in scale.ticks(max(TICK_GAP, CHAR * widest + 12)):
         at = scale.at(value)
-        if top is not None:
-            drawn.append(_line(at, top, at, y, class_="grid"))
-        drawn += [_line(at, y, at, y + 4, class_="axis"), _text(at, y + 15, figure(value), anchor="middle")]
+        drawn += [_line(at, start, at, end, class_="grid") for start, end in bands]
+        drawn += [_line(at, y, at, y + 4, class_="axis"), _text(min(at, edge), y + 15, figure(value), anchor="middle")]
     axis = _line(scale.start, y, scale.end, y, class_="axis")
     return joined(*drawn, axis, _text((scale.start + scale.end) / 2, y + 28, words, anchor="middle"))
 

@@ -93,6 +93,7 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
         self_test=None if self_test is None else self_test.payload,
         unsupported=dict.fromkeys(unsupported),
         accepted=plan.get("accepted_unsupported") or (),
+        command=_command(run, outcome),
         plan_json=json.dumps(run.plan, indent=2, ensure_ascii=False),
         model_section=model_section,
         duration=duration,
@@ -104,6 +105,12 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
     )
     title = joined(f"{run.name}: {outcome.get('verdict', NOT_MEASURED)} · Switchyard report {run.id}")
     return page_template().substitute(title=title, body=body)
+
+
+def _command(run: Run, outcome: Mapping[str, Any]) -> str:
+    """What repeats the run, as it was typed; older runs recorded none."""
+    recorded = run.environment.get("command") if isinstance(run.environment, Mapping) else None
+    return shlex.join(recorded or ["switchyard", "evaluate", "demo" if outcome.get("cannot_prove") else "PLAN.toml"])
 
 
 def _replace(path: Path, page: str) -> None:

@@ -21,8 +21,12 @@ def test_an_evaluation_is_on_record_before_its_self_test(tmp_path: Path, monkeyp
     monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(run, "self_test", interrupted)
     plan = load_plan(plan_of(tmp_path, "m"))
-    with pytest.raises(KeyboardInterrupt), run.opened(plan, None):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        run.opened(plan, None, command=("switchyard", "evaluate", "/plans/a b.toml")),
+    ):
         pass
     with open_records(tmp_path / "home" / "switchyard.db") as records:
         (recorded,) = records.history(kind="evaluate")
     assert (recorded.name, recorded.status) == ("played", "interrupted")
+    assert recorded.environment["command"] == ["switchyard", "evaluate", "/plans/a b.toml"]

@@ -75,7 +75,7 @@ class Box:
         if self.breaks == what:
             raise KeyboardInterrupt
 
-    def _evaluate(self, plan: Plan, _resume: str | None) -> dict[str, Any]:
+    def _evaluate(self, plan: Plan, _resume: str | None, _path: Path) -> dict[str, Any]:
         self._note("evaluate")
         run = self.records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
         for model in plan.models:

@@ -209,6 +209,15 @@ def read_model(records: Records, run_id: str, checks: list[CheckResult]) -> Mode
     return ModelRecord.read(records, records.find_run(run_id), outcome(run_id, checks)["models"][0])
 
 
+def test_the_command_that_repeats_it_is_the_one_that_was_given(records: Records, tmp_path: Path) -> None:
+    """With the plan's own path, quoted for a shell; older runs did not record it."""
+    command = ["switchyard", "evaluate", "/plans/my server.toml", "--soak", "6h"]
+    run_id = records.start_run("evaluate", "trial", PLAN, environment={"command": command}).id
+    page = Page(write_report(records, run_id, outcome(run_id, []), tmp_path / "r.html").read_text("utf-8"))
+    assert f"switchyard evaluate '/plans/my server.toml' --soak 6h\nswitchyard report {run_id}" in page.text
+    assert "switchyard evaluate PLAN.toml" in Page(full_page(records, tmp_path / "old.html")).text
+
+
 # what comes from outside
 
 
