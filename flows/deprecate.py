@@ -73,7 +73,10 @@ class Deprecation:
         has_retired = unfinished and any(step.step == "retire" for step in self.records.steps(unfinished.id))
         if gone is not None and not has_retired:
             return self._outcome(None, "already retired", Verdict.PASS, gone.line(self.engine), gone.archive)
-        closing = {"on_error": "interrupted", "interrupted_by": lambda error: str(error) or type(error).__name__}
+        closing: dict[str, Any] = {
+            "on_error": "interrupted",
+            "interrupted_by": lambda error: str(error) or type(error).__name__,
+        }
         with run_journal(self.records, KIND, asked, unfinished=unfinished, **closing) as run:
             outcome = self._steps(run, state)
             run.finish("done", verdict=Verdict(outcome["verdict"]))

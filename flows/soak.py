@@ -130,7 +130,10 @@ class SoakRun:
         unfinished = self.records.unfinished(self.asked, kind=KIND)
         if unfinished is not None and unfinished.verdict is not None:
             unfinished = None  # a breach ended it
-        closing = {"on_error": "interrupted", "interrupted_by": lambda error: f"broken off: {type(error).__name__}"}
+        closing: dict[str, Any] = {
+            "on_error": "interrupted",
+            "interrupted_by": lambda error: f"broken off: {type(error).__name__}",
+        }
         with run_journal(self.records, KIND, self.asked, unfinished=unfinished, **closing) as run:
             ends = [self._end_of(target) for target in found]
             if going := [target for target, end in zip(found, ends, strict=True) if end is None]:
