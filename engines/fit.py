@@ -14,7 +14,7 @@ from engines.model.free_memory import Device, FreeMemory, free_memory
 from engines.model.header import Header
 from engines.model.memory import MemoryCase, Part, why_unsized
 from engines.registry import driver
-from engines.settings import Settings
+from engines.settings import EngineArgs, Settings
 from engines.units import size
 
 FitVerdict = Literal["fits", "tight", "unknown", "does not fit"]
@@ -70,10 +70,11 @@ def estimate(
     engine: str,
     context_tokens: int | None = None,
     *,
+    own: EngineArgs | None = None,
     memory: FreeMemory | None = None,
     correction: float | None = None,
 ) -> Fit:
-    """Whether the model fits under `engine` with `settings`, against `memory` (default: what is free now).
+    """Whether the model fits under `engine` with `settings` and its `own` flags, against `memory` (default: free now).
 
     `context_tokens` is for all sequences together; without it the setting counts, then the trained context.
     `correction` is a stored ratio of measured to expected bytes: it moves the expected figure, and widens the range.
@@ -94,7 +95,7 @@ def estimate(
     # an engine takes the whole GPU when no number of layers is set; one more than the model has: the output too
     wanted = header.n_layers + 1 if settings.gpu_layers is None else settings.gpu_layers
     gpu_layers = 0 if free.vram_bytes is None else min(wanted, header.n_layers + 1)
-    case = MemoryCase(header, settings, context, gpu_layers, free)
+    case = MemoryCase(header, settings, context, gpu_layers, free, own or EngineArgs())
     parts = tuple(part for part in asked.memory_parts(case) if part.high)
     needs = tuple(_needs(parts, free, correction))
     verdict: FitVerdict = max((need.verdict for need in needs), key=WORSE.index, default="unknown")

@@ -185,8 +185,12 @@ class OwnArgs:
 
     def flags(self, own: EngineArgs) -> dict[str, Flag]:
         """What `own` asks of the engine by its key: variables first, since a flag wins over its variable."""
+        return {flag.key: flag for flag in self.in_order(own)}
+
+    def in_order(self, own: EngineArgs) -> list[Flag]:
+        """What `own` asks of the engine, the later of two that contradict each other being the one that counts."""
         stand_for = (self.flag_of(name, value) for name, value in own.env.items())
-        return {flag.key: flag for flag in (*filter(None, stand_for), *self.split(own.args))}
+        return [*filter(None, stand_for), *self.split(own.args)]
 
     def other_server(self, own: EngineArgs) -> str | None:
         """What `own` makes the engine instead of a server for chat and completions; None for one of those."""

@@ -9,6 +9,7 @@ from engines.model.free_memory import Device
 from engines.model.memory import (
     DEFAULT_UBATCH,
     MIB,
+    Cells,
     MemoryCase,
     Part,
     compute_bytes,
@@ -32,7 +33,7 @@ def memory_parts(case: MemoryCase) -> list[Part]:
     low, expected, high = (300, 1500, 3000) if header.tokenizer_model == "llama" else (50, 200, 600)
     process = (20 * MIB + low * vocab, 40 * MIB + expected * vocab, 160 * MIB + high * vocab)
     # prefill is not cut into micro-batches up to 0.9.2: activations follow the prompt
-    compute = compute_bytes(header, case.context, parallel, DEFAULT_UBATCH)
+    compute = compute_bytes(header, Cells(case.context, 0), parallel, DEFAULT_UBATCH)
     return [
         exactly("weights", where, header.tensor_bytes, "a private copy of every tensor, not a mapping of the file"),
         Part("token embedding", where, elements * 2, elements * 4, elements * 4, "token_embd again, dequantized"),

@@ -79,6 +79,7 @@ class Header:
     sliding_window: int | None
     sliding: tuple[bool, ...]
     shared_kv_layers: int  # so many of the last reuse the KV of earlier ones
+    nextn_layers: int  # so many of the last predict further tokens (MTP); they have no part in an ordinary answer
     kv_lora_rank: int | None
     key_length_mla: int | None
     rope_dimension: int | None
@@ -94,6 +95,11 @@ class Header:
     chat_template: str | None
     template_shows_tools: bool | None
     notes: tuple[str, ...]
+
+    @property
+    def main_layers(self) -> int:
+        """The layers that every token passes."""
+        return self.n_layers - self.nextn_layers
 
     def tensor(self, name: str) -> Tensor | None:
         return next((tensor for tensor in self.tensors if tensor.name == name), None)
@@ -166,9 +172,15 @@ class _Meta:
             return None
         if not isinstance(value, tuple):
             return (self._natural(key, value),) * n_layers
-        if len(value) < n_layers:
+        # some files leave out the layers that predict further tokens
+        if len(value) < n_layers - self.nextn_layers:
             raise BadInput(f"{self.path}: {key} has {len(value)} values for {n_layers} layers; convert the model again")
-        return tuple(self._natural(key, item) for item in value[:n_layers])
+        numbers = tuple(self._natural(key, item) for item in value[:n_layers])
+        return numbers + (numbers[-1:] or (0,)) * (n_layers - len(numbers))
+
+    @property
+    def nextn_layers(self) -> int:
+        return self.whole("nextn_predict_layers") or 0
 
     def _natural(self, key: str, value: Value) -> int:
         if not isinstance(value, int) or not 0 <= value < 1 << 40:
@@ -217,6 +229,7 @@ def _interpret(path: Path, shards: list[GgufFile]) -> Header:
         sliding_window=window,
         sliding=sliding,
         shared_kv_layers=min(shared, n_layers),
+        nextn_layers=min(meta.nextn_layers, n_layers),
         kv_lora_rank=meta.whole("attention.kv_lora_rank"),
         key_length_mla=meta.whole("attention.key_length_mla"),
         rope_dimension=meta.whole("rope.dimension_count"),

@@ -6,15 +6,18 @@ The formulas follow llama.cpp (`llama-kv-cache*.cpp`, `llama-hparams.cpp`, `src/
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
+from typing import Literal
 
 from engines.errors import BadInput
 from engines.model.free_memory import Device, FreeMemory
+from engines.model.gguf import Tensor
 from engines.model.header import Header
 from engines.model.loads import known_architectures
-from engines.settings import Settings
+from engines.settings import EngineArgs, Settings
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -29,12 +32,13 @@ KV_BYTES = MappingProxyType(
         "q5_0": Fraction(22, 32),
         "q4_1": Fraction(20, 32),
         "q4_0": Fraction(18, 32),
+        "iq4_nl": Fraction(18, 32),
         "f8e4m3": Fraction(1),
     }
 )
 F32_BYTES = 4
-SWA_CELL_PADDING = 256  # llama.cpp#17037
-DEFAULT_UBATCH = 512
+CELL_PADDING = 256  # llama.cpp#17037
+DEFAULT_BATCH, DEFAULT_UBATCH = 2048, 512
 GPU_MARGIN = GIB  # --fit-target
 CUDA_CONTEXT = (300 * MIB, 450 * MIB, 600 * MIB)
 
@@ -55,9 +59,15 @@ NOT_SIZED = frozenset((
 # fmt: on
 
 
+Kind = Literal["private", "mapped"]
+
+
 @dataclass(frozen=True)
 class Part:
-    """One thing that takes memory: bytes low / expected / high on one device, and why."""
+    """One thing that takes memory: bytes low / expected / high on one device, and why.
+
+    What is mapped lies in the page cache: it is held once, whoever maps it, and the system may drop it.
+    """
 
     name: str
     device: Device
@@ -65,6 +75,7 @@ class Part:
     expected: int
     high: int
     why: str
+    kind: Kind = "private"
 
 
 @dataclass(frozen=True)
@@ -76,10 +87,12 @@ class MemoryCase:
     context: int
     gpu_layers: int
     free: FreeMemory
+    own: EngineArgs = field(default_factory=EngineArgs)
 
     @property
     def ubatch(self) -> int:
-        return self.settings.ubatch_tokens or DEFAULT_UBATCH
+        """Tokens computed at once; no more than the logical batch has."""
+        return min(self.settings.ubatch_tokens or DEFAULT_UBATCH, self.settings.batch_tokens or DEFAULT_BATCH)
 
     @property
     def state_bytes(self) -> int:
@@ -112,10 +125,10 @@ def is_mla(header: Header) -> bool:
 
 
 def recurrent_layers(header: Header) -> tuple[bool, ...]:
-    """Which layers keep a state instead of (for falcon-h1: beside) KV cells."""
-    architecture, layers = header.architecture, range(header.n_layers)
+    """Which of the main layers keep a state instead of (for falcon-h1: beside) KV cells."""
+    architecture, layers = header.architecture, range(header.main_layers)
     if architecture in RECURRENT_ALL | RECURRENT_BESIDE_ATTENTION:
-        return (True,) * header.n_layers
+        return (True,) * header.main_layers
     if architecture in RECURRENT_WITHOUT_KV:
         return tuple(header.head_count_kv[layer] == 0 for layer in layers)
     if architecture in RECURRENT_WITHOUT_KV_AND_FFN:
@@ -123,23 +136,49 @@ def recurrent_layers(header: Header) -> tuple[bool, ...]:
     if architecture in RECURRENT_BY_INTERVAL:
         interval = header.ssm.full_attention_interval or 4
         return tuple((layer + 1) % interval != 0 for layer in layers)
-    return (False,) * header.n_layers
+    return (False,) * header.main_layers
 
 
 def attention_layers(header: Header) -> tuple[bool, ...]:
-    """Which layers keep KV cells of their own: those with KV heads that are not recurrent and do not share."""
+    """Which main layers keep KV cells of their own: those with KV heads that are not recurrent and do not share."""
     recurrent = recurrent_layers(header)
     own = header.n_layers - header.shared_kv_layers
     both = header.architecture in RECURRENT_BESIDE_ATTENTION
     return tuple(
         layer < own and header.head_count_kv[layer] > 0 and (both or not recurrent[layer])
-        for layer in range(header.n_layers)
+        for layer in range(header.main_layers)
     )
 
 
-def kv_bytes_per_token(header: Header, kv_type: str = "f16") -> int:
+def kv_bytes_per_token(header: Header, k_type: str = "f16", v_type: str | None = None) -> int:
     """Bytes that one token adds to the KV cache while it is inside every layer's window; 0 for a recurrent model."""
-    return math.ceil(sum(_layer_kv_bytes(header, layer, kv_type) for layer in _kv_layers(header)))
+    return math.ceil(sum(layer_kv_bytes(header, layer, k_type, v_type) for layer in kv_layers(header)))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """KV cells of one cache in a layer of full attention and in one that slides; `caches` of them are kept.
+
+    One cache serves all sequences (unified), or each has its own, as llama.cpp makes them when `--parallel` is given:
+    the padding is then paid per sequence.
+    """
+
+    full: int
+    sliding: int
+    caches: int = 1
+
+    def of(self, header: Header, layer: int) -> int:
+        return self.sliding if header.sliding[layer] and header.sliding_window else self.full
+
+
+def kv_cells(
+    header: Header, context: int, parallel: int = 1, ubatch: int = DEFAULT_UBATCH, *, unified: bool = True
+) -> Cells:
+    """Cells for `context` tokens over all sequences; sliding layers keep `pad(window * sequences + ubatch, 256)`."""
+    caches = 1 if unified else parallel
+    full = _padded(_padded(context) // caches)
+    window = (header.sliding_window or 0) * (parallel if unified else 1)
+    return Cells(full, min(full, _padded(window + ubatch)), caches)
 
 
 def kv_bytes(
@@ -147,45 +186,41 @@ def kv_bytes(
     context: int,
     parallel: int = 1,
     ubatch: int = DEFAULT_UBATCH,
-    kv_type: str = "f16",
+    k_type: str = "f16",
+    v_type: str | None = None,
     *,
     unified: bool = True,
 ) -> int:
-    """Bytes of the whole KV cache for `context` tokens over all sequences together.
-
-    Sliding layers keep `min(context, pad(window * parallel + ubatch, 256))` cells. With `unified=False` each sequence
-    has a cache of its own, as llama.cpp makes them when `--parallel` is given: the padding is then paid per sequence.
-    """
-    window, n_bytes = header.sliding_window, Fraction(0)
-    for layer in _kv_layers(header):
-        if not header.sliding[layer] or not window:
-            cells = context
-        elif unified:
-            cells = min(context, _padded(window * parallel + ubatch))
-        else:
-            cells = parallel * min(math.ceil(context / parallel), _padded(window + ubatch))
-        n_bytes += _layer_kv_bytes(header, layer, kv_type) * cells
-    return math.ceil(n_bytes)
+    """Bytes of the whole KV cache for `context` tokens over all sequences together."""
+    return cells_bytes(header, kv_cells(header, context, parallel, ubatch, unified=unified), k_type, v_type)
 
 
-def _kv_layers(header: Header) -> list[int]:
+def cells_bytes(header: Header, cells: Cells, k_type: str = "f16", v_type: str | None = None) -> int:
+    """Bytes of a KV cache of so many cells."""
+    layers = kv_layers(header)
+    one = sum(layer_kv_bytes(header, layer, k_type, v_type) * cells.of(header, layer) for layer in layers)
+    return math.ceil(one * cells.caches)
+
+
+def kv_layers(header: Header) -> list[int]:
     return [layer for layer, keeps in enumerate(attention_layers(header)) if keeps]
 
 
-def _layer_kv_bytes(header: Header, layer: int, kv_type: str) -> Fraction:
-    if kv_type not in KV_BYTES:
-        raise BadInput(f"kv_type {kv_type!r} is not one of {', '.join(KV_BYTES)}")
-    element = KV_BYTES[kv_type]
+def layer_kv_bytes(header: Header, layer: int, k_type: str = "f16", v_type: str | None = None) -> Fraction:
+    """Bytes of one cell in one layer; without `v_type` V is of K's type. MLA keeps one latent, of K's type."""
+    for kv_type in filter(None, (k_type, v_type)):
+        if kv_type not in KV_BYTES:
+            raise BadInput(f"kv_type {kv_type!r} is not one of {', '.join(KV_BYTES)}")
     if is_mla(header):
-        return element * ((header.kv_lora_rank or 0) + (header.rope_dimension or 0))
+        return KV_BYTES[k_type] * ((header.kv_lora_rank or 0) + (header.rope_dimension or 0))
     key, value = header.key_length or 0, header.value_length or 0
     if header.sliding[layer]:
         key, value = header.key_length_swa or key, header.value_length_swa or value
-    return element * header.head_count_kv[layer] * (key + value)
+    return header.head_count_kv[layer] * (KV_BYTES[k_type] * key + KV_BYTES[v_type or k_type] * value)
 
 
 def _padded(cells: int) -> int:
-    return -(-cells // SWA_CELL_PADDING) * SWA_CELL_PADDING
+    return -(-cells // CELL_PADDING) * CELL_PADDING
 
 
 def state_bytes_per_sequence(header: Header) -> int:
@@ -218,36 +253,49 @@ def _state_elements(header: Header) -> int | None:
 INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")  # stay on the CPU
 
 
-def weights_bytes(header: Header, gpu_layers: int = 0) -> dict[Device, int]:
+Place = Callable[[Tensor], Device | None]
+
+
+def weights_bytes(header: Header, gpu_layers: int = 0, elsewhere: Place = lambda _: None) -> dict[Device, int]:
     """Tensor bytes per device as llama.cpp places them: the last `gpu_layers` layers and, over n_layers, the output.
 
-    `token_embd` stays on the CPU; it counts again on the GPU when the output is tied to it.
+    `token_embd` stays on the CPU; it counts again on the GPU when the output is tied to it. `elsewhere` says where a
+    tensor lies that flags have moved.
     """
     first_on_gpu = max(header.n_layers + 1 - gpu_layers, 0)
     output_on_gpu = gpu_layers > header.n_layers
     placed: dict[Device, int] = {"ram": 0, "vram": 0}
     for tensor in header.tensors:
         on_gpu = tensor.layer >= first_on_gpu if tensor.layer is not None else output_on_gpu
-        placed["vram" if on_gpu and not tensor.name.startswith(INPUTS) else "ram"] += tensor.n_bytes
+        usual: Device = "vram" if on_gpu and not tensor.name.startswith(INPUTS) else "ram"
+        placed[elsewhere(tensor) or usual] += tensor.n_bytes
     tied = header.tensor("token_embd.weight")
     if output_on_gpu and tied and not header.tensor("output.weight"):
         placed["vram"] += tied.n_bytes
     return placed
 
 
-def compute_bytes(header: Header, context: int, parallel: int, ubatch: int) -> tuple[int, int, int]:
-    """Low, expected, high bytes of scratch buffers: logits, attention mask, the widest layer's activations. Rough.
+def compute_bytes(
+    header: Header, cells: Cells, parallel: int, ubatch: int, *, flash: bool = True, all_logits: bool = False
+) -> tuple[int, int, int]:
+    """Low, expected, high bytes of scratch buffers: logits, attention, the widest layer's activations. Rough.
 
-    Recent llama.cpp reserves logits for one output per sequence, older builds for the whole micro-batch; the mask takes
-    2 bytes per cell with flash attention, 4 without.
+    Recent llama.cpp reserves logits for one output per sequence (`all_logits`: for every token, as embeddings need
+    it), older builds for the whole micro-batch. With flash attention there is a mask of 2 bytes for each cell and
+    token, without it one of 4, and a score of each head.
     """
     vocab, embedding = header.vocab_size or 0, header.embedding_length or 0
     widest = max((*header.feed_forward_length, embedding), default=0)
-    cells = context if _kv_layers(header) else 0
+    layers = kv_layers(header)
+    masks = sum({header.sliding[layer]: cells.of(header, layer) for layer in layers}.values())
+    scores = max((header.head_count[layer] * cells.of(header, layer) for layer in layers), default=0)
+    attention = ubatch * (masks * 2 if flash else (masks + scores) * F32_BYTES)
     activations = ubatch * (2 * widest + 6 * embedding) * F32_BYTES
-    low = vocab * parallel * F32_BYTES + cells * ubatch * 2 + activations // 2
-    expected = vocab * parallel * F32_BYTES + cells * ubatch * 2 + activations
-    high = vocab * ubatch * F32_BYTES + cells * ubatch * 4 + 2 * activations
+    logits, whole = vocab * parallel * F32_BYTES, vocab * ubatch * F32_BYTES
+    high = whole + max(attention, ubatch * masks * F32_BYTES) + 2 * activations
+    if all_logits:  # only the larger one of the two is needed at a time
+        return max(whole, attention), max(whole, attention + activations), high
+    low, expected = (logits + attention + share for share in (activations // 3, activations))
     return low, expected, high
 
 

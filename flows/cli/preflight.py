@@ -57,6 +57,7 @@ def examine(targets: Sequence[Path], *, context: int | None) -> dict[str, Any]:
     return headers.preflight(
         [(model.id, model.gguf) for model in plan.models],
         settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
+        own_args={(model.id, name): plan.own_args(model.id, name) for model in plan.models for name in engines},
         engines=engines,
         context=context,
         versions=_versions(engines),

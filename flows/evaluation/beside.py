@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engines.errors import BadInput, SwitchyardError
-from engines.fit import estimate
+from engines.fit import Fit, estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
 from engines.units import size
@@ -37,7 +37,7 @@ def lacking(plan: Plan, home: Path) -> str | None:
     lacks: list[tuple[int, str]] = []
     for model_id, header in headers.items():
         for engine in dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)):
-            fit = estimate(header, plan.settings_for(model_id), engine, memory=memory)
+            fit = _estimate(plan, model_id, header, engine, memory)
             if fit.verdict == "unknown" and (memory.ram_bytes or 0) < 2 * held:
                 lacks.append((0, f"cannot say whether {model_id} on {engine} fits beside the yard: {fit.why}"))
             for need in fit.needs:
@@ -46,6 +46,11 @@ def lacking(plan: Plan, home: Path) -> str | None:
                     line = f"{model_id} on {engine} needs {room} beside what the yard serves ({size(held)})"
                     lacks.append((missing, f"{line}: {size(missing)} is missing"))
     return max(lacks)[1] if lacks else None
+
+
+def _estimate(plan: Plan, model_id: str, header: Header, engine: str, memory: FreeMemory) -> Fit:
+    own = plan.own_args(model_id, engine)
+    return estimate(header, plan.settings_for(model_id), engine, own=own, memory=memory)
 
 
 def _loaded(home: Path) -> list[tuple[str, str, int]]:
@@ -67,6 +72,6 @@ def _beside(
     mapped = 0
     for model, engine, held in loaded:
         if (header := headers.get(model)) is not None:
-            needs = estimate(header, plan.settings_for(model), engine, memory=free).needs
+            needs = _estimate(plan, model, header, engine, free).needs
             mapped += min(header.tensor_bytes, max(0, sum(need.expected for need in needs) - held))
     return free if free.ram_bytes is None else replace(free, ram_bytes=max(0, free.ram_bytes - mapped))

@@ -60,6 +60,7 @@ def _preflight_report(trial: Trial) -> Any:
     report = headers.preflight(
         [(trial.model.id, trial.model.gguf)],
         settings_by_model={trial.model.id: trial.engines["incumbent"].settings},
+        own_args={(trial.model.id, engine.driver.name): engine.own for engine in trial.engines.values()},
         engines=names,
         versions={engine.driver.name: engine.installation.version for engine in trial.engines.values()},
         corrections={(trial.model.id, name): found.ratio for name, found in learned.items() if found is not None},

@@ -14,8 +14,8 @@ from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
 from engines.model.loads import known_architectures
 from engines.model.memory import DEFAULT_UBATCH, kv_bytes, kv_bytes_per_token, state_bytes_per_sequence, why_unsized
-from engines.registry import DRIVERS
-from engines.settings import Settings
+from engines.registry import DRIVERS, driver
+from engines.settings import EngineArgs, Settings
 from engines.support import alternatives, loads
 from engines.units import size
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
@@ -34,6 +34,7 @@ def preflight(
     models: Sequence[tuple[str, Path]],
     *,
     settings_by_model: Mapping[str, Settings] | None = None,
+    own_args: Mapping[tuple[str, str], EngineArgs] | None = None,
     engines: Sequence[str] = (),
     context: int | None = None,
     versions: Mapping[str, str | None] | None = None,
@@ -44,7 +45,8 @@ def preflight(
     """`{"models": [...]}`, one plain dict per model: what loads it, what it takes, what else could be done.
 
     `engines` are the incumbent and the candidate (default: all); `context` (tokens, all sequences together) overrides
-    each model's setting; `versions` maps an engine to its version;
+    each model's setting; `own_args` maps (model, engine) to what the engine is given beside it; `versions` maps an
+    engine to its version;
     `corrections` maps (model, engine) to a measured ratio. Raises BadInput that names the first model it cannot read.
     """
     engines, free = engines or list(DRIVERS), memory or free_memory()
@@ -58,7 +60,8 @@ def preflight(
         except BadInput as error:
             raise BadInput(f"model {model!r}: {error}") from error
         settings = (settings_by_model or {}).get(model, Settings())
-        report = _report(model, header, settings, engines, context, versions or {}, free, corrections or {})
+        own = {engine: (own_args or {}).get((model, engine), EngineArgs()) for engine in engines}
+        report = _report(model, header, settings, own, context, versions or {}, free, corrections or {})
         reports.append({**report, "elapsed_ms": round((time.perf_counter() - started) * 1000, 1)})
     return {"models": reports, "free": {"ram_bytes": free.ram_bytes, "vram_bytes": free.vram_bytes}}
 
@@ -67,15 +70,24 @@ def _report(
     model: str,
     header: Header,
     settings: Settings,
-    engines: Sequence[str],
+    own: Mapping[str, EngineArgs],
     context: int | None,
     versions: Mapping[str, str | None],
     free: FreeMemory,
     corrections: Mapping[tuple[str, str], float],
 ) -> dict[str, Any]:
+    engines = list(own)
     answers = {engine: loads(engine, header, version=versions.get(engine)) for engine in engines}
     fits = {
-        engine: estimate(header, settings, engine, context, memory=free, correction=corrections.get((model, engine)))
+        engine: estimate(
+            header,
+            settings,
+            engine,
+            context,
+            own=own[engine],
+            memory=free,
+            correction=corrections.get((model, engine)),
+        )
         for engine in engines
     }
     return {
@@ -91,7 +103,7 @@ def _report(
             }
             for engine in engines
         ],
-        "memory": _memory_report(header, settings, context),
+        "memory": _memory_report(header, settings, context, _kv_types(engines[0], settings, own[engines[0]])),
         "side_by_side": _side_by_side(fits, free),
         "header": _header_report(header),
         "alternatives": alternatives(
@@ -100,23 +112,32 @@ def _report(
     }
 
 
-def _memory_report(header: Header, settings: Settings, context: int | None) -> dict[str, Any]:
+def _kv_types(engine: str, settings: Settings, own: EngineArgs) -> tuple[str, str]:
+    """Types of K and V; where the incumbent keeps them apart, as its own flags say (only llama.cpp has such)."""
+    flags, neutral = driver(engine).own_args.flags(own), settings.kv_type
+    apart = [flags[name].values[0] if name in flags else None for name in ("--cache-type-k", "--cache-type-v")]
+    default = "f16" if any(apart) else neutral or "f16"
+    return apart[0] or default, apart[1] or default
+
+
+def _memory_report(
+    header: Header, settings: Settings, context: int | None, kv_types: tuple[str, str]
+) -> dict[str, Any]:
     """The model's own figures in bytes, under any engine; None where the layout is not known."""
     unsized = why_unsized(header)
     tokens = context or settings.context_tokens or header.context_length
-    kv_type = settings.kv_type or "f16"
     sized = unsized is None
     total = None
     if sized and tokens is not None:
-        total = kv_bytes(header, tokens, settings.sequences, settings.ubatch_tokens or DEFAULT_UBATCH, kv_type)
+        total = kv_bytes(header, tokens, settings.sequences, settings.ubatch_tokens or DEFAULT_UBATCH, *kv_types)
     return {
         "weights_bytes": header.tensor_bytes,
-        "kv_bytes_per_token": kv_bytes_per_token(header, kv_type) if sized else None,
+        "kv_bytes_per_token": kv_bytes_per_token(header, *kv_types) if sized else None,
         "kv_bytes": total,
         "state_bytes_per_sequence": state_bytes_per_sequence(header) if sized else None,
         "context_tokens": tokens,
         "trained_context_tokens": header.context_length,
-        "kv_type": kv_type,
+        "kv_type": " and ".join(dict.fromkeys(kv_types)),
         "why_unknown": unsized,
     }
 

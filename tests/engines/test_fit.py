@@ -15,6 +15,7 @@ from engines.model.header import Header, read_header
 from engines.model.memory import (
     GIB,
     MIB,
+    Cells,
     compute_bytes,
     kv_bytes,
     kv_bytes_per_token,
@@ -55,8 +56,8 @@ def test_nemotron_state_is_47_6_mib_per_sequence(nemotron: Header) -> None:
 def test_mask_at_512k_is_an_eighth_to_a_quarter_gib(nemotron: Header) -> None:
     """At ubatch 128; two to four GiB at 2048."""
     for ubatch, low, high in [(128, 0.125, 0.25), (2048, 2.0, 4.0)]:
-        bare = compute_bytes(nemotron, 0, 1, ubatch)
-        full = compute_bytes(nemotron, 512 << 10, 1, ubatch)
+        bare = compute_bytes(nemotron, Cells(0, 0), 1, ubatch)
+        full = compute_bytes(nemotron, Cells(512 << 10, 0), 1, ubatch)
         grown = [after - before for after, before in zip(full, bare, strict=True)]
         assert any(size >= low * GIB for size in grown)
         assert max(grown) <= high * GIB
