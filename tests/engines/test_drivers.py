@@ -26,7 +26,8 @@ KEY = "secret-of-the-test"
 GGUF = Path("/models/m.gguf")
 
 LLAMA_OLD = Installation("llama.cpp", "binary", ("llama-server",), "10075 (76f46ad29)", frozenset({"--mlock"}))
-LLAMA_NEW = Installation("llama.cpp", "binary", ("llama-server",), "0.6.0", frozenset({"--load-mode", "--offline"}))
+NEW_FLAGS = frozenset({"--load-mode", "--offline", "--jinja", "--no-jinja"})
+LLAMA_NEW = Installation("llama.cpp", "binary", ("llama-server",), "0.6.0", NEW_FLAGS)
 LLAMA_HOSTED = Installation(
     "llama.cpp",
     "hosted",
@@ -178,7 +179,7 @@ def test_the_configuration_to_migrate_in_llama_servers_words() -> None:
     """Its twelve flags, in a build that knows --load-mode."""
     assert " ".join(argv(LLAMA_NEW, serve(TWELVE))) == (
         "-m /models/m.gguf --host 127.0.0.1 --port 8080 --alias m --ctx-size 8192 --parallel 1 --n-gpu-layers 20 "
-        "--threads 6 --batch-size 256 --ubatch-size 128 --cache-reuse 256 --flash-attn on --jinja "
+        "--threads 6 --batch-size 256 --ubatch-size 128 --cache-reuse 256 --flash-attn on "
         "--no-prefill-assistant --load-mode mmap+mlock --offline --metrics"
     )
 
@@ -196,6 +197,22 @@ def test_flash_attention_always_has_a_value(asked: bool, word: str) -> None:
     flags = argv(LLAMA_OLD, serve(flash_attention=asked))
     assert flags[flags.index("--flash-attn") + 1] == word
     assert "-fa" not in flags
+
+
+@pytest.mark.parametrize(
+    ("build", "jinja", "flags"),
+    [
+        (LLAMA_OLD, True, {"--jinja"}),
+        (LLAMA_OLD, False, set()),
+        (LLAMA_NEW, True, set()),
+        (LLAMA_NEW, False, {"--no-jinja"}),
+    ],
+)
+def test_templates_are_asked_for_where_that_is_not_the_default(
+    build: Installation, jinja: bool, flags: set[str]
+) -> None:
+    """A build that can switch them off renders them by default; an older one has to be told."""
+    assert {"--jinja", "--no-jinja"} & set(argv(build, serve(jinja=jinja))) == flags
 
 
 def test_nothing_asked_is_nothing_passed() -> None:
