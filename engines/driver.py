@@ -20,7 +20,7 @@ from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
-from engines.own_args import OwnArgs
+from engines.own_args import COMPUTE, OwnArgs
 from engines.settings import Serve, Settings
 
 # method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
@@ -163,5 +163,9 @@ def probe(
 
 
 def scrubbed(base: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
-    """`base` without variables that would change an engine behind our back, or that it must not see."""
-    return {key: value for key, value in environment.of_engine(base).items() if not key.startswith(prefixes)}
+    """`base` without variables that would change an engine behind our back, or that it must not see.
+
+    Those of compute libraries and devices come from the plan alone: the same engine then starts in every shell.
+    """
+    names = (*prefixes, *COMPUTE)
+    return {key: value for key, value in environment.of_engine(base).items() if not key.startswith(names)}

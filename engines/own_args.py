@@ -22,8 +22,9 @@ from engines.settings import EngineArgs
 COMPUTE = (
     "GGML_", "CUDA_", "NVIDIA_", "NCCL_", "HIP_", "HSA_", "ROCR_", "ROCM_", "ROCBLAS_", "HIPBLASLT_", "AMD_", "GPU_",
     "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "VK_", "RADV_", "MESA_", "ANV_", "SYCL_", "ONEAPI_", "ZE_",
-    "ZES_", "UR_", "MUSA_", "ASCEND_", "CANN_", "MTL_", "METAL_", "MALLOC_", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
+    "ZES_", "UR_", "MUSA_", "ASCEND_", "CANN_", "MTL_", "METAL_", "MALLOC_",
 )
+LIBRARIES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # fmt: on
 QUIET = "quiet"
 ON, OFF = ("on", "enabled", "true", "1"), ("off", "disabled", "false", "0")
@@ -126,6 +127,10 @@ class OwnArgs:
             del rest[:n_values]
         return flags
 
+    def takes(self, variable: str) -> bool:
+        """True for a variable of this engine, of a compute library or of a device."""
+        return variable.startswith((*COMPUTE, *LIBRARIES, *self.prefixes))
+
     def words(self, args: Sequence[str]) -> list[str]:
         """`args` as an argv, one word for each flag and value."""
         return [word for flag in self.split(args) for word in (flag.name, *flag.values)]
@@ -171,7 +176,7 @@ class OwnArgs:
             why = self._why_not(name, settings) or (self._why_not(stands_for.key, settings) if stands_for else None)
             if why is None and (SECRET.search(name) or redacted_text(value) != value):
                 why = "is named like a secret, and a plan holds none; remove it"
-            elif why is None and not name.startswith((*COMPUTE, *self.prefixes)):
+            elif why is None and not self.takes(name):
                 why = "is no variable of this engine or of a compute library; export it where the yard is started"
             found += [f"env: {name} {why}"] if why else []
         return found

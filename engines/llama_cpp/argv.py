@@ -15,7 +15,7 @@ from engines.environment import SECRET
 from engines.errors import BadInput
 from engines.llama_cpp.flags import BESIDE, NEVER, OPTIONS, OWN_ARGS, ROUTING
 from engines.llama_cpp.hub import downloaded
-from engines.own_args import COMPUTE, OFF, ON, Flag
+from engines.own_args import OFF, ON, Flag
 from engines.redaction import redacted_text
 from engines.settings import EngineArgs, KvType, Settings
 
@@ -125,7 +125,7 @@ def _read_variable(name: str, value: str, command: LlamaServerCommand) -> None:
     flag = OWN_ARGS.flag_of(name, value)
     if flag is not None and _read(flag, command):
         return
-    if not name.startswith((*COMPUTE, *OWN_ARGS.prefixes)):
+    if not OWN_ARGS.takes(name):
         return
     if SECRET.search(name) or redacted_text(value) != value:
         command.note(f"{name}: looks like a secret and is not copied")

@@ -17,8 +17,8 @@ import yaml
 from engines.errors import BadInput
 from engines.llama_cpp import containers
 from engines.llama_cpp.argv import LlamaServerCommand, is_program, read_flags
+from engines.llama_cpp.flags import OWN_ARGS
 from engines.llama_cpp.shell import Command, read_shell
-from engines.own_args import COMPUTE
 
 UNIFIED = re.compile(r"^llama(\.exe)?$")
 ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
@@ -146,7 +146,7 @@ def _simple(found: Command, expanded: Set[str]) -> LlamaServerCommand:
         env = found.env | _assigned(words[:start])
         command = read_argv(words[start:], environ=env, cwd=found.cwd)
         for name in sorted(env.keys() - expanded):
-            if not name.startswith((*COMPUTE, "LLAMA_", "HF_", "XDG_", "HOME", "HUGGINGFACE_")):
+            if not OWN_ARGS.takes(name) and not name.startswith(("LLAMA_", "HF_", "XDG_", "HOME", "HUGGINGFACE_")):
                 command.note(f"variable {name}: not one that llama-server reads; left out")
     for note in opened:
         command.note(note)
