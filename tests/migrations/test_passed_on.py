@@ -55,13 +55,7 @@ def test_they_reach_the_engine_as_they_stand(load: Load, tmp_path: Path) -> None
     assert llama.argv(LLAMA, big)[-6:] == ["--mmproj", f"{tmp_path}/projector.gguf", "--temp", "0.6", "-ot", "exps=CPU"]
     assert llama.argv(LLAMA, small)[-3:] == ["--metrics", "--lora", f"{tmp_path}/a.gguf"]
     assert llama.environment(LLAMA, big, {"GGML_Y": "2", "LLAMA_ARG_PORT": "1"}) == {"GGML_X": "1"}
-    yards_own = {
-        "CUDA_VISIBLE_DEVICES": "1",
-        "OMP_NUM_THREADS": "2",
-        "HSA_X": "3",
-        "LD_LIBRARY_PATH": "/l",
-        "PATH": "/p",
-    }
+    devices = {"CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "2", "HSA_X": "3"}
     for engine, found in (("llama.cpp", LLAMA), ("mistral.rs", HOSTED)):
         env = driver(engine).environment(
             found, plan.serve("small", engine), devices | {"LD_LIBRARY_PATH": "/l", "PATH": "/p"}
