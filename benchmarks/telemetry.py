@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from engines.process.telemetry import MemorySampler, Telemetry, interval, private_bytes, process_tree, shared_bytes
+from engines.process.telemetry import MemorySampler, Telemetry, interval, mapped_bytes, private_bytes, process_tree
 
 REACH = 0.01
 SNAPSHOTS = 200
@@ -49,7 +49,7 @@ def watch(pid: int) -> None:
     sample_s = cost_s(lambda: private_bytes(process_tree(pid)), SNAPSHOTS)
     print(f"CPU snapshot     {1e6 * cost_s(telemetry.snapshot, SNAPSHOTS):8.0f} us CPU (median of {SNAPSHOTS})")
     print(f"sample of memory {1e6 * sample_s:8.0f} us CPU")
-    print(f"sample of PSS    {1e6 * cost_s(lambda: shared_bytes(tree), SNAPSHOTS // 10):8.0f} us CPU")
+    print(f"mapped files     {1e6 * cost_s(lambda: mapped_bytes(tree, []), SNAPSHOTS // 10):8.0f} us CPU")
     sampled = sampled_share(pid, seconds=8)
     for what, value in {"from single samples": sample_s, "of a sampler running 8 s": sampled}.items():
         mark = "reached    " if value < REACH else "not reached"

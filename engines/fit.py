@@ -30,6 +30,7 @@ class Need:
     expected: int
     high: int
     free: int | None
+    mapped: int = 0  # of what is expected: in the page cache, the rest is private
 
     @property
     def verdict(self) -> FitVerdict:
@@ -42,7 +43,8 @@ class Need:
     def __str__(self) -> str:
         if self.free is None:
             return f"{self.device.upper()}: needs {size(self.expected)}, how much is free cannot be read"
-        numbers = f"needs {size(self.expected)} (up to {size(self.high)}), {size(self.free)} free"
+        mapped = f", {size(self.mapped)} of it mapped" if self.mapped else ""
+        numbers = f"needs {size(self.expected)}{mapped} (up to {size(self.high)}), {size(self.free)} free"
         return f"{self.device.upper()} {self.verdict}: {numbers}"
 
 
@@ -120,5 +122,6 @@ def _needs(parts: tuple[Part, ...], free: FreeMemory, correction: float | None) 
             expected = math.ceil(expected * correction)
             low, high = min(low, expected), max(high, expected)
         if here:
-            needs.append(Need(device, low, expected, high, free.of(device)))
+            mapped = sum(part.expected for part in here if part.kind == "mapped")
+            needs.append(Need(device, low, expected, high, free.of(device), mapped))
     return needs

@@ -4,7 +4,7 @@ A field that could not be read is None, never 0: a dead process, a kernel withou
 is counted per process between snapshots, so that a child that ends takes nothing back.
 
 Memory of an engine is RssAnon + VmSwap (`private_bytes`): what it would need again elsewhere, swapped out or not
-(ollama#18106: RSS looked clean while 9 GiB sat in swap). A memory-mapped model is not in it; `shared_bytes` has it.
+(ollama#18106: RSS looked clean while 9 GiB sat in swap). A memory-mapped model is not in it; `mapped_bytes` has it.
 """
 
 from __future__ import annotations
@@ -208,9 +208,24 @@ def private_bytes(pids: Iterable[int]) -> int | None:
     return _total(_kib(pid, "status", "RssAnon:", "VmSwap:") for pid in pids)
 
 
-def shared_bytes(pids: Iterable[int]) -> int | None:
-    """PSS of these processes together, mapped files included; walks the page tables: milliseconds per GB mapped."""
-    return _total(_kib(pid, "smaps_rollup", "Pss:") for pid in pids)
+def mapped_bytes(pids: Iterable[int], files: Iterable[Path]) -> int | None:
+    """Resident bytes of these files as the processes map them, each file once, whoever else maps it too.
+
+    None where no process can be asked. Walks the page tables: milliseconds per GB mapped.
+    """
+    wanted, found, is_seen = {str(file.resolve()) for file in files}, dict[str, int](), False
+    for pid in pids:
+        resident, path = dict[str, int](), ""
+        with contextlib.suppress(OSError):
+            for line in _read(f"/proc/{pid}/smaps").splitlines():
+                words = line.split(maxsplit=5)
+                if not words[0].endswith(":"):  # a mapping: addresses, permissions, offset, device, inode, path
+                    path = words[5] if len(words) > 5 else ""
+                elif path in wanted and words[0] == "Rss:":
+                    resident[path] = resident.get(path, 0) + int(words[1]) * 1024
+            is_seen = True
+        found |= {file: max(n_bytes, found.get(file, 0)) for file, n_bytes in resident.items()}
+    return sum(found.values()) if is_seen else None
 
 
 def _kib(pid: int, file: str, *labels: str) -> int | None:

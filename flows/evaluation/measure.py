@@ -26,7 +26,7 @@ from tasks.evidence.faults import measure_faults
 from tasks.evidence.parity.answers import measure_answers, measure_floor
 from tasks.evidence.parity.parameters import measure_ignored_parameters
 from tasks.evidence.parity.tokens import measure_prompt_tokens
-from tasks.evidence.performance import measure_block, metrics
+from tasks.evidence.performance import held_bytes, measure_block, metrics
 from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
 from tasks.evidence.unmeasured import LAUNCH, summary
 from tasks.verdicts.noninferiority import decision_reached
@@ -128,7 +128,7 @@ def performance(trial: Trial) -> None:
     report = trial.payload(BOTH, "preflight")
     for arm in ARMS if report is not None else ():
         name = trial.engines[arm].driver.name
-        ratio = headers.measured_over_estimated(report, name, [block[arm].get("pss_bytes") for block in blocks])
+        ratio = headers.measured_over_estimated(report, name, [held_bytes(block[arm]) for block in blocks])
         if ratio is not None:
             trial.records.learn_correction(name, report["architecture"], ratio)
 

@@ -15,17 +15,20 @@ from typing import Any
 
 from engines.client.load import measure
 from engines.client.record import reconcile
-from engines.errors import EngineError
+from engines.errors import BadInput, EngineError
+from engines.fit import estimate
+from engines.model.header import read_header
 from engines.process.serving import Served
-from engines.process.telemetry import MemorySampler, Telemetry, interval, private_bytes, process_tree, shared_bytes
+from engines.process.telemetry import MemorySampler, Telemetry, interval, mapped_bytes, private_bytes, process_tree
 from engines.settings import Endpoint
-from engines.units import quantity, size
+from engines.units import figure, quantity, size
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_calibration
 from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
 
 ARMS = ("incumbent", "candidate")
+MAPPED = "mapped_weights_bytes"
 WARMUP_AGREEMENT = 0.10  # two requests in a row closer than this end the warm-up (measurement plan, C.2)
 SAMPLE_EVERY_S = 0.25
 WORDS = tuple("river window copper garden letter winter engine silver market bridge paper kitchen forest".split())  # noqa: SIM905
@@ -69,9 +72,33 @@ def metrics(limits: Limits, workload: Workload) -> list[Metric]:
 
 
 def memory_metric(limits: Limits) -> Metric:
-    """Peak anonymous memory of the process tree, judged from the same blocks."""
+    """Peak memory of the process tree, judged from the same blocks as `with_mapped` gives them."""
     margin = limits.memory_peak_ratio - 1
-    return Metric(name="memory_peak", samples="memory_peak_mib", quantile=0.5, margin=margin, unit="MiB")
+    return Metric(name="memory_peak", samples="memory_judged_mib", quantile=0.5, margin=margin, unit="MiB")
+
+
+def with_mapped(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`blocks` with the memory that is judged: of one kind on both sides.
+
+    Private memory, and the weights that an engine serves from the mapped file, where every block that counts has both
+    of both engines; else (of an earlier version, or a model that cannot be sized) private memory alone.
+    """
+    counted = [block[arm] for block in blocks if block.get("void") is None for arm in ARMS]
+    both = bool(counted) and all(arm.get(MAPPED) is not None for arm in counted)
+    return [{**block, **{arm: _judged(block[arm], both) for arm in ARMS}} for block in blocks]
+
+
+def _judged(arm: Mapping[str, Any], both: bool) -> dict[str, Any]:
+    mapped = (arm.get(MAPPED) or 0) / 2**20
+    judged = [peak + mapped * both for peak in arm.get("memory_peak_mib") or ()]
+    return {**arm, "memory_judged_mib": judged, "mapped_weights_mib": [mapped] if both and judged else []}
+
+
+def held_bytes(arm: Mapping[str, Any]) -> int | None:
+    """What an engine held at the end of a block, its weights counted once; None where that was not read."""
+    private, mapped = arm.get("memory_steady_bytes"), arm.get(MAPPED)
+    both: int | None = None if private is None or mapped is None else private + mapped
+    return arm.get("pss_bytes") if both is None else both  # what earlier versions recorded
 
 
 def measure_block(
@@ -119,9 +146,17 @@ def judge_performance(
 
 
 def judge_memory(blocks: Sequence[Mapping[str, Any]], limits: Limits, looks: Sequence[int]) -> CheckResult:
-    """`memory.peak_ratio`: peak anonymous memory and swap, judged block by block like a latency."""
-    result = judge(memory_metric(limits), blocks, looks).check_result()
-    return result.model_copy(update={"check": "memory.peak_ratio"})
+    """`memory.peak_ratio`: peak memory, judged block by block like a latency; says which kind, and shows both."""
+    judged = with_mapped(blocks)
+    result = judge(memory_metric(limits), judged, looks).check_result()
+    counted = [block for block in judged if block["void"] is None]
+    mapped = {arm: _median_over(counted, arm, "mapped_weights_mib") for arm in ARMS}
+    kind = "judged: private memory alone, mapped weights were not recorded"
+    if None not in mapped.values():
+        private = {arm: _median_over(counted, arm, "memory_peak_mib") for arm in ARMS}
+        shown = "; ".join(f"{arm} {figure(private[arm])} + {figure(mapped[arm])} MiB" for arm in ARMS[::-1])
+        kind = f"judged: private memory + weights mapped from the file ({shown})"
+    return result.model_copy(update={"check": "memory.peak_ratio", "why": f"{result.why}; {kind}"})
 
 
 def judge_client(budget: Mapping[str, Any], limit: float) -> CheckResult:
@@ -140,14 +175,14 @@ def memory_figures(blocks: Sequence[Mapping[str, Any]], budgets: Mapping[str, st
     counted = [block for block in blocks if block["void"] is None]
     values = {arm: _median_over(counted, arm, "memory_steady_bytes") for arm in ARMS}
     in_mib = {arm: None if value is None else value / 2**20 for arm, value in values.items()}
-    figure = _figure("memory.steady", in_mib, "MiB", "private memory at the end of a block")
+    steady = _figure("memory.steady", in_mib, "MiB", "private memory at the end of a block")
     mapped = ""
-    shared = {arm: _median_over(counted, arm, "pss_bytes") for arm in ARMS}
-    if shared["incumbent"] is not None and shared["candidate"] is not None:
+    weights = {arm: _median_over(counted, arm, MAPPED) for arm in ARMS}
+    if None not in weights.values():
         # llama.cpp maps the model file: its weights are page cache, which private memory leaves out
-        mapped = f"; with mapped files {size(shared['candidate'])} against {size(shared['incumbent'])}"
+        mapped = f"; weights mapped from the file: {size(weights['candidate'])} against {size(weights['incumbent'])}"
     allowed = "; ".join(f"{arm}'s cache budget: {budgets[arm]}" for arm in ARMS)
-    return figure.model_copy(update={"why": f"{figure.why}{mapped} ({allowed})"})
+    return steady.model_copy(update={"why": f"{steady.why}{mapped} ({allowed})"})
 
 
 def judge_noise(
@@ -195,7 +230,7 @@ def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload,
         "machine": interval(before, after),
         "memory_peak_mib": [] if sampler.peak is None else [sampler.peak / 2**20],
         "memory_steady_bytes": private_bytes(tree),
-        "pss_bytes": shared_bytes(tree),
+        MAPPED: mapped_weights(engine, tree),
         # a figure, not a gate: once is enough
         "prefix_cache": _prefix_cache(served.endpoint, workload, index) if index == 0 else None,
         "errors": [record.error_type for record in records if not record.ok],
@@ -207,6 +242,22 @@ def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload,
         # a stream read in one go (the client was held up, or the engine buffers) has a TPOT of 0: no measurement
         arm[name] = [value for value in values if value is not None and value > 0]
     return arm
+
+
+def mapped_weights(engine: EngineUnderTest, tree: Sequence[int]) -> int | None:
+    """Bytes of the model that the engine serves from the mapped file; None where they cannot be known.
+
+    Pages that it mapped to copy them, into its own memory or its own layout, are no second set of weights.
+    """
+    try:
+        header = read_header(engine.gguf)
+        fit = estimate(header, engine.settings, engine.driver.name, own=engine.own)
+    except BadInput:
+        return None
+    resident = mapped_bytes(tree, header.shards)
+    if resident is None or not fit.parts:
+        return None
+    return min(resident, sum(part.expected for part in fit.parts if part.kind == "mapped"))
 
 
 def _bodies(workload: Workload, extra: Mapping[str, object], index: int, what: str) -> list[dict[str, Any]]:

@@ -220,7 +220,7 @@ def _judge_fit(fit: Mapping[str, Any], check: str, engine: str, *, required: boo
 
 
 def measured_over_estimated(report: Mapping[str, Any], engine: str, measured: Sequence[int | None]) -> float | None:
-    """Measured (PSS, bytes) over expected RAM of an engine: what corrects its next estimate. None without both."""
+    """Measured over expected RAM of an engine: what corrects its next estimate. None without both."""
     entry = next((entry for entry in report["engines"] if entry["engine"] == engine), None)
     needs = [need for need in (entry or {}).get("fit", {}).get("needs", []) if need["device"] == "ram"]
     seen = [value for value in measured if value]

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from tasks.evidence.parity.compare import compare_answers
+from tasks.evidence.performance import with_mapped
 from tasks.records.series import Series
 from tasks.records.store import Records
 from tasks.records.tables import Arm, Evidence, Run
@@ -121,7 +122,7 @@ class ModelRecord:
 
     def blocks(self, kind: str = "performance") -> list[Any]:
         """The blocks of a kind, discarded ones among them."""
-        return self.all("both", kind)
+        return with_mapped(self.all("both", kind))
 
     @cached_property
     def comparison(self) -> Mapping[str, Any] | None:

@@ -203,7 +203,8 @@ def side_by_side(model: ModelRecord) -> list[tuple[str, str, dict[str, float | N
         ("prefill_tok_s", "prefill, median", 0.5, "tok/s"),
         ("decode_tok_s", "decode, median", 0.5, "tok/s"),
         ("load_s", "load to first token, median", 0.5, "s"),
-        ("memory_peak_mib", "peak memory, median of blocks", 0.5, "MiB"),
+        ("memory_peak_mib", "peak private memory, median of blocks", 0.5, "MiB"),
+        ("mapped_weights_mib", "weights mapped from the file", 0.5, "MiB"),
     ):
         samples = pooled(model, key)
         found.append((label, unit, {a: percentile(v, quantile) if v else None for a, v in samples.items()}))

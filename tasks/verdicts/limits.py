@@ -79,7 +79,7 @@ class Limits(PlanPart):
     e2e_p50_ratio: Ratio = Field(1.10, description="median time of a whole request; what an agent's step costs")
     throughput_ratio: Ratio = Field(1.10, description="incumbent's tokens/s over candidate's, at each concurrency > 1")
     memory_peak_ratio: Ratio = Field(
-        1.10, description="peak private memory with swap; 10 %, since a box sized for the incumbent has little more"
+        1.10, description="peak memory, mapped weights included; 10 %, since a box sized for the incumbent has no more"
     )
     top1_agreement: Share = Field(
         0.97, description="share of greedy tokens that agree; two engines reach 97.65 % on equal weights, Q3_K_M 90 %"

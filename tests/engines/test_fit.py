@@ -148,6 +148,15 @@ def test_the_verdict_goes_from_fits_over_tight_to_does_not_fit(nemotron: Header)
         assert "GiB free" in fit.why
 
 
+def test_private_and_mapped_memory_are_both_shown(tmp_path: Path) -> None:
+    """llama.cpp maps the weights, mistral.rs copies them."""
+    header = model(tmp_path)
+    for engine, mapped in (("llama.cpp", header.tensor_bytes), ("mistral.rs", 0)):
+        fit = estimate(header, Settings(), engine, 4096, memory=PLENTY)
+        assert fit.needs[0].mapped == mapped
+        assert ("of it mapped" in fit.why) == bool(mapped)
+
+
 def test_memory_that_cannot_be_read_is_unknown(nemotron: Header) -> None:
     """No number, no verdict."""
     assert estimate(nemotron, Settings(), "llama.cpp", 4096, memory=FreeMemory(None)).verdict == "unknown"

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from engines.process.telemetry import (
     ProcessTree,
     Telemetry,
     interval,
+    mapped_bytes,
     private_bytes,
     process_tree,
-    shared_bytes,
     vram_bytes,
 )
 
@@ -60,13 +61,35 @@ def test_memory_is_summed_over_the_tree() -> None:
     """The parent's 32 MiB and its child are both seen."""
     with busy_tree() as process:
         tree = process_tree(process.pid)
-        whole, alone, shared = private_bytes(tree), private_bytes([process.pid]), shared_bytes(tree)
+        whole, alone = private_bytes(tree), private_bytes([process.pid])
     assert len(tree) == 2
     assert whole is not None
     assert alone is not None
-    assert shared is not None
     assert whole > alone > 32 * MIB
-    assert shared > 32 * MIB
+
+
+def test_a_mapped_file_counts_once_whoever_else_maps_it(tmp_path: Path) -> None:
+    """Two processes of a tree that map it hold one set of pages; a name that points to it is the same file."""
+    file, alias = tmp_path / "weights.bin", tmp_path / "alias.bin"
+    file.write_bytes(bytes(8 * MIB))
+    alias.symlink_to(file)
+    map_it = (
+        f"import mmap; f = open({str(file)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ);"
+        "sum(m[::4096]); print('up', flush=True); input()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen([sys.executable, "-c", map_it], **pipes) as one,
+        subprocess.Popen([sys.executable, "-c", map_it], **pipes) as other,
+    ):
+        for process in (one, other):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+        pids = [one.pid, other.pid]
+        assert mapped_bytes(pids, [alias]) == mapped_bytes(pids[:1], [file]) == 8 * MIB
+        assert mapped_bytes(pids, []) == 0
+        for process in (one, other):
+            process.communicate("\n")
 
 
 def test_an_interval_gives_the_engines_cpu_to_the_engine() -> None:
@@ -99,7 +122,7 @@ def test_a_dead_process_leaves_none_not_zero() -> None:
     assert found["engine_cpu_s"] is None
     assert found["foreign_cpu_fraction"] is None
     assert private_bytes([process.pid]) is None
-    assert shared_bytes([process.pid]) is None
+    assert mapped_bytes([process.pid], []) is None
     assert process_tree(process.pid) == []
 
 

@@ -6,19 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import installed
 import pytest
 from fake_driver import FakeDriver
 
+from engines.model.header import read_header
 from engines.process.process import registered
+from engines.process.telemetry import private_bytes, process_tree
+from engines.registry import driver as driver_of
 from engines.settings import Settings
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest
 from tasks.evidence.performance import (
+    MAPPED,
     Workload,
     body,
+    held_bytes,
     judge_memory,
     judge_noise,
     judge_performance,
+    mapped_weights,
     measure_block,
+    memory_figures,
     metrics,
     prompt,
 )
@@ -298,6 +306,69 @@ def test_memory_is_judged_from_the_same_blocks(factor: float, expected: Verdict)
     """Peak anonymous memory, block by block."""
     result = judge_memory(made_up(6, factor), LIMITS, (6,))
     assert (result.check, result.verdict, result.limit) == ("memory.peak_ratio", expected, pytest.approx(1.15))
+
+
+def with_weights(blocks: list[dict[str, Any]], incumbent: int | None, candidate: int | None) -> list[dict[str, Any]]:
+    """`blocks` whose engines serve so many MiB of weights from the mapped file."""
+    for block in blocks:
+        for name, mib in (("incumbent", incumbent), ("candidate", candidate)):
+            block[name][MAPPED] = None if mib is None else mib * 2**20
+            block[name]["memory_steady_bytes"] = 300 * 2**20
+    return blocks
+
+
+def test_mapped_weights_count_once_for_each_engine() -> None:
+    """400 MiB with 1000 mapped beside it against 1400 private: alike, whatever a private comparison says."""
+    blocks = with_weights(made_up(6, 3.5), 1000, 0)
+    result = judge_memory(blocks, LIMITS, (6,))
+    assert (result.verdict, result.value) == (Verdict.PASS, pytest.approx(1.0, abs=0.02))
+    assert "judged: private memory + weights mapped from the file" in result.why
+    assert "candidate 1,400 + 0 MiB; incumbent 400 + 1,000 MiB" in result.why
+    both = memory_figures(blocks, {"incumbent": "none", "candidate": "none"}).why
+    assert "weights mapped from the file: 0 B against 1,000.0 MiB" in both
+    assert held_bytes(blocks[0]["incumbent"]) == 1300 * 2**20
+
+
+@pytest.mark.parametrize("unknown", ["incumbent", "candidate"])
+def test_without_both_kinds_on_both_sides_private_memory_is_judged(unknown: str) -> None:
+    """Never one kind against another; and the reason says so. A discarded block does not count."""
+    mapped: dict[str, int | None] = {"incumbent": 1000, "candidate": 1000} | {unknown: None}
+    result = judge_memory(with_weights(made_up(6, 1.5), **mapped), LIMITS, (6,))
+    assert (result.verdict, result.value) == (Verdict.FAIL, pytest.approx(1.5, abs=0.02))
+    assert "judged: private memory alone" in result.why
+    blocks = [*with_weights(made_up(6, 1.5), 1000, 1000), *made_up(1, 1.5)]
+    blocks[-1] |= {"index": 6, "void": "other processes used 40% of the CPU"}
+    assert "weights mapped" in judge_memory(blocks, LIMITS, (6,)).why
+
+
+def test_what_an_engine_held_is_never_half_of_it() -> None:
+    """It corrects the next estimate: private and mapped, or what earlier versions recorded."""
+    assert held_bytes({"memory_steady_bytes": 3, MAPPED: 0}) == 3
+    assert held_bytes({"memory_steady_bytes": 3, MAPPED: None}) is None
+    assert held_bytes({"memory_steady_bytes": 3, "pss_bytes": 5}) == 5
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["llama.cpp", "mistral.rs"])
+def test_weights_of_a_real_engine_count_once(tmp_path: Path, name: str) -> None:
+    """llama-server serves them from the mapped file, mistral.rs from a copy although it maps the file as well."""
+    gguf, driver = installed.smollm2(*installed.BOTH), driver_of(name)
+    one = EngineUnderTest(
+        arm="incumbent",
+        driver=driver,
+        installation=driver.find(),
+        model_id="m",
+        gguf=gguf,
+        settings=Settings(context_tokens=1024, gpu_layers=0),
+        home=tmp_path,
+    )
+    weights = read_header(gguf).tensor_bytes
+    with one.up() as served:
+        tree = process_tree(served.process.pid)
+        found, private = mapped_weights(one, tree), private_bytes(tree)
+    assert found == pytest.approx(weights if name == "llama.cpp" else 0, rel=0.02)
+    assert private is not None
+    assert (private > weights) == (name == "mistral.rs")
 
 
 @pytest.mark.parametrize(
