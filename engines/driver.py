@@ -20,8 +20,10 @@ from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
+from engines.openai.paths import Paths
+from engines.openai.public import Public
 from engines.own_args import COMPUTE, OwnArgs
-from engines.settings import Serve, Settings
+from engines.settings import EngineArgs, Serve, Settings
 
 # method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
 Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
@@ -101,6 +103,12 @@ class Driver(Protocol):
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The model's name that this engine answers to."""
+
+    def paths(self, installation: Installation) -> Paths:
+        """What it answers beside GET."""
+
+    def public(self, own: EngineArgs) -> Public:
+        """What it shows to clients without a key and to pages of other origins, started with `own`."""
 
     def dialect(self, installation: Installation) -> type[Dialect]:
         """Brings its requests and answers to the shapes of llama.cpp's server, for which clients were written."""

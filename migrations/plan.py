@@ -274,7 +274,15 @@ class Plan(PlanPart):
             withhold(self.api_key_env)
 
     def api_key(self, environment: Mapping[str, str]) -> SecretStr | None:
-        """The clients' key out of `environment`; None when the plan names no variable; BadInput when it is not set."""
+        """The first of the clients' keys, for requests of our own; otherwise as `api_keys`."""
+        keys = self.api_keys(environment)
+        return keys and SecretStr(next((key for key in map(str.strip, keys.get_secret_value().split(",")) if key), ""))
+
+    def api_keys(self, environment: Mapping[str, str]) -> SecretStr | None:
+        """The clients' keys out of `environment`, with commas between them; BadInput when the variable is not set.
+
+        None when the plan names no variable.
+        """
         if self.api_key_env is None:
             return None
         if not environment.get(self.api_key_env):

@@ -25,8 +25,11 @@ from engines.driver import (
 from engines.errors import EngineNotFound
 from engines.llama_cpp import memory, support
 from engines.llama_cpp.flags import OWN_ARGS
+from engines.llama_cpp.paths import PATHS
 from engines.openai.dialect import Dialect
-from engines.settings import Serve, Settings
+from engines.openai.paths import Paths
+from engines.openai.public import ALL, Public
+from engines.settings import EngineArgs, Serve, Settings
 
 PLACES = (
     "~/.local/bin/llama-server",
@@ -155,6 +158,21 @@ class LlamaCpp:
     def served_name(self, installation: Installation, model_id: str) -> str:
         """Any: llama-server answers to every name."""
         return model_id
+
+    def paths(self, installation: Installation) -> Paths:
+        return PATHS
+
+    def public(self, own: EngineArgs) -> Public:
+        """Any origin unless `--cors-origins` says otherwise (tools/server/server-http.cpp)."""
+        flags = OWN_ARGS.flags(own)
+        said = {name: flag.values[0] for name, flag in flags.items() if name.startswith("--cors-") and flag.values}
+        return Public(
+            open=frozenset({"/v1/models", "/models"}),
+            origins=said.get("--cors-origins", ALL),
+            methods=said.get("--cors-methods", Public.methods),
+            headers=said.get("--cors-headers", Public.headers),
+            credentials="--no-cors-credentials" not in flags,
+        )
 
     def dialect(self, installation: Installation) -> type[Dialect]:
         return Dialect

@@ -28,7 +28,9 @@ from engines.mistral_rs import memory, support
 from engines.mistral_rs.dialect import BinaryDialect, HostDialect
 from engines.mistral_rs.flags import OWN_ARGS
 from engines.openai.dialect import Dialect
-from engines.settings import Serve, Settings
+from engines.openai.paths import CHAT, COUNTS_TOKENS, Paths
+from engines.openai.public import Public
+from engines.settings import EngineArgs, Serve, Settings
 
 PLACES = (
     "~/.local/bin/mistralrs",
@@ -42,6 +44,9 @@ PINNED = "0.9.2"
 MOVING = re.compile(
     r"^mistralrs_(?:tokens_processed_total|sequences_completed_total)(?:{[^}]*})? ([0-9.e+]+)$", re.MULTILINE
 )
+
+BINARY_PATHS = Paths(generates=frozenset({CHAT, "/v1/completions", "/v1/embeddings"}))
+HOST_PATHS = Paths(generates=BINARY_PATHS.generates, reads=frozenset({COUNTS_TOKENS, "/tokenize", "/detokenize"}))
 
 
 class MistralRs:
@@ -117,6 +122,12 @@ class MistralRs:
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The binary answers to its own id or `default` only."""
         return "default" if installation.form == "binary" else model_id
+
+    def paths(self, installation: Installation) -> Paths:
+        return BINARY_PATHS if installation.form == "binary" else HOST_PATHS
+
+    def public(self, own: EngineArgs) -> Public:
+        return Public()
 
     def dialect(self, installation: Installation) -> type[Dialect]:
         """Our host's, which is close to llama.cpp's, or the binary's own."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from engines.openai.paths import ENDS
 
 BYTES_PER_TOKEN = 3  # of a request's JSON; only to guess how long a prompt may take
 LEAST_TOKENS = 32
@@ -14,6 +17,7 @@ LLAMA_CPP_PREFILL = re.compile(rb'"prompt_n":\s*(\d+)[^}]*?"prompt_ms":\s*(\d+(?
 MISTRAL_RS_PREFILL = re.compile(rb'"avg_prompt_tok_per_sec":\s*(\d+(?:\.\d+)?)')
 PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Refusal(Exception):
@@ -39,6 +43,7 @@ class Call:
     path: str
     raw: bytes
     body: dict[str, Any]
+    content_type: str = ""  # of a body that is no JSON
 
     @property
     def model(self) -> str | None:
@@ -46,8 +51,12 @@ class Call:
         return name if isinstance(name, str) else None
 
     @property
+    def generates_text(self) -> bool:
+        return self.path in ENDS
+
+    @property
     def stream(self) -> bool:
-        return self.path in GENERATING and self.body.get("stream") is True
+        return self.generates_text and self.body.get("stream") is True
 
     def with_defaults(self, fields: Mapping[str, Any]) -> Call:
         """The same with `fields` where the client does not set them; null is not set."""
@@ -87,12 +96,16 @@ def reported_prefill_rate(answer: bytes) -> float | None:
     return float(rate[1]) or None
 
 
-def parse(path: str, raw: bytes) -> Call:
-    """The request; Refusal 400 when its body is not a JSON object."""
+def parse(path: str, raw: bytes, content_type: str = "") -> Call:
+    """The request; Refusal 400 when its body is not a JSON object in UTF-8. A form (multipart) is not read."""
+    if content_type.lower().startswith("multipart/"):
+        return Call(path, raw, {}, content_type)
     try:
-        body = json.loads(raw)
+        body = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_number)
+        if SURROGATE.search(raw):
+            json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no character
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the request body is not valid JSON: {error}") from None
+        raise Refusal(400, f"the request body is not valid JSON: {_reason(error)}") from None
     if not isinstance(body, dict):
         raise Refusal(400, "the request body must be a JSON object")
     if "model" in body and not isinstance(body["model"], str | None):
@@ -100,3 +113,21 @@ def parse(path: str, raw: bytes) -> Call:
     if "stream" in body and not isinstance(body["stream"], bool | None):
         raise Refusal(400, "stream must be true or false")
     return Call(path, raw, body)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is beyond what a number can hold")
+    return number
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return "a surrogate without its other half"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

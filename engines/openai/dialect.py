@@ -32,7 +32,7 @@ class Dialect:
 
     def request(self) -> bytes:
         """The body for the engine. Raises Refusal for what the engine cannot do."""
-        if self.call.model == self._served_name:
+        if self.call.model == self._served_name or self.call.content_type:
             return self.call.raw
         return json.dumps({**self.call.body, "model": self._served_name}).encode()
 

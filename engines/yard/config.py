@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pydantic import SecretStr
@@ -42,7 +43,15 @@ class YardConfig:
     judge_canary: JudgeCanary | None = None
     judge_shadow: JudgeShadow | None = None
 
+    @cached_property
+    def keys(self) -> tuple[bytes, ...]:
+        """The keys that clients may send: several are written with commas between them."""
+        text = "" if self.api_key is None else self.api_key.get_secret_value()
+        return tuple(key.strip().encode("utf-8", "surrogateescape") for key in text.split(",") if key.strip())
+
     def __post_init__(self) -> None:
+        if self.api_key is not None and not self.keys:
+            raise BadInput("api_key_env: the variable holds no key, only commas; export a key first")
         if not self.settings.on_loopback and self.api_key is None:
             raise BadInput(
                 f"yard.host {self.settings.host} can be reached from other machines: set "

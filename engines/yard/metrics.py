@@ -45,6 +45,7 @@ class Metrics:
         self.lost = counter("requests_lost", "Requests an engine took with it before its first byte.", by_engine)
         self.shadowed = counter("shadow", "Copies of requests, by their outcome.", by_outcome)
         self.refused = counter("refused", "Requests the yard refused, by status.", ["status"])
+        self.not_passed = counter("not_passed", "Requests to paths that are not passed on, by kind.", ["kind"])
         self.clients_cut = counter("clients_cut", "Clients that took nothing of their answer, or held up others.")
         self._restarts = gauge("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
         self._state = gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])

@@ -20,6 +20,7 @@ class Waiting:
     """A request that waits for its turn; `turn` gets the engine and its place on it."""
 
     conversation: str
+    path: str
     prompt_tokens: int
     light: bool
     turn: asyncio.Future[tuple[Unit, InFlight]] = field(
@@ -58,20 +59,23 @@ class Route:
         """The engine that new requests go to: the committed one, or the fallback while that is out of order."""
         return self.units[self.fallback or self.state.serving]
 
-    def unit_for(self, conversation: str) -> Unit:
-        """The engine of a conversation: a canary keeps those it has, so that their prompts stay cached."""
+    def unit_for(self, conversation: str, path: str) -> Unit:
+        """The engine of a conversation: a canary keeps those it has, so that their prompts stay cached.
+
+        None ('') and a path that the canary does not have go to the serving engine.
+        """
         canary = self.state.canary
-        if canary and self.fallback is None and _share(conversation) < canary.weight:
+        if canary and conversation and self.fallback is None and _share(conversation) < canary.weight:
             chosen = self.units.get(canary.engine)
-            if chosen is not None and chosen.state.serves:
+            if chosen is not None and chosen.state.serves and chosen.paths.kind(path) != "unlisted":
                 return chosen
         return self.serving
 
-    def enter(self, conversation: str, prompt_tokens: int, *, light: bool = False) -> Waiting:
+    def enter(self, conversation: str, path: str, prompt_tokens: int, *, light: bool = False) -> Waiting:
         """Queue a request; a light one needs no slot. Raises Refusal 429 (too many wait), 503 (no engine can serve)."""
         if self.unservable is not None:
             raise _unservable(self.unservable)
-        place = Waiting(conversation, prompt_tokens, light)
+        place = Waiting(conversation, path, prompt_tokens, light)
         self._waiting.append(place)
         self.hand_over()
         if not place.turn.done() and len(self._waiting) > self.max_waiting:
@@ -103,10 +107,10 @@ class Route:
         if self.holding:
             return
         for place in list(self._waiting):
-            unit = self.unit_for(place.conversation)
+            unit = self.unit_for(place.conversation, place.path)
             if (unit.has_room or (place.light and unit.accepts)) and not place.turn.done():
                 self._waiting.remove(place)
-                place.turn.set_result((unit, unit.take(place.prompt_tokens)))
+                place.turn.set_result((unit, unit.take(place.prompt_tokens, light=place.light)))
 
 
 def _unservable(why: str) -> Refusal:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from engines.environment import is_loopback
 
 Load = Literal["start", "demand"]  # when a model comes into memory: with the yard, or with its first request
-LATER = ("client_stall_s", "failed_requests")  # left out where unused: older plans keep their hashes
+LATER = ("client_stall_s", "failed_requests", "allowed_hosts")  # left out where unused: older plans keep their hashes
 
 
 class YardSettings(BaseModel):
@@ -21,6 +30,9 @@ class YardSettings(BaseModel):
 
     host: str = Field("127.0.0.1", description="address that clients use; anything but loopback needs api_key_env")
     port: int = Field(8080, ge=1, le=65535, description="port that clients use; the incumbent's own port before")
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="names by which clients reach it, beside localhost; * is any"
+    )
     default_model: str | None = Field(None, description="model for requests that name none; the plan's first otherwise")
     unknown_model: Literal["default", "refuse"] = Field("default", description="an unknown name: default model, or 404")
     max_body_mib: int = Field(32, ge=1, le=1024, description="largest request body; beyond it 413")
@@ -69,6 +81,14 @@ class YardSettings(BaseModel):
             except ValueError:
                 raise ValueError(f"host '{self.host}' is no address; write 127.0.0.1, or 0.0.0.0 for all") from None
         return self
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", host) is None:
+                raise ValueError(f"'{host}' is no host name; write it without http:// and without a port")
+        return tuple(host.rstrip(".").lower() for host in hosts)
 
     @property
     def on_loopback(self) -> bool:

@@ -26,10 +26,12 @@ from pydantic import SecretStr
 from engines.driver import Driver, native_of
 from engines.errors import BadInput
 from engines.openai.call import Call, Refusal
+from engines.openai.paths import Kind
+from engines.openai.public import Public
 from engines.process.process import end_orphans
 from engines.redaction import redacted_text
 from engines.registry import driver
-from engines.settings import Serve
+from engines.settings import EngineArgs, Serve
 from engines.yard.capture import RequestCapture
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.connection import EngineConnection, FrameConnection, HttpConnection
@@ -50,7 +52,6 @@ class Yard:
 
     def __init__(self, config: YardConfig, *, home: Path, drivers: Mapping[str, Driver] | None = None) -> None:
         self.settings = config.settings
-        self.api_key = config.api_key
         self.home = home
         self.folder = home / "yard"
         self.log = logging.getLogger("switchyard.yard")
@@ -68,6 +69,7 @@ class Yard:
         self.capture = RequestCapture(None, 0)
         self.names: dict[str, str] = {}  # of models, aliases included, and the id of each
         self._driver: Callable[[str], Driver] = drivers.__getitem__ if drivers else driver
+        self.public = self._public_of(config)
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
 
     # --- from start to stop
@@ -137,6 +139,13 @@ class Yard:
         settings = self.settings
         path = None if settings.capture is None else self.folder / settings.capture
         return RequestCapture(path, settings.capture_mib * 2**20, self.note_problem)
+
+    def _public_of(self, config: YardConfig) -> Public:
+        """What the incumbent shows clients without a key and pages of other origins, whichever engine serves now."""
+        models = {model.id: model for model in config.models}
+        model = models.get(config.settings.default_model or "", config.models[0])
+        spec = model.specs.get(model.incumbent)
+        return self._driver(model.incumbent).public(EngineArgs() if spec is None else spec.own)
 
     def note_problem(self, what: str) -> None:
         """Note an incident from a thread."""
@@ -282,6 +291,19 @@ class Yard:
 
     # --- what requests ask
 
+    def change_of(self, path: str) -> str:
+        """Why a request that would alter an engine is refused; '' for any other."""
+        units = (unit for route in self.routes.values() for unit in route.units.values())
+        return next(filter(None, (unit.paths.change(path) for unit in units)), "")
+
+    def kind_of(self, path: str) -> tuple[Kind, str]:
+        """What a request to a path does on any engine here, and the path's usual spelling."""
+        for route in self.routes.values():
+            for unit in route.units.values():
+                if (kind := unit.paths.kind(path)) != "unlisted":
+                    return kind, unit.paths.spelled(path)
+        return "unlisted", path
+
     def route_for(self, name: str | None) -> Route:
         """The route of a model by any of its names. Refusal 404 where the plan wants unknown names refused."""
         if name is not None and name in self.names:
@@ -303,7 +325,7 @@ class Yard:
     def rename(self, config: YardConfig) -> None:
         """Take over what changes without any engine: limits, names, the key."""
         before = self.settings.capture, self.settings.capture_mib
-        self.config, self.settings, self.api_key = config, config.settings, config.api_key
+        self.config, self.settings, self.public = config, config.settings, self._public_of(config)
         for route in self.routes.values():
             route.max_waiting = config.settings.max_waiting
             for unit in route.units.values():

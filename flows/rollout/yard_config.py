@@ -63,7 +63,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
     return YardConfig(
         settings=plan.yard,
         models=models,
-        api_key=plan.api_key(environment),
+        api_key=plan.api_keys(environment),
         judge_canary=canary_judge(canary_limits(plan)),
         judge_shadow=shadow_judge(),
     )

@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.driver import Installation, Installer
+from engines.llama_cpp.driver import LlamaCpp
+from engines.llama_cpp.paths import PATHS
 from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part, exactly
 from engines.openai.dialect import Dialect
+from engines.openai.paths import COUNTS_TOKENS, Paths
+from engines.openai.public import Public
 from engines.own_args import OwnArgs
-from engines.settings import Serve, Settings
+from engines.settings import EngineArgs, Serve, Settings
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+FEW = Paths(reads=frozenset({COUNTS_TOKENS, "/tokenize"}))
 
 
 class FakeDriver:
@@ -58,6 +63,12 @@ class FakeDriver:
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
         return tuple(json.loads(answer))
+
+    def paths(self, installation: Installation) -> Paths:
+        return FEW if "--few-paths" in self.habits else PATHS
+
+    def public(self, own: EngineArgs) -> Public:
+        return Public() if "--few-paths" in self.habits else LlamaCpp().public(own)
 
     def dialect(self, installation: Installation) -> type[Dialect]:
         return Dialect

@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import aiohttp
+from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import SecretStr
+from yarl import URL
 
 from engines.mistral_rs.native import frames
-from engines.openai.call import GENERATING
+from engines.openai.paths import ENDS
 
 CONNECT_S = 10.0
+OURS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # what the HTTP library would add by itself
+JSON = CIMultiDictProxy(CIMultiDict({"Content-Type": "application/json"}))
 BROKEN = (aiohttp.ClientError, ConnectionError, TimeoutError)
 
 
@@ -30,6 +34,7 @@ class EngineAnswer(Protocol):
     """An answer that has begun."""
 
     status: int
+    headers: CIMultiDictProxy[str]
 
     async def read(self) -> bytes:
         """All of it."""
@@ -46,14 +51,24 @@ class EngineConnection(ABC):
 
     @contextlib.asynccontextmanager
     async def ask(
-        self, method: str, path: str, body: bytes = b"", *, timeout_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: Mapping[str, str] = JSON,
+        keyless: bool = False,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[EngineAnswer]:
-        """The answer, as soon as it begins; leaving the block early leaves the engine. Raises Gone."""
+        """The answer, as soon as it begins; leaving the block early leaves the engine. Raises Gone.
+
+        `path` as it goes over the wire, with its query; `keyless` leaves the engine's key out.
+        """
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 self._limits.add(limit)
                 try:
-                    async with self._send(method, path, body) as answer:
+                    async with self._send(method, path, body, headers, keyless) as answer:
                         yield answer
                 finally:
                     self._limits.discard(limit)
@@ -67,7 +82,9 @@ class EngineConnection(ABC):
                 limit.reschedule(asyncio.get_running_loop().time())
 
     @abstractmethod
-    def _send(self, method: str, path: str, body: bytes) -> AbstractAsyncContextManager[EngineAnswer]:
+    def _send(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], keyless: bool
+    ) -> AbstractAsyncContextManager[EngineAnswer]:
         """The answer, as soon as it begins; raises what is in BROKEN."""
 
 
@@ -83,23 +100,30 @@ class HttpConnection(EngineConnection):
     ) -> None:
         super().__init__()
         self._base_url = base_url
-        self._headers = {"Content-Type": "application/json"}
-        if key is not None:
-            self._headers["Authorization"] = f"Bearer {key.get_secret_value()}"
+        self._key = {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}
         self._fresh, self._kept = fresh, kept
 
     @contextlib.asynccontextmanager
-    async def _send(self, method: str, path: str, body: bytes) -> AsyncIterator[EngineAnswer]:
-        async with await self._request(method, path, body) as answer:
+    async def _send(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], keyless: bool
+    ) -> AsyncIterator[EngineAnswer]:
+        sent = headers if keyless else {**headers, **self._key}
+        async with await self._request(method, path, body, sent) as answer:
             yield HttpAnswer(answer)
 
-    async def _request(self, method: str, path: str, body: bytes) -> aiohttp.ClientResponse:
+    async def _request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
-        sessions = (self._kept, self._fresh) if path in GENERATING else (self._fresh,)
+        sessions = (self._kept, self._fresh) if path in ENDS else (self._fresh,)
         for session in sessions:
             try:
                 return await session.request(
-                    method, self._base_url + path, data=body or None, headers=self._headers, timeout=timeout
+                    method,
+                    URL(self._base_url + path, encoded=True),
+                    data=body or None,
+                    headers=headers,
+                    timeout=timeout,
+                    allow_redirects=False,
+                    skip_auto_headers=OURS,
                 )
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as broken:
                 if session is sessions[-1] or isinstance(broken, aiohttp.ClientConnectorError):
@@ -109,7 +133,7 @@ class HttpConnection(EngineConnection):
 
 class HttpAnswer:
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        self.status = answer.status
+        self.status, self.headers = answer.status, answer.headers
         self.read = answer.read
         self._answer = answer
 
@@ -117,6 +141,14 @@ class HttpAnswer:
         async for chunk, _ in self._answer.content.iter_chunks():
             if chunk:
                 yield chunk
+
+
+class FrameAnswer:
+    headers = JSON
+
+    def __init__(self, answer: frames.FrameResponse) -> None:
+        self.status = answer.status
+        self.read, self.pieces = answer.read, answer.pieces
 
 
 class FrameConnection(EngineConnection):
@@ -130,5 +162,9 @@ class FrameConnection(EngineConnection):
         super().close()
         self._client.close()
 
-    def _send(self, method: str, path: str, body: bytes) -> AbstractAsyncContextManager[EngineAnswer]:
-        return self._client.ask(method, path, body)
+    @contextlib.asynccontextmanager
+    async def _send(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], keyless: bool
+    ) -> AsyncIterator[EngineAnswer]:
+        async with self._client.ask(method, path, body) as answer:
+            yield FrameAnswer(answer)

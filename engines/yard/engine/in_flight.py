@@ -12,9 +12,15 @@ class InFlight:
     """One request on an engine's process. Times are monotonic seconds; `gap` takes the seconds between chunks."""
 
     def __init__(
-        self, prompt_tokens: int, process: ManagedProcess | None, gap: Callable[[float], None] | None = None
+        self,
+        prompt_tokens: int,
+        process: ManagedProcess | None,
+        gap: Callable[[float], None] | None = None,
+        *,
+        light: bool = False,
     ) -> None:
         self.prompt_tokens = prompt_tokens
+        self.light = light  # it takes no slot, and is no evidence on the engine
         self.process = process
         self.held = False  # its client takes nothing and the buffer is full: the engine is not read, nor judged by it
         self.held_s = 0.0

@@ -75,7 +75,7 @@ class Liveness:
 
     def request_done(self, running: InFlight) -> None:
         self._progressed = time.monotonic()
-        if not self._in_flight:
+        if not self._slots_taken():
             self._step_s = 0.0
         if not running.generates:
             return
@@ -116,7 +116,7 @@ class Liveness:
     def next_probe(self) -> asyncio.Task[None] | None:
         """The probe that is due now, under way: it runs beside the loop, so that one that hangs hides no death."""
         now = time.monotonic()
-        if self.doubted and len(self._in_flight) < self._spec.settings.sequences:
+        if self.doubted and len(self._slots_taken()) < self._spec.settings.sequences:
             return asyncio.create_task(self._ask_after_failures())
         if working := self._working():
             still = now - max(self._progressed, *(running.moved for running in working))
@@ -131,9 +131,12 @@ class Liveness:
         self._probed = now
         return asyncio.create_task(self._ask_idle())
 
+    def _slots_taken(self) -> list[InFlight]:
+        return [running for running in self._in_flight if not running.light]
+
     def _working(self) -> list[InFlight]:
         """The requests by which the engine is judged: those whose clients take what it sends."""
-        return [running for running in self._in_flight if not running.held]
+        return [running for running in self._slots_taken() if not running.held]
 
     def _limit_s(self, running: InFlight) -> float:
         least = self.settings.wedged_after_s
@@ -159,7 +162,7 @@ class Liveness:
     async def _ask_idle(self) -> None:
         # a completion would push the client's prompt out of an engine with a single slot, or queue behind a request
         # whose client takes nothing: its own loop answers instead
-        neutral = not self._in_flight and (self._driver.probe_is_neutral or not self._cached)
+        neutral = not self._slots_taken() and (self._driver.probe_is_neutral or not self._cached)
         alive = not await self._one_token() if neutral else bool(await self._progress())
         if not self._working():  # a client that came meanwhile is the better evidence
             self._missed = 0 if alive else self._missed + 1

@@ -60,6 +60,7 @@ class Unit:
         self.spec = spec
         self.driver = driver
         self.engine = spec.engine
+        self.paths = driver.paths(spec.installation)
         self.slots = spec.settings.sequences  # requests it takes at a time
         self.state = Health.STOPPED
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
@@ -174,12 +175,18 @@ class Unit:
     @property
     def has_room(self) -> bool:
         doubted = self._liveness is not None and self._liveness.doubted
-        return self.accepts and not doubted and len(self.in_flight) < self.slots
+        return self.accepts and not doubted and self.slots_taken < self.slots
 
-    def take(self, prompt_tokens: int) -> InFlight:
-        """Count a request in; the caller has seen `has_room`."""
-        running = InFlight(prompt_tokens, self.child, self.gap)
+    @property
+    def slots_taken(self) -> int:
+        return sum(not running.light for running in self.in_flight)
+
+    def take(self, prompt_tokens: int, *, light: bool = False) -> InFlight:
+        """Count a request in; the caller has seen `has_room`, or `accepts` for a light one."""
+        running = InFlight(prompt_tokens, self.child, self.gap, light=light)
         self.in_flight.add(running)
+        if light:
+            return running
         if self._liveness is not None:
             self._liveness.request_taken()
         if self.state is Health.READY:
@@ -192,9 +199,9 @@ class Unit:
             return
         self.in_flight.discard(running)
         self.stats.learn(running)
-        if self._liveness is not None:
+        if self._liveness is not None and not running.light:
             self._liveness.request_done(running)
-        if self.state is Health.BUSY and not self.in_flight:
+        if self.state is Health.BUSY and not self.slots_taken:
             self._change(Health.READY, "its last request is done")
         else:
             self._announce()

@@ -10,51 +10,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
 from engines.openai.call import GENERATING, Call, Refusal, parse, reported_prefill_rate
 from engines.openai.dialect import Dialect
-from engines.openai.sse import DONE, write_event
+from engines.openai.paths import ENDS, Kind
 from engines.process.readiness import NOT_SUPPORTED
 from engines.yard.engine.connection import EngineAnswer, Gone
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.liveness import failure_words
 from engines.yard.engine.unit import Unit
 from engines.yard.memory_budget import MemoryBudget
+from engines.yard.ports.guard import CHALLENGE, Guard, is_for_people
 from engines.yard.ports.page import page
+from engines.yard.ports.passing import Polled, pass_through, refuse_upgrade, sent_on, wire_path
 from engines.yard.ports.props import props
+from engines.yard.ports.reply import JSON_TYPE, UNREAD_POLL_S, ClientLeft, ClientReply, error_response
 from engines.yard.ports.status import Status
-from engines.yard.ports.unread import SOME_BYTES, Comments, StalledClients, Unread, address_of
+from engines.yard.ports.unread import Comments, StalledClients, Unread
 from engines.yard.route import Route, Waiting
-from engines.yard.shadow import RecordedAnswer, Shadow
+from engines.yard.shadow import Shadow
 from engines.yard.yard import Yard
 
-# answered beside the requests in flight: they take no slot
-LIGHT = frozenset({"/v1/chat/completions/input_tokens", "/tokenize", "/detokenize"})
 TRIES = 2
-SSE = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments)"\s*:\s*"[^"]')
+CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments|delta|thinking|partial_json)"\s*:\s*"[^"]')
 SHOWN_REPORTS = 5
-NEVER_FULL = 2**30
-UNREAD_POLL_S = 0.05
+PAGES = frozenset({"/", "/index.html"})  # of an engine, which is loaded for them
+ERRORS = (b'data: {"error"', b"event: error", b"error:")  # how an event that is an error begins
 OUR_FAULTS = frozenset({401, 403, 404})  # the key, the path and the model's name are the yard's own
 END_BYTES = 2048  # of an answer, where its usage and timings stand
 
 
 class Unanswered(Exception):
     """The engine went away before anything of its answer was passed on."""
-
-
-class ClientLeft(Exception):
-    """Nobody reads the answer any more."""
 
 
 class Gateway:
@@ -64,14 +58,14 @@ class Gateway:
         self._memory_budget = memory_budget
         self._status = status
         self._unread = Unread()
+        self._guard = Guard(yard)
+        self._polled = Polled()
 
     def application(self) -> web.Application:
         """Its routes. Every error, the router's own too, is an OpenAI error object."""
         app = web.Application(
             middlewares=[self._guarded], client_max_size=self._yard.settings.max_body_mib * 2**20, logger=self._yard.log
         )
-        for path in sorted(GENERATING | LIGHT | {"/v1/embeddings", "/chat/completions", "/completions", "/embeddings"}):
-            app.router.add_post(path, self._served)
         for path, handler in {
             "/props": self._props,
             "/v1/models": self._models,
@@ -84,6 +78,8 @@ class Gateway:
             r"/yard/reports/{name:[0-9a-z-]+\.html}": self._report,
         }.items():
             app.router.add_get(path, handler)
+        app.router.add_route("*", "/{path:.*}", self._passed)
+        app.on_response_prepare.append(self._guard.add_cors)
         return app
 
     # --- what guards every request
@@ -93,50 +89,79 @@ class Gateway:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         try:
-            self._authorize(request)
+            self._guard.check_host(request)
+            if (preflight := self._guard.preflight(request)) is not None:
+                return preflight
+            if handler != self._passed and not self._guard.may_pass(request):
+                raise _no_key()
             return await handler(request)
         except Refusal as refusal:
             self._yard.metrics.refused.labels(str(refusal.status)).inc()
-            return _error(refusal)
+            challenge = refusal.status == 401 and is_for_people(request.path)
+            return error_response(refusal, CHALLENGE if challenge else None)
+        except web.RequestPayloadError as error:
+            return error_response(Refusal(400, f"the request body cannot be read: {error}"))
+        except ClientLeft:
+            return web.Response(status=499)
         except web.HTTPRequestEntityTooLarge:
             limit = self._yard.settings.max_body_mib
-            return _error(Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large"))
+            return error_response(Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large"))
         except web.HTTPNotFound:
-            return _error(Refusal(404, f"there is no {request.path} here", code="not_found"))
+            return error_response(Refusal(404, f"there is no {request.path} here", code="not_found"))
         except web.HTTPMethodNotAllowed as error:
             allowed = ", ".join(sorted(error.allowed_methods))
-            return _error(Refusal(405, f"{request.path} takes {allowed}, not {request.method}"))
-
-    def _authorize(self, request: web.Request) -> None:
-        key = self._yard.api_key
-        if key is None or request.path in ("/health", "/v1/health"):
-            return
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        offered = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
-        if not hmac.compare_digest(offered.encode("utf-8", "surrogateescape"), key.get_secret_value().encode()):
-            raise Refusal(401, "Invalid API key", kind="authentication_error", code="invalid_api_key")
+            return error_response(Refusal(405, f"{request.path} takes {allowed}, not {request.method}"))
 
     # --- requests that an engine answers
 
-    async def _served(self, request: web.Request) -> web.StreamResponse:
+    async def _passed(self, request: web.Request) -> web.StreamResponse:
+        """Every path that is not the yard's own: what the engine answers there is the client's."""
+        has_key, looks = self._guard.has_key(request), request.method in ("GET", "HEAD")
+        kind, path = self._yard.kind_of(request.path)
+        if is_for_people(request.path):
+            if not has_key:
+                raise _no_key()
+            raise web.HTTPNotFound
+        if not has_key and not (looks and kind == "unlisted"):
+            raise _no_key()
+        refuse_upgrade(request)
+        if kind in ("generates", "reads"):
+            if request.method != "POST":
+                raise Refusal(405, f"{request.path} takes POST, not {request.method}")
+            return await self._served(request, path, kind)
+        if looks:
+            return await self._looked_up(request, keyless=not has_key)
+        self._yard.metrics.not_passed.labels(kind).inc()
+        why = self._yard.change_of(path) or "no engine here lists it"
+        what = f"{request.method} {request.path[:200]} is not passed on: {why}"
+        raise Refusal(501, what, kind="not_supported_error", code="not_supported")
+
+    async def _served(self, request: web.Request, path: str, kind: Kind) -> web.StreamResponse:
         began = time.monotonic()
-        path = request.path if request.path.startswith(("/v1/", "/tokenize", "/detokenize")) else f"/v1{request.path}"
-        call = parse(path, await request.read())
-        route = self._yard.route_for(call.model)
+        call = parse(path, await request.read(), request.headers.get("Content-Type", ""))
+        route = self._yard.route_for(call.model or request.query.get("model"))
         reply = ClientReply(request, call, self._unread)
         self._shadow.make_way(route)
         self._memory_budget.wake(route)
         reply.recorded = self._shadow.recorder(route, call)
+        to = wire_path(request, path), sent_on(request, read_here=True, content_type=call.content_type)
         try:
             for attempt in range(1, TRIES + 1):
                 conversation = call.conversation() if route.state.canary else ""
-                place = route.enter(conversation, call.prompt_tokens, light=call.path in LIGHT)
+                place = route.enter(conversation, path, call.prompt_tokens, light=kind == "reads")
                 unit, running = await self._turn(route, place, reply, began)
+                running.generates = kind == "generates"
                 try:
-                    await self._exchange(route, unit, running, call, reply)
+                    if unit.paths.kind(path) == "unlisted":
+                        raise _lacks(unit, path)
+                    await self._exchange(route, unit, running, reply, *to)
                 except Unanswered as gone:
                     self._yard.note_loss(route, unit, str(gone), retried=attempt < TRIES)
                     continue
+                except (ClientLeft, asyncio.CancelledError):
+                    if reply.ended:  # it has all of the answer, and does not wait for the end of the connection
+                        self._yard.served(route, unit, call, running, reply.error)
+                    raise
                 finally:
                     unit.give_back(running)
                 self._yard.served(route, unit, call, running, reply.error)
@@ -153,6 +178,31 @@ class Gateway:
             return reply.response
         finally:
             self._unread.forget(reply)
+
+    async def _looked_up(self, request: web.Request, *, keyless: bool) -> web.StreamResponse:
+        """A GET that an engine answers; it takes no slot, loads no model but for a page, and judges no engine."""
+        began, route = time.monotonic(), self._yard.route_for(request.query.get("model"))
+        if route.unloaded:
+            if request.path not in PAGES:
+                raise self._not_served(route)
+            self._memory_budget.wake(route)
+        target = wire_path(request, request.path)
+        reply = ClientReply(request, Call(request.path, b"", {}), self._unread)
+        unit, running = await self._turn(route, route.enter("", request.path, 0, light=True), reply, began)
+        try:
+            if keyless and (request.path in unit.paths.polled or not unit.paths.keyless):
+                raise _no_key()
+            if request.path in unit.paths.polled:
+                return await self._polled.ask(unit, request.path, target)
+            headers = sent_on(request, read_here=False)
+            async with unit.connection.ask(request.method, target, headers=headers, keyless=keyless) as answer:
+                return await pass_through(request, answer)
+        except Gone as gone:
+            raise Refusal(
+                502, f"{unit.engine} went away: {await unit.end_of(running) or gone}", code="engine_died"
+            ) from gone
+        finally:
+            unit.give_back(running)
 
     async def _turn(self, route: Route, place: Waiting, reply: ClientReply, began: float) -> tuple[Unit, InFlight]:
         """The engine and the place on it; a stream that waits long is kept alive with comments."""
@@ -171,11 +221,20 @@ class Gateway:
             route.leave(place)
             raise
 
-    async def _exchange(self, route: Route, unit: Unit, running: InFlight, call: Call, reply: ClientReply) -> None:
+    async def _exchange(
+        self,
+        route: Route,
+        unit: Unit,
+        running: InFlight,
+        reply: ClientReply,
+        target: str,
+        headers: Mapping[str, str],
+    ) -> None:
         """Pass the request to the engine and its answer on, until the engine is done with it."""
-        dialect, running.generates = unit.dialect(call), call.path in GENERATING
+        call = reply.call
+        dialect = unit.dialect(call)
         try:
-            async with unit.connection.ask("POST", call.path, dialect.request()) as answer:
+            async with unit.connection.ask("POST", target, dialect.request(), headers=headers) as answer:
                 if call.stream and answer.status == 200:
                     await self._stream(route, answer, running, dialect, reply)
                     return
@@ -184,7 +243,7 @@ class Gateway:
                 running.prefill_rate = reported_prefill_rate(data[-END_BYTES:])
                 status, data = dialect.whole(answer.status, data)
                 running.failure = _failure(call, status, data)
-                await reply.whole(status, data)
+                await reply.whole(status, data, answer.headers.get("Content-Type", JSON_TYPE))
         except Gone as gone:
             ended = await unit.end_of(running)
             if not ended:
@@ -197,13 +256,13 @@ class Gateway:
     async def _stream(
         self, route: Route, answer: EngineAnswer, running: InFlight, dialect: Dialect, reply: ClientReply
     ) -> None:
-        last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, [DONE]
-        comments = Comments()
+        last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, the end
+        comments, is_end = Comments(), ENDS[reply.call.path].search
         async for chunk in answer.pieces():
             last.append(chunk)
             if not comments.only(chunk):  # an engine's own keep-alive is no progress
                 running.chunk(content=running.first is None and CONTENT.search(chunk) is not None)
-            if not dialect.changes_streams and chunk.startswith(b'data: {"error"'):
+            if not dialect.changes_streams and chunk.startswith(ERRORS):
                 dialect.error = "the engine reported an error in its stream"
                 running.failure = _failure_in_stream(chunk)
             data = dialect.event(chunk) if dialect.changes_streams else chunk
@@ -213,15 +272,16 @@ class Gateway:
                 return
             if data:
                 await reply.pass_on(data)
+                reply.ended = is_end(data) is not None or reply.ended
                 if reply.is_full:
                     await self._hold_back(route, running, reply)
         end = b"".join(last)
         running.prefill_rate = reported_prefill_rate(end)
-        if b"[DONE]" not in end:
+        if not reply.ended and is_end(end) is None and not (dialect.error and reply.call.path not in GENERATING):
             raise Gone("the stream ended without its end")
         if rest := dialect.rest():
             await reply.pass_on(rest)
-        reply.error = dialect.error
+        reply.ended, reply.error = True, dialect.error
         if dialect.changes_streams and dialect.error:
             running.failure = dialect.error
         elif running.first is None and not running.failure:
@@ -268,7 +328,7 @@ class Gateway:
         served = route.serving.state.serves and not route.holding and route.unservable is None
         if served or route.unloaded:  # the next request would load it
             return web.json_response({"status": "ok", **detail})
-        return _error(self._not_served(route), **detail)
+        return error_response(self._not_served(route), **detail)
 
     def _not_served(self, route: Route) -> Refusal:
         return Refusal(503, self._status.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
@@ -306,133 +366,20 @@ class Gateway:
         return web.FileResponse(path)
 
 
-class ClientReply:
-    """What goes back to the client: a whole answer, or a stream that may begin before an engine has it."""
-
-    def __init__(self, request: web.Request, call: Call, unread: Unread) -> None:
-        self.call = call
-        self._request = request
-        self._unread = unread
-        self._response: web.StreamResponse | None = None
-        self._whole: web.Response | None = None
-        self._comments = Comments()
-        self.begun_with_content = False
-        self.error: str | None = None
-        self.recorded: RecordedAnswer | None = None
-
-    @property
-    def response(self) -> web.StreamResponse:
-        """What was sent so far, to a client that left."""
-        return self._response or web.Response(status=499)
-
-    @property
-    def is_full(self) -> bool:
-        """True when the client is so far behind that no more of its answer may be kept for it."""
-        return self._unread.is_full(self)
-
-    def count(self) -> None:
-        """Note how much the client has not taken yet."""
-        self._unread.count(self, self._transport().get_write_buffer_size())
-
-    def hang_up(self) -> str:
-        """End the connection, whatever the client has not taken; the client's address."""
-        transport = self._transport()
-        transport.abort()
-        return address_of(transport)
-
-    def _transport(self) -> asyncio.Transport:
-        transport = self._request.transport
-        if transport is None or transport.is_closing():
-            raise ClientLeft
-        return transport
-
-    async def keep_alive(self) -> None:
-        """Send a comment in a stream; nothing in a plain answer, whose client has no way to see it."""
-        if self.call.stream:
-            await self._write(b": waiting for the model\n\n")
-
-    async def close_comment(self) -> None:
-        """End a comment of which only the beginning came: what follows would be part of it."""
-        if self._comments.open:
-            self._comments = Comments()
-            await self._write(b"\n\n")
-
-    async def pass_on(self, chunk: bytes) -> None:
-        if not self.begun_with_content:
-            self.begun_with_content = not self._comments.only(chunk)
-        if self.recorded is not None:
-            self.recorded.add(chunk)
-        await self._write(chunk)
-
-    async def cut(self, refusal: Refusal) -> None:
-        """End a stream that had begun: an error event, and a proper end."""
-        self.error = str(refusal)
-        await self._write(b"\n\n" + write_event(refusal.body()) + DONE)  # clients raise it as an error
-
-    async def whole(self, status: int, data: bytes) -> None:
-        """Send an answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
-        if status >= 400:
-            self.error = f"HTTP {status}"
-        if self.recorded is not None:
-            self.recorded.add(data)
-        if self._response is None:
-            self._whole = web.Response(status=status, body=data, headers={"Content-Type": "application/json"})
-            return
-        await self._write(b"data: " + data.replace(b"\n", b" ") + b"\n\n" + DONE)
-
-    async def delivered(self) -> web.StreamResponse:
-        """Complete the answer; of a stream the client has taken nearly all then."""
-        if self._whole is not None:
-            return self._whole
-        response = await self._begun()
-        with contextlib.suppress(ConnectionError):
-            await response.write_eof()
-        while self._unread.holds(self):
-            await asyncio.sleep(UNREAD_POLL_S)
-            self.count()
-        if self._request.transport is not None:
-            self._request.transport.set_write_buffer_limits()  # a later answer on this connection is drained as usual
-        return response
-
-    async def refuse(self, refusal: Refusal) -> web.StreamResponse:
-        """Answer with an error of the yard's own."""
-        self.error = str(refusal)
-        if self._response is None:
-            return _error(refusal)
-        try:
-            await self.cut(refusal)
-            return await self.delivered()
-        except ClientLeft:
-            return self.response
-
-    async def _write(self, data: bytes) -> None:
-        try:
-            await (self._response or await self._begun()).write(data)
-        except ConnectionError as error:
-            raise ClientLeft from error
-        transport = self._request.transport
-        if transport is not None and (size := transport.get_write_buffer_size()) > SOME_BYTES:
-            self._unread.count(self, size)
-
-    async def _begun(self) -> web.StreamResponse:
-        if self._response is None:
-            self._response = web.StreamResponse(headers=SSE)
-            await self._response.prepare(self._request)
-            if self._request.transport is not None:
-                self._request.transport.set_write_buffer_limits(high=NEVER_FULL)  # `is_full` decides, not the transport
-        return self._response
+def _no_key() -> Refusal:
+    return Refusal(401, "Invalid API key", kind="authentication_error", code="invalid_api_key")
 
 
-def _error(refusal: Refusal, **detail: Any) -> web.Response:
-    headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
-    return web.json_response({**refusal.body(), **detail}, status=refusal.status, headers=headers)
+def _lacks(unit: Unit, path: str) -> Refusal:
+    why = f"{unit.engine}, which serves {unit.spec.model_id}, has no {path}"
+    return Refusal(501, why, kind="not_supported_error", code="not_supported")
 
 
 def _failure(call: Call, status: int, data: bytes) -> str:
     """How the engine failed the request; '' when it did not, or the request was at fault."""
-    if status in OUR_FAULTS or (status >= 500 and status != NOT_SUPPORTED):
+    if (status in OUR_FAULTS and call.path in GENERATING) or (status >= 500 and status != NOT_SUPPORTED):
         return failure_words(status, data)
-    if status == 200 and call.path in GENERATING and CONTENT.search(data) is None:
+    if status == 200 and call.generates_text and CONTENT.search(data) is None:
         return "an answer without content"
     return ""
 

@@ -178,7 +178,7 @@ def test_a_client_that_reads_nothing_costs_the_others_nothing(start):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         connection.connect(("127.0.0.1", yard.port))
         connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data
         )
         half = time.monotonic() + STALL_S / 2
         while time.monotonic() < half:

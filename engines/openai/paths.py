@@ -1,0 +1,63 @@
+"""The paths of an engine's API: what a request to each does, and how its stream ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["generates", "reads", "changes", "unlisted"]
+
+CHAT = "/v1/chat/completions"
+_DONE = re.compile(rb"\[DONE\]")
+_STOP = re.compile(rb'"stop":\s*true')
+_RESPONSE = re.compile(rb'"response\.(?:completed|incomplete|failed)"')
+# paths that answer with text, and what the last event of a stream of theirs holds; text in it has its quotes escaped
+ENDS: Mapping[str, re.Pattern[bytes]] = {
+    CHAT: _DONE,
+    "/v1/completions": _DONE,
+    "/v1/messages": re.compile(rb'"message_stop"'),
+    "/v1/responses": _RESPONSE,
+    "/responses": _RESPONSE,
+    "/completion": _STOP,
+    "/completions": _STOP,
+    "/infill": _STOP,
+}
+COUNTS_TOKENS = f"{CHAT}/input_tokens"
+SHORT = {"/chat/completions": CHAT, "/chat/completions/input_tokens": COUNTS_TOKENS}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What one engine takes beside GET.
+
+    `generates` are answered in a slot, `reads` beside the requests in flight. `changes` alter the engine, and are
+    refused with the reason; one that ends with a slash stands for all below it. `same` are other spellings of a path,
+    `polled` those that the engine must not be asked for often. `keyless`: the engine knows itself which of its pages
+    need no key.
+    """
+
+    generates: frozenset[str] = frozenset(ENDS) & {CHAT, "/v1/completions"}
+    reads: frozenset[str] = frozenset()
+    changes: Mapping[str, str] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=lambda: SHORT)
+    polled: frozenset[str] = frozenset()
+    keyless: bool = False
+
+    def spelled(self, path: str) -> str:
+        return self.same.get(path, path)
+
+    def kind(self, path: str) -> Kind:
+        """What a request to it that is no GET does."""
+        path = self.spelled(path)
+        if path in self.generates:
+            return "generates"
+        if path in self.reads:
+            return "reads"
+        return "changes" if self.change(path) else "unlisted"
+
+    def change(self, path: str) -> str:
+        """Why a request that would alter the engine is refused; '' when it alters nothing."""
+        below = (why for start, why in self.changes.items() if start.endswith("/") and path.startswith(start))
+        return self.changes.get(path) or next(below, "")

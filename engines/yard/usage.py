@@ -1,0 +1,61 @@
+"""Which paths and request fields clients really use: names and counts only, bounded, kept over restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MOST_PATHS = 64
+MOST_FIELDS = 256
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,47}")
+PATH = re.compile(r"(/[A-Za-z0-9_.-]{0,40}){1,6}")
+SAVE_S = 60.0
+
+
+class Usage:
+    """Counts of one yard, in a file of its folder. A name too many, or one that is no plain name, is not counted."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.paths: dict[str, int] = {}
+        self.fields: dict[str, int] = {}
+        self._changed = False
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            stored = json.loads(file.read_bytes())
+            self.paths = _counts(stored["paths"], PATH, MOST_PATHS)
+            self.fields = _counts(stored["fields"], NAME, MOST_FIELDS)
+
+    def note(self, path: str, fields: Iterable[str] = ()) -> None:
+        """Count one request that an engine answered."""
+        self._changed = True
+        _count(self.paths, path, PATH, MOST_PATHS)
+        for name in fields:
+            _count(self.fields, name, NAME, MOST_FIELDS)
+
+    def save(self) -> None:
+        """Write what was counted since the last time; the counts are no reason to fail when that cannot be."""
+        if not self._changed:
+            return
+        self._changed = False
+        partial = self._file.with_suffix(".part")
+        with contextlib.suppress(OSError):
+            partial.write_text(json.dumps({"paths": self.paths, "fields": self.fields}), encoding="utf-8")
+            os.replace(partial, self._file)
+
+    def status(self) -> dict[str, Any]:
+        return {"paths": dict(self.paths), "fields": dict(self.fields)}
+
+
+def _count(counts: dict[str, int], name: str, form: re.Pattern[str], most: int) -> None:
+    if name in counts or (len(counts) < most and form.fullmatch(name)):
+        counts[name] = counts.get(name, 0) + 1
+
+
+def _counts(stored: Mapping[str, Any], form: re.Pattern[str], most: int) -> dict[str, int]:
+    found = {name: n for name, n in stored.items() if form.fullmatch(name) and type(n) is int and n > 0}
+    return dict(list(found.items())[:most])
