@@ -47,7 +47,7 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 
 $(CLIENTS)/stamp: Makefile
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check nanobot-ai llm
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check nanobot-ai llm anthropic
 	touch $@
 
 clean:

@@ -52,6 +52,7 @@ PATHS = Paths(
         "/cors-proxy": _ACTS,
     },
     same=SHORT,
+    pages=frozenset({"/", "/index.html"}),
     polled=frozenset({"/slots"}),
     keyless=True,
 )

@@ -34,14 +34,15 @@ class Paths:
 
     `generates` are answered in a slot, `reads` beside the requests in flight. `changes` alter the engine, and are
     refused with the reason; one that ends with a slash stands for all below it. `same` are other spellings of a path,
-    `polled` those that the engine must not be asked for often. `keyless`: the engine knows itself which of its pages
-    need no key.
+    `pages` what a person opens, `polled` what the engine must not be asked for often. `keyless`: the engine knows
+    itself which of its pages need no key.
     """
 
     generates: frozenset[str] = frozenset(ENDS) & {CHAT, "/v1/completions"}
     reads: frozenset[str] = frozenset()
     changes: Mapping[str, str] = field(default_factory=dict)
     same: Mapping[str, str] = field(default_factory=lambda: SHORT)
+    pages: frozenset[str] = frozenset()
     polled: frozenset[str] = frozenset()
     keyless: bool = False
 
@@ -56,6 +57,9 @@ class Paths:
         if path in self.reads:
             return "reads"
         return "changes" if self.change(path) else "unlisted"
+
+    def has(self, path: str) -> bool:
+        return self.kind(path) != "unlisted" or path in self.polled or path in self.pages
 
     def change(self, path: str) -> str:
         """Why a request that would alter the engine is refused; '' when it alters nothing."""

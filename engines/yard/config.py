@@ -40,6 +40,7 @@ class YardConfig:
     settings: YardSettings
     models: tuple[ModelConfig, ...]
     api_key: SecretStr | None = None
+    accepted: frozenset[str] = frozenset()  # what an engine may lack, as in the plan's accepted_unsupported
     judge_canary: JudgeCanary | None = None
     judge_shadow: JudgeShadow | None = None
 

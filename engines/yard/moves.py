@@ -56,6 +56,12 @@ class Moves:
     async def promote(self, order: PromoteOrder, say: Say) -> str:
         """Serve the model by the engine `to`. Raises BadInput, MoveFailed."""
         route, target = self._target(order.model, order.to)
+        if lacked := self._yard.lacked(route, target):
+            names = ", ".join(f'"path {one.partition(" ")[0]}"' for one in lacked)
+            raise BadInput(
+                f"{target.engine} has no {', '.join(lacked)}, which clients of {route.model_id} use: they would get "
+                f"501. Add {names} to accepted_unsupported in the plan to accept that, and promote again"
+            )
         async with self._moving(route, f"promote to {target.engine}", say) as report:
             return await self._move(route, target, report, order.form, undo=route.state.serving)
 

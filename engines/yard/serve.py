@@ -120,7 +120,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         opened(yard)  # what engines do not support is reported before one is launched
         for route in yard.routes.values():
             memory_budget.admit(route)
-        for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run):
+        for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run, yard.keep_usage):
             background.append(asyncio.create_task(loop_of()))
         background.append(asyncio.create_task(gateway.watch_clients(lambda: public.server)))
         await stop.wait()

@@ -42,6 +42,7 @@ from engines.yard.event_log import EventLog
 from engines.yard.metrics import LiveSample, Metrics
 from engines.yard.route import Route
 from engines.yard.state import ModelState, StateFile, YardState
+from engines.yard.usage import SAVE_S, Usage
 
 SAMPLES = 5000  # live requests remembered for the judgement of a canary
 KEPT_S = 2.0  # llama-server closes a kept connection after 5
@@ -70,6 +71,7 @@ class Yard:
         self.names: dict[str, str] = {}  # of models, aliases included, and the id of each
         self._driver: Callable[[str], Driver] = drivers.__getitem__ if drivers else driver
         self.public = self._public_of(config)
+        self.usage = Usage(self.folder / "usage.json")
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
 
     # --- from start to stop
@@ -134,11 +136,27 @@ class Yard:
         await self.http.close()
         await self.kept.close()
         await asyncio.to_thread(self.capture.close)
+        self.usage.save()
 
     def _open_capture(self) -> RequestCapture:
         settings = self.settings
         path = None if settings.capture is None else self.folder / settings.capture
         return RequestCapture(path, settings.capture_mib * 2**20, self.note_problem)
+
+    async def keep_usage(self) -> None:
+        """Write what clients use from time to time; until cancelled."""
+        while True:
+            await asyncio.sleep(SAVE_S)
+            await asyncio.to_thread(self.usage.save)
+
+    def lacked(self, route: Route, target: Unit) -> list[str]:
+        """Paths in use that the serving engine has and `target` lacks, without those that the plan accepts."""
+        has, accepted = route.serving.paths.has, self.config.accepted
+        return [
+            f"{path} ({n} requests)"
+            for path, n in self.usage.paths.items()
+            if has(path) and not target.paths.has(path) and f"path {path}" not in accepted
+        ]
 
     def _public_of(self, config: YardConfig) -> Public:
         """What the incumbent shows clients without a key and pages of other origins, whichever engine serves now."""

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--pin", default="", help="models that stay loaded, by comma")
     parser.add_argument("--missing", default=None, help="an engine that is not on this machine")
     parser.add_argument("--settings", type=json.loads, default={}, help="YardSettings as JSON, or @file")
+    parser.add_argument("--accepted", default="", help="what the plan accepts as missing, by comma")
     parser.add_argument("--api-key", default=None)
     parser.add_argument("--canary-limits", type=json.loads, default={}, help="CanaryLimits as JSON")
     options = parser.parse_args()
@@ -88,6 +89,7 @@ def main() -> None:
             settings=settings,
             models=models,
             api_key=options.api_key and SecretStr(options.api_key),
+            accepted=frozenset(options.accepted.split(",")),
             judge_canary=canary_judge(CanaryLimits(**options.canary_limits)),
             judge_shadow=shadow_judge(),
         )

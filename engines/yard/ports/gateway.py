@@ -41,7 +41,6 @@ from engines.yard.yard import Yard
 TRIES = 2
 CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments|delta|thinking|partial_json)"\s*:\s*"[^"]')
 SHOWN_REPORTS = 5
-PAGES = frozenset({"/", "/index.html"})  # of an engine, which is loaded for them
 ERRORS = (b'data: {"error"', b"event: error", b"error:")  # how an event that is an error begins
 OUR_FAULTS = frozenset({401, 403, 404})  # the key, the path and the model's name are the yard's own
 END_BYTES = 2048  # of an answer, where its usage and timings stand
@@ -166,6 +165,7 @@ class Gateway:
                     unit.give_back(running)
                 self._yard.served(route, unit, call, running, reply.error)
                 if reply.error is None:
+                    self._yard.usage.note(path, call.body)
                     self._yard.capture.take(call.path, call.body, len(call.raw))
                     if reply.recorded is not None:
                         self._shadow.offer(route, unit, call, reply.recorded)
@@ -183,7 +183,7 @@ class Gateway:
         """A GET that an engine answers; it takes no slot, loads no model but for a page, and judges no engine."""
         began, route = time.monotonic(), self._yard.route_for(request.query.get("model"))
         if route.unloaded:
-            if request.path not in PAGES:
+            if request.path not in route.serving.paths.pages:
                 raise self._not_served(route)
             self._memory_budget.wake(route)
         target = wire_path(request, request.path)
@@ -193,10 +193,14 @@ class Gateway:
             if keyless and (request.path in unit.paths.polled or not unit.paths.keyless):
                 raise _no_key()
             if request.path in unit.paths.polled:
-                return await self._polled.ask(unit, request.path, target)
-            headers = sent_on(request, read_here=False)
-            async with unit.connection.ask(request.method, target, headers=headers, keyless=keyless) as answer:
-                return await pass_through(request, answer)
+                answer: web.StreamResponse = await self._polled.ask(unit, request.path, target)
+            else:
+                headers = sent_on(request, read_here=False)
+                async with unit.connection.ask(request.method, target, headers=headers, keyless=keyless) as read:
+                    answer = await pass_through(request, read)
+            if answer.status < 400:
+                self._yard.usage.note(request.path)
+            return answer
         except Gone as gone:
             raise Refusal(
                 502, f"{unit.engine} went away: {await unit.end_of(running) or gone}", code="engine_died"

@@ -63,6 +63,7 @@ class Status:
             "retired": {engine: gone.line(engine) for engine, gone in self._yard.state.retired.items()},
             "models": [self._route_status(route) for route in self._yard.routes.values()],
             "capture": self._yard.capture.status(),
+            "usage": self._yard.usage.status(),
             "incidents": list(self._yard.events.incidents),
             "events": list(self._yard.events.recent),
         }

@@ -8,6 +8,8 @@ import time
 import pytest
 from waiting import until
 
+from engines.errors import BadInput
+
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 STREAMS = {
     "/completion": {"prompt": "hi"},
@@ -104,6 +106,31 @@ def test_a_path_that_the_serving_engine_lacks_is_501_with_its_name(start_yard):
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
     assert answer.status_code == 501
     assert "new, which serves m, has no /infill" in answer.json()["error"]["message"]
+
+
+def test_a_path_in_use_that_the_candidate_lacks_is_named_before_the_move(start_yard):
+    yard = start_yard(new="--few-paths").ready()
+    with yard.http() as http:
+        http.post("/infill", json={**STREAMS["/infill"], "grammar": "secret text"})
+        http.get("/slots")
+        http.post("/not/there", json={})
+    with pytest.raises(BadInput, match=r"new has no /infill \(1 requests\), /slots .*accepted_unsupported"):
+        yard.orders.order("promote", to="new")
+    yard.end()
+    yard.again().ready()
+    assert yard.orders.status()["usage"]["paths"] == {"/infill": 1, "/slots": 1}
+    assert yard.orders.status()["usage"]["fields"]["grammar"] == 1
+    assert "secret text" not in (yard.home / "yard" / "usage.json").read_text()
+    with pytest.raises(BadInput, match="new has no /infill"):
+        yard.orders.order("promote", to="new")
+
+
+def test_a_gap_that_the_plan_accepts_is_no_obstacle(start_yard):
+    yard = start_yard(new="--few-paths", accepted="path /infill").ready()
+    with yard.http() as http:
+        http.post("/infill", json=STREAMS["/infill"])
+        yard.orders.order("promote", to="new")
+        assert http.post("/infill", json=STREAMS["/infill"]).status_code == 501
 
 
 def test_slots_reach_the_engine_once_a_second_at_most(yard):

@@ -1,0 +1,182 @@
+"""Clients of llama.cpp beyond chat, through the yard on the real engine: SDKs, a browser, its web UI, nginx."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import installed
+import pytest
+from processes import HOME
+from real_yard import HELLO, LOCAL, Yard
+from waiting import until
+
+from engines.process.serving import free_port
+
+pytestmark = pytest.mark.engine
+
+installed.require(*installed.BOTH, "openai")
+
+CLIENTS = Path(__file__).parents[2] / ".venv-clients" / "bin" / "python"  # `make clients`
+ANTHROPIC = """
+import sys, anthropic
+client = anthropic.Anthropic(base_url=sys.argv[1], api_key="none", max_retries=0)
+asked = {"model": "smollm2", "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}]}
+assert client.messages.count_tokens(model="smollm2", messages=asked["messages"]).input_tokens > 1
+assert client.messages.create(**asked).content[0].text
+with client.messages.stream(**asked) as stream:
+    assert "".join(stream.text_stream)
+    assert stream.get_final_message().stop_reason == "max_tokens"
+"""
+PAGE = """
+async url => {
+  const body = {model: "smollm2", max_tokens: 4, stream: true, messages: [{role: "user", content: "Hello"}]}
+  const answer = await fetch(url + "/v1/chat/completions", {
+    method: "POST", headers: {"Content-Type": "application/json", "X-Own": "page"}, body: JSON.stringify(body)})
+  return await answer.text()
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def yard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("yard")
+    home = folder / "home"
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
+    yard = Yard({**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}, home, folder)
+    yield yard.ready()
+    yard.end()
+
+
+@pytest.fixture
+def url(yard):
+    return f"http://127.0.0.1:{yard.port}"
+
+
+def answered(yard):
+    return {sample["engine"] for sample in yard.orders.samples() if sample["ok"]}
+
+
+def test_the_openai_sdk_has_its_responses(yard, url):
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert client.responses.create(model="smollm2", input="Hello", max_output_tokens=8).output_text
+    events = list(client.responses.create(model="smollm2", input="Hello", max_output_tokens=8, stream=True))
+    assert events[-1].type == "response.completed"
+    completions = client.completions.create(model="smollm2", prompt="Once upon a", max_tokens=4, temperature=0)
+    assert completions.choices[0].text.startswith(" ")
+    assert client.chat.completions.create(model="x", messages=HELLO, max_tokens=2).choices[0].message.content
+
+
+def test_the_anthropic_sdk_has_its_messages(yard, url):
+    if not CLIENTS.exists():
+        pytest.skip("needs anthropic: `make clients` installs it")
+    done = subprocess.run([CLIENTS, "-c", ANTHROPIC, url], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_llama_cpp_answers_beside_openai_passes(yard, url):
+    direct = next(e for e in yard.orders.status()["models"][0]["engines"] if e["engine"] == "llama.cpp")["argv"]
+    engine = f"http://127.0.0.1:{direct[direct.index('--port') + 1]}"
+    with httpx.Client(base_url=url, timeout=120, **LOCAL) as http, httpx.Client(base_url=engine, **LOCAL) as behind:
+        for path in ("/", "/favicon.ico", "/manifest.webmanifest"):
+            there, here = behind.get(path), http.get(path)
+            assert (here.status_code, here.content) == (there.status_code, there.content)
+            assert here.headers.get("etag") == there.headers.get("etag")
+        assert http.post("/apply-template", json={"messages": HELLO}).json()["prompt"]
+        assert http.get("/slots").json()[0]["id"] == 0
+        assert http.get("/lora-adapters").json() == []
+        assert http.get("/nothing").status_code == 404
+        assert http.post("/infill", json={"input_prefix": "a", "input_suffix": "b"}).status_code == 501
+        assert http.post("/v1/rerank", json={"query": "a", "documents": ["b"]}).status_code == 501
+        text = http.post("/completion", json={"prompt": "Hello", "n_predict": 3, "stream": True}).text
+        assert '"stop":true' in text
+        assert "went away" not in text
+    assert yard.engine("llama.cpp")["restarts"] == 0
+
+
+def test_nginx_passes_pieces_as_they_come(yard, url, tmp_path):
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        pytest.skip("needs nginx: the distribution's package")
+    port = free_port()
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
+        f"http {{ access_log off; client_body_temp_path {tmp_path}; proxy_temp_path {tmp_path};\n"
+        f"fastcgi_temp_path {tmp_path}; uwsgi_temp_path {tmp_path}; scgi_temp_path {tmp_path};\n"
+        f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {url}; }} }} }}\n"
+    )
+    process = subprocess.Popen([program, "-p", tmp_path, "-c", tmp_path / "nginx.conf"], stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: _answers(port), "nginx")
+        chat = {"messages": HELLO, "max_tokens": 40, "stream": True, "ignore_eos": True}
+        moments = set()
+        with httpx.stream(
+            "POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=chat, timeout=120, **LOCAL
+        ) as one:
+            for _ in one.iter_raw():
+                moments.add(time.monotonic_ns() // 1_000_000)
+        assert len(moments) > 20
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _answers(port):
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", **LOCAL).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser's driver: pip install playwright")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    with playwright.sync_playwright() as driver:
+        try:
+            chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        except playwright.Error:
+            pytest.skip("needs chromium")
+        yield chromium
+        chromium.close()
+
+
+def test_a_page_of_another_origin_reads_a_stream(yard, url, browser):
+    class Empty(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        text = page.evaluate(PAGE, url)
+        server.shutdown()
+    assert text.rstrip().endswith("[DONE]")
+
+
+def test_the_web_ui_of_llama_cpp_chats(yard, url, browser):
+    page = browser.new_page()
+    failed = []
+    page.on("response", lambda one: failed.append((one.status, one.url)) if one.status >= 500 else None)
+    page.goto(url)
+    box = page.locator("textarea").first
+    box.wait_for(timeout=30_000)
+    box.fill("Hello")
+    with page.expect_response(lambda one: "/chat/completions" in one.url, timeout=60_000) as answer:
+        box.press("Enter")
+    assert answer.value.status == 200
+    until(lambda: "llama.cpp" in answered(yard), "the answer to be counted")
+    assert failed == [], json.dumps(failed)
