@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib import metadata
 from pathlib import Path
 
 from engines.errors import BadInput
@@ -21,6 +22,14 @@ def home() -> Path:
 def host() -> str:
     """This host's name in a fleet: `$SWITCHYARD_HOST`, else the machine's; every home on one database needs its own."""
     return os.environ.get("SWITCHYARD_HOST", "").strip() or socket.gethostname()
+
+
+def program_version() -> str:
+    """The version of this program; "checkout" where it is not installed."""
+    try:
+        return metadata.version("switchyard-llm")
+    except metadata.PackageNotFoundError:
+        return "checkout"
 
 
 def database_url() -> str | None:

@@ -26,8 +26,8 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import PrefectException
 from prefect.runner import Runner
-from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelled, Completed, Crashed
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Crashed
 from prefect.types.entrypoint import EntrypointType
 from pydantic import Field
 
@@ -41,8 +41,8 @@ from flows import evaluate as evaluation
 from flows import soak as soaking
 from flows.evaluation.beside import DoesNotFit, lacking
 from flows.evaluation.rejudge import rejudge
-from flows.experiment_lock import Busy
 from flows.migrate import migrated
+from flows.orchestrator.ending import NOTHING_MOVED, VERSION, concluding
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
@@ -58,7 +58,8 @@ CONCURRENT = 4  # an experiment, and beside it a rollback, a report and the upke
 SERVED = "deployments are served"
 
 
-@flow(name="evaluate", flow_run_name=lambda: _name("evaluate"), persist_result=False)
+@flow(name="evaluate", flow_run_name=lambda: _name("evaluate"), version=VERSION, persist_result=False)
+@concluding
 def evaluate(plan: str = "", late_minutes: int = 120, with_soak: bool = False) -> Any:
     """Phase 1: measure both engines over every model of the plan, and judge; an unfinished run is resumed.
 
@@ -79,7 +80,8 @@ def _evaluated(plan: Plan, path: Path, *, with_soak: bool) -> dict[str, Any]:
     return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None, with_soak=with_soak, command=command)
 
 
-@flow(name="migrate", flow_run_name=lambda: _name("migrate"), persist_result=False)
+@flow(name="migrate", flow_run_name=lambda: _name("migrate"), version=VERSION, persist_result=False)
+@concluding
 def migrate(
     plan: str = "",
     models: list[str] = [],  # noqa: B006
@@ -108,10 +110,11 @@ def migrate(
         asks.set(in_advance(who, reason))
     decided = {"who": who, "reason": reason, "without_canary": without_canary, "without_rehearsal": without_rehearsal}
     orders = Orders.model_validate({"models": models, "override": override, **decided})
-    return concluded(migrated(*_loaded(plan), orders))
+    return migrated(*_loaded(plan), orders)
 
 
-@flow(name="rollback", flow_run_name=lambda: _name("rollback"), persist_result=False)
+@flow(name="rollback", flow_run_name=lambda: _name("rollback"), version=VERSION, persist_result=False)
+@concluding
 def rollback(model: str = "", who: str = "", reason: str = "", only_from: str = "") -> Any:
     """Put a model back on the engine it came from, at once, and prove it by a real token.
 
@@ -131,16 +134,17 @@ def rollback(model: str = "", who: str = "", reason: str = "", only_from: str = 
         stored = StateFile(home / "yard").read().models
         names = [name for name, state in stored.items() if state.undo or state.canary]
     if not names:
-        return concluded({"verdict": "PASS", "why": "nothing to roll back: no model was moved", "models": []})
+        return {"verdict": "PASS", "result": NOTHING_MOVED, "why": "there is nothing to roll back", "models": []}
     outcomes = []
     for name in names:
         with progress.get().step(f"{name} · rollback"):
             outcomes.append(roll_back(home, name, wish, progress.get().say))
     worst = next((one for one in outcomes if one["verdict"] != "PASS"), outcomes[0])
-    return concluded({"verdict": worst["verdict"], "why": worst["done"], "models": outcomes})
+    return {"verdict": worst["verdict"], "why": worst["done"], "models": outcomes}
 
 
-@flow(name="retire", flow_run_name=lambda: _name("retire"), persist_result=False)
+@flow(name="retire", flow_run_name=lambda: _name("retire"), version=VERSION, persist_result=False)
+@concluding
 def retire(plan: str = "", who: str = "", reason: str = "", now: bool = False, uninstall: bool = False) -> Any:
     """Phase 4: retire the incumbent, or say who still needs it.
 
@@ -152,20 +156,27 @@ def retire(plan: str = "", who: str = "", reason: str = "", now: bool = False, u
         uninstall: also remove what Switchyard installed of it
     """
     loaded, _ = _loaded(plan)
-    return concluded(deprecation.deprecate(loaded, who=who, reason=reason, at_once=now, uninstall=uninstall))
+    return deprecation.deprecate(loaded, who=who, reason=reason, at_once=now, uninstall=uninstall)
 
 
-@flow(name="report", flow_run_name=lambda: _name("report"), persist_result=False)
+@flow(name="report", flow_run_name=lambda: _name("report"), version=VERSION, persist_result=False)
+@concluding
 def report(run: str = "latest") -> Any:
     """Make a run's verdicts again from its raw evidence, and write its HTML report.
 
     Args:
         run: the run's id, part of it, or latest
     """
-    return concluded(rejudge(default_home(), run, None))
+    home = default_home()
+    outcome = rejudge(home, run, None)
+    with open_records() as records:
+        evaluation.publish(records, home, outcome)
+    why = f"run {outcome['run_id']}: {outcome['verdict']}; {outcome['report']}"
+    return {**outcome, "result": "report written", "why": why}  # its gate may be closed: the report is none
 
 
-@flow(name="soak", flow_run_name=lambda: _name("soak"), persist_result=False)
+@flow(name="soak", flow_run_name=lambda: _name("soak"), version=VERSION, persist_result=False)
+@concluding
 def soak(plan: str = "", window_s: Annotated[float, Field(ge=1, le=86_400)] = 240, late_minutes: int = 8) -> Any:
     """Add one window of load to the soak of the engine that serves; over days the windows become a verdict.
 
@@ -177,7 +188,8 @@ def soak(plan: str = "", window_s: Annotated[float, Field(ge=1, le=86_400)] = 24
     return _unless_late(late_minutes, lambda: soaking.soak(plan, window_s))
 
 
-@flow(name="reconcile", flow_run_name="reconcile", persist_result=False)
+@flow(name="reconcile", flow_run_name="reconcile", version=VERSION, persist_result=False)
+@concluding
 def reconcile_home(late_minutes: int = 4) -> Any:
     """End what a killed run left behind, mark it, and close what it left open.
 
@@ -207,20 +219,7 @@ def _unless_late(minutes: int, work: Callable[[], dict[str, Any]]) -> Any:
     late_s = (datetime.now(UTC) - due).total_seconds() if due else 0.0
     if late_s > minutes * 60:
         return Cancelled(message=f"scheduled {late_s / 60:.0f} min ago; skipped as late")
-    try:
-        return concluded(work())
-    except (Busy, DoesNotFit) as why:
-        if deployment.id is None:  # started by a command, which prints it
-            raise
-        progress.get().note(str(why))
-        return Cancelled(message=str(why))
-
-
-def concluded(outcome: dict[str, Any]) -> Any:
-    """The outcome; in a deployment's run as a state named after the verdict, for Prefect's lists of runs."""
-    if deployment.id is None:
-        return outcome
-    return Completed(name=outcome["verdict"], message=str(outcome.get("why") or outcome.get("run_id") or ""))
+    return work()
 
 
 def _loaded(plan: str) -> tuple[Plan, Path]:
@@ -278,6 +277,7 @@ async def deployments(plan: Path, *, zone: str = "UTC", schedules: bool = True) 
             triggers=[rollback_trigger()] if name == "rollback" else [],
             concurrency_limit=None if name == "rollback" else one_at_a_time,
             entrypoint_type=EntrypointType.MODULE_PATH,
+            version=VERSION,
         )
         made.append(deployment)
     return made

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
+from prefect.artifacts import create_image_artifact
 
-from engines.errors import SwitchyardError
-from engines.yard.client import YardClient, public_address
 from flows.evaluation import measure
 from flows.evaluation.judge import does_not_start, turned_down
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.run import opened
 from flows.evaluation.soak import leave_soak_out, soak
-from flows.evaluation.trial import ARMS, Bench, Side, Trial, Unmeasured
+from flows.evaluation.trial import ARMS, Side, Trial, Unmeasured
+from flows.orchestrator.artifacts import check_rows, put_report_link, put_table
+from flows.orchestrator.ending import VERSION
 from flows.orchestrator.step import take
 from flows.progress import progress
 from migrations.plan import Plan
 from tasks.evidence.unmeasured import summary
+from tasks.records.store import Records
 from tasks.report.report import latency_images
 from tasks.verdicts.verdict import Verdict
 
 KINDS = {"prompt tokens": "parity.tokens", "answers": "parity.answers"}  # of evidence, where the step has another name
 
 
-@flow(name="evaluate-plan", flow_run_name="evaluate {plan.name}", persist_result=False)
+@flow(name="evaluate-plan", flow_run_name="evaluate {plan.name}", version=VERSION, persist_result=False)
 def evaluate(
     plan: Plan,
     resume: str | None = None,
@@ -51,7 +51,7 @@ def evaluate(
         outcome = judge(bench, trials)
         run.finish("done", verdict=Verdict(outcome["verdict"]))
         outcome = report(bench.records, bench.home, outcome)
-        publish(bench, outcome)
+        publish(bench.records, bench.home, outcome)
     return outcome
 
 
@@ -103,25 +103,11 @@ def attempt(trial: Trial, arm: Side, evidence: str, work: Callable[[], None]) ->
         progress.get().note(f"{trial.model.id}: {evidence} could not be measured: {summary(broken[0])}")
 
 
-def publish(bench: Bench, outcome: dict[str, Any]) -> None:
-    """The verdict table and a latency plot per model, as Prefect artifacts of the run."""
-    columns = ("check", "verdict", "value", "limit", "unit", "why")
-    rows = [
-        {"model": model["model"], **{key: check[key] for key in columns}}
-        for model in outcome["models"]
-        for check in model["checks"]
-        if check["required"]
-    ]
-    create_table_artifact(
-        key="switchyard-verdict",
-        table=rows,
-        description=f"Run {outcome['run_id']}: {outcome['verdict']}. Report: {outcome['report']}",
-    )
-    with contextlib.suppress(SwitchyardError):  # the yard serves the report, so there is no link where no yard runs
-        address = public_address(YardClient(bench.home).status()["address"])
-        link = f"{address}/yard/reports/{Path(outcome['report']).name}"
-        create_link_artifact(link, link_text="the report", key="switchyard-report", description="served by the yard")
-    for number, (model, image) in enumerate(latency_images(bench.records, outcome["run_id"], outcome).items(), 1):
+def publish(records: Records, home: Path, outcome: dict[str, Any]) -> None:
+    """The verdict table, the report and a latency plot per model, as Prefect artifacts of the run."""
+    put_table("switchyard-verdict", check_rows(outcome["models"], required=True), outcome)
+    put_report_link(home, Path(outcome["report"]))
+    for number, (model, image) in enumerate(latency_images(records, outcome["run_id"], outcome).items(), 1):
         create_image_artifact(
             key=f"switchyard-latency-{number}", image_url=image, description=f"{model}: time to first token"
         )

@@ -15,7 +15,11 @@ from engines.errors import BadInput
 _held: set[Path] = set()
 
 
-class Busy(BadInput):
+class Refused(BadInput):
+    """Nothing was begun, and nothing is wrong: what is asked for has to wait."""
+
+
+class Busy(Refused):
     """Another process has the home for its experiment."""
 
 

@@ -21,7 +21,6 @@ from uuid import UUID
 
 import httpx
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.objects import FlowRun
@@ -30,7 +29,9 @@ from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engines.errors import BadInput
-from flows.deployments import Offer, concluded
+from flows.deployments import Offer
+from flows.orchestrator.artifacts import put_table
+from flows.orchestrator.ending import NOTHING_MOVED, VERSION, concluding
 from flows.orchestrator.run import run_journal
 from flows.progress import progress
 from tasks.records.journal import RunJournal
@@ -86,17 +87,17 @@ class Rollout(BaseModel):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a host's run ended: its state, whether it was completed, and the result of each model."""
+    """How a host's run ended: its state, whether it came to a verdict, and the result of each model."""
 
     state: str
-    completed: bool
+    judged: bool
     why: str = ""
     models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether its verdict is PASS."""
-        return self.completed and self.state == Verdict.PASS
+        """Whether its verdict is PASS, or it had nothing to roll back."""
+        return self.judged and self.state in (Verdict.PASS, NOTHING_MOVED)
 
 
 def waves_of(hosts: Sequence[str], shares: Iterable[float]) -> list[list[str]]:
@@ -127,7 +128,7 @@ def _shut(end: Ended, accepted: frozenset[str]) -> str:
         return ""
     # whether the incumbent may be retired is asked of each host later, and by itself
     models = {name: model for name, model in end.models.items() if not name.startswith("(")}
-    if not end.completed or not models:
+    if not end.judged or not models:
         return f"{end.state}: {end.why}" if end.why else end.state
     open_ = [
         f"{name} {model['result']}: {model['why']}"
@@ -171,7 +172,8 @@ class Hosts:
             if run.state is None or not run.state.is_final():
                 return self._unless_picked_up(run)
             how = run.state.name or run.state.type.value
-            return Ended(how, run.state.is_completed(), run.state.message or "", self._models(run_id))
+            judged = run.state.is_completed() or (run.state.is_failed() and how in list(Verdict))
+            return Ended(how, judged, run.state.message or "", self._models(run_id))
         except ObjectNotFound:
             return Ended("Gone", False, "Prefect knows no such run any more")
         except httpx.TransportError:  # its server is restarted; the runs on the hosts continue
@@ -276,6 +278,8 @@ class HostRuns:
         if last is None:
             return {"host": host, "wave": None, "result": "not begun", "why": "", "models": {}, "flow_run": None}
         done = {"migrate": "migrated", "rollback": "rolled back"}[last.step]
+        if last.detail.get("ended") == NOTHING_MOVED:
+            done = NOTHING_MOVED
         first = migrated or last
         return {
             "host": host,
@@ -367,14 +371,17 @@ def _concluded(run: RunJournal, rows: list[dict[str, Any]], verdict: Verdict, ai
         why = f"not rolled back: {', '.join(stuck)}{f'; {why}' if why else ''}"
     run.finish("done" if verdict is Verdict.PASS else "interrupted", verdict=verdict, error=why or None)
     done = sum(row["result"] == aim for row in rows)
-    summary = f"{done} of {len(rows)} hosts {aim}{f'; {why}' if why else ''}"
+    unmoved = sum(row["result"] == NOTHING_MOVED for row in rows)
+    parts = (f"{done} of {len(rows)} hosts {aim}", f"on {unmoved} {NOTHING_MOVED}" if unmoved else "", why)
+    summary = "; ".join(filter(None, parts))
     return {"run_id": run.id, "verdict": verdict.value, "why": summary, "hosts": rows}
 
 
 # --- the flows
 
 
-@flow(name="fleet", flow_run_name="fleet", persist_result=False)
+@flow(name="fleet", flow_run_name="fleet", version=VERSION, persist_result=False)
+@concluding
 def fleet(
     hosts: list[str],
     who: str,
@@ -385,7 +392,7 @@ def fleet(
     rollback_wave: bool = True,
     without_canary: bool = False,
     pick_up_minutes: Annotated[float, Field(gt=0)] = 15,
-) -> Any:
+) -> dict[str, Any]:
     """Migrate host after host in waves; a wave that does not pass is rolled back and ends the rollout.
 
     Args:
@@ -405,16 +412,17 @@ def fleet(
         where = Hosts(client, pick_up_s=pick_up_minutes * 60)
         outcome = roll_out(orders, where, records, say=progress.get().say)
     publish(outcome)
-    return concluded(outcome)
+    return outcome
 
 
-@flow(name="rollback-fleet", flow_run_name="rollback fleet", persist_result=False)
+@flow(name="rollback-fleet", flow_run_name="rollback fleet", version=VERSION, persist_result=False)
+@concluding
 def rollback_fleet(
     who: str,
     reason: str,
     hosts: list[str] = [],  # noqa: B006
     pick_up_minutes: Annotated[float, Field(gt=0)] = 15,
-) -> Any:
+) -> dict[str, Any]:
     """Put every model of these hosts back on the engine it came from; all hosts at once.
 
     Args:
@@ -428,7 +436,7 @@ def rollback_fleet(
         where = Hosts(client, pick_up_s=pick_up_minutes * 60)
         outcome = roll_back_hosts(orders, where, records, say=progress.get().say)
     publish(outcome)
-    return concluded(outcome)
+    return outcome
 
 
 def _orders(**asked: Any) -> Rollout:
@@ -446,9 +454,7 @@ def publish(outcome: dict[str, Any]) -> None:
         {**row, "models": ", ".join(f"{name} {result}" for name, result in row["models"].items())}
         for row in outcome["hosts"]
     ]
-    create_table_artifact(
-        key="switchyard-fleet", table=rows, description=f"Run {outcome['run_id']}: {outcome['verdict']}"
-    )
+    put_table("switchyard-fleet", rows, outcome)
 
 
 FLEET: dict[str, Offer] = {

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_table_artifact
 from prefect.exceptions import Pause
 from prefect.runtime import deployment
 
@@ -29,6 +28,7 @@ from flows.deprecate import deprecate
 from flows.evaluate import evaluate
 from flows.experiment_lock import alone
 from flows.native_phase import to_native
+from flows.orchestrator.artifacts import put_table, worst_first
 from flows.orchestrator.run import run_journal
 from flows.progress import progress
 from flows.reconcile import reconcile
@@ -316,11 +316,9 @@ def _broken(ends: Sequence[Json]) -> list[str]:
 
 def publish(outcome: Json) -> None:
     """How far every model came, as a Prefect artifact of the run."""
-    columns = ("model", "result", "serving", "verdict", "why")
+    columns = ("verdict", "model", "result", "serving", "why")
     rows = [{name: model[name] for name in columns} for model in outcome["models"]]
     if (retired := outcome["retirement"]) is not None:
         end = {"model": f"({retired['engine']})", "result": retired["result"], "serving": "-"}
         rows.append({**end, "verdict": retired["verdict"], "why": retired["why"]})
-    create_table_artifact(
-        key="switchyard-migration", table=rows, description=f"Run {outcome['run_id']}: {outcome['verdict']}"
-    )
+    put_table("switchyard-migration", worst_first(rows), outcome)

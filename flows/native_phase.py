@@ -22,6 +22,7 @@ from engines.home import home
 from engines.process.process import end_orphans
 from engines.registry import driver, native_driver
 from flows.evaluate import evaluate
+from flows.orchestrator.ending import VERSION
 from flows.rollout.model_move import ModelMove, MovePhase
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
@@ -95,7 +96,7 @@ NATIVE = MovePhase(
 )
 
 
-@flow(name="migrate-native", flow_run_name="migrate {plan_path.stem} · native", persist_result=False)
+@flow(name="migrate-native", flow_run_name="migrate {plan_path.stem} · native", version=VERSION, persist_result=False)
 def native_phase(plan_path: Path, orders: Orders | None = None) -> dict[str, Any]:
     """Phase 3 by itself, of the plan at this path."""
     return to_native(load_plan(plan_path), plan_path, orders or Orders())

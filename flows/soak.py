@@ -33,6 +33,7 @@ from engines.yard.client import YardClient
 from engines.yard.state import StateFile
 from flows.evaluation.outcome import model_outcome, report, run_outcome
 from flows.experiment_lock import SOAK, Busy, alone
+from flows.orchestrator.artifacts import check_rows
 from flows.orchestrator.run import run_journal
 from flows.progress import progress
 from migrations.plan import Plan
@@ -386,7 +387,8 @@ def markdown(outcome: dict[str, Any]) -> str:
     """The windows, exposure and checks of every model as tables."""
     template = Template(Path(__file__).with_name("soak.md.jinja").read_text())
     now = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    text: str = template.render(outcome, progress_line=progress_line, now=now)
+    models = [{**model, "checks": check_rows([model])} for model in outcome["models"]]
+    text: str = template.render({**outcome, "models": models}, progress_line=progress_line, now=now)
     return text
 
 

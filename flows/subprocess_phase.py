@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 
 from engines.home import home
 from engines.process.process import end_orphans
+from flows.orchestrator.artifacts import check_rows, put_table
+from flows.orchestrator.ending import VERSION
 from flows.orchestrator.step import take
 from flows.progress import progress
 from flows.rollout.model_move import MovePhase
@@ -33,7 +34,12 @@ from tasks.evidence.canary import judge_canary
 from tasks.records.store import open_records
 
 
-@flow(name="migrate-subprocess", flow_run_name="migrate {plan_path.stem} · subprocess", persist_result=False)
+@flow(
+    name="migrate-subprocess",
+    flow_run_name="migrate {plan_path.stem} · subprocess",
+    version=VERSION,
+    persist_result=False,
+)
 def subprocess_phase(plan_path: Path, orders: Orders | None = None) -> dict[str, Any]:
     """Phase 2 by itself, of the plan at this path."""
     return to_subprocess(load_plan(plan_path), plan_path, orders or Orders())
@@ -51,14 +57,6 @@ def carried_out(phase: MovePhase, plan: Plan, yards: Yards, orders: Orders) -> d
     judge = functools.partial(judge_canary, limits=canary_limits(plan))
     with open_records() as records:
         outcome = migrate(phase, plan, yards, records, judge, orders=orders, say=progress.get().say, do=take)
-    columns = ("check", "verdict", "value", "limit", "unit", "why")
-    rows = [
-        {"model": model["model"], "result": model["result"], **{name: check[name] for name in columns}}
-        for model in outcome["models"]
-        for check in model["checks"]
-    ]
-    if rows:
-        create_table_artifact(
-            key="switchyard-migrate", table=rows, description=f"Run {outcome['run_id']}: {outcome['verdict']}"
-        )
+    if rows := check_rows(outcome["models"]):
+        put_table("switchyard-migrate", rows, outcome)
     return outcome

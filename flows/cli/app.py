@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from engines.environment import apply_to_this_process
 from engines.errors import BadInput, SwitchyardError
+from engines.home import program_version
 from engines.redaction import redacted_text
 
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
@@ -124,10 +125,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        try:
-            print(f"switchyard {metadata.version('switchyard-llm')}")
-        except metadata.PackageNotFoundError:
-            print("switchyard, run from a checkout that is not installed")
+        print(f"switchyard {program_version()}")
         raise typer.Exit
 
 

@@ -13,10 +13,11 @@ from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
 from engines.units import size
 from engines.yard.client import YardClient
+from flows.experiment_lock import Refused
 from migrations.plan import Plan
 
 
-class DoesNotFit(BadInput):
+class DoesNotFit(Refused):
     """An evaluation would take memory that the engines in service need."""
 
 

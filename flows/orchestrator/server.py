@@ -92,10 +92,12 @@ def with_prefect(home: Path, flow: str) -> LoadedFlow:
     progress.set(shown)
     with shown.step("Prefect starts"):
         server = prefect_api(home)
-        loaded: LoadedFlow = pkgutil.resolve_name(flow)  # takes seconds, in which the server starts
+        loaded = pkgutil.resolve_name(flow)  # takes seconds, in which the server starts
+        by_command = pkgutil.resolve_name("flows.orchestrator.ending:by_command")
         if server is not None:
             server.ready()
-    return loaded
+    command: LoadedFlow = by_command(loaded)
+    return command
 
 
 @dataclass(frozen=True)

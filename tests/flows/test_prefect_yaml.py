@@ -15,6 +15,7 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.templating import apply_values
 
 import flows
+from engines.home import program_version
 from flows.deployments import OFFERS, Offer, deployments, rollback_trigger
 from flows.fleet import FLEET
 
@@ -120,3 +121,11 @@ def when(schedule: Any) -> tuple[str | int, str | None]:
         return schedule.cron, schedule.timezone
     assert isinstance(schedule, IntervalSchedule)
     return int(schedule.interval.total_seconds()), schedule.timezone
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_its_version_is_the_programs(name: str, on_host: dict[str, Any], served: dict[str, RunnerDeployment]) -> None:
+    """Not a hash of a file, nor a commit of the folder in which it is deployed."""
+    versions = {on_host[in_file(name)]["version"], ALL[name].flow.version}
+    versions |= {served[name].version} if name in served else set()
+    assert versions == {program_version()}

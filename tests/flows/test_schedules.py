@@ -44,8 +44,9 @@ def up(tmp_path) -> Iterator[PlayedUp]:
 def test_a_scheduled_evaluation_has_no_soak_and_takes_an_earlier_one(up):
     """Unproven without one; `--resume` adds it; the next night it counts, and the run says whose it is."""
     up.ensure()
-    assert up.ended(up.begin("evaluate"))["type"] == "COMPLETED"
+    state = up.ended(up.begin("evaluate"))
     (first,) = up.evaluations()
+    assert (state["type"], state["name"]) == ("FAILED", first["verdict"]), state
     stability = up.checks()["stability.failures"]
     assert stability["verdict"] == "INCONCLUSIVE"
     assert f"switchyard evaluate --resume {first['run_id']}" in stability["why"]
@@ -55,8 +56,9 @@ def test_a_scheduled_evaluation_has_no_soak_and_takes_an_earlier_one(up):
     assert soaked["run_id"] == first["run_id"]
     assert (own := soaks(up)) > 0
 
-    assert up.ended(up.begin("evaluate"))["type"] == "COMPLETED"
+    state = up.ended(up.begin("evaluate"))
     second, _ = up.evaluations()
+    assert state["name"] == second["verdict"], state
     taken = up.checks()["stability.failures"]
     assert f"the soak of run {first['run_id']}" in taken["why"]
     assert taken["verdict"] == up.checks(first["run_id"])["stability.failures"]["verdict"]

@@ -455,7 +455,7 @@ def test_people_are_shown_the_checks_and_what_to_do_next(box: Box) -> None:
     text = out.export_text()
     assert "stability.served" in text
     assert text.rstrip().endswith(next_step(outcome))
-    assert "| stability.failures | PASS |" in markdown(outcome)
+    assert "| PASS | stability.failures | 0 failures | 0 failures |" in markdown(outcome)
 
 
 def test_what_to_do_next_fits_the_result() -> None:

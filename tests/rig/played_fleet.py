@@ -13,9 +13,9 @@ from prefect.deployments.runner import EntrypointType
 from waiting import until
 
 from engines.home import home
-from flows.deployments import concluded
 from flows.fleet import fleet
 from flows.migrate import publish
+from flows.orchestrator.ending import concluding
 from tasks.records.store import open_records
 from tasks.verdicts.verdict import Verdict
 
@@ -24,6 +24,7 @@ HOLD_S = 120
 
 
 @flow(name="migrate", persist_result=False)
+@concluding
 def migrate(who: str, reason: str, plan: str = "", approve: bool = False) -> Any:
     """A migration that ends as the file `verdict` says, once the file `hold` is gone; each adds a line to `done`."""
     assert approve
@@ -40,14 +41,15 @@ def migrate(who: str, reason: str, plan: str = "", approve: bool = False) -> Any
         records.finish_run(run.id, "interrupted", verdict=verdict)
     publish(outcome)
     _note(f"migrate for {who}: {reason}")
-    return concluded(outcome)
+    return outcome
 
 
 @flow(name="rollback", persist_result=False)
+@concluding
 def rollback(who: str, reason: str) -> Any:
     """A rollback that passes."""
     _note(f"rollback for {who}: {reason}")
-    return concluded({"verdict": "PASS", "why": "back"})
+    return {"verdict": "PASS", "why": "back"}
 
 
 def _note(line: str) -> None:

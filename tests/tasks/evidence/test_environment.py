@@ -15,5 +15,5 @@ def test_environment_name_machine_software_and_clock() -> None:
     assert told["ram_bytes"] > 0
     packages = told["packages"]
     assert isinstance(packages, dict)
-    assert "psutil" in packages
+    assert {"psutil", "switchyard-llm"} <= set(packages)
     assert json.loads(json.dumps(told, allow_nan=False)) == told
