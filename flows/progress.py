@@ -33,8 +33,8 @@ class Progress:
         logger.info("  %s", redacted_text(text))
 
     def note(self, text: str) -> None:
-        """A line between two steps that stays."""
-        logger.warning("%s", text)
+        """A line that stays: in a step, or between two."""
+        logger.warning("%s", redacted_text(text))
 
 
 class ConsoleProgress(Progress):
@@ -71,8 +71,8 @@ class ConsoleProgress(Progress):
             self._status.update(f"{self._title} [dim]{redacted_text(text)}[/dim]")
 
     def note(self, text: str) -> None:
-        """A line between two steps that stays, below the step it is about."""
-        self._console.print(f"          {text}", highlight=False, markup=False, soft_wrap=True)
+        """A line that stays: above the running step, or below the step it is about."""
+        self._console.print(f"          {redacted_text(text)}", highlight=False, markup=False, soft_wrap=True)
 
 
 progress: ContextVar[Progress] = ContextVar("progress", default=Progress())  # noqa: B039

@@ -24,6 +24,7 @@ MEANING = {
     "ERROR": "the gate stays closed: a check could not be carried out",
     "FAIL": "the gate stays closed: the candidate is worse, or broken, for this model",
 }
+LEFT_OUT = "not measured: "
 # a line is never broken: the terminal does that, and a copied line stays whole
 out = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -113,9 +114,8 @@ def evaluation_table(outcome: Mapping[str, Any]) -> Group:
 
 
 def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an area that passed, one row a required check that did not; checks a FAIL made pointless share a row."""
-    failed = any(check["required"] and check["verdict"] == "FAIL" for check in checks)
-    pointless: list[str] = []
+    """One row an area that passed, one row a required check that did not; what one reason left out shares a row."""
+    left_out: dict[str, list[str]] = {}
     table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -126,13 +126,13 @@ def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
         if required and not closed:
             table.add_row(area, verdict_text("PASS"), f"{len(required)} of {len(required)} required checks")
         for check in sorted(closed, key=lambda c: list(STYLES).index(c["verdict"]), reverse=True):
-            if failed and check["verdict"] == "INCONCLUSIVE" and check["value"] is None:
-                pointless.append(area)
+            if check["verdict"] == "INCONCLUSIVE" and check["why"].startswith(LEFT_OUT):
+                left_out.setdefault(check["why"].removeprefix(LEFT_OUT), []).append(area)
                 continue
             table.add_row(check["check"], verdict_text(check["verdict"]), check["why"])
-    if pointless:
-        areas = ", ".join(dict.fromkeys(pointless))
-        table.add_row("not measured", "", Text(f"{areas}: the gate could not open any more", style="dim"))
+    for why, areas in left_out.items():
+        line = Text(f"{', '.join(dict.fromkeys(areas))}: {why}", style="dim")
+        table.add_row("not measured", verdict_text("INCONCLUSIVE"), line)
     return table
 
 

@@ -18,6 +18,7 @@ from engines.process.serving import Served
 from engines.settings import Endpoint
 from flows.evaluation.judge import required_behaviours, turned_down
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
+from flows.progress import progress
 from migrations.carried import no_chat
 from tasks.evidence import compatibility as behaviours
 from tasks.evidence import preflight as headers
@@ -117,13 +118,19 @@ def performance(trial: Trial) -> None:
     compared = metrics(trial.plan.limits, trial.workload)
     errors = {metric.name: known[metric.key] for metric in compared if metric.key in known}
     incumbent, candidate = (trial.engines[arm] for arm in ARMS)
+    blocks: list[dict[str, Any]] = []
     for index in range(amounts.looks[-1] + amounts.max_discarded_blocks):
-        _block(trial, "performance", incumbent, candidate, index, amounts.looks[-1])
+        n_discarded = sum(block["void"] is not None for block in blocks)
+        _block(trial, "performance", incumbent, candidate, index, amounts.looks[-1] + n_discarded)
         blocks = trial.payloads(BOTH, "performance")
         decision = decision_reached(compared, blocks, amounts.looks, client_errors=errors)
         if decision.stop:
             trial.say(f"speed: {decision.why}")
             break
+    else:
+        n_discarded = sum(block["void"] is not None for block in blocks)
+        fix = "quiet the machine, or raise measure.max_discarded_blocks"
+        progress.get().note(f"{trial.model.id}: {n_discarded} blocks were discarded, no more are repeated; {fix}")
     # measured against estimated memory of each engine, for the next preflight
     report = trial.payload(BOTH, "preflight")
     for arm in ARMS if report is not None else ():
@@ -136,19 +143,22 @@ def performance(trial: Trial) -> None:
 def _block(
     trial: Trial, kind: str, incumbent: EngineUnderTest, candidate: EngineUnderTest, index: int, wanted: int
 ) -> None:
-    trial.gather(
-        BOTH,
-        kind,
-        lambda: measure_block(
+    name = f"{kind} block {index + 1} of {wanted}"
+
+    def measured() -> dict[str, Any]:
+        block = measure_block(
             incumbent,
             candidate,
             trial.workload,
             index=index,
             foreign_cpu_limit=trial.plan.limits.foreign_cpu,
-            progress=lambda what: trial.say(f"{kind} block {index + 1} of {wanted}: {what}"),
-        ),
-        key=f"{index:05d}",
-    )
+            progress=lambda what: trial.say(f"{name}: {what}"),
+        )
+        if block["void"]:
+            progress.get().note(f"{trial.model.id}: {name} was discarded: {block['void']}")
+        return block
+
+    trial.gather(BOTH, kind, measured, key=f"{index:05d}")
 
 
 def faults(trial: Trial) -> None:

@@ -39,6 +39,7 @@ def model_outcome(model_id: str, results: Sequence[CheckResult], known_risks: It
                 **{name: getattr(one.risk, name) for name in ("risk", "likelihood", "impact", "mitigation")},
                 "verdict": one.verdict.value,
                 "decided_by": [result.check for result in one.decided_by],
+                "not_measured": list(one.unmeasured),
             }
             for one in judge_risks(known_risks, results)
         ],

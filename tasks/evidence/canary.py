@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BadInput
+from engines.units import quantity
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.judge import judge_answers
 from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits
@@ -320,8 +321,9 @@ def _judge_copies(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
     failed = [pair["candidate"]["error"] for pair in pairs if pair["candidate"]["error"]]
     upper = clopper_pearson_upper(len(failed), len(pairs))
     why = f"{len(failed)} of {len(pairs)} copies failed" + (f" ({failed[0][:80]})" if failed else "")
-    why += f", with 95 % confidence at most {upper:.1%} (limit {COPIES_FAILED:.0%})"
-    verdict = decided(fails=len(failed) >= FEWEST, passes=upper <= COPIES_FAILED)
+    why += f", with 95 % confidence at most {upper:.1%}, limit {quantity(COPIES_FAILED, 'share')}"
+    surely = len(failed) >= FEWEST and clopper_pearson_lower(len(failed), len(pairs)) > COPIES_FAILED
+    verdict = decided(fails=surely, passes=upper <= COPIES_FAILED)
     return CheckResult(check=check, verdict=verdict, value=upper, limit=COPIES_FAILED, unit="share", why=why)
 
 

@@ -23,9 +23,10 @@ from engines.process.telemetry import MemorySampler, Telemetry, interval, mapped
 from engines.settings import Endpoint
 from engines.units import figure, quantity, size
 from tasks.evidence.engine_under_test import EngineUnderTest
+from tasks.verdicts.counts import no_more_than_incumbent
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_calibration
-from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 ARMS = ("incumbent", "candidate")
 MAPPED = "mapped_weights_bytes"
@@ -324,10 +325,10 @@ def _reason_to_discard(
 def _judge_errors(blocks: Sequence[Mapping[str, Any]]) -> CheckResult:
     """Failed requests and failed starts of the candidate; those of a discarded block count too."""
     failed = {arm: sum(len(b[arm].get("errors", [])) + bool(b[arm].get("failed")) for b in blocks) for arm in ARMS}
-    sent = {arm: sum(len(b[arm].get("records", [])) for b in blocks) for arm in ARMS}
-    shares = {arm: f"{failed[arm]} of {sent[arm]}" for arm in ARMS}
-    why = f"{shares['candidate']} requests failed on the candidate, {shares['incumbent']} on the incumbent"
-    return at_most("performance.errors", failed["candidate"], limit=failed["incumbent"], unit="requests", why=why)
+    sent = {arm: sum(len(b[arm].get("records", [])) + bool(b[arm].get("failed")) for b in blocks) for arm in ARMS}
+    ours, theirs = ((failed[arm], sent[arm]) for arm in ("candidate", "incumbent"))
+    why = f"{ours[0]} of {ours[1]} requests and starts failed on the candidate, {theirs[0]} of {theirs[1]} on the "
+    return no_more_than_incumbent("performance.errors", ours, theirs, "requests", f"{why}incumbent")
 
 
 def _reported(blocks: Sequence[Mapping[str, Any]]) -> list[CheckResult]:

@@ -14,7 +14,7 @@ from tasks.records.series import Series
 from tasks.records.store import Records
 from tasks.records.tables import Arm, Evidence, Run
 from tasks.report.plots import ARMS
-from tasks.verdicts.verdict import CheckResult, Verdict, reasons
+from tasks.verdicts.verdict import CheckResult, Verdict, is_near, reasons
 
 WHY_CHARS = 220
 SAYS = {Verdict.FAIL: "failed", Verdict.ERROR: "could not be carried out", Verdict.INCONCLUSIVE: "unproven"}
@@ -29,8 +29,8 @@ NEXT_STEPS = {
     "compatibility": "Keep the incumbent while your client needs what is missing; name in client.requires what it does "
     "use, and evaluate again.",
     "performance.errors": "Keep the incumbent; the candidate's log says why its requests failed.",
-    "performance": "Tune the candidate, or accept a larger limit in the plan with your reason; then evaluate again.",
-    "memory": "Give the candidate more memory or a smaller context, or accept a larger limit in the plan.",
+    "performance": "Keep the incumbent, or tune the candidate and evaluate again.",
+    "memory": "Give the candidate more memory or a smaller context, and evaluate again.",
     "stability": "Keep the incumbent; look at the failures below and in the candidate's log.",
     "faults": "Keep the incumbent until the candidate's faults are noticed, and recovered from, in time.",
 }
@@ -173,7 +173,19 @@ class ModelRecord:
         worst = self.closed_by[0]
         steps = UNPROVEN if worst.verdict is Verdict.INCONCLUSIVE else NEXT_STEPS
         fallback = "Read below what was not measured, fix it, then evaluate again."
-        return next((words for prefix, words in steps.items() if worst.check.startswith(prefix)), fallback)
+        step = next((words for prefix, words in steps.items() if worst.check.startswith(prefix)), fallback)
+        over = [r for r in self.closed_by if r.verdict is Verdict.FAIL]
+        # a limit is a judgement: a little more may do, what is far beyond it is no matter of the limit
+        if over and all(r.unit == "ratio" and r.value and r.limit and is_near(r.value, r.limit) for r in over):
+            step += " Or accept a limit a little larger in the plan, with your reason."
+        return step
+
+
+def decided_by(risk: Mapping[str, Any]) -> str:
+    """The checks that decided a risk, and what of it was not measured."""
+    missing = ", ".join(risk.get("not_measured", ()))
+    parts = [", ".join(risk["decided_by"]), f"not measured: {missing}" if missing else ""]
+    return "; ".join(filter(None, parts)) or "every check on it passed"
 
 
 def shortened(text: str, limit: int = WHY_CHARS) -> str:

@@ -11,7 +11,7 @@ from engines.units import NOT_MEASURED, duration, figure
 from tasks.evidence.performance import RATIOS, Workload, memory_metric, metrics
 from tasks.report import plots
 from tasks.report.markup import DASH, TEMPLATES, Html, el, joined, number, row, verdict_mark
-from tasks.report.model_record import ModelRecord, by_area, shortened
+from tasks.report.model_record import ModelRecord, by_area, decided_by, shortened
 from tasks.report.plots import ARMS
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import Metric, block_log_ratio, judge
@@ -65,6 +65,7 @@ def model_section(model: ModelRecord) -> Html:
         failures=_failures(model),
         unproven=unproven,
         by_area=by_area,
+        decided_by=decided_by,
         check_row=_check_row,
         shortened=shortened,
         spoken=_spoken,

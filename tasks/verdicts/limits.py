@@ -140,6 +140,7 @@ FLOOR_FACTOR = 3.0  # an engine cannot be nearer to another than to itself; 3 ti
 UNEXPLAINED_DIVERGENCES = 0  # one that is no near tie wants a person to look
 EXCESS_DEGENERATE = 0  # garbage is a broken kernel or template, however rare
 MIN_POSITIONS = 100  # a 99th percentile of fewer is only their maximum
+MIN_PROMPTS = 10  # fewer are no sample of prompts
 LENGTH_MARGIN = 0.10  # length drives latency and cost; 10 % either way is noticed
 LENGTH_REQUIRED_FROM = 200  # prompts from which the length ratio gates; its interval is wider than 10 % before
 

@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BadInput, NoMeasurement
-from engines.units import figure
+from engines.units import figure, quantity
 from tasks.verdicts.statistics import normal_cdf, normal_quantile, percentile, t_quantile
-from tasks.verdicts.verdict import CheckResult, Verdict, decided, worst
+from tasks.verdicts.verdict import CheckResult, Verdict, decided, is_near, worst
 
 ALPHA = 0.05
 DEFAULT_LOOKS = (6, 12, 24)
@@ -152,17 +152,17 @@ def judge(
     that are not positive numbers.
     """
     bounds = look_bounds(tuple(looks))
-    valid, n_void = _valid(blocks)
+    valid, discarded = _valid(blocks)
     reached = max((look for look in looks if look <= len(valid)), default=None)
     used = valid[:reached]
-    facts: dict[str, Any] = {"metric": metric, "n_blocks": len(used), "n_void": n_void, "look": reached}
+    facts: dict[str, Any] = {"metric": metric, "n_blocks": len(used), "n_void": len(discarded), "look": reached}
     try:
         levels = [_levels(metric, block) for block in used]
     except NoMeasurement as error:
         return _undecided(facts, f"not measured: {error}", final=True)
     if len(levels) < 2:
         needed = looks[0] - len(valid)
-        why = f"{_count(len(valid), 'valid block')} measured{_void_note(n_void)}; the first look needs {looks[0]}"
+        why = f"{_count(len(valid), 'valid block')} measured{_discard_note(discarded)}; the first look needs {looks[0]}"
         return _undecided(facts, why, blocks_needed=needed)
     bound = bounds[list(looks).index(reached)] if reached else bounds[0]
     estimate = _estimate([_harm(metric, *level) for level in levels], [_foreign_difference(block) for block in used])
@@ -177,7 +177,7 @@ def judge(
     }
     level_a, level_b = (statistics.median(arm) for arm in zip(*levels, strict=True))
     says = _says(metric, estimate, low, high, level_a, level_b) + f", over {_count(len(used), 'block')}"
-    says += _void_note(n_void) + ("; adjusted for foreign CPU load" if estimate.adjusted else "")
+    says += _discard_note(discarded) + ("; adjusted for foreign CPU load" if estimate.adjusted else "")
     if client_error is not None and metric.margin * level_a < CLIENT_ERROR_FACTOR * client_error:
         why = f"{_too_fine(metric, level_a, client_error)}; seen: {says}"
         return _undecided(facts, why, final=reached is not None, **numbers)
@@ -334,12 +334,12 @@ def blocks_for_power(sd: float, margin: float, *, power: float = POWER, alpha: f
 def _calibrate(
     metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: tuple[int, ...], client_error: float | None
 ) -> CheckResult:
-    valid, n_void = _valid(blocks)
+    valid, discarded = _valid(blocks)
     alpha = 1.0 - normal_cdf(look_bounds(looks)[-1])
     largest = _largest_sd(metric.margin, looks[-1], alpha)
     facts: dict[str, Any] = {"check": f"calibration.{metric.name}", "limit": largest, "unit": "ln ratio"}
     if len(valid) < CALIBRATION_BLOCKS:
-        seen = f"{_count(len(valid), 'valid block')}{_void_note(n_void)}"
+        seen = f"{_count(len(valid), 'valid block')}{_discard_note(discarded)}"
         why = f"{seen} of the incumbent against itself; {CALIBRATION_BLOCKS} are needed"
         return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=why)
     outcome = judge(metric, valid, (len(valid),), client_error=client_error)
@@ -348,11 +348,12 @@ def _calibrate(
     facts["value"] = outcome.sd
     # the arms are the same engine, so a bias may show on either side
     away = max(outcome.ci_low, 1.0 / outcome.ci_high)
+    seen = _count(outcome.n_blocks, "block") + _discard_note(discarded)
     if away > 1 + metric.margin:
         why = (
             f"the incumbent differs from itself by {max(outcome.ratio, 1 / outcome.ratio):.2f}x "
-            f"(at least {away:.2f}x, 95 % sure) over {_count(outcome.n_blocks, 'block')}{_void_note(n_void)}: the "
-            "bench favours one arm; look for what else runs, and at the order of the arms"
+            f"(at least {away:.2f}x, 95 % sure) over {seen}: the bench favours one arm; "
+            "look for what else runs, and at the order of the arms"
         )
         return CheckResult(**facts, verdict=Verdict.FAIL, why=why)
     if outcome.final:
@@ -366,12 +367,13 @@ def _calibrate(
         why = (
             f"the incumbent against itself varies by {percent} from block to block: an equal engine needs {needed} "
             f"blocks for a 90 % chance to pass a {100 * metric.margin:g} % margin, the plan has {looks[-1]}; quiet the "
-            f"machine, plan more blocks, or allow {reachable} %"
+            "machine, or plan more blocks"
         )
+        why += f", or allow {reachable} %" if is_near(1 + reachable / 100, 1 + metric.margin) else ""
         return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=why)
     why = (
-        f"the incumbent against itself varies by {percent} from block to block over {_count(outcome.n_blocks, 'block')}"
-        f"{_void_note(n_void)}: quiet enough to judge a {100 * metric.margin:g} % margin within {looks[-1]} blocks"
+        f"the incumbent against itself varies by {percent} from block to block over {seen}: quiet "
+        f"enough to judge a {100 * metric.margin:g} % margin within {looks[-1]} blocks"
     )
     return CheckResult(**facts, verdict=Verdict.PASS, why=why)
 
@@ -386,8 +388,8 @@ def _largest_sd(margin: float, n_blocks: int, alpha: float) -> float:
     return low
 
 
-def _valid(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
-    """The blocks that count, by index, and how many were discarded."""
+def _valid(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The blocks that count, by index, and why the others were discarded."""
     missing = [name for name in ("index", "incumbent", "candidate") if any(name not in block for block in blocks)]
     if missing:
         raise BadInput(
@@ -398,7 +400,7 @@ def _valid(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]]
         twice = sorted({index for index in indices if indices.count(index) > 1})
         raise BadInput(f"block {twice[0]} occurs twice: each block is counted once")
     counted = sorted((block for block in blocks if block.get("void") is None), key=lambda block: block["index"])
-    return counted, len(blocks) - len(counted)
+    return counted, [str(block["void"]) for block in blocks if block.get("void") is not None]
 
 
 def _levels(metric: Metric, block: Mapping[str, Any]) -> tuple[float, float]:
@@ -490,16 +492,14 @@ def _says(metric: Metric, estimate: _Estimate, low: float, high: float, level_a:
     """What was seen, in words: how many times worse, from which values, and how sure that is."""
     ratio = math.exp(estimate.mean)
     if metric.higher_is_better:
-        pair = f"incumbent {ratio:.2f}x the candidate ({figure(level_a)} against {figure(level_b)} {metric.unit})"
+        pair = f"incumbent {ratio:.2f}x the candidate ({figure(level_a)} against {quantity(level_b, metric.unit)})"
     else:
-        pair = f"candidate {ratio:.2f}x the incumbent ({figure(level_b)} against {figure(level_a)} {metric.unit})"
+        pair = f"candidate {ratio:.2f}x the incumbent ({figure(level_b)} against {quantity(level_a, metric.unit)})"
     return f"{pair}, {_times(low)} to {_times(high)} with 95 % confidence on each side"
 
 
 def _limit(metric: Metric) -> str:
-    """1.10 for a margin of 10 %; a third decimal only where the margin has one."""
-    limit = 1 + metric.margin
-    return f"{limit:.2f}" if abs(limit - round(limit, 2)) < 1e-9 else f"{limit:.3f}"
+    return quantity(1 + metric.margin, "ratio")
 
 
 def _times(log_ratio: float) -> str:
@@ -509,9 +509,8 @@ def _times(log_ratio: float) -> str:
 
 def _too_fine(metric: Metric, level: float, client_error: float) -> str:
     return (
-        f"a margin of {100 * metric.margin:g} % of {figure(level)} {metric.unit} is under {CLIENT_ERROR_FACTOR:g} "
-        f"times the measuring client's own error ({figure(client_error)} {metric.unit}, p99): measure longer work or "
-        "allow more"
+        f"a margin of {100 * metric.margin:g} % of {quantity(level, metric.unit)} is under {CLIENT_ERROR_FACTOR:g} "
+        f"times the measuring client's own error ({quantity(client_error, metric.unit)}, p99): measure longer work"
     )
 
 
@@ -533,5 +532,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _void_note(n_void: int) -> str:
-    return f" ({n_void} discarded and not counted)" if n_void else ""
+def _discard_note(reasons: Sequence[str]) -> str:
+    """How many blocks were discarded, and the latest cause; nothing without any."""
+    return f" ({len(reasons)} discarded and not counted, the last because {reasons[-1]})" if reasons else ""

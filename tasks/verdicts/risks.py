@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from tasks.verdicts.verdict import CheckResult, Verdict, gate
+from tasks.verdicts.verdict import CheckResult, Verdict, gate, worst
 
 Level = Literal["low", "medium", "high"]
+ONLY_WHERE_IT_FAILED = ("launch.*",)  # an engine that starts has no check of its own
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,16 @@ class Risk:
 
 @dataclass(frozen=True)
 class RiskVerdict:
-    """One risk of the register with the verdict on its evidence and the checks that decided it."""
+    """One risk of the register with the verdict on its evidence and the checks that decided it.
+
+    `unmeasured` names the kinds of evidence on it that there are none of: with one of these it is no better than
+    INCONCLUSIVE.
+    """
 
     risk: Risk
     verdict: Verdict
     decided_by: tuple[CheckResult, ...]
+    unmeasured: tuple[str, ...] = ()
 
 
 def judge_risks(register: Iterable[Risk], results: Sequence[CheckResult]) -> list[RiskVerdict]:
@@ -41,7 +47,11 @@ def judge_risks(register: Iterable[Risk], results: Sequence[CheckResult]) -> lis
     judged = []
     for risk in register:
         evidence = [result for result in results if risk.covers(result.check)]
-        verdict = gate(evidence)
-        worst_ones = tuple(r for r in evidence if r.required and r.verdict is verdict and verdict is not Verdict.PASS)
-        judged.append(RiskVerdict(risk, verdict, worst_ones))
+        found = gate(evidence)
+        worst_ones = tuple(r for r in evidence if r.required and r.verdict is found and found is not Verdict.PASS)
+        measured = [r.check for r in evidence if r.verdict is not Verdict.INCONCLUSIVE or r.value is not None]
+        kinds = (kind for kind in risk.evidence if kind not in ONLY_WHERE_IT_FAILED)
+        absent = tuple(kind.removesuffix(".*") for kind in kinds if not any(fnmatchcase(c, kind) for c in measured))
+        verdict = worst((found, Verdict.INCONCLUSIVE)) if absent else found
+        judged.append(RiskVerdict(risk, verdict, worst_ones, absent))
     return judged

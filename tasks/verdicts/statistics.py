@@ -99,6 +99,14 @@ def poisson_upper_rate(failures: int, exposure: float, confidence: float = 0.95)
     return chi2_quantile(confidence, 2 * failures + 2) / 2.0 / exposure
 
 
+def poisson_lower_rate(failures: int, exposure: float, confidence: float = 0.95) -> float:
+    """Lower bound of that rate; 0.0 for no failure, infinite where there were some without exposure."""
+    _counted(failures, "failures")
+    if not failures or not exposure > 0:
+        return math.inf if failures else 0.0
+    return chi2_quantile(1.0 - confidence, 2 * failures) / 2.0 / exposure
+
+
 def clopper_pearson_upper(hits: int, trials: int, confidence: float = 0.95) -> float:
     """One-sided upper bound of a proportion, exact binomial (Clopper and Pearson 1934); 1.0 when every trial hit.
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from engines.redaction import redacted_text
 from engines.units import quantity
@@ -32,7 +32,8 @@ class Verdict(StrEnum):
 class CheckResult(BaseModel):
     """One comparison of one number with one limit. Stored as returned.
 
-    `required` is False for what is reported but does not hold the gate (an optional API behaviour, say).
+    `required` is False for what is reported but does not hold the gate (an optional API behaviour, say). `why` has the
+    value and the limit with their unit: they are added where a judge left them out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,8 +48,13 @@ class CheckResult(BaseModel):
 
     @field_validator("why")
     @classmethod
-    def _without_secrets(cls, why: str) -> str:
-        return redacted_text(why)  # it quotes what engines answered
+    def _with_figures(cls, why: str, info: ValidationInfo) -> str:
+        text = redacted_text(why)  # it quotes what engines answered
+        value, limit, unit = info.data.get("value"), info.data.get("limit"), str(info.data.get("unit") or "")
+        known = f"limit {quantity(limit, unit)}"
+        if value is None or limit is None or known in text:
+            return text
+        return f"{text}; {quantity(value, unit, limit)}, {known}"
 
     @field_validator("value", "limit")
     @classmethod
@@ -64,15 +70,8 @@ def at_most(check: str, value: float | None, *, limit: float, unit: str, why: st
     if value is None:
         return not_measured(check, why or "no samples", limit=limit, unit=unit)
     verdict = Verdict.PASS if value <= limit else Verdict.FAIL
-    sign = "<=" if verdict is Verdict.PASS else ">"
-    return CheckResult(
-        check=check,
-        verdict=verdict,
-        value=value,
-        limit=limit,
-        unit=unit,
-        why=why or f"{quantity(value, unit, limit)} {sign} {quantity(limit, unit)}",
-    )
+    why = why or f"{quantity(value, unit, limit)}, limit {quantity(limit, unit)}"
+    return CheckResult(check=check, verdict=verdict, value=value, limit=limit, unit=unit, why=why)
 
 
 def at_least(check: str, value: float | None, *, limit: float, unit: str, why: str = "") -> CheckResult:
@@ -80,15 +79,8 @@ def at_least(check: str, value: float | None, *, limit: float, unit: str, why: s
     if value is None:
         return not_measured(check, why or "no samples", limit=limit, unit=unit)
     verdict = Verdict.PASS if value >= limit else Verdict.FAIL
-    sign = ">=" if verdict is Verdict.PASS else "<"
-    return CheckResult(
-        check=check,
-        verdict=verdict,
-        value=value,
-        limit=limit,
-        unit=unit,
-        why=why or f"{quantity(value, unit, limit)} {sign} {quantity(limit, unit)}",
-    )
+    why = why or f"{quantity(value, unit, limit)}, limit {quantity(limit, unit)}"
+    return CheckResult(check=check, verdict=verdict, value=value, limit=limit, unit=unit, why=why)
 
 
 def decided(*, fails: bool, passes: bool) -> Verdict:
@@ -103,6 +95,11 @@ def not_measured(
 ) -> CheckResult:
     """INCONCLUSIVE without a value: what was not measured is reported, not guessed."""
     return CheckResult(check=check, verdict=Verdict.INCONCLUSIVE, limit=limit, unit=unit, why=why, required=required)
+
+
+def is_near(ratio: float, limit: float) -> bool:
+    """Whether a larger limit would be a small concession: twice the margin of a limit over 1 at the most."""
+    return ratio - 1 <= 2 * (limit - 1)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

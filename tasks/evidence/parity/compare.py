@@ -10,9 +10,14 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from tasks.evidence.parity.asking import Evidence
 from tasks.evidence.parity.degenerate import degenerate_answer
+from tasks.verdicts.limits import MIN_PROMPTS
 from tasks.verdicts.statistics import percentile, wilson
+
+RESAMPLES = 1000  # for the bounds of a KLD
 
 
 def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: float = 0.5) -> Evidence:
@@ -31,7 +36,7 @@ def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: f
     aligned = [pair for pair in sound if pair[0]["prompt_tokens"] == pair[1]["prompt_tokens"]]
     match = _Match(aligned)
     walks = [_walk(ours, other, match) for ours, other in aligned]
-    klds = [kld for walk in walks for kld in walk.klds]
+    klds = [walk.klds for walk in walks if walk.klds]
     hidden = sum(walk.hidden for walk in walks)
     divergences = [
         _divergence(ours, other, walk, tie_gap_nats)
@@ -52,13 +57,16 @@ def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: f
     }
 
 
-def _position_numbers(klds: list[float], hidden: int, seen: int, diverged: int) -> Evidence:
-    """Agreement and KLD (nats) over all compared positions; None without any.
+def _position_numbers(by_prompt: list[list[float]], hidden: int, seen: int, diverged: int) -> Evidence:
+    """Agreement and KLD (nats) over all compared positions, with one-sided 95 % bounds; None without any.
 
     `hidden` tokens agree (their text does) but have no KLD; of the `diverged` positions `seen` have one.
     """
+    klds = [kld for one in by_prompt for kld in one]
     if not klds:
-        names = ("top1_agreement", "top1_low", "top1_high", "mean_kld", "p99_kld", "max_kld")
+        kinds = ("mean_kld", "p99_kld")
+        names = ["top1_agreement", "top1_low", "top1_high", "max_kld", *kinds]
+        names += [f"{name}_{end}" for name in kinds for end in ("low", "high")]
         return {"positions": 0, "same_top1": 0, **dict.fromkeys(names)}
     same = len(klds) - seen + hidden
     trials = same + diverged
@@ -72,7 +80,23 @@ def _position_numbers(klds: list[float], hidden: int, seen: int, diverged: int) 
         "mean_kld": fmean(klds),
         "p99_kld": percentile(klds, 0.99),
         "max_kld": max(klds),
+        **_bounds(by_prompt),
     }
+
+
+def _bounds(by_prompt: list[list[float]]) -> Evidence:
+    """One-sided 95 % bounds of the mean and the 99th percentile: both over prompts drawn again, with replacement.
+
+    Positions of one prompt belong together; of few prompts, positions are drawn.
+    """
+    if len(by_prompt) < MIN_PROMPTS:
+        by_prompt = [[kld] for one in by_prompt for kld in one]
+    drawn = np.random.default_rng(0).integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))
+    klds = [np.array(one) for one in by_prompt]
+    samples = [np.concatenate([klds[index] for index in draw]) for draw in drawn]
+    figures = {"mean_kld": [s.mean() for s in samples], "p99_kld": [np.percentile(s, 99) for s in samples]}
+    ends = {name: np.percentile(values, (5, 95)) for name, values in figures.items()}
+    return {f"{name}_{end}": float(both[i]) for name, both in ends.items() for i, end in enumerate(("low", "high"))}
 
 
 class _Match:

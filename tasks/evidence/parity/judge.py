@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engines.units import figure
+from engines.units import figure, quantity
 from tasks.evidence.parity.asking import Evidence
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.degenerate import LOOP
@@ -22,6 +22,7 @@ from tasks.verdicts.limits import (
     LENGTH_MARGIN,
     LENGTH_REQUIRED_FROM,
     MIN_POSITIONS,
+    MIN_PROMPTS,
     UNEXPLAINED_DIVERGENCES,
     Limits,
 )
@@ -82,9 +83,12 @@ def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:
     low, high = comparison["top1_low"], comparison["top1_high"]
     why = f"{share:.2%} on {_basis(comparison)}, 95 % bounds {low:.2%} and {high:.2%}"
     enough = share >= limits.top1_agreement and low >= limits.top1_lower_bound
-    verdict = decided(fails=high < limits.top1_agreement, passes=enough)
+    sampled = comparison["positions"] >= MIN_POSITIONS or comparison["prompts_compared"] >= MIN_PROMPTS
+    fails = sampled and high < limits.top1_agreement
+    verdict = decided(fails=fails, passes=enough)
+    why += f"; limit {quantity(limits.top1_agreement, 'share')}"
     if verdict is Verdict.INCONCLUSIVE:
-        why += f": too few positions (wanted {limits.top1_agreement:.0%}, lower bound {limits.top1_lower_bound:.0%})"
+        why += f" (lower bound {limits.top1_lower_bound:.0%}): more prompts would settle it"
     return CheckResult(check=check, verdict=verdict, value=share, limit=limits.top1_agreement, unit="share", why=why)
 
 
@@ -95,13 +99,20 @@ def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits)
         own = max((value for value in noise if value is not None), default=0.0)
         # the fixed p99 limit is far over any mean that passes: it does not move with the floor
         limit = max(least, FLOOR_FACTOR * own) if name == "mean_kld" else least
-        value, check = comparison[name], f"parity.{name}"
-        why = f"{_basis(comparison)}; own noise {figure(own) if floors else 'not measured'}"
-        if value is None or (value <= limit and comparison["positions"] < MIN_POSITIONS):
-            why += f"; {MIN_POSITIONS} positions wanted"
-            results.append(not_measured(check, why, limit=limit, unit="nats").model_copy(update={"value": value}))
-        else:
-            results.append(at_most(check, value, limit=limit, unit="nats", why=why))
+        value, low, high = (comparison[f"{name}{end}"] for end in ("", "_low", "_high"))
+        why = f"{_basis(comparison)}; own noise {f'{figure(own)} nats' if floors else 'not measured'}"
+        enough = comparison["positions"] >= MIN_POSITIONS
+        if value is not None:
+            why += f"; {quantity(value, 'nats', limit)}, 95 % bounds {figure(low)} and {figure(high)}"
+            why += f", limit {quantity(limit, 'nats')}"
+        if not enough:
+            why += f"; {MIN_POSITIONS} positions are needed"
+        elif value > limit >= low:
+            why += "; the limit lies between the bounds, more prompts would settle it"
+        verdict = decided(fails=enough and low > limit, passes=enough and value <= limit)
+        results.append(
+            CheckResult(check=f"parity.{name}", verdict=verdict, value=value, limit=limit, unit="nats", why=why)
+        )
     return results
 
 
@@ -173,7 +184,8 @@ def _judge_length(comparison: Evidence, limits: Limits) -> CheckResult:
     required = length["prompts"] >= LENGTH_REQUIRED_FROM
     inside = 1 / (1 + LENGTH_MARGIN), 1 + LENGTH_MARGIN
     if length["ratio"] is None:
-        return not_measured(check, "completion tokens of fewer than 2 answers", limit=inside[1], required=False)
+        why = "completion tokens of fewer than 2 answers"
+        return not_measured(check, why, limit=inside[1], unit="ratio", required=False)
     low, high = length["low"], length["high"]
     verdict = decided(fails=high < inside[0] or low > inside[1], passes=inside[0] <= low and high <= inside[1])
     why = f"{length['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f} over {length['prompts']} prompts"

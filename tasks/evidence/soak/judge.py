@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.units import duration, figure, quantity
-from tasks.verdicts.statistics import Slope, binomial_tail, bucket_medians, poisson_upper_rate, theil_sen
-from tasks.verdicts.verdict import CheckResult, Verdict, at_most, decided, not_measured
+from tasks.verdicts.counts import BY_CHANCE, chance_of, no_more_than_incumbent
+from tasks.verdicts.statistics import Slope, bucket_medians, poisson_lower_rate, poisson_upper_rate, theil_sen
+from tasks.verdicts.verdict import CheckResult, Verdict, decided, not_measured
 
 DAY_S = 86_400
 WARM_SHARE = 0.1  # of the soak, and 6 h at most, before memory is judged: caches fill first
 BUCKETS = 12
+FEWEST = 3  # failures; two can fall together by chance on any engine
 LEAK = "memory.leak_bytes_per_day"
 LEAK_UNIT = "bytes/day"
 
@@ -31,7 +33,7 @@ def judge_stability(
         return [not_measured("stability.failures", "the candidate was not soaked")]
     ours, theirs = _totals(candidate), _totals(incumbent)
     return [
-        _judge_failures(ours, theirs),
+        _judge_failures(ours, theirs, failures_per_day),
         _judge_rate(ours, theirs, soak_s, failures_per_day),
         _judge_silent_empty(ours, theirs),
         _judge_retention(candidate, throughput_retention),
@@ -43,8 +45,8 @@ def judge_leak(
 ) -> CheckResult:
     """The slope of memory (Theil-Sen on bucket medians, after a warm-up) with its 95 % bounds, in bytes a day.
 
-    FAIL iff the lower bound is over 0 and the slope over the limit; PASS iff the upper bound is under the limit. Slopes
-    of a soak shorter than a day are reported and not required: a cache that fills looks like a leak for hours.
+    FAIL iff the lower bound is over the limit; PASS iff the upper bound is under it. Slopes of a soak shorter than a
+    day are reported and not required: a cache that fills looks like a leak for hours.
     """
     points = [(t - times_s[0], v) for t, v in zip(times_s, memory_bytes, strict=True) if v is not None]
     kept = [(t, value) for t, value in points if t >= warm_up_s(soak_s)]
@@ -67,7 +69,7 @@ def judge_slope(slope: Slope, *, soak_s: float, limit_bytes_per_day: float) -> C
     """The verdict on a slope of memory in bytes per second, as `judge_leak` says."""
     required = soak_s >= DAY_S
     per_day, low, high = slope.estimate * DAY_S, slope.low * DAY_S, slope.high * DAY_S
-    fails, passes = low > 0 and per_day > limit_bytes_per_day, high < limit_bytes_per_day
+    fails, passes = low > limit_bytes_per_day, high < limit_bytes_per_day
     verdict = decided(fails=required and fails, passes=required and passes)
     why = (
         f"memory moved by {quantity(per_day, LEAK_UNIT, limit_bytes_per_day)} (95 % between {figure(low / 1e6)} and "
@@ -87,21 +89,26 @@ def _totals(segments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**sums, "failures": [failure for segment in segments for failure in segment["failures"]]}
 
 
-def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> CheckResult:
-    """Exact conditional test: were both engines equally prone, each failure would fall on the candidate by exposure."""
+def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any], failures_per_day: float) -> CheckResult:
+    """The exact conditional test against the incumbent; where that never failed, the rate against the limit as well."""
     k, k_theirs = len(ours["failures"]), len(theirs["failures"])
     exposure = (
         f"{duration(ours['exposure_s'])} and {ours['requests']:,} requests (incumbent: {k_theirs} in "
         f"{duration(theirs['exposure_s'])} and {theirs['requests']:,})"
     )
-    if k == 0 and ours["requests"]:
+    if not ours["requests"] and not k:
+        return not_measured("stability.failures", "the candidate was sent no request", limit=0, unit="failures")
+    if k == 0:
         verdict, why = Verdict.PASS, f"no failure in {exposure}"
     elif not ours["requests"]:
         verdict, why = Verdict.FAIL, f"the candidate served no request; {_kinds(ours['failures'])}"
     else:
-        chance = binomial_tail(k, k + k_theirs, ours["exposure_s"] / (ours["exposure_s"] + theirs["exposure_s"] or 1))
-        verdict = Verdict.FAIL if chance < 0.05 or (k_theirs == 0 and k >= 3) else Verdict.INCONCLUSIVE
+        chance = chance_of(k, ours["exposure_s"], k_theirs, theirs["exposure_s"])
+        least = poisson_lower_rate(k, ours["exposure_s"] / DAY_S)
+        too_many = k_theirs == 0 and k >= FEWEST and least > failures_per_day
+        verdict = Verdict.FAIL if chance < BY_CHANCE or too_many else Verdict.INCONCLUSIVE
         why = f"{k} failures ({_kinds(ours['failures'])}) in {exposure}; by chance alone {chance:.0%}"
+        why += f"; surely over {figure(least)} a day, limit {failures_per_day:g} a day" if too_many else ""
     return CheckResult(check="stability.failures", verdict=verdict, value=k, limit=0, unit="failures", why=why)
 
 
@@ -131,9 +138,9 @@ def _judge_rate(
 def _judge_silent_empty(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> CheckResult:
     if not ours["requests"]:
         return not_measured("stability.silent_empty", "the candidate served no request", unit="answers")
-    k, limit = ours["silent_empty"], theirs["silent_empty"]
-    why = f"{k} of {ours['requests']} answers were a 200 without a token (incumbent: {limit} of {theirs['requests']})"
-    return at_most("stability.silent_empty", k, limit=limit, unit="answers", why=why)
+    (k, n), (k_theirs, n_theirs) = ((one["silent_empty"], one["requests"]) for one in (ours, theirs))
+    why = f"{k} of {n} answers were a 200 without a token (incumbent: {k_theirs} of {n_theirs})"
+    return no_more_than_incumbent("stability.silent_empty", (k, n), (k_theirs, n_theirs), "answers", why)
 
 
 def _judge_retention(segments: Sequence[Mapping[str, Any]], limit: float) -> CheckResult:

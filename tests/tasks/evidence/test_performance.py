@@ -118,7 +118,7 @@ def test_an_engine_that_does_not_start_has_the_block_discarded(tmp_path: Path) -
     assert got["void"].startswith("the candidate did not come up: fake ended with exit status 3")
     assert registered(tmp_path) == []
     errors = named(judge_performance([got], LIMITS, SMALL, (3,), client_error_ms={}))["performance.errors"]
-    assert (errors.verdict, errors.value) == (Verdict.FAIL, 1)
+    assert (errors.verdict, errors.value) == (Verdict.INCONCLUSIVE, 1)
 
 
 def test_an_engine_that_dies_in_the_block_has_it_discarded(tmp_path: Path) -> None:
@@ -126,7 +126,8 @@ def test_an_engine_that_dies_in_the_block_has_it_discarded(tmp_path: Path) -> No
     workload = Workload(**vars(SMALL) | {"max_tokens": 40})
     got = measured(tmp_path, ("--itl-ms", "20", "--die-after-s", "1.2"), workload=workload)
     assert "candidate" in got["void"]
-    errors = named(judge_performance([got], LIMITS, workload, (3,), client_error_ms={}))["performance.errors"]
+    many = [{**got, "index": index} for index in range(3)]
+    errors = named(judge_performance(many, LIMITS, workload, (3,), client_error_ms={}))["performance.errors"]
     assert errors.verdict is Verdict.FAIL
     assert registered(tmp_path) == []
 
@@ -230,6 +231,18 @@ def test_equal_slower_and_unclear_are_three_verdicts(factor: float, spread: floa
     results = judged(made_up(6, factor, spread=spread))
     assert {results[f"performance.{name}_ratio"].verdict for name in PRIMARY} == {expected}
     assert gate(results.values()) is expected
+
+
+@pytest.mark.parametrize(("failures", "expected"), [(0, Verdict.PASS), (1, Verdict.INCONCLUSIVE), (6, Verdict.FAIL)])
+def test_failed_requests_fail_only_where_chance_does_not_explain_them(failures: int, expected: Verdict) -> None:
+    """One of sixty on the candidate and none on the incumbent is a coin that fell once."""
+    blocks = made_up(6, 1.0)
+    for block in blocks:
+        block["incumbent"]["records"] = block["candidate"]["records"] = [{}] * 10
+    blocks[0]["candidate"]["errors"] = ["timeout"] * failures
+    result = judged(blocks)["performance.errors"]
+    assert result.verdict is expected
+    assert f"{failures} of 60 requests" in result.why
 
 
 def test_too_few_blocks_decide_nothing() -> None:

@@ -324,7 +324,7 @@ def test_a_changed_plan_and_a_cut_run_are_known_limits(records: Records, plan: P
 def test_evidence_has_runs_figures_and_digests(facts: Facts):
     """Figures with limits and verdicts; what was not measured is said, never 0."""
     said = section(guide.markdown(facts), "Evidence")
-    assert "| Time to first token (TTFT), median | 1.05× | 1.1× | **PASS** | candidate 1.05x the incumbent |" in said
+    assert "| Time to first token (TTFT), median | 1.05× | 1.1× | **PASS** | candidate 1.05x the incumbent; " in said
     assert "| Whole request (E2E), median | not measured |" in said
     assert "41 of 41 required behaviours pass" in said
     assert "| `small` | `small-Q4.gguf` | `sha256:feed` |" in said

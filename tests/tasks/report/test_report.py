@@ -23,7 +23,7 @@ from tasks.records.store import Records, open_records
 from tasks.records.tables import Arm
 from tasks.report import plots
 from tasks.report.markup import Html, el
-from tasks.report.model_record import ModelRecord
+from tasks.report.model_record import ModelRecord, decided_by
 from tasks.report.model_section import pooled, side_by_side
 from tasks.report.report import write_report
 from tasks.verdicts.statistics import percentile
@@ -301,6 +301,23 @@ def test_answers_that_differ_stand_side_by_side(records: Records, tmp_path: Path
     text = Page(full_page(records, tmp_path / "r.html")).text
     assert "one two three" in text
     assert "same text" not in text
+
+
+@pytest.mark.parametrize(("value", "offered"), [(1.15, True), (1.3, False), (9.0, False)])
+def test_a_larger_limit_is_offered_only_to_what_lies_near_it(records: Records, value: float, offered: bool) -> None:
+    run_id = started(records)
+    over = at_most("performance.ttft_p50_ratio", value, limit=1.1, unit="ratio")
+    lost = CheckResult(check="compatibility.stop_string", verdict=Verdict.FAIL, why="lost")
+    assert ("a limit a little larger" in read_model(records, run_id, [over]).next_step) is offered
+    assert "larger" not in read_model(records, run_id, [over, lost]).next_step
+
+
+def test_a_risk_without_evidence_is_not_one_that_passed(records: Records, tmp_path: Path) -> None:
+    assert decided_by({"decided_by": [], "not_measured": ["faults"]}) == "not measured: faults"
+    assert decided_by({"decided_by": ["stability.failures"], "not_measured": ["faults"]}).endswith(
+        "; not measured: faults"
+    )
+    assert decided_by({"decided_by": []}) == "every check on it passed"
 
 
 def test_the_head_says_why_the_gate_is_shut_or_open(records: Records, tmp_path: Path) -> None:

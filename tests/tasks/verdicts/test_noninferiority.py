@@ -81,7 +81,7 @@ def test_an_equal_engine_passes() -> None:
     outcome = judge(TTFT, make_blocks(6))
     assert (outcome.verdict, outcome.look, outcome.n_blocks) == (Verdict.PASS, 6, 6)
     assert "the incumbent" in outcome.why
-    assert "over 6 blocks; limit 1.10" in outcome.why
+    assert "over 6 blocks; limit 1.1×" in outcome.why
 
 
 def test_a_much_slower_engine_fails_with_its_ratio_as_the_value() -> None:
@@ -143,7 +143,7 @@ def test_discarded_blocks_are_left_out_and_counted() -> None:
     blocks = [*make_blocks(6), make_block(6, [1.0], [900.0], void="foreign CPU 31 %")]
     outcome = judge(TTFT, blocks)
     assert (outcome.verdict, outcome.n_void, outcome.n_blocks) == (Verdict.PASS, 1, 6)
-    assert "1 discarded" in outcome.why
+    assert "1 discarded and not counted, the last because foreign CPU 31 %" in outcome.why
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0, None])

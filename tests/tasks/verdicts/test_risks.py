@@ -99,3 +99,15 @@ def test_reasons_are_the_checks_that_keep_it_shut_worst_first() -> None:
     ]
     assert [reason.check for reason in reasons(results)] == ["b", "e", "d", "a"]
     assert reasons([result("a")]) == []
+
+
+def test_a_risk_says_what_of_it_was_not_measured() -> None:
+    """A register that calls this a pass would be believed; an engine that starts has no check of its own."""
+    register = {line.risk.risk: line for line in judge_risks(RISKS, [result("stability.failures")])}
+    half = register["native SDK bugs"]
+    assert (half.verdict, half.unmeasured) == (I, ("faults",))
+    assert register["model compatibility"].unmeasured == ("preflight", "parity")
+    skipped = [result(name, I) if name.startswith("perf") else result(name) for name in CHECKS]
+    (line,) = [line for line in judge_risks(RISKS, skipped) if line.risk.risk == "performance regression"]
+    assert (line.verdict, line.unmeasured) == (I, ("performance",))
+    assert all(not line.unmeasured for line in judge_risks(RISKS, [result(name, F) for name in CHECKS]))

@@ -76,10 +76,14 @@ def test_a_limit_itself_is_allowed(value: float | None, most: Verdict, least: Ve
 
 
 def test_a_result_says_why_with_its_numbers() -> None:
-    """Unless it was told better."""
-    assert at_most("c", 2.0, limit=1.0, unit="ms").why == "2 ms > 1 ms"
-    assert at_least("c", 2.0, limit=1.0, unit="ms").why == "2 ms >= 1 ms"
-    assert at_most("c", 2.0, limit=1.0, unit="ms", why="p95").why == "p95"
+    """And their unit, whatever words the judge had."""
+    assert at_most("c", 2.0, limit=1.0, unit="ms").why == "2 ms, limit 1 ms"
+    assert at_least("c", 2.0, limit=1.0, unit="ms").why == "2 ms, limit 1 ms"
+    assert at_most("c", 2.0, limit=1.0, unit="ms", why="p95").why == "p95; 2 ms, limit 1 ms"
+    assert at_least("c", 0.5, limit=0.97, unit="share", why="half, limit 97 %").why == "half, limit 97 %"
+    assert CheckResult(check="c", verdict=Verdict.PASS, value=2.0, unit="ms", why="seen").why == "seen"
+    again = at_most("c", 11400.0, limit=1.0, unit="ms", why="p95")
+    assert CheckResult.model_validate(again.model_dump()).why == again.why == "p95; 11,400 ms, limit 1 ms"
     assert at_most("c", None, limit=1.0, unit="ms").why == "no samples"
 
 

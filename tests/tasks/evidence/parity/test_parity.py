@@ -491,3 +491,41 @@ def test_an_end_of_answer_that_only_one_engine_lists_is_no_difference() -> None:
     assert compare_answers(ours, answers(answer("a", *words(3), finish_reason="stop")))["divergences"] == []
     (early,) = compare_answers(ours, answers(answer("a", *words(2), finish_reason="stop")))["divergences"]
     assert early["position"] == 2
+
+
+def shifted(n: int, p: float, *, start: int = 0) -> list[list[Any]]:
+    """`words`, read by an engine that gives the first of the two `p`."""
+    return [position(token(one[0], p, one[2]), token(one[3][1][0], 0.3, one[3][1][2])) for one in words(n, start=start)]
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "expected"), [(0.4, 64, "INCONCLUSIVE"), (0.7, 64, "INCONCLUSIVE"), (0.4, 120, "FAIL")]
+)
+def test_kld_over_64_positions_is_inconclusive_either_way(p: float, n: int, expected: str) -> None:
+    """Far beyond the limit or at nothing: it is too little to know."""
+    ours = answers(*(answer(str(i), *words(n // 4, start=100 * i)) for i in range(4)))
+    theirs = answers(*(answer(str(i), *shifted(n // 4, p, start=100 * i)) for i in range(4)))
+    results = judge_answers(compare_answers(ours, theirs))
+    assert {one(results, f"parity.{name}").verdict for name in ("mean_kld", "p99_kld")} == {Verdict(expected)}
+    assert all("nats, 95 % bounds" in one(results, f"parity.{name}").why for name in ("mean_kld", "p99_kld"))
+
+
+def test_a_kld_fails_only_where_its_bounds_lie_beyond_the_limit() -> None:
+    """One prompt of twelve is far off: drawn again without it, the mean is within the limit."""
+    read = [answer(str(i), *words(20, start=100 * i)) for i in range(12)]
+    odd = [
+        answer(str(i), *(shifted(20, 0.45, start=100 * i) if i == 0 else words(20, start=100 * i))) for i in range(12)
+    ]
+    comparison = compare_answers(answers(*read), answers(*odd))
+    assert comparison["mean_kld_low"] < 0.005 < comparison["mean_kld"]
+    result = one(judge_answers(comparison), "parity.mean_kld")
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "limit 0.005 nats; the limit lies between the bounds" in result.why
+
+
+def test_agreement_of_a_few_tokens_is_no_verdict() -> None:
+    """Three prompts that part at once are three positions; ten such prompts are enough."""
+    for prompts, expected in ((3, Verdict.INCONCLUSIVE), (10, Verdict.FAIL)):
+        ours = answers(*(answer(str(i), *words(1, start=10 * i)) for i in range(prompts)))
+        theirs = answers(*(answer(str(i), *words(1, start=10 * i + 500)) for i in range(prompts)))
+        assert one(judge_answers(compare_answers(ours, theirs)), "parity.top1_agreement").verdict is expected

@@ -201,7 +201,8 @@ def test_a_failure_in_three_days_is_too_many_to_prove_the_limit() -> None:
         (5, 0, Verdict.PASS),
         (3, 1, Verdict.INCONCLUSIVE),
         (0, 2, Verdict.INCONCLUSIVE),
-        (0, 3, Verdict.FAIL),
+        (0, 3, Verdict.INCONCLUSIVE),
+        (0, 5, Verdict.FAIL),
         (1, 9, Verdict.FAIL),
         (5, 6, Verdict.INCONCLUSIVE),
     ],
@@ -236,7 +237,8 @@ def test_no_soak_is_inconclusive() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "expected"), [(0, 0, Verdict.PASS), (2, 2, Verdict.PASS), (0, 1, Verdict.FAIL)]
+    ("theirs", "ours", "expected"),
+    [(0, 0, Verdict.PASS), (2, 2, Verdict.PASS), (0, 1, Verdict.INCONCLUSIVE), (0, 6, Verdict.FAIL)],
 )
 def test_more_empty_answers_than_the_incumbent_fail(theirs: int, ours: int, expected: Verdict) -> None:
     """A 200 without a token is a failure that no status tells."""
