@@ -358,7 +358,7 @@ def _y_grid(scale: Scale) -> list[Html]:
     drawn = []
     for value in scale.ticks(28.0):
         at = scale.at(value)
-        drawn += [_line(LEFT, at, RIGHT, at, class_="grid"), _text(LEFT - 5, at + 4, figure(value), anchor="end")]
+        drawn += [_line(LEFT, at, RIGHT, at, class_="grid"), _text(LEFT - 5, at + 3, figure(value), anchor="end")]
     return drawn
 
 

@@ -80,14 +80,14 @@ def assert_clear(figure: str) -> None:
 
 
 @given(times, times)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 def test_words_over_latencies_are_clear(ours: list[float], theirs: list[float]) -> None:
     """Also between the two engines' rows, which share an axis."""
     assert_clear(plots.strips("Latency", "ms", {"incumbent": ours, "candidate": theirs}, NAMES))
 
 
 @given(st.lists(st.tuples(st.lists(st.floats(0.05, 500), min_size=1, max_size=6), st.floats(1.01, 3)), min_size=1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 def test_words_over_ratios_are_clear(rows: list[tuple[list[float], float]]) -> None:
     """The limit, the line of equality and the grid stop short of every row's words."""
     made = [
@@ -100,7 +100,7 @@ def test_words_over_ratios_are_clear(rows: list[tuple[list[float], float]]) -> N
 
 
 @given(st.lists(st.floats(1e6, 4e11), min_size=2, max_size=20), st.floats(0.2, 400_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 def test_words_over_memory_are_clear(values: list[float], step_s: float) -> None:
     """The legend and the unit stand above the curves."""
     series = Series(np.arange(len(values)) * step_s, np.array(values))
@@ -108,7 +108,7 @@ def test_words_over_memory_are_clear(values: list[float], step_s: float) -> None
 
 
 @given(st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 12)), min_size=1, max_size=20), st.floats(0.05, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 def test_words_over_divergences_are_clear(places: list[tuple[int, float]], tie_gap: float) -> None:
     """Marks may lie anywhere, on the limit too: its name stands above the axes."""
     found = [plots.Divergence(at, gap / 2, gap, gap < tie_gap) for at, gap in places]
@@ -116,7 +116,7 @@ def test_words_over_divergences_are_clear(places: list[tuple[int, float]], tie_g
 
 
 @given(st.lists(st.tuples(st.integers(1, 60_000), st.integers(1, 60_000)), min_size=1, max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None)
 def test_words_over_token_counts_are_clear(pairs: list[tuple[int, int]]) -> None:
     """Of prompts from one token to a whole context."""
     assert_clear(plots.token_counts("Tokens", pairs))
