@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ REMEMBERED = 200
 class EventLog:
     """`events.jsonl` and its predecessor `events.jsonl.1`. A full disk loses lines, never the yard."""
 
-    def __init__(self, folder: Path, log: logging.Logger) -> None:
+    def __init__(self, folder: Path, log: logging.Logger, incident: Callable[[], None] = lambda: None) -> None:
         self._path = folder / "events.jsonl"
-        self._log = log
+        self._log, self._incident = log, incident
         self.recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
         self.incidents: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
@@ -33,6 +34,7 @@ class EventLog:
         self.recent.append(event)
         if kind == "incident":
             self.incidents.append(event)
+            self._incident()
         engine = f" {more['engine']}" if "engine" in more else ""
         level = logging.WARNING if kind == "incident" else logging.INFO
         self._log.log(level, "%s%s: %s", model, engine, what)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engines.yard.engine.health import Health
+from engines.yard.engine.in_flight import InFlight
+from engines.yard.engine.unit import Unit
 from engines.yard.route import Route
 
 TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
@@ -47,7 +51,9 @@ class Metrics:
         self.refused = counter("refused", "Requests the yard refused, by status.", ["status"])
         self.not_passed = counter("not_passed", "Requests to paths that are not passed on, by kind.", ["kind"])
         self.clients_cut = counter("clients_cut", "Clients that took nothing of their answer, or held up others.")
-        self._restarts = gauge("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
+        self._restarts = counter("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
+        self._restarts_seen: WeakKeyDictionary[Unit, int] = WeakKeyDictionary()
+        self.left = counter("disconnects", "Clients that left before the end of their answer.", ["model"])
         self._state = gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
         self._memory = gauge("engine_memory_bytes", "Private memory of the engine, swap included.", by_engine)
         self._vram = gauge("engine_vram_bytes", "GPU memory of the engine's processes.", by_engine)
@@ -55,22 +61,30 @@ class Metrics:
         self._weight = gauge("route_weight", "Share of conversations the engine gets.", by_engine)
         self._waiting = gauge("waiting", "Requests that wait for their turn.", ["model"])
         self._fallback = gauge("fallback", "1 while the committed engine is out of order.", ["model"])
-        self._incidents = gauge("incidents", "Incidents remembered.")
-        self._ttft = histogram("ttft_seconds", "Request to first content chunk.", by_engine, buckets=TTFT_S)
+        self.incidents = counter("incidents", "Incidents since the yard began.")
+        self._ttft = histogram("ttft_seconds", "Arrival to first content chunk.", by_engine, buckets=TTFT_S)
+        self._engine_ttft = histogram("engine_ttft_seconds", "The engine's part of it.", by_engine, buckets=TTFT_S)
+        self._queue = histogram("queue_seconds", "Arrival to the turn on an engine.", ["model"], buckets=TTFT_S)
+        self._whole = histogram("request_seconds", "Arrival to the end of the answer.", by_engine, buckets=TTFT_S)
         self._gap = histogram("itl_seconds", "Gap between content chunks.", by_engine, buckets=GAP_S)
 
     def gap(self, model: str, engine: str) -> Callable[[float], None]:
         observe: Callable[[float], None] = self._gap.labels(model, engine).observe
         return observe
 
-    def served(self, model: str, sample: LiveSample, chunks: int) -> None:
-        outcome = "error" if not sample.ok else "empty" if sample.empty else "ok"
+    def served(self, model: str, sample: LiveSample, running: InFlight, arrived: float, *, client_error: bool) -> None:
+        """Count an answered request that arrived at `arrived` (monotonic)."""
+        failed = "client_error" if client_error else "error"
+        outcome = failed if not sample.ok else "empty" if sample.empty else "ok"
         self._requests.labels(model, sample.engine, outcome).inc()
-        self._chunks.labels(model, sample.engine).inc(chunks)
-        if sample.ttft_ms is not None:
-            self._ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
+        self._chunks.labels(model, sample.engine).inc(running.chunks)
+        self._queue.labels(model).observe(running.sent - arrived)
+        self._whole.labels(model, sample.engine).observe(time.monotonic() - arrived)
+        if sample.ttft_ms is not None and running.first is not None:
+            self._ttft.labels(model, sample.engine).observe(running.first - arrived)
+            self._engine_ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
 
-    def text(self, routes: Iterable[Route], incidents: int) -> bytes:
+    def text(self, routes: Iterable[Route]) -> bytes:
         for route in routes:
             self._waiting.labels(route.model_id).set(route.waiting)
             self._fallback.labels(route.model_id).set(route.fallback is not None)
@@ -81,12 +95,12 @@ class Metrics:
                 rest = 1.0 - (canary.weight if canary else 0.0)
                 self._weight.labels(*labels).set(rest if unit is route.serving else of_canary)
                 self._in_flight.labels(*labels).set(len(unit.in_flight))
-                self._restarts.labels(*labels).set(unit.restarts)
+                self._restarts.labels(*labels).inc(unit.restarts - self._restarts_seen.get(unit, 0))
+                self._restarts_seen[unit] = unit.restarts
                 for state in Health:
                     self._state.labels(*labels, str(state)).set(state is unit.state)
                 _set_or_drop(self._memory, labels, unit.stats.memory_bytes)
                 _set_or_drop(self._vram, labels, unit.stats.vram_bytes)
-        self._incidents.set(incidents)
         return generate_latest(self._registry)
 
 

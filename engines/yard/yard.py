@@ -95,7 +95,7 @@ class Yard:
 
     async def open(self) -> None:
         """Read the routes as last committed; no engine is started yet."""
-        self.events = EventLog(self.folder, self.log)
+        self.events = EventLog(self.folder, self.log, incident=self.metrics.incidents.inc)
         for ended in await asyncio.to_thread(end_orphans, self.home):
             self.events.note("yard", "-", f"ended a process left behind by a yard that was killed: {ended}")
         # a kept-alive connection that an engine closes while we send would look like its death: see the gateway
@@ -354,8 +354,18 @@ class Yard:
             self._loop.run_in_executor(None, old.close)
         self.names = {name: model.id for model in config.models for name in (model.id, *model.aliases)}
 
-    def served(self, route: Route, unit: Unit, call: Call, running: InFlight, error: str | None) -> None:
-        """Count an answered request, and remember it for the judgement of a canary."""
+    def served(
+        self,
+        route: Route,
+        unit: Unit,
+        call: Call,
+        running: InFlight,
+        error: str | None,
+        *,
+        arrived: float,
+        client_error: bool = False,
+    ) -> None:
+        """Count an answered request, and remember it for the judgement of a canary, by the engine's own times."""
         gap_s, conversation = running.gap_s, ""
         if route.state.canary:  # a name that does not hold its text
             told = call.conversation().encode("utf-8", "surrogatepass")
@@ -372,7 +382,7 @@ class Yard:
             tpot_ms=gap_s * 1000 if call.stream and gap_s is not None else None,
         )
         self.samples[route.model_id].append(sample)
-        self.metrics.served(route.model_id, sample, running.chunks)
+        self.metrics.served(route.model_id, sample, running, arrived, client_error=client_error)
 
     def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
         """Count a request that an engine's end took with it, before anything of its answer had reached the client."""

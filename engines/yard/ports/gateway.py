@@ -159,11 +159,13 @@ class Gateway:
                     continue
                 except (ClientLeft, asyncio.CancelledError):
                     if reply.ended:  # it has all of the answer, and does not wait for the end of the connection
-                        self._yard.served(route, unit, call, running, reply.error)
+                        self._yard.served(route, unit, call, running, reply.error, arrived=began)
                     raise
                 finally:
                     unit.give_back(running)
-                self._yard.served(route, unit, call, running, reply.error)
+                self._yard.served(
+                    route, unit, call, running, reply.error, arrived=began, client_error=reply.client_error
+                )
                 if reply.error is None:
                     self._yard.usage.note(path, call.body)
                     self._yard.capture.take(call.path, call.body, len(call.raw))
@@ -174,8 +176,12 @@ class Gateway:
         except Refusal as refusal:
             self._yard.metrics.refused.labels(str(refusal.status)).inc()
             return await reply.refuse(refusal)
-        except ClientLeft:
-            return reply.response
+        except (ClientLeft, asyncio.CancelledError) as left:
+            if not reply.ended:
+                self._yard.metrics.left.labels(route.model_id).inc()
+            if isinstance(left, ClientLeft):
+                return reply.response
+            raise
         finally:
             self._unread.forget(reply)
 
@@ -354,7 +360,7 @@ class Gateway:
         return web.json_response(await props(route.serving))
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        text = self._yard.metrics.text(self._yard.routes.values(), len(self._yard.events.incidents))
+        text = self._yard.metrics.text(self._yard.routes.values())
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _page(self, _: web.Request) -> web.Response:

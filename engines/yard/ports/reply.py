@@ -36,6 +36,7 @@ class ClientReply:
         self.begun_with_content = False
         self.ended = False  # all of its answer has been passed on
         self.error: str | None = None
+        self.client_error = False  # and it is the request's own fault
         self.recorded: RecordedAnswer | None = None
 
     @property
@@ -97,7 +98,7 @@ class ClientReply:
     async def whole(self, status: int, data: bytes, content_type: str = JSON_TYPE) -> None:
         """Send an answer in one piece; in a stream that was kept alive meanwhile it becomes an event."""
         if status >= 400:
-            self.error = f"HTTP {status}"
+            self.error, self.client_error = f"HTTP {status}", status < 500
         if self.recorded is not None:
             self.recorded.add(data)
         if self._response is None:

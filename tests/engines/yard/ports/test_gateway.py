@@ -186,6 +186,38 @@ def _answer(yard):
             return None
 
 
+def metric(yard, name):
+    with yard.http() as http:
+        lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_times_count_from_the_arrival_of_a_request(start_yard):
+    yard = start_yard(old="--ttft-ms 700", parallel=1).ready()
+    answers = []
+    threads = [yard.ask(answers, stream=True) for _ in range(2)]
+    for thread in threads:
+        thread.join()
+    assert metric(yard, "switchyard_queue_seconds_sum") >= 0.7
+    assert metric(yard, "switchyard_ttft_seconds_sum") >= 2.1
+    assert metric(yard, "switchyard_engine_ttft_seconds_sum") >= 1.4
+    assert metric(yard, "switchyard_request_seconds_count") == 2
+    assert all(sample["ttft_ms"] < 1400 for sample in yard.orders.samples())
+
+
+def test_whose_fault_a_failure_is_and_who_left(start_yard):
+    yard = start_yard(old="--itl-ms 50").ready()
+    with yard.http() as http:
+        http.post("/v1/chat/completions", json={**CHAT, "fake_status": 422})
+        http.post("/v1/chat/completions", json={**CHAT, "fake_status": 500})
+    with socket_post(yard):
+        until(lambda: yard.engine("old")["in_flight"] == 1, "the request on the engine")
+    until(lambda: metric(yard, "switchyard_disconnects_total{") == 1, "the client to be seen leaving", deadline_s=5)
+    for outcome in ("client_error", "error"):
+        assert metric(yard, f'switchyard_requests_total{{engine="old",model="m",outcome="{outcome}"}}') == 1
+    assert metric(yard, "switchyard_engine_restarts_total{") == metric(yard, "switchyard_incidents_total") == 0
+
+
 def test_props_and_metrics(yard):
     with yard.http() as http:
         http.post("/v1/chat/completions", json=CHAT)
