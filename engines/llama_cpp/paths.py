@@ -39,6 +39,7 @@ PATHS = Paths(
             "/v1/messages/count_tokens",
             "/v1/responses/input_tokens",
             "/responses/input_tokens",
+            "/v1/streams/lookup",  # the web UI takes a stream up again where it was left
         }
     ),
     changes={
@@ -54,5 +55,6 @@ PATHS = Paths(
     same=SHORT,
     pages=frozenset({"/", "/index.html"}),
     polled=frozenset({"/slots"}),
+    cancels=frozenset({"/v1/stream"}),
     keyless=True,
 )

@@ -34,8 +34,8 @@ class Paths:
 
     `generates` are answered in a slot, `reads` beside the requests in flight. `changes` alter the engine, and are
     refused with the reason; one that ends with a slash stands for all below it. `same` are other spellings of a path,
-    `pages` what a person opens, `polled` what the engine must not be asked for often. `keyless`: the engine knows
-    itself which of its pages need no key.
+    `pages` what a person opens, `polled` what the engine must not be asked for often, `cancels` what a client deletes
+    to end its own request. `keyless`: the engine knows itself which of its pages need no key.
     """
 
     generates: frozenset[str] = frozenset(ENDS) & {CHAT, "/v1/completions"}
@@ -44,6 +44,7 @@ class Paths:
     same: Mapping[str, str] = field(default_factory=lambda: SHORT)
     pages: frozenset[str] = frozenset()
     polled: frozenset[str] = frozenset()
+    cancels: frozenset[str] = frozenset()
     keyless: bool = False
 
     def spelled(self, path: str) -> str:

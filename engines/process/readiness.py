@@ -23,6 +23,9 @@ ASK_AGAIN_S = 1.0  # at most, after an answer that held no token
 REFUSED_S = 10.0  # so long an engine that has stopped loading may refuse completions before that is its last word
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"  # a model without a chat template may take this only
+EMBEDDING = "/v1/embeddings"
+RERANK = "/v1/rerank"
+PROOFS = {CHAT: "one real token", TEXT: "one real token", EMBEDDING: "one embedding", RERANK: "one ranking"}
 STOPPED_S = 1.0  # a process that is continued at once was never in trouble
 NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
 QUOTED_LINES = 8
@@ -158,7 +161,12 @@ class _FirstToken:
     def _ask(self) -> None:
         try:
             self.arrived = self._answers(CHAT) or self._answers(TEXT)
-        except (KeyError, TypeError):
+            if set(self.statuses) == {NOT_SUPPORTED}:  # llama-server, serving embeddings or a reranker
+                refused = self.statuses[:], self.refusal
+                with contextlib.suppress(KeyError, TypeError, IndexError):
+                    self.arrived = self._answers(EMBEDDING) or self._answers(RERANK)
+                self.statuses, self.refusal = refused
+        except (KeyError, TypeError, IndexError):
             self.statuses.append(200)
             self.refusal = "an answer that is no completion"
         except (OSError, ValueError):
@@ -167,7 +175,9 @@ class _FirstToken:
             self.done.set()
 
     def _answers(self, path: str) -> bool:
-        body = {**one_token(path, self._served_name), "cache_prompt": False}
+        body = smallest_request(path, self._served_name)
+        if path in (CHAT, TEXT):
+            body["cache_prompt"] = False
         self.path, asked = path, time.monotonic()
         status, answer = self._ask_engine("POST", path, body, None)
         if status != 200:
@@ -175,7 +185,7 @@ class _FirstToken:
             self.refusal = refusal_words(status, answer)
             return False
         self.took_s = time.monotonic() - asked
-        if answer["usage"]["completion_tokens"] < 1:
+        if not is_proof(path, answer):
             self.statuses.append(status)
             self.refusal = "an answer without a token"
             return False
@@ -183,10 +193,23 @@ class _FirstToken:
         return True
 
 
-def one_token(path: str, served_name: str) -> dict[str, object]:
-    """The smallest completion there is: whether an engine gives it is what readiness and liveness mean."""
+def smallest_request(path: str, served_name: str) -> dict[str, object]:
+    """The smallest completion, embedding or ranking: whether an engine gives it is what readiness and liveness mean."""
+    if path == EMBEDDING:
+        return {"model": served_name, "input": "Hi"}
+    if path == RERANK:
+        return {"model": served_name, "query": "Hi", "documents": ["Hi"]}
     prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
     return {"model": served_name, **prompt, "max_tokens": 1, "temperature": 0}
+
+
+def is_proof(path: str, answer: Any) -> bool:
+    """True when the answer holds what was asked for. Raises KeyError, TypeError, IndexError for another shape."""
+    if path == EMBEDDING:
+        return len(answer["data"][0]["embedding"]) > 0
+    if path == RERANK:
+        return len(answer["results"]) > 0
+    return int(answer["usage"]["completion_tokens"]) >= 1
 
 
 def refusal_words(status: int, answer: Any) -> str:

@@ -309,6 +309,11 @@ class Yard:
 
     # --- what requests ask
 
+    def only_looks(self, method: str, path: str) -> bool:
+        """True for a request that any path takes, and for one that ends a client's own request."""
+        units = (unit for route in self.routes.values() for unit in route.units.values())
+        return method in ("GET", "HEAD") or (method == "DELETE" and any(path in unit.paths.cancels for unit in units))
+
     def change_of(self, path: str) -> str:
         """Why a request that would alter an engine is refused; '' for any other."""
         units = (unit for route in self.routes.values() for unit in route.units.values())

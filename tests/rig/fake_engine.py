@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 STARTED = time.monotonic()
-ASKED = []  # /slots, by whom it may be
+ASKED = {"slots": [], "embedded": 0}  # by whom it may be
 END = {
     "/completion": b'{"content": "", "stop": true}',
     "/infill": b'{"content": "", "stop": true}',
@@ -87,10 +87,10 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/props":
             self.reply(200, {"default_generation_settings": {"n_ctx": 4096}})
         elif self.path.startswith("/slots"):
-            ASKED.append(self.path)
+            ASKED["slots"].append(self.path)
             self.reply(200, PROGRESS)
         elif self.path.startswith("/seen"):
-            self.reply(200, {"method": self.command, "path": self.path, "headers": dict(self.headers), "slots": ASKED})
+            self.reply(200, {"method": self.command, "path": self.path, "headers": dict(self.headers), **ASKED})
         elif self.path == "/v1/models":
             self.reply(200, {"object": "list", "data": [{"id": self.options.model_id, "object": "model"}]})
         else:
@@ -145,6 +145,9 @@ class Handler(BaseHTTPRequestHandler):
     def refusal(self, body: dict) -> tuple[int, dict] | None:
         """Status and error of a completion that this engine does not give."""
         options = self.options
+        if options.embeds and self.path == "/v1/embeddings":
+            ASKED["embedded"] += 1
+            return 200, {"data": [{"embedding": [0.5, 0.25]}], "usage": {"prompt_tokens": 2, "total_tokens": 2}}
         if options.embeds:
             return 501, {"error": {"message": "This server does not support completions", "code": 501}}
         if options.no_chat and "chat" in self.path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from engines.driver import Driver
 from engines.process.cpu_wait import is_stopped
-from engines.process.readiness import CHAT, one_token, refusal_words
+from engines.process.readiness import CHAT, is_proof, refusal_words, smallest_request
 from engines.yard.engine.connection import EngineConnection, Gone
 from engines.yard.engine.health import PATIENCE, Health, stall_limit_s, token_limit_s
 from engines.yard.engine.in_flight import InFlight
@@ -194,7 +194,7 @@ class Liveness:
 
     async def _one_token(self) -> str:
         """'' once it has produced one token, else what went wrong."""
-        body = json.dumps(one_token(self._probe_path, self._served_name)).encode()
+        body = json.dumps(smallest_request(self._probe_path, self._served_name)).encode()
         within_s = max(self.settings.wedged_after_s, PATIENCE * self._token_s)
         failure = await in_time(self._pid, self._completion(body), within_s)
         return f"no answer within {within_s:.0f} s" if failure is None else failure
@@ -206,11 +206,11 @@ class Liveness:
                 data = await answer.read()
             if answer.status != 200:
                 return failure_words(answer.status, data)
-            if int(json.loads(data)["usage"]["completion_tokens"]) < 1:
+            if not is_proof(self._probe_path, json.loads(data)):
                 return "an answer without a token"
         except Gone as gone:
             return str(gone)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, IndexError):
             return "an answer that is no completion"
         self._token_s = max(self._token_s, time.monotonic() - began)
         return ""

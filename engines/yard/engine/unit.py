@@ -23,7 +23,7 @@ from engines.mistral_rs.native.frames import in_frames
 from engines.openai.call import GENERATING, Call
 from engines.openai.dialect import Dialect
 from engines.process.process import KILLED_S, ManagedProcess
-from engines.process.readiness import exit_reason, last_lines, wait_ready
+from engines.process.readiness import PROOFS, exit_reason, last_lines, wait_ready
 from engines.process.serving import free_port, launch
 from engines.settings import Serve
 from engines.yard.engine.connection import EngineConnection
@@ -328,7 +328,9 @@ class Unit:
         )
         if not self._wanted:
             return None
-        self._change(Health.READY, f"one real token after {self.load_s:.1f} s (pid {child.pid})")
+        self._change(
+            Health.READY, f"{PROOFS[str(seen['first_token_path'])]} after {self.load_s:.1f} s (pid {child.pid})"
+        )
         return self._liveness
 
     async def _watch(self, liveness: Liveness) -> tuple[Health, str]:

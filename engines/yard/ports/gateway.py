@@ -115,7 +115,7 @@ class Gateway:
 
     async def _passed(self, request: web.Request) -> web.StreamResponse:
         """Every path that is not the yard's own: what the engine answers there is the client's."""
-        has_key, looks = self._guard.has_key(request), request.method in ("GET", "HEAD")
+        has_key, looks = self._guard.has_key(request), self._yard.only_looks(request.method, request.path)
         kind, path = self._yard.kind_of(request.path)
         if is_for_people(request.path):
             if not has_key:
@@ -131,9 +131,10 @@ class Gateway:
         if looks:
             return await self._looked_up(request, keyless=not has_key)
         self._yard.metrics.not_passed.labels(kind).inc()
-        why = self._yard.change_of(path) or "no engine here lists it"
-        what = f"{request.method} {request.path[:200]} is not passed on: {why}"
-        raise Refusal(501, what, kind="not_supported_error", code="not_supported")
+        what = f"{request.method} {request.path[:200]} is not passed on"
+        if why := self._yard.change_of(path):
+            raise Refusal(403, f"{what}: {why}", kind="permission_error", code="not_passed_on")
+        raise Refusal(501, f"{what}: no engine here lists it", kind="not_supported_error", code="not_supported")
 
     async def _served(self, request: web.Request, path: str, kind: Kind) -> web.StreamResponse:
         began = time.monotonic()

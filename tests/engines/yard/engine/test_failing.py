@@ -131,12 +131,25 @@ def test_logs_of_earlier_processes_are_kept(start_yard):
     assert "out of memory" not in (yard.home / "logs" / "yard-old-m.log").read_text()
 
 
-def test_an_embedding_server_is_refused_at_once(start_yard):
+def test_an_embedding_server_is_served_and_probed_by_an_embedding(start_yard):
+    yard = start_yard(old="--embeds", new="--embeds", settings={"probe_every_s": 0.2, "failed_probes": 1}).ready()
+    assert "one embedding after" in yard.engine("old")["why"]
+    with yard.http() as http:
+        assert http.post("/v1/embeddings", json={"input": "a"}).json()["data"][0]["embedding"] == [0.5, 0.25]
+        assert http.post("/v1/chat/completions", json={"messages": []}).status_code == 501
+        asked = http.get("/seen").json()["embedded"]
+        until(lambda: http.get("/seen").json()["embedded"] >= asked + 3, "probes while it is idle")
+    yard.orders.order("promote", to="new")
+    assert yard.engine("new")["state"] == "ready"
+    assert incidents(yard) == []
+
+
+def test_one_that_supports_nothing_is_refused_at_once(start_yard):
     """HTTP 501 will not turn into a token: no restarts are spent on it, and the other engine serves."""
-    yard = start_yard(old="--embeds", settings={"restarts": 3}).ready()
+    yard = start_yard(old="--refuses 501", settings={"restarts": 3}).ready()
     assert yard.route()["fallback"] == "new"
     assert yard.engine("old")["restarts"] == 0
-    assert any("HTTP 501: This server does not support completions" in what for what in incidents(yard))
+    assert any("HTTP 501: refused with 501" in what for what in incidents(yard))
 
 
 def test_one_that_refuses_every_completion_from_the_start_is_given_up(start_yard):
