@@ -40,10 +40,13 @@ from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
+from engines.openai.paths import Paths
+from engines.openai.public import Public
+from engines.own_args import OwnArgs
 from engines.process.process import ManagedProcess, start
 from engines.process.serving import free_port
 from engines.process.telemetry import Telemetry, interval, private_bytes
-from engines.settings import Endpoint, Serve, Settings
+from engines.settings import Endpoint, EngineArgs, Serve, Settings
 from engines.yard.client import YardClient
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
@@ -213,6 +216,7 @@ class KnownTruth:
     progress_path = "/health"
     sees_prompt_progress = False
     probe_is_neutral = True
+    own_args = OwnArgs()
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         return Installation(self.name, "binary", (sys.executable, "-m", "engines.client.reference_server"), "1")
@@ -244,6 +248,12 @@ class KnownTruth:
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
         return ()
+
+    def paths(self, installation: Installation) -> Paths:
+        return Paths()
+
+    def public(self, own: EngineArgs) -> Public:
+        return Public()
 
     def dialect(self, installation: Installation) -> type[Dialect]:
         return Dialect
