@@ -33,20 +33,40 @@ def lacking(plan: Plan, home: Path) -> str | None:
     for model in plan.models:
         with contextlib.suppress(BadInput):  # such a model is never started
             headers[model.id] = read_header(model.gguf)
-    held = sum(n_bytes for _, _, n_bytes in loaded)
-    memory = _beside(free_memory(), plan, headers, loaded)
-    lacks: list[tuple[int, str]] = []
+    return lack(plan, headers, loaded, free_memory())
+
+
+def lack(
+    plan: Plan, headers: Mapping[str, Header], loaded: Sequence[tuple[str, str, int]], free: FreeMemory
+) -> str | None:
+    """The largest lack of `free` memory beside `loaded`: (model, engine, bytes held) of the yard's engines.
+
+    Weights that the yard's engines map count as free for the system, yet they serve; an engine that maps the same file
+    needs them no second time.
+    """
+    held, lacks = sum(n_bytes for _, _, n_bytes in loaded), list[tuple[int, str]]()
+    mapped = {
+        model: _mapped(plan, model, engine, headers[model], free) for model, engine, _ in loaded if model in headers
+    }
+    if free.ram_bytes is not None:
+        free = replace(free, ram_bytes=max(0, free.ram_bytes - sum(mapped.values())))
     for model_id, header in headers.items():
         for engine in dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)):
-            fit = _estimate(plan, model_id, header, engine, memory)
-            if fit.verdict == "unknown" and (memory.ram_bytes or 0) < 2 * held:
+            fit = _estimate(plan, model_id, header, engine, free)
+            if fit.verdict == "unknown" and (free.ram_bytes or 0) < 2 * held:
                 lacks.append((0, f"cannot say whether {model_id} on {engine} fits beside the yard: {fit.why}"))
             for need in fit.needs:
-                if need.free is not None and (missing := need.expected - need.free) > 0:
-                    room = f"{size(need.expected)} of {need.device.upper()}, {size(need.free)} is free"
+                more = need.expected - min(need.mapped, mapped.get(model_id, 0))
+                if need.free is not None and (missing := more - need.free) > 0:
+                    room = f"{size(more)} of {need.device.upper()}, {size(need.free)} is free"
                     line = f"{model_id} on {engine} needs {room} beside what the yard serves ({size(held)})"
                     lacks.append((missing, f"{line}: {size(missing)} is missing"))
     return max(lacks)[1] if lacks else None
+
+
+def _mapped(plan: Plan, model_id: str, engine: str, header: Header, free: FreeMemory) -> int:
+    """Bytes of the model that `engine` serves from the mapped file."""
+    return sum(need.mapped for need in _estimate(plan, model_id, header, engine, free).needs)
 
 
 def _estimate(plan: Plan, model_id: str, header: Header, engine: str, memory: FreeMemory) -> Fit:
@@ -64,15 +84,3 @@ def _loaded(home: Path) -> list[tuple[str, str, int]]:
         (r["id"], e["engine"], (e["memory_bytes"] or 0) + (e["vram_bytes"] or 0)) for r in routes for e in r["engines"]
     ]
     return [one for one in sizes if one[2]]
-
-
-def _beside(
-    free: FreeMemory, plan: Plan, headers: Mapping[str, Header], loaded: Sequence[tuple[str, str, int]]
-) -> FreeMemory:
-    """`free` without the weights that the yard's engines map: the system counts those pages as free, yet they serve."""
-    mapped = 0
-    for model, engine, held in loaded:
-        if (header := headers.get(model)) is not None:
-            needs = _estimate(plan, model, header, engine, free).needs
-            mapped += min(header.tensor_bytes, max(0, sum(need.expected for need in needs) - held))
-    return free if free.ram_bytes is None else replace(free, ram_bytes=max(0, free.ram_bytes - mapped))
