@@ -11,16 +11,16 @@ The native engine lives in a worker process of the yard: what breaks in native c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
-from engines.errors import BadInput, SwitchyardError
+from engines.errors import SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
-from engines.registry import driver, native_driver
+from engines.registry import driver
 from flows.evaluate import evaluate
 from flows.orchestrator.ending import VERSION
 from flows.rollout.model_move import ModelMove, MovePhase
@@ -28,28 +28,12 @@ from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
 from flows.rollout.yards import Yards
 from flows.subprocess_phase import carried_out
-from migrations.plan import EngineChoice, Plan
+from migrations.native import native_plan
+from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.evidence.load_cycles import judge_hang, judge_load_cycles, measure_hang, measure_load_cycles
 from tasks.records.store import open_records
 from tasks.verdicts.verdict import CheckResult
-
-
-def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:
-    """`plan` for phase 3: its candidate as it serves is the incumbent now, the same engine native the candidate.
-
-    With `models` it has those only: the others are not measured. Raises BadInput for a candidate without a native form.
-    """
-    native = native_driver(plan.candidate.engine)
-    if native is None:
-        raise BadInput(f"{plan.candidate.engine} has no native form: phase 3 is for mistral.rs")
-    changes: dict[str, Any] = {
-        "models": tuple(plan.model(name) for name in models) or plan.models,
-        "name": f"{plan.name}-native",
-        "incumbent": plan.candidate,
-        "candidate": EngineChoice.model_validate({"engine": native.name}),
-    }
-    return plan.model_copy(update=changes)
 
 
 def _refusal(move: ModelMove) -> str | None:

@@ -9,16 +9,23 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from rich.console import Console
-from rich.prompt import Confirm, Prompt
+from rich.prompt import InvalidResponse, Prompt, PromptBase
+from rich.text import Text
 
-from tasks.verdicts.verdict import CheckResult, Verdict
+from tasks.verdicts.verdict import CheckResult, Verdict, reasons
+
+# runs that wait since an older version are answered in its words
+Answer = Annotated[
+    Literal["no", "yes"], BeforeValidator(lambda word: {"stay": "no", "go on": "yes"}.get(str(word), word))
+]
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,23 @@ class Question:
         digest = hashlib.sha256(self.model.encode()).hexdigest()[:8]
         return re.sub(r"[^a-z0-9]+", "-", f"{self.phase}-{self.model}".lower()).strip("-")[:60] + f"-{digest}"
 
+    def findings(self) -> list[tuple[Verdict, str]]:
+        """What is open, worst first; then a line for each area that passed."""
+        shut = reasons(self.checks)
+        areas = Counter(check.check.partition(".")[0] for check in self.checks if check.required)
+        closed = {check.check.partition(".")[0] for check in shut}
+        lines = [(check.verdict, f"{check.check}: {' '.join(check.why.split())}") for check in shut]
+        passed = [(area, n) for area, n in areas.items() if area not in closed]
+        return lines + [(Verdict.PASS, f"{area}: {n} of {n} required checks") for area, n in passed]
+
     def markdown(self) -> str:
-        """The question with its verdicts, as the form shows it: a narrow box, which would cut a table."""
-        lines = [f"## {self.what}?", "", f"**{self.model}: {self.verdict}**", ""]
-        lines += [f"- **{check.verdict}** {check.check}: {' '.join(check.why.split())[:300]}" for check in self.checks]
+        """The question behind its verdicts, as the form shows it: a narrow box, which would cut a table."""
+        lines = [f"**{self.model}: {self.verdict}**", ""]
+        lines += [f"- **{verdict}** {what[:300]}" for verdict, what in self.findings()]
         if self.report:
             lines += ["", f"Report: `{self.report}`"]
-        return "\n".join([*lines, "", "Unanswered, everything stays as it is. Name and reason are recorded."])
+        lines += ["", "Unanswered, everything stays as it is. Name and reason are recorded.", "", f"## {self.what}?"]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -70,14 +87,40 @@ def on_terminal(question: Question) -> Approval | None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     out = Console(stderr=True)
-    out.print(f"\n[bold]{question.what}?[/bold]", highlight=False)
-    out.print(f"{question.model}: {question.verdict}", highlight=False)
-    for check in question.checks:
-        out.print(f"  {check.verdict:<12} {check.check}: {check.why}", highlight=False, markup=False, soft_wrap=True)
-    if not Confirm.ask("Proceed", default=False, console=out):
+    out.print(f"\n{question.model}: {question.verdict}", highlight=False)
+    for verdict, what in question.findings():
+        out.print(f"  {verdict:<12} {what}", highlight=False, markup=False, soft_wrap=True)
+    if question.report:
+        out.print(f"  report: {question.report}", highlight=False, markup=False, soft_wrap=True)
+    if not yes_or_no(f"{question.what}?", out):
         return Approval(False, "", "")
     who = _filled("Your name", out)
     return Approval(True, who, _filled("Why", out))
+
+
+class _YesOrNo(PromptBase[bool]):
+    response_type = bool
+    choices = ["yes", "no"]  # noqa: RUF012
+    validate_error_message = "[prompt.invalid]Answer yes or no"
+
+    def process_response(self, value: str) -> bool:
+        """The answer; `y` and `n` will do."""
+        word = value.strip().lower()
+        if not word or word not in ("yes", "y", "no", "n"):
+            raise InvalidResponse(self.validate_error_message)
+        return word.startswith("y")
+
+    def render_default(self, default: Any) -> Text:
+        """What an empty line means."""
+        return Text("(yes)" if default else "(no)", "prompt.default")
+
+
+def yes_or_no(question: str, out: Console) -> bool:
+    """The answer to a question on the terminal; an empty line, or the end of the input, is a no."""
+    try:
+        return bool(_YesOrNo.ask(question, default=False, console=out))
+    except EOFError:
+        return False
 
 
 def in_advance(who: str, reason: str) -> Asks:
@@ -92,11 +135,11 @@ def in_prefect(question: Question) -> Approval | None:
     from prefect.input import RunInput
 
     class ApprovalForm(RunInput):
-        """Proceed, or stay as it is."""
+        """Yes or no, by name and with a reason."""
 
-        # "stay" where nothing was chosen; "go on" is stored by runs that wait; the name is never filled in beforehand
+        # "no" where nothing was chosen; the name is never filled in beforehand
         model_config = ConfigDict(title="Approval")
-        decision: Literal["stay", "go on"] = Field("stay", description="stay: nothing moves; go on: the phase begins")
+        decision: Answer = Field("no", description="yes: the phase begins; no: nothing moves")
         who: str = Field(min_length=2, max_length=100, description="your name; it is recorded")
         reason: str = Field(min_length=2, max_length=500, description="why; it is recorded")
 
@@ -105,7 +148,7 @@ def in_prefect(question: Question) -> Approval | None:
         timeout=int(question.wait_s),
         key=question.key,
     )
-    return Approval(given.decision == "go on", given.who.strip(), given.reason.strip())
+    return Approval(given.decision == "yes", given.who.strip(), given.reason.strip())
 
 
 asks: ContextVar[Asks] = ContextVar("asks", default=nobody)

@@ -262,7 +262,7 @@ def test_an_older_version_can_read_what_this_one_writes(used):
     before = used.state
     with yard(used):
         assert switchyard(used, "rollback").returncode == 0
-        assert switchyard(used, "promote", "--to", NEW).returncode == 0
+        assert switchyard(used, "promote", "--to", NEW, "--yes").returncode == 0
     after = used.state
     assert shape(after) == shape(before)
     for engine, recipe in after["models"]["smollm2"]["recipes"].items():

@@ -83,7 +83,13 @@ def test_an_engine_that_quotes_keys(box, switchyard):
     for _ in range(3):
         for stream in (False, True):
             httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json={**body, "stream": stream}, **LOCAL)
-    for arguments in (("promote", "--to", "new"), ("status",), ("status", "--json"), ("rollback",), ("history",)):
+    for arguments in (
+        ("promote", "--to", "new", "--yes"),
+        ("status",),
+        ("status", "--json"),
+        ("rollback",),
+        ("history",),
+    ):
         done = switchyard(*arguments)
         assert_clean(f"switchyard {' '.join(arguments)}", done.stdout + done.stderr)
     failed = YardClient(home).samples("m")

@@ -104,7 +104,7 @@ def test_it_is_examined_evaluated_and_reported(third: Third) -> None:
 def test_it_serves_what_is_promoted_to_it(third: Third, yard: subprocess.Popen[bytes]) -> None:
     """The yard starts it, moves the model there, and shows it."""
     until(lambda: third.serving() == "llama.cpp" or yard.poll() is not None, "the yard", deadline_s=120)
-    done = third.run("promote", "m")
+    done = third.run("promote", "m", "--yes")
     assert done.returncode == 0, done.stderr
     assert third.serving() == "third"
     done = third.run("rollback", "m")

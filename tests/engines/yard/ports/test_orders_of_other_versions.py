@@ -89,7 +89,7 @@ def posting(home):
 
 
 ORDERS = {
-    "promote": ["smollm2", "--to", "mistral.rs"],
+    "promote": ["smollm2", "--to", "mistral.rs", "--yes"],
     "canary": ["smollm2", "--weight", "0.5"],
     "shadow": ["smollm2", "--share", "0.5"],
     "use": ["auto"],

@@ -1,0 +1,61 @@
+"""What the records say of a model before a person moves it by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.deadline import Background
+from engines.errors import SwitchyardError
+from engines.registry import native_driver
+from engines.yard.client import YardClient
+from flows.rollout.phase_one import PhaseOne, phase_one
+from migrations.native import native_plan
+from migrations.plan import Plan
+from migrations.plan_file import load_plan, plan_path
+from tasks.records.store import DATABASE, LOCKED_S, READ_S, open_records
+
+
+def evidence_of_move(home: Path, model: str | None, to: str | None) -> tuple[str, PhaseOne] | None:
+    """The move in words, and the latest verdict on it; None where it needs none.
+
+    That is the way back, a model that is there already, and an order that the yard will refuse by itself. Nothing about
+    the records may break it: what cannot be read is no verdict. Raises SwitchyardError where no yard runs.
+    """
+    routes = {str(route["id"]): route for route in YardClient(home).status()["models"]}
+    plan = problem = None
+    try:
+        plan = load_plan(plan_path(None, home))
+    except SwitchyardError as error:
+        problem = PhaseOne(f"the plan cannot be read: {error}")
+    ids = {name: one.id for one in (plan.models if plan else ()) for name in (one.id, *one.aliases)}
+    name = ids.get(model, model) if model else next(iter(routes)) if len(routes) == 1 else None
+    if (route := routes.get(name or "")) is None:
+        return None
+    committed = route.get("committed", route.get("serving"))
+    target = to or (plan.candidate.engine if plan else "the candidate")
+    if target in (committed, route.get("undo"), plan and plan.incumbent.engine):
+        return None
+    return f"{name} from {committed} to {target}", _verdict(plan, route, target) if plan else problem or PhaseOne("")
+
+
+def _verdict(plan: Plan, route: Mapping[str, Any], target: str) -> PhaseOne:
+    model = next((one for one in plan.models if one.id == route["id"]), None)
+    version = next((str(e["version"]) for e in route["engines"] if e["engine"] == target), None)
+    if model is None or version is None:
+        return PhaseOne("it was never evaluated")
+    plans: Sequence[Plan] = [plan] if target == plan.candidate.engine else []
+    if (native := native_driver(plan.candidate.engine)) and target == native.name:
+        plans = [native_plan(plan), native_plan(plan, [model.id])]
+
+    def read() -> list[PhaseOne]:
+        with open_records(wait_s=LOCKED_S) as records:
+            return [phase_one(records, asked, model, version) for asked in plans]
+
+    try:
+        found = Background(DATABASE, read).result(READ_S)
+    except SwitchyardError as error:
+        return PhaseOne(f"the records cannot be read: {error}")
+    known = (one for one in found if one.verdict is not None)
+    return next(known, found[0] if found else PhaseOne("it was never evaluated"))

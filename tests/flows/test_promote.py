@@ -1,0 +1,150 @@
+"""`switchyard promote` over a yard of played engines: what the evidence says, and who decides against it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from played import plan_of
+from rich.console import Console
+from switchyard_command import command, json_of
+from waiting import until
+
+from engines.model.digest import model_digest
+from engines.process.serving import free_port
+from engines.yard.client import YardClient
+from flows.rollout import approval
+from flows.rollout.approval import Question
+from migrations.plan import content_hash
+from migrations.plan_file import load_plan
+from tasks.records.store import open_records
+from tasks.verdicts.verdict import CheckResult, Verdict, at_most
+
+Switchyard = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def yard(home: Path, environment: dict[str, str], tmp_path: Path) -> Iterator[YardClient]:
+    """A yard over the played engines."""
+    plan = plan_of(tmp_path, "m", tail=f"[yard]\nport = {free_port()}\n")
+    plan.write_text(plan.read_text().replace('load = "demand"', 'load = "demand"\naliases = ["other"]'))
+    home.mkdir()
+    with (home / "yard.log").open("wb") as output:
+        process = subprocess.Popen(command("serve", plan), env=environment, stdout=output, stderr=subprocess.STDOUT)
+    client = YardClient(home)
+    until(lambda: process.poll() is not None or client.runs(), "a yard that runs")
+    assert process.poll() is None, (home / "yard.log").read_text()
+    yield client
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+
+
+def evaluated(home: Path, verdict: Verdict, yard: YardClient) -> None:
+    """An evaluation of just this plan, file and version on record."""
+    plan = load_plan(Path((home / "yard" / "plan").read_text().strip()))
+    (route,) = yard.status()["models"]
+    version = next(e["version"] for e in route["engines"] if e["engine"] == "mistral.rs")
+    with open_records(home / "switchyard.db") as records:
+        run = records.start_run("evaluate", plan.name, plan.model_dump(mode="json"))
+        under: dict[str, Any] = {"plan_hash": content_hash(plan), "model_digest": model_digest(plan.models[0].gguf)}
+        under["engines"] = [{"arm": "candidate", "version": version}]
+        records.put_evidence(run.id, "m", "both", "performance", {}, environment=under)
+        result = at_most("parity.mean_kld", 0.5 if verdict is Verdict.FAIL else 0.001, limit=0.005, unit="nats")
+        records.put_checks(run.id, "m", [result])
+        records.finish_run(run.id, "done", verdict=verdict)
+
+
+def serving(yard: YardClient) -> str:
+    return str(yard.status()["models"][0]["committed"])
+
+
+@pytest.mark.parametrize("name", ["m", "other", None])
+def test_without_a_terminal_a_model_without_evidence_needs_yes(
+    switchyard: Switchyard, yard: YardClient, name: Any
+) -> None:
+    """By each of its names, or by none where it is the only one."""
+    named = [name] if name else []
+    done = switchyard("promote", *named)
+    assert (done.returncode, serving(yard)) == (3, "llama.cpp"), done.stderr
+    assert "evidence on m from llama.cpp to mistral.rs: INCONCLUSIVE: it was never evaluated" in done.stderr
+    assert "add --yes" in done.stdout
+    assert json_of(switchyard("promote", *named, "--json"))["done"] is None
+    assert switchyard("promote", *named, "--yes").returncode == 0
+    assert serving(yard) == "mistral.rs"
+    back = switchyard("promote", *named, "--to", "llama.cpp")
+    assert (back.returncode, serving(yard)) == (0, "llama.cpp"), back.stderr
+
+
+@pytest.mark.parametrize(("verdict", "code"), [(Verdict.PASS, 0), (Verdict.FAIL, 3)])
+def test_it_says_what_the_evidence_says(
+    switchyard: Switchyard, home: Path, yard: YardClient, verdict: Verdict, code: int
+) -> None:
+    evaluated(home, verdict, yard)
+    done = switchyard("promote")
+    assert done.returncode == code, done.stderr
+    assert f"evidence on m from llama.cpp to mistral.rs: {verdict}: run " in done.stderr
+    assert ("parity.mean_kld: 0.5 nats, limit 0.005 nats" in done.stderr) is (code == 3)
+
+
+@pytest.mark.parametrize(("answer", "moved"), [("yes", True), ("no", False), ("", False)])
+def test_on_a_terminal_it_asks(environment: dict[str, str], yard: YardClient, answer: str, moved: bool) -> None:
+    """In whole words."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command("promote"), env=environment, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    seen = b""
+    while b"all the same?" not in seen:
+        seen += os.read(master, 4096)
+    os.write(master, f"{answer}\n".encode())
+    try:
+        while os.read(master, 4096):
+            pass
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait(60) == (0 if moved else 3), seen
+    assert serving(yard) == ("mistral.rs" if moved else "llama.cpp")
+
+
+def test_an_approval_shows_what_is_open_first_and_asks_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for an area that passed; anything but yes and no is asked again."""
+    checks = [
+        CheckResult(check="parity.a", verdict=Verdict.PASS, why="fine"),
+        CheckResult(check="parity.b", verdict=Verdict.PASS, why="fine"),
+        CheckResult(check="memory.peak_ratio", verdict=Verdict.PASS, why="fine"),
+        CheckResult(check="memory.leak", verdict=Verdict.INCONCLUSIVE, why="too short"),
+        CheckResult(check="performance.x", verdict=Verdict.FAIL, why="slower"),
+    ]
+    question = Question("subprocess", "m", "Move m from a to b", Verdict.FAIL, checks)
+    shown = [
+        "m: FAIL",
+        "  FAIL         performance.x: slower",
+        "  INCONCLUSIVE memory.leak: too short",
+        "  PASS         parity: 2 of 2 required checks",
+    ]
+    form = question.markdown().splitlines()
+    assert [line for line in form if line.startswith("- ")] == [
+        "- **FAIL** performance.x: slower",
+        "- **INCONCLUSIVE** memory.leak: too short",
+        "- **PASS** parity: 2 of 2 required checks",
+    ]
+    assert form[-1] == "## Move m from a to b?"
+
+    said = StringIO()
+    given = iter(["perhaps", "Y", "Ada", "change 42"])
+    monkeypatch.setattr(approval.sys, "stdin", type("T", (), {"isatty": lambda _: True})())
+    monkeypatch.setattr(approval.sys, "stderr", type("T", (), {"isatty": lambda _: True})())
+    monkeypatch.setattr(approval, "Console", lambda **_: Console(file=said, width=100, color_system=None))
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt, **_: self.print(prompt) or next(given))
+    answer = approval.on_terminal(question)
+    assert answer == approval.Approval(True, "Ada", "change 42")
+    lines = said.getvalue().splitlines()
+    assert lines[1:5] == shown
+    assert lines[5].startswith("Move m from a to b? [yes/no] (no)")
+    assert "Answer yes or no" in said.getvalue()
