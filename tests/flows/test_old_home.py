@@ -104,25 +104,8 @@ def serving(client):
 
 
 def stored_checks(home, run_id):
-    rows = home.rows('select "check", verdict, value, "limit", why from "check" where run_id = ?', run_id)
+    rows = home.rows('select "check", verdict, value, "limit" from "check" where run_id = ?', run_id)
     return sorted(rows, key=str)
-
-
-REWORDED = (  # stored by that commit, and what the same numbers read today
-    (
-        "0.3 min cannot tell a filling cache from a leak: soak",
-        "20 s cannot distinguish a filling cache from a leak; soak",
-    ),
-    ("chunks were stamped up to 1.2 ms late (p99)", "it stamped chunks 1.2 ms late (p99)"),
-    ("needs 3.0 days", "needs 3 days"),
-    ("in 0.4 min and 3 requests (incumbent: 0 in 0.3 min", "in 21.5 s and 3 requests (incumbent: 0 in 20.8 s"),
-)
-
-
-def in_new_words(why):
-    for old, new in REWORDED:
-        why = why.replace(old, new)
-    return why
 
 
 # --- what is recorded
@@ -153,10 +136,12 @@ def test_an_entry_of_a_process_that_is_dead_is_forgotten(old):
 def test_the_report_of_a_finished_run_has_the_verdicts_that_were_stored(used):
     run_id = used.run_id("done")
     before = stored_checks(used, run_id)
+    assert before
     outcome = json_of(switchyard(used, "report", run_id, "--json"))
     (model,) = outcome["models"]
-    again = [(c["check"], c["verdict"], c["value"], c["limit"], c["why"]) for c in model["checks"]]
-    assert sorted(again, key=str) == sorted(((*row[:4], in_new_words(row[4])) for row in before), key=str)
+    # the reasons are worded by the version that shows them
+    again = [(c["check"], c["verdict"], c["value"], c["limit"]) for c in model["checks"]]
+    assert sorted(again, key=str) == before
     assert outcome["verdict"] == "PASS"
 
 
