@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
+from engines.errors import BadInput
+from engines.mistral_rs.flags import OWN_ARGS
 from engines.model.free_memory import Device
 from engines.model.memory import (
     DEFAULT_UBATCH,
@@ -46,17 +49,29 @@ def memory_parts(case: MemoryCase) -> list[Part]:
 
 
 def _kv_cache(case: MemoryCase, where: Device) -> Part:
-    kv_type = "f8e4m3" if where == "vram" and case.settings.kv_type == "f8e4m3" else "f16"
+    flags = OWN_ARGS.flags(case.own)
+    given = {name: flag.values[0] for name, flag in flags.items() if flag.values}
+    asked = given.get("--pa-cache-type", case.settings.kv_type)
+    kv_type = "f8e4m3" if where == "vram" and asked == "f8e4m3" else "f16"
     full = kv_bytes_per_token(case.header, kv_type) * case.context
     bounded = kv_bytes(case.header, case.context, case.settings.sequences, case.ubatch, kv_type)
     why = f"{case.context} tokens, {kv_type}; sliding-window layers counted in full"
     if where == "ram":
         return Part("KV cache", where, min(bounded, full), full, full, why)
+    vram = case.free.vram_bytes or 0
+    for name, unit in (("--pa-memory-mb", MIB), ("--pa-memory-fraction", vram)):
+        if name in given:
+            return exactly("KV cache", where, int(_number(name, given[name]) * unit), f"a pool as {name} sets it")
     if case.settings.context_tokens is not None:
-        return Part("KV cache", where, full, full, full, why)
-    pool = int(FREE_VRAM_SHARE * (case.free.vram_bytes or 0))
+        return exactly("KV cache", where, full, why)
     why += "; with no context_tokens set its pool takes 90 % of free VRAM"
-    return Part("KV cache", where, full, full, max(full, pool), why)
+    return Part("KV cache", where, full, full, max(full, int(FREE_VRAM_SHARE * vram)), why)
+
+
+def _number(name: str, text: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", text) is None:
+        raise BadInput(f"{name}: '{text}' is not a number; write the number itself")
+    return float(text)
 
 
 def memory_notes(case: MemoryCase) -> list[str]:

@@ -23,7 +23,7 @@ from engines.model.memory import (
     state_bytes_per_sequence,
     weights_bytes,
 )
-from engines.settings import Settings
+from engines.settings import EngineArgs, Settings
 
 PLENTY = FreeMemory(ram_bytes=512 * GIB)
 
@@ -187,6 +187,21 @@ def test_mistral_rs_takes_the_free_vram_unless_told(nemotron: Header) -> None:
 
     assert kv_part(Settings()) == int(24 * GIB * 9 / 10)
     assert kv_part(Settings(context_tokens=65536)) == 65536 * 6144
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("--pa-memory-mb 4096", 4 * GIB),
+        ("--pa-memory-fraction 0.5", 12 * GIB),
+        ("--pa-cache-type f8e4m3", 65536 * 3072),
+    ],
+)
+def test_flags_size_the_pool_of_mistral_rs(nemotron: Header, args: str, expected: int) -> None:
+    """As they stand in the plan."""
+    gpu, own = FreeMemory(64 * GIB, vram_bytes=24 * GIB, n_gpus=1), EngineArgs(args=tuple(args.split()))
+    fit = estimate(nemotron, Settings(context_tokens=65536), "mistral.rs", memory=gpu, own=own)
+    assert next(part.expected for part in fit.parts if part.name == "KV cache") == expected
 
 
 def test_mistral_rs_on_the_cpu_holds_the_embedding_again(tmp_path: Path) -> None:
