@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from functools import lru_cache
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.fit import Fit, estimate
@@ -190,13 +191,23 @@ def estimate_of(spec: LaunchSpec) -> Fit | None:
 
 
 def needed_bytes(unit: Unit) -> tuple[int, int]:
-    """What an engine holds, at least and expected: as measured, else as estimated, else the size of its file."""
+    """What an engine holds, at least and expected: as measured, else as estimated, else the size of its file.
+
+    The weights that it serves from the mapped file count in each case; what is measured is private.
+    """
     if unit.stats.held_bytes is not None:
-        return unit.stats.held_bytes, unit.stats.held_bytes
+        held = unit.stats.held_bytes + _mapped_bytes(unit.spec.model_dump_json())
+        return held, held
     if (fit := estimate_of(unit.spec)) is not None and fit.needs:
         return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
     n_bytes = unit.spec.gguf.stat().st_size
     return n_bytes, n_bytes
+
+
+@lru_cache(maxsize=64)  # asked every second
+def _mapped_bytes(spec: str) -> int:
+    fit = estimate_of(LaunchSpec.model_validate_json(spec))
+    return sum(need.mapped for need in fit.needs) if fit else 0
 
 
 def _is_quiet(route: Route) -> bool:

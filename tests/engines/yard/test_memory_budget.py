@@ -1,9 +1,16 @@
 """Models come into memory with their first request and go when unused, or when another one needs the room."""
 
 import concurrent.futures
+from types import SimpleNamespace
 
 import pytest
+from gguf_files import write_gguf
 from waiting import until
+
+from engines.model.header import read_header
+from engines.settings import EngineArgs, Settings
+from engines.yard.engine.launch_spec import LaunchSpec
+from engines.yard.memory_budget import needed_bytes
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 LARGE = "--hold-mib 64"  # with its interpreter less than 100 MiB; two of them are more
@@ -108,3 +115,16 @@ def test_a_move_of_an_unloaded_model_loads_it(start_yard, what):
     assert loaded(yard) == {"a"}
     assert ask(yard, "a").status_code == 200
     assert len(yard.engines_left()) == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "args", "mapped"), [("llama.cpp", (), 1), ("llama.cpp", ("--no-mmap",), 0), ("mistral.rs", (), 0)]
+)
+def test_weights_that_an_engine_maps_count_as_those_that_it_copies(tmp_path, engine, args, mapped):
+    """What is measured of an engine is private; the budget compares it with that of others."""
+    gguf = write_gguf(tmp_path / "m.gguf")
+    own = EngineArgs(args=args)
+    found = {"engine": engine, "form": "binary", "program": ("x",), "version": "1"}
+    spec = LaunchSpec(**found, model_id="m", gguf=gguf, settings=Settings(gpu_layers=0), own=own)
+    unit = SimpleNamespace(spec=spec, stats=SimpleNamespace(held_bytes=1000))
+    assert needed_bytes(unit) == (1000 + mapped * read_header(gguf).tensor_bytes,) * 2
