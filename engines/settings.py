@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, SerializerFunction
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f8e4m3"]
 AUTO_PARALLEL = 4  # llama-server's choice in builds of 2026 (tools/server/server.cpp)
+
+
+def safe_id(name: str) -> str:
+    """A model's name as an id that a plan accepts, with `-` for other characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
 
 
 class Settings(BaseModel):

@@ -17,7 +17,7 @@ from engines.llama_cpp.flags import BESIDE, NEVER, OPTIONS, OWN_ARGS, ROUTING
 from engines.llama_cpp.hub import downloaded
 from engines.own_args import OFF, ON, Flag
 from engines.redaction import redacted_text
-from engines.settings import EngineArgs, KvType, Settings
+from engines.settings import EngineArgs, KvType, Settings, safe_id
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8080
 EVERY_HOST = "0.0.0.0"
@@ -68,7 +68,7 @@ class LlamaServerCommand:
     def model_id(self) -> str:
         """A name for the model that a plan accepts: the first name, else the file's, `-` for other characters."""
         name = self.names[0] if self.names else self.gguf.stem if self.gguf else ""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
+        return safe_id(name)
 
     @property
     def aliases(self) -> tuple[str, ...]:

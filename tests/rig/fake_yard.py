@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--missing", default=None, help="an engine that is not on this machine")
     parser.add_argument("--settings", type=json.loads, default={}, help="YardSettings as JSON, or @file")
     parser.add_argument("--accepted", default="", help="what the plan accepts as missing, by comma")
+    parser.add_argument("--alias", help="one more name of the model")
     parser.add_argument("--api-key", default=None)
     parser.add_argument("--canary-limits", type=json.loads, default={}, help="CanaryLimits as JSON")
     options = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
                 id=model,
                 incumbent="old",
                 candidate="new",
-                aliases=(f"{model}-alias",),
+                aliases=(f"{model}-alias", *filter(None, [options.alias])),
                 load=options.load,
                 pin=model in options.pin.split(","),
                 missing={options.missing: f"{options.missing} was not found"} if options.missing else {},

@@ -237,7 +237,11 @@ class Native:
         prompts = [one if isinstance(one, str) else self.model.detokenize(one) for one in call.prompts]
         request = GenerationRequest(
             head=self.head(chat=False),
-            jobs=[Job(prompt=prompt, sampling=call.sampling) for prompt in prompts for _ in range(call.n)],
+            jobs=[
+                Job(prompt=prompt, sampling=call.sampling, keeps_space=True)
+                for prompt in prompts
+                for _ in range(call.n)
+            ],
             n=call.n,
             stream=call.stream,
             include_usage=call.include_usage,

@@ -176,7 +176,10 @@ def drain(
         for chunk in chunks:
             if cancelled.is_set():
                 return
-            piece = places.place(model.piece(chunk, job.sampling.logprobs))
+            piece = model.piece(chunk, job.sampling.logprobs)
+            if job.keeps_space and not begun:
+                piece = replace(piece, content=model.first_space(chunk) + piece.content)
+            piece = places.place(piece)
             begun, finish = True, piece.finish or finish
             emit(piece)
         if finish is None:

@@ -39,6 +39,7 @@ class Job:
     prompt: str
     sampling: requests.SamplingParameters
     tools: tuple[str, ...] = ()
+    keeps_space: bool = False  # the text continues a prompt: a space at its beginning is part of it
 
 
 def first_line(error: BaseException) -> str:
@@ -144,7 +145,7 @@ class LoadedModel:
             logit_bias=({**self._end_bias, **(sampling.logit_bias or {})} if grammar else sampling.logit_bias) or None,
             ignore_eos=sampling.ignore_eos,
             # With log-probabilities every token is a chunk; without, tokens that end no code point are not reported.
-            logprobs=sampling.logprobs or bool(sampling.stop),
+            logprobs=sampling.logprobs or bool(sampling.stop) or job.keeps_space,
             top_logprobs=sampling.top_logprobs,
             grammar=text,
             grammar_type=grammar.kind if grammar else None,
@@ -153,6 +154,13 @@ class LoadedModel:
         )
         with self._lock:
             return self._runner.send_chat_completion_request(request)
+
+    def first_space(self, chunk: Any) -> str:
+        """The white space at the beginning of a generation's first token, which the engine leaves out (0.9.5)."""
+        logprob = chunk.choices[0].logprobs
+        token = "" if logprob is None else str(self._logprob(logprob)["token"])
+        content = chunk.choices[0].delta.content or ""
+        return token[: len(token) - len(token.lstrip())] if not content[:1].isspace() else ""
 
     def piece(self, chunk: Any, wants_logprobs: bool) -> Piece:
         """One chunk of the wheel in neutral words; ApiError 500 for its finish reasons that are failures."""

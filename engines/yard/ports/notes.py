@@ -16,6 +16,12 @@ def one_line(text: object, most: int = 160) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def whole(text: object, most: int = 4000) -> str:
+    """All lines of a text from outside, without control characters."""
+    lines = str(text).strip()[:most].splitlines()
+    return "\n".join("".join(sign if sign.isprintable() else " " for sign in line) for line in lines)
+
+
 def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is to be known about a route, each with its kind: bad, wait, news or muted."""
     shown = []
@@ -43,4 +49,4 @@ def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _verdict(judged: Mapping[str, Any]) -> str:
-    return f"; {judged['verdict']}: {one_line(judged.get('why', ''))}" if judged.get("verdict") else ""
+    return f"; {judged['verdict']}: {whole(judged.get('why', ''))}" if judged.get("verdict") else ""

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from engines.units import ago
-from engines.yard.ports.notes import notes, one_line, retired
+from engines.yard.ports.notes import notes, one_line, retired, whole
 
 SHOWN_INCIDENTS = 12
 
@@ -37,6 +37,6 @@ def _spark(values: Sequence[float], unit_size: float, unit: str) -> dict[str, st
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-_ENVIRONMENT.filters |= {"ago": ago, "one_line": one_line}
+_ENVIRONMENT.filters |= {"ago": ago, "one_line": one_line, "whole": whole}
 _ENVIRONMENT.globals |= {"notes": notes, "retired": retired, "spark": _spark}
 TEMPLATE = _ENVIRONMENT.get_template("page.html")

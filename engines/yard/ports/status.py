@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from engines.redaction import redacted, redacted_text
+from engines.settings import safe_id
 from engines.yard.engine.unit import Unit
 from engines.yard.route import Route
 from engines.yard.shadow import Shadow
@@ -32,6 +33,9 @@ class Status:
         return redacted_text(f"{route.model_id}: {unit.engine} is {unit.state}{detail}: {unit.why}".replace("\n", " "))
 
     def models(self) -> list[dict[str, Any]]:
+        """Each name by which clients ask; an id that only stands for a name with other characters is none of them."""
+        names = self._yard.names.items()
+        stand_ins = {model_id for name, model_id in names if name != model_id and safe_id(name) == model_id}
         return [
             {
                 "id": name,
@@ -40,7 +44,8 @@ class Status:
                 "owned_by": "switchyard",
                 "meta": {"n_ctx": self._yard.routes[model_id].serving.context_tokens},
             }
-            for name, model_id in self._yard.names.items()
+            for name, model_id in names
+            if name not in stand_ins
         ]
 
     def health_of(self, route: Route) -> dict[str, Any]:

@@ -996,3 +996,12 @@ async def test_small_answers_are_not_held_back_for_an_acknowledgement() -> None:
         _, writer = await asyncio.open_connection(*listener.getsockname())
         assert await asyncio.wait_for(accepted, 10) != 0
         writer.close()
+
+
+def test_the_space_at_the_beginning_of_a_completion_is_kept(http: httpx.Client) -> None:
+    """The wheel leaves it out: what a client appends to its prompt would run two words together."""
+    body = {"prompt": "The capital of France is", "max_tokens": 3, "temperature": 0}
+    whole = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    streamed = "".join(chunk["choices"][0]["text"] for chunk in chunks_of(stream(http, "/v1/completions", **body)))
+    assert whole == streamed
+    assert whole.startswith(" ")

@@ -37,6 +37,15 @@ def test_every_name_that_was_used_keeps_working(yard):
             assert http.post("/v1/chat/completions", json={**CHAT, "model": name}).status_code == 200, name
 
 
+def test_a_name_with_a_slash_is_shown_as_it_was(start_yard):
+    yard = start_yard(models="org-m", alias="org/m").ready()
+    with yard.http() as http:
+        assert [entry["id"] for entry in http.get("/v1/models").json()["data"]] == ["org-m-alias", "org/m"]
+        assert http.get("/v1/models/org/m").json()["id"] == "org/m"
+        for name in ("org/m", "org-m"):
+            assert http.post("/v1/chat/completions", json={**CHAT, "model": name}).status_code == 200
+
+
 def test_an_unknown_name_is_refused_where_the_plan_says_so(start_yard):
     yard = start_yard(settings={"unknown_model": "refuse"}).ready()
     with yard.http() as http:

@@ -209,6 +209,12 @@ def test_the_latest_incidents_come_first_and_are_bounded():
     assert "Incidents: 30, the latest 12" in html
 
 
+def test_reasons_are_shown_whole():
+    why = "its process ended: signal SIGABRT; its last lines:\n" + "\n".join(f"line {n} " + "x" * 200 for n in range(8))
+    html = page(status(engine(**RUNNING, why=why), unservable=why, incidents=[{"at": 0, "model": "m", "what": why}]))
+    assert html.count("line 7 ") == 3
+
+
 def test_one_line_is_short_and_without_control_characters():
     assert one_line("first\nsecond") == "first"
     assert one_line("a\x1b[31mb\x07") == "a [31mb "
