@@ -17,7 +17,7 @@ from engines.errors import BadInput
 from engines.llama_cpp.flags import OWN_ARGS
 from engines.model.free_memory import Device
 from engines.model.gguf import Tensor
-from engines.model.header import Header, read_header
+from engines.model.header import MAX_LAYERS, Header, read_header
 from engines.model.memory import (
     MIB,
     Cells,
@@ -63,8 +63,9 @@ class Asked:
         return given[-1] if given else default
 
     def number(self, name: str, default: int) -> int:
-        text = self.value(name)
-        return int(text) if re.fullmatch(r"-?\d+", text) else default
+        """The number that the last flag `name` gives, not below zero."""
+        number = _whole(self.value(name))
+        return default if number is None else max(number, 0)
 
     def switch(self, name: str, default: bool) -> bool:
         """Whether the last flag of the switch `name` is on."""
@@ -107,14 +108,20 @@ class Asked:
             if _option(flag) == "--cpu-moe":
                 found.append((re.compile(EXPERTS), "ram"))
             elif _option(flag) == "--n-cpu-moe":
-                layers = "|".join(map(str, range(min(int(flag.values[0]), 4096)))) if flag.values[0].isdigit() else ""
+                count = _whole(flag.values[0]) or 0
+                layers = "|".join(map(str, range(min(count, MAX_LAYERS))))
                 found += [(re.compile(rf"blk\.({layers}){EXPERTS}"), "ram")] if layers else []
             elif _option(flag) == "--override-tensor":
-                for pattern, _, buffer in (part.partition("=") for part in flag.values[0].split(",")):
+                given = [part.partition("=") for part in flag.values[0].split(",")]
+                for pattern, buffer in ((pattern, buffer) for pattern, equals, buffer in given if equals):
                     with contextlib.suppress(re.error):  # llama-server refuses what is no pattern
                         on_cpu = buffer.upper().startswith("CPU") or buffer.upper().endswith("_HOST")
                         found.append((re.compile(pattern), "ram" if on_cpu else "vram"))
         return found
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"-?\d+", text) else None
 
 
 def _option(flag: Flag) -> str:
@@ -295,7 +302,7 @@ def _checkpoints(case: MemoryCase, asked: Asked) -> Part:
     one = state_bytes_per_sequence(header) + math.ceil(
         sum(layer_kv_bytes(header, layer, *types) * window for layer in sliding)
     )
-    kept = max(asked.number("--ctx-checkpoints", CONTEXT_CHECKPOINTS), 0)
+    kept = asked.number("--ctx-checkpoints", CONTEXT_CHECKPOINTS)
     why = f"up to {kept} copies of recurrent states and sliding windows per slot"
     return Part("context checkpoints", "ram", 0, 0, one * kept * case.settings.sequences, why)
 

@@ -216,6 +216,10 @@ def test_latent_kv_of_deepseek_r1(header: Any) -> None:
         (r"-ot blk\.0\.=CUDA0 -ot exps=CPU", 3),
         ("-ot exps=CUDA_Host", 6),
         ("-ot exps=CUDA0", 0),
+        ("-ot exps", 0),
+        ("-ot (=CPU", 0),
+        ("-ncmoe -1", 0),
+        ("-ncmoe ²", 0),
     ],
 )
 def test_experts_kept_on_the_cpu(header: Any, args: str, on_cpu: int) -> None:
@@ -292,6 +296,14 @@ def test_logits_of_every_token_where_embeddings_are_asked_for(header: Any) -> No
     found = parts(model, "--embeddings", context_tokens=8192)["compute buffers", "ram"]
     assert brackets(found, 98.25)
     assert found.low > 90 * MIB
+
+
+@pytest.mark.parametrize(
+    "args", ["--spec-type draft-mtp --spec-draft-n-max -5", "-ctxcp -1", "-md /nowhere", "--lora ,"]
+)
+def test_no_flag_makes_a_part_negative(header: Any, args: str) -> None:
+    """Whatever stands in the plan: llama-server refuses it, or takes it for its default."""
+    assert all(0 <= part.low <= part.expected <= part.high for part in parts(header("qwen35", QWEN36), args).values())
 
 
 def test_a_host_cache_without_bound_is_never_known_to_fit(header: Any) -> None:
