@@ -180,7 +180,10 @@ def _weights(case: MemoryCase, asked: Asked) -> list[Part]:
     # beside a GPU its host buffers come first, unless --no-host
     repacks = asked.switch("--repack", True) and (not has_gpu or asked.switch("--no-host", False))
     matrices = [t for t in header.tensors if repacks and t.layer is not None and len(t.shape) > 1]
-    copied, perhaps = (sum(t.n_bytes for t in matrices if t.type in types) for types in (REPACKED, PERHAPS_REPACKED))
+    copied, perhaps = (
+        min(sum(t.n_bytes for t in matrices if t.type in types), placed["ram"])
+        for types in (REPACKED, PERHAPS_REPACKED)
+    )
     mapped = max(low - perhaps, 0), placed["ram"] - copied, placed["ram"]
     return [
         on_gpu,

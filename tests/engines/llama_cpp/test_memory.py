@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -298,12 +299,34 @@ def test_logits_of_every_token_where_embeddings_are_asked_for(header: Any) -> No
     assert found.low > 90 * MIB
 
 
-@pytest.mark.parametrize(
-    "args", ["--spec-type draft-mtp --spec-draft-n-max -5", "-ctxcp -1", "-md /nowhere", "--lora ,"]
-)
-def test_no_flag_makes_a_part_negative(header: Any, args: str) -> None:
-    """Whatever stands in the plan: llama-server refuses it, or takes it for its default."""
-    assert all(0 <= part.low <= part.expected <= part.high for part in parts(header("qwen35", QWEN36), args).values())
+FLAGS = (
+    "--spec-type draft-mtp", "--spec-draft-n-max -5", "-ctxcp -1", "-ctxcp 64", "-md /nowhere", "--lora ,", "--no-host",
+    "-nkvo", "-kvu", "--swa-full", "-ctk q4_0", "-ctv f32", "-cmoe", "-ncmoe 1", "-ot .=CPU", "-ot .=CUDA0",
+    "-dev none", "--no-mmap", "-nr", "--embeddings",
+)  # fmt: skip
+SETTINGS: dict[str, list[Any]] = {
+    "parallel": [0, 1, 3],
+    "context_tokens": [None, 1, 100_000],
+    "gpu_layers": [None, 0, 1, 999],
+    "ubatch_tokens": [None, 1, 4096],
+    "flash_attention": [None, False],
+    "host_cache_mib": [None, -1, 0],
+}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_parts_are_in_order_whatever_the_flags(header: Any, seed: int) -> None:
+    """None is negative, none expected outside its bounds; what llama-server refuses counts as nothing."""
+    chance = random.Random(seed)
+    architecture, keys = chance.choice([("qwen35", QWEN36), ("gemma3", GEMMA3), ("deepseek2", DEEPSEEK_R1)])
+    model = header(architecture, keys, tensors={**TENSORS, "blk.0.ffn_up.weight": "Q4_K"})
+    args = " ".join(chance.sample(FLAGS, chance.randint(0, 6)))
+    settings = {name: chance.choice(values) for name, values in SETTINGS.items()}
+    memory = chance.choice([RAM, GPU] if not settings["gpu_layers"] else [GPU])
+    found = parts(model, args, memory, **settings).values()
+    assert all(0 <= part.low <= part.expected <= part.high for part in found), (args, settings, found)
+    held = sum(part.expected for part in found if part.name in ("weights", "repacked weights"))
+    assert model.tensor_bytes <= held <= 2 * model.tensor_bytes
 
 
 def test_a_host_cache_without_bound_is_never_known_to_fit(header: Any) -> None:
