@@ -79,7 +79,8 @@ class Deprecation:
         }
         with run_journal(self.records, KIND, asked, unfinished=unfinished, **closing) as run:
             outcome = self._steps(run, state)
-            run.finish("done", verdict=Verdict(outcome["verdict"]))
+            if run.has_begun:  # a refusal, or the question who approves it, is no run
+                run.finish("done", verdict=Verdict(outcome["verdict"]))
         return outcome
 
     def _steps(self, run: RunJournal, state: YardState) -> dict[str, Any]:
@@ -112,19 +113,19 @@ class Deprecation:
     def _shut(self, run: RunJournal, state: YardState) -> dict[str, Any] | None:
         """Why it stays; None when nothing needs it and a person, or the plan, approves."""
         self._results = self._judged(state)
-        verdict, shut, outcome = gate(self._results), reasons(self._results), None
-        run.put_step(NOBODY, "precondition", "done" if verdict is Verdict.PASS else "failed")
-        if shut:
-            outcome = self._outcome(run.id, "not retired", verdict, "; ".join(result.why for result in shut))
-        else:
-            if self.who and self.reason:
-                run.put_decision(NOBODY, "retire", who=self.who, why=self.reason)
-            if not _approvals(run) and self.plan.retire.approve != "auto":
-                why = f"{self.engine} can go; approve it with --who NAME --reason TEXT"
-                self._results.append(not_measured("retire.approval", why))
-                outcome = self._outcome(run.id, "waits for approval", Verdict.INCONCLUSIVE, why)
+        if shut := reasons(self._results):
+            why = "; ".join(result.why for result in shut)
+            return self._outcome(run.known_id, "not retired", gate(self._results), why)
+        decides = bool(self.who and self.reason)
+        if not (decides or _approvals(run) or self.plan.retire.approve == "auto"):
+            why = f"{self.engine} can go; approve it with --who NAME --reason TEXT"
+            self._results.append(not_measured("retire.approval", why))
+            return self._outcome(run.known_id, "waits for approval", Verdict.INCONCLUSIVE, why)
+        run.put_step(NOBODY, "precondition", "done")
+        if decides:
+            run.put_decision(NOBODY, "retire", who=self.who, why=self.reason)
         run.put_checks(NOBODY, self._results)
-        return outcome
+        return None
 
     def _judged(self, state: YardState) -> list[CheckResult]:
         routes: dict[str, Any] = {}

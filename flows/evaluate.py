@@ -11,6 +11,7 @@ from prefect import flow
 from prefect.artifacts import create_image_artifact
 
 from flows.evaluation import measure
+from flows.evaluation.estimate import estimate
 from flows.evaluation.judge import does_not_start, turned_down
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.run import opened
@@ -44,6 +45,7 @@ def evaluate(
     """
     with opened(plan, resume, allow_retired=allow_retired, command=command) as (bench, run):
         trials = [Trial(bench, model, progress.get().say) for model in plan.models]
+        progress.get().note(f"{plan.name}: {estimate(plan, with_soak=with_soak)}")
         for trial in trials:
             trial.forget_unmeasured()
         for trial in trials:

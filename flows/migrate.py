@@ -233,7 +233,6 @@ class WholeMigration:
         """None when a person approves the phase, now or before; else why it stays. Raises Waits without an answer."""
         if self._decision(model_id, phase) is not None:
             return None
-        self.run.begin()
         answer = self.ask(self._question(phase, model_id, what, known))
         if answer is None:
             how = f"the same command with --yes --who NAME --reason TEXT approves it ({phase})"
@@ -293,7 +292,7 @@ class WholeMigration:
         """The result of all models, recorded; what broke off or waits for an answer is resumed by the next start."""
         verdict = worst(Verdict(end["verdict"]) for end in (*ends, retired) if end)
         waits = next((end["why"] for end in (*ends, retired) if end and end["result"] == WAITS), None)
-        if self.run.known_id is not None:
+        if self.run.has_begun:
             self.run.finish("interrupted" if waits or _broken(ends) else "done", verdict=verdict, error=waits)
         return {
             "run_id": self.run.known_id,

@@ -98,16 +98,19 @@ def _recorded(plan: Plan | None, model: str, wish: Wish, say: Say) -> Iterator[d
     begun = Background(DATABASE, lambda: _begun(plan, model, wish))
     try:
         yield note
+    except BadInput:  # a refusal is no run
+        _record(begun, lambda records, run: records.drop_empty_run(run.id))
+        raise
     except BaseException as error:
         why = str(error) or type(error).__name__
-        if problem := _record(begun, lambda records, run: _failed(records, run, model, why)):
+        if problem := _record(begun, lambda records, run: _failed(records, run, model, wish, why)):
             say(f"not recorded that the rollback failed: {problem}")
         raise
     if problem := _record(begun, lambda records, run: _concluded(records, run, model, wish, note)):
         say(f"rolled back, but not recorded: {problem}")
 
 
-def _record(begun: Background[tuple[Records, Run]], conclude: Callable[[Records, Run], None]) -> str | None:
+def _record(begun: Background[tuple[Records, Run]], conclude: Callable[[Records, Run], object]) -> str | None:
     """Conclude what was begun; why that could not be done, None when it could."""
     try:
         records, run = begun.result(RECORD_S)
@@ -128,21 +131,26 @@ def _begun(plan: Plan | None, model: str, wish: Wish) -> tuple[Records, Run]:
             environment=machine_environment(),
             flow_run_id=wish.flow_run_id,
         )
-        if wish.who:
-            records.put_decision(run.id, model, KIND, who=wish.who, why=wish.reason or "no reason was given")
-        records.put_step(run.id, model, KIND, "intent", {"only_from": wish.only_from})
+        records.put_step(run.id, model, KIND, "intent", {"only_from": wish.only_from, "who": wish.who})
     except BaseException:
         records.close()
         raise
     return records, run
 
 
-def _failed(records: Records, run: Run, model: str, why: str) -> None:
+def _decided(records: Records, run: Run, model: str, wish: Wish) -> None:
+    if wish.who:
+        records.put_decision(run.id, model, KIND, who=wish.who, why=wish.reason or "no reason was given")
+
+
+def _failed(records: Records, run: Run, model: str, wish: Wish, why: str) -> None:
+    _decided(records, run, model, wish)
     records.put_step(run.id, model, KIND, "failed", {"why": why})
     records.finish_run(run.id, "failed", error=why)
 
 
 def _concluded(records: Records, run: Run, model: str, wish: Wish, note: dict[str, Any]) -> None:
+    _decided(records, run, model, wish)
     records.put_step(run.id, model, KIND, "done", note)
     records.finish_run(run.id, "done", verdict=Verdict(note["verdict"]))
     by = f" by {wish.who}" if wish.who else ""

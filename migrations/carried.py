@@ -28,6 +28,11 @@ def unsupported(plan: Plan, model_id: str, found: Installation) -> list[str]:
     ]
 
 
+def named(line: str) -> str:
+    """The name of what is not supported, by which a plan accepts it."""
+    return line.partition(":")[0]
+
+
 def no_chat(plan: Plan, model_id: str) -> str | None:
     """Why the model cannot be evaluated: its incumbent is no server for chat; None where it is one."""
     engine = plan.incumbent.engine

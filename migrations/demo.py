@@ -16,6 +16,7 @@ from migrations.plan_file import plan_to_toml
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 
 DEMO_NAME = "demo"
+WHOLE_DEMO_NAME = "demo-migration"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
 DEMO_PORT = 18080
 DEMO = Measure(
@@ -101,7 +102,7 @@ def whole_demo_plan(home: Path) -> Plan:
     plan = demo_plan(home, soak_s=WHOLE_SOAK_S)
     return plan.model_copy(
         update={
-            "name": "demo-migration",
+            "name": WHOLE_DEMO_NAME,
             "limits": Limits.model_validate(WHOLE_LIMITS),
             "client": ClientNeeds(requires=WHOLE_NEEDS),
             "measure": Measure.model_validate({**plan.measure.model_dump(), **WHOLE_MEASURE}),

@@ -108,9 +108,7 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
     `unsupported` (a driver's own lines) are written as comments above `accepted_unsupported`.
     """
     blocks = [_comment(header_comment)] if header_comment else []
-    listed = "\n".join(f"  - {_flat(line)}" for line in unsupported)
-    note = f"Not supported by the candidate:\n{listed}" if unsupported else ""
-    blocks.append(_keys(plan, notes={"accepted_unsupported": note}))
+    blocks.append(_keys(plan, notes={"accepted_unsupported": _gaps(plan, unsupported)}))
     for name, field in Plan.model_fields.items():
         part = getattr(plan, name)
         if isinstance(part, BaseModel):
@@ -125,6 +123,19 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
                 if _fields(model.settings, only_set=True):
                     blocks.append(_table("[models.settings]", model.settings, only_set=True))
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _gaps(plan: Plan, unsupported: Sequence[str]) -> str:
+    """What of `unsupported` the plan accepts, and what it does not, with what that does."""
+    groups: dict[bool, list[str]] = {True: [], False: []}
+    for line in unsupported:
+        groups[line.partition(":")[0] in plan.accepted_unsupported].append(f"  - {_flat(line)}")
+    titles = {
+        True: "Not supported by the candidate, and accepted:",
+        False: "Not supported by the candidate, and not accepted: `evaluate` and the yard name it at each start; "
+        "it blocks nothing. Add its name, the words before the colon, to accept it:",
+    }
+    return "\n".join("\n".join([titles[is_in], *lines]) for is_in, lines in groups.items() if lines)
 
 
 def _resolved(value: Any, base: Path) -> Any:

@@ -37,6 +37,7 @@ def run_row(run: Run) -> dict[str, Any]:
     took = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
     row = {
         "run_id": run.id,
+        "host": run.owner_host,
         "kind": run.kind,
         "plan": run.name,
         "status": run.shown_status,

@@ -19,8 +19,8 @@ from engines.settings import EngineArgs, Settings
 from engines.yard.settings import YardSettings
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, print_json
-from migrations.carried import unsupported
-from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
+from migrations.carried import named, unsupported
+from migrations.llama_cpp_to_mistral_rs import ACCEPTED_UNSUPPORTED, INCUMBENT, plan_for
 from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
 
@@ -74,7 +74,8 @@ def init(
         ("unknown", "kept, though no llama-server known here lists it"),
     ):
         for line in written[title]:
-            out.print(f"  {word}: {line}", markup=False)
+            note = ", accepted in the plan" if title == "unsupported" and named(line) in written["accepted"] else ""
+            out.print(f"  {word}{note}: {line}", markup=False)
     out.print(next_command(f"switchyard preflight {output}") + f", then [bold]switchyard evaluate {output}[/bold]")
 
 
@@ -98,6 +99,8 @@ def write_plan(
         raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
     plan = _plan(commands, models)
     gaps = _unsupported(plan)
+    accepted = tuple(name for name in dict.fromkeys(map(named, gaps)) if name in ACCEPTED_UNSUPPORTED)
+    plan = plan.model_copy(update={"accepted_unsupported": accepted})
     has_key = any(command.has_api_key for command in commands)
     key = _key_note(plan, has_key=has_key)
     comment = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (f"\n{key}" if key else "")
@@ -110,6 +113,7 @@ def write_plan(
         "models": [model.id for model in plan.models],
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
         "unsupported": gaps,
+        "accepted": list(accepted),
         "notes": [note for command in commands for note in _notes(command, models)] + ([key] if key else []),
         "unknown": _unknown(commands, plan.incumbent),
     }
@@ -212,10 +216,10 @@ def _unsupported(plan: Plan) -> list[str]:
     """The plan's settings that the candidate does not support, in the form installed here."""
     candidate = driver(plan.candidate.engine)
     try:
-        installation = candidate.find()
+        installation = candidate.find(plan.candidate.form, plan.candidate.binary)
     except EngineError:
         installation = Installation(candidate.name, "hosted", (), "not installed")
-    return unsupported(plan, plan.models[0].id, installation)
+    return list(dict.fromkeys(line for model in plan.models for line in unsupported(plan, model.id, installation)))
 
 
 def _existing(path: Path) -> Path:

@@ -15,6 +15,7 @@ from rich.text import Text
 from engines.home import home
 from engines.process.process import end_orphans
 from engines.redaction import redacted
+from engines.units import duration
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 STYLES = {"PASS": "green", "INCONCLUSIVE": "yellow", "ERROR": "magenta", "FAIL": "red"}
@@ -137,14 +138,14 @@ def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def run_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run, newest first; a narrow terminal cuts the plan's name, never the run's id, which people type."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("run", "started", "took", "what", "status", "verdict"):
-        table.add_column(column, no_wrap=column != "what")
+    """One row a run, newest first; a narrow terminal cuts the host and the plan's name, never what people type."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for column in ("run", "started", "took", "host", "what", "status", "verdict"):
+        table.add_column(column, no_wrap=column not in ("host", "what"), min_width=6)
     for run in runs:
-        took = "" if run["took_s"] is None else f"{run['took_s'] / 60:.1f} min"
+        took = "" if run["took_s"] is None else duration(run["took_s"])
         verdict = verdict_text(run["verdict"]) if run["verdict"] else Text("-")
         started = run["started_at"][5:16].replace("T", " ")  # the id has the year
-        what = Text(f"{run['kind']} {run['plan']}", no_wrap=True, overflow="ellipsis")
-        table.add_row(run["run_id"], started, took, what, run["status"], verdict)
+        cut = [Text(text, no_wrap=True, overflow="ellipsis") for text in (run["host"], f"{run['kind']} {run['plan']}")]
+        table.add_row(run["run_id"], started, took, *cut, run["status"], verdict)
     return table

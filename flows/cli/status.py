@@ -17,7 +17,7 @@ from rich.text import Text
 
 from engines.deadline import Background
 from engines.errors import BadInput, SwitchyardError
-from engines.home import home
+from engines.home import home, host
 from engines.process.process import end_orphans, registered
 from engines.units import ago, size
 from engines.yard.client import YardClient
@@ -25,6 +25,7 @@ from engines.yard.ports.notes import notes, one_line, retired
 from flows.cli.history import run_row
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, prepared_home, print_json, run_table
+from migrations.demo import WHOLE_DEMO_NAME
 from tasks.records.store import DATABASE, LOCKED_S, READ_S, open_records
 
 STATES = {
@@ -36,7 +37,15 @@ STATES = {
     "failing": "bold red",
     "dead": "bold red",
 }
-MOVES = ("whole", "migrate", "migrate-native")  # kinds of runs that `switchyard migrate` resumes
+RESUMED_BY = {  # the command that continues a run of this kind
+    "evaluate": "switchyard evaluate --resume {run_id}",
+    "whole": "switchyard migrate",
+    "migrate": "switchyard migrate --phase subprocess",
+    "migrate-native": "switchyard migrate --phase native",
+    "soak": "switchyard soak",
+    "deprecate": "switchyard retire",
+    "rollback": "switchyard rollback",
+}
 KINDS = {"bad": "bold red", "wait": "yellow", "news": "cyan", "muted": "dim"}
 DAY_S = 86_400
 SHOWN_INCIDENTS = 8
@@ -71,7 +80,8 @@ def _print_evaluations(state: Mapping[str, Any], of_yard: set[int | None]) -> No
     elif not state["running"]:
         out.print("no evaluation is running")
     for run in state["running"]:
-        out.print(f"run {run['run_id']} ({run['plan']}) is running: pid {run['pid']}, evidence: {run['evidence']}")
+        what = f"run {run['run_id']} ({run['plan']}) is running"
+        out.print(f"{what}: {run['kind']} on {run['host']}, pid {run['pid']}, evidence: {run['evidence']}")
     for engine in state["processes"]:
         if engine["pid"] not in of_yard:
             out.print(f"  {engine['name']} (pid {engine['pid']}), {size(engine['memory_bytes'])}")
@@ -79,11 +89,22 @@ def _print_evaluations(state: Mapping[str, Any], of_yard: set[int | None]) -> No
         out.print(f"  ended a process left behind by a killed run: {ended}")
     if last := state["last"]:
         out.print(run_table([last]), soft_wrap=False)
-        if last["status"] in ("killed", "interrupted", "failed"):
-            if last["kind"] == "evaluate":
-                out.print(next_command(f"switchyard evaluate --resume {last['run_id']}"))
-            elif last["kind"] in MOVES:
-                out.print(next_command("switchyard migrate"))
+        if last["error"] and last["status"] != "done":
+            out.print(f"  {one_line(last['error'], 400)}", markup=False)
+        if (command := next_of_run(last)) is not None:
+            out.print(next_command(command))
+
+
+def next_of_run(run: Mapping[str, Any]) -> str | None:
+    """The command that continues a run which broke off, or shows what an evaluation found; None: nothing is left."""
+    if run["status"] == "done":
+        return f"switchyard report {run['run_id']}" if run["kind"] == "evaluate" else None
+    if run["status"] == "running":
+        return None
+    if run["kind"] == "whole" and run["plan"] == WHOLE_DEMO_NAME:
+        return "switchyard demo"
+    command = RESUMED_BY.get(run["kind"])
+    return None if command is None else command.format(**run)
 
 
 def current(home: Path) -> dict[str, Any]:
@@ -99,7 +120,7 @@ def current(home: Path) -> dict[str, Any]:
                 {**run_row(run), "pid": run.owner_pid, "evidence": len(records.list_evidence(run.id))}
                 for run in runs
                 if run.shown_status == "running"
-            ], run_row(runs[0]) if runs else None
+            ], next((run_row(run) for run in runs if run.owner_host == host()), None)
 
     reading = Background(DATABASE, read)
     ended = end_orphans(home)

@@ -23,7 +23,7 @@ from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench
 from flows.experiment_lock import alone
 from flows.orchestrator.run import run_journal
 from flows.progress import progress
-from migrations.carried import no_chat, unsupported
+from migrations.carried import named, no_chat, unsupported
 from migrations.plan import Plan
 from migrations.plan_file import recorded_plan
 from tasks.evidence import compatibility
@@ -124,6 +124,6 @@ def introduction(plan: Plan, installations: Mapping[Arm, Installation]) -> list[
     candidate = installations["candidate"]
     for model in plan.models:
         for one in unsupported(plan, model.id, candidate):
-            if one.partition(":")[0] not in plan.accepted_unsupported:
+            if named(one) not in plan.accepted_unsupported:
                 lines.append(f"not supported by the candidate: {one}")
     return list(dict.fromkeys(lines))

@@ -69,7 +69,7 @@ class Migration:
         self.incumbent, self.candidate = self.plan.incumbent.engine, self.plan.candidate.engine
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelMove:
     """One model of a migration: its route in the yard, its rows, and the results that count for its gate."""
 

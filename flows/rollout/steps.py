@@ -7,6 +7,7 @@ again only where the yard reports that its effect is gone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
@@ -56,8 +57,11 @@ def migrate(
                 for move in moves:
                     move.end_as_before()
                 return outcome(shared, moves)
-            run.begin()
-            _move_all(shared, moves)
+            try:
+                _move_all(shared, moves)
+            except BadInput:
+                run.refused()
+                raise
             return _concluded(run, moves, outcome(shared, moves))
 
 
@@ -78,6 +82,8 @@ def outcome(migration: Migration, moves: list[ModelMove]) -> dict[str, Any]:
 def _concluded(run: RunJournal, moves: list[ModelMove], ended: dict[str, Any]) -> dict[str, Any]:
     """The outcome, with the run recorded by its verdict; what is not settled yet is resumed by the next start."""
     verdict = Verdict(ended["verdict"])
+    if not run.has_begun:  # refused
+        return ended
     for move in moves:
         run.records.drop_checks(run.id, move.id)
         run.put_checks(move.id, move.results.values())
@@ -90,7 +96,8 @@ def _concluded(run: RunJournal, moves: list[ModelMove], ended: dict[str, Any]) -
 def _move_all(migration: Migration, moves: list[ModelMove]) -> None:
     """Every model as far as it comes; none while a gate is shut."""
     waiting = [move for move in moves if not move.has_moved()]
-    closed = [move for move in waiting if not precondition(move)]
+    entries = {move: precondition(move) for move in waiting}
+    closed = [move for move, entry in entries.items() if entry is None]
     if closed:
         for move in moves:
             if move not in waiting:
@@ -98,6 +105,9 @@ def _move_all(migration: Migration, moves: list[ModelMove]) -> None:
             elif move not in closed:
                 move.end(Verdict.INCONCLUSIVE, "not moved", "another model's gate is shut: nothing moves")
         return
+    migration.run.begin()
+    for enter in filter(None, entries.values()):
+        enter()
     migration.do("yard", "serves", lambda: ensure_yard(migration, moves))
     for move in moves:
         try:
@@ -123,36 +133,46 @@ def _move(move: ModelMove) -> None:
     do(move.id, "promote", functools.partial(promote, move))
 
 
-def precondition(move: ModelMove) -> bool:
-    """Whether the model may move; else its end has why not and what to do."""
+def precondition(move: ModelMove) -> Callable[[], None] | None:
+    """What records that the model may move; None where it may not: then its end has why not and what to do."""
     migration, phase = move.migration, move.migration.phase
     if refusal := phase.refusal(move):
         advice = "first `switchyard migrate --phase subprocess`"
-        return _refuse(move, "phase_2.serves", refusal, f"{refusal}: {advice}")
+        _refuse(move, "phase_2.serves", refusal, f"{refusal}: {advice}")
+        return None
     spec = migration.yards.model(move.id).specs.get(move.candidate)
     if spec is None:
+        move.run.begin()
         absent = migration.yards.model(move.id).missing.get(move.candidate)
         raise EngineNotFound(absent or f"{move.candidate} was not found", engine=move.candidate)
     found = phase_one(move.run.records, migration.plan, move.model, spec.version)
     if found.open:
-        move.record(CheckResult(check=phase.gate_check, verdict=Verdict.PASS, why=found.why))
-        move.put("precondition", "done", phase_1_run=found.run_id)
-        return True
-    decided = move.decision("override", given=move.id in migration.orders.override)
-    if decided is None:
+        opened = CheckResult(check=phase.gate_check, verdict=Verdict.PASS, why=found.why)
+        return lambda: _enter(move, opened, phase_1_run=found.run_id)
+    is_given = move.id in migration.orders.override
+    if not is_given and move.decision("override", given=False) is None:
         shut = f"the gate of {phase.evaluation} is shut: {found.why}"
         advice = f"{phase.advice}, or add --override {move.id} --who NAME --reason TEXT"
-        return _refuse(move, phase.gate_check, shut, f"{shut}; {advice}")
-    move.record(not_measured(phase.gate_check, f"overridden by {decided}; {found.why}", required=False))
-    move.put("precondition", "done", override=decided, phase_1_run=found.run_id)
-    return True
+        _refuse(move, phase.gate_check, shut, f"{shut}; {advice}")
+        return None
+
+    def overridden() -> None:
+        decided = move.decision("override", given=is_given)
+        check = not_measured(phase.gate_check, f"overridden by {decided}; {found.why}", required=False)
+        _enter(move, check, override=decided, phase_1_run=found.run_id)
+
+    return overridden
 
 
-def _refuse(move: ModelMove, check: str, why: str, what_to_do: str) -> bool:
-    move.record(CheckResult(check=check, verdict=Verdict.FAIL, why=why))
-    move.put("precondition", "failed", why=why)
+def _enter(move: ModelMove, check: CheckResult, **detail: Any) -> None:
+    move.record(check)
+    move.put("precondition", "done", **detail)
+
+
+def _refuse(move: ModelMove, check: str, why: str, what_to_do: str) -> None:
+    """A refusal is not recorded: nothing was done."""
+    move.results[check] = CheckResult(check=check, verdict=Verdict.FAIL, why=why)
     move.end(Verdict.FAIL, "gate closed", what_to_do)
-    return False
 
 
 def ensure_yard(migration: Migration, moves: list[ModelMove]) -> None:

@@ -81,6 +81,6 @@ def unsupported(plan: Plan, config: YardConfig) -> list[str]:
     for model in config.models:
         for engine, spec in model.specs.items():
             for one in carried.unsupported(plan, model.id, spec.installation):
-                if one.partition(":")[0] not in plan.accepted_unsupported:
+                if carried.named(one) not in plan.accepted_unsupported:
                     lines[f"{engine}: {one}"] = None
     return list(lines)

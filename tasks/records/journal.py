@@ -91,6 +91,11 @@ class RunJournal:
         _ = self.run
 
     @property
+    def has_begun(self) -> bool:
+        """Whether this start of it has recorded anything."""
+        return self._run is not None
+
+    @property
     def known_id(self) -> str | None:
         """The id of the run that is open or would be resumed; None where nothing is recorded yet."""
         known = self._run or self._unfinished
@@ -128,6 +133,11 @@ class RunJournal:
         """Store how the run ended; a run that is not "done" is resumed by the next one of the same plan."""
         self.records.finish_run(self.id, status, verdict=verdict, error=error)
         self.is_finished = True
+
+    def refused(self) -> None:
+        """Forget a run that was refused before it did anything; an older one, and what was done, stay."""
+        if self._run is not None and self._unfinished is None and self.records.drop_empty_run(self._run.id):
+            self._run = None
 
     def close(self, status: Status, *, error: str | None = None) -> None:
         """Store how the run ended where it recorded anything."""

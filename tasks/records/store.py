@@ -205,6 +205,17 @@ class Records(_Database):
                 setattr(run, name, value)
         return run
 
+    def drop_empty_run(self, run_id: str) -> bool:
+        """Delete a run of which only intents are recorded; False where there is more, and it stays."""
+        steps = self.steps(run_id)
+        done = self.list_evidence(run_id) or self.checks(run_id) or self.decisions(run_id)
+        if done or any(step.state != "intent" for step in steps):
+            return False
+        with self.write() as session:
+            session.execute(delete(Step).filter_by(run_id=run_id))
+            session.execute(delete(Run).filter_by(id=run_id))
+        return True
+
     def history(
         self, limit: int = 20, *, kind: str | None = None, name: str | None = None, host: str | None = None
     ) -> list[Run]:

@@ -118,6 +118,7 @@ def test_without_a_person_it_waits(box: Box, records: Records) -> None:
     outcome = box.retire(records)
     assert (outcome["result"], outcome["verdict"]) == ("waits for approval", "INCONCLUSIVE")
     assert box.state.retired == {}
+    assert (outcome["run_id"], records.history()) == (None, []), "a question is no run"
     assert box.retire(records, **DECIDED)["result"] == "retired"
 
 
@@ -140,6 +141,7 @@ def test_who_still_needs_it_is_named(box: Box, records: Records, state: dict[str
     assert why in outcome["why"]
     assert box.state.retired == {}
     assert not (box.home / "archive").exists()
+    assert (outcome["run_id"], records.history()) == (None, []), "a refusal is no run"
 
 
 def test_the_window_can_be_waived_by_name_only(box: Box, records: Records) -> None:

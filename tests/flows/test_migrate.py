@@ -203,6 +203,15 @@ def test_a_plan_that_asks_waits_where_nobody_answers(box: Box) -> None:
     assert "- **PASS** parity: 1 of 1 required checks" in question.markdown()
 
 
+def test_a_question_alone_is_no_run(box: Box) -> None:
+    """Evaluated before, nobody answers: there is nothing to record, however often it is asked."""
+    box.parts["migrate"] = {"approve": "ask"}
+    box._evaluate(box.plan, None, box.home)
+    box.done.clear()
+    assert results(box.run())["good"] == results(box.run())["good"] == "waits for approval"
+    assert (box.done.count("evaluate"), box.records.history(10, kind=KIND)) == (0, [])
+
+
 def test_an_answer_is_asked_for_once(box: Box) -> None:
     """The run that was broken off after it is resumed; nothing is measured twice."""
     box.parts["migrate"] = {"approve": "ask"}

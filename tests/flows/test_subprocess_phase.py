@@ -254,6 +254,7 @@ def test_a_shut_gate_moves_nothing_and_starts_nothing(make_box: MakeBox) -> None
     assert model["why"].startswith("the gate of phase 1 is shut: it was never evaluated; run `switchyard evaluate`")
     assert "--override m --who NAME --reason TEXT" in model["why"]
     assert not box.client.runs()
+    assert outcome["run_id"] is None, "a refusal is no run"
 
 
 def test_without_traffic_the_canary_goes_out_and_a_decision_replaces_it(make_box: MakeBox) -> None:

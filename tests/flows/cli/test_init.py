@@ -17,6 +17,8 @@ import pytest
 from gguf_files import write_gguf
 from switchyard_command import json_of
 
+from migrations.llama_cpp_to_mistral_rs import ACCEPTED_UNSUPPORTED
+
 CASES = Path(__file__).parents[2] / "cases" / "init"
 LOCAL = "127.0.0.1"
 # what tests/cases/README.md calls right, as far as it is about the address
@@ -148,6 +150,28 @@ def test_every_flag_of_the_command_is_in_the_plan(imported, gguf, case):
     assert all(words in lines for words in NAMED.get(case, [])), lines
     if "parallel" not in str(RIGHT[case]):
         assert plan["settings"]["parallel"] == 0
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "-fa on --mlock", "--mlock --cache-reuse 256 --temp 0.3 --lora x.gguf -ub 128", "--api-key k"]
+)
+def test_the_gaps_in_the_plan_are_those_of_this_pair(imported, gguf, tmp_path, flags):
+    """The accepted ones in the list, all of them above it, and what it means not to accept one."""
+    (tmp_path / "x.gguf").write_bytes(gguf.read_bytes())
+    plan, written = imported(f"llama-server -m {gguf} {flags.replace('x.gguf', str(tmp_path / 'x.gguf'))}")
+    gaps = {line.partition(":")[0]: line for line in written["unsupported"]}
+    assert set(plan["accepted_unsupported"]) == set(written["accepted"]) == set(gaps) & set(ACCEPTED_UNSUPPORTED)
+    above = (tmp_path / "plan.toml").read_text().partition("accepted_unsupported =")[0]
+    above = " ".join(above.replace("\n#", " ").split())
+    assert above.count(" - ") >= len(gaps)
+    accepted, _, open_ones = above.partition("and not accepted:")
+    assert ("it blocks nothing. Add its name" in open_ones) is bool(set(gaps) - set(ACCEPTED_UNSUPPORTED))
+    for name, line in gaps.items():
+        assert " ".join(line.split()) in (accepted if name in ACCEPTED_UNSUPPORTED else open_ones)
+    if "--mlock" in flags:
+        assert "mlock" in plan["accepted_unsupported"]
+    if not flags:
+        assert plan["accepted_unsupported"] == []
 
 
 def test_a_model_below_home_is_found(imported, gguf, tmp_path, environment):

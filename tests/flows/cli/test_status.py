@@ -20,8 +20,9 @@ from waiting import until
 from engines.errors import SwitchyardError
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
+from flows.cli.app import COMMANDS
 from flows.cli.output import run_table
-from flows.cli.status import watch_yard, yard_view
+from flows.cli.status import next_of_run, watch_yard, yard_view
 
 ROOT = Path(__file__).parents[3]
 RIG = ROOT / "tests" / "rig"
@@ -185,11 +186,32 @@ def test_watching_goes_on_when_the_yard_goes_away_and_ends_with_ctrl_c():
 def test_history_keeps_the_run_id_whole_on_80_columns():
     run = {"run_id": "20261122-141645-8c27", "started_at": "2026-11-22T14:16:45+00:00", "took_s": 519.0}
     run |= {"kind": "evaluate", "plan": "llama.cpp-to-mistral.rs-on-the-big-box"}
-    run |= {"status": "interrupted", "verdict": "INCONCLUSIVE"}
+    run |= {"status": "interrupted", "verdict": "INCONCLUSIVE", "host": "a-box-with-a-long-name.example.org"}
     text = printed(run_table([run]))
-    for whole in ("20261122-141645-8c27", "11-22 14:16", "8.7 min", "interrupted", "INCONCLUSIVE"):
+    for whole in ("20261122-141645-8c27", "11-22 14:16", "8.7 min", "interrupted", "INCONCLUSIVE", "a-bo", "eval"):
         assert whole in text
     assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "command"),
+    [
+        ("evaluate", "killed", "switchyard evaluate --resume 1-a"),
+        ("evaluate", "done", "switchyard report 1-a"),
+        ("whole", "interrupted", "switchyard migrate"),
+        ("migrate", "failed", "switchyard migrate --phase subprocess"),
+        ("migrate-native", "killed", "switchyard migrate --phase native"),
+        ("soak", "interrupted", "switchyard soak"),
+        ("deprecate", "failed", "switchyard retire"),
+        ("rollback", "failed", "switchyard rollback"),
+        ("migrate", "done", None),
+        ("soak", "running", None),
+    ],
+)
+def test_what_status_advises_fits_the_kind_of_run(kind, status, command):
+    run = {"run_id": "1-a", "kind": kind, "plan": "p", "status": status}
+    assert next_of_run(run) == command
+    assert command is None or command.split()[1] in COMMANDS
 
 
 @pytest.fixture

@@ -98,3 +98,20 @@ def test_a_flow_names_its_own_way_of_breaking_off(records: Records) -> None:
     with pytest.raises(KeyboardInterrupt):
         break_off(records, "migrate", KeyboardInterrupt(), interrupted_by=lambda _: "waits for an answer")
     assert records.find_run(kind="migrate").error == "waits for an answer"
+
+
+@pytest.mark.parametrize("acted", [False, True])
+def test_a_refusal_is_no_run_unless_something_was_done(records: Records, acted: bool) -> None:
+    """An intent that was refused did nothing; a decision, evidence or a step that is done stays."""
+
+    def refused() -> None:
+        with journal(records, "migrate", PLAN) as run:
+            run.put_step("tiny", "promote", "intent")
+            if acted:
+                run.put_decision("tiny", "promote", who="ada", why="it is better")
+            run.refused()
+            raise BadInput("the port is taken")
+
+    with pytest.raises(BadInput):
+        refused()
+    assert [(run.status, run.error) for run in records.history()] == [("failed", "the port is taken")] * acted
