@@ -103,7 +103,7 @@ def estimate(
     verdict: FitVerdict = max((need.verdict for need in needs), key=WORSE.index, default="unknown")
     notes = [*header.notes]
     if header.context_length and context > header.context_length * settings.sequences:
-        notes.append(f"{context} tokens are more than the trained context of {header.context_length} per sequence")
+        notes.append(f"{context:,} tokens are more than the trained context of {header.context_length:,} per sequence")
     if free.n_gpus > 1:
         notes.append(f"the free VRAM of {free.n_gpus} GPUs is added up; each must hold its own share")
     if gpu_layers and settings.gpu_layers is None:

@@ -201,7 +201,7 @@ def _kv_cache(case: MemoryCase, asked: Asked) -> list[Part]:
     ]
     types = k_type if k_type == v_type else f"K {k_type}, V {v_type}"
     low, high = min(*sizes, expected), max(*sizes, expected)  # builds differ in whether sequences share a cache
-    return _by_layer_share(case, asked, "KV cache", (low, expected, high), f"{case.context} tokens in all, {types}")
+    return _by_layer_share(case, asked, "KV cache", (low, expected, high), f"{case.context:,} tokens in all, {types}")
 
 
 def _kv_types(case: MemoryCase, asked: Asked) -> tuple[str, str]:

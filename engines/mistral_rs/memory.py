@@ -55,7 +55,7 @@ def _kv_cache(case: MemoryCase, where: Device) -> Part:
     kv_type = "f8e4m3" if where == "vram" and asked == "f8e4m3" else "f16"
     full = kv_bytes_per_token(case.header, kv_type) * case.context
     bounded = kv_bytes(case.header, case.context, case.settings.sequences, case.ubatch, kv_type)
-    why = f"{case.context} tokens, {kv_type}; sliding-window layers counted in full"
+    why = f"{case.context:,} tokens, {kv_type}; sliding-window layers counted in full"
     if where == "ram":
         return Part("KV cache", where, min(bounded, full), full, full, why)
     vram = case.free.vram_bytes or 0

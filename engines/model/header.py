@@ -262,7 +262,7 @@ def _sliding(meta: _Meta, n_layers: int) -> tuple[int | None, tuple[bool, ...], 
         return window, tuple(bool(layer) for layer in slides), ()
     period = meta.whole("attention.sliding_window_pattern") or SLIDING_PERIODS.get(architecture)
     if period is None:
-        why = f"the file names a window of {window} tokens, but not which layers of {architecture} slide"
+        why = f"the file names a window of {window:,} tokens, but not which layers of {architecture} slide"
         return window, full, (f"{why}: every layer counts as full attention",)
     full_layer = 0 if architecture in FULL_LAYER_FIRST else period - 1
     return window, tuple(layer % period != full_layer for layer in range(n_layers)), ()

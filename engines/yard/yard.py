@@ -153,7 +153,7 @@ class Yard:
         """Paths in use that the serving engine has and `target` lacks, without those that the plan accepts."""
         has, accepted = route.serving.paths.has, self.config.accepted
         return [
-            f"{path} ({n} requests)"
+            f"{path} ({n:,} requests)"
             for path, n in self.usage.paths.items()
             if has(path) and not target.paths.has(path) and f"path {path}" not in accepted
         ]

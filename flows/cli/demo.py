@@ -71,7 +71,7 @@ class Traffic:
     def summary(self) -> str:
         """Requests sent and failed so far."""
         failed = f"{len(self.failed)} failed ({self.failed[-1]})" if self.failed else "none failed"
-        return f"{self.sent} requests, {failed}"
+        return f"{self.sent:,} requests, {failed}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Traffic]:

@@ -19,7 +19,7 @@ from engines.deadline import Background
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home, host
 from engines.process.process import end_orphans, registered
-from engines.units import ago, size
+from engines.units import ago, quantity, size
 from engines.yard.client import YardClient
 from engines.yard.ports.notes import notes, one_line, retired
 from flows.cli.history import run_row
@@ -215,17 +215,17 @@ def _engine(engine: Mapping[str, Any], *, serves: bool) -> list[RenderableType]:
         Text(one_line(engine["engine"]), style="bold" if serves else ""),
         Text(engine["state"], style=STATES.get(engine["state"], "")),
         str(engine["in_flight"]),
-        _measured(engine["tokens_per_s"], "{:.1f}", runs),
-        _measured(first[-1] if first else None, "{:.0f} ms", runs),
+        _measured(engine["tokens_per_s"], "", runs),
+        _measured(first[-1] if first else None, "ms", runs),
         memory,
         str(engine["restarts"]),
     ]
 
 
-def _measured(value: float | None, form: str, runs: bool) -> Text:
-    if value is None:
-        return Text("not measured" if runs else "-", style="dim")
-    return Text(form.format(value))
+def _measured(value: float | None, unit: str, runs: bool) -> Text:
+    if value is None and not runs:
+        return Text("-", style="dim")
+    return Text(quantity(value, unit), style="dim" if value is None else "")
 
 
 def _evidence(engine: Mapping[str, Any], now: float) -> Text:

@@ -87,7 +87,7 @@ class CanaryShare:
             fresh = [_anonymous(sample) for sample in move.client.samples(move.id) if sample["at"] > last]
             self.samples += fresh
             left_s = self.since + self.steps.max_minutes * 60 - time.time()
-            answers = f"{self._answered(self.samples)} answers by {move.candidate}"
+            answers = f"{self._answered(self.samples):,} answers by {move.candidate}"
             move.say(f"{answers} ({self.steps.min_requests} at least), {left_s / 60:.0f} min left")
             if trouble := self._trouble():
                 return trouble

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from engines.units import ago
+from engines.units import ago, figure, quantity
 from engines.yard.ports.notes import notes, one_line, retired, whole
 
 SHOWN_INCIDENTS = 12
@@ -31,12 +31,15 @@ def _spark(values: Sequence[float], unit_size: float, unit: str) -> dict[str, st
     points = " ".join(
         f"{100 * i / (len(values) - 1):.1f},{30 - 28 * value / (high or 1):.1f}" for i, value in enumerate(values)
     )
-    return {"points": points, "label": f"{low / unit_size:.0f} to {high / unit_size:.0f} {unit}, last {len(values)}"}
+    return {
+        "points": points,
+        "label": f"{figure(low / unit_size)} to {figure(high / unit_size)} {unit}, last {len(values)}",
+    }
 
 
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-_ENVIRONMENT.filters |= {"ago": ago, "one_line": one_line, "whole": whole}
+_ENVIRONMENT.filters |= {"ago": ago, "one_line": one_line, "quantity": quantity, "whole": whole}
 _ENVIRONMENT.globals |= {"notes": notes, "retired": retired, "spark": _spark}
 TEMPLATE = _ENVIRONMENT.get_template("page.html")

@@ -72,7 +72,7 @@ def _basis(comparison: Evidence) -> str:
     differ, errors = len(comparison["prompt_tokens_differ"]), len(comparison["errors"])
     first = f"{differ} prompts read as other tokens and left out; " if differ else ""
     first += f"{errors} prompts failed ({comparison['errors'][0][:80]}); " if errors else ""
-    return f"{first}{comparison['positions']} positions of {comparison['prompts_compared']} prompts"
+    return f"{first}{comparison['positions']:,} positions of {comparison['prompts_compared']:,} prompts"
 
 
 def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:

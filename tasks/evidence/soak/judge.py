@@ -139,7 +139,7 @@ def _judge_silent_empty(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> C
     if not ours["requests"]:
         return not_measured("stability.silent_empty", "the candidate served no request", unit="answers")
     (k, n), (k_theirs, n_theirs) = ((one["silent_empty"], one["requests"]) for one in (ours, theirs))
-    why = f"{k} of {n} answers were a 200 without a token (incumbent: {k_theirs} of {n_theirs})"
+    why = f"{k:,} of {n:,} answers were a 200 without a token (incumbent: {k_theirs:,} of {n_theirs:,})"
     return no_more_than_incumbent("stability.silent_empty", (k, n), (k_theirs, n_theirs), "answers", why)
 
 
