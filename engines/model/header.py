@@ -128,11 +128,14 @@ def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
     if count <= 1 and not (match and int(match["count"]) > 1):
         return []
     if match is None:
-        why = f"its name does not end in -00001-of-{count:05d}.gguf: rename it"
-        raise BadInput(f"{first} is shard 1 of {count}, but {why}")
+        # engines find the others by the name, and believe the count even of a file that was merged by hand
+        why = f"split.count is {count}, yet the name does not end in -00001-of-{count:05d}.gguf: engines refuse it"
+        fix = f"restore the name of a shard; a merged file needs `llama-gguf-split --merge` of all {count} shards"
+        raise BadInput(f"{first}: {why}; {fix}")
     if count > 1 and count != int(match["count"]):
-        why = f"the name has {int(match['count'])} shards, the header {count}"
-        raise BadInput(f"{first}: {why}: rename it or fetch it again")
+        why = f"the name has {int(match['count'])} shards, split.count in the header is {count}"
+        fix = "fetch the whole set again, or make one file of the true set with `llama-gguf-split --merge`"
+        raise BadInput(f"{first}: {why}; {fix}")
     if int(match["number"]) != 1 or meta.get("split.no", 0) != 0:
         raise BadInput(f"{first} is not the first shard; name {match['stem']}-00001-of-{match['count']}.gguf")
     others = shard_paths(first)[1:]

@@ -12,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.errors import BadInput, EngineError
+from engines.model.gguf import SHARD_NAME
+from engines.model.header import read_header
 from engines.registry import DRIVERS, driver
 from engines.units import size
 from flows.cli.options import Json
-from flows.cli.output import EXIT_CODES, out, print_result
+from flows.cli.output import EXIT_CODES, out, prepared_home, print_result, print_step
+from flows.evaluation.load import judged_by_load, loads_of_files, loads_of_plan
 from migrations.llama_cpp_to_mistral_rs import CANDIDATE
 from migrations.plan_file import load_plan
 from tasks.evidence import preflight as headers
@@ -24,8 +27,9 @@ LOADS = {"yes": "green", "no": "red", "unknown": "yellow"}
 
 
 def preflight(
-    targets: Annotated[list[Path], typer.Argument(help="A plan (.toml), or GGUF files.")],
+    targets: Annotated[list[Path], typer.Argument(help="A plan (.toml), or GGUF files and folders.")],
     context: Annotated[int | None, typer.Option(min=1, help="Context in tokens, not the plan's or model's.")] = None,
+    load: Annotated[bool, typer.Option("--load", help="Load each model in each engine, for one token.")] = False,
     json_: Json = False,
 ) -> None:
     """Check from file headers, in milliseconds, whether each engine loads a model and memory suffices.
@@ -34,7 +38,7 @@ def preflight(
 
     Exit code 3: the candidate does not load a model; 4: that is unknown.
     """
-    report = examine(targets, context=context)
+    report = examine(targets, context=context, load=load)
     print_result(report, json_, lambda _: out.print(_table(report), soft_wrap=False))
     # files alone have no candidate: the one that plans are written for
     candidate = report["models"][0]["engines"][-1]["engine"] if targets[0].suffix == ".toml" else CANDIDATE.engine
@@ -42,26 +46,60 @@ def preflight(
     raise typer.Exit(EXIT_CODES["FAIL" if "no" in loads else "INCONCLUSIVE" if "unknown" in loads else "PASS"])
 
 
-def examine(targets: Sequence[Path], *, context: int | None) -> dict[str, Any]:
-    """What loads and fits, of the plan's models or of the files named; BadInput names the first that cannot be read."""
+def examine(targets: Sequence[Path], *, context: int | None, load: bool = False) -> dict[str, Any]:
+    """What loads and fits, of the plan's models or of the files named; BadInput names the first that cannot be read.
+
+    Of a folder, files that are no models are named as `not_models`. With `load`, each engine is asked by a real load.
+    """
     plans = [target for target in targets if target.suffix == ".toml"]
     if plans and len(targets) > 1:
         raise BadInput(f"{plans[0]}: give one plan, or GGUF files, not both")
     if not plans:
-        stems = [path.stem for path in targets]  # names of the models, but the path where two files share a stem
-        names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, targets, strict=True)]
-        models = list(zip(names, targets, strict=True))
-        return headers.preflight(models, context=context, versions=_versions(list(DRIVERS)))
-    plan = load_plan(plans[0])
-    engines = list(dict.fromkeys([plan.incumbent.engine, plan.candidate.engine]))
-    return headers.preflight(
-        [(model.id, model.gguf) for model in plan.models],
-        settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
-        own_args={(model.id, name): plan.own_args(model.id, name) for model in plan.models for name in engines},
-        engines=engines,
-        context=context,
-        versions=_versions(engines),
-    )
+        paths, not_models = _models_of(targets)
+        stems = [path.stem for path in paths]  # names of the models, but the path where two files share a stem
+        names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+        files = dict(zip(names, paths, strict=True))
+        report = headers.preflight(list(files.items()), context=context, versions=_versions(list(DRIVERS)))
+        report["not_models"] = not_models
+        loads = loads_of_files(report, files, context)
+    else:
+        plan = load_plan(plans[0])
+        engines = list(dict.fromkeys([plan.incumbent.engine, plan.candidate.engine]))
+        report = headers.preflight(
+            [(model.id, model.gguf) for model in plan.models],
+            settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
+            own_args={(model.id, name): plan.own_args(model.id, name) for model in plan.models for name in engines},
+            engines=engines,
+            context=context,
+            versions=_versions(engines),
+        )
+        loads = loads_of_plan(plan, context)
+    return judged_by_load(report, loads, prepared_home(), print_step) if load else report
+
+
+def _models_of(targets: Sequence[Path]) -> tuple[list[Path], list[dict[str, str]]]:
+    """The files to examine, and those in folders that are no models, each with the reason.
+
+    Raises BadInput where nothing is left. Of a split set the first shard stands for all.
+    """
+    models, others = [], []
+    for target in targets:
+        if not target.is_dir():
+            models.append(target)
+            continue
+        for path in sorted(target.iterdir()):
+            shard = SHARD_NAME.match(path.name)
+            if path.is_dir() or (shard and int(shard["number"]) != 1):
+                continue
+            try:
+                read_header(path)
+                models.append(path)
+            except BadInput as error:
+                others.append({"path": str(path), "why": str(error)})
+    if not models:
+        first = f"; {others[0]['why']}" if others else ""
+        raise BadInput(f"{targets[0]}: no model that can be read lies in this folder{first}")
+    return models, others
 
 
 def _versions(engines: Sequence[str]) -> dict[str, str]:
@@ -86,6 +124,9 @@ def _table(report: Mapping[str, Any]) -> Group:
         parts.append(table)
         parts.append(Padding(_memory_line(model["memory"]), (0, 0, 0, 2)))
         parts += [Padding(Text(f"instead: {option}", style="cyan"), (0, 0, 0, 2)) for option in model["alternatives"]]
+    if left_out := report.get("not_models"):
+        parts.append(Text("\nnot examined, no models that can be read:", style="yellow"))
+        parts += [Padding(Text(f"{other['why']}"), (0, 0, 0, 2)) for other in left_out]
     return Group(*parts)
 
 

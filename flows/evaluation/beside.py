@@ -15,6 +15,7 @@ from engines.units import size
 from engines.yard.client import YardClient
 from flows.experiment_lock import Refused
 from migrations.plan import Plan
+from migrations.plan_file import load_plan, plan_path
 
 
 class DoesNotFit(Refused):
@@ -29,11 +30,7 @@ def lacking(plan: Plan, home: Path) -> str | None:
     loaded = _loaded(home)
     if not loaded:
         return None
-    headers: dict[str, Header] = {}
-    for model in plan.models:
-        with contextlib.suppress(BadInput):  # such a model is never started
-            headers[model.id] = read_header(model.gguf)
-    return lack(plan, headers, loaded, free_memory())
+    return lack(plan, _readable(plan), loaded, free_memory())
 
 
 def lack(
@@ -45,11 +42,8 @@ def lack(
     needs them no second time.
     """
     held, lacks = sum(n_bytes for _, _, n_bytes in loaded), list[tuple[int, str]]()
-    mapped = {
-        model: _mapped(plan, model, engine, headers[model], free) for model, engine, _ in loaded if model in headers
-    }
-    if free.ram_bytes is not None:
-        free = replace(free, ram_bytes=max(0, free.ram_bytes - sum(mapped.values())))
+    mapped = _mapped_of(plan, headers, loaded, free)
+    free = _less(free, sum(mapped.values()))
     for model_id, header in headers.items():
         for engine in dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)):
             fit = _estimate(plan, model_id, header, engine, free)
@@ -64,9 +58,37 @@ def lack(
     return max(lacks)[1] if lacks else None
 
 
-def _mapped(plan: Plan, model_id: str, engine: str, header: Header, free: FreeMemory) -> int:
-    """Bytes of the model that `engine` serves from the mapped file."""
-    return sum(need.mapped for need in _estimate(plan, model_id, header, engine, free).needs)
+def free_beside(home: Path) -> FreeMemory:
+    """What a further process may take beside the engines that the yard of `home` has loaded."""
+    free = free_memory()
+    if not (loaded := _loaded(home)):
+        return free
+    plan = load_plan(plan_path(None, home))
+    return _less(free, sum(_mapped_of(plan, _readable(plan), loaded, free).values()))
+
+
+def _mapped_of(
+    plan: Plan, headers: Mapping[str, Header], loaded: Sequence[tuple[str, str, int]], free: FreeMemory
+) -> dict[str, int]:
+    """Bytes of each loaded model that its engine serves from the mapped file."""
+    return {
+        model: sum(need.mapped for need in _estimate(plan, model, headers[model], engine, free).needs)
+        for model, engine, _ in loaded
+        if model in headers
+    }
+
+
+def _less(free: FreeMemory, n_bytes: int) -> FreeMemory:
+    return free if free.ram_bytes is None else replace(free, ram_bytes=max(0, free.ram_bytes - n_bytes))
+
+
+def _readable(plan: Plan) -> dict[str, Header]:
+    """The headers of the plan's models; one that cannot be read is never started."""
+    headers: dict[str, Header] = {}
+    for model in plan.models:
+        with contextlib.suppress(BadInput):
+            headers[model.id] = read_header(model.gguf)
+    return headers
 
 
 def _estimate(plan: Plan, model_id: str, header: Header, engine: str, memory: FreeMemory) -> Fit:

@@ -124,6 +124,17 @@ def test_a_later_shard_points_to_the_first(tmp_path: Path) -> None:
         read_header(write_split(tmp_path, 2)[1])
 
 
+def test_a_stale_split_count_gets_advice_that_helps(tmp_path: Path) -> None:
+    """Engines believe the count of a merged file: another name for it loads nothing."""
+    merged = write_gguf(tmp_path / "whole.gguf", general={"split.count": 3})
+    with pytest.raises(BadInput, match=r"split.count is 3.*llama-gguf-split --merge") as refused:
+        read_header(merged)
+    assert "\n" not in str(refused.value)
+    of_two = write_gguf(tmp_path / "m-00001-of-00002.gguf", general={"split.count": 3})
+    with pytest.raises(BadInput, match=r"2 shards, split.count in the header is 3"):
+        read_header(of_two)
+
+
 def test_paths_that_are_no_model_are_bad_input(tmp_path: Path) -> None:
     """Each gets its own line."""
     (tmp_path / "empty.gguf").touch()
