@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -94,11 +94,15 @@ def wait_ready(
     child: ManagedProcess,
     *,
     served_name: str,
+    other_server: str = "",
     stall_s: float = 120.0,
     progress: Callable[[str], None] = lambda _: None,
     ask: Ask | None = None,
 ) -> dict[str, object]:
-    """What the engine reports of itself, over HTTP or `ask`, once it gave one token; errors as in `serving`."""
+    """What the engine reports of itself, over HTTP or `ask`, once it gave one token; errors as in `serving`.
+
+    `other_server`: what it is instead of a server for chat, with the path that it answers (`OwnArgs.other_server`).
+    """
     ask = ask or over_http(serve)
     clock = _LoadClock(child)
     progress(f"loading {serve.gguf.name}")
@@ -117,7 +121,7 @@ def wait_ready(
             why = f"{engine} was stopped while loading {serve.gguf.name} (state T: SIGSTOP or job control)"
             raise EngineStalled(why, stalled_s=now - stopped_at, engine=engine, log_tail=child.log_tail())
         if token is None and now >= ask_at and _healthy(ask) and _our_listener(engine, serve, child):
-            token = _FirstToken(ask, served_name)
+            token = _FirstToken(ask, served_name, [path for path in (EMBEDDING, RERANK) if path in other_server])
         if token is not None and token.done.is_set():
             if token.arrived:
                 known: dict[str, object] = {"first_token_path": token.path, "first_token_s": token.took_s}
@@ -146,7 +150,8 @@ class _FirstToken:
     The thread is a daemon: an engine that never answers is stopped by the caller, which also ends the request.
     """
 
-    def __init__(self, ask: Ask, served_name: str) -> None:
+    def __init__(self, ask: Ask, served_name: str, first: Sequence[str] = ()) -> None:
+        self._first = first  # asked before a completion, which may end a server that is none for it
         self._ask_engine = ask
         self._served_name = served_name
         self.arrived = False
@@ -160,12 +165,11 @@ class _FirstToken:
 
     def _ask(self) -> None:
         try:
+            if self._any(self._first):
+                return
             self.arrived = self._answers(CHAT) or self._answers(TEXT)
-            if set(self.statuses) == {NOT_SUPPORTED}:  # llama-server, serving embeddings or a reranker
-                refused = self.statuses[:], self.refusal
-                with contextlib.suppress(KeyError, TypeError, IndexError):
-                    self.arrived = self._answers(EMBEDDING) or self._answers(RERANK)
-                self.statuses, self.refusal = refused
+            if not self.arrived and set(self.statuses) == {NOT_SUPPORTED}:  # a server for embeddings, or a reranker
+                self._any((EMBEDDING, RERANK))
         except (KeyError, TypeError, IndexError):
             self.statuses.append(200)
             self.refusal = "an answer that is no completion"
@@ -173,6 +177,14 @@ class _FirstToken:
             self.arrived = False
         finally:
             self.done.set()
+
+    def _any(self, paths: Sequence[str]) -> bool:
+        """True when it answers one of them; a refusal here is not its last word."""
+        said = self.statuses[:], self.refusal
+        with contextlib.suppress(KeyError, TypeError, IndexError):
+            self.arrived = any(self._answers(path) for path in paths)
+        self.statuses, self.refusal = said
+        return self.arrived
 
     def _answers(self, path: str) -> bool:
         body = smallest_request(path, self._served_name)

@@ -43,12 +43,15 @@ async url => {
 """
 
 
-@pytest.fixture(scope="module")
-def yard(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("yard")
+def started(folder, **options):
     home = folder / "home"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-    yard = Yard({**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}, home, folder)
+    return Yard({**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}, home, folder, **options)
+
+
+@pytest.fixture(scope="module")
+def yard(tmp_path_factory):
+    yard = started(tmp_path_factory.mktemp("yard"))
     yield yard.ready()
     yard.end()
 
@@ -180,3 +183,14 @@ def test_the_web_ui_of_llama_cpp_chats(yard, url, browser):
     assert answer.value.status == 200
     until(lambda: "llama.cpp" in answered(yard), "the answer to be counted")
     assert failed == [], json.dumps(failed)
+
+
+def test_an_embedding_server_is_ready_by_an_embedding(tmp_path):
+    yard = started(tmp_path, incumbent='args = ["--embedding", "--pooling", "mean"]')
+    try:
+        yard.ready()
+        assert "one embedding after" in yard.engine("llama.cpp")["why"]
+        answer = httpx.post(f"http://127.0.0.1:{yard.port}/v1/embeddings", json={"input": "Hello"}, timeout=60, **LOCAL)
+        assert len(answer.json()["data"][0]["embedding"]) > 100
+    finally:
+        yard.end()

@@ -302,6 +302,7 @@ class Unit:
                 serve,
                 child,
                 served_name=self.driver.served_name(found, self.spec.model_id),
+                other_server=self.driver.own_args.other_server(self.spec.own) or "",
                 stall_s=self._settings.load_stall_s,
                 progress=partial(setattr, self, "loading"),
                 ask=in_frames(serve) if self.spec.form == "native" else None,

@@ -283,7 +283,8 @@ class Gateway:
                 return
             if data:
                 await reply.pass_on(data)
-                reply.ended = is_end(data) is not None or reply.ended
+                if not reply.ended and is_end(data) is not None:
+                    reply.ended = True
                 if reply.is_full:
                     await self._hold_back(route, running, reply)
         end = b"".join(last)
