@@ -70,7 +70,9 @@ class YardSettings(BaseModel):
     def _without_later_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = type(self).model_fields
         return {
-            key: value for key, value in dump(self).items() if key not in LATER or value != fields[key].get_default()
+            key: value
+            for key, value in dump(self).items()
+            if key not in LATER or getattr(self, key) != fields[key].get_default()
         }
 
     @model_validator(mode="after")

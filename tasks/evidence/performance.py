@@ -313,7 +313,8 @@ def _reason_to_discard(
 ) -> str | None:
     for name, share in foreign.items():
         if share is not None and share > limit:
-            return f"other processes used {share:.0%} of the CPU while the {name} ran (limit {limit:.0%})"
+            used = quantity(share, "share", limit)
+            return f"other processes used {used} of the CPU while the {name} ran, limit {quantity(limit, 'share')}"
     for name, arm in arms.items():
         if arm.get("failed"):
             return f"the {name} did not come up: {arm['failed']}"

@@ -148,3 +148,11 @@ def test_an_approval_shows_what_is_open_first_and_asks_last(monkeypatch: pytest.
     assert lines[1:5] == shown
     assert lines[5].startswith("Move m from a to b? [yes/no] (no)")
     assert "Answer yes or no" in said.getvalue()
+
+
+def test_a_rollback_that_is_refused_is_no_run(switchyard: Switchyard, yard: YardClient) -> None:
+    """Whoever asked for it: nothing was done."""
+    assert serving(yard) == "llama.cpp"
+    done = switchyard("rollback", "--who", "Ada", "--reason", "slow")
+    assert (done.returncode, "nothing to roll back" in done.stderr) == (2, True), done.stderr
+    assert json_of(switchyard("history", "--json"))["runs"] == []
