@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.registry import driver
 
 
-def loads(engine: str, header: Header, *, version: str | None = None) -> Loads:
-    """Whether `engine` at `version` (None: not known) loads the model; BadInput for an unknown engine."""
-    asked = driver(engine)
-    if header.kind != "model":
-        return Loads("no", f"the file holds a {header.kind}, not a model")
-    return asked.loads(header, version)
+def loads(engine: str, header: Header, *, version: str | None = None, own_tokenizer: bool = False) -> Loads:
+    """Whether `engine` at `version` (None: not known) loads the model; BadInput for an unknown engine.
+
+    `own_tokenizer`: it is given a tokenizer.json instead of the tokenizer in the file.
+    """
+    answer = driver(engine).loads(header, version)
+    if own_tokenizer and answer.by_tokenizer:
+        return replace(answer, answer="unknown", why=f"{answer.why}; the tokenizer.json was not looked into")
+    return answer
 
 
 def alternatives(answers: Mapping[str, Loads], *, incumbent: str, fits: bool = True) -> list[str]:

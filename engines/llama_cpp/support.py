@@ -1,23 +1,113 @@
-"""What llama.cpp loads: the architectures and tensor types of the installed gguf package."""
+"""What llama.cpp loads: the architectures and tensor types of the gguf package, and the rules in `support.toml`."""
 
 from __future__ import annotations
 
 import sys
+import tomllib
+from collections.abc import Iterator
+from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-from engines.model.header import Header
+from engines.model.header import Header, template_error
+from engines.model.layout import layout, named
 from engines.model.loads import Loads, known_architectures
+
+RULES = Path(__file__).with_suffix(".toml")
 
 
 def loads(header: Header, version: str | None = None) -> Loads:
-    """Whether llama.cpp loads the model, whatever its `version`; what the package does not know is unknown."""
+    """Whether llama.cpp loads the model, whatever its `version`; what the lists do not know is unknown."""
     names, package = known_architectures(), f"gguf {metadata.version('gguf')}"
-    if header.endianness != sys.byteorder:
-        return Loads("no", f"the file is {header.endianness}-endian and this machine is not; llama.cpp refuses it")
-    if header.architecture not in names:
-        why = f"architecture {header.architecture!r} is not among the {len(names)} names of {package}"
-        return Loads("unknown", f"{why}; a newer llama.cpp may know it")
-    unknown = next((tensor for tensor in header.tensors if tensor.type.startswith("type ")), None)
-    if unknown:
-        return Loads("unknown", f"tensor {unknown.name} is of ggml {unknown.type}, which {package} does not know")
+    if obstacles := list(_obstacles(header, _rules())):
+        return Loads("no", "; ".join(obstacles))
+    if doubts := list(_doubts(header, _rules(), package)):
+        return Loads("unknown", f"{doubts[0]}; a newer llama.cpp may know it")
     return Loads("yes", f"architecture {header.architecture!r} is among the {len(names)} names of {package}")
+
+
+@lru_cache(maxsize=1)
+def _rules() -> dict[str, Any]:
+    return tomllib.loads(RULES.read_text(encoding="utf-8"))
+
+
+def _obstacles(header: Header, rules: dict[str, Any]) -> Iterator[str]:
+    if header.endianness != sys.byteorder:
+        yield f"the file is {header.endianness}-endian and this machine is not; llama.cpp refuses it"
+    if header.architecture in rules["projectors"]:
+        yield "the file holds a projector, not a model"
+        return
+    if adapter := next((tensor for tensor in header.tensors if tensor.name.endswith((".lora_a", ".lora_b"))), None):
+        yield f"the file holds an adapter, not a model (tensor {adapter.name})"
+        return
+    if not header.tensors:
+        yield "the file has no tensors: it is a vocabulary alone"
+        return
+    if odd := next((tensor for tensor in header.tensors if tensor.type in rules["no_weights"]), None):
+        yield f"tensor {odd.name} is {odd.type}, which no weight is"
+    yield from _keys(header, rules)
+    yield from _tokenizer(header, rules)
+    found = layout(header)
+    if found is None:
+        return
+    if found.missing:
+        yield named(found.missing, "is missing")
+    if found.surplus:
+        yield f"{named(found.surplus, 'is surplus')}: llama.cpp refuses a file with more tensors than it reads"
+    yield from found.misshapen[:1]
+    for key in found.zero:
+        yield f"the key {key} is missing or 0"
+
+
+def _keys(header: Header, rules: dict[str, Any]) -> Iterator[str]:
+    arch, meta = header.architecture, header.meta
+    rms = ["attention.layer_norm_rms_epsilon"] if arch in rules["rms"] else []
+    for name in (*rules["required"], *rules["required_for"].get(arch, []), *rms):
+        if (key := f"{arch}.{name}") not in meta:
+            yield f"the key {key} is missing"
+    scaling = meta.get(f"{arch}.rope.scaling.type", "none")
+    if scaling not in rules["rope_scaling"]:
+        yield f"{arch}.rope.scaling.type is {scaling!r}, which llama.cpp does not know"
+    if arch in rules["rope_is_head"] and header.rope_dimension not in (None, header.key_length):
+        yield f"{arch}.rope.dimension_count is {header.rope_dimension}, a head has {header.key_length}"
+    for name, kinds in rules["kinds"].items():
+        key = name.replace("ARCH", arch)
+        if key in header.kinds and header.kinds[key] not in kinds:
+            yield f"the key {key} is of another type than llama.cpp reads"
+
+
+def _tokenizer(header: Header, rules: dict[str, Any]) -> Iterator[str]:
+    meta, model = header.meta, header.tokenizer_model
+    if model is None:
+        yield "the key tokenizer.ggml.model is missing"
+    if model in rules["no_vocabulary"]:
+        yield f"tokenizer.ggml.model is {model!r}: there is no vocabulary to read a prompt with"
+    merged = model in rules["bpe"] and header.tokenizer_pre not in rules["without_merges"]
+    if merged and "tokenizer.ggml.merges" not in meta:
+        yield "the key tokenizer.ggml.merges is missing"
+    if "tokenizer.ggml.tokens" not in meta:
+        yield "the key tokenizer.ggml.tokens is missing"
+    for name in ("token_type", "scores"):
+        if (items := header.items(f"tokenizer.ggml.{name}")) is not None and items < (header.vocab_size or 0):
+            yield f"tokenizer.ggml.{name} has {items} values for {header.vocab_size} tokens"
+
+
+def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str]:
+    names = known_architectures()
+    if header.architecture not in names:
+        yield f"architecture {header.architecture!r} is not among the {len(names)} names of {package}"
+    if unknown := next((tensor for tensor in header.tensors if tensor.type.startswith("type ")), None):
+        yield f"tensor {unknown.name} is of ggml {unknown.type}, which {package} does not know"
+    if odd := next((t for t in header.tensors if t.name.endswith("norm.weight") and t.type != "F32"), None):
+        yield f"tensor {odd.name} is {odd.type}; on a CPU only an F32 norm is computed with"
+    if isinstance(step := header.meta.get("general.alignment", 32), int) and step % 32:
+        yield f"general.alignment is {step}: no multiple of 32, which the kernels want"
+    if why := template_error(header.chat_template):
+        yield f"the chat template is not valid Jinja ({why})"
+    if header.kind != "model" and layout(header) is None:
+        yield f"general.type says {header.kind}, not model"
+    if header.tokenizer_model not in rules["tokenizer_models"]:
+        yield f"tokenizer.ggml.model {header.tokenizer_model!r} is not in the list of {rules['read_at']}"
+    elif header.tokenizer_model in rules["bpe"] and (header.tokenizer_pre or "") not in rules["pre_tokenizers"]:
+        yield f"tokenizer.ggml.pre {header.tokenizer_pre!r} is not in the list of {rules['read_at']}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from engines.errors import BadInput
 from engines.model.gguf import Tensor
-from engines.model.header import Header
+from engines.model.header import Header, template_error
+from engines.model.layout import layout, named
 from engines.model.loads import Loads, parse_version
 
+TOKENIZER = "the model's own tokenizer.json beside the file: settings.tokenizer_json"
 LISTS = Path(__file__).with_suffix(".toml")
 
 
@@ -22,6 +25,10 @@ def loads(header: Header, version: str | None = None) -> Loads:
     obstacles = _obstacles(header, lists, refused)
     if obstacles:
         return Loads("no", "; ".join(obstacles) + aged, warnings, tuple(_alternatives(header, lists, refused)))
+    if unreadable := _tokenizer_obstacles(header, lists):
+        newer = installed is not None and installed > _must_parse(lists["rules_read_at"])
+        why = f"{'; '.join(unreadable)} (list read at {lists['rules_read_at']})"
+        return Loads("unknown" if newer else "no", why, warnings, (TOKENIZER,), by_tokenizer=True)
     if header.architecture not in lists["text"]:
         why = f"{header.architecture!r} is listed as multimodal only: it needs its projector (mmproj) file"
         return Loads("unknown", why + aged, warnings, tuple(_alternatives(header, lists, refused)))
@@ -29,6 +36,8 @@ def loads(header: Header, version: str | None = None) -> Loads:
         why = f"{header.architecture!r} is in the list read at {lists['read_at']}, but {version} is older than"
         why = f"{why} {lists['minimum_version']}, before which only a handful of architectures was there: update it"
         return Loads("unknown", why, warnings)
+    if doubts := list(_doubts(header)):
+        return Loads("unknown", doubts[0] + aged, warnings)
     why = f"architecture {header.architecture!r} and all {len(header.tensors)} tensors are of types in its source list"
     seen = lists["seen"].get(header.architecture)
     return Loads("yes", why + (f", and a model of it was seen to load with {seen}" if seen else "") + aged, warnings)
@@ -41,6 +50,10 @@ def _lists() -> dict[str, Any]:
 
 def _obstacles(header: Header, lists: dict[str, Any], refused: list[Tensor]) -> list[str]:
     obstacles, architecture = [], header.architecture
+    if architecture in lists["projectors"]:
+        return ["the file holds a projector, not a model"]
+    if not header.tensors:
+        return ["the file has no tensors: it is a vocabulary alone"]
     if architecture not in lists["text"] and architecture not in lists["projector"]:
         known = len(lists["text"])
         obstacles.append(f"architecture {architecture!r} is not among the {known} that mistral.rs reads from a GGUF")
@@ -52,7 +65,58 @@ def _obstacles(header: Header, lists: dict[str, Any], refused: list[Tensor]) -> 
         family = f"{kind} outside {', '.join(only_for)}" if only_for else kind
         family = f"{kind[:2]}* type" if kind.startswith(("IQ", "TQ")) else family
         obstacles.append(f"tensor {refused[0].name} is {kind}{more}; mistral.rs reads no {family}")
-    return obstacles
+    found = layout(header)
+    if found and found.missing:
+        obstacles.append(named(found.missing, "is missing"))
+    for name, kinds in lists["kinds"].items():
+        key = f"{header.architecture}.{name}"
+        if header.kinds.get(key, kinds[0]) not in kinds:
+            obstacles.append(f"the key {key} is of another type than mistral.rs reads")
+    return obstacles + _missing_keys(header, lists)
+
+
+def _doubts(header: Header) -> Iterator[str]:
+    """What may keep it from loading, as far as a header tells."""
+    found, rows = layout(header), header.tensor("token_embd.weight")
+    if found and found.misshapen:
+        yield found.misshapen[0]
+    for key in found.zero if found else ():
+        yield f"the key {key} is missing or 0"
+    if rows and len(rows.shape) > 1 and (header.vocab_size or 0) < rows.shape[1]:
+        yield f"the vocabulary has {header.vocab_size} tokens, the embeddings {rows.shape[1]} rows"
+    if header.n_layers == 0:
+        yield f"the key {header.architecture}.block_count is 0"
+    if (scaling := header.meta.get(f"{header.architecture}.rope.scaling.type", "none")) != "none":
+        yield f"{header.architecture}.rope.scaling.type is {scaling!r}: mistral.rs may want the original config"
+    if header.kind != "model":
+        yield f"general.type says {header.kind}, not model"
+    if why := template_error(header.chat_template):
+        yield f"the chat template is not valid Jinja ({why})"
+
+
+def _missing_keys(header: Header, lists: dict[str, Any]) -> list[str]:
+    missing = []
+    for names in (*lists["required"], *lists["required_for"].get(header.architecture, [])):
+        keys = [f"{header.architecture}.{name}" for name in ([names] if isinstance(names, str) else names)]
+        if not any(key in header.meta for key in keys):
+            missing.append(f"the key {' or '.join(keys)} is missing")
+    return missing
+
+
+def _tokenizer_obstacles(header: Header, lists: dict[str, Any]) -> list[str]:
+    """Why it cannot build the tokenizer from the file; a tokenizer.json beside it may serve instead."""
+    model, pre, meta = header.tokenizer_model, header.tokenizer_pre, header.meta
+    if model not in lists["tokenizer_models"]:
+        return [f"tokenizer.ggml.model is {model!r}, which mistral.rs does not read"]
+    needed = [*lists["tokenizer_keys"], *(["scores"] if model in lists["unigram"] else ["merges"])]
+    why = [f"the key tokenizer.ggml.{name} is missing" for name in needed if f"tokenizer.ggml.{name}" not in meta]
+    if model == "gpt2" and pre not in lists["pre_tokenizers"]:
+        why.append(f"tokenizer.ggml.pre is {pre!r}, not among the {len(lists['pre_tokenizers'])} that mistral.rs reads")
+    for name in ("bos", "eos", "unknown"):
+        number, size = meta.get(f"tokenizer.ggml.{name}_token_id"), header.vocab_size
+        if isinstance(number, int) and size is not None and number >= size:
+            why.append(f"tokenizer.ggml.{name}_token_id is {number}, beyond the {size} tokens")
+    return why
 
 
 def _refused(header: Header, lists: dict[str, Any]) -> list[Tensor]:

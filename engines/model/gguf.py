@@ -60,6 +60,7 @@ Value = Scalar | tuple[Scalar, ...] | LongArray
 
 _STRING, _ARRAY = 8, 9
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LETTERS = {**_CODES, _STRING: "s", _ARRAY: "["}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class GgufFile:
     path: Path
     big_endian: bool
     meta: dict[str, Value]
+    kinds: dict[str, str]  # of the values, as struct letters; "s" a text, "[I" an array
     tensors: tuple[Tensor, ...]
     file_bytes: int
     declared_bytes: int
@@ -91,7 +93,7 @@ def read_gguf(path: Path) -> GgufFile:
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise reader.bad(f"general.alignment is {alignment!r}, not a power of two")
         tensors, declared = _place(reader, rows, alignment)
-        return GgufFile(path, reader.order == ">", meta, tensors, reader.size, declared)
+        return GgufFile(path, reader.order == ">", meta, reader.kinds, tensors, reader.size, declared)
 
 
 def read_metadata(path: Path) -> dict[str, Value]:
@@ -118,6 +120,7 @@ class GgufReader:
         self.path = path
         self.at = 0
         self.order = "<"
+        self.kinds: dict[str, str] = {}
         self._keeps_all = keeps_all
 
     def open(self) -> tuple[int, int]:
@@ -143,7 +146,9 @@ class GgufReader:
             key = self.name("a key")
             if key in meta:
                 raise self.bad(f"the key {key!r} comes twice")
-            meta[key] = self._value(self.whole("I", key), key)
+            kind = self.whole("I", key)
+            self.kinds[key] = _LETTERS.get(kind, "")
+            meta[key] = self._value(kind, key)
         return meta
 
     def bad(self, what: str) -> BadInput:
@@ -194,6 +199,7 @@ class GgufReader:
     def _array(self, key: str) -> Value:
         item_type, count = self.whole("I", key), self.whole("Q", key)
         code = _CODES.get(item_type)
+        self.kinds[key] += _LETTERS.get(item_type, "")
         if code is None and item_type != _STRING:
             raise self.bad(f"the array {key!r} has items of the unknown type {item_type}")
         width = struct.calcsize("<" + code) if code else 8

@@ -10,6 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.ext import loopcontrols
+
 from engines.errors import BadInput
 from engines.model.gguf import SHARD_NAME, GgufFile, LongArray, Tensor, Value, read_gguf, shard_paths
 
@@ -95,11 +98,18 @@ class Header:
     chat_template: str | None
     template_shows_tools: bool | None
     notes: tuple[str, ...]
+    meta: Mapping[str, Value]  # every pair of the first shard as it stands
+    kinds: Mapping[str, str]  # see GgufFile
 
     @property
     def main_layers(self) -> int:
         """The layers that every token passes."""
         return self.n_layers - self.nextn_layers
+
+    def items(self, key: str) -> int | None:
+        """How many items the array `key` has; None where there is no such array."""
+        value = self.meta.get(key)
+        return value.count if isinstance(value, LongArray) else len(value) if isinstance(value, tuple) else None
 
     def tensor(self, name: str) -> Tensor | None:
         return next((tensor for tensor in self.tensors if tensor.name == name), None)
@@ -125,6 +135,9 @@ def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
     match = SHARD_NAME.match(first.name)
     if not isinstance(count, int) or count > 99_999:
         raise BadInput(f"{first}: split.count is {count!r}, not a number of shards")
+    no = meta.get("split.no", 0)
+    if not isinstance(no, int):
+        raise BadInput(f"{first}: split.no is {no!r}, not the number of a shard")
     if count <= 1 and not (match and int(match["count"]) > 1):
         return []
     if match is None:
@@ -136,7 +149,7 @@ def _other_shards(first: Path, meta: dict[str, Value]) -> list[Path]:
         why = f"the name has {int(match['count'])} shards, split.count in the header is {count}"
         fix = "fetch the whole set again, or make one file of the true set with `llama-gguf-split --merge`"
         raise BadInput(f"{first}: {why}; {fix}")
-    if int(match["number"]) != 1 or meta.get("split.no", 0) != 0:
+    if int(match["number"]) != 1 or no != 0:
         raise BadInput(f"{first} is not the first shard; name {match['stem']}-00001-of-{match['count']}.gguf")
     others = shard_paths(first)[1:]
     missing = [path.name for path in others if not path.is_file()]
@@ -248,6 +261,8 @@ def _interpret(path: Path, shards: list[GgufFile]) -> Header:
         chat_template=template,
         template_shows_tools=any(shows) if shows else None,
         notes=notes,
+        meta=MappingProxyType(meta.values),
+        kinds=MappingProxyType(shards[0].kinds),
     )
 
 
@@ -265,7 +280,7 @@ def _sliding(meta: _Meta, n_layers: int) -> tuple[int | None, tuple[bool, ...], 
         return window, tuple(bool(layer) for layer in slides), ()
     period = meta.whole("attention.sliding_window_pattern") or SLIDING_PERIODS.get(architecture)
     if period is None:
-        why = f"the file names a window of {window:,} tokens, but not which layers of {architecture} slide"
+        why = f"the file names a window of {window} tokens, but not which layers of {architecture} slide"
         return window, full, (f"{why}: every layer counts as full attention",)
     full_layer = 0 if architecture in FULL_LAYER_FIRST else period - 1
     return window, tuple(layer % period != full_layer for layer in range(n_layers)), ()
@@ -308,6 +323,15 @@ def template_shows_tools(template: str | None) -> bool | None:
     if not template:
         return None
     return any(re.search(r"\btools\b", _QUOTED.sub("''", code)) for code in _jinja_code(template))
+
+
+def template_error(template: str | None) -> str | None:
+    """Why Jinja cannot parse the template; a tag that only Hugging Face's trainer knows counts as parsed."""
+    try:
+        Environment(extensions=[loopcontrols]).parse(template or "")
+    except TemplateSyntaxError as error:
+        return None if "generation" in str(error) else f"line {error.lineno}: {error.message}"
+    return None
 
 
 def _jinja_code(template: str) -> Iterator[str]:

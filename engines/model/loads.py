@@ -16,6 +16,7 @@ class Loads:
     why: str
     warnings: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
+    by_tokenizer: bool = False  # only the tokenizer in the file stands in the way: a tokenizer.json may replace it
 
 
 @lru_cache(maxsize=1)

@@ -77,7 +77,8 @@ def _report(
     corrections: Mapping[tuple[str, str], float],
 ) -> dict[str, Any]:
     engines = list(own)
-    answers = {engine: loads(engine, header, version=versions.get(engine)) for engine in engines}
+    given = settings.tokenizer_json is not None
+    answers = {engine: loads(engine, header, version=versions.get(engine), own_tokenizer=given) for engine in engines}
     fits = {
         engine: estimate(
             header,

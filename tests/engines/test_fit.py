@@ -33,6 +33,9 @@ def nemotron(tmp_path: Path) -> Header:
     return read_header(write_gguf(tmp_path / "nemotron.gguf", "nemotron_h_moe", keys=nemotron_keys()))
 
 
+TWO = {"token_embd.weight": "F32", "blk.0.attn_q.weight": "Q8_0"}
+
+
 def model(tmp_path: Path, architecture: str = "llama", **keys: Any) -> Header:
     """A two-layer model with `keys` (dots written as __) over the defaults."""
     merged = {**LLAMA, **{key.replace("__", "."): value for key, value in keys.items()}}
@@ -117,7 +120,7 @@ def test_shared_kv_layers_are_not_counted(tmp_path: Path) -> None:
 
 def test_weights_move_to_the_gpu_from_the_last_layer(tmp_path: Path) -> None:
     """token_embd stays behind, and counts again once the tied output moves."""
-    header = model(tmp_path)
+    header = read_header(write_gguf(tmp_path / "m.gguf", tensors=TWO))
     embedding, layer = (tensor.n_bytes for tensor in header.tensors)
     assert weights_bytes(header, 0) == {"ram": embedding + layer, "vram": 0}
     assert weights_bytes(header, 2) == {"ram": embedding + layer, "vram": 0}
@@ -206,7 +209,7 @@ def test_flags_size_the_pool_of_mistral_rs(nemotron: Header, args: str, expected
 
 def test_mistral_rs_on_the_cpu_holds_the_embedding_again(tmp_path: Path) -> None:
     """It dequantizes token_embd to f32 beside its private copy of the weights."""
-    header = model(tmp_path)
+    header = read_header(write_gguf(tmp_path / "m.gguf", tensors=TWO))
     parts = {part.name: part for part in estimate(header, Settings(), "mistral.rs", 128, memory=PLENTY).parts}
     assert parts["weights"].expected == header.tensor_bytes
     assert parts["token embedding"].expected == 4 * 256 * 4

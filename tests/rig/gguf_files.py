@@ -19,7 +19,32 @@ LLAMA = {
     "feed_forward_length": 128,
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-5,
 }
+
+OTHERS = {"token_embd.weight": "F32", "blk.0.attn_q.weight": "Q8_0"}
+
+
+def llama_shapes(keys: Mapping[str, Any], vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a llama of these sizes, fastest dimension first."""
+    width, hidden = keys["embedding_length"], keys["feed_forward_length"]
+    heads, kv_heads = keys["attention.head_count"], keys["attention.head_count_kv"]
+    query, value = (keys.get(f"attention.{kind}_length", width // heads) for kind in ("key", "value"))
+    block = {
+        "attn_norm": (width,),
+        "attn_q": (width, heads * query),
+        "attn_k": (width, kv_heads * query),
+        "attn_v": (width, kv_heads * value),
+        "attn_output": (heads * value, width),
+        "ffn_norm": (width,),
+        "ffn_gate": (width, hidden),
+        "ffn_up": (width, hidden),
+        "ffn_down": (hidden, width),
+    }
+    whole: dict[str, tuple[int, ...]] = {"token_embd.weight": (width, vocabulary), "output_norm.weight": (width,)}
+    for layer in range(keys["block_count"]):
+        whole |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+    return whole
 
 
 def write_gguf(
@@ -39,10 +64,17 @@ def write_gguf(
     for key, value in {**{f"{architecture}.{key}": value for key, value in keys.items()}, **(general or {})}.items():
         _add(writer, key, value)
     writer.add_tokenizer_model(tokenizer)
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(list(tokens))
+    writer.add_token_merges(["h e"])
+    writer.add_eos_token_id(1)
     if template is not None:
         writer.add_chat_template(template)
-    for name, kind in (tensors or {"token_embd.weight": "F32", "blk.0.attn_q.weight": "Q8_0"}).items():
+    if tensors is None and architecture == "llama" and not any(isinstance(value, list) for value in keys.values()):
+        for name, shape in llama_shapes(keys, len(tokens)).items():
+            writer.add_tensor(name, np.zeros(shape[::-1], dtype=np.float32))
+        tensors = {}
+    for name, kind in (tensors or ({} if tensors is not None else OTHERS)).items():
         _add_tensor(writer, name, GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -78,6 +110,8 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
     else:
         writer.add_string(key, value)
 
@@ -113,6 +147,7 @@ def nemotron_keys() -> dict[str, Any]:
         "attention.head_count_kv": [2 if kind == "attention" else 0 for kind in kinds],
         "attention.key_length": 128,
         "attention.value_length": 128,
+        "attention.layer_norm_rms_epsilon": 1e-5,
         "ssm.conv_kernel": 4,
         "ssm.inner_size": 4096,
         "ssm.state_size": 128,

@@ -1,0 +1,104 @@
+"""Whether the tensor table of a file is the one that its architecture has: missing, surplus and misshapen tensors."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from engines.model.header import Header
+
+LAYOUTS = Path(__file__).with_name("layouts.toml")
+BLOCKS = "blk."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of tensors that are absent or too many, and sentences on those of another shape than the keys say."""
+
+    missing: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)  # keys without a number that the shapes need
+
+
+def layout(header: Header) -> Layout | None:
+    """What is wrong with the tensors; None for an architecture, or a variant of it, whose layout is not listed."""
+    lists = _lists()
+    more = lists["more"].get(header.architecture)
+    if more is None:
+        return None
+    block, sparse = {**lists["block"], **more}, bool(header.meta.get(f"{header.architecture}.expert_count"))
+    if sparse:
+        block = {name: sizes for name, sizes in block.items() if "ff" not in sizes} | lists["experts"]
+    required = dict(_expected(lists["global"], block, header.n_layers))
+    optional = dict(_expected(lists["global_optional"], lists["block_optional"], header.n_layers))
+    known = {**optional, **required}
+    found = {tensor.name: tensor.shape for tensor in header.tensors}
+    shapes = [
+        f"tensor {name} is {list(found[name])}, by the keys it is {sizes}"
+        for name, names in known.items()
+        if name in found
+        and names
+        and None not in (sizes := _sizes(header, name, names))
+        and _differ(found[name], sizes)
+    ]
+    return Layout(
+        missing=[name for name in required if name not in found],
+        surplus=[name for name in found if name not in known and not sparse],
+        misshapen=shapes,
+        zero=[f"{header.architecture}.{key}" for key, values in _counts(header, sparse).items() if not all(values)],
+    )
+
+
+def _counts(header: Header, sparse: bool) -> dict[str, tuple[int | None, ...]]:
+    return {
+        "context_length": (header.context_length,),
+        "embedding_length": (header.embedding_length,),
+        "attention.head_count": header.head_count,
+        "attention.head_count_kv": header.head_count_kv,
+        "feed_forward_length": (1,) if sparse else header.feed_forward_length,
+    }
+
+
+def named(names: list[str], what: str) -> str:
+    """`tensor a is missing (and 2 more)`"""
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"tensor {names[0]} {what}{more}"
+
+
+@lru_cache(maxsize=1)
+def _lists() -> dict[str, Any]:
+    return tomllib.loads(LAYOUTS.read_text(encoding="utf-8"))
+
+
+def _expected(whole: Mapping[str, Any], block: Mapping[str, Any], n_layers: int) -> Iterator[tuple[str, list[str]]]:
+    yield from whole.items()
+    for layer in range(n_layers):
+        for name, sizes in block.items():
+            yield f"{BLOCKS}{layer}.{name}", sizes
+
+
+def _sizes(header: Header, name: str, names: list[str]) -> list[int | None]:
+    layer = int(name.split(".")[1]) if name.startswith(BLOCKS) else 0
+    heads, kv = (counts[layer] if counts else 0 for counts in (header.head_count, header.head_count_kv))
+    key, value = header.key_length or 0, header.value_length or 0
+    sizes = {
+        "embd": header.embedding_length,
+        "q": heads * key,
+        "k": kv * key,
+        "v": kv * value,
+        "o": heads * value,
+        "head": key,
+        "ff": header.feed_forward_length[layer] if header.feed_forward_length else 0,
+        "vocab": header.vocab_size,
+    }
+    return [sizes[size] or None for size in names]
+
+
+def _differ(found: tuple[int, ...], sizes: list[int | None]) -> bool:
+    """Trailing dimensions of one are no difference."""
+    return list(found) != sizes and [*found, *[1] * 4][:4] != [*sizes, *[1] * 4][:4]
