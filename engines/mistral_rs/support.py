@@ -85,9 +85,16 @@ def _doubts(header: Header) -> Iterator[str]:
     if rows and len(rows.shape) > 1 and (header.vocab_size or 0) < rows.shape[1]:
         yield f"the vocabulary has {header.vocab_size} tokens, the embeddings {rows.shape[1]} rows"
     if header.n_layers == 0:
-        yield f"the key {header.architecture}.block_count is 0"
-    if (scaling := header.meta.get(f"{header.architecture}.rope.scaling.type", "none")) != "none":
+        yield f"{header.architecture}.block_count is 0"
+    scaling = header.meta.get(f"{header.architecture}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear", "yarn", "longrope"):
         yield f"{header.architecture}.rope.scaling.type is {scaling!r}: mistral.rs may want the original config"
+    if odd := next((t for t in header.tensors if t.name.endswith("_norm.weight") and len(t.shape) > 1), None):
+        yield f"tensor {odd.name} has {len(odd.shape)} dimensions"
+    if header.meta.get("general.alignment", 32) not in (32, 64, 128):
+        yield f"general.alignment is {header.meta['general.alignment']}"
+    if header.meta.get("split.count") == 0:
+        yield "split.count is 0"
     if header.kind != "model":
         yield f"general.type says {header.kind}, not model"
     if why := template_error(header.chat_template):
