@@ -93,8 +93,8 @@ def _doubts(header: Header) -> Iterator[str]:
         yield f"tensor {odd.name} has {len(odd.shape)} dimensions"
     if header.meta.get("general.alignment", 32) not in (32, 64, 128):
         yield f"general.alignment is {header.meta['general.alignment']}"
-    if header.meta.get("split.count") == 0:
-        yield "split.count is 0"
+    if "split.count" in header.meta and ("split.no" not in header.meta or header.meta["split.count"] == 0):
+        yield "split.count is 0, or split.no is missing beside it"
     if header.kind != "model":
         yield f"general.type says {header.kind}, not model"
     if why := template_error(header.chat_template):
