@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +151,21 @@ class Killed:
     def begin(self, kind: str, step: str) -> None:
         """Begin it, and return when it is there."""
         self.flow_run = self.up.begin("migrate")
-        looked = time.monotonic()
+        here = threading.Event()
+        with ThreadPoolExecutor(1) as asker:  # Prefect is asked beside: a step may take less than its answer
+            try:
+                asked = asker.submit(self.over_soon, here)
+                until(lambda: self.within(kind, step) or asked.done(), f"{kind}: {step}", PHASE_S)
+            finally:
+                here.set()
+            assert not asked.result(), (kind, step, self.up.state(self.flow_run))
 
-        def here() -> bool:
-            nonlocal looked
-            if self.within(kind, step):
+    def over_soon(self, here: threading.Event) -> bool:
+        """Wait until its run has ended, or until it is there; return whether it has ended."""
+        while not here.wait(OVER_S):
+            if self.over():
                 return True
-            if time.monotonic() - looked > OVER_S:  # Prefect is asked seldom: a step may take less than its answer
-                looked = time.monotonic()
-                assert not self.over(), (kind, step, self.up.state(self.flow_run))
-            return False
-
-        until(here, f"{kind}: {step}", PHASE_S)
+        return False
 
     def over(self) -> bool:
         return self.up.state(self.flow_run)["type"] in ("PAUSED", *ENDED)
