@@ -89,6 +89,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.startswith("/slots"):
             ASKED["slots"].append(self.path)
             self.reply(200, PROGRESS)
+        elif self.headers.get("If-None-Match"):
+            self.send_response(304)
+            self.end_headers()
         elif self.path.startswith("/seen"):
             self.reply(200, {"method": self.command, "path": self.path, "headers": dict(self.headers), **ASKED})
         elif self.path == "/v1/models":

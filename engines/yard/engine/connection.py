@@ -138,6 +138,8 @@ class HttpAnswer:
         self._answer = answer
 
     async def pieces(self) -> AsyncIterator[bytes]:
+        if self._answer.content.at_eof():  # HEAD, 304: the library's one stream without anything never ends twice
+            return
         async for chunk, _ in self._answer.content.iter_chunks():
             if chunk:
                 yield chunk

@@ -78,6 +78,14 @@ def test_what_reads_passes_beside_a_full_engine(start_yard):
     thread.join()
 
 
+def test_answers_without_a_body_are_answers_each_time(yard):
+    with yard.http() as http:
+        for _ in range(3):
+            assert http.head("/seen", timeout=5).status_code == 200
+            assert http.get("/seen", headers={"If-None-Match": "same"}, timeout=5).status_code == 304
+        assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [
