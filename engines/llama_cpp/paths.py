@@ -57,4 +57,5 @@ PATHS = Paths(
     polled=frozenset({"/slots"}),
     cancels=frozenset({"/v1/stream"}),
     keyless=True,
+    kept=("x-conversation-id", "/v1/stream?conv_id="),
 )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import quote
 
 Kind = Literal["generates", "reads", "changes", "unlisted"]
 
@@ -35,7 +36,8 @@ class Paths:
     `generates` are answered in a slot, `reads` beside the requests in flight. `changes` alter the engine, and are
     refused with the reason; one that ends with a slash stands for all below it. `same` are other spellings of a path,
     `pages` what a person opens, `polled` what the engine must not be asked for often, `cancels` what a client deletes
-    to end its own request. `keyless`: the engine knows itself which of its pages need no key.
+    to end its own request. `keyless`: the engine knows itself which of its pages need no key. `kept`: a header in lower
+    case that makes the engine finish a stream whose client has left, and where the stream is read by its value.
     """
 
     generates: frozenset[str] = frozenset(ENDS) & {CHAT, "/v1/completions"}
@@ -46,9 +48,18 @@ class Paths:
     polled: frozenset[str] = frozenset()
     cancels: frozenset[str] = frozenset()
     keyless: bool = False
+    kept: tuple[str, str] | None = None
 
     def spelled(self, path: str) -> str:
         return self.same.get(path, path)
+
+    def kept_at(self, headers: Mapping[str, str]) -> str:
+        """Where a stream that was asked for with these headers goes on without its client; '' where it ends."""
+        if self.kept is None:
+            return ""
+        name, where = self.kept
+        value = next((value for header, value in headers.items() if header.lower() == name), "").strip()
+        return where + quote(value, safe="") if value else ""
 
     def kind(self, path: str) -> Kind:
         """What a request to it that is no GET does."""

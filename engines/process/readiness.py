@@ -25,6 +25,7 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"  # a model without a chat template may take this only
 EMBEDDING = "/v1/embeddings"
 RERANK = "/v1/rerank"
+NOT_CHAT = (RERANK, EMBEDDING)  # a reranker gives an embedding too, of no use; an embedding server refuses to rank
 PROOFS = {CHAT: "one real token", TEXT: "one real token", EMBEDDING: "one embedding", RERANK: "one ranking"}
 STOPPED_S = 1.0  # a process that is continued at once was never in trouble
 NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
@@ -121,7 +122,7 @@ def wait_ready(
             why = f"{engine} was stopped while loading {serve.gguf.name} (state T: SIGSTOP or job control)"
             raise EngineStalled(why, stalled_s=now - stopped_at, engine=engine, log_tail=child.log_tail())
         if token is None and now >= ask_at and _healthy(ask) and _our_listener(engine, serve, child):
-            token = _FirstToken(ask, served_name, [path for path in (EMBEDDING, RERANK) if path in other_server])
+            token = _FirstToken(ask, served_name, NOT_CHAT if other_server else ())
         if token is not None and token.done.is_set():
             if token.arrived:
                 known: dict[str, object] = {"first_token_path": token.path, "first_token_s": token.took_s}
@@ -169,7 +170,7 @@ class _FirstToken:
                 return
             self.arrived = self._answers(CHAT) or self._answers(TEXT)
             if not self.arrived and set(self.statuses) == {NOT_SUPPORTED}:  # a server for embeddings, or a reranker
-                self._any((EMBEDDING, RERANK))
+                self._any(NOT_CHAT)
         except (KeyError, TypeError, IndexError):
             self.statuses.append(200)
             self.refusal = "an answer that is no completion"

@@ -185,6 +185,46 @@ def test_the_web_ui_of_llama_cpp_chats(yard, url, browser):
     assert failed == [], json.dumps(failed)
 
 
+def test_a_stream_that_goes_on_without_its_client_keeps_its_place(yard, url):
+    """llama-server finishes a stream with this header for a client that comes back: its slot is taken until then."""
+    chat = {"messages": HELLO, "max_tokens": 300, "ignore_eos": True, "stream": True}
+
+    def leave(**headers):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat, headers=headers, timeout=60, **LOCAL) as one:
+            next(one.iter_raw())
+
+    def slots():
+        return sum(slot["is_processing"] for slot in httpx.get(f"{url}/slots", timeout=30, **LOCAL).json())
+
+    leave(**{"X-Conversation-Id": "a/b c"})
+    assert yard.engine("llama.cpp")["in_flight"] == slots() == 1
+    whole = httpx.get(f"{url}/v1/stream", params={"conv_id": "a/b c"}, timeout=120, **LOCAL).text
+    assert whole.rstrip().endswith("[DONE]")
+    until(lambda: yard.engine("llama.cpp")["in_flight"] == 0, "the place to be free")
+    leave(**{"X-Conversation-Id": "c"})
+    assert httpx.delete(f"{url}/v1/stream", params={"conv_id": "c"}, timeout=60, **LOCAL).status_code == 204
+    until(lambda: yard.engine("llama.cpp")["in_flight"] == slots() == 0, "the place to be free")
+    leave()
+    until(lambda: yard.engine("llama.cpp")["in_flight"] == slots() == 0, "the engine to have stopped")
+
+
+@pytest.mark.parametrize(
+    "args", ['["--reranking"]', '["--rerank", "--embedding", "--pooling", "rank"]', '["--embedding", "--pooling=rank"]']
+)
+def test_a_reranking_server_is_ready_by_a_ranking(tmp_path, args):
+    yard = started(tmp_path, incumbent=f"args = {args}")
+    try:
+        yard.ready()
+        assert "one ranking after" in yard.engine("llama.cpp")["why"]
+        with httpx.Client(base_url=f"http://127.0.0.1:{yard.port}", timeout=60, **LOCAL) as http:
+            for path in ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking"):
+                answer = http.post(path, json={"query": "a cat", "documents": ["cats", "stones"]}).json()
+                assert sorted(one["index"] for one in answer["results"]) == [0, 1]
+        assert yard.orders.status()["incidents"] == []
+    finally:
+        yard.end()
+
+
 def test_an_embedding_server_is_ready_by_an_embedding(tmp_path):
     yard = started(tmp_path, incumbent='args = ["--embedding", "--pooling", "mean"]')
     try:

@@ -59,6 +59,7 @@ class Gateway:
         self._unread = Unread()
         self._guard = Guard(yard)
         self._polled = Polled()
+        self._followed: set[asyncio.Task[None]] = set()
 
     def application(self) -> web.Application:
         """Its routes. Every error, the router's own too, is an OpenAI error object."""
@@ -150,7 +151,7 @@ class Gateway:
                 conversation = call.conversation() if route.state.canary else ""
                 place = route.enter(conversation, path, call.prompt_tokens, light=kind == "reads")
                 unit, running = await self._turn(route, place, reply, began)
-                running.generates = kind == "generates"
+                running.generates, kept_at = kind == "generates", ""
                 try:
                     if unit.paths.kind(path) == "unlisted":
                         raise _lacks(unit, path)
@@ -161,9 +162,11 @@ class Gateway:
                 except (ClientLeft, asyncio.CancelledError):
                     if reply.ended:  # it has all of the answer, and does not wait for the end of the connection
                         self._yard.served(route, unit, call, running, reply.error, arrived=began)
+                    elif call.stream:
+                        kept_at = unit.paths.kept_at(to[1])
                     raise
                 finally:
-                    unit.give_back(running)
+                    self._give_back(unit, running, kept_at)
                 self._yard.served(
                     route, unit, call, running, reply.error, arrived=began, client_error=reply.client_error
                 )
@@ -185,6 +188,23 @@ class Gateway:
             raise
         finally:
             self._unread.forget(reply)
+
+    def _give_back(self, unit: Unit, running: InFlight, kept_at: str) -> None:
+        """Count a request out, one that the engine finishes without its client only when that is done."""
+        if not kept_at:
+            unit.give_back(running)
+            return
+
+        async def follow() -> None:
+            with contextlib.suppress(Gone):
+                async with unit.connection.ask("GET", kept_at, headers={}) as answer:
+                    async for piece in answer.pieces():
+                        running.chunk(content=CONTENT.search(piece) is not None)
+            unit.give_back(running)
+
+        task = asyncio.create_task(follow())
+        self._followed.add(task)
+        task.add_done_callback(self._followed.discard)
 
     async def _looked_up(self, request: web.Request, *, keyless: bool) -> web.StreamResponse:
         """A GET that an engine answers; it takes no slot, loads no model but for a page, and judges no engine."""
