@@ -10,9 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engines.model.header import Header, template_error
+from engines.model.header import Header, template_beyond, template_error
 from engines.model.layout import layout, named
-from engines.model.loads import Loads, known_architectures
+from engines.model.loads import Loads, known_architectures, wrong_kinds
+from engines.model.vocabulary import vocabulary
 
 RULES = Path(__file__).with_suffix(".toml")
 
@@ -71,10 +72,7 @@ def _keys(header: Header, rules: dict[str, Any]) -> Iterator[str]:
         yield f"{arch}.rope.scaling.type is {scaling!r}, which llama.cpp does not know"
     if arch in rules["rope_is_head"] and header.rope_dimension not in (None, header.key_length):
         yield f"{arch}.rope.dimension_count is {header.rope_dimension}, a head has {header.key_length}"
-    for name, kinds in rules["kinds"].items():
-        key = name.replace("ARCH", arch)
-        if key in header.kinds and header.kinds[key] not in kinds:
-            yield f"the key {key} is of another type than llama.cpp reads"
+    yield from wrong_kinds(header, rules["kinds"], "llama.cpp")
 
 
 def _tokenizer(header: Header, rules: dict[str, Any]) -> Iterator[str]:
@@ -91,6 +89,8 @@ def _tokenizer(header: Header, rules: dict[str, Any]) -> Iterator[str]:
     for name in ("token_type", "scores"):
         if (items := header.items(f"tokenizer.ggml.{name}")) is not None and items < (header.vocab_size or 0):
             yield f"tokenizer.ggml.{name} has {items} values for {header.vocab_size} tokens"
+    if twice := vocabulary(header).twice:
+        yield f"the token {twice!r} comes twice in tokenizer.ggml.tokens"
 
 
 def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str]:
@@ -105,6 +105,10 @@ def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str
         yield f"general.alignment is {step}: no multiple of 32, which the kernels want"
     if why := template_error(header.chat_template):
         yield f"the chat template is not valid Jinja ({why})"
+    if lacking := template_beyond(header.chat_template, rules["template"]):
+        yield f"the chat template uses {lacking}, which llama.cpp {rules['read_at']} does not have"
+    if header.kinds.get("tokenizer.ggml.token_type", "[i") not in ("[i", "[I"):
+        yield "tokenizer.ggml.token_type are no whole numbers of 32 bits"
     if header.kind != "model" and layout(header) is None:
         yield f"general.type says {header.kind}, not model"
     if header.tokenizer_model not in rules["tokenizer_models"]:

@@ -12,7 +12,8 @@ from engines.errors import BadInput
 from engines.model.gguf import Tensor
 from engines.model.header import Header, template_error
 from engines.model.layout import layout, named
-from engines.model.loads import Loads, parse_version
+from engines.model.loads import Loads, parse_version, wrong_kinds
+from engines.model.vocabulary import vocabulary
 
 TOKENIZER = "the model's own tokenizer.json beside the file: settings.tokenizer_json"
 LISTS = Path(__file__).with_suffix(".toml")
@@ -36,7 +37,7 @@ def loads(header: Header, version: str | None = None) -> Loads:
         why = f"{header.architecture!r} is in the list read at {lists['read_at']}, but {version} is older than"
         why = f"{why} {lists['minimum_version']}, before which only a handful of architectures was there: update it"
         return Loads("unknown", why, warnings)
-    if doubts := list(_doubts(header)):
+    if doubts := list(_doubts(header, lists)):
         return Loads("unknown", doubts[0] + aged, warnings)
     why = f"architecture {header.architecture!r} and all {len(header.tensors)} tensors are of types in its source list"
     seen = lists["seen"].get(header.architecture)
@@ -68,14 +69,11 @@ def _obstacles(header: Header, lists: dict[str, Any], refused: list[Tensor]) -> 
     found = layout(header)
     if found and found.missing:
         obstacles.append(named(found.missing, "is missing"))
-    for name, kinds in lists["kinds"].items():
-        key = f"{header.architecture}.{name}"
-        if header.kinds.get(key, kinds[0]) not in kinds:
-            obstacles.append(f"the key {key} is of another type than mistral.rs reads")
+    obstacles += wrong_kinds(header, lists["kinds"], "mistral.rs")
     return obstacles + _missing_keys(header, lists)
 
 
-def _doubts(header: Header) -> Iterator[str]:
+def _doubts(header: Header, lists: dict[str, Any]) -> Iterator[str]:
     """What may keep it from loading, as far as a header tells."""
     found, rows = layout(header), header.tensor("token_embd.weight")
     if found and found.misshapen:
@@ -86,9 +84,7 @@ def _doubts(header: Header) -> Iterator[str]:
         yield f"the vocabulary has {header.vocab_size} tokens, the embeddings {rows.shape[1]} rows"
     if header.n_layers == 0:
         yield f"{header.architecture}.block_count is 0"
-    scaling = header.meta.get(f"{header.architecture}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear", "yarn", "longrope"):
-        yield f"{header.architecture}.rope.scaling.type is {scaling!r}: mistral.rs may want the original config"
+    yield from _rope(header, lists["rope_scaling"])
     if odd := next((t for t in header.tensors if t.name.endswith("_norm.weight") and len(t.shape) > 1), None):
         yield f"tensor {odd.name} has {len(odd.shape)} dimensions"
     if header.meta.get("general.alignment", 32) not in (32, 64, 128):
@@ -99,6 +95,26 @@ def _doubts(header: Header) -> Iterator[str]:
         yield f"general.type says {header.kind}, not model"
     if why := template_error(header.chat_template):
         yield f"the chat template is not valid Jinja ({why})"
+
+
+def _rope(header: Header, scalings: dict[str, Any]) -> Iterator[str]:
+    """What of the scaling of the rotary embedding it does not rebuild from the header alone."""
+    arch, known = header.architecture, scalings.get(header.architecture)
+    scaling, factors = header.meta.get(f"{arch}.rope.scaling.type", "none"), _baked(header)
+    if scaling != "none" and not factors and scaling not in (known or {}):
+        yield f"{arch}.rope.scaling.type is {scaling!r}, which mistral.rs does not rebuild without the original config"
+    elif factors and known is None:
+        yield f"the file holds {factors}, which mistral.rs does not read for {arch}"
+    elif scaling != "none" and not factors:
+        for name in (known or {})[scaling]:
+            if (key := f"{arch}.rope.scaling.{name}") not in header.meta:
+                yield f"the key {key} is missing"
+
+
+def _baked(header: Header) -> str | None:
+    return next(
+        (tensor.name for tensor in header.tensors if tensor.name.startswith(("rope_freqs", "rope_factors"))), None
+    )
 
 
 def _missing_keys(header: Header, lists: dict[str, Any]) -> list[str]:
@@ -119,6 +135,9 @@ def _tokenizer_obstacles(header: Header, lists: dict[str, Any]) -> list[str]:
     why = [f"the key tokenizer.ggml.{name} is missing" for name in needed if f"tokenizer.ggml.{name}" not in meta]
     if model == "gpt2" and pre not in lists["pre_tokenizers"]:
         why.append(f"tokenizer.ggml.pre is {pre!r}, not among the {len(lists['pre_tokenizers'])} that mistral.rs reads")
+    why += wrong_kinds(header, lists["tokenizer_kinds"], "mistral.rs")
+    if model == "gpt2" and not why and (broken := vocabulary(header).broken_merge) is not None:
+        why.append(f"the merge {broken!r} is not two tokens that make a third")
     for name in ("bos", "eos", "unknown"):
         number, size = meta.get(f"tokenizer.ggml.{name}_token_id"), header.vocab_size
         if isinstance(number, int) and size is not None and number >= size:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from jinja2.ext import loopcontrols
 
 from engines.errors import BadInput
@@ -326,11 +326,40 @@ def template_shows_tools(template: str | None) -> bool | None:
 
 
 def template_error(template: str | None) -> str | None:
-    """Why Jinja cannot parse the template; a tag that only Hugging Face's trainer knows counts as parsed."""
+    """Why Jinja cannot compile the template; a tag that only Hugging Face's trainer knows counts as known."""
     try:
-        Environment(extensions=[loopcontrols]).parse(template or "")
+        Environment(extensions=[loopcontrols]).compile(template or "", raw=True)
     except TemplateSyntaxError as error:
         return None if "generation" in str(error) else f"line {error.lineno}: {error.message}"
+    return None
+
+
+def template_beyond(template: str | None, known: Mapping[str, Sequence[str]]) -> str | None:
+    """The first statement, filter, test or function of the template that a template engine does not have.
+
+    `known`: `statements_lacking` by the names of Jinja's nodes, `filters`, `tests`, `functions` and `methods`.
+    """
+    if not template or template_error(template):
+        return None
+    try:
+        tree = Environment(extensions=[loopcontrols]).parse(template)
+    except TemplateSyntaxError:
+        return None  # of a tag that counts as parsed
+    functions = {*known["functions"], *(macro.name for macro in tree.find_all(nodes.Macro)), "caller"}
+    for node in tree.find_all(nodes.Node):
+        kind = type(node).__name__
+        if kind in known["statements_lacking"]:
+            return f"a {kind} statement"
+        if isinstance(node, nodes.Filter) and node.name not in known["filters"]:
+            return f"the filter {node.name}"
+        if isinstance(node, nodes.Test) and node.name not in known["tests"]:
+            return f"the test {node.name}"
+        if isinstance(node, nodes.Call):
+            called = node.node
+            if isinstance(called, nodes.Name) and called.name not in functions:
+                return f"the function {called.name}"
+            if isinstance(called, nodes.Getattr) and called.attr not in known["methods"]:
+                return f"the method {called.attr}"
     return None
 
 

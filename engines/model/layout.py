@@ -93,6 +93,7 @@ def _sizes(header: Header, name: str, names: list[str]) -> list[int | None]:
         "v": kv * value,
         "o": heads * value,
         "head": key,
+        "half": (header.rope_dimension or key) // 2,
         "ff": header.feed_forward_length[layer] if header.feed_forward_length else 0,
         "vocab": header.vocab_size,
     }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+
+from engines.model.header import Header
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,14 @@ def known_architectures() -> frozenset[str]:
     from gguf.constants import MODEL_ARCH_NAMES  # pulls in numpy: 0.2 s that only a process which reads a model pays
 
     return frozenset(MODEL_ARCH_NAMES.values())
+
+
+def wrong_kinds(header: Header, kinds: Mapping[str, Sequence[str]], engine: str) -> Iterator[str]:
+    """Keys whose value has a type that `engine` does not read: `kinds` by key, `ARCH` for the architecture."""
+    for name, read in kinds.items():
+        key = name.replace("ARCH", header.architecture)
+        if header.kinds.get(key, read[0]) not in read:
+            yield f"the key {key} is of another type than {engine} reads"
 
 
 def parse_version(version: str | None) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
-TOKENS = ["<s>", "</s>", "hello", "world"]
+TOKENS = ["</s>", "h", "e", "he"]
 LLAMA = {
     "block_count": 2,
     "context_length": 4096,
@@ -67,7 +67,7 @@ def write_gguf(
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(list(tokens))
     writer.add_token_merges(["h e"])
-    writer.add_eos_token_id(1)
+    writer.add_eos_token_id(0)
     if template is not None:
         writer.add_chat_template(template)
     if tensors is None and architecture == "llama" and not any(isinstance(value, list) for value in keys.values()):

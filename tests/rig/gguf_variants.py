@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 U32, F32, TEXT, ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.ARRAY
+T, L = "tokenizer.ggml.", "llama."
 Key = tuple[Any, GGUFValueType, GGUFValueType | None]
 
 
@@ -42,7 +43,8 @@ class Draft:
 Change = Callable[[Draft], object]
 
 
-def draft(source: Path, blocks: int = 2) -> Draft:
+def draft(source: Path, blocks: int = 2, n_tokens: int = 1000) -> Draft:
+    """The first blocks and tokens of `source`, with the merges that they need: it loads in a moment."""
     reader = GGUFReader(source)
     architecture = str(reader.fields["general.architecture"].contents())
     keys = {
@@ -56,7 +58,33 @@ def draft(source: Path, blocks: int = 2) -> Draft:
         for tensor in reader.tensors
         if not tensor.name.startswith("blk.") or int(tensor.name.split(".")[1]) < blocks
     }
-    return Draft(architecture, keys, tensors)
+    tokens = keys[f"{T}tokens"][0][:n_tokens]
+    known = set(tokens)
+    merges = [merge for merge in keys[f"{T}merges"][0] if {merge.replace(" ", "", 1), *merge.split(" ")} <= known]
+    short = {"tokens": tokens, "token_type": keys[f"{T}token_type"][0][:n_tokens], "merges": merges}
+    keys |= {f"{T}{name}": (values, *keys[f"{T}{name}"][1:]) for name, values in short.items()}
+    keys[f"{architecture}.vocab_size"] = (n_tokens, U32, None)
+    rows, kind = tensors["token_embd.weight"]
+    return Draft(architecture, keys, tensors | {"token_embd.weight": (rows[:n_tokens], kind)})
+
+
+def item(key: str, at: int, value: str) -> Change:
+    """The array `key` with another item at one place."""
+
+    def change(model: Draft) -> None:
+        values, *kinds = model.keys[key]
+        model.keys[key] = ([*values[:at], value, *values[at + 1 :]], *kinds)
+
+    return change
+
+
+def scaled(kind: str, **keys: float) -> Change:
+    scaling = f"{L}rope.scaling."
+    return several(put(f"{scaling}type", kind), *(put(f"{scaling}{key}", value, F32) for key, value in keys.items()))
+
+
+def template(text: str) -> Change:
+    return put("tokenizer.chat_template", text)
 
 
 def put(key: str, value: Any, kind: GGUFValueType = TEXT, items: GGUFValueType | None = None) -> Change:
@@ -102,7 +130,6 @@ def extra_block(model: Draft) -> None:
     model.tensors.update({n.replace("blk.1.", "blk.2."): t for n, t in model.tensors.items() if n.startswith("blk.1.")})
 
 
-T, L = "tokenizer.ggml.", "llama."
 EPS = f"{L}attention.layer_norm_rms_epsilon"
 CASES: dict[str, Change] = {
     "whole": lambda model: None,
@@ -122,7 +149,7 @@ CASES: dict[str, Change] = {
     "tokenizer gemma4": put(f"{T}model", "gemma4"),
     "merges dropped": drop(f"{T}merges"),
     "tokens dropped": drop(f"{T}tokens"),
-    "tokens fewer than embeddings": cut(f"{T}tokens", 49000),
+    "tokens fewer than embeddings": several(cut(f"{T}tokens", 900), cut(f"{T}token_type", 900)),
     "tokens more than embeddings": grow,
     "token types dropped": drop(f"{T}token_type"),
     "token types short": cut(f"{T}token_type", 100),
@@ -165,7 +192,7 @@ CASES: dict[str, Change] = {
     "embedding off": put(f"{L}embedding_length", 512, U32),
     "feed-forward off": put(f"{L}feed_forward_length", 1024, U32),
     "rope dimensions off": put(f"{L}rope.dimension_count", 32, U32),
-    "vocabulary size off": put(f"{L}vocab_size", 49000, U32),
+    "vocabulary size off": put(f"{L}vocab_size", 900, U32),
     "experts in a dense model": several(put(f"{L}expert_count", 4, U32), put(f"{L}expert_used_count", 2, U32)),
     "key length off": put(f"{L}attention.key_length", 128, U32),
     "a tensor dropped": without("blk.1.ffn_up.weight"),
@@ -182,7 +209,7 @@ CASES: dict[str, Change] = {
     "feed-forward misshapen": tensor("blk.1.ffn_up.weight", 512, 576),
     "norm misshapen": tensor("blk.1.attn_norm.weight", 512),
     "norm of two dimensions": tensor("blk.1.attn_norm.weight", 1, 576),
-    "embeddings misshapen": tensor("token_embd.weight", 49000, 576, kind=Type.F16, dtype=np.float16),
+    "embeddings misshapen": tensor("token_embd.weight", 900, 576, kind=Type.F16, dtype=np.float16),
     "norm F16": tensor("blk.1.attn_norm.weight", 576, kind=Type.F16, dtype=np.float16),
     "feed-forward I32": tensor("blk.1.ffn_up.weight", 1536, 576, kind=Type.I32, dtype=np.int32),
     "feed-forward F64": tensor("blk.1.ffn_up.weight", 1536, 576, kind=Type.F64, dtype=np.float64),
@@ -201,4 +228,48 @@ CASES: dict[str, Change] = {
     "as an unknown architecture": renamed("made-up"),
     "as clip": several(renamed("clip"), drop("general.type")),
     "alignment 64": put("general.alignment", 32, GGUFValueType.UINT64),
+    "a token twice": lambda model: item(f"{T}tokens", 5, model.keys[f"{T}tokens"][0][2])(model),
+    "a token emptied": item(f"{T}tokens", 900, ""),
+    "no newline": lambda model: item(f"{T}tokens", model.keys[f"{T}tokens"][0].index("\u010a"), "zq")(model),
+    "a merge without a space": item(f"{T}merges", 3, "ab"),
+    "a merge of three": item(f"{T}merges", 3, "a b c"),
+    "a merge of nothing": item(f"{T}merges", 3, ""),
+    "a merge of half": item(f"{T}merges", 3, " ab"),
+    "a merge of no tokens": item(f"{T}merges", 3, "zzzq xxxq"),
+    "a merge into no token": item(f"{T}merges", 3, "z z"),
+    "merges of numbers": put(f"{T}merges", [1, 2, 3], ARRAY, U32),
+    "tokens of numbers": put(f"{T}tokens", [1] * 1000, ARRAY, U32),
+    "token types long": put(f"{T}token_type", [1] * 1200, ARRAY, GGUFValueType.INT32),
+    "token types floats": put(f"{T}token_type", [1.0] * 1000, ARRAY, F32),
+    "token types unsigned": put(f"{T}token_type", [1] * 1000, ARRAY, U32),
+    "scores short": put(f"{T}scores", [0.0] * 10, ARRAY, F32),
+    "scores long": put(f"{T}scores", [0.0] * 2000, ARRAY, F32),
+    "bos -1": put(f"{T}bos_token_id", -1, GGUFValueType.INT32),
+    "bos of 64 bits": put(f"{T}bos_token_id", 1, GGUFValueType.UINT64),
+    "eos signed": put(f"{T}eos_token_id", 2, GGUFValueType.INT32),
+    "eos a text": put(f"{T}eos_token_id", "2"),
+    "eos one beyond": put(f"{T}eos_token_id", 1000, U32),
+    "unknown beyond": put(f"{T}unknown_token_id", 5000, U32),
+    "padding beyond": put(f"{T}padding_token_id", 5000, U32),
+    "add bos a number": put(f"{T}add_bos_token", 1, U32),
+    "pre a number": put(f"{T}pre", 3, U32),
+    "pre of a newer llama.cpp": put(f"{T}pre", "spark2_5"),
+    "embeddings more": tensor("token_embd.weight", 1100, 576, kind=Type.F16, dtype=np.float16),
+    "template unclosed": template("{% for x in messages %}{{ x }}"),
+    "template with a filter unknown": template("{{ messages | nosuch }}"),
+    "template with a test unknown": template("{% if messages is nosuch %}a{% endif %}"),
+    "template with a function unknown": template("{{ nosuch(messages) }}"),
+    "template with a tag unknown": template("{% nosuch %}"),
+    "template with a block": template("{% block a %}{{ messages }}{% endblock %}"),
+    "template with with": template("{% with a = 1 %}{{ a }}{% endwith %}"),
+    "template with an import": template('{% import "a" as b %}'),
+    "template with a macro": template("{% macro f(x) %}{{ x }}{% endmacro %}{{ f(1) }}"),
+    "template with methods": template('{{ messages[0].content.split("x")[-1].lstrip() }}'),
+    "template a number": put("tokenizer.chat_template", 3, U32),
+    "rope yarn": scaled("yarn", factor=4.0),
+    "rope linear": scaled("linear", factor=4.0),
+    "rope linear without a factor": scaled("linear"),
+    "rope longrope": scaled("longrope", factor=4.0),
+    "rope dynamic": scaled("dynamic"),
+    "rope factors of another length": tensor("rope_freqs.weight", 16),
 }
