@@ -83,6 +83,9 @@ class Driver(Protocol):
     def loads(self, header: Header, version: str | None = None) -> Loads:
         """Whether this engine at `version` (None: not known) loads the model, and why."""
 
+    def clashes(self, settings: Settings, own: EngineArgs) -> list[str]:
+        """Settings and flags that this engine refuses together at its start, one line each."""
+
     def memory_parts(self, case: MemoryCase) -> list[Part]:
         """Everything that takes memory while this engine serves the model."""
 

@@ -234,6 +234,8 @@ class Plan(PlanPart):
                 own = self.own_args(model.id, choice.engine)
                 for problem in driver(choice.engine).own_args.problems(own, set_here):
                     raise ValueError(f"{where}.{problem}")
+                for clash in driver(choice.engine).clashes(settings, own):
+                    raise ValueError(f"{where}: {choice.engine} would refuse to start: {clash}")
         return self
 
     def serve(self, model_id: str, engine: str, *, port: int = 1) -> Serve:

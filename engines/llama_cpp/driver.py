@@ -135,6 +135,19 @@ class LlamaCpp:
             found.append("kv_type: llama.cpp has no f8e4m3 KV cache; its default f16 is used")
         return found
 
+    def clashes(self, settings: Settings, own: EngineArgs) -> list[str]:
+        """What `llama_init_from_model` refuses without flash attention (llama.cpp src/llama-context.cpp at b10435)."""
+        if settings.flash_attention is not False:
+            return []
+        flags, found = OWN_ARGS.flags(own), list[str]()
+        given = {key: "".join(flags[key].values) for key in ("--cache-type-v", "--split-mode") if key in flags}
+        v_type = given.get("--cache-type-v", settings.kv_type or "f16")
+        if v_type.startswith(("q", "iq")):
+            found.append(f"a V cache of {v_type} needs flash attention, and settings.flash_attention is false")
+        if given.get("--split-mode") == "tensor":
+            found.append("--split-mode tensor needs flash attention, and settings.flash_attention is false")
+        return found
+
     def cache_budget(self, settings: Settings) -> str:
         """`--cache-ram`, 8192 MiB by default (llama.cpp `common/common.h`)."""
         if settings.host_cache_mib == -1:

@@ -105,6 +105,9 @@ class MistralRs:
             env["SWITCHYARD_ENGINE_API_KEY"] = serve.settings.api_key.get_secret_value()
         return {**env, **serve.own.env}
 
+    def clashes(self, settings: Settings, own: EngineArgs) -> list[str]:
+        return []
+
     def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         """Settings mistral.rs cannot honour (flags read at 0.9.2, wheel seen at 0.9.5)."""
         if installation.form == "binary":

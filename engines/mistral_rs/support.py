@@ -22,7 +22,11 @@ LISTS = Path(__file__).with_suffix(".toml")
 def loads(header: Header, version: str | None = None) -> Loads:
     """Whether mistral.rs at `version` (None: not known) loads the model; the reason names the tensor, key or list."""
     lists, installed = _lists(), parse_version(version)
-    aged, warnings, refused = _list_age(lists, version, installed), tuple(_warnings(header)), _refused(header, lists)
+    aged, warnings, refused = (
+        _list_age(lists, version, installed),
+        (*_warnings(header), *_slow(header, lists["cpu"])),
+        _refused(header, lists),
+    )
     obstacles = _obstacles(header, lists, refused)
     if obstacles:
         return Loads("no", "; ".join(obstacles) + aged, warnings, tuple(_alternatives(header, lists, refused)))
@@ -183,6 +187,20 @@ def _warnings(header: Header) -> list[str]:
     if header.chat_template is None:
         warnings.append("the file has no chat template: chat requests need one from elsewhere")
     return warnings
+
+
+def _slow(header: Header, cpu: dict[str, Any]) -> Iterator[str]:
+    """Which weights are slow on a CPU, by how much where that was measured, and which quant of the model is not."""
+    for kind, count in header.quant_types.items():
+        measured = cpu["ratios"].get(kind)
+        if kind not in cpu["scalar"] and (measured is None or measured[0] <= cpu["beyond"]):
+            continue
+        why = "mistral.rs has no SIMD kernel for them on a CPU" if kind in cpu["scalar"] else "slow on a CPU"
+        took = f": {measured[0]:g} times llama.cpp's time for a prompt, {measured[1]:g} for a token" if measured else ""
+        best = min(cpu["ratios"], key=lambda name: cpu["ratios"][name][0])
+        other = f"as {best} {cpu['ratios'][best][0]:g} and {cpu['ratios'][best][1]:g}"
+        try_it = f"`switchyard requantize MODEL --to {best}` makes one to try"
+        yield f"{count} of {len(header.tensors)} tensors are {kind}, {why}{took}; {other} ({cpu['source']}): {try_it}"
 
 
 def _must_parse(version: str) -> tuple[int, ...]:

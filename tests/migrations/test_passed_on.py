@@ -178,3 +178,17 @@ def test_a_stored_spec_without_them_is_what_an_older_version_wrote() -> None:
     passed_on = spec.model_copy(update={"own": own, "request_defaults": {"top_k": 7}})
     assert LaunchSpec.model_validate_json(passed_on.model_dump_json()) == passed_on
     assert passed_on.serve(1, None).own == own
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        '[models.settings]\nflash_attention = false\nkv_type = "q4_0"',
+        '[models.engines."llama.cpp"]\nargs = ["-ctv", "q8_0"]\n[models.settings]\nflash_attention = false',
+    ],
+)
+def test_what_the_engine_refuses_together_is_refused_before_a_launch(load: Load, model: str) -> None:
+    """llama-server b10434 ends with `quantized V cache requires flash_attn`; K alone may be quantised."""
+    with pytest.raises(BadInput, match=r"would refuse to start: a V cache of q\d_0 needs flash attention"):
+        load(model=model)
+    load(model='[models.engines."llama.cpp"]\nargs = ["-ctk", "q8_0"]\n[models.settings]\nflash_attention = false')

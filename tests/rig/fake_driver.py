@@ -49,6 +49,9 @@ class FakeDriver:
     def memory_parts(self, case: MemoryCase) -> list[Part]:
         return [exactly("weights", "ram", case.header.tensor_bytes, "all that a fake pretends to hold")]
 
+    def clashes(self, settings: Settings, own: EngineArgs) -> list[str]:
+        return []
+
     def memory_notes(self, case: MemoryCase) -> list[str]:
         return []
 
