@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.model.header import Header, template_beyond, template_error
-from engines.model.layout import layout, named
+from engines.model.layout import layout, named, odd_tensors
 from engines.model.loads import Loads, known_architectures, wrong_kinds
 from engines.model.vocabulary import vocabulary
 
@@ -109,6 +109,8 @@ def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str
         yield f"the chat template uses {lacking}, which llama.cpp {rules['read_at']} does not have"
     if header.kinds.get("tokenizer.ggml.token_type", "[i") not in ("[i", "[I"):
         yield "tokenizer.ggml.token_type are no whole numbers of 32 bits"
+    if layout(header) is None:
+        yield from odd_tensors(header)
     if header.kind != "model" and layout(header) is None:
         yield f"general.type says {header.kind}, not model"
     if header.tokenizer_model not in rules["tokenizer_models"]:

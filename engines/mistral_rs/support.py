@@ -11,7 +11,7 @@ from typing import Any
 from engines.errors import BadInput
 from engines.model.gguf import Tensor
 from engines.model.header import Header, template_error
-from engines.model.layout import layout, named
+from engines.model.layout import layout, named, odd_tensors
 from engines.model.loads import Loads, parse_version, wrong_kinds
 from engines.model.vocabulary import vocabulary
 
@@ -80,6 +80,8 @@ def _obstacles(header: Header, lists: dict[str, Any], refused: list[Tensor]) -> 
 def _doubts(header: Header, lists: dict[str, Any]) -> Iterator[str]:
     """What may keep it from loading, as far as a header tells."""
     found, rows = layout(header), header.tensor("token_embd.weight")
+    if found is None:
+        yield from (odd for odd in odd_tensors(header) if "is missing" in odd)
     if found and found.misshapen:
         yield found.misshapen[0]
     for key in found.zero if found else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.model.header import Header
+from engines.model.loads import tensor_stems
 
 LAYOUTS = Path(__file__).with_name("layouts.toml")
 BLOCKS = "blk."
@@ -52,6 +54,24 @@ def layout(header: Header) -> Layout | None:
         misshapen=shapes,
         zero=[f"{header.architecture}.{key}" for key, values in _counts(header, sparse).items() if not all(values)],
     )
+
+
+def odd_tensors(header: Header) -> Iterator[str]:
+    """For an architecture whose layout is not listed: a block that lacks what others have, names it does not have."""
+    blocks = dict[int, set[str]]()
+    for tensor in header.tensors:
+        if (layer := tensor.layer) is not None and layer < header.main_layers:
+            blocks.setdefault(layer, set()).add(tensor.name.split(".", 2)[2])
+    sets = list(blocks.values())
+    for layer, names in blocks.items():
+        fuller = next((other for other in sets if names < other), None)
+        if fuller and sets.count(names) == 1:  # several alike are a kind of block of their own
+            yield f"tensor {BLOCKS}{layer}.{min(fuller - names)} is missing, which other blocks have"
+    stems = tensor_stems().get(header.architecture)
+    for tensor in header.tensors if stems else ():
+        stem = re.sub(r"\.\d+\.", ".{bid}.", tensor.name, count=1).removesuffix(".weight").removesuffix(".bias")
+        if stem not in (stems or ()):
+            yield f"tensor {tensor.name} is not among those of {header.architecture}"
 
 
 def _counts(header: Header, sparse: bool) -> dict[str, tuple[int | None, ...]]:

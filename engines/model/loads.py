@@ -30,6 +30,17 @@ def known_architectures() -> frozenset[str]:
     return frozenset(MODEL_ARCH_NAMES.values())
 
 
+@lru_cache(maxsize=1)
+def tensor_stems() -> dict[str, frozenset[str]]:
+    """The tensors that the installed gguf package knows for each architecture, without `.weight`; `{bid}` a block."""
+    from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES  # slow, as above
+
+    return {
+        MODEL_ARCH_NAMES[arch]: frozenset(TENSOR_NAMES[tensor] for tensor in tensors)
+        for arch, tensors in MODEL_TENSORS.items()
+    }
+
+
 def wrong_kinds(header: Header, kinds: Mapping[str, Sequence[str]], engine: str) -> Iterator[str]:
     """Keys whose value has a type that `engine` does not read: `kinds` by key, `ARCH` for the architecture."""
     for name, read in kinds.items():

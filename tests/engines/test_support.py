@@ -151,3 +151,17 @@ def test_weights_without_a_fast_kernel_are_counted_with_figures_and_a_way_out(tm
     assert any("2 of 3 tensors are Q4_1" in line and "11.7 times" in line and "--to F16" in line for line in slow)
     fast = loads("mistral.rs", header(tmp_path, tensors={"a.weight": "Q8_0"}), version="0.9.5").warnings
     assert not any("SIMD" in line or "slow" in line for line in fast)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "answer"),
+    [
+        (["token_embd.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight"], "yes"),
+        (["token_embd.weight", "blk.0.attn_norm.weight", "blk.0.ffn_up.weight", "blk.1.attn_norm.weight"], "unknown"),
+        (["token_embd.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight", "blk.0.made_up.weight"], "unknown"),
+    ],
+)
+def test_an_odd_tensor_of_an_unlisted_architecture_is_unknown(tmp_path: Path, tensors: list[str], answer: str) -> None:
+    """Only llama and its kin have their whole layout listed."""
+    found = header(tmp_path, "starcoder2", tensors=dict.fromkeys(tensors, "F32"))
+    assert loads("llama.cpp", found).answer == answer
