@@ -58,13 +58,18 @@ def lack(
     return max(lacks)[1] if lacks else None
 
 
-def free_beside(home: Path) -> FreeMemory:
-    """What a further process may take beside the engines that the yard of `home` has loaded."""
+def free_beside(home: Path, gguf: Path, mapped: int = 0) -> FreeMemory:
+    """What a further process may take beside the engines that the yard of `home` has loaded.
+
+    Of its own `mapped` bytes, those of a `gguf` that is served already are in memory and needed no second time.
+    """
     free = free_memory()
     if not (loaded := _loaded(home)):
         return free
     plan = load_plan(plan_path(None, home))
-    return _less(free, sum(_mapped_of(plan, _readable(plan), loaded, free).values()))
+    held = _mapped_of(plan, _readable(plan), loaded, free)
+    shared = [min(mapped, n_bytes) for model, n_bytes in held.items() if plan.model(model).gguf.samefile(gguf)]
+    return _less(free, sum(held.values()) - max(shared, default=0))
 
 
 def _mapped_of(

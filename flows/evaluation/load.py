@@ -130,7 +130,10 @@ def _named(installation: Installation) -> str:
 def _lack(load: Load, home: Path) -> str | None:
     """Why the load is not tried: memory beside what runs."""
     try:
-        fit = estimate(read_header(load.gguf), load.settings, load.engine, own=load.own, memory=free_beside(home))
+        header = read_header(load.gguf)
+        unbound = estimate(header, load.settings, load.engine, own=load.own)
+        free = free_beside(home, load.gguf, sum(need.mapped for need in unbound.needs))
+        fit = estimate(header, load.settings, load.engine, own=load.own, memory=free)
     except BadInput as error:
         return str(error)
     return None if fit.verdict in ("fits", "tight") else f"not loaded, {_why(fit)}"

@@ -77,7 +77,7 @@ def test_a_load_waits_for_no_other_experiment(switchyard, tmp_path, home):
 @pytest.mark.parametrize("header", ["yes", "no"])
 def test_what_does_not_fit_is_not_loaded(tmp_path, monkeypatch, header):
     """No engine is started beside what runs; what the header refuses stays refused."""
-    monkeypatch.setattr(loads, "free_beside", lambda _: FreeMemory(ram_bytes=1 << 20))
+    monkeypatch.setattr(loads, "free_beside", lambda *_: FreeMemory(ram_bytes=1 << 20))
     monkeypatch.setattr(loads.EngineUnderTest, "up", lambda _: pytest.fail("it was started"))
     gguf, binary = write_gguf(tmp_path / "m.gguf"), played(tmp_path, "llama-server")
     report = {"models": [{"model": "m", "engines": [{"engine": "llama.cpp", "loads": header, "why": "by its list"}]}]}
