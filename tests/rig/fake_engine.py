@@ -184,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         self.read_prompt(body)
         if self.options.pings:
             self.event(role)
-        word = " word" + "x" * body.get("fake_pad", 0)
+        word = body.get("fake_word", " word" + "x" * body.get("fake_pad", 0))
         for index in range(n):
             if index == body.get("fake_hangs_at"):
                 time.sleep(3600)
@@ -193,7 +193,14 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.options.itl_ms / 1000)
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
         self.event({"choices": [], "usage": usage})
+        if body.get("fake_cut"):
+            return
         self.held += b"data: " + END.get(self.path, b"[DONE]") + b"\n\n"
+        for at in range(len(self.held) * body.get("fake_in_bytes", 0)):
+            self.wfile.write(self.held[at : at + 1])
+            self.wfile.flush()
+            time.sleep(0.005)
+        self.held = b"" if body.get("fake_in_bytes") else self.held
         self.release()
         time.sleep(body.get("fake_lingers_s", 0))
         self.close_connection = True

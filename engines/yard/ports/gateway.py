@@ -44,6 +44,7 @@ SHOWN_REPORTS = 5
 ERRORS = (b'data: {"error"', b"event: error", b"error:")  # how an event that is an error begins
 OUR_FAULTS = frozenset({401, 403, 404})  # the key, the path and the model's name are the yard's own
 END_BYTES = 2048  # of an answer, where its usage and timings stand
+LONGEST_END = 64  # bytes that end a stream; they may come in pieces
 
 
 class Unanswered(Exception):
@@ -288,7 +289,7 @@ class Gateway:
         self, route: Route, answer: EngineAnswer, running: InFlight, dialect: Dialect, reply: ClientReply
     ) -> None:
         last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, the end
-        comments, is_end = Comments(), ENDS[reply.call.path].search
+        comments, is_end, tail = Comments(), ENDS[reply.call.path].search, b""
         async for chunk in answer.pieces():
             last.append(chunk)
             if not comments.only(chunk):  # an engine's own keep-alive is no progress
@@ -303,8 +304,8 @@ class Gateway:
                 return
             if data:
                 await reply.pass_on(data)
-                if not reply.ended and is_end(data) is not None:
-                    reply.ended = True
+                reply.ended = reply.ended or is_end(tail + data) is not None
+                tail = (tail + data)[-LONGEST_END:]
                 if reply.is_full:
                     await self._hold_back(route, running, reply)
         end = b"".join(last)

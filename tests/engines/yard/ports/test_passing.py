@@ -50,6 +50,19 @@ def test_a_stream_without_its_end_is_said(start_yard, path):
     assert ("[DONE]" in text) == (path not in STREAMS)
 
 
+@pytest.mark.parametrize("path", [*STREAMS, "/v1/chat/completions"])
+def test_an_end_in_single_bytes_is_the_end(yard, path):
+    with yard.http() as http:
+        body = {**CHAT, **STREAMS.get(path, {}), "stream": True, "fake_in_bytes": 1}
+        assert "went away" not in http.post(path, json=body).text
+
+
+def test_a_text_like_the_end_does_not_hide_that_the_stream_was_cut(yard):
+    body = {**CHAT, "stream": True, "fake_word": "data: [DONE]", "fake_cut": True}
+    with yard.http() as http:
+        assert "went away" in http.post("/v1/chat/completions", json=body).text
+
+
 def test_a_get_passes_with_its_query_and_without_secrets(yard):
     headers = {"Cookie": "a=b", "Authorization": "Bearer mine", "X-Api-Key": "mine", "TE": "trailers", "X-Odd": "1"}
     headers |= {"Connection": "keep-alive, X-Hop", "X-Hop": "1", "Accept-Encoding": "br;q=0.5"}
