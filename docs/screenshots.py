@@ -259,7 +259,7 @@ def main() -> None:
         with up.running():
             pages = Pages(browser, up, picture)
             asked = pages.migrate("Ada", "nobody else uses it now", "without_canary")
-            pages.answer(asked, "go on", "Grace", "I have seen the report")
+            pages.answer(asked, "yes", "Grace", "I have seen the report")
             pages.page.goto(f"http://127.0.0.1:{up.port}/yard")
             picture(pages.page, "yard")
             (report,) = (up.home / "reports").glob("*.html")

@@ -86,7 +86,7 @@ def test_a_model_is_migrated_and_rolled_back_in_the_browser(tmp_path: Path) -> N
         assert (asked["state_type"], asked["state_name"]) == ("PAUSED", "Suspended")
         assert yard.status()["models"][0]["serving"] == OLD
 
-        ended = pages.answer(asked, "go on", "Grace", "I have seen the report")
+        ended = pages.answer(asked, "yes", "Grace", "I have seen the report")
         assert (ended["id"], ended["state_name"]) == (asked["id"], "PASS"), ended["state"]
         assert yard.status()["models"][0]["serving"] == NEW
         assert answered(up.port)

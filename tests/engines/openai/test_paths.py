@@ -12,7 +12,15 @@ LAST = {
     "response.completed": b'data: {"type":"response.completed","response":{}}\n\n',
     "stop": b'data: {"content":"","stop": true}\n\n',
 }
-TEXTS = ("[DONE]", "data: [DONE]", "\ndata: [DONE]\n", '"message_stop"', '"response.completed"', '"stop":true', '"stop": true')
+TEXTS = (
+    "[DONE]",
+    "data: [DONE]",
+    "\ndata: [DONE]\n",
+    '"message_stop"',
+    '"response.completed"',
+    '"stop":true',
+    '"stop": true',
+)
 
 
 @pytest.mark.parametrize("path", ENDS)
