@@ -6,6 +6,7 @@ Read, never executed.
 from __future__ import annotations
 
 import os
+import plistlib
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
@@ -26,6 +27,7 @@ SECTION = re.compile(r"^\s*\[(\w+)\]\s*$", re.MULTILINE)
 SPECIFIER = re.compile(r"%([%hutT])")
 INTERPOLATED = re.compile(r"\$\$|\$\{(?P<name>\w+)(?::?-(?P<default>[^}]*)|:?\?[^}]*)?\}|\$(?P<bare>[A-Za-z_]\w*)")
 WINDOWS = re.compile(r"(?<![A-Za-z])[A-Za-z]:\\")
+CONTINUED = re.compile(r"[ \t][\^`][ \t]*\r?\n")  # a line goes on: cmd.exe, PowerShell
 SWAP_PORT = 8080  # llama-swap's own
 
 
@@ -55,11 +57,20 @@ def parse_commands(text: str, *, cwd: Path | None = None) -> list[LlamaServerCom
         raise BadInput("the command is empty; give the whole line that starts llama-server")
     if WINDOWS.search(text):
         raise BadInput("the command names a Windows path (C:\\...); write it with the paths of this machine")
-    config = _mapping(text)
-    if config is not None and isinstance(config.get("services"), dict):
-        return [_compose(config["services"], cwd)]
-    if config is not None and isinstance(config.get("models"), dict):
-        return _llama_swap(config, cwd)
+    text = CONTINUED.sub(" ", text)
+    if "<plist" in text:
+        return [_launchd(text, cwd)]
+    tables = _tables(text)
+    for config in tables:
+        if isinstance(config.get("services"), dict):
+            return [_compose(config["services"], cwd)]
+        if isinstance(config.get("models"), dict):
+            return _llama_swap(config, cwd)
+    if pods := [found for config in tables for found in _containers(config)]:
+        return [_pod(pods, cwd)]
+    if any(isinstance(value, dict | list) for config in tables for value in config.values()):
+        known = "a compose file, a Kubernetes manifest or a llama-swap config"
+        raise BadInput(f"this YAML is not {known}; give the command that starts llama-server")
     if (SECTION.search(text) and "=" in text) or re.match(r"\s*Exec(Start)?\s*=", text):
         return [_unit(text, cwd)]
     return [_script(text, {}, cwd)]
@@ -258,13 +269,79 @@ def _llama_swap(config: Mapping[str, Any], cwd: Path | None) -> list[LlamaServer
     return commands
 
 
-def _mapping(text: str) -> dict[Any, Any] | None:
-    """The text as YAML, where it is a table."""
+def _tables(text: str) -> list[dict[Any, Any]]:
+    """The text's YAML documents that are tables; none where it is no YAML."""
     try:
-        found = yaml.safe_load(text)
+        return [found for found in yaml.safe_load_all(text) if isinstance(found, dict)]
     except yaml.YAMLError:
-        return None
-    return found if isinstance(found, dict) else None
+        return []
+
+
+def _containers(value: Any) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Every container of a Kubernetes manifest, with the pod's spec it belongs to."""
+    if isinstance(value, list):
+        return [found for item in value for found in _containers(item)]
+    if not isinstance(value, Mapping):
+        return []
+    own = value.get("containers")
+    found = [(one, value) for one in own if isinstance(one, Mapping)] if isinstance(own, list) else []
+    return found + [inner for name, item in value.items() if name != "containers" for inner in _containers(item)]
+
+
+def _pod(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], cwd: Path | None) -> LlamaServerCommand:
+    """The first container of a Kubernetes manifest that runs llama-server."""
+    for one, spec in found:
+        words = [str(word) for word in (*(one.get("command") or ()), *(one.get("args") or ()))]
+        if len(words) > 1 and " " in words[-1] and "llama-server" in words[-1]:  # sh -c "llama-server ..."
+            return _script(words[-1], _of_pod(one, spec, words).env, cwd)
+        if containers.IMAGE.search(str(one.get("image") or "")) or _starts_llama_server(words):
+            start = _start(words) if _starts_llama_server(words) else 0
+            return _of_pod(one, spec, words[start:]).read(cwd)
+    names = ", ".join(str(one.get("name") or one.get("image")) for one, _ in found)
+    raise BadInput(f"no llama-server among the containers ({names}); give the manifest that has it")
+
+
+def _of_pod(one: Mapping[str, Any], spec: Mapping[str, Any], words: Sequence[str]) -> containers.Container:
+    """The container with its ports as published, its host paths as mounts, and a note on each value kept elsewhere."""
+    variables = [each for each in one.get("env") or () if isinstance(each, Mapping)]
+    paths = {each.get("name"): (each.get("hostPath") or {}).get("path") for each in spec.get("volumes") or ()}
+    ports = [each.get("hostPort") or each.get("containerPort") for each in one.get("ports") or ()]
+    service = {
+        "image": one.get("image"),
+        "environment": [f"{each['name']}={each['value']}" for each in variables if "value" in each],
+        "ports": [f"{port}:{each['containerPort']}" for each, port in zip(one.get("ports") or (), ports, strict=True)],
+        "volumes": [
+            f"{paths[each.get('name')]}:{each.get('mountPath')}"
+            for each in one.get("volumeMounts") or ()
+            if paths.get(each.get("name"))
+        ],
+    }
+    container = containers.of_service(service, words)
+    elsewhere = [str(each.get("name")) for each in variables if "value" not in each]
+    elsewhere += ["envFrom"] if one.get("envFrom") else []
+    container.notes += [f"variable {name}: its value is kept in the cluster; left out" for name in elsewhere]
+    container.notes += [
+        f"volume {each.get('name')} at {each.get('mountPath')}: not a path of a host; give the file with --model"
+        for each in one.get("volumeMounts") or ()
+        if not paths.get(each.get("name"))
+    ]
+    return container
+
+
+def _launchd(text: str, cwd: Path | None) -> LlamaServerCommand:
+    """A launchd agent: the property list of macOS."""
+    try:
+        job = plistlib.loads(text.strip().encode())
+    except Exception as error:  # the parser of XML has errors of its own
+        raise BadInput(f"this property list cannot be read: {error}") from None
+    words = [str(word) for word in job.get("ProgramArguments") or ()] if isinstance(job, dict) else []
+    if not words:
+        raise BadInput("this property list has no ProgramArguments; give the command that starts llama-server")
+    env = {str(name): str(value) for name, value in (job.get("EnvironmentVariables") or {}).items()}
+    cwd = Path(job["WorkingDirectory"]) if job.get("WorkingDirectory") else cwd
+    if len(words) > 2 and words[-2] in ("-c", "-lc"):  # sh -c "llama-server ..."
+        return _script(words[-1], env, cwd)
+    return _simple(Command(words, env, cwd, set()), set())
 
 
 def _words(value: Any) -> list[str]:

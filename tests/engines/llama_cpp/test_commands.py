@@ -363,3 +363,65 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     """In no case does the reader hang or fail otherwise."""
     with contextlib.suppress(ValueError):
         read_shell(text, {"a": "b"}, {})
+
+
+MANIFEST = """
+apiVersion: apps/v1
+kind: Deployment
+spec:
+  template:
+    spec:
+      containers:
+      - name: proxy
+        image: nginx
+      - name: llama
+        image: ghcr.io/ggml-org/llama.cpp:server
+        args: ["-m", "/models/a.gguf", "--temp", "0.5", "--port", "8001", "--host", "0.0.0.0"]
+        env:
+        - {name: LLAMA_ARG_CTX_SIZE, value: "4096"}
+        - {name: LLAMA_API_KEY, valueFrom: {secretKeyRef: {name: keys, key: llama}}}
+        ports: [{containerPort: 8001}]
+        volumeMounts: [{name: models, mountPath: /models}]
+      volumes:
+      - {name: models, hostPath: {path: /srv/models}}
+---
+kind: Service
+spec: {ports: [{port: 80}]}
+"""
+PROPERTY_LIST = """<?xml version="1.0" encoding="UTF-8"?>
+<plist version="1.0"><dict><key>Label</key><string>llama</string>
+<key>ProgramArguments</key><array><string>/opt/llama-server</string><string>-m</string><string>/srv/models/a.gguf</string>
+<string>--temp</string><string>0.5</string><string>--port</string><string>8001</string></array>
+<key>EnvironmentVariables</key><dict><key>LLAMA_ARG_CTX_SIZE</key><string>4096</string></dict></dict></plist>
+"""
+CMD = (
+    "set LLAMA_ARG_CTX_SIZE=4096\r\nllama-server.exe ^\r\n -m /srv/models/a.gguf ^\r\n --temp 0.5 ^\r\n --port 8001\r\n"
+)
+POWERSHELL = "llama-server.exe `\n -m /srv/models/a.gguf -c 4096 `\n --temp 0.5 --port 8001\n"
+
+
+@pytest.mark.parametrize("text", [MANIFEST, PROPERTY_LIST, POWERSHELL], ids=["kubernetes", "launchd", "powershell"])
+def test_other_systems_start_it_as_well(text: str) -> None:
+    command = parse_command(text)
+    assert (command.gguf, command.port) == (Path("/srv/models/a.gguf"), 8001)
+    assert command.values["context_tokens"] == 4096
+    assert command.own.args == ("--temp", "0.5")
+
+
+def test_a_manifest_names_what_it_keeps_elsewhere() -> None:
+    assert "variable LLAMA_API_KEY: its value is kept in the cluster; left out" in parse_command(MANIFEST).notes
+
+
+def test_lines_of_cmd_are_one_command() -> None:
+    command = parse_command(CMD)
+    assert (command.port, command.own.args) == (8001, ("--temp", "0.5"))
+
+
+@pytest.mark.parametrize(
+    "text", ["a:\n  b: llama-server -m x\n", "kind: Pod\nspec: {containers: [{image: nginx}]}\n", "<plist>"]
+)
+def test_a_file_of_another_kind_is_refused_in_one_line(text: str) -> None:
+    """Its words are not taken for flags."""
+    with pytest.raises(BadInput) as refused:
+        parse_command(text)
+    assert "\n" not in str(refused.value)
