@@ -16,3 +16,4 @@ Placement = Annotated[
 ]
 Reason = Annotated[str, typer.Option(help="Why; recorded.")]
 To = Annotated[str | None, typer.Option(help="The engine; the plan's candidate by default.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Move it although its evidence is not PASS.")]

@@ -82,6 +82,23 @@ def test_without_a_terminal_a_model_without_evidence_needs_yes(
     assert (back.returncode, serving(yard)) == (0, "llama.cpp"), back.stderr
 
 
+@pytest.mark.parametrize("order", [("use", "mistral.rs"), ("canary", "--weight", "0.2")])
+def test_a_share_and_a_choice_by_hand_ask_as_well(switchyard: Switchyard, yard: YardClient, order: Any) -> None:
+    """The way back is free."""
+
+    def taken() -> bool:
+        (route,) = yard.status()["models"]
+        return route["serving"] == "mistral.rs" or bool(route["canary"])
+
+    done = switchyard(*order)
+    assert (done.returncode, taken()) == (3, False), done.stderr
+    assert "it was never evaluated" in done.stderr
+    assert switchyard(*order, "--yes").returncode == 0
+    assert taken()
+    back = ("use", "llama.cpp") if order[0] == "use" else ("canary", "--weight", "0")
+    assert (switchyard(*back).returncode, taken()) == (0, False)
+
+
 @pytest.mark.parametrize(("verdict", "code"), [(Verdict.PASS, 0), (Verdict.FAIL, 3)])
 def test_it_says_what_the_evidence_says(
     switchyard: Switchyard, home: Path, yard: YardClient, verdict: Verdict, code: int
