@@ -220,7 +220,7 @@ def test_help_teaches_every_command(name):
 
 
 def test_every_command_has_a_file_of_its_name():
-    shared = {"__init__", "__main__", "app", "keep_up", "options", "order", "output"}
+    shared = {"__init__", "__main__", "app", "keep_up", "may_move", "options", "order", "output"}
     assert {path.stem for path in Path(cli.__file__).parent.glob("*.py")} == {*COMMANDS, *shared}
 
 
