@@ -101,6 +101,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
         shutdown_timeout=CLOSE_S,
         max_line_size=limit,
         max_field_size=limit,
+        auto_decompress=False,  # `body_of` does it: the library's own accepts what ends early and closes the connection
     )
     control = web.AppRunner(
         Control(yard, moves, memory_budget, status, stop=stop.set, reload=reload).application(), access_log=None

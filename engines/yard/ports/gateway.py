@@ -29,7 +29,7 @@ from engines.yard.engine.unit import Unit
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.ports.guard import CHALLENGE, Guard, is_for_people
 from engines.yard.ports.page import page
-from engines.yard.ports.passing import Polled, pass_through, refuse_upgrade, sent_on, wire_path
+from engines.yard.ports.passing import Polled, body_of, pass_through, refuse_upgrade, sent_on, wire_path
 from engines.yard.ports.props import props
 from engines.yard.ports.reply import JSON_TYPE, UNREAD_POLL_S, ClientLeft, ClientReply, error_response
 from engines.yard.ports.status import Status
@@ -140,7 +140,8 @@ class Gateway:
 
     async def _served(self, request: web.Request, path: str, kind: Kind) -> web.StreamResponse:
         began = time.monotonic()
-        call = parse(path, await request.read(), request.headers.get("Content-Type", ""))
+        body = await body_of(request, self._yard.settings.max_body_mib * 2**20)
+        call = parse(path, body, request.headers.get("Content-Type", ""))
         route = self._yard.route_for(call.model or request.query.get("model"))
         reply = ClientReply(request, call, self._unread)
         self._shadow.make_way(route)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import quote
@@ -29,6 +30,7 @@ NOT_SENT = HOP_BY_HOP | {
 # fmt: on
 NOT_RETURNED = HOP_BY_HOP | {"server", "date", "set-cookie"}
 PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
+UNPACKED = {"gzip": 31, "x-gzip": 31, "deflate": zlib.MAX_WBITS}  # encodings, and zlib's word for each
 POLLED_S = 1.5  # polled every second or faster, llama-server does not see that clients left
 
 
@@ -54,6 +56,42 @@ def sent_on(request: web.Request, *, read_here: bool, content_type: str = "") ->
         }
         headers = {**kept, "Content-Type": content_type or "application/json"}
     return headers
+
+
+async def body_of(request: web.Request, limit: int) -> bytes:
+    """The request's body, unpacked; strictly, since a body that ends early could still be JSON.
+
+    Raises Refusal 400 for one that is not what its Content-Encoding says, 415 for an encoding that is not unpacked
+    here, and HTTPRequestEntityTooLarge beyond `limit` bytes, packed or not.
+    """
+    data = await request.read()
+    encodings = [name.strip().lower() for name in request.headers.get("Content-Encoding", "").split(",")]
+    for name in reversed(encodings):
+        if name in ("", "identity"):
+            continue
+        if name not in UNPACKED:
+            raise Refusal(415, f"Content-Encoding {name[:40]!r} is not known here; send gzip, deflate or none")
+        try:
+            data = _unpacked(data, name, limit)
+        except zlib.error as error:
+            raise Refusal(400, f"the request body is no valid {name}: {error}") from None
+    return data
+
+
+def _unpacked(data: bytes, name: str, limit: int) -> bytes:
+    whole = b""
+    is_raw = name == "deflate" and data[:1] and data[0] & 15 != zlib.DEFLATED  # without zlib's header, as some send it
+    while data:  # gzip may have several members
+        one = zlib.decompressobj(-zlib.MAX_WBITS if is_raw else UNPACKED[name])
+        whole += one.decompress(data, limit + 1 - len(whole))
+        if len(whole) > limit:
+            raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=len(whole))
+        if not one.eof:
+            raise zlib.error("it ends early")
+        data = one.unused_data
+        if data and name == "deflate":
+            raise zlib.error("something follows its end")
+    return whole
 
 
 def returned(headers: Mapping[str, str]) -> list[tuple[str, str]]:

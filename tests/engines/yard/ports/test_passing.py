@@ -4,6 +4,7 @@ import gzip
 import json
 import socket
 import time
+import zlib
 
 import pytest
 from waiting import until
@@ -188,24 +189,56 @@ def test_a_form_passes_as_it_is_and_a_reranker_is_no_text(yard):
         ('{"a": 1}'.encode("utf-16-le"), {}, "JSON"),
         (b'{"a": "\xe4"}', {}, "UTF-8"),
         (b"not gzip", {"Content-Encoding": "gzip"}, ""),
-        (gzip.compress(b'{"a": 1}', mtime=0)[:-14], {"Content-Encoding": "gzip"}, ""),
+        (gzip.compress(b'{"a": 1}', mtime=0)[:-14], {"Content-Encoding": "gzip"}, "ends early"),
+        (gzip.compress(b'{"a": 1}', mtime=0)[:-3], {"Content-Encoding": "gzip"}, "ends early"),
+        (gzip.compress(b'{"a": 1}') + b"more", {"Content-Encoding": "gzip"}, "no valid gzip"),
+        (zlib.compress(b'{"a": 1}') + b"more", {"Content-Encoding": "deflate"}, "follows its end"),
+        (b'{"a": 1}', {"Content-Encoding": "deflate"}, "no valid deflate"),
+        (b"[" * 100_000, {}, "nested too deeply"),
     ],
 )
 def test_a_body_that_is_no_json_in_utf8_is_400(yard, body, headers, words):
     with yard.http() as http:
         answer = http.post("/v1/chat/completions", content=body, headers=headers)
-    assert answer.status_code == 400
+        assert answer.status_code == 400
+        assert http.get("/v1/models").status_code == 200, "the connection stays of use"
     assert words in answer.json()["error"]["message"]
     assert "Traceback" not in yard.said()
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, br", "made-up"])
+def test_an_encoding_that_is_not_unpacked_is_415(yard, encoding):
+    with yard.http() as http:
+        answer = http.post("/v1/chat/completions", content=b"packed", headers={"Content-Encoding": encoding})
+        assert (answer.status_code, answer.headers["content-type"]) == (415, "application/json; charset=utf-8")
+        assert http.get("/v1/models").status_code == 200
+    assert "Traceback" not in yard.said()
+
+
+def test_a_body_that_unpacks_to_too_much_is_413(start_yard):
+    """A megabyte of zeros takes a kilobyte."""
+    yard = start_yard(settings={"max_body_mib": 1}).ready()
+    packed = gzip.compress(b" " * (2**20 + 1))
+    with yard.http() as http:
+        answer = http.post("/v1/chat/completions", content=packed, headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 413
 
 
 def test_json_that_is_fine_passes(yard):
     with yard.http() as http:
         text = '{"model":"m","messages":[{"role":"user","content":"\\ud83d\\ude00 \\\\ud800"}],"max_tokens":1}'
         assert http.post("/v1/chat/completions", content=text).status_code == 200
-        packed = gzip.compress(text.encode())
-        answer = http.post("/v1/chat/completions", content=packed, headers={"Content-Encoding": "gzip"})
-        assert answer.status_code == 200
+        raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+        for encoding, packed in (
+            ("gzip", gzip.compress(text.encode())),
+            ("gzip", gzip.compress(text[:20].encode()) + gzip.compress(text[20:].encode())),
+            ("deflate", zlib.compress(text.encode())),
+            ("deflate", raw.compress(text.encode()) + raw.flush()),
+            ("deflate, gzip", gzip.compress(zlib.compress(text.encode()))),
+            ("identity", text.encode()),
+        ):
+            answer = http.post("/v1/chat/completions", content=packed, headers={"Content-Encoding": encoding})
+            assert answer.status_code == 200, (encoding, answer.text)
 
 
 # --- who may ask
