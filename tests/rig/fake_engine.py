@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.loading():
             self.reply(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
             return
-        if self.path.partition("?")[0] in ("/apply-template", "/v1/rerank"):
+        if self.path.partition("?")[0] in ("/apply-template", *(() if self.options.embeds else ("/v1/rerank",))):
             self.reply(200, {"path": self.path, "headers": dict(self.headers), "body": body})
             return
         if self.path == "/tokenize":
