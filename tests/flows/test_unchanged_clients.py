@@ -197,8 +197,9 @@ def test_a_stream_that_goes_on_without_its_client_keeps_its_place(yard, url):
         return sum(slot["is_processing"] for slot in httpx.get(f"{url}/slots", timeout=30, **LOCAL).json())
 
     leave(**{"X-Conversation-Id": "a/b c"})
-    # what the test before left, or a probe, may have a slot for a moment
-    until(lambda: yard.engine("llama.cpp")["in_flight"] == slots() == 1, "one place taken, by nobody who waits")
+    assert yard.engine("llama.cpp")["in_flight"] == 1
+    until(lambda: slots() == 1, "the slots as they are: the yard asks for them at most once in 1.5 s")
+    assert yard.engine("llama.cpp")["in_flight"] == slots() == 1
     whole = httpx.get(f"{url}/v1/stream", params={"conv_id": "a/b c"}, timeout=120, **LOCAL).text
     assert whole.rstrip().endswith("[DONE]")
     until(lambda: yard.engine("llama.cpp")["in_flight"] == 0, "the place to be free")
