@@ -220,12 +220,18 @@ def _compose(services: Mapping[str, Any], cwd: Path | None) -> LlamaServerComman
         if not isinstance(service, Mapping):
             continue
         words = [*_words(service.get("entrypoint")), *_words(service.get("command"))]
-        if containers.IMAGE.search(str(service.get("image") or "")) or _starts_llama_server(words):
-            start = _start(words) if _starts_llama_server(words) else 0
-            container = containers.of_service(service, words[start:])
+        if (started := _started_in(service, words)) is not None:
+            container = containers.of_service(service, started)
             container.notes += [f"${name}: not set in the compose file; its value is missing here" for name in unknown]
             return container.read(cwd)
     raise BadInput(f"no llama-server among the services ({', '.join(map(str, services))}); give the file that has it")
+
+
+def _started_in(container: Mapping[str, Any], words: Sequence[str]) -> Sequence[str] | None:
+    """The words of a llama-server that a container starts, by its command or its image; None where it starts none."""
+    if _starts_llama_server(words):
+        return words[_start(words) :]
+    return words if containers.IMAGE.search(str(container.get("image") or "")) else None
 
 
 def _interpolated(value: Any, unknown: list[str]) -> Any:
@@ -294,9 +300,8 @@ def _pod(found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], cwd: Path
         words = [str(word) for word in (*(one.get("command") or ()), *(one.get("args") or ()))]
         if len(words) > 1 and " " in words[-1] and "llama-server" in words[-1]:  # sh -c "llama-server ..."
             return _script(words[-1], _of_pod(one, spec, words).env, cwd)
-        if containers.IMAGE.search(str(one.get("image") or "")) or _starts_llama_server(words):
-            start = _start(words) if _starts_llama_server(words) else 0
-            return _of_pod(one, spec, words[start:]).read(cwd)
+        if (started := _started_in(one, words)) is not None:
+            return _of_pod(one, spec, started).read(cwd)
     names = ", ".join(str(one.get("name") or one.get("image")) for one, _ in found)
     raise BadInput(f"no llama-server among the containers ({names}); give the manifest that has it")
 
@@ -305,13 +310,15 @@ def _of_pod(one: Mapping[str, Any], spec: Mapping[str, Any], words: Sequence[str
     """The container with its ports as published, its host paths as mounts, and a note on each value kept elsewhere."""
     variables = [each for each in one.get("env") or () if isinstance(each, Mapping)]
     paths = {each.get("name"): (each.get("hostPath") or {}).get("path") for each in spec.get("volumes") or ()}
-    ports = [each.get("hostPort") or each.get("containerPort") for each in one.get("ports") or ()]
     service = {
         "image": one.get("image"),
         "environment": [f"{each['name']}={each['value']}" for each in variables if "value" in each],
-        "ports": [f"{port}:{each['containerPort']}" for each, port in zip(one.get("ports") or (), ports, strict=True)],
+        "ports": [
+            {"published": each.get("hostPort") or each.get("containerPort"), "target": each.get("containerPort")}
+            for each in one.get("ports") or ()
+        ],
         "volumes": [
-            f"{paths[each.get('name')]}:{each.get('mountPath')}"
+            {"source": paths[each.get("name")], "target": each.get("mountPath")}
             for each in one.get("volumeMounts") or ()
             if paths.get(each.get("name"))
         ],

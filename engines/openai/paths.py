@@ -55,7 +55,7 @@ class Paths:
         return self.same.get(path, path)
 
     def kept_at(self, headers: Mapping[str, str]) -> str:
-        """Where a stream that was asked for with these headers goes on without its client; '' where it ends."""
+        """Where the stream of a request with these headers continues without its client; '' where it ends."""
         if self.kept is None:
             return ""
         name, where = self.kept

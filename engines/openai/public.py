@@ -1,4 +1,4 @@
-"""How an engine meets clients that have no key, and pages of other origins: the yard goes on in the same way."""
+"""How an engine meets clients that have no key, and pages of other origins: the yard answers them in the same way."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_on_a_terminal_it_asks(environment: dict[str, str], yard: YardClient, an
 
 
 def test_an_approval_shows_what_is_open_first_and_asks_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line for an area that passed; anything but yes and no is asked again."""
+    """One line for an area that passed; anything but yes and no repeats the question."""
     checks = [
         CheckResult(check="parity.a", verdict=Verdict.PASS, why="fine"),
         CheckResult(check="parity.b", verdict=Verdict.PASS, why="fine"),
