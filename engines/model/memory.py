@@ -103,7 +103,7 @@ def why_unsized(header: Header) -> str | None:
     """Why this model's memory cannot be computed from its header; None when it can."""
     architecture = header.architecture
     if header.kind != "model":
-        return f"the file holds a {header.kind}, not a model"
+        return f"the file is of type {header.kind}, not a model"
     if architecture not in known_architectures():
         return f"the memory layout of architecture {architecture!r} is not known"
     if architecture in NOT_SIZED:
