@@ -17,7 +17,7 @@ BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_toke
 
 
 class Asked:
-    """One request in a thread of its own: its status and text, once it is done."""
+    """One request in a thread of its own: its status and its text, as far as it has come."""
 
     def __init__(self, yard, **body):
         self.status, self.text = None, ""
@@ -28,8 +28,10 @@ class Asked:
     def _ask(self):
         with self._yard.http() as http:
             try:
-                answer = http.post("/v1/chat/completions", json=self._body)
-                self.status, self.text = answer.status_code, answer.text
+                with http.stream("POST", "/v1/chat/completions", json=self._body) as answer:
+                    self.status = answer.status_code
+                    for piece in answer.iter_text():
+                        self.text += piece
             except httpx.HTTPError as error:
                 self.text = repr(error)
 
@@ -46,7 +48,7 @@ def kill(yard, engine, number=signal.SIGKILL):
 def test_a_killed_engine_comes_back_and_loses_no_request_that_had_not_begun(start_yard):
     yard = start_yard(old="--itl-ms 20 --load-s 0.5", parallel=1).ready()
     begun = Asked(yard, stream=True, max_tokens=200)
-    until(lambda: yard.engine("old")["in_flight"] == 1, "a stream to begin")
+    until(lambda: begun.text, "a stream to begin")
     waiting = [Asked(yard, stream=stream) for stream in (True, False)]
     until(lambda: yard.route()["waiting"] == 2, "two requests to wait")
     first = yard.engine("old")["pid"]
@@ -104,7 +106,7 @@ def test_a_hang_with_a_green_health_is_wedged_and_replaced(start_yard):
 def test_an_engine_that_is_stopped_amid_an_answer_is_replaced(start_yard):
     yard = start_yard(old="--itl-ms 20", parallel=1).ready()
     asked = Asked(yard, stream=True, max_tokens=500)
-    until(lambda: yard.engine("old")["in_flight"] == 1, "a stream to begin")
+    until(lambda: asked.text, "a stream to begin: before that it would be sent again")
     kill(yard, "old", signal.SIGSTOP)
     assert asked.done().status == 200
     assert "went away: its process is stopped" in asked.text
@@ -214,7 +216,7 @@ def test_a_second_yard_is_refused(start_yard):
 def test_sigterm_finishes_what_is_in_flight(start_yard):
     yard = start_yard(old="--itl-ms 50", parallel=1).ready()
     asked = Asked(yard, stream=True, max_tokens=20)
-    until(lambda: yard.engine("old")["in_flight"] == 1, "a stream to begin")
+    until(lambda: asked.text, "a stream to begin")
     waiting = Asked(yard)
     until(lambda: yard.route()["waiting"] == 1, "a request to wait")
     yard.process.send_signal(signal.SIGTERM)

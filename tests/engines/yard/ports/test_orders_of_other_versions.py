@@ -90,7 +90,7 @@ def posting(home):
 
 ORDERS = {
     "promote": ["smollm2", "--to", "mistral.rs", "--yes"],
-    "canary": ["smollm2", "--weight", "0.5"],
+    "canary": ["smollm2", "--weight", "0.5", "--yes"],
     "shadow": ["smollm2", "--share", "0.5"],
     "use": ["auto"],
     "drain": [],
