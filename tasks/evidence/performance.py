@@ -240,8 +240,10 @@ def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload,
     arm["icl_ms"] = [gap for record in records if record.ok for gap in record.measured("icl_ms") or ()]
     for name in ("ttft_ms", "tpot_ms", "e2e_ms", "prefill_tok_s", "decode_tok_s"):
         values = (record.measured(name) for record in records if record.ok)
-        # a stream read in one go (the client was held up, or the engine buffers) has a TPOT of 0: no measurement
         arm[name] = [value for value in values if value is not None and value > 0]
+    # a stream read in one go (the client was held up, or the engine buffers) has a TPOT of 0: no measurement
+    at_once = [record for record in records if record.ok and record.measured("tpot_ms") == 0]
+    arm["read_in_one_go"] = bool(at_once) and not arm["tpot_ms"]
     return arm
 
 
@@ -320,6 +322,8 @@ def _reason_to_discard(
             return f"the {name} did not come up: {arm['failed']}"
         if not arm["ttft_ms"]:
             return f"no request to the {name} succeeded"
+        if arm["read_in_one_go"]:
+            return f"every answer of the {name} was read in one go: no time per token"
     return None
 
 

@@ -153,7 +153,9 @@ def test_a_broken_off_evaluation_is_resumed_and_keeps_what_it_has(used):
     assert {("both", "preflight"), ("both", "performance")} <= {(arm, kind) for arm, kind, *_ in before}
     done = switchyard(used, "evaluate", used.plan, "--resume", "latest", "--json")
     outcome = json_of(done)
-    assert (outcome["run_id"], outcome["verdict"], done.returncode) == (run_id, "PASS", 0), outcome["models"]
+    (model,) = outcome["models"]
+    open_ = [c["check"] + ": " + c["why"] for c in model["checks"] if c["required"] and c["verdict"] != "PASS"]
+    assert (outcome["run_id"], outcome["verdict"], done.returncode) == (run_id, "PASS", 0), "\n".join(open_)
     assert before < set(used.rows(query, run_id))
 
 
