@@ -26,6 +26,7 @@ from engines.yard.client import YardClient
 from engines.yard.state import StateFile
 from flows.deprecate import deprecate
 from flows.evaluate import evaluate
+from flows.evaluation.estimate import migration_estimate
 from flows.experiment_lock import alone
 from flows.native_phase import to_native
 from flows.orchestrator.artifacts import put_table, worst_first
@@ -141,10 +142,24 @@ class WholeMigration:
         """Nothing where every model has a verdict on just this plan, file and engine; else what is missing of it."""
         waiting = [(self._verdict(model), model) for model in self.models if self._serving(model) == self.incumbent]
         again = next((found.run_id for found, model in waiting if self._is_incomplete(found, model)), None)
-        if again is not None or not all(found.verdict for found, _ in waiting):
+        measures = again is not None or not all(found.verdict for found, _ in waiting)
+        stays = {model.id for found, model in waiting if not measures and self._stays(found, model)}
+        self._say_how_long([model for model in self.models if model.id not in stays], measures)
+        if measures:
             self.run.begin()
             unfinished = self.run.records.unfinished(self.plan.model_dump(mode="json"))
             self.phases.evaluate(self.plan, unfinished.id if unfinished else again, self.path)
+
+    def _say_how_long(self, models: Sequence[ModelPlan], measures: bool) -> None:
+        """What is left for the models that may move, on one line; none where nothing is left."""
+        phases: dict[str, list[ModelPlan]] = {"evaluate": list(self.plan.models) if measures else []}
+        for phase, target in (("subprocess", self.candidate), ("native", self.native)):
+            ends = {target, self.native}
+            waits = [model for model in models if self._serving(model) not in ends]
+            phases[phase] = waits if target and phase in self.plan.migrate.phases else []
+        if any(phases.values()):
+            asked = {"rehearsal": not self.orders.without_rehearsal, "canary": not self.orders.without_canary}
+            progress.get().note(f"{self.plan.name}: {migration_estimate(self.plan, phases, **asked)}")
 
     def _is_incomplete(self, found: PhaseOne, model: ModelPlan) -> bool:
         """Whether the evaluation behind a verdict lacks a check of this model that a resumed run would carry out."""
@@ -154,6 +169,10 @@ class WholeMigration:
         run = self.run.records.find_run(found.run_id)
         same = run.plan_hash == plan_hash(self.plan.model_dump(mode="json"))  # another plan is not resumed
         return same and model.id in models_to_retry(self.run.records, run.id)
+
+    def _stays(self, found: PhaseOne, model: ModelPlan) -> bool:
+        """Whether a verdict keeps the model on the incumbent: a person may approve one that is INCONCLUSIVE."""
+        return not found.open and found.verdict is not Verdict.INCONCLUSIVE and model.id not in self.orders.override
 
     def _verdict(self, model: ModelPlan) -> PhaseOne:
         return phase_one(self.run.records, self.plan, model, self.phases.version(self.plan))
@@ -194,12 +213,11 @@ class WholeMigration:
         known = self._verdict(model) if phase == "subprocess" else None
         overridden = known is not None and not known.open
         if known is not None and overridden:
-            by_order = model.id in self.orders.override
-            if not by_order and known.verdict is not Verdict.INCONCLUSIVE:
+            if self._stays(known, model):
                 verdict = known.verdict or Verdict.INCONCLUSIVE
                 why = f"it stays on {self._serving(model)}: {known.why}"
                 return {"verdict": verdict.value, "result": "stays", "why": why}
-            if by_order:
+            if model.id in self.orders.override:
                 self.run.put_decision(model.id, phase, who=self.orders.who, why=self.orders.reason)
         if overridden or self.plan.migrate.approve == "ask":
             what = f"Move {model.id} from {self._serving(model)} to {target}"

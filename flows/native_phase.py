@@ -22,7 +22,9 @@ from engines.home import home
 from engines.process.process import end_orphans
 from engines.registry import driver
 from flows.evaluate import evaluate
+from flows.evaluation.estimate import drills_s, takes
 from flows.orchestrator.ending import VERSION
+from flows.progress import progress
 from flows.rollout.model_move import ModelMove, MovePhase
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
@@ -50,6 +52,7 @@ def _drills(move: ModelMove) -> None:
         form, why = move.room()
         if not form:
             return {name: {"not_measured": why} for name in ("hang", "cycles")}
+        progress.get().note(f"{move.id}: hang and load cycles: {takes(drills_s(move.migration.plan, move.model))}")
         stage, cycles = move.stage(), move.migration.plan.measure.load_cycles
         return {
             "hang": _or_why(lambda: measure_hang(stage, move.say)),

@@ -31,6 +31,7 @@ from engines.home import host
 from engines.units import duration
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
+from flows.evaluation.estimate import spelled, takes
 from flows.evaluation.outcome import model_outcome, report, run_outcome
 from flows.experiment_lock import SOAK, Busy, alone
 from flows.orchestrator.artifacts import check_rows
@@ -138,6 +139,9 @@ class SoakRun:
         with run_journal(self.records, KIND, self.asked, unfinished=unfinished, **closing) as run:
             ends = [self._end_of(target) for target in found]
             if going := [target for target, end in zip(found, ends, strict=True) if end is None]:
+                left_s = sum(max(self.soak_s - _exposure_s(self._windows(run, target)), 0.0) for target in going)
+                window = takes(min(window_s, left_s))
+                progress.get().note(f"{self.plan.name}: this window {window}; {spelled(left_s)} of soak are left")
                 return self._conclude(run, [self._soaked(run, target, window_s / len(going), key) for target in going])
             if run.known_id is not None:  # killed after the last model's end and before its own
                 self._finish(run)

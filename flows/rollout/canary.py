@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.errors import SwitchyardError
+from flows.evaluation.estimate import canary_most_s, spelled
+from flows.progress import progress
 from flows.rollout.model_move import Closed, ModelMove
 from tasks.evidence.rehearsal import engine_of
 from tasks.records.tables import Step
@@ -38,6 +40,9 @@ def _take(move: ModelMove, weight: float, earlier: list[dict[str, Any]]) -> None
         found = move.run.records.get_evidence(move.run.id, move.id, "both", "canary", key=f"{weight:g}")
         earlier += found.payload["samples"] if found else []
         return
+    steps = move.migration.plan.canary
+    rest = f"; with the shares after it {spelled(canary_most_s(steps, weight))}" if weight < steps.steps[-1] else ""
+    progress.get().note(f"{move.id}: canary {weight:.0%} takes up to {spelled(60 * steps.max_minutes)}{rest}")
     try:
         share.begin(step, here)
         share.conclude(share.watch())

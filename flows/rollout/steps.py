@@ -12,8 +12,10 @@ from typing import Any
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
 from engines.yard.client import public_address, wait_until_serving
+from flows.evaluation.estimate import rehearsal_s, takes
 from flows.experiment_lock import alone
 from flows.orchestrator.run import run_journal
+from flows.progress import progress
 from flows.rollout.canary import canaries
 from flows.rollout.model_move import POLL_S, Closed, Do, Judge, Migration, ModelMove, MovePhase, Say
 from flows.rollout.orders import Orders
@@ -210,7 +212,9 @@ def _rehearsed(move: ModelMove) -> dict[str, Any]:
         return {"not_rehearsed": f"there is no fallback on this machine: {incumbent}: {absent}"}
     form, why = move.room()
     move.say(why)
-    if not form:
+    if form:
+        progress.get().note(f"{move.id}: the rehearsal {takes(rehearsal_s(move.migration.plan, move.model))}")
+    else:
         advice = "free some memory, or add --without-rehearsal --who NAME --reason TEXT"
         return {"not_rehearsed": f"{why}; {advice}"}
     return {**measure_rehearsal(move.stage(), candidate=move.candidate, form=form, say=move.say), "room": why}

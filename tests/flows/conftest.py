@@ -2,12 +2,14 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from processes import HOME
 from switchyard_command import command
+
+from flows.progress import Progress, progress
 
 
 @pytest.fixture
@@ -42,3 +44,17 @@ def switchyard(environment: dict[str, str], tmp_path: Path) -> Switchyard:
         )
 
     return run
+
+
+@pytest.fixture
+def notes() -> Iterator[list[str]]:
+    """The lines that stay on the terminal."""
+    lines: list[str] = []
+
+    class Noted(Progress):
+        def note(self, text: str) -> None:
+            lines.append(text)
+
+    before = progress.set(Noted())
+    yield lines
+    progress.reset(before)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from gguf_files import write_gguf
 
-from flows.evaluation.estimate import estimate, spelled
+from flows.evaluation.estimate import canary_most_s, drills_s, estimate, migration_estimate, rehearsal_s, spelled
 from migrations.llama_cpp_to_mistral_rs import plan_for
 from migrations.plan import ModelPlan
 from tasks.verdicts.limits import Measure
@@ -37,4 +38,19 @@ def test_the_soak_of_each_model_counts_and_one_that_cannot_be_read_does_not(tmp_
     assert estimate(plan).startswith("takes about 6 days")
     assert estimate(plan).endswith("; soak 6 days")
     assert "soak" not in estimate(plan, with_soak=False)
-    assert estimate(plan_for([broken])) == "takes about under a minute"
+    assert estimate(plan_for([broken])) == "takes under a minute"
+
+
+def test_what_is_left_of_a_migration_counts_each_phase_once(tmp_path: Path) -> None:
+    """Native is measured as well; what a person left out takes no time; a canary has its longest beside."""
+    models = [ModelPlan(id=name, gguf=write_gguf(tmp_path / f"{name}.gguf")) for name in ("a", "b")]
+    plan = plan_for(models, measure=Measure(soak_s=86_400))
+    assert migration_estimate(plan, {"evaluate": models}) == estimate(plan)
+    moves = migration_estimate(plan, {"evaluate": [], "subprocess": models})
+    assert re.fullmatch(r"takes (under a minute|about \d+ min); canary up to 12 h more", moves)
+    whole = migration_estimate(plan, {"evaluate": models, "subprocess": models, "native": models[:1]})
+    assert whole.endswith("; soak 3 days; canary up to 18 h more")
+    left_out = migration_estimate(plan, {"subprocess": models}, rehearsal=False, canary=False)
+    assert left_out == "takes under a minute"
+    assert rehearsal_s(plan, models[0]) < drills_s(plan, models[0])
+    assert canary_most_s(plan.canary, 0.25) == 2 * 7200

@@ -145,6 +145,18 @@ def test_one_model_goes_all_the_way_while_the_other_stays(box: Box) -> None:
     assert (outcome["verdict"], outcome["retirement"]["result"]) == ("FAIL", "not retired")
 
 
+def test_how_long_it_takes_stands_before_it_begins(box: Box, notes: list[str]) -> None:
+    """The next start has less to do, and one that has nothing to do says nothing."""
+    box.refuses = {NATIVE}
+    box.run()
+    assert notes[0] == "migration: takes about 12 days; soak 12 days; canary up to 1 day more"
+    box.refuses.clear()
+    box.run()
+    assert notes[1].endswith("; soak 3 days; canary up to 6 h more"), "bad stays, and good is on the candidate already"
+    box.run()
+    assert len(notes) == 2
+
+
 def test_what_broke_off_is_resumed_and_nothing_is_retired_before(box: Box, records: Records) -> None:
     """The yard died in phase 3, say: one run, one question for each phase."""
     box.parts["migrate"] = {"approve": "ask"}

@@ -207,9 +207,10 @@ def test_another_experiment_goes_first(box: Box) -> None:
 # windows
 
 
-def test_a_window_is_evidence_and_the_next_one_joins_the_run(box: Box) -> None:
+def test_a_window_is_evidence_and_the_next_one_joins_the_run(box: Box, notes: list[str]) -> None:
     """Load, times, memory of the engine and of the yard, and who it was."""
     first, second = box.window(1.5), box.window(1.5)
+    assert notes == ["a box: this window takes under a minute; 1 h of soak are left"] * 2
     assert (first["result"], second["result"]) == ("window added", "window added")
     assert first["run_id"] == second["run_id"]
     (run,) = box.runs()

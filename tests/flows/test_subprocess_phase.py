@@ -156,6 +156,11 @@ def test_traffic_moves_step_by_step_and_no_request_fails(make_box: MakeBox) -> N
     assert (box.route()["serving"], box.route()["undo"], box.route()["canary"]) == (NEW, OLD, None)
     assert set(seen) == {200}
     assert outcome["yard_started"]["pid"] == box.client.status()["pid"]
+    assert [line.partition(" - ")[2] for line in outcome["said"].splitlines() if " takes " in line] == [
+        "m: the rehearsal takes under a minute",
+        "m: canary 30% takes up to 2 min; with the shares after it 4 min",
+        "m: canary 60% takes up to 2 min",
+    ]
 
 
 def test_a_finished_migration_says_so_and_changes_nothing(make_box: MakeBox) -> None:
@@ -219,6 +224,7 @@ def test_native_is_drilled_and_takes_over(make_box: MakeBox) -> None:
     checks = {check["check"]: check for check in outcome["models"][0]["checks"]}
     assert {"native.hang", "native.load_cycles", "native.cycle_memory_yard", "native.cycle_memory_engine"} < set(checks)
     assert NEW in checks["rehearsal.fallback"]["why"]
+    assert "m: hang and load cycles: takes " in outcome["said"]
     assert (box.route()["serving"], box.route()["undo"]) == (NATIVE, NEW)
     assert set(seen) == {200}
     assert box.migrate("native", **OVERRIDE, **AT_ONCE)[1]["models"][0]["result"] == "already promoted"
