@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from flows.evaluation.judge import judged
 from flows.evaluation.trial import Bench, Trial
 from migrations.demo import cannot_prove
 from migrations.llama_cpp_to_mistral_rs import RISKS
+from tasks.evidence.unmeasured import PASS_WITHOUT_SOAK, SOAK_LEFT_OUT, judge_unmeasured
 from tasks.records.store import Records
 from tasks.report.report import write_report
 from tasks.verdicts.risks import Risk, judge_risks
@@ -24,7 +25,17 @@ def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         bench.records.drop_checks(bench.run_id, trial.model.id)
         bench.records.put_checks(bench.run_id, trial.model.id, results)
         models.append(model_outcome(trial.model.id, results, RISKS))
-    return run_outcome(bench.run_id, bench.plan.name, models, cannot_prove(bench.plan))
+    outcome = run_outcome(bench.run_id, bench.plan.name, models, cannot_prove(bench.plan))
+    if outcome["verdict"] == Verdict.INCONCLUSIVE and all(map(only_lacks_its_soak, trials, models)):
+        how = f"the gate stays shut until `switchyard evaluate --resume {bench.run_id}` adds the soak"
+        outcome |= {"result": PASS_WITHOUT_SOAK, "why": f"all that was measured is PASS; {how}"}
+    return outcome
+
+
+def only_lacks_its_soak(trial: Trial, model: Mapping[str, Any]) -> bool:
+    """Whether nothing keeps the model's gate shut but a soak that was left out on purpose."""
+    missing = [judge_unmeasured(*found).check for found in trial.unmeasured() if found[1] == SOAK_LEFT_OUT]
+    return set(model["closed_by"]) <= set(missing)
 
 
 def model_outcome(model_id: str, results: Sequence[CheckResult], known_risks: Iterable[Risk] = ()) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from prefect.states import Cancelled, Completed, Failed
 from engines.home import program_version
 from flows.experiment_lock import Refused
 from flows.progress import progress
+from tasks.evidence.unmeasured import PASS_WITHOUT_SOAK
 from tasks.verdicts.verdict import Verdict
 
 Asked = ParamSpec("Asked")
 VERSION = program_version()
 NOTHING_MOVED = "nothing had moved"
-# results without a gate: a soak that is not over, a report of whatever verdict, a rollback that had nothing to do
-NOT_JUDGED = ("window added", "nothing to soak", "report written", NOTHING_MOVED)
+# results without a gate: a soak that is not over or left out on purpose, a report, a rollback that had nothing to do
+NOT_JUDGED = ("window added", "nothing to soak", PASS_WITHOUT_SOAK, "report written", NOTHING_MOVED)
 
 
 def state_of(outcome: Mapping[str, Any]) -> State[Any]:

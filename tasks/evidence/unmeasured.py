@@ -28,6 +28,7 @@ from tasks.verdicts.verdict import CheckResult, Verdict
 KIND = "unmeasured"  # the kind of such evidence; its key says which check
 LAUNCH = "launch"  # the check that an engine starts with the model
 SOAK_LEFT_OUT = "soak.left_out"  # the check that a scheduled evaluation does not carry out
+PASS_WITHOUT_SOAK = "PASS without a soak"  # the result of an evaluation whose gate only that keeps shut
 LOG_LINES = 20
 SHOWN_LINES = 3
 WHY_CHARS = 600

@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import flows
 from engines.home import program_version
+from flows.evaluation.outcome import model_outcome, only_lacks_its_soak
 from flows.orchestrator.artifacts import check_rows, worst_first
 from flows.orchestrator.ending import NOTHING_MOVED, state_of
+from tasks.evidence.unmeasured import SOAK_LEFT_OUT, judge_unmeasured, left_out
+from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 ROOT = Path(flows.__file__).parent.parent
 
@@ -29,6 +33,7 @@ ROOT = Path(flows.__file__).parent.parent
         ({"verdict": None, "result": "nothing to soak"}, ("COMPLETED", "nothing to soak")),
         ({"verdict": "FAIL", "result": "breached"}, ("FAILED", "FAIL")),
         ({"verdict": "PASS", "result": NOTHING_MOVED}, ("COMPLETED", "nothing had moved")),
+        ({"verdict": "INCONCLUSIVE", "result": "PASS without a soak"}, ("COMPLETED", "PASS without a soak")),
         ({"verdict": "FAIL", "result": "report written"}, ("COMPLETED", "report written")),
     ],
 )
@@ -36,6 +41,29 @@ def test_a_closed_gate_has_failed_by_its_own_name(outcome: dict[str, Any], ended
     """What has no gate, or not yet, has not."""
     state = state_of(outcome)
     assert (state.type.value, state.name) == ended
+
+
+SOAK = ("both", SOAK_LEFT_OUT, left_out("as scheduled ones do"))
+PASSED = CheckResult(check="parity.x", verdict=Verdict.PASS, why="seen")
+NO_SOAK = judge_unmeasured(*SOAK)
+
+
+@pytest.mark.parametrize(
+    ("checks", "unmeasured", "only"),
+    [
+        ([PASSED, NO_SOAK], [SOAK], True),
+        ([PASSED], [], True),  # another model's soak is the one that lacks
+        ([not_measured("parity.x", "too few"), NO_SOAK], [SOAK], False),
+        ([CheckResult(check="parity.x", verdict=Verdict.FAIL, why="seen"), NO_SOAK], [SOAK], False),
+        ([PASSED, NO_SOAK], [], False),  # a soak that was measured, and is too short
+    ],
+)
+def test_a_soak_left_out_on_purpose_is_no_failure_of_the_night(checks: Any, unmeasured: Any, only: bool) -> None:
+    """What the night measured is; and the model's own verdict opens no gate either way."""
+    trial: Any = SimpleNamespace(unmeasured=lambda: unmeasured)
+    model = model_outcome("m", checks)
+    assert only_lacks_its_soak(trial, model) is only
+    assert (model["verdict"] == "PASS") is (checks == [PASSED])
 
 
 def test_a_state_says_how_it_ended_for_each_model() -> None:
