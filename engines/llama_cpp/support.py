@@ -10,12 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engines.model.header import Header, template_beyond, template_error
+from engines.model.header import Header
 from engines.model.layout import layout, named, odd_tensors
 from engines.model.loads import Loads, known_architectures, wrong_kinds
+from engines.model.template import template_beyond, template_error, template_refuses
 from engines.model.vocabulary import vocabulary
 
 RULES = Path(__file__).with_suffix(".toml")
+NEWER = "; a newer llama.cpp may know it"
 
 
 def loads(header: Header, version: str | None = None) -> Loads:
@@ -24,7 +26,7 @@ def loads(header: Header, version: str | None = None) -> Loads:
     if obstacles := list(_obstacles(header, _rules())):
         return Loads("no", "; ".join(obstacles))
     if doubts := list(_doubts(header, _rules(), package)):
-        return Loads("unknown", f"{doubts[0]}; a newer llama.cpp may know it")
+        return Loads("unknown", doubts[0])
     return Loads("yes", f"architecture {header.architecture!r} is among the {len(names)} names of {package}")
 
 
@@ -96,9 +98,9 @@ def _tokenizer(header: Header, rules: dict[str, Any]) -> Iterator[str]:
 def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str]:
     names = known_architectures()
     if header.architecture not in names:
-        yield f"architecture {header.architecture!r} is not among the {len(names)} names of {package}"
+        yield f"architecture {header.architecture!r} is not among the {len(names)} names of {package}{NEWER}"
     if unknown := next((tensor for tensor in header.tensors if tensor.type.startswith("type ")), None):
-        yield f"tensor {unknown.name} is of ggml {unknown.type}, which {package} does not know"
+        yield f"tensor {unknown.name} is of ggml {unknown.type}, which {package} does not know{NEWER}"
     if odd := next((t for t in header.tensors if t.name.endswith("norm.weight") and t.type != "F32"), None):
         yield f"tensor {odd.name} is {odd.type}; on a CPU only an F32 norm is computed with"
     if isinstance(step := header.meta.get("general.alignment", 32), int) and step % 32:
@@ -106,7 +108,9 @@ def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str
     if why := template_error(header.chat_template):
         yield f"the chat template is not valid Jinja ({why})"
     if lacking := template_beyond(header.chat_template, rules["template"]):
-        yield f"the chat template uses {lacking}, which llama.cpp {rules['read_at']} does not have"
+        yield f"the chat template uses {lacking}, which llama.cpp {rules['read_at']} does not have{NEWER}"
+    if refusal := template_refuses(header.chat_template):
+        yield f"the chat template refuses any chat: {refusal}"
     if header.kinds.get("tokenizer.ggml.token_type", "[i") not in ("[i", "[I"):
         yield "tokenizer.ggml.token_type are no whole numbers of 32 bits"
     if layout(header) is None:
@@ -114,6 +118,6 @@ def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str
     if header.kind != "model" and layout(header) is None:
         yield f"general.type says {header.kind}, not model"
     if header.tokenizer_model not in rules["tokenizer_models"]:
-        yield f"tokenizer.ggml.model {header.tokenizer_model!r} is not in the list of {rules['read_at']}"
+        yield f"tokenizer.ggml.model {header.tokenizer_model!r} is not in the list of {rules['read_at']}{NEWER}"
     elif header.tokenizer_model in rules["bpe"] and (header.tokenizer_pre or "") not in rules["pre_tokenizers"]:
-        yield f"tokenizer.ggml.pre {header.tokenizer_pre!r} is not in the list of {rules['read_at']}"
+        yield f"tokenizer.ggml.pre {header.tokenizer_pre!r} is not in the list of {rules['read_at']}{NEWER}"

@@ -10,9 +10,10 @@ from typing import Any
 
 from engines.errors import BadInput
 from engines.model.gguf import Tensor
-from engines.model.header import Header, template_error
+from engines.model.header import Header
 from engines.model.layout import layout, named, odd_tensors
 from engines.model.loads import Loads, parse_version, wrong_kinds
+from engines.model.template import template_error
 from engines.model.vocabulary import vocabulary
 
 TOKENIZER = "the model's own tokenizer.json beside the file: settings.tokenizer_json"

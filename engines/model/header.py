@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
-from jinja2.ext import loopcontrols
-
 from engines.errors import BadInput
 from engines.model.gguf import SHARD_NAME, GgufFile, LongArray, Tensor, Value, read_gguf, shard_paths
+from engines.model.template import template_shows_tools
 
 MAX_LAYERS = 2048
 
@@ -308,69 +305,3 @@ def _vocab_size(meta: _Meta, tensors: tuple[Tensor, ...]) -> int | None:
         return len(tokens)
     embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
     return meta.whole("vocab_size") or (embedding.shape[1] if embedding and len(embedding.shape) > 1 else None)
-
-
-_OPENING = re.compile(r"\{[{%#]")
-_CLOSING = MappingProxyType({"{": "}}", "%": "%}", "#": "#}"})
-_QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"")
-
-
-def template_shows_tools(template: str | None) -> bool | None:
-    """Whether the template's code (not its prose, comments or quoted text) names `tools`; None without a template.
-
-    A template that never does cannot show the request's tools to the model, and engines then drop them silently.
-    """
-    if not template:
-        return None
-    return any(re.search(r"\btools\b", _QUOTED.sub("''", code)) for code in _jinja_code(template))
-
-
-def template_error(template: str | None) -> str | None:
-    """Why Jinja cannot compile the template; a tag that only Hugging Face's trainer knows counts as known."""
-    try:
-        Environment(extensions=[loopcontrols]).compile(template or "", raw=True)
-    except TemplateSyntaxError as error:
-        return None if "generation" in str(error) else f"line {error.lineno}: {error.message}"
-    return None
-
-
-def template_beyond(template: str | None, known: Mapping[str, Sequence[str]]) -> str | None:
-    """The first statement, filter, test or function of the template that a template engine does not have.
-
-    `known`: `statements_lacking` by the names of Jinja's nodes, `filters`, `tests`, `functions` and `methods`.
-    """
-    if not template or template_error(template):
-        return None
-    try:
-        tree = Environment(extensions=[loopcontrols]).parse(template)
-    except TemplateSyntaxError:
-        return None  # of a tag that counts as parsed
-    functions = {*known["functions"], *(macro.name for macro in tree.find_all(nodes.Macro)), "caller"}
-    for node in tree.find_all(nodes.Node):
-        kind = type(node).__name__
-        if kind in known["statements_lacking"]:
-            return f"a {kind} statement"
-        if isinstance(node, nodes.Filter) and node.name not in known["filters"]:
-            return f"the filter {node.name}"
-        if isinstance(node, nodes.Test) and node.name not in known["tests"]:
-            return f"the test {node.name}"
-        if isinstance(node, nodes.Call):
-            called = node.node
-            if isinstance(called, nodes.Name) and called.name not in functions:
-                return f"the function {called.name}"
-            if isinstance(called, nodes.Getattr) and called.attr not in known["methods"]:
-                return f"the method {called.attr}"
-    return None
-
-
-def _jinja_code(template: str) -> Iterator[str]:
-    """The inside of every `{{ }}` and `{% %}`, in order; `{# #}` is skipped, and so is what is never closed."""
-    at = 0
-    while opened := _OPENING.search(template, at):
-        mark = template[opened.start() + 1]
-        closed = template.find(_CLOSING[mark], opened.end())
-        if closed < 0:
-            return
-        if mark != "#":
-            yield template[opened.end() : closed]
-        at = closed + 2

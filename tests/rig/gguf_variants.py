@@ -83,6 +83,13 @@ def scaled(kind: str, **keys: float) -> Change:
     return several(put(f"{scaling}type", kind), *(put(f"{scaling}{key}", value, F32) for key, value in keys.items()))
 
 
+RAISES = "{{% if {} %}}{{{{ raise_exception('no') }}}}{{% endif %}}{{{{ m.content }}}}"
+
+
+def each(text: str) -> str:
+    return f"{{% for m in messages %}}{text}{{% endfor %}}"
+
+
 def template(text: str) -> Change:
     return put("tokenizer.chat_template", text)
 
@@ -265,6 +272,14 @@ CASES: dict[str, Change] = {
     "template with an import": template('{% import "a" as b %}'),
     "template with a macro": template("{% macro f(x) %}{{ x }}{% endmacro %}{{ f(1) }}"),
     "template with methods": template('{{ messages[0].content.split("x")[-1].lstrip() }}'),
+    "template that raises": template("{{ raise_exception('no') }}"),
+    "template that raises for each message": template(each("{{ raise_exception(m.role) }}")),
+    "template that raises without tools": template("{% if not tools %}{{ raise_exception('tools!') }}{% endif %}"),
+    "template that raises for a system message": template(each(RAISES.format("m.role == 'system'"))),
+    "template that raises unless they alternate": template(
+        each(RAISES.format("(m.role == 'user') != (loop.index0 % 2 == 0)"))
+    ),
+    "template that raises for an answer": template(each(RAISES.format("m.role == 'assistant'"))),
     "template a number": put("tokenizer.chat_template", 3, U32),
     "rope yarn": scaled("yarn", factor=4.0),
     "rope linear": scaled("linear", factor=4.0),

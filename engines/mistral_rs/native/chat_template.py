@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engines.model.header import template_shows_tools
+from engines.model.template import template_shows_tools
 
 CONTROL_TOKEN = 3
 # GPT-2's printable stand-ins for the 256 bytes, the other way round (openai/gpt-2 `src/encoder.py`)

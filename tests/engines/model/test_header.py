@@ -13,7 +13,8 @@ from gguf_files import LLAMA, nemotron_keys, write_gguf, write_split
 
 from engines.errors import BadInput
 from engines.model.gguf import read_gguf
-from engines.model.header import read_header, template_shows_tools
+from engines.model.header import read_header
+from engines.model.template import template_refuses, template_shows_tools
 
 
 def test_scalar_keys_are_spread_over_the_layers(tmp_path: Path) -> None:
@@ -206,3 +207,27 @@ def test_a_real_model_reads_as_published() -> None:
     header = read_header(next(Path(spec.origin).parent.glob("*.gguf")))
     assert (header.architecture, header.n_layers, header.head_count_kv[0]) == ("llama", 30, 3)
     assert (header.vocab_size, header.template_shows_tools) == (49152, False)
+
+
+RAISES = "{{ raise_exception('no') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "refusal"),
+    [
+        (RAISES, "no"),
+        ("{% for m in messages %}" + RAISES + "{% endfor %}", "no"),
+        ("{% if not tools %}" + RAISES + "{% endif %}", "no"),
+        ("{% if messages[0].role == 'system' %}" + RAISES + "{% endif %}", None),
+        ("{% if messages[0].content is string %}" + RAISES + "{% endif %}", None),
+        ("{{ messages[0].nothing.at_all }}" + RAISES, None),  # not by its own word
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + RAISES, None),
+        ("{{ 'a' * 9999999999 }}" + RAISES, None),
+        ("{{ messages[0].content }}", None),
+        ("{% for x in %}" + RAISES, None),
+        (None, None),
+    ],
+)
+def test_a_template_that_refuses_every_chat(template: str | None, refusal: str | None) -> None:
+    """Rendered within bounds: one that loops or fills the memory is left to the engine."""
+    assert template_refuses(template) == refusal
