@@ -116,11 +116,10 @@ class OwnArgs:
             if inline is not None:
                 flags.append(Flag(name, (inline,), option))
                 continue
-            is_last = not rest or NEXT_FLAG.match(rest[0]) is not None
-            if option is None:
-                n_values = 0 if is_last or not name.startswith("-") else 1
-            else:
-                n_values = 0 if is_last and option.value.endswith("?") else len(option.value.split())
+            takes = option.value.split() if option else ["?"] if name.startswith("-") else []
+            n_values = len(takes)
+            while n_values and takes[n_values - 1].endswith("?") and not _is_value(rest[n_values - 1 : n_values]):
+                n_values -= 1
             if len(rest) < n_values:
                 raise BadInput(f"{name}: its value is missing, nothing follows it")
             flags.append(Flag(name, tuple(rest[:n_values]), option))
@@ -214,7 +213,7 @@ class OwnArgs:
         """`own` with each name of a file changed."""
         words: list[str] = []
         for flag in self.split(own.args):
-            words += [flag.name, *(self._changed(flag, value, change) for value in flag.values)]
+            words += [flag.name, *(self._changed(flag, value, change) for value in flag.values[:1]), *flag.values[1:]]
         variables = {}
         for name, value in own.env.items():
             stands_for = self.flag_of(name, value)
@@ -230,6 +229,10 @@ class OwnArgs:
             name, colon, scale = part.rpartition(":") if kind == "scaled" and ":" in part else (part, "", "")
             changed.append(change(name, "file") + colon + scale)
         return ",".join(changed)
+
+
+def _is_value(words: Sequence[str]) -> bool:
+    return len(words) == 1 and NEXT_FLAG.match(words[0]) is None
 
 
 def _is_secret(flag: Flag) -> bool:

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from engines.environment import SECRET
 from engines.errors import BadInput
 from engines.llama_cpp.flags import BESIDE, NEVER, OPTIONS, OWN_ARGS, ROUTING
 from engines.llama_cpp.hub import downloaded
-from engines.own_args import OFF, ON, Flag
+from engines.own_args import LIBRARIES, OFF, ON, Flag
 from engines.redaction import redacted_text
 from engines.settings import EngineArgs, KvType, Settings, safe_id
 
@@ -25,6 +25,9 @@ RANDOM_SEED = 2**32 - 1
 AUTO = ("auto", "-1")
 ALL_LAYERS = 999  # more than any model has
 OURS = ("--metrics", "--offline", "--slots")  # Switchyard's own, given to every llama-server
+NO_FILE = re.compile(r"-hf |-m |--model[ =]|.*downloads this model")
+KEYS = ("--api-key", "--api-key-file")
+OPEN = "only the shell knows its value; left out, add it to the plan"
 API_KEY_NOTE = "the key itself is not copied: export it as the environment variable that api_key_env in the plan names"
 
 Published = dict[int, tuple[str, int]]  # port inside a container -> address and port outside
@@ -56,6 +59,7 @@ class LlamaServerCommand:
     port: int = DEFAULT_PORT
     has_api_key: bool = False
     env: dict[str, str] = field(default_factory=dict)
+    outside: Callable[[str], str] = str  # a path in its container as one of this machine
     own: EngineArgs = field(default_factory=EngineArgs)
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -75,12 +79,17 @@ class LlamaServerCommand:
         """Its other names, with the first one where `model_id` had to differ."""
         return tuple(dict.fromkeys(name for name in self.names if name != self.model_id))
 
+    @property
+    def why_no_file(self) -> str | None:
+        """The note on a model that the command names otherwise than by a file that is known here."""
+        return next((note for note in self.notes if NO_FILE.match(note)), None)
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
     def path(self, text: str) -> Path:
-        path = Path(text).expanduser()
+        path = Path(self.outside(text)).expanduser()
         return self.cwd / path if self.cwd else path
 
 
@@ -91,19 +100,23 @@ def read_flags(
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     published: Published | None = None,
+    outside: Callable[[str], str] = str,
+    open: Set[str] = frozenset(),
 ) -> LlamaServerCommand:
     """What follows `llama-server` in a command, in words of a plan; `environ` is its environment, flags win over it.
 
-    `cwd` is where the command was run, for relative paths; `published` where a container's ports are reached. Raises
-    BadInput, one line, for a value of the wrong kind or one that is missing. A key is noticed and never copied.
+    `cwd` is where the command was run, for relative paths; `published` where a container's ports are reached, `outside`
+    where its files lie; `open` are words of which only the shell knows what they are. Raises BadInput, one line, for a
+    value of the wrong kind or one that is missing. A key is noticed and never copied.
     """
     # what the command leaves to the engine, the plan leaves to it as well
-    command = LlamaServerCommand(binary, cwd, {"parallel": 0})
+    command = LlamaServerCommand(binary, cwd, {"parallel": 0}, outside=outside)
     for name, value in sorted((environ or {}).items()):
-        _read_variable(name, value, command)
-    kept = [flag for flag in OWN_ARGS.split(flags) if not _read(flag, command)]
-    if command.repository is not None:
-        kept += _from_repository(command.repository, kept, {**os.environ, **(environ or {})}, command)
+        _read_variable(name, value, command, is_open=value in open)
+    kept = [flag for flag in OWN_ARGS.split(flags) if not (_is_open(flag, open, command) or _read(flag, command))]
+    if command.repository:
+        around = environ or {} if outside is not str else {**os.environ, **(environ or {})}
+        kept += _from_repository(command.repository, kept, around, command)
     kept = _without_equal_kv_types(kept, command)
     if not command.settings.jinja:
         kept = [flag for flag in kept if flag.key != "--jinja"]
@@ -114,15 +127,28 @@ def read_flags(
     own = EngineArgs(args=tuple(words), env=command.env)
     command.own = OWN_ARGS.with_files(own, lambda name, _: str(command.path(name)))
     _agree_on_address(command, published)
-    if command.gguf is None and not (
-        command.repository or any("downloads this model" in note for note in command.notes)
-    ):
+    if command.gguf is None and not (command.repository or command.why_no_file):
         command.note("no model file: without -m llama-server is an empty router; give the file as gguf in the plan")
     return command
 
 
-def _read_variable(name: str, value: str, command: LlamaServerCommand) -> None:
+def _is_open(flag: Flag, open: Set[str], command: LlamaServerCommand) -> bool:
+    """Notes a flag whose value only the shell knows; a key's value is of no interest."""
+    words = (flag.name, *flag.values, *(f"{flag.name}={value}" for value in flag.values))
+    if flag.key in KEYS or open.isdisjoint(words):
+        return False
+    command.note(f"{' '.join((flag.name, *flag.values))}: {OPEN}")
+    return True
+
+
+def _read_variable(name: str, value: str, command: LlamaServerCommand, *, is_open: bool) -> None:
     flag = OWN_ARGS.flag_of(name, value)
+    if is_open and not (flag and flag.key in KEYS):
+        if name != "PATH":
+            command.note(f"variable {name}: {OPEN}")
+        return
+    if name in LIBRARIES:
+        value = os.pathsep.join(filter(None, value.split(os.pathsep)))  # an empty one is the working directory
     if flag is not None and _read(flag, command):
         return
     if not OWN_ARGS.takes(name):
@@ -221,7 +247,7 @@ def _model(command: LlamaServerCommand, _: str, text: str) -> bool:
 
 
 def _alias(command: LlamaServerCommand, _: str, text: str) -> bool:
-    command.names = [name.strip() for name in text.split(",") if name.strip()]
+    command.names += [name.strip() for name in text.split(",") if name.strip()]  # each -a adds to those before it
     return True
 
 
@@ -313,7 +339,7 @@ def _from_repository(
     name: str, flags: Sequence[Flag], environ: Mapping[str, str], command: LlamaServerCommand
 ) -> list[Flag]:
     """Takes the model of `-hf` from where it was downloaded to; its projector as a flag, as llama-server loads it."""
-    found = downloaded(name, command.repository_file, environ)
+    found = downloaded(name, command.repository_file, environ, command.outside)
     command.gguf = found.model or command.gguf
     if found.preset:
         raise BadInput(f"-hf {name}: a preset of several models, not a model; give one of its models with -m")

@@ -1,15 +1,17 @@
-"""llama-server in a container: `docker run` and its kin, compose files and quadlets, as a command of this host."""
+"""llama-server in a container: `docker run` and its kin, and services of compose files, as a command of this host."""
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines.llama_cpp.argv import EVERY_HOST, LlamaServerCommand, Published, is_program, read_flags
+from engines.llama_cpp.argv import EVERY_HOST, OPEN, LlamaServerCommand, Published, is_program, read_flags
+from engines.llama_cpp.shell import read_env_file
 
 RUNNERS = frozenset({"docker", "podman", "nerdctl", "docker.exe"})
 # options of `docker run` that stand alone; each other long one takes a value
@@ -20,9 +22,16 @@ ALONE = frozenset((
 ))
 # fmt: on
 SHORT_ALONE = frozenset("ditPq")
-IMAGE = re.compile(r"llama[._-]?(cpp|server)|ggml-org|ggerganov", re.IGNORECASE)
-PORT = re.compile(r"(?:(?:(?P<ip>[\d.]+|\[[^\]]+\]):)?(?P<outside>\d+):)?(?P<inside>\d+)(?:/tcp)?")
-DEFAULT_ENV = {"LLAMA_ARG_HOST": EVERY_HOST}  # of the images that llama.cpp publishes (.devops/*.Dockerfile)
+IMAGE = re.compile(r"llama[._-]?(cpp|server)", re.IGNORECASE)
+PORT = re.compile(
+    r"(?:(?:(?P<ip>[\d.]+|\[[^\]]+\]):)?(?P<outside>\d*)(?:-\d+)?:)?(?P<inside>\d+)(?:-(?P<last>\d+))?(?:/tcp)?"
+)
+# of the images that llama.cpp publishes (.devops/*.Dockerfile)
+DEFAULT_ENV = {"LLAMA_ARG_HOST": EVERY_HOST, "HOME": "/root"}
+DEFAULT_FOLDER = "/app"
+# limits that a process of this host would not have
+LIMITS = re.compile(r"--(gpus|cpus?|cpuset.*|memory.*|device-.*)|-m|-c")
+KEYS = ("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE")
 BUILD_NOTE = (
     "runs in a container: the incumbent becomes a llama-server found on this machine, which is another build than the "
     "image's; set `binary` under [incumbent] to compare with a build of your choice"
@@ -37,40 +46,69 @@ class Container:
     words: list[str] = field(default_factory=list)  # what follows the image
     env: dict[str, str] = field(default_factory=dict)
     volumes: list[tuple[str, str]] = field(default_factory=list)  # place on this host, place inside
+    folder: str = DEFAULT_FOLDER  # that it starts in
     published: Published = field(default_factory=dict)
     is_published: bool = False
     host_network: bool = False
+    used: set[str] = field(default_factory=set)  # variables that the words themselves name
+    open: set[str] = field(default_factory=set)  # words that hold what only a shell knows
     notes: list[str] = field(default_factory=list)
 
     def mount(self, source: str, target: str) -> None:
         if source.startswith(("/", ".", "~")):
             self.volumes.append((os.path.expanduser(source), target.rstrip("/") or "/"))
+        elif target:
+            self.notes.append(f"volume {source} at {target}: not a path of this host; give the file with --model")
 
     def publish(self, text: str) -> None:
-        """`[[IP:]HOST:]CONTAINER`; of two for one port the first counts."""
-        if found := PORT.fullmatch(text.strip()):
-            self.is_published = True
-            if found["outside"]:
-                where = found["ip"] or EVERY_HOST, int(found["outside"])
-                self.published.setdefault(int(found["inside"]), where)
+        """`[[IP:]HOST:]CONTAINER`, each a port or a range; of two for one port the first counts."""
+        if (found := PORT.fullmatch(text.strip())) is None:
+            return
+        self.is_published = True
+        if not found["outside"]:
+            self.notes.append(
+                f"port {text}: outside it is another at each start; the plan has the one inside; change yard.port"
+            )
+            return
+        first, ip = int(found["inside"]), (found["ip"] or EVERY_HOST).strip("[]")
+        for inside in range(first, min(int(found["last"] or first), first + 1000) + 1):
+            self.published.setdefault(inside, (ip, int(found["outside"]) + inside - first))
+
+    def variable(self, text: str) -> None:
+        name, equals, value = text.partition("=")
+        if equals:
+            self.env[name] = value
+        else:
+            self.withheld(name, "its value comes from the shell, and is not known here")
+
+    def withheld(self, name: str, why: str) -> None:
+        """Note a variable whose value is not here; that there is a key matters, whatever it is."""
+        self.notes.append(f"variable {name}: {why}; left out")
+        if name in KEYS:
+            self.env[name] = "?"
+
+    def env_file(self, name: str, cwd: Path | None, what: str) -> None:
+        found = read_env_file(name, cwd)
+        if found is None:
+            self.notes.append(f"{what} {name}: another file, which is not read; its variables are missing here")
+        self.env |= {name: value for name, value in (found or {}).items() if name not in self.env}
 
     def outside(self, text: str) -> str:
-        """A path inside as one of this host; text that names none stays."""
+        """A path inside as one of this host; one that no volume holds stays."""
+        inside = posixpath.normpath(posixpath.join(self.folder, text))
         for source, target in sorted(self.volumes, key=lambda volume: -len(volume[1])):
-            if text == target or text.startswith(target.rstrip("/") + "/"):
-                return os.path.normpath(source + "/" + text[len(target.rstrip("/")) :].lstrip("/"))
+            if inside == target or inside.startswith(target.rstrip("/") + "/"):
+                return os.path.normpath(source + "/" + inside[len(target.rstrip("/")) :].lstrip("/"))
         return text
 
     def read(self, cwd: Path | None) -> LlamaServerCommand:
         """The command in words of a plan. Raises BadInput like `read_flags`."""
-        words = list(self.words)
-        if words and (is_program(words[0]) or words[0] in ("--server", "-s")):
+        words = self.words
+        if words and (is_program(words[0]) or (words[0] in ("--server", "-s") and ":full" in self.image)):
             words = words[1:]  # the image's own entry point, or the whole one's word for it
-        whole = {**DEFAULT_ENV, **self.env} if IMAGE.search(self.image) else self.env
-        env = {name: self.outside(value) for name, value in whole.items()}
-        inside = [self.outside(word) for word in words]
+        env = {**DEFAULT_ENV, **self.env} if IMAGE.search(self.image) else self.env
         published = None if self.host_network or not self.is_published else self.published
-        command = read_flags(inside, environ=env, cwd=cwd, published=published)
+        command = read_flags(words, environ=env, cwd=cwd, published=published, outside=self.outside, open=self.open)
         command.note(f"{self.image or 'the command'} {BUILD_NOTE}")
         if not self.host_network and not self.is_published:
             command.note("no port is published: the plan has the port inside the container; change yard.port if needed")
@@ -85,12 +123,12 @@ def is_runner(words: Sequence[str]) -> bool:
     if {"run", "create"}.isdisjoint(words[at:]):
         return False
     container = of_run(words)
-    return IMAGE.search(container.image) is not None or any(map(is_program, container.words[:1]))
+    return IMAGE.search(container.image) is not None or any("llama-server" in word for word in container.words)
 
 
-def of_run(words: Sequence[str]) -> Container:
-    """The container that `docker run ...` starts."""
-    container = Container()
+def of_run(words: Sequence[str], cwd: Path | None = None, open: Set[str] = frozenset()) -> Container:
+    """The container that `docker run ...` starts in folder `cwd`; `open` are words that only a shell knows."""
+    container, entrypoint = Container(open=set(open)), []
     start = next(at for at, word in enumerate(words) if os.path.basename(word) in RUNNERS)
     at = next(at for at in range(start, len(words)) if words[at] in ("run", "create")) + 1
     while at < len(words) and words[at].startswith("-"):
@@ -105,12 +143,17 @@ def of_run(words: Sequence[str]) -> Container:
         if not equals and at < len(words):
             value = words[at]
             at += 1
-        _option(container, name, value)
-    container.image, container.words = (words[at] if at < len(words) else ""), list(words[at + 1 :])
+        if name == "--entrypoint":
+            entrypoint = [value]
+        elif value in open and not value.startswith(KEYS):
+            container.notes.append(f"{name} {value}: {OPEN}")
+        else:
+            _option(container, name, value, cwd)
+    container.image, container.words = (words[at] if at < len(words) else ""), [*entrypoint, *words[at + 1 :]]
     return container
 
 
-def _option(container: Container, name: str, value: str) -> None:
+def _option(container: Container, name: str, value: str, cwd: Path | None) -> None:
     if name in ("-p", "--publish"):
         container.publish(value)
     elif name in ("-v", "--volume"):
@@ -121,34 +164,35 @@ def _option(container: Container, name: str, value: str) -> None:
         source, target = (next((parts[key] for key in keys if key in parts), "") for keys in (SOURCES, TARGETS))
         container.mount(source, target)
     elif name in ("-e", "--env"):
-        _variable(container, value)
+        container.variable(value)
     elif name == "--env-file":
-        container.notes.append(f"--env-file {value}: another file, which is not read; its variables are missing here")
+        container.env_file(value, cwd, name)
     elif name in ("--network", "--net"):
         container.host_network = value == "host"
+    elif name in ("-w", "--workdir"):
+        container.folder = value
+    elif name == "--secret":
+        container.withheld(value.rpartition("target=")[2], "its value is a secret of the container")
+    elif LIMITS.fullmatch(name) and (name, value) != ("--gpus", "all"):
+        container.notes.append(f"{name} {value}: a limit of the container; the engine that the yard starts has none")
 
 
 SOURCES, TARGETS = ("source", "src"), ("target", "destination", "dst")
 
 
-def _variable(container: Container, text: str) -> None:
-    name, equals, value = text.partition("=")
-    if equals:
-        container.env[name] = value
-    else:
-        container.notes.append(f"variable {name}: its value comes from the shell, and is not known here; left out")
-
-
-def of_service(service: Mapping[str, Any], words: Sequence[str]) -> Container:
-    """The container of one service in a compose file; `words` is its entry point and command."""
+def of_service(service: Mapping[str, Any], words: Sequence[str], cwd: Path | None) -> Container:
+    """The container of one service in a compose file in `cwd`; `words` is its entry point and command."""
     container = Container(image=str(service.get("image") or ""), words=list(words))
+    container.folder = str(service.get("working_dir") or DEFAULT_FOLDER)
     for text in _pairs(service.get("environment")):
-        _variable(container, text)
-    if service.get("env_file"):
-        container.notes.append(f"env_file {service['env_file']}: another file, which is not read")
+        container.variable(text)
+    files = service.get("env_file") or []
+    for file in files if isinstance(files, list) else [files]:
+        container.env_file(str(file.get("path") if isinstance(file, Mapping) else file), cwd, "env_file")
     for port in service.get("ports") or []:
         if isinstance(port, Mapping):
-            address = f"{port['host_ip']}:" if port.get("host_ip") else ""
+            ip = str(port.get("host_ip") or "")
+            address = f"[{ip}]:" if ":" in ip else f"{ip}:" if ip else ""
             outside = f"{port['published']}:" if port.get("published") else ""
             container.publish(f"{address}{outside}{port.get('target')}")
         else:
@@ -170,21 +214,5 @@ def _volume(volume: Any) -> tuple[str, str]:
 def _pairs(values: Any) -> Iterable[str]:
     """`NAME=value` of each variable; a name alone where no value is given."""
     if isinstance(values, Mapping):
-        return [str(name) if value is None else f"{name}={_text(value)}" for name, value in values.items()]
+        return [str(name) if value is None else f"{name}={value}" for name, value in values.items()]
     return [str(value) for value in values or []]
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def of_quadlet(section: Mapping[str, Sequence[str]], words: Sequence[str]) -> Container:
-    """The container of a quadlet's [Container] section, each key with all its values."""
-    container = Container(image=next(iter(section.get("Image", ())), ""), words=list(words))
-    for text in section.get("PublishPort", ()):
-        container.publish(text)
-    for text in section.get("Volume", ()):
-        source, target = _volume(text)
-        container.mount(source, target)
-    container.host_network = "host" in section.get("Network", ())
-    return container

@@ -7,7 +7,7 @@ before those, downloads lay flat in `~/.cache/llama.cpp`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,17 @@ class Downloaded:
     preset: bool = False
 
 
-def downloaded(name: str, file: str | None, environ: Mapping[str, str]) -> Downloaded:
-    """The model that `-hf name` (and `-hff file`) loads, and the projector that comes with it."""
+def downloaded(
+    name: str, file: str | None, environ: Mapping[str, str], outside: Callable[[str], str] = str
+) -> Downloaded:
+    """The model that `-hf name` (and `-hff file`) loads, and the projector that comes with it.
+
+    `outside` is where a folder of a container's `environ` lies on this machine.
+    """
     repository, _, quant = name.partition(":")
-    folder = _first(FOLDERS, environ) / f"models--{repository.replace('/', '--')}"
-    files = _snapshot(folder) or _flat(repository, environ)
+    folder = Path(outside(str(_first(FOLDERS, environ)))) / f"models--{repository.replace('/', '--')}"
+    flat = Path(outside(str(_first(FLAT_FOLDERS, environ)))).glob(f"{repository.replace('/', '_')}_*.gguf")
+    files = _snapshot(folder) or sorted(flat)
     if any(path.name == "preset.ini" for path in files):
         return Downloaded(folder, preset=True)
     model = _model(files, quant, file)
@@ -59,10 +65,6 @@ def _snapshot(folder: Path) -> list[Path]:
         if snapshot.is_dir():
             return sorted(path for path in snapshot.rglob("*") if path.is_file())
     return []
-
-
-def _flat(repository: str, environ: Mapping[str, str]) -> list[Path]:
-    return sorted(_first(FLAT_FOLDERS, environ).glob(f"{repository.replace('/', '_')}_*.gguf"))
 
 
 def _model(files: list[Path], quant: str, file: str | None) -> Path | None:

@@ -128,9 +128,7 @@ def _plan(commands: Sequence[LlamaServerCommand], models: Sequence[Path]) -> Pla
             raise BadInput(f"give {ways}, or --model FILE to plan from")
         return plan_for(chosen)
     first = commands[0]
-    binary = Path(first.binary) if first.binary else None
-    if binary is not None and not (binary.is_absolute() and binary.is_file()):
-        binary = None  # not the one in use: the usual places are searched
+    binary = _binary(first)
     incumbent = INCUMBENT.model_copy(update={"binary": binary, **dict(first.own)})
     yard = YardSettings(host=first.host, port=first.port)
     has_key = any(command.has_api_key for command in commands) or not yard.on_loopback
@@ -152,6 +150,14 @@ def _plan(commands: Sequence[LlamaServerCommand], models: Sequence[Path]) -> Pla
     return plan_for([*each, *chosen], incumbent=incumbent, **rest)
 
 
+def _binary(command: LlamaServerCommand) -> Path | None:
+    """The program that the command names; None where it is not here, or named without a folder: then it is searched."""
+    if command.binary is None or "/" not in command.binary:
+        return None
+    path = (command.cwd or Path()) / Path(command.binary).expanduser()
+    return path.absolute() if path.is_file() else None
+
+
 def _of_command(command: LlamaServerCommand, chosen: list[ModelPlan]) -> list[ModelPlan]:
     """The command's own model before those that were `chosen`; in its place the first of them where it is not here."""
     named = {"id": command.model_id, "aliases": command.aliases}
@@ -163,10 +169,10 @@ def _of_command(command: LlamaServerCommand, chosen: list[ModelPlan]) -> list[Mo
 
 def _file_of(command: LlamaServerCommand) -> Path:
     if command.gguf is None:
-        why = next(
-            (note for note in command.notes if note.startswith("-hf")), "the command names no model file (-m FILE)"
-        )
+        why = command.why_no_file or "the command names no model file (-m FILE)"
         raise BadInput(why if "--model" in why else f"{why}; add --model FILE")
+    if not command.gguf.expanduser().is_file():
+        raise BadInput(f"{command.gguf}: no such model file on this machine; give it with --model FILE")
     return command.gguf
 
 
@@ -177,6 +183,8 @@ def _notes(command: LlamaServerCommand, models: Sequence[Path]) -> list[str]:
     own, has = OWN_ARGS.flags(command.own), OWN_ARGS.other_server(command.own)
     kinds = [f"{has}; the yard serves it, and it cannot be moved: an evaluation compares chat"] if has else []
     kinds += [f"{key}: {what}" for key, what in PARTLY_MOVED.items() if key in own]
+    if "/" in (command.binary or "") and _binary(command) is None:
+        kinds.append(f"{command.binary} is not on this machine: a llama-server found here becomes the incumbent")
     return [*kinds, *command.notes, *absent]
 
 

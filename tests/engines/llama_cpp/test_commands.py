@@ -331,17 +331,22 @@ INSIDE = st.lists(
 FRAGMENT = st.one_of(
     PLAIN,
     st.sampled_from(["$A.", "${A}", "${B:-d}", "${B-e}", "${A:+p}", "\\ ", "\\'", "\\$", "~", "~/m", "{}", "a#b"]),
+    st.sampled_from(["${B:-$A}", '${B:-"d  e"}', "${A% y}", "${A##* }", "${B:-${A}}"]),
+    st.sampled_from(["$(dirname /a/b)", '"$(basename "$A")"', "`echo q`", "$(cd /usr && pwd)"]),
     st.text(st.sampled_from('ab $`\\"#;|&(){}~'), max_size=6).map(lambda text: f"'{text}'"),
     INSIDE.map(lambda parts: f'"{"".join(parts)}"'),
 )
-WORD = st.lists(FRAGMENT, min_size=1, max_size=3).map("".join)
+WORD = st.lists(FRAGMENT, min_size=1, max_size=3).map("".join).filter(lambda word: not word.startswith(("~+", "~-")))
+BRACES = st.sampled_from(
+    ["{a,b}", "x{1..3}y", "{3..1}", "{a,}", "{a,{b,c}d}", "'q'{a,\"b c\"}.${L[0]}", "'{a,b}'", '{"a":1,b:2}']
+)
 ENDS = st.sampled_from(
     ["", " > /dev/null 2>&1", " 2>/dev/null", " # a comment", " &", "; true", " && true", " | cat", "\n"]
 )
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.one_of(WORD, st.just('"${L[@]}"'), st.just("$C")), min_size=1, max_size=5), ENDS)
+@given(st.lists(st.one_of(WORD, st.just('"${L[@]}"'), st.just("$C"), BRACES), min_size=1, max_size=5), ENDS)
 def test_words_are_those_that_bash_finds(shell_words: Callable[[str], list[str]], words: list[str], end: str) -> None:
     """Quotes, expansions, arrays and splitting, beside what a real shell passes to the program."""
     text = f"A='x y'\nC='1  2 3'\nL=(one 'two three' \"$A\")\nllama-server {' '.join(words)}{end}\n"
