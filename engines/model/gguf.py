@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from engines.errors import BadInput
 
@@ -102,6 +103,15 @@ def read_metadata(path: Path) -> dict[str, Value]:
         return reader.pairs(reader.open()[1])
 
 
+def read_texts(path: Path, *keys: str) -> Iterator[tuple[bytes, ...]]:
+    """The arrays of texts under `keys`, not decoded: half the time. An empty one where a key has none."""
+    with _reader(path, keeps_all=True) as reader:
+        reader.decodes = False
+        found: dict[str, Any] = dict(reader.pairs(reader.open()[1]))
+    for key in keys:
+        yield found[key] if reader.kinds.get(key) == "[s" else ()
+
+
 def shard_paths(path: Path) -> list[Path]:
     """All files of the split set that `path` belongs to by its name, in order; `path` alone for a single file."""
     match = SHARD_NAME.match(path.name)
@@ -121,6 +131,7 @@ class GgufReader:
         self.at = 0
         self.order = "<"
         self.kinds: dict[str, str] = {}
+        self.decodes = True  # the items of arrays
         self._keeps_all = keeps_all
 
     def open(self) -> tuple[int, int]:
@@ -216,7 +227,7 @@ class GgufReader:
     def _texts(self, key: str, count: int) -> Value:
         # the one hot loop: a vocabulary has 10^5 strings
         unpack = struct.Struct(self.order + "Q").unpack_from
-        data, at, kept = self.data, self.at, list[str]()
+        data, at, kept = self.data, self.at, list[bytes]()
         keeps = self._keeps_all or count <= MAX_KEPT_TEXTS
         for _ in range(count):
             start = at + 8
@@ -224,11 +235,14 @@ class GgufReader:
             if keeps:
                 if at > self.size or at - start > MAX_KEPT_TEXT_BYTES:
                     raise self.bad(f"an item of {key!r} is {at - start} bytes long")
-                kept.append(data[start:at].decode("utf-8", errors="replace"))
+                kept.append(data[start:at])
         if at > self.size:
             raise self.bad(f"the array {key!r} runs past the end of the file")
         self.at = at
-        return tuple(kept) if keeps else LongArray(count)
+        if not keeps:
+            return LongArray(count)
+        items: tuple[Any, ...] = tuple(kept)
+        return tuple(text.decode("utf-8", errors="replace") for text in kept) if self.decodes else items
 
 
 @contextmanager

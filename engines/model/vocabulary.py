@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from engines.model.gguf import read_metadata
+from engines.model.gguf import read_texts
 from engines.model.header import Header
 
 
@@ -24,24 +24,25 @@ def vocabulary(header: Header) -> Vocabulary:
 
 @lru_cache(maxsize=4)
 def _read(path: Path, _changed_ns: int, _size: int) -> Vocabulary:
-    meta = read_metadata(path)
-    tokens, merges = (meta.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
-    texts = [token for token in tokens if isinstance(token, str)] if isinstance(tokens, tuple) else []
-    known = set(texts)
-    broken = (merge for merge in merges if not _joins(str(merge), known)) if isinstance(merges, tuple) else iter(())
-    return Vocabulary(_twice(texts) if len(known) < len(texts) else None, next(map(str, broken), None))
+    tokens, merges = read_texts(path, "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+    known = set(tokens)
+    broken = next((merge for merge in merges if not _joins(merge, known)), None)
+    return Vocabulary(_shown(_twice(tokens) if len(known) < len(tokens) else None), _shown(broken))
 
 
-def _joins(merge: str, known: set[str]) -> bool:
-    left, _, right = merge.partition(" ")
+def _joins(merge: bytes, known: set[bytes]) -> bool:
+    left, _, right = merge.partition(b" ")
     return left in known and right in known and left + right in known
 
 
-def _twice(tokens: list[str]) -> str | None:
-    seen = set[str]()
+def _twice(tokens: tuple[bytes, ...]) -> bytes | None:
+    seen = set[bytes]()
     for token in tokens:
-        # bytes that are no text all read as the same character
-        if token in seen and "\ufffd" not in token:
+        if token in seen:
             return token
         seen.add(token)
     return None
+
+
+def _shown(text: bytes | None) -> str | None:
+    return None if text is None else text.decode("utf-8", errors="replace")
