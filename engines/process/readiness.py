@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 import time
@@ -13,7 +14,15 @@ import httpx
 import psutil
 
 from engines.driver import Ask
-from engines.errors import EngineError, EngineExited, EngineNotEnded, EngineRefuses, EngineStalled, WrongListener
+from engines.errors import (
+    EngineError,
+    EngineExited,
+    EngineNotEnded,
+    EngineRefuses,
+    EngineStalled,
+    PortTaken,
+    WrongListener,
+)
 from engines.process.cpu_wait import CpuWait, is_stopped
 from engines.process.process import ManagedProcess
 from engines.settings import Serve
@@ -27,6 +36,7 @@ EMBEDDING = "/v1/embeddings"
 RERANK = "/v1/rerank"
 NOT_CHAT = (RERANK, EMBEDDING)  # a reranker gives an embedding too, of no use; an embedding server refuses to rank
 PROOFS = {CHAT: "one real token", TEXT: "one real token", EMBEDDING: "one embedding", RERANK: "one ranking"}
+_NOT_BOUND = re.compile(r"couldn't bind|address already in use|AddrInUse", re.IGNORECASE)
 STOPPED_S = 1.0  # a process that is continued at once was never in trouble
 NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
 QUOTED_LINES = 8
@@ -277,6 +287,9 @@ def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:
     if holder is not None:
         why = f"port {serve.port} is answered by {holder}; the {engine} that was started {ended}{last_lines(child)}"
         return WrongListener(why, engine=engine, log_tail=child.log_tail())
+    if any(_NOT_BOUND.search(line) for line in child.log_tail()):
+        why = f"port {serve.port} was taken when {engine} wanted it; {engine} {ended}{last_lines(child)}"
+        return PortTaken(why, engine=engine, log_tail=child.log_tail())
     why = f"{engine} {ended} while loading {serve.gguf.name}{last_lines(child)}"
     return EngineExited(why, returncode=child.poll() or 0, engine=engine, log_tail=child.log_tail())
 

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from engines.driver import Form, Installation
-from engines.errors import BadInput, EngineError, EngineExited, EngineNotEnded, EngineNotFound, EngineRefuses
+from engines.errors import (
+    BadInput,
+    EngineError,
+    EngineExited,
+    EngineNotEnded,
+    EngineNotFound,
+    EngineRefuses,
+    PortTaken,
+    WrongListener,
+)
 from engines.fit import Fit, estimate
 from engines.model.header import read_header
 from engines.registry import driver
@@ -22,6 +31,7 @@ from migrations import carried
 from migrations.plan import Plan
 from tasks.evidence.engine_under_test import EngineBehindYard, EngineUnderTest
 
+PORTS = 3
 CONTEXT_OF_FILES = 512  # tokens: enough for one, and little memory
 # how engines begin the line that names the cause; the last of the most telling kind counts
 _CAUSES = (r"error loading model: *(.*)", r"panicked at .*", r"^ *error: *(.*)", r".*(?:error|failed).*")
@@ -86,8 +96,8 @@ def judged_by_load(
     return report
 
 
-def _tried(load: Load, home: Path) -> tuple[str, str, float | None]:
-    """(yes, no or unknown; the reason; seconds to the first token)."""
+def _tried(load: Load, home: Path, ports: int = PORTS) -> tuple[str, str, float | None]:
+    """(yes, no or unknown; the reason; seconds to the first token), on the first of so many `ports` that is free."""
     try:
         installation = driver(load.engine).find(load.form, load.binary)
     except EngineNotFound as error:
@@ -113,6 +123,10 @@ def _tried(load: Load, home: Path) -> tuple[str, str, float | None]:
             return "yes", f"loaded and gave a token in {seconds:g} s ({_named(installation)})", seconds
     except EngineNotEnded:
         raise
+    except (PortTaken, WrongListener) as error:  # another process was quicker: no word on the model
+        if ports > 1:
+            return _tried(load, home, ports - 1)
+        return "unknown", f"{_named(installation)}: {str(error).splitlines()[0]}", None
     except EngineExited as error:
         if -error.returncode == signal.SIGKILL:
             return "unknown", f"killed while it loaded, by the kernel where memory ran out: {_cause(error)}", None

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -96,6 +97,25 @@ def test_a_stale_server_on_the_port_is_detected_not_believed(serve, tmp_path):
     finally:
         driver.stale.kill()
         driver.stale.wait()
+
+
+class SnatchedDriver(FakeDriver):
+    """Its port is taken between the look at it and the start, by nobody that listens."""
+
+    def argv(self, installation, serve):
+        self.held = socket.socket()
+        self.held.bind((serve.host, serve.port))
+        return super().argv(installation, serve)
+
+
+def test_a_port_taken_at_the_last_moment_is_no_failure_of_the_engine(serve, tmp_path):
+    driver = SnatchedDriver()
+    with (
+        pytest.raises(PortTaken, match=f"port {serve.port} was taken when fake wanted it"),
+        serving(driver, driver.find(), serve, state_dir=tmp_path, log_path=tmp_path / "log"),
+    ):
+        pass
+    driver.held.close()
 
 
 @pytest.mark.parametrize("habit", ["--ignore-sigterm", "--needs-two-sigterms", "--chatty", "--child"])

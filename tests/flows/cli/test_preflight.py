@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from installed import BOTH, smollm2
 from played import plan_of, played
 from switchyard_command import json_of
 
+from engines.errors import PortTaken
 from engines.model.free_memory import FreeMemory
 from engines.settings import Settings
 from flows.evaluation import load as loads
@@ -86,6 +88,22 @@ def test_what_does_not_fit_is_not_loaded(tmp_path, monkeypatch, header):
     assert entry["loads"] == ("no" if header == "no" else "unknown")
     assert "does not fit beside what runs" in entry["why"]
     assert entry["header"] == {"loads": header, "why": "by its list"}
+
+
+@pytest.mark.parametrize(("taken", "answer"), [(1, "yes"), (2, "yes"), (3, "unknown")])
+def test_a_port_that_another_process_takes_is_no_word_on_the_model(tmp_path, monkeypatch, taken, answer):
+    starts = []
+
+    def up(_):
+        starts.append(1)
+        if len(starts) <= taken:
+            raise PortTaken("port 1 was taken when llama.cpp wanted it")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(loads.EngineUnderTest, "up", up)
+    gguf, binary = write_gguf(tmp_path / "m.gguf"), played(tmp_path, "llama-server")
+    load = loads.Load("m", gguf, "llama.cpp", Settings(context_tokens=512), binary=binary)
+    assert loads._tried(load, tmp_path)[0] == answer
 
 
 @pytest.mark.parametrize(
