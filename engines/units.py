@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 
 NOT_MEASURED = "not measured"
-_COUNTED = frozenset(("answers", "divergences", "failures", "findings", "parameters", "requests"))
+_COUNTED = frozenset(("answers", "failures", "findings", "parameters", "requests", "unexplained divergences"))
 _SHOWN_AS = {"bytes/day": (1e-6, " MB/day"), "share": (100.0, " %"), "ratio": (1.0, "×")}
 SMALLEST = 6  # digits after the point; what is smaller is said to be under that
 _SIZES = (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2), ("TiB", 2))
@@ -46,9 +47,10 @@ def quantity(value: float | None, unit: str = "", beside: float | None = None) -
         return NOT_MEASURED
     if unit == "bytes":
         return size(value)
-    factor, name = _SHOWN_AS.get(unit, (1.0, f" {unit}" if unit else ""))
+    named = re.sub(r"(?<=\w{3})s(?=/|$)", "", unit) if value == 1 else unit  # `1 failure/day`
     if unit in _COUNTED:
-        return f"{value:,.0f} {unit if value != 1 else unit.removesuffix('s')}"
+        return f"{value:,.0f} {named}"
+    factor, name = _SHOWN_AS.get(unit, (1.0, f" {named}" if unit else ""))
     if unit == "share" and beside is None:
         beside = 1.0  # nearly all is not all
     return f"{figure(factor * value, None if beside is None else factor * beside)}{name}"

@@ -99,7 +99,7 @@ def not_measured(
 
 def is_near(ratio: float, limit: float) -> bool:
     """Whether a larger limit would be a small concession: twice the margin of a limit over 1 at the most."""
-    return ratio - 1 <= 2 * (limit - 1)
+    return max(ratio, 1 / ratio) - 1 <= 2 * (limit - 1)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

@@ -117,9 +117,9 @@ def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits)
 
 
 def _judge_divergences(comparison: Evidence, limits: Limits) -> CheckResult:
-    check, limit = "parity.explained_divergences", UNEXPLAINED_DIVERGENCES
+    check, limit, unit = "parity.explained_divergences", UNEXPLAINED_DIVERGENCES, "unexplained divergences"
     if not comparison["positions"]:
-        return not_measured(check, f"no logprobs to compare: {_basis(comparison)}", limit=limit, unit="divergences")
+        return not_measured(check, f"no logprobs to compare: {_basis(comparison)}", limit=limit, unit=unit)
     found = comparison["divergences"]
     unexplained = [d for d in found if d["explained"] is False]
     unseen = [d for d in found if d["explained"] is None]
@@ -133,8 +133,8 @@ def _judge_divergences(comparison: Evidence, limits: Limits) -> CheckResult:
         )
         why += f"; unexplained: {shown}"
     if len(unseen) * 2 > len(found) and len(unexplained) <= limit:
-        return not_measured(check, f"{why}: most cannot be explained or refuted", limit=limit, unit="divergences")
-    return at_most(check, len(unexplained), limit=limit, unit="divergences", why=why)
+        return not_measured(check, f"{why}: most cannot be explained or refuted", limit=limit, unit=unit)
+    return at_most(check, len(unexplained), limit=limit, unit=unit, why=why)
 
 
 def _judge_degenerate(comparison: Evidence, limits: Limits) -> CheckResult:

@@ -303,10 +303,11 @@ def test_answers_that_differ_stand_side_by_side(records: Records, tmp_path: Path
     assert "same text" not in text
 
 
-@pytest.mark.parametrize(("value", "offered"), [(1.15, True), (1.3, False), (9.0, False)])
+@pytest.mark.parametrize(("value", "offered"), [(1.15, True), (1.3, False), (9.0, False), (0.2, False)])
 def test_a_larger_limit_is_offered_only_to_what_lies_near_it(records: Records, value: float, offered: bool) -> None:
     run_id = started(records)
-    over = at_most("performance.ttft_p50_ratio", value, limit=1.1, unit="ratio")
+    facts = {"value": value, "limit": 1.1, "unit": "ratio", "why": "too far"}
+    over = CheckResult(check="performance.ttft_p50_ratio", verdict=Verdict.FAIL, **facts)
     lost = CheckResult(check="compatibility.stop_string", verdict=Verdict.FAIL, why="lost")
     assert ("a limit a little larger" in read_model(records, run_id, [over]).next_step) is offered
     assert "larger" not in read_model(records, run_id, [over, lost]).next_step
