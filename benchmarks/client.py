@@ -18,9 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version
 from typing import Any
-
-import uvloop
 
 from engines.client.load import measure
 from engines.client.self_test import lateness_ms, reference_server, self_test
@@ -130,7 +129,7 @@ def collect(rounds: int) -> list[dict[str, Any]]:
 
 def report(found: list[dict[str, Any]]) -> None:
     """Prints the medians over rounds and their ratios to our client, then what was reached."""
-    print(f"our client on uvloop {uvloop.__version__}; {TOKENS} tokens, {ITL_MS} ms apart; medians of rounds\n")
+    print(f"our client on uvloop {version('uvloop')}; {TOKENS} tokens, {ITL_MS} ms apart; medians of rounds\n")
     columns = f"{'late p50 ms':>12}{'late p99 ms':>12}{'CPU us/chunk':>14}{'ratio p99':>11}{'ratio CPU':>11}"
     print(f"{'streams':>7}  {'client':<11}{columns}")
     for streams in STREAMS:

@@ -1,7 +1,7 @@
 """How often the gate is right: candidates promoted at true slow-downs of 0 to 20 %, ours beside three usual judges.
 
-    python benchmarks/gate.py                          simulated noise of three machines
-    python benchmarks/gate.py --recorded blocks.json   the same on blocks recorded with one engine as both arms (A/A)
+    python -m benchmarks.gate                          simulated noise of three machines
+    python -m benchmarks.gate --recorded blocks.json   the same on blocks recorded with one engine as both arms (A/A)
 
 Ideal is 100 % at 0 (an equal engine is let through) and at most 5 % at 10 %, which is the margin. The usual judges see
 one start of each engine, all of the incumbent's requests and then all of the candidate's; ours sees blocks of fresh
@@ -134,7 +134,8 @@ def block_samples(rng: np.random.Generator, noise: Noise, runs: int, blocks: int
 
 def single_run_threshold(incumbent: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     """Promoted where the ratio of the means is at most 1 + margin."""
-    return candidate.mean(axis=1) / incumbent.mean(axis=1) <= 1 + MARGIN
+    promoted: np.ndarray = candidate.mean(axis=1) / incumbent.mean(axis=1) <= 1 + MARGIN
+    return promoted
 
 
 def welch(incumbent: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -143,7 +144,8 @@ def welch(incumbent: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     a, b = incumbent.var(axis=1, ddof=1) / n, candidate.var(axis=1, ddof=1) / m
     df = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1))
     t = (candidate.mean(axis=1) - incumbent.mean(axis=1)) / np.sqrt(a + b)
-    return t < np.array([t_quantile(0.975, math.floor(each)) for each in df])
+    promoted: np.ndarray = t < np.array([t_quantile(0.975, math.floor(each)) for each in df])
+    return promoted
 
 
 def kayenta_like(incumbent: np.ndarray, candidate: np.ndarray, allowed_increase: float = 1.0) -> np.ndarray:
@@ -211,7 +213,8 @@ def gate_rows(noise: str, log_ratios: np.ndarray, margin: float) -> Iterator[Row
 
 def _median_log_ratios(rng: np.random.Generator, noise: Noise, runs: int) -> np.ndarray:
     incumbent, candidate = block_samples(rng, noise, runs, DEFAULT_LOOKS[-1])
-    return np.log(np.median(candidate, axis=2) / np.median(incumbent, axis=2))
+    ratios: np.ndarray = np.log(np.median(candidate, axis=2) / np.median(incumbent, axis=2))
+    return ratios
 
 
 def _chunks(runs: int) -> Iterator[int]:

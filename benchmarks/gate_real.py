@@ -1,7 +1,7 @@
 """The gate on real runs: one engine as both arms, the candidate's slowed down for real, beside three usual judges.
 
-    python benchmarks/gate_real.py                        0, 10 and 30 % slower, 6 blocks each, some 6 minutes
-    python benchmarks/gate_real.py --record blocks.json   also writes the equal pair's blocks, for gate.py --recorded
+    python -m benchmarks.gate_real                        0, 10 and 30 % slower, 6 blocks each, some 6 minutes
+    python -m benchmarks.gate_real --record blocks.json   also writes the equal pair's blocks, for gate.py --recorded
 
 The slow-down is a duty cycle: the candidate's process is stopped and continued every 20 ms, so that it is on the CPU
 for 1 / (1 + slow-down) of the time. What a request then really takes is measured, not assumed: the table shows it.
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gate import kayenta_like, single_run_threshold, welch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gate import kayenta_like, single_run_threshold, welch
 from engines.errors import SwitchyardError
 from engines.process.serving import Served
 from engines.registry import driver
@@ -52,7 +52,7 @@ class SlowedEngine(EngineUnderTest):
     slowdown: float = 0.0
 
     @contextlib.contextmanager
-    def up(self, progress: Any = lambda _: None) -> Iterator[Served]:  # type: ignore[override]
+    def up(self, progress: Any = lambda _: None) -> Iterator[Served]:
         """The engine, slowed down while the block runs."""
         with super().up(progress) as served, duty_cycle(served.process.pid, 1 / (1 + self.slowdown)):
             yield served

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,7 +120,7 @@ def run_calls(base_url: str, calls: int, pids: Sequence[int]) -> Numbers:
 def cpu_seconds(pids: Sequence[int]) -> float:
     """User and system time of these processes together, in steps of 10 ms each."""
     times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(spent.user + spent.system for spent in times)
+    return float(sum(spent.user + spent.system for spent in times))
 
 
 class _Caller(asyncio.Protocol):
@@ -230,6 +231,9 @@ class KnownTruth:
 
     def loads(self, header: Header, version: str | None = None) -> Loads:
         return Loads("yes", "")
+
+    def clashes(self, settings: Settings, own: EngineArgs) -> list[str]:
+        return []
 
     def memory_parts(self, case: MemoryCase) -> list[Part]:
         return []
@@ -439,7 +443,7 @@ class Findings:
 
     def at(self, way: str, name: str, streams: int) -> float:
         """A number at so many streams."""
-        return statistics.median(row[name] for row in self.of(way, "streams", streams))
+        return float(statistics.median(row[name] for row in self.of(way, "streams", streams)))
 
     def added(self, way: str, name: str, streams: int) -> float:
         """The same, less the direct way's."""
@@ -447,12 +451,12 @@ class Findings:
 
     def call(self, way: str, name: str) -> float:
         """A number of short calls."""
-        return statistics.median(row[name] for row in self.of(way, "calls", CALLS))
+        return float(statistics.median(row[name] for row in self.of(way, "calls", CALLS)))
 
 
 def report(found: Findings, memory: dict[str, tuple[float, float]], requests: int) -> None:
     """Prints the tables, then what was reached."""
-    print(f"\nuvloop {uvloop.__version__}; replies of {TOKENS[0]} to {TOKENS[1]} tokens, {ITL_MS} ms apart; medians")
+    print(f"\nuvloop {version('uvloop')}; replies of {TOKENS[0]} to {TOKENS[1]} tokens, {ITL_MS} ms apart; medians")
     print("of rounds; the direct way's own numbers, and what the others add to them\n")
     names = ("ttft_p50", "ttft_p99", "late_p50", "late_p99", "itl_p50", "itl_p99")
     head = "".join(f"{name.replace('_', ' '):>10}" for name in names)
