@@ -13,6 +13,7 @@ from engines.openai.paths import ENDS
 
 BYTES_PER_TOKEN = 3  # of a request's JSON; only to guess how long a prompt may take
 LEAST_TOKENS = 32
+DEEPEST = 200  # levels of a body; whatever walks through it later needs some of the interpreter's 1000 for each
 LLAMA_CPP_PREFILL = re.compile(rb'"prompt_n":\s*(\d+)[^}]*?"prompt_ms":\s*(\d+(?:\.\d+)?)')
 MISTRAL_RS_PREFILL = re.compile(rb'"avg_prompt_tok_per_sec":\s*(\d+(?:\.\d+)?)')
 PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
@@ -104,6 +105,8 @@ def parse(path: str, raw: bytes, content_type: str = "") -> Call:
         body = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_number)
         if SURROGATE.search(raw):
             json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no character
+        if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deeper(body, DEEPEST):
+            raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the request body is not valid JSON: {_reason(error)}") from None
     if not isinstance(body, dict):
@@ -113,6 +116,14 @@ def parse(path: str, raw: bytes, content_type: str = "") -> Call:
     if "stream" in body and not isinstance(body["stream"], bool | None):
         raise Refusal(400, "stream must be true or false")
     return Call(path, raw, body)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [one for items in inside for one in items if isinstance(one, dict | list)]
+    return bool(level)
 
 
 def _no_number(name: str) -> float:

@@ -28,6 +28,7 @@ from engines.yard.memory_budget import MemoryBudget
 from engines.yard.moves import Moves
 from engines.yard.ports.control import Control, listening
 from engines.yard.ports.gateway import Gateway
+from engines.yard.ports.reply import Runner
 from engines.yard.ports.status import Status
 from engines.yard.shadow import Shadow
 from engines.yard.yard import Yard
@@ -93,7 +94,7 @@ async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Call
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     limit = yard.settings.max_header_kib * 1024
     gateway = Gateway(yard, shadow, memory_budget, status)
-    public = web.AppRunner(
+    public = Runner(
         gateway.application(),
         handler_cancellation=True,
         access_log=None,

@@ -7,18 +7,22 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 MOST_PATHS = 64
 MOST_FIELDS = 256
+MOST_OF_ONE = 64  # fields of one request
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,47}")
 PATH = re.compile(r"(/[A-Za-z0-9_.-]{0,40}){1,6}")
 SAVE_S = 60.0
 
 
 class Usage:
-    """Counts of one yard, in a file of its folder. A name too many, or one that is no plain name, is not counted."""
+    """Counts of one yard, in a file of its folder. A name that is no plain one is not counted; names seen once give way
+    to new ones where there are too many, so that nobody fills the place of those in use.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -34,7 +38,7 @@ class Usage:
         """Count one request that an engine answered."""
         self._changed = True
         _count(self.paths, path, PATH, MOST_PATHS)
-        for name in fields:
+        for name in islice(fields, MOST_OF_ONE):
             _count(self.fields, name, NAME, MOST_FIELDS)
 
     def save(self) -> None:
@@ -52,8 +56,15 @@ class Usage:
 
 
 def _count(counts: dict[str, int], name: str, form: re.Pattern[str], most: int) -> None:
-    if name in counts or (len(counts) < most and form.fullmatch(name)):
-        counts[name] = counts.get(name, 0) + 1
+    if name not in counts:
+        if not form.fullmatch(name):
+            return
+        if len(counts) >= most:
+            once = next((known for known, n in counts.items() if n == 1), None)
+            if once is None:
+                return
+            del counts[once]
+    counts[name] = counts.get(name, 0) + 1
 
 
 def _counts(stored: Mapping[str, Any], form: re.Pattern[str], most: int) -> dict[str, int]:

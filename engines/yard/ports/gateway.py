@@ -31,7 +31,7 @@ from engines.yard.ports.guard import CHALLENGE, Guard, is_for_people
 from engines.yard.ports.page import page
 from engines.yard.ports.passing import Polled, body_of, pass_through, refuse_upgrade, sent_on, wire_path
 from engines.yard.ports.props import props
-from engines.yard.ports.reply import JSON_TYPE, UNREAD_POLL_S, ClientLeft, ClientReply, error_response
+from engines.yard.ports.reply import JSON_TYPE, UNREAD_POLL_S, ClientLeft, ClientReply, answer_expect, error_response
 from engines.yard.ports.status import Status
 from engines.yard.ports.unread import Comments, StalledClients, Unread
 from engines.yard.route import Route, Waiting
@@ -78,8 +78,8 @@ class Gateway:
             "/yard": self._page,
             r"/yard/reports/{name:[0-9a-z-]+\.html}": self._report,
         }.items():
-            app.router.add_get(path, handler)
-        app.router.add_route("*", "/{path:.*}", self._passed)
+            app.router.add_get(path, handler, expect_handler=answer_expect)
+        app.router.add_route("*", "/{path:.*}", self._passed, expect_handler=answer_expect)
         app.on_response_prepare.append(self._guard.add_cors)
         return app
 
@@ -126,12 +126,12 @@ class Gateway:
         if not has_key and not (looks and kind == "unlisted"):
             raise _no_key()
         refuse_upgrade(request)
+        if looks:
+            return await self._looked_up(request, keyless=not has_key)
         if kind in ("generates", "reads"):
             if request.method != "POST":
                 raise Refusal(405, f"{request.path} takes POST, not {request.method}")
             return await self._served(request, path, kind)
-        if looks:
-            return await self._looked_up(request, keyless=not has_key)
         self._yard.metrics.not_passed.labels(kind).inc()
         what = f"{request.method} {request.path[:200]} is not passed on"
         if why := self._yard.change_of(path):
@@ -368,7 +368,9 @@ class Gateway:
         return Refusal(503, self._status.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": self._status.models()})
+        found = self._status.models()
+        like_ollama = [{"name": one["id"], "model": one["id"], "type": "model"} for one in found]  # llama.cpp has both
+        return web.json_response({"models": like_ollama, "object": "list", "data": found})
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]

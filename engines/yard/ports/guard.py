@@ -75,7 +75,7 @@ class Guard:
         if request.method != "OPTIONS" or not is_of_an_engine(request.path):
             return None
         headers = self._yard.public.cors(request.headers.get("Origin"), preflight=True)
-        return web.Response(headers=headers) if headers else None
+        return web.Response(headers=headers, content_type="text/html") if headers else None
 
 
 def _password(token: str) -> str:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from engines.openai.call import GENERATING, Call, Refusal
 from engines.openai.sse import DONE, write_event
@@ -148,6 +148,51 @@ class ClientReply:
             if self._request.transport is not None:
                 self._request.transport.set_write_buffer_limits(high=NEVER_FULL)  # `is_full` decides, not the transport
         return self._response
+
+
+async def answer_expect(request: web.Request) -> None:
+    """Have the client send its body where it waits for that; any other expectation is ignored, as engines do."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # nothing of the answer has been sent
+
+
+class JsonErrors(web.RequestHandler):
+    """Answers what is no HTTP, and what went wrong in a handler, with an error object as well."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        super().handle_error(request, status, exc, message)  # logs it, and raises where an answer has begun
+        why = "an error of the yard's own; its log has more" if status >= 500 else f"not HTTP: {exc.__class__.__name__}"
+        response = error_response(Refusal(status, why))
+        response.force_close()
+        return response
+
+
+class Server(web.Server):
+    """Serves with `JsonErrors`."""
+
+    def __call__(self) -> web.RequestHandler:
+        return JsonErrors(self, loop=self._loop, **self._kwargs)
+
+
+class Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            loop=made._loop,
+            **made._kwargs,
+        )
 
 
 def error_response(refusal: Refusal, headers: Mapping[str, str] | None = None, **detail: Any) -> web.Response:

@@ -8,6 +8,8 @@ from engines.yard.usage import MOST_FIELDS, MOST_PATHS, Usage
 def test_it_is_kept_and_bounded(tmp_path):
     file = tmp_path / "usage.json"
     usage = Usage(file)
+    usage.note("/path0", ["field0"])
+    usage.note("/path0", ["field0"])
     for n in range(1000):
         usage.note(f"/path{n}", [f"field{n}", "x" * 100, "with space", "ä", ""])
     usage.note("/" + "x" * 500)
@@ -15,8 +17,20 @@ def test_it_is_kept_and_bounded(tmp_path):
     usage.save()
     again = Usage(file)
     assert (len(again.paths), len(again.fields)) == (MOST_PATHS, MOST_FIELDS)
-    again.note("/path0", ["field0"])
-    assert (again.paths["/path0"], again.fields["field0"]) == (2, 2)
+    assert (again.paths["/path0"], again.fields["field0"]) == (3, 3)
+    assert "/path999" in again.paths
+
+
+def test_one_request_with_many_fields_is_counted_in_part(tmp_path):
+    """Names that were sent once give way; those in use stay."""
+    usage = Usage(tmp_path / "usage.json")
+    for _ in range(2):
+        usage.note("/a", ["temperature"])
+    for n in range(50):
+        usage.note("/a", (f"f{n}_{k}" for k in range(1_000_000)))
+    usage.note("/a", ["top_k"])
+    assert len(usage.fields) == MOST_FIELDS
+    assert (usage.fields["temperature"], usage.fields["top_k"]) == (2, 1)
 
 
 def test_a_file_that_is_broken_is_no_obstacle(tmp_path):

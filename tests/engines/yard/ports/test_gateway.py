@@ -64,7 +64,7 @@ def test_an_unknown_name_is_refused_where_the_plan_says_so(start_yard):
         ("POST", "/v1/chat/completions", b'{"model": 3}', 400),
         ("POST", "/v1/chat/completions", b'{"stream": "yes"}', 400),
         ("POST", "/v1/chat/completions", b"\xff\xfe", 400),
-        ("GET", "/v1/chat/completions", b"", 405),
+        ("PUT", "/v1/chat/completions", b"", 405),
         ("POST", "/nothing/here", b"", 501),
         ("GET", "/v1/models/unknown", b"", 404),
     ],

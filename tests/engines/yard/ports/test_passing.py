@@ -195,6 +195,8 @@ def test_a_form_passes_as_it_is_and_a_reranker_is_no_text(yard):
         (zlib.compress(b'{"a": 1}') + b"more", {"Content-Encoding": "deflate"}, "follows its end"),
         (b'{"a": 1}', {"Content-Encoding": "deflate"}, "no valid deflate"),
         (b"[" * 100_000, {}, "nested too deeply"),
+        (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", {}, "deeper than 200 levels"),
+        (b'{"a": ' + b'{"b": [' * 100 + b"]}" * 100 + b"}", {}, "deeper than 200 levels"),
     ],
 )
 def test_a_body_that_is_no_json_in_utf8_is_400(yard, body, headers, words):
@@ -203,6 +205,51 @@ def test_a_body_that_is_no_json_in_utf8_is_400(yard, body, headers, words):
         assert answer.status_code == 400
         assert http.get("/v1/models").status_code == 200, "the connection stays of use"
     assert words in answer.json()["error"]["message"]
+    assert "Traceback" not in yard.said()
+
+
+def test_a_body_that_is_just_not_too_deep_is_served(start_yard):
+    """Whatever walks through it afterwards, the capture too, gets to its ends."""
+    yard = start_yard(settings={"capture": "seen.jsonl", "shadow_share": 1}).ready()
+    deep = b"[" * 198 + b"1" + b"]" * 198
+    with yard.http() as http:
+        for field in (b"messages", b"prompt", b"tools", b"x"):
+            text = (
+                b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "' + field + b'": ' + deep + b"}"
+            )
+            for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/messages"):
+                assert http.post(path, content=text).status_code in (200, 400), (field, path)
+    assert "Traceback" not in yard.said()
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 20_000 + b"\r\n\r\n", 400),
+        (b"POST /tokenize HTTP/9.9\r\n\r\n", 400),
+        (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: a lot\r\nContent-Length: 2\r\n\r\n{}", 200),
+        (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}", 100),
+        (b"GET /props HTTP/1.1\r\nHost: localhost\r\nExpect: 42\r\n\r\n", 200),
+    ],
+)
+def test_what_is_hardly_http_is_answered_in_json(yard, head, status):
+    """An expectation that nobody knows is ignored, as llama-server does."""
+    with socket.create_connection(("127.0.0.1", yard.port), 20) as connection:
+        connection.sendall(head)
+        answer = b""
+        while b"\r\n\r\n" not in answer or (status == 400 and not answer.endswith(b"}")):
+            piece = connection.recv(65536)
+            assert piece, answer
+            answer += piece
+    first, _, body = answer.partition(b"\r\n\r\n")
+    assert first.split()[1] == str(status).encode(), answer
+    if status == 400:
+        assert b"application/json" in first
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
     assert "Traceback" not in yard.said()
 
 
