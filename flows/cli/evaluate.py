@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from engines.errors import BadInput
 from flows.cli.options import Json
@@ -37,6 +39,9 @@ def evaluate(
     target: Annotated[str | None, typer.Argument(help="`demo`, or a plan (.toml) from `switchyard init`.")] = None,
     resume: Annotated[str | None, typer.Option(help="Resume a killed run: its id, part of it, or `latest`.")] = None,
     soak: Annotated[str | None, typer.Option(help="Length of the soak, not the plan's: 90s, 2m, 6h or 3d.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look, a minute a model: FAIL, or worth the whole.")
+    ] = False,
     allow_retired: Annotated[bool, typer.Option("--allow-retired", help="Start engines that were retired.")] = False,
     json_: Json = False,
 ) -> None:
@@ -45,7 +50,10 @@ def evaluate(
     Example: `switchyard evaluate switchyard.toml --soak 6h`
 
     Exit code 0: the gate is open for every model. An interrupted run keeps what it measured: `--resume latest`.
+    `--quick` never opens a gate: 3 where a model fails, 4 where each is worth the whole evaluation.
     """
+    if quick and (resume or soak):
+        raise BadInput(f"--quick cannot be combined with {'--resume' if resume else '--soak'}; remove one of them")
     folder = prepared_home()
     plan, run_id = _plan_and_run(target, resume, soak, folder)
     if not allow_retired:
@@ -56,12 +64,13 @@ def evaluate(
         errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here")
     with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
         earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
-    if earlier is not None:
+    if earlier is not None and not quick:
         errors.print(f"run {earlier.id} of this plan is unfinished; to resume it: --resume {earlier.id}")
     command = ["switchyard", "evaluate", "demo" if target == "demo" else str(Path(target or "").absolute())]
     command += ["--soak", soak] if soak else []
+    command += ["--quick"] if quick else []
     run = with_prefect(folder, "flows.evaluate:evaluate")
-    finish(run(plan, run_id, allow_retired, command=tuple(command)), json_, _show)
+    finish(run(plan, run_id, allow_retired, quick=quick, command=tuple(command)), json_, partial(_show, target or ""))
 
 
 def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:
@@ -90,21 +99,27 @@ def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home
     return plan, None
 
 
-def _show(outcome: Mapping[str, Any]) -> None:
+def _show(target: str, outcome: Mapping[str, Any]) -> None:
     out.print(evaluation_table(outcome), soft_wrap=False)
     if outcome["cannot_prove"]:
-        out.print("\n[bold]what these small samples cannot prove[/bold]")
+        what = "a first look" if outcome["quick"] else "these small samples"
+        out.print(f"\n[bold]what {what} cannot prove[/bold]")
         for line in outcome["cannot_prove"]:
             out.print(f"  - {line}")
     out.print(f"\nrun {outcome['run_id']}: ", verdict_text(outcome["verdict"]), sep="")
+    worth = [model["model"] for model in outcome["models"] if model["verdict"] == "INCONCLUSIVE"]
+    if outcome["quick"] and worth:
+        out.print(f"worth the whole evaluation: {', '.join(worth)}")
     out.print(f"report: {outcome['report']}")
-    out.print(_next_step(outcome))
+    out.print(_next_step(outcome, target))
 
 
-def _next_step(outcome: Mapping[str, Any]) -> str:
+def _next_step(outcome: Mapping[str, Any], target: str) -> str:
     verdict = outcome["verdict"]
     held = [model["model"] for model in outcome["models"] if model["verdict"] in ("FAIL", "ERROR")]
-    if outcome["cannot_prove"]:  # the demo's small samples
+    if outcome["quick"] and len(held) < len(outcome["models"]):
+        return next_command(f"switchyard evaluate {escape(target)}") + " measures the whole"
+    if outcome["cannot_prove"] and not outcome["quick"]:  # the demo's small samples
         return next_command("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
     if verdict == "PASS":
         return "next: keep the report as evidence; every model of this plan may move"

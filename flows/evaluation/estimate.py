@@ -18,8 +18,10 @@ PAIR_STARTS = 2  # of a yard with both engines
 REHEARSAL_STARTS = 1 + PAIR_STARTS + 2  # a yard without the candidate, one with it, and who serves after each kill
 
 
-def estimate(plan: Plan, *, with_soak: bool = True) -> str:
+def estimate(plan: Plan, *, with_soak: bool = True, quick: bool = False) -> str:
     """`takes about 3 days 4 h; soak 3 days`; models that cannot be read take no time."""
+    if quick:
+        return f"a first look at {len(plan.models)} models, under a minute each for small ones"
     return takes(*_evaluation_s(plan, with_soak=with_soak))
 
 

@@ -10,12 +10,14 @@ from flows.evaluation.trial import ARMS, BOTH, Trial
 from migrations.plan import Plan
 from tasks.evidence import compatibility, faults, performance, preflight
 from tasks.evidence.behaviours.battery import DEFAULT_REQUIRED
+from tasks.evidence.first_look import judge_pairs
 from tasks.evidence.parity.judge import judge_parity
 from tasks.evidence.parity.parameters import with_behaviours
-from tasks.evidence.parity.tokens import judge_prompt_tokens
 from tasks.evidence.soak.judge import judge_leak, judge_stability
 from tasks.evidence.unmeasured import LAUNCH, SOAK_LEFT_OUT, ends_the_run, judge_unmeasured, summary
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+
+NOT_MEASURED = "not measured"
 
 
 def judged(trial: Trial) -> list[CheckResult]:
@@ -31,7 +33,7 @@ def judged(trial: Trial) -> list[CheckResult]:
         ("faults", _faults),
     ):
         results += _readable(area, partial(judge, trial))
-    return results
+    return _with_cause(trial, results)
 
 
 def does_not_start(trial: Trial) -> list[CheckResult]:
@@ -39,11 +41,27 @@ def does_not_start(trial: Trial) -> list[CheckResult]:
     return [result for result in _launches(trial) if result.verdict is not Verdict.PASS]
 
 
-def turned_down(trial: Trial) -> list[CheckResult]:
-    """Cheap checks that have failed already: the costly ones could not open the gate any more."""
-    tokens = _readable("parity", partial(_prompt_tokens, trial))
-    cheap = [*_launches(trial), *_preflight(trial), *tokens]
-    return [result for result in cheap if result.required and result.verdict is Verdict.FAIL]
+def settled(trial: Trial) -> bool:
+    """Whether a required check has failed, or an engine does not start: more evidence could not open the gate."""
+    return bool(does_not_start(trial)) or any(map(_fails, judged(trial)))
+
+
+def _fails(result: CheckResult) -> bool:
+    return result.required and result.verdict is Verdict.FAIL
+
+
+def _with_cause(trial: Trial, results: list[CheckResult]) -> list[CheckResult]:
+    """`results` in which what was not measured names the check that ended the evaluation of this model."""
+    cause = ""
+    if stopped := does_not_start(trial):
+        cause = f": {stopped[0].check}: an engine that does not start cannot be compared"
+    elif failed := next(filter(_fails, results), None):
+        cause = f": {failed.check} failed first, and the gate cannot open any more"
+    elif trial.bench.quick:
+        cause = ": a first look (--quick) leaves it to the whole evaluation"
+    return [
+        one.model_copy(update={"why": one.why + cause}) if cause and one.why == NOT_MEASURED else one for one in results
+    ]
 
 
 def required_behaviours(plan: Plan) -> Collection[str]:
@@ -66,26 +84,23 @@ def _preflight(trial: Trial) -> list[CheckResult]:
     return _readable("preflight", lambda: preflight.judge_preflight(report, incumbent, candidate))
 
 
-def _prompt_tokens(trial: Trial) -> list[CheckResult]:
-    ours, theirs = (trial.payload(arm, "parity.tokens") for arm in ARMS)
-    if ours is None or theirs is None:
-        return []
-    return judge_prompt_tokens(ours, theirs, trial.plan.limits)
-
-
 def _compatibility(trial: Trial) -> list[CheckResult]:
     ours, theirs = (trial.payload(arm, "compatibility") for arm in ARMS)
+    if ours is not None and theirs is not None:
+        return compatibility.judge_compatibility(ours, theirs, required_behaviours(trial.plan))
+    missing = _missing("compatibility.required_passed", limit=1.0, unit="share")
+    ours, theirs = (trial.payload(arm, "smoke") for arm in ARMS)
     if ours is None or theirs is None:
-        return [_missing(trial, "compatibility.required_passed", limit=1.0, unit="share")]
-    return compatibility.judge_compatibility(ours, theirs, required_behaviours(trial.plan))
+        return [missing]
+    tried = compatibility.judge_compatibility(ours, theirs, sorted(ours["behaviours"]))
+    return [*(one for one in tried if one.check != missing.check), missing]
 
 
 def _parity(trial: Trial) -> list[CheckResult]:
-    tokens, answers, floors, ignored = (
-        [trial.payload(arm, f"parity.{kind}") for arm in ARMS] for kind in ("tokens", "answers", "floor", "parameters")
-    )
+    tokens = trial.parity("tokens")
+    floors, ignored = ([trial.payload(arm, f"parity.{kind}") for arm in ARMS] for kind in ("floor", "parameters"))
     if None in tokens:
-        return [_missing(trial, "parity.prompt_tokens", limit=1.0, unit="share")]
+        return [_missing("parity.prompt_tokens", limit=1.0, unit="share")]
     seen = [trial.payload(arm, "compatibility") for arm in ARMS]
     ignored = [
         None if probed is None or behaviours is None else with_behaviours(probed, behaviours)
@@ -93,7 +108,7 @@ def _parity(trial: Trial) -> list[CheckResult]:
     ]
     return judge_parity(
         *tokens,
-        *answers,
+        *trial.parity("answers"),
         floors=[floor for floor in floors if floor is not None],
         ignored_incumbent=ignored[0],
         ignored_candidate=ignored[1],
@@ -106,7 +121,9 @@ def _performance(trial: Trial) -> list[CheckResult]:
     looks, workload, limits, errors = trial.plan.measure.looks, trial.workload, trial.plan.limits, trial.client_errors
     blocks = trial.payloads(BOTH, "performance")
     if not blocks:
-        return [_missing(trial, "performance.ttft_p50_ratio", limit=limits.ttft_p50_ratio, unit="ratio")]
+        missing = _missing("performance.ttft_p50_ratio", limit=limits.ttft_p50_ratio, unit="ratio")
+        pairs = trial.payload(BOTH, "first_look")
+        return [missing] if pairs is None else [judge_pairs(pairs, limits), missing]
     budgets: dict[str, str] = {arm: e.driver.cache_budget(e.settings) for arm, e in trial.engines.items()}
     results = [
         *performance.judge_performance(blocks, limits, workload, looks, client_error_ms=errors),
@@ -124,7 +141,7 @@ def _soak(trial: Trial) -> list[CheckResult]:
     incumbent, candidate = (trial.payloads(arm, "soak", run_id=run_id) for arm in ARMS)
     if not candidate:
         out = [judge_unmeasured(arm, what, why) for arm, what, why in trial.unmeasured() if what == SOAK_LEFT_OUT]
-        return out or [_missing(trial, "stability.failures", unit="failures")]
+        return out or [_missing("stability.failures", unit="failures")]
     points = trial.records.read_samples(run_id, trial.model.id, "candidate", "memory_bytes").points()
     results = [
         *judge_stability(
@@ -151,20 +168,14 @@ def _faults(trial: Trial) -> list[CheckResult]:
         return []
     evidence, limits = trial.payload("candidate", "faults"), trial.plan.limits
     if evidence is None:
-        return [_missing(trial, "faults.sigkill")]
+        return [_missing("faults.sigkill")]
     return faults.judge_faults(
         evidence, kill_detect_s=limits.kill_detect_s, hang_detect_s=limits.hang_detect_s, recover_s=limits.recover_s
     )
 
 
-def _missing(trial: Trial, check: str, *, limit: float | None = None, unit: str = "") -> CheckResult:
-    """The check as not measured, with the reason where an earlier check is one."""
-    why = "not measured"
-    if stopped := does_not_start(trial):
-        why += f": {stopped[0].check}: an engine that does not start cannot be compared"
-    elif not check.startswith("parity.prompt_tokens") and (down := turned_down(trial)):
-        why += f": {down[0].check} failed first, and the gate cannot open any more"
-    return not_measured(check, why, limit=limit, unit=unit)
+def _missing(check: str, *, limit: float | None = None, unit: str = "") -> CheckResult:
+    return not_measured(check, NOT_MEASURED, limit=limit, unit=unit)
 
 
 def _readable(area: str, judge: Callable[[], Any]) -> list[CheckResult]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,14 +13,16 @@ from engines.model.header import read_header
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served
 from engines.settings import Endpoint
-from flows.evaluation.judge import required_behaviours, turned_down
+from flows.evaluation.judge import required_behaviours
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
 from flows.progress import progress
 from migrations.carried import no_chat
 from tasks.evidence import compatibility as behaviours
 from tasks.evidence import preflight as headers
+from tasks.evidence.behaviours.battery import BEHAVIOURS
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest, ends_within
 from tasks.evidence.faults import measure_faults
+from tasks.evidence.first_look import measure_pairs, timed_request
 from tasks.evidence.parity.answers import measure_answers, measure_floor
 from tasks.evidence.parity.parameters import measure_ignored_parameters
 from tasks.evidence.parity.tokens import measure_prompt_tokens
@@ -33,8 +32,7 @@ from tasks.evidence.unmeasured import LAUNCH, summary
 from tasks.verdicts.noninferiority import decision_reached
 from tasks.verdicts.verdict import Verdict
 
-GLIMPSE_PROMPTS = 4  # answers still shown of a model that a cheap check has turned down
-GLIMPSE_TOKENS = 24
+FIRST_PROMPTS, FIRST_TOKENS = 3, 16  # of the first look
 FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
 FLOOR_TOKENS = 16
 DYING_S = 5.0  # a dying engine closes its connections first
@@ -70,23 +68,53 @@ def _preflight_report(trial: Trial) -> Any:
 
 
 def prompt_tokens(trial: Trial, arm: Arm) -> None:
-    """How many tokens each prompt is to this engine: the cheapest way to see another tokenizer or template."""
+    """How many tokens each prompt is to this engine."""
     prompts = _prompts(trial)
     wanted = {"parity.tokens": lambda e: measure_prompt_tokens(e, prompts, progress=trial.say)}
     _gather_served(trial, arm, wanted)
 
 
+def first_answers(trial: Trial, arm: Arm) -> None:
+    """The tokens of the shortest prompts, and a short answer to each: another tokenizer and garbage show at once."""
+    plain = [one for one in _prompts(trial) if not one.tools]
+    few = sorted(plain, key=lambda one: len(str(one.messages)))[:FIRST_PROMPTS]
+    ask = partial(measure_answers, max_tokens=FIRST_TOKENS, top_logprobs=trial.plan.measure.top_logprobs)
+    wanted = {
+        "parity.first_tokens": lambda e: measure_prompt_tokens(e, few, progress=trial.say),
+        "parity.first_answers": lambda e: ask(e, few, progress=trial.say),
+    }
+    _gather_served(trial, arm, wanted)
+
+
+def smoke(trial: Trial, arm: Arm) -> None:
+    """The first required behaviour of each group."""
+    first = {BEHAVIOURS[name].group: name for name in sorted(required_behaviours(trial.plan), reverse=True)}
+    names = sorted(first.values())
+    wanted = {"smoke": lambda e: behaviours.measure_compatibility(e, names=names, progress=trial.say)}
+    _gather_served(trial, arm, wanted)
+
+
+def pairs(trial: Trial) -> None:
+    """A few timed requests to both engines in turns."""
+
+    def ask(arm: Arm, number: int) -> dict[str, Any]:
+        served, extra = trial.running.get(arm), trial.engines[arm].driver.neutral_body()
+        return timed_request(served.endpoint, trial.workload, extra, number)
+
+    measured = partial(measure_pairs, partial(ask, "incumbent"), partial(ask, "candidate"))
+    trial.gather(BOTH, "first_look", lambda: measured(in_turns=trial.fits_together))
+
+
 def answers(trial: Trial, arm: Arm) -> None:
-    """Greedy answers with logprobs and the engine's own noise; of a model turned down already, a few answers only."""
+    """Greedy answers with logprobs, and the engine's own noise."""
     amounts, prompts = trial.plan.measure, _prompts(trial)
+    noisy = prompts[: max(2, len(prompts) // FLOOR_SHARE)]
+    floor_tokens = min(FLOOR_TOKENS, amounts.parity_tokens)
     ask: dict[str, Any] = {"top_logprobs": amounts.top_logprobs, "progress": trial.say}
-    few, tokens = turned_down(trial), amounts.parity_tokens
-    if few:
-        prompts, tokens = prompts[:GLIMPSE_PROMPTS], GLIMPSE_TOKENS
-    noisy, floor_tokens = prompts[: max(2, len(prompts) // FLOOR_SHARE)], min(FLOOR_TOKENS, tokens)
-    wanted = {"parity.answers": lambda e: measure_answers(e, prompts, max_tokens=tokens, **ask)}
-    if not few:
-        wanted["parity.floor"] = lambda e: measure_floor(e, noisy, max_tokens=floor_tokens, **ask)
+    wanted = {
+        "parity.answers": lambda e: measure_answers(e, prompts, max_tokens=amounts.parity_tokens, **ask),
+        "parity.floor": lambda e: measure_floor(e, noisy, max_tokens=floor_tokens, **ask),
+    }
     _gather_served(trial, arm, wanted)
 
 
@@ -171,7 +199,7 @@ def faults(trial: Trial) -> None:
 
 
 def _gather_served(trial: Trial, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]]) -> None:
-    """Several kinds of evidence from one launch; none where the records have them all.
+    """Several kinds of evidence from an engine that is up; none where the records have them all.
 
     A kind that breaks off does not take the others along.
     """
@@ -179,26 +207,21 @@ def _gather_served(trial: Trial, arm: Arm, measures: Mapping[str, Callable[[Endp
     missing = {kind: measure for kind, measure in measures.items() if not recorded(run_id, model_id, arm, kind)}
     if not missing:
         return
-    # behaviour and answers are not timed: all cores
-    threads = trial.plan.settings_for(model_id).threads or os.cpu_count()
-    engine = trial.engines[arm]
-    engine = replace(engine, settings=engine.settings.model_copy(update={"threads": threads}))
+    try:
+        served = trial.running.get(arm)
+    except Exception as error:
+        trial.broke(arm, LAUNCH, error)
+        raise Unmeasured(summary(error)) from error
     failed: list[Exception] = []
-    with contextlib.ExitStack() as launched:
+    for kind, measure in missing.items():
         try:
-            served = launched.enter_context(engine.up(trial.say))
+            _require_alive(served)
+            trial.gather(arm, kind, partial(_while_alive, served, measure), engines=(trial.untimed(arm),))
         except Exception as error:
-            trial.broke(arm, LAUNCH, error)
-            raise Unmeasured(summary(error)) from error
-        for kind, measure in missing.items():
-            try:
-                _require_alive(served)
-                trial.gather(arm, kind, partial(_while_alive, served, measure), engines=(engine,))
-            except Exception as error:
-                trial.broke(arm, kind, error)
-                failed.append(error)
-        if failed:
-            raise Unmeasured(summary(failed[0])) from failed[0]
+            trial.broke(arm, kind, error)
+            failed.append(error)
+    if failed:
+        raise Unmeasured(summary(failed[0])) from failed[0]
 
 
 def _while_alive(served: Served, measure: Callable[[Endpoint], Any]) -> Any:

@@ -10,6 +10,7 @@ from flows.evaluation.judge import judged
 from flows.evaluation.trial import Bench, Trial
 from migrations.demo import cannot_prove
 from migrations.llama_cpp_to_mistral_rs import RISKS
+from tasks.evidence.first_look import CANNOT_PROVE
 from tasks.evidence.unmeasured import PASS_WITHOUT_SOAK, SOAK_LEFT_OUT, judge_unmeasured
 from tasks.records.store import Records
 from tasks.report.report import write_report
@@ -25,7 +26,8 @@ def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         bench.records.drop_checks(bench.run_id, trial.model.id)
         bench.records.put_checks(bench.run_id, trial.model.id, results)
         models.append(model_outcome(trial.model.id, results, RISKS))
-    outcome = run_outcome(bench.run_id, bench.plan.name, models, cannot_prove(bench.plan))
+    unproven = CANNOT_PROVE if bench.quick else cannot_prove(bench.plan)
+    outcome = run_outcome(bench.run_id, bench.plan.name, models, unproven, quick=bench.quick)
     if outcome["verdict"] == Verdict.INCONCLUSIVE and all(map(only_lacks_its_soak, trials, models)):
         how = f"the gate stays shut until `switchyard evaluate --resume {bench.run_id}` adds the soak"
         outcome |= {"result": PASS_WITHOUT_SOAK, "why": f"all that was measured is PASS; {how}"}
@@ -58,7 +60,7 @@ def model_outcome(model_id: str, results: Sequence[CheckResult], known_risks: It
 
 
 def run_outcome(
-    run_id: str, plan: str, models: Sequence[dict[str, Any]], cannot_prove: Sequence[str] = ()
+    run_id: str, plan: str, models: Sequence[dict[str, Any]], cannot_prove: Sequence[str] = (), *, quick: bool = False
 ) -> dict[str, Any]:
     """The verdict on a run, with its models."""
     verdict = worst(Verdict(model["verdict"]) for model in models)
@@ -68,6 +70,7 @@ def run_outcome(
         "verdict": verdict.value,
         "models": list(models),
         "cannot_prove": cannot_prove,
+        "quick": quick,
     }
 
 

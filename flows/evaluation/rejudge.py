@@ -9,7 +9,7 @@ from engines.deadline import Background
 from engines.errors import BadInput
 from engines.registry import driver
 from flows.evaluation.outcome import judge, report
-from flows.evaluation.trial import ARMS, Bench, Trial
+from flows.evaluation.trial import ARMS, QUICK, Bench, Trial
 from migrations.plan import Plan
 from migrations.plan_file import build_plan, recorded_plan
 from tasks.evidence.unmeasured import models_to_retry
@@ -21,6 +21,8 @@ def plan_of(reference: str) -> tuple[str, Plan]:
     """The id and the plan of a recorded run that did not get done, or of which a check could not be carried out."""
     with open_records() as records:
         run = _evaluation(records, reference)
+        if run.kind == QUICK:
+            raise BadInput(f"run {run.id} was a first look; `switchyard evaluate` without --quick measures the whole")
         complete = run.shown_status == "done" and not models_to_retry(records, run.id)
     if complete:
         raise BadInput(f"run {run.id} is done; read it with `switchyard report {run.id}`, or start a new one")
@@ -41,6 +43,7 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
             home=home,
             installations={arm: driver(getattr(plan, arm).engine).find() for arm in ARMS},
             error_budget=budget.payload,
+            quick=run.kind == QUICK,
         )
         trials = [Trial(bench, model) for model in plan.models]
         return report(records, home, judge(bench, trials), output)
@@ -48,6 +51,6 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
 
 def _evaluation(records: Records, reference: str) -> Run:
     run = records.find_run(reference, kind="evaluate")
-    if run.kind != "evaluate":
+    if run.kind not in ("evaluate", QUICK):
         raise BadInput(f"run {run.id} is a migration, not an evaluation; `switchyard migrate` resumes it")
     return run

@@ -19,7 +19,7 @@ from engines.process.process import end_orphans
 from engines.registry import driver
 from engines.yard.state import StateFile
 from flows.evaluation.judge import required_behaviours
-from flows.evaluation.trial import ARMS, SELF_TEST_ITL_MS, Bench
+from flows.evaluation.trial import ARMS, QUICK, SELF_TEST_ITL_MS, Bench
 from flows.experiment_lock import alone
 from flows.orchestrator.run import run_journal
 from flows.progress import progress
@@ -36,9 +36,17 @@ from tasks.records.store import open_records
 
 @contextlib.contextmanager
 def opened(
-    plan: Plan, resume: str | None, *, allow_retired: bool = False, command: Sequence[str] = ()
+    plan: Plan,
+    resume: str | None,
+    *,
+    allow_retired: bool = False,
+    quick: bool = False,
+    command: Sequence[str] = (),
 ) -> Iterator[tuple[Bench, RunJournal]]:
-    """The bench and the journal of its run, which is new, or the one to `resume`; `command` is what repeats it."""
+    """The bench and the journal of its run, which is new, or the one to `resume`; `command` is what repeats it.
+
+    A `quick` run has a kind of its own: it is no evaluation that a gate could rest on.
+    """
     home = default_home()
     end_orphans(home)
     if not allow_retired:
@@ -50,7 +58,7 @@ def opened(
         if earlier is not None and recorded_plan(earlier.plan) != recorded_plan(redact(asked)):
             why = "was made with another plan; start a new run, or resume it without naming a plan"
             raise BadInput(f"run {earlier.id} {why}")
-        with run_journal(records, "evaluate", asked, unfinished=earlier, command=command) as run:
+        with run_journal(records, QUICK if quick else "evaluate", asked, unfinished=earlier, command=command) as run:
             run.begin()
             with progress.get().step("self-test of the measuring client"):  # in a resumed run as well
                 budget = dict(self_test(itl_ms=SELF_TEST_ITL_MS))
@@ -64,6 +72,7 @@ def opened(
                 error_budget=budget,
                 # checked by the engines where the plan's clients send a key; theirs is for the yard, not for engines
                 api_key=SecretStr(secrets.token_hex(16)) if plan.api_key_env else None,
+                quick=quick,
             )
             yield bench, run
 

@@ -24,8 +24,7 @@ def soak(trial: Trial) -> None:
     """An agent's load on both engines for the planned time: at once where both fit into memory, else in turn."""
     if trial.soak_run != trial.run_id:
         return
-    report = trial.payload(BOTH, "preflight")
-    if not (report and report["side_by_side"]["fits"]):
+    if not trial.fits_together:
         for arm in ARMS:
             _recorded(trial, arm, partial(_soak, trial, arm, threading.Event()))
         return

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,10 +20,11 @@ from pydantic import SecretStr
 from engines.driver import Installation
 from engines.errors import SwitchyardError
 from engines.model.digest import model_digest
+from engines.process.serving import Served
 from engines.registry import driver
 from migrations import carried
 from migrations.plan import ModelPlan, Plan, content_hash
-from tasks.evidence.engine_under_test import Arm, EngineBehindYard, EngineUnderTest
+from tasks.evidence.engine_under_test import Arm, EngineBehindYard, EngineClock, EngineUnderTest
 from tasks.evidence.performance import Workload
 from tasks.evidence.unmeasured import KIND, broken, can_be_retried, ends_the_run
 from tasks.records.store import Records
@@ -32,6 +34,7 @@ Engines = Sequence[EngineUnderTest]
 ARMS: tuple[Arm, Arm] = ("incumbent", "candidate")
 BOTH: Literal["both"] = "both"
 SELF_TEST_ITL_MS = 10.0
+QUICK = "quick"  # the kind of a run that took a first look only
 SOAK_OF = "soak.of"  # evidence: the earlier run whose soak counts
 
 
@@ -46,6 +49,8 @@ class Bench:
     installations: Mapping[Arm, Installation]
     error_budget: Mapping[str, Any]
     api_key: SecretStr | None = None
+    quick: bool = False  # a first look only
+    clock: EngineClock = field(default_factory=EngineClock)
 
     @cached_property
     def content_hash(self) -> str:
@@ -57,6 +62,39 @@ class Unmeasured(SwitchyardError):
     """A check could not be carried out; the records say why."""
 
 
+class Running:
+    """The engines of a model that stay up between measurements which need no fresh start.
+
+    Both at once where `together()` says that both fit into memory, else one in place of the other.
+    """
+
+    def __init__(self, start: Callable[[Arm], AbstractContextManager[Served]], together: Callable[[], bool]) -> None:
+        self._start, self._together = start, together
+        self._up: dict[Arm, tuple[contextlib.ExitStack, Served]] = {}
+
+    def get(self, arm: Arm) -> Served:
+        """The engine that is up; started where none is, or where it has died."""
+        if arm in self._up and self._up[arm][1].process.poll() is None:
+            return self._up[arm][1]
+        self.end(arm) if self._together() else self.end()
+        with contextlib.ExitStack() as launched:
+            served = launched.enter_context(self._start(arm))
+            self._up[arm] = (launched.pop_all(), served)
+        return served
+
+    def end(self, *arms: Arm) -> None:
+        """End these engines, by default all."""
+        for arm in arms or tuple(self._up):
+            if arm in self._up:
+                self._up.pop(arm)[0].close()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
 class Trial:
     """One model of an evaluation: its engines, its evidence, and the plan's numbers as its measurements take them."""
 
@@ -66,6 +104,7 @@ class Trial:
         # a native engine has no port of its own: then both are met behind a yard, as the user will meet them
         self.behind_yards = any(found.form == "native" for found in bench.installations.values())
         self.engines = {arm: self._engine(arm) for arm in ARMS}
+        self.running = Running(lambda arm: self.untimed(arm).up(self.say), lambda: self.fits_together)
 
     def _engine(self, arm: Arm) -> EngineUnderTest:
         settings = self.plan.settings_for(self.model.id, api_key=self.bench.api_key)
@@ -84,7 +123,20 @@ class Trial:
             request_defaults=carried.request_defaults(self.plan, self.model.id, found),
             not_given=carried.not_given(self.plan, self.model.id, found),
             home=self.bench.home,
+            clock=self.bench.clock,
         )
+
+    def untimed(self, arm: Arm) -> EngineUnderTest:
+        """The engine for what is not timed to a few per cent: with all cores, where the plan says nothing."""
+        engine = self.engines[arm]
+        threads = self.plan.settings_for(self.model.id).threads or os.cpu_count()
+        return replace(engine, settings=engine.settings.model_copy(update={"threads": threads}))
+
+    @property
+    def fits_together(self) -> bool:
+        """Whether both engines fit into memory at once, as the header says."""
+        report = self.payload(BOTH, "preflight")
+        return bool(report and report["side_by_side"]["fits"])
 
     # --- evidence
 
@@ -116,6 +168,11 @@ class Trial:
         """One piece of evidence; None when it was not recorded."""
         found = self.records.get_evidence(self.run_id, self.model.id, arm, kind)
         return None if found is None else found.payload
+
+    def parity(self, kind: str) -> list[Any]:
+        """Both engines' evidence of a kind, or that of the first look; None of an engine that was not asked."""
+        found = [[self.payload(arm, f"parity.{name}") for arm in ARMS] for name in (kind, f"first_{kind}")]
+        return found[0] if None not in found[0] else found[1]
 
     def payloads(self, arm: Side, kind: str, *, run_id: str | None = None) -> list[Any]:
         """All evidence of a kind in the order of its keys; of another run with `run_id`."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,35 @@ from engines.yard.engine.launch_spec import LaunchSpec
 Arm = Literal["incumbent", "candidate"]
 
 
+class EngineClock:
+    """Seconds in which at least one engine was starting, up or ending: what else a run takes is our own cost."""
+
+    def __init__(self) -> None:
+        self._lock, self._up, self._since, self._total = threading.Lock(), 0, 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The total so far."""
+        with self._lock:
+            return self._total + (time.monotonic() - self._since if self._up else 0.0)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """The life of one engine; several at once count once."""
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._up:
+                self._total += now - self._since
+            self._up, self._since = self._up + by, now
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineUnderTest:
     """The incumbent or the candidate, ready to be launched on a fresh port. `home` holds its register and logs."""
@@ -39,6 +69,7 @@ class EngineUnderTest:
     not_given: Sequence[str] = ()  # the incumbent's own flags that it serves without, one line each
     home: Path
     stall_s: float = 120.0
+    clock: EngineClock = field(default_factory=EngineClock)
 
     @property
     def _passed_on(self) -> dict[str, Any]:
@@ -50,8 +81,13 @@ class EngineUnderTest:
             model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=self.settings, **self._passed_on
         )
 
-    def up(self, progress: Callable[[str], None] = lambda _: None) -> AbstractContextManager[Served]:
+    @contextlib.contextmanager
+    def up(self, progress: Callable[[str], None] = lambda _: None) -> Iterator[Served]:
         """The engine, freshly started and ready; ended when the block ends."""
+        with self.clock.counted(), self._up(progress) as served:
+            yield served
+
+    def _up(self, progress: Callable[[str], None]) -> AbstractContextManager[Served]:
         log_path = self.home / "logs" / f"{self.arm}-{self.driver.name}-{self.model_id}.log"
         return serving(
             self.driver,
@@ -85,8 +121,8 @@ class EngineBehindYard(EngineUnderTest):
     """
 
     @contextlib.contextmanager
-    def up(self, progress: Callable[[str], None] = lambda _: None) -> Iterator[Served]:
-        """The yard and the engine, freshly started and ready; ended when the block ends."""
+    def _up(self, progress: Callable[[str], None]) -> Iterator[Served]:
+        """The yard and the engine."""
         folder = self.home / "trial" / f"{self.arm}-{self.model_id}"
         process.end_orphans(folder)
         shutil.rmtree(folder, ignore_errors=True)

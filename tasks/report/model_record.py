@@ -124,10 +124,15 @@ class ModelRecord:
         """The blocks of a kind, discarded ones among them."""
         return with_mapped(self.all("both", kind))
 
+    def parity(self, kind: str) -> list[Any]:
+        """Both engines' evidence of a kind, or that of the first look; None of an engine that was not asked."""
+        found = [[self.one(arm, f"parity.{name}") for arm in ARMS] for name in (kind, f"first_{kind}")]
+        return found[0] if all(found[0]) else found[1]
+
     @cached_property
     def comparison(self) -> Mapping[str, Any] | None:
         """Both engines' answers compared, as the verdict was reached; None where one was not asked."""
-        ours, theirs = (self.one(arm, "parity.answers") for arm in ARMS)
+        ours, theirs = self.parity("answers")
         return compare_answers(ours, theirs, tie_gap_nats=self.tie_gap) if ours and theirs else None
 
     @property

@@ -168,7 +168,7 @@ def _divergence_plot(model: ModelRecord) -> Html:
 
 def _token_plot(model: ModelRecord) -> Html:
     title = "Prompt tokens"
-    ours, theirs = (model.one(arm, "parity.tokens") for arm in ARMS)
+    ours, theirs = model.parity("tokens")
     pairs = []
     if ours and theirs:
         counts = [
@@ -276,7 +276,7 @@ def _tally(seen: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _answers(model: ModelRecord) -> dict[str, Any] | None:
     """Both engines' answers that differ or are degenerate, each pair with how they part."""
-    ours, theirs = (model.one(arm, "parity.answers") for arm in ARMS)
+    ours, theirs = model.parity("answers")
     if not ours or not theirs or model.comparison is None:
         return None
     others = {answer["id"]: answer for answer in theirs["answers"]}
