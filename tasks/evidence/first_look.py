@@ -79,5 +79,5 @@ def judge_pairs(pairs: Sequence[Mapping[str, Any]], limits: Limits) -> CheckResu
         return not_measured(CHECK, "too few of its requests were answered", required=False)
     why = f"candidate against incumbent over {len(pairs)} pairs of requests: {', '.join(said)}"
     if failed:
-        return CheckResult(check=CHECK, verdict=Verdict.FAIL, why=f"{why}; blocks could not turn that")
+        return CheckResult(check=CHECK, verdict=Verdict.FAIL, why=f"{why}; more blocks would not change that")
     return CheckResult(check=CHECK, verdict=Verdict.INCONCLUSIVE, why=f"{why}; blocks decide", required=False)
