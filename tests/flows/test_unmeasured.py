@@ -46,9 +46,9 @@ def recorded(home: Path) -> dict[tuple[str, ...], str]:
         ("candidate-refuses", "launch.candidate", "FAIL"),
         ("both-refuse", "launch.candidate", "FAIL"),
         ("incumbent-refuses", "launch.incumbent", "ERROR"),
-        ("candidate-dies", "parity.tokens.candidate", "FAIL"),
-        ("incumbent-dies", "parity.tokens.incumbent", "ERROR"),
-        ("candidate-odd-logprobs", "parity.answers.candidate", "ERROR"),
+        ("candidate-dies", "parity.first_tokens.candidate", "FAIL"),
+        ("incumbent-dies", "parity.first_tokens.incumbent", "ERROR"),
+        ("candidate-odd-logprobs", "parity.first_answers.candidate", "ERROR"),
     ],
 )
 def test_one_model_that_breaks_leaves_the_next_measured(switchyard, tmp_path, home, breaks, check, verdict):
