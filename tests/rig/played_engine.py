@@ -12,6 +12,9 @@ from pathlib import Path
 
 from openai_stub import Handler, Stub
 
+from engines.errors import BadInput
+from engines.model.header import read_header
+
 LIVES_FOR = 1  # the readiness token
 
 
@@ -60,6 +63,10 @@ def main() -> None:
             flush=True,
         )
         sys.exit(1)
+    try:
+        read_header(model)
+    except BadInput as error:  # cut short
+        sys.exit(f"error: {error}")
     Answers.goes_wrong = wrong
     server = Stub(frozenset({"needs no key", "serves any model"}), port=int(value_of("-p", "--port")), handler=Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -140,14 +140,13 @@ def test_a_block_on_a_busy_machine_is_void(tmp_path: Path) -> None:
     assert "of the CPU while the" in got["void"]
 
 
-def test_a_block_of_answers_that_came_in_one_go_is_void(tmp_path: Path) -> None:
-    """All chunks bear one time: a TPOT of 0 would be refused by the judge, or pass as the fastest engine of all.
+def test_an_answer_that_came_in_one_go_has_no_speed(tmp_path: Path) -> None:
+    """All its chunks bear one time: a TPOT of 0 would be refused by the judge, or pass as the fastest engine of all.
 
-    The client may have been held up, so the block is repeated; it decides nothing.
+    The client may have been held up, so the engine is asked once more.
     """
     got = measured(tmp_path, ("--one-write",))
-    assert (len(got["candidate"]["e2e_ms"]), got["candidate"]["tpot_ms"]) == (SMALL.requests, [])
-    assert got["void"] == "every answer of the candidate was read in one go: no time per token"
+    assert (len(got["candidate"]["e2e_ms"]), got["candidate"]["tpot_ms"]) == (2 * SMALL.requests, [])
     results = named(judge_performance([got | {"index": i} for i in range(3)], LIMITS, SMALL, (3,), client_error_ms={}))
     assert results["performance.tpot_p50_ratio"].verdict is Verdict.INCONCLUSIVE
 
