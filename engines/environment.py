@@ -71,6 +71,16 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def plain_host(text: str) -> str:
+    """A host as it is compared: lower case, no brackets, no dot at its end, an address in its shortest form."""
+    name = text.strip("[]").rstrip(".").lower()
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
 def without_proxies(base: Mapping[str, str]) -> dict[str, str]:
     """`base` for a process that talks to loopback only: a proxy that cannot be used there breaks every client of it."""
     return {name: value for name, value in base.items() if not re.fullmatch("(?i)(http|https|all|ws|wss)_proxy", name)}

@@ -85,6 +85,9 @@ class Metrics:
             self._engine_ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
 
     def text(self, routes: Iterable[Route]) -> bytes:
+        by_unit = (self._state, self._memory, self._vram, self._in_flight, self._weight)
+        for gauge in (*by_unit, self._waiting, self._fallback):
+            gauge.clear()  # what is gone, or not measured, is absent: neither 0 nor its last value
         for route in routes:
             self._waiting.labels(route.model_id).set(route.waiting)
             self._fallback.labels(route.model_id).set(route.fallback is not None)
@@ -99,14 +102,8 @@ class Metrics:
                 self._restarts_seen[unit] = unit.restarts
                 for state in Health:
                     self._state.labels(*labels, str(state)).set(state is unit.state)
-                _set_or_drop(self._memory, labels, unit.stats.memory_bytes)
-                _set_or_drop(self._vram, labels, unit.stats.vram_bytes)
+                if unit.stats.memory_bytes is not None:
+                    self._memory.labels(*labels).set(unit.stats.memory_bytes)
+                if unit.stats.vram_bytes is not None:
+                    self._vram.labels(*labels).set(unit.stats.vram_bytes)
         return generate_latest(self._registry)
-
-
-def _set_or_drop(gauge: Gauge, labels: tuple[str, str], value: int | None) -> None:
-    """Not measured is absent, not 0."""
-    if value is not None:
-        gauge.labels(*labels).set(value)
-    else:
-        gauge.remove(*labels)

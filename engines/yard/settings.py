@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from engines.environment import is_loopback
+from engines.environment import is_loopback, plain_host
 
 Load = Literal["start", "demand"]  # when a model comes into memory: with the yard, or with its first request
 LATER = ("client_stall_s", "failed_requests", "allowed_hosts")  # left out where unused: older plans keep their hashes
@@ -87,10 +87,11 @@ class YardSettings(BaseModel):
     @field_validator("allowed_hosts")
     @classmethod
     def _names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        hosts = tuple(map(plain_host, hosts))
         for host in hosts:
-            if re.fullmatch(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", host) is None:
+            if re.fullmatch(r"\*|[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*:[0-9a-f:.]*", host) is None:
                 raise ValueError(f"'{host}' is no host name; write it without http:// and without a port")
-        return tuple(host.rstrip(".").lower() for host in hosts)
+        return hosts
 
     @property
     def on_loopback(self) -> bool:

@@ -15,10 +15,11 @@ LOCAL = {"trust_env": False, "verify": False}  # certificates would take longer 
 HELLO = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"}]  # its own system prompt is long
 
 
-def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard="", incumbent=""):
+def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard="", incumbent="", head=""):
     return f"""
 name = "serve"
 accepted_unsupported = ["seed", "prefix cache", "prefill_assistant", "parallel"]
+{head}
 [incumbent]
 engine = "llama.cpp"
 form = "binary"

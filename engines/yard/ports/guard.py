@@ -8,7 +8,7 @@ import hmac
 
 from aiohttp import web
 
-from engines.environment import is_loopback
+from engines.environment import is_loopback, plain_host
 from engines.openai.call import Refusal
 from engines.yard.yard import Yard
 
@@ -44,7 +44,7 @@ class Guard:
     def _is_allowed(self, host: str) -> bool:
         allowed = self._yard.settings.allowed_hosts
         name, _, port = host.rpartition(":")
-        name = (name if port.isdigit() else host).strip("[]").rstrip(".").lower()
+        name = plain_host(name if name and (port.isdigit() or not port) else host)
         return is_loopback(name) or name in allowed or ANY_HOST in allowed
 
     def has_key(self, request: web.Request) -> bool:

@@ -361,7 +361,7 @@ def asked_by(yard, *lines):
 
 
 def test_a_name_that_is_not_ours_is_403(start_yard):
-    yard = start_yard(settings={"allowed_hosts": ["llm.lan", "::5"]}).ready()
+    yard = start_yard(settings={"allowed_hosts": ["LLM.lan.", "[0::5]"]}).ready()
     for host in (
         "localhost",
         "127.0.0.1:80",
@@ -371,10 +371,22 @@ def test_a_name_that_is_not_ours_is_403(start_yard):
         "127.1.2.3",
         "llm.lan:443",
         "[::5]:1",
+        "[0:0::5]",
+        "LLM.LAN.",
+        "localhost:",
+        "[::FFFF:127.0.0.1]:80",
     ):
         assert asked_by(yard, f"Host: {host}")[0] == 200, host
     assert asked_by(yard)[0] in (200, 400)
-    for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "llm.lan.evil:8080", "127.0.0.1.evil"):
+    for host in (
+        "evil.example",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "llm.lan.evil:8080",
+        "127.0.0.1.evil",
+        "[::6]",
+        ":80",
+    ):
         status, text = asked_by(yard, f"Host: {host}")
         assert status == 403, host
         assert b"yard.allowed_hosts" in text
