@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from engines.llama_cpp.architectures import doubtful_keys, missing_keys, odd_layout, odd_shapes
 from engines.model.header import Header
-from engines.model.layout import layout, named, odd_tensors
+from engines.model.layout import layout, named, odd_tensors, unknown_names
 from engines.model.loads import Loads, known_architectures, wrong_kinds
 from engines.model.template import template_beyond, template_error, template_refuses
 from engines.model.vocabulary import vocabulary
@@ -58,17 +59,20 @@ def _obstacles(header: Header, rules: dict[str, Any]) -> Iterator[str]:
         yield named(found.missing, "is missing")
     if found.surplus:
         yield f"{named(found.surplus, 'is surplus')}: llama.cpp refuses a file with more tensors than it reads"
-    yield from found.misshapen[:1]
+    if header.key_length == header.value_length:  # else it depends on the architecture which of them counts
+        yield from found.misshapen[:1]
     for key in found.zero:
         yield f"the key {key} is missing or 0"
 
 
 def _keys(header: Header, rules: dict[str, Any]) -> Iterator[str]:
     arch, meta = header.architecture, header.meta
-    rms = ["attention.layer_norm_rms_epsilon"] if arch in rules["rms"] else []
-    for name in (*rules["required"], *rules["required_for"].get(arch, []), *rms):
+    for name in rules["required"]:
         if (key := f"{arch}.{name}") not in meta:
             yield f"the key {key} is missing"
+    yield from missing_keys(header)
+    if meta.get(f"{arch}.expert_count") and not meta.get(f"{arch}.expert_used_count"):
+        yield f"the key {arch}.expert_used_count is missing or 0"
     scaling = meta.get(f"{arch}.rope.scaling.type", "none")
     if scaling not in rules["rope_scaling"]:
         yield f"{arch}.rope.scaling.type is {scaling!r}, which llama.cpp does not know"
@@ -113,8 +117,10 @@ def _doubts(header: Header, rules: dict[str, Any], package: str) -> Iterator[str
         yield f"the chat template refuses any chat: {refusal}"
     if header.kinds.get("tokenizer.ggml.token_type", "[i") not in ("[i", "[I"):
         yield "tokenizer.ggml.token_type are no whole numbers of 32 bits"
-    if layout(header) is None:
-        yield from odd_tensors(header)
+    yield from doubtful_keys(header)
+    yield from odd_layout(header)
+    yield from (odd_shapes if (found := layout(header)) is None else unknown_names)(header)
+    yield from odd_tensors(header) if found is None else found.misshapen
     if header.kind != "model" and layout(header) is None:
         yield f"general.type says {header.kind}, not model"
     if header.tokenizer_model not in rules["tokenizer_models"]:

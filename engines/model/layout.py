@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,9 +31,10 @@ def layout(header: Header) -> Layout | None:
     """What is wrong with the tensors; None for an architecture, or a variant of it, whose layout is not listed."""
     lists = _lists()
     more = lists["more"].get(header.architecture)
-    if more is None:
+    if more is None or header.tensor("blk.0.attn_qkv.weight") is not None:
         return None
-    block, sparse = {**lists["block"], **more}, bool(header.meta.get(f"{header.architecture}.expert_count"))
+    block = {**lists["block"], **more}
+    sparse = header.architecture in lists["sparse"] and bool(header.meta.get(f"{header.architecture}.expert_count"))
     if sparse:
         block = {name: sizes for name, sizes in block.items() if "ff" not in sizes} | lists["experts"]
     required = dict(_expected(lists["global"], block, header.n_layers))
@@ -41,12 +42,7 @@ def layout(header: Header) -> Layout | None:
     known = {**optional, **required}
     found = {tensor.name: tensor.shape for tensor in header.tensors}
     shapes = [
-        f"tensor {name} is {list(found[name])}, by the keys it is {sizes}"
-        for name, names in known.items()
-        if name in found
-        and names
-        and None not in (sizes := _sizes(header, name, names))
-        and _differ(found[name], sizes)
+        why for name, names in known.items() if name in found for why in _misshapen(header, name, found[name], names)
     ]
     return Layout(
         missing=[name for name in required if name not in found],
@@ -58,20 +54,47 @@ def layout(header: Header) -> Layout | None:
 
 def odd_tensors(header: Header) -> Iterator[str]:
     """For an architecture whose layout is not listed: a block that lacks what others have, names it does not have."""
-    blocks = dict[int, set[str]]()
-    for tensor in header.tensors:
-        if (layer := tensor.layer) is not None and layer < header.main_layers:
-            blocks.setdefault(layer, set()).add(tensor.name.split(".", 2)[2])
+    blocks = tensors_of_blocks(header)
     sets = list(blocks.values())
     for layer, names in blocks.items():
         fuller = next((other for other in sets if names < other), None)
         if fuller and sets.count(names) == 1:  # several alike are a kind of block of their own
             yield f"tensor {BLOCKS}{layer}.{min(fuller - names)} is missing, which other blocks have"
+    yield from unknown_names(header)
+
+
+def unknown_names(header: Header) -> Iterator[str]:
+    """Tensors that the gguf package does not know for the architecture."""
     stems = tensor_stems().get(header.architecture)
     for tensor in header.tensors if stems else ():
         stem = re.sub(r"\.\d+\.", ".{bid}.", tensor.name, count=1).removesuffix(".weight").removesuffix(".bias")
         if stem not in (stems or ()):
             yield f"tensor {tensor.name} is not among those of {header.architecture}"
+
+
+def tensors_of_blocks(header: Header) -> dict[int, set[str]]:
+    """Names of the tensors of each block, without the block's number."""
+    blocks = dict[int, set[str]]()
+    for tensor in header.tensors:
+        if (layer := tensor.layer) is not None and layer < header.main_layers:
+            blocks.setdefault(layer, set()).add(tensor.name.split(".", 2)[2])
+    return blocks
+
+
+def unusual_shapes(header: Header, other: Collection[str]) -> Iterator[str]:
+    """Tensors of a common name that are not of the common shape; `other` are names that have one of their own."""
+    lists = _lists()
+    common = {**lists["block"], **lists["more"]["qwen3"], **lists["global"], "output.weight": ["embd", "vocab"]}
+    for tensor in header.tensors:
+        stem = tensor.name.split(".", 2)[2] if tensor.layer is not None else tensor.name
+        if stem in common and stem not in other and (tensor.layer or 0) < header.main_layers:
+            yield from _misshapen(header, tensor.name, tensor.shape, common[stem])
+
+
+def _misshapen(header: Header, name: str, shape: tuple[int, ...], names: list[str]) -> Iterator[str]:
+    sizes = _sizes(header, name, names)
+    if names and None not in sizes and _differ(shape, sizes):
+        yield f"tensor {name} is {list(shape)}, by the keys it is {sizes}"
 
 
 def _counts(header: Header, sparse: bool) -> dict[str, tuple[int | None, ...]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFEndian
-from gguf_files import nemotron_keys, write_gguf
+from gguf_files import LLAMA, nemotron_keys, write_gguf
 
 from engines.errors import BadInput
 from engines.model.header import Header, read_header
@@ -26,9 +26,9 @@ def test_a_listed_architecture_with_readable_tensors_loads(tmp_path: Path) -> No
 
 
 def test_nemotron_is_refused_by_mistral_rs_alone(tmp_path: Path) -> None:
-    """llama.cpp knows the architecture, mistral.rs does not."""
+    """llama.cpp knows the architecture, and misses the tensors of this file; mistral.rs does not."""
     nemotron = header(tmp_path, "nemotron_h_moe", keys=nemotron_keys())
-    assert loads("llama.cpp", nemotron).answer == "yes"
+    assert loads("llama.cpp", nemotron).answer == "unknown"
     answer = loads("mistral.rs", nemotron, version="0.9.5")
     assert answer.answer == "no"
     assert "nemotron_h_moe" in answer.why
@@ -154,14 +154,17 @@ def test_weights_without_a_fast_kernel_are_counted_with_figures_and_a_way_out(tm
 
 
 @pytest.mark.parametrize(
-    ("tensors", "answer"),
+    ("without", "answer", "why"),
     [
-        (["token_embd.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight"], "yes"),
-        (["token_embd.weight", "blk.0.attn_norm.weight", "blk.0.ffn_up.weight", "blk.1.attn_norm.weight"], "unknown"),
-        (["token_embd.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight", "blk.0.made_up.weight"], "unknown"),
+        ("attention.layer_norm_epsilon", "no", "the key starcoder2.attention.layer_norm_epsilon is missing"),
+        ("rope.freq_base", "unknown", "tensor output_norm.weight is missing"),
     ],
 )
-def test_an_odd_tensor_of_an_unlisted_architecture_is_unknown(tmp_path: Path, tensors: list[str], answer: str) -> None:
-    """Only llama and its kin have their whole layout listed."""
-    found = header(tmp_path, "starcoder2", tensors=dict.fromkeys(tensors, "F32"))
-    assert loads("llama.cpp", found).answer == answer
+def test_what_an_architecture_needs_is_listed(tmp_path: Path, without: str, answer: str, why: str) -> None:
+    """A key is certain; which tensors there are depends on more."""
+    keys = {**LLAMA, "attention.layer_norm_epsilon": 1e-5, "rope.freq_base": 1e4}
+    keys.pop(without)
+    found = header(tmp_path, "starcoder2", keys=keys, tensors={"token_embd.weight": "F32"})
+    said = loads("llama.cpp", found)
+    assert said.answer == answer
+    assert why in said.why

@@ -148,12 +148,14 @@ def nemotron_keys() -> dict[str, Any]:
         "attention.key_length": 128,
         "attention.value_length": 128,
         "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.layer_norm_epsilon": 1e-5,
         "ssm.conv_kernel": 4,
         "ssm.inner_size": 4096,
         "ssm.state_size": 128,
         "ssm.group_count": 8,
         "ssm.time_step_rank": 64,
         "expert_count": 128,
+        "expert_used_count": 6,
     }
 
 
