@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ SAVE_S = 60.0
 
 
 class Usage:
-    """Counts of one yard, in a file of its folder. A name that is no plain one is not counted; names seen once give way
-    to new ones where there are too many, so that nobody fills the place of those in use.
+    """Counts of the yard of a home, in a file there. A name that is no plain one is not counted; names seen once give
+    way to new ones where there are too many, so that nobody fills the place of those in use.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, home: Path) -> None:
+        self._file = home / "yard" / "usage.json"
         self.paths: dict[str, int] = {}
         self.fields: dict[str, int] = {}
         self._changed = False
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            stored = json.loads(file.read_bytes())
+            stored = json.loads(self._file.read_bytes())
             self.paths = _counts(stored["paths"], PATH, MOST_PATHS)
             self.fields = _counts(stored["fields"], NAME, MOST_FIELDS)
 
@@ -48,8 +48,14 @@ class Usage:
         self._changed = False
         partial = self._file.with_suffix(".part")
         with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             partial.write_text(json.dumps({"paths": self.paths, "fields": self.fields}), encoding="utf-8")
             os.replace(partial, self._file)
+
+    def ignored(self, fields: Collection[str]) -> dict[str, int]:
+        """Those of `fields` that clients send, the most frequent first."""
+        used = {name: n for name, n in self.fields.items() if name in fields}
+        return dict(sorted(used.items(), key=lambda item: (-item[1], item[0])))
 
     def status(self) -> dict[str, Any]:
         return {"paths": dict(self.paths), "fields": dict(self.fields)}

@@ -78,7 +78,7 @@ class Yard:
         self.names: dict[str, str] = {}  # of models, aliases included, and the id of each
         self._driver: Callable[[str], Driver] = drivers.__getitem__ if drivers else driver
         self.public = self._public_of(config)
-        self.usage = Usage(self.folder / "usage.json")
+        self.usage = Usage(home)
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
 
     # --- from start to stop

@@ -6,6 +6,7 @@ from engines.home import home
 from flows.cli.output import errors, finish, out, verdict_text
 from flows.rollout.approval import yes_or_no
 from flows.rollout.evidence import evidence_of_move
+from tasks.evidence.parity.parameters import requests
 from tasks.verdicts.verdict import Verdict
 
 EXIT_NOT_MOVED = 3
@@ -19,10 +20,12 @@ def require_evidence(model: str | None, to: str | None, *, yes: bool, json_: boo
     found = evidence_of_move(home(), model, to)
     if found is None:
         return
-    move, known = found
+    move, known = found.what, found.known
     verdict = known.verdict or Verdict.INCONCLUSIVE
     errors.print("evidence on ", move, ": ", verdict_text(verdict), sep="", end="")
     errors.print(f": {known.why}", markup=False)
+    if found.ignored:
+        errors.print(f"clients send fields that the target does not act on: {requests(found.ignored)}", markup=False)
     is_asked = sys.stdin.isatty() and sys.stderr.isatty()
     if not (known.open or yes or (is_asked and yes_or_no(f"Move {move} all the same?", errors))):
         advice = "`switchyard evaluate` first, or add --yes to move it all the same"

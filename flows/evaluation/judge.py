@@ -11,8 +11,9 @@ from migrations.plan import Plan
 from tasks.evidence import compatibility, faults, performance, preflight
 from tasks.evidence.behaviours.battery import DEFAULT_REQUIRED
 from tasks.evidence.first_look import judge_pairs
+from tasks.evidence.parity.asking import Evidence
 from tasks.evidence.parity.judge import judge_parity
-from tasks.evidence.parity.parameters import with_behaviours
+from tasks.evidence.parity.parameters import judge_fields, with_behaviours
 from tasks.evidence.soak.judge import judge_leak, judge_stability
 from tasks.evidence.unmeasured import LAUNCH, SOAK_LEFT_OUT, ends_the_run, judge_unmeasured, summary
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
@@ -27,6 +28,7 @@ def judged(trial: Trial) -> list[CheckResult]:
     results += [judge_unmeasured(arm, what, record) for arm, what, record in trial.unmeasured() if what not in apart]
     for area, judge in (
         ("compatibility", _compatibility),
+        ("compatibility", _fields),
         ("parity", _parity),
         ("performance", _performance),
         ("stability", _soak),
@@ -96,16 +98,25 @@ def _compatibility(trial: Trial) -> list[CheckResult]:
     return [*(one for one in tried if one.check != missing.check), missing]
 
 
+def _fields(trial: Trial) -> list[CheckResult]:
+    used = trial.payload(BOTH, "fields")
+    return [] if used is None else [judge_fields(used, *_parameters(trial))]
+
+
+def _parameters(trial: Trial) -> list[Evidence | None]:
+    """What each engine did with request parameters; None where not all of it was measured."""
+    probed, seen = ([trial.payload(arm, kind) for arm in ARMS] for kind in ("parity.parameters", "compatibility"))
+    return [
+        None if parameters is None or behaviours is None else with_behaviours(parameters, behaviours)
+        for parameters, behaviours in zip(probed, seen, strict=True)
+    ]
+
+
 def _parity(trial: Trial) -> list[CheckResult]:
     tokens = trial.parity("tokens")
-    floors, ignored = ([trial.payload(arm, f"parity.{kind}") for arm in ARMS] for kind in ("floor", "parameters"))
+    floors, ignored = [trial.payload(arm, "parity.floor") for arm in ARMS], _parameters(trial)
     if None in tokens:
         return [_missing("parity.prompt_tokens", limit=1.0, unit="share")]
-    seen = [trial.payload(arm, "compatibility") for arm in ARMS]
-    ignored = [
-        None if probed is None or behaviours is None else with_behaviours(probed, behaviours)
-        for probed, behaviours in zip(ignored, seen, strict=True)
-    ]
     return judge_parity(
         *tokens,
         *trial.parity("answers"),

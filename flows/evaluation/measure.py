@@ -9,10 +9,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from engines.errors import BadInput, EngineExited
+from engines.home import home
 from engines.model.header import read_header
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served
 from engines.settings import Endpoint
+from engines.yard.usage import Usage
 from flows.evaluation.judge import required_behaviours
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
 from flows.progress import progress
@@ -47,9 +49,17 @@ def preflight(trial: Trial) -> None:
         if other := no_chat(trial.plan, trial.model.id):
             raise BadInput(other)
         trial.gather(BOTH, "preflight", partial(_preflight_report, trial))
+        if used := Usage(home()).fields:
+            trial.gather(BOTH, "fields", partial(_fields, trial, used))
     except BadInput as error:
         trial.put_unmeasured(BOTH, "preflight", {"verdict": verdict.value, "why": str(error), "log": []})
         raise Unmeasured(str(error)) from error
+
+
+def _fields(trial: Trial, used: Mapping[str, int]) -> Any:
+    """The request fields that clients of the yard here send, and those of them that each engine does not act on."""
+    ignores = {arm: engine.driver.dialect(engine.installation).ignores for arm, engine in trial.engines.items()}
+    return {"used": used, "ignored": {arm: sorted(names & used.keys()) for arm, names in ignores.items()}}
 
 
 def _preflight_report(trial: Trial) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import DATABASE, LOCKED_S, READ_S, open_records
 
 
-def evidence_of_move(home: Path, model: str | None, to: str | None) -> tuple[str, PhaseOne] | None:
-    """The move in words, and the latest verdict on it; None where it needs none.
+@dataclass(frozen=True)
+class Move:
+    """A move by hand: what it is, the latest verdict on it, and fields that clients send and its target ignores."""
+
+    what: str
+    known: PhaseOne
+    ignored: Mapping[str, int]
+
+
+def evidence_of_move(home: Path, model: str | None, to: str | None) -> Move | None:
+    """What is known of a move beforehand; None where it needs no evidence.
 
     That is the way back, a model that is there already, and an order that the yard will refuse by itself. Nothing about
     the records may break it: what cannot be read is no verdict. Raises SwitchyardError where no yard runs.
@@ -37,7 +47,11 @@ def evidence_of_move(home: Path, model: str | None, to: str | None) -> tuple[str
     target = to or (plan.candidate.engine if plan else "the candidate")
     if target in (committed, route.get("undo"), plan and plan.incumbent.engine):
         return None
-    return f"{name} from {committed} to {target}", _verdict(plan, route, target) if plan else problem or PhaseOne("")
+    engines = {engine["engine"]: engine.get("ignored_fields", {}) for engine in route["engines"]}
+    today = engines.get(committed, {})
+    ignored = {field: n for field, n in engines.get(target, {}).items() if field not in today}
+    known = _verdict(plan, route, target) if plan else problem or PhaseOne("")
+    return Move(f"{name} from {committed} to {target}", known, ignored)
 
 
 def _verdict(plan: Plan, route: Mapping[str, Any], target: str) -> PhaseOne:

@@ -133,7 +133,12 @@ def test_a_killed_run_leaves_nothing_and_resumes_where_it_stopped(switchyard, en
 
 
 def test_models_that_their_headers_turn_down_fail_alone(switchyard, environment, tmp_path, home):
-    """A pre-tokenizer that llama.cpp knows and mistral.rs does not, and a tensor too few. The next is measured."""
+    """A pre-tokenizer that llama.cpp knows and mistral.rs does not, and a tensor too few. The next is measured.
+
+    A request field that clients of the yard send and mistral.rs does not act on is a finding, and holds no gate.
+    """
+    (home / "yard").mkdir(parents=True)
+    (home / "yard" / "usage.json").write_text('{"paths": {}, "fields": {"mirostat": 7, "max_tokens": 9}}')
     refused = changed_copy(installed.smollm2(), tmp_path / "refact.gguf", values={"tokenizer.ggml.pre": "refact"})
     broken = changed_copy(installed.smollm2(), tmp_path / "broken.gguf", without_tensor="blk.5.ffn_up.weight")
     plan = written_plan(tmp_path, parity_prompts=1, parity_tokens=4)
@@ -153,6 +158,9 @@ def test_models_that_their_headers_turn_down_fail_alone(switchyard, environment,
         assert checks[model]["preflight.loads"]["verdict"] == "FAIL"
         assert words in checks[model]["preflight.loads"]["why"]
         assert not any(check.startswith("launch.") for check in checks[model])
+    found = checks["smollm2"]["compatibility.fields_in_use"]
+    assert (found["verdict"], found["value"], found["required"]) == ("FAIL", 1, False)
+    assert "clients send mirostat (7 requests)" in found["why"]
 
 
 STAGES = {

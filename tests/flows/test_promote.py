@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from played import plan_of
 from rich.console import Console
@@ -108,6 +109,26 @@ def test_it_says_what_the_evidence_says(
     assert done.returncode == code, done.stderr
     assert f"evidence on m from llama.cpp to mistral.rs: {verdict}: run " in done.stderr
     assert ("parity.mean_kld: 0.5 nats, limit 0.005 nats" in done.stderr) is (code == 3)
+
+
+def test_fields_that_clients_send_and_the_target_ignores_are_named(switchyard: Switchyard, yard: YardClient) -> None:
+    """Names and counts only; what the incumbent ignores as well is no loss, and the way back asks nothing."""
+    chat = {"messages": [{"role": "user", "content": "private words"}], "max_tokens": 2, "mirostat": 2}
+    for more in ({"temperature": 0}, {"n_probs": 1}):
+        until(lambda: _asked(yard, {**chat, **more}), "an answer")  # noqa: B023
+    done = switchyard("promote", "--yes")
+    assert done.returncode == 0, done.stderr
+    told = "clients send fields that the target does not act on: mirostat (2 requests), n_probs (1 requests)"
+    assert told in " ".join(done.stderr.split())
+    assert "temperature" not in done.stderr + done.stdout
+    assert "private" not in done.stderr + done.stdout
+    back = switchyard("promote", "--to", "llama.cpp")
+    assert (back.returncode, "mirostat" in back.stderr) == (0, False)
+
+
+def _asked(yard: YardClient, body: dict[str, Any]) -> bool:
+    url = f"{yard.status()['address']}/v1/chat/completions"
+    return httpx.post(url, json=body, timeout=30, trust_env=False).status_code == 200
 
 
 @pytest.mark.parametrize(("answer", "moved"), [("yes", True), ("no", False), ("", False)])

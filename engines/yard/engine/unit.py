@@ -160,6 +160,11 @@ class Unit:
 
     # --- requests
 
+    @property
+    def ignores(self) -> frozenset[str]:
+        """Fields of requests that this engine does not act on."""
+        return self.driver.dialect(self.spec.installation).ignores
+
     def dialect(self, call: Call) -> Dialect:
         """What brings `call` and its answer to the shapes that clients expect."""
         found, model_id = self.spec.installation, self.spec.model_id

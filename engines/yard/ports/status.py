@@ -119,4 +119,5 @@ class Status:
             "load_s": unit.load_s,
             "restarts": unit.restarts,
             "context_tokens": unit.context_tokens,
+            "ignored_fields": self._yard.usage.ignored(unit.ignores),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -103,6 +103,29 @@ def with_behaviours(parameters: Evidence, compatibility: Evidence) -> Evidence:
             effect = {"passed": True, "failed": None if refused else False}.get(seen["outcome"])
             found[name] = {"sent": {}, "effect": effect, "observed": seen["observed"]}
     return parameters | {"parameters": found}
+
+
+def judge_fields(used: Evidence, incumbent: Evidence | None, candidate: Evidence | None) -> CheckResult:
+    """`compatibility.fields_in_use`: request fields that clients send, and that only the candidate does not act on.
+
+    `used` has what clients send and what an engine is known to leave alone; the engines' parameters add what a probe
+    found without effect. It holds no gate: whether an answer needs the field only its client knows.
+    """
+    counts, known = used["used"], used["ignored"]
+    ignored = set(known["candidate"]) - set(known["incumbent"])
+    ours, theirs = (({} if found is None else found["parameters"]) for found in (incumbent, candidate))
+    silent = {name for name, found in ours.items() if found["effect"] and theirs.get(name, {}).get("effect") is False}
+    ignored |= {name.partition(".")[0] for name in silent} & set(counts)
+    why = f"clients send {requests({name: counts[name] for name in ignored})}: the candidate does not act on it"
+    if not ignored:
+        why = f"none of the {len(counts)} fields that clients send is known to be ignored"
+    result = at_most("compatibility.fields_in_use", len(ignored), limit=0, unit="fields", why=why)
+    return result.model_copy(update={"required": False})
+
+
+def requests(counts: Mapping[str, int]) -> str:
+    """`mirostat (12 requests), n_probs (3 requests)`, the most frequent first."""
+    return ", ".join(f"{name} ({n:,} requests)" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def judge_ignored_parameters(

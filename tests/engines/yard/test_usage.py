@@ -6,8 +6,7 @@ from engines.yard.usage import MOST_FIELDS, MOST_PATHS, Usage
 
 
 def test_it_is_kept_and_bounded(tmp_path):
-    file = tmp_path / "usage.json"
-    usage = Usage(file)
+    usage = Usage(tmp_path)
     usage.note("/path0", ["field0"])
     usage.note("/path0", ["field0"])
     for n in range(1000):
@@ -15,7 +14,7 @@ def test_it_is_kept_and_bounded(tmp_path):
     usage.note("/" + "x" * 500)
     usage.note("/a b")
     usage.save()
-    again = Usage(file)
+    again = Usage(tmp_path)
     assert (len(again.paths), len(again.fields)) == (MOST_PATHS, MOST_FIELDS)
     assert (again.paths["/path0"], again.fields["field0"]) == (3, 3)
     assert "/path999" in again.paths
@@ -23,7 +22,7 @@ def test_it_is_kept_and_bounded(tmp_path):
 
 def test_one_request_with_many_fields_is_counted_in_part(tmp_path):
     """Names that were sent once give way; those in use stay."""
-    usage = Usage(tmp_path / "usage.json")
+    usage = Usage(tmp_path)
     for _ in range(2):
         usage.note("/a", ["temperature"])
     for n in range(50):
@@ -35,6 +34,6 @@ def test_one_request_with_many_fields_is_counted_in_part(tmp_path):
 
 def test_a_file_that_is_broken_is_no_obstacle(tmp_path):
     for text in ("", "[]", "{", '{"paths": 3, "fields": {}}', json.dumps({"paths": {"/a": "x"}, "fields": {}})):
-        file = tmp_path / "usage.json"
-        file.write_text(text)
-        assert Usage(file).paths == {}
+        (tmp_path / "yard").mkdir(exist_ok=True)
+        (tmp_path / "yard" / "usage.json").write_text(text)
+        assert Usage(tmp_path).paths == {}

@@ -19,6 +19,7 @@ from tasks.evidence.parity.degenerate import degenerate
 from tasks.evidence.parity.judge import judge_answers, judge_parity
 from tasks.evidence.parity.parameters import (
     BEHAVIOUR_OF,
+    judge_fields,
     judge_ignored_parameters,
     measure_ignored_parameters,
     with_behaviours,
@@ -371,6 +372,21 @@ def test_a_lost_parameter_gates_only_when_relied_on() -> None:
     assert judge_ignored_parameters(ours, theirs, ["seed"])[0].required
     assert judge_ignored_parameters(ours, theirs, ["stop"])[0].verdict is Verdict.PASS
     assert judge_ignored_parameters(ours, theirs, ["n"])[0].verdict is Verdict.PASS
+
+
+def test_fields_in_use_that_only_the_candidate_ignores_are_named_and_hold_no_gate() -> None:
+    """Known ones and measured ones; a refusal is not silence, and what nobody sends does not matter."""
+    used = {"mirostat": 3, "response_format": 2, "seed": 1, "temperature": 9, "lora": 4, "logit_bias": 5}
+    known = {"used": used, "ignored": {"incumbent": ["lora"], "candidate": ["lora", "mirostat"]}}
+    ours = {"response_format.json_schema": True, "temperature": True, "seed": True, "n": True, "logit_bias": True}
+    theirs = {"response_format.json_schema": False, "temperature": True, "seed": None, "n": False}
+    parameters = ({"parameters": {name: {"effect": effect} for name, effect in one.items()}} for one in (ours, theirs))
+    found = judge_fields(known, *parameters)
+    assert (found.verdict, found.value, found.required) == (Verdict.FAIL, 2, False)
+    assert "mirostat (3 requests), response_format (2 requests)" in found.why
+    assert judge_fields(known, None, None).value == 1
+    fine = judge_fields({"used": used, "ignored": {"incumbent": ["lora"], "candidate": ["lora"]}}, None, None)
+    assert (fine.verdict, fine.value) == (Verdict.PASS, 0)
 
 
 def test_a_required_parameter_without_a_probe_is_inconclusive() -> None:
