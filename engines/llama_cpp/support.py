@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engines.llama_cpp.architectures import doubtful_keys, missing_keys, odd_layout, odd_shapes
+from engines.model.architectures import doubtful_keys, missing_keys, odd_layout, odd_shapes
 from engines.model.header import Header
 from engines.model.layout import layout, named, odd_tensors, unknown_names
 from engines.model.loads import Loads, known_architectures, wrong_kinds

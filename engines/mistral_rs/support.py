@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import BadInput
+from engines.model.architectures import missing_keys, odd_layout
 from engines.model.gguf import Tensor
 from engines.model.header import Header
 from engines.model.layout import layout, named, odd_tensors
@@ -82,6 +83,8 @@ def _doubts(header: Header, lists: dict[str, Any]) -> Iterator[str]:
     """What may keep it from loading, as far as a header tells."""
     found, rows = layout(header), header.tensor("token_embd.weight")
     if found is None:
+        yield from missing_keys(header)  # a list of llama.cpp's: without a part of it the file is none that is known
+        yield from odd_layout(header)
         yield from (odd for odd in odd_tensors(header) if "is missing" in odd)
     if found and found.misshapen:
         yield found.misshapen[0]

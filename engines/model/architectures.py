@@ -1,4 +1,4 @@
-"""What llama.cpp asks of an architecture, by the lists in `architectures.toml`: keys, and tensors with their shapes."""
+"""What the file of an architecture has to have, by `architectures.toml`: what llama.cpp was seen to ask of it."""
 
 from __future__ import annotations
 
