@@ -17,6 +17,8 @@ DEEPEST = 200  # levels of a body; whatever walks through it later needs some of
 LLAMA_CPP_PREFILL = re.compile(rb'"prompt_n":\s*(\d+)[^}]*?"prompt_ms":\s*(\d+(?:\.\d+)?)')
 MISTRAL_RS_PREFILL = re.compile(rb'"avg_prompt_tok_per_sec":\s*(\d+(?:\.\d+)?)')
 PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
+COMPUTED_TOKENS = re.compile(rb'"prompt_n":\s*(\d+)')  # llama.cpp's timings, without what lay in its cache
+CACHED_TOKENS = re.compile(rb'"(?:cache_n|cached_tokens)":\s*(\d+)')
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -95,6 +97,17 @@ def reported_prefill_rate(answer: bytes) -> float | None:
     if rate is None or tokens_read is None or int(tokens_read[1]) < LEAST_TOKENS:
         return None
     return float(rate[1]) or None
+
+
+def reported_cached_share(answer: bytes) -> float | None:
+    """Share of the prompt that lay in the engine's cache, out of the end of its answer; None where it does not say."""
+    cached = CACHED_TOKENS.search(answer)
+    computed, whole = COMPUTED_TOKENS.search(answer), PROMPT_TOKENS.search(answer)
+    if cached is None or (computed is None and whole is None):
+        return None
+    n_cached = int(cached[1])
+    n_prompt = n_cached + int(computed[1]) if computed is not None else int(whole[1]) if whole is not None else 0
+    return min(n_cached / n_prompt, 1.0) if n_prompt else None
 
 
 def parse(path: str, raw: bytes, content_type: str = "") -> Call:

@@ -32,6 +32,7 @@ class LiveSample:
     empty: bool
     ttft_ms: float | None
     tpot_ms: float | None
+    cached_share: float | None = None  # of the prompt, where the engine reports it
 
 
 class Metrics:

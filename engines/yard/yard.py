@@ -388,6 +388,7 @@ class Yard:
             empty=error is None and running.first is None and call.stream,
             ttft_ms=running.ttft_ms if call.stream else None,
             tpot_ms=gap_s * 1000 if call.stream and gap_s is not None else None,
+            cached_share=running.cached_share,
         )
         self.samples[route.model_id].append(sample)
         self.metrics.served(route.model_id, sample, running, arrived, client_error=client_error)

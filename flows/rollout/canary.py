@@ -63,6 +63,7 @@ class CanaryShare:
         self.steps = move.migration.plan.canary
         self.is_last = weight == self.steps.steps[-1]
         self.samples: list[dict[str, Any]] = []
+        self.open: list[str] = []  # checks of the last judgement that more traffic has to settle
         self.since, self.restarts = 0.0, 0  # since when (s since the epoch), and the candidate's restarts by then
 
     def begin(self, step: Step | None, here: Mapping[str, Any]) -> None:
@@ -93,7 +94,8 @@ class CanaryShare:
             self.samples += fresh
             left_s = self.since + self.steps.max_minutes * 60 - time.time()
             answers = f"{self._answered(self.samples):,} answers by {move.candidate}"
-            move.say(f"{answers} ({self.steps.min_requests} at least), {left_s / 60:.0f} min left")
+            still = f"; open: {', '.join(self.open)}" if self.open else ""
+            move.say(f"{answers} ({self.steps.min_requests} at least), {left_s / 60:.0f} min left{still}")
             if trouble := self._trouble():
                 return trouble
             began = time.monotonic()
@@ -144,7 +146,10 @@ class CanaryShare:
         """Whether the share is over: failed at any time; else it needs some answers, and the last one a verdict."""
         if not self._answered([*self.earlier, *self.samples]):
             return False
-        verdict = gate(self._judged())
+        results = self._judged()
+        verdict = gate(results)
+        undecided = [one.check for one in results if one.required and one.verdict is Verdict.INCONCLUSIVE]
+        self.open = [check.removeprefix("canary.") for check in undecided]
         if verdict in (Verdict.FAIL, Verdict.ERROR):
             return True
         enough = self._answered(self.samples) >= self.steps.min_requests

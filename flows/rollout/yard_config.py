@@ -16,6 +16,8 @@ from migrations.plan import Plan
 from tasks.evidence.canary import canary_judge, shadow_judge
 from tasks.verdicts.limits import CanaryLimits
 
+PREFIX_CACHE = "prefix cache"  # as drivers name it where they have none
+
 
 def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> YardConfig:
     """The yard as `plan` wants it, with the engines that are found now; one that is missing is no error.
@@ -72,7 +74,11 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
 
 def canary_limits(plan: Plan) -> CanaryLimits:
     """The plan's limits and looks as they hold for live traffic."""
-    return CanaryLimits(**plan.limits.model_dump(), looks=plan.measure.looks)
+    return CanaryLimits(
+        **plan.limits.model_dump(),
+        looks=plan.measure.looks,
+        accepts_no_cache=PREFIX_CACHE in plan.accepted_unsupported,
+    )
 
 
 def unsupported(plan: Plan, config: YardConfig) -> list[str]:

@@ -4,7 +4,11 @@ Live requests are not chosen, so they are made comparable first. A block of the 
 `block_requests` answers of each engine: what slows the machine slows both arms of a block. Within a block, times are
 brought to one prompt size along a straight line in logarithms (Theil and Sen's slope, from pairs of one engine's own
 requests). From there on it is the gate of `tasks.verdicts.noninferiority`, at planned looks: the canary analysis may
-ask as often as it likes. The first look that fails, else the first that passes, stands.
+ask as often as it likes. The first look that fails, else the first that passes, stands. Live traffic does not end
+with the plan's last look: further ones follow, each at twice the blocks of the one before (see `_schedule`).
+
+First tokens are compared where the candidate's prompts lie in its cache as often as the incumbent's. Where they do not,
+that is a finding of its own, which the plan may accept.
 
 What this cannot prove, and phase 1 can: every block is of the same start of both engines, and starts differ by 9 to
 14 % on a small machine; the candidate answers only its share, so it was not seen under the whole load; conversations
@@ -18,6 +22,7 @@ Which conversations the candidate answers, and that they stay with it (sticky), 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 import re
@@ -32,8 +37,8 @@ from engines.units import quantity
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.judge import judge_answers
 from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits
-from tasks.verdicts.noninferiority import Metric, MetricOutcome, judge, look_bounds
-from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper
+from tasks.verdicts.noninferiority import ALPHA, Metric, MetricOutcome, judge, look_bounds
+from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper, normal_quantile
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, decided, gate, not_measured
 
 LiveSample = Mapping[str, Any]
@@ -46,6 +51,10 @@ COPIES_FAILED = 0.05
 SIZES_APART = 0.2  # ln of prompt sizes: nearer ones give no slope
 STEEPEST = 1.5  # a time grows no faster than that with the prompt, attention included
 MOST_PAIRED = 100  # requests of an engine in one block whose pairs are looked at
+WARM = 0.5  # of its prompt in the cache: a request that was answered from it
+FEWER_WARM = 0.2  # the share of requests by which the candidate may be behind before first tokens cannot be compared
+FURTHER_LOOKS = 8  # after the plan's last one: 256 times its blocks
+FURTHER_ALPHA = 0.01  # of the 5 %: kept for the further looks, halved from one to the next
 CLIENTS_FAULT = re.compile(r"HTTP 4\d\d$")
 
 
@@ -102,6 +111,11 @@ def judge_canary(
     theirs = sorted((s for s in samples if s["engine"] == incumbent), key=lambda sample: sample["at"])
     answered, incumbent_answered = ([s for s in arm if not _clients_fault(s)] for arm in (ours, theirs))
     streamed, incumbent_streamed = _streamed(answered), _streamed(incumbent_answered)
+    cache = _judge_cache(answered, incumbent_answered, limits)
+    first_token = _judge_speed("ttft", answered, incumbent_answered, limits.ttft_p50_ratio, limits)
+    if cache.verdict is Verdict.FAIL and limits.accepts_no_cache:
+        why = f"{first_token.why}; reported only: most prompts lay in the incumbent's cache, which the candidate lacks"
+        first_token = first_token.model_copy(update={"required": False, "why": why})
     failed = _share(answered, incumbent_answered, lambda sample: not sample["ok"])
     empty = _share(streamed, incumbent_streamed, lambda sample: bool(sample["empty"]))
     margin = limits.failure_rate_margin
@@ -109,7 +123,8 @@ def judge_canary(
         _judge_share("canary.error_rate", failed, margin, f"requests failed{_kinds(answered)}"),
         _judge_share("canary.silent_empty", empty, margin, "streams ended well without a token"),
         _judge_refused(ours, theirs, margin),
-        _judge_speed("ttft", answered, incumbent_answered, limits.ttft_p50_ratio, limits),
+        cache,
+        first_token,
         _judge_speed("tpot", answered, incumbent_answered, limits.tpot_p50_ratio, limits),
     ]
 
@@ -138,7 +153,7 @@ def judge_shadow(pairs: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
 
 def canary_judge(limits: CanaryLimits) -> Callable[[Sequence[LiveSample], str, str], dict[str, Any]]:
     """The yard's judge of a canary: samples, incumbent, candidate in, `judgement` out."""
-    look_bounds(limits.looks)  # half a second of arithmetic, kept: now, and not beside the first user's stream
+    _schedule(limits.looks)  # half a second of arithmetic, kept: now, and not beside the first user's stream
     return lambda samples, incumbent, candidate: judgement(judge_canary(samples, incumbent, candidate, limits))
 
 
@@ -219,6 +234,36 @@ def _conversations(samples: Sequence[LiveSample]) -> tuple[int, int]:
     return len({s["conversation"] for s in known if _clients_fault(s)}), len({s["conversation"] for s in known})
 
 
+def _judge_cache(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], limits: CanaryLimits) -> CheckResult:
+    """Whether the candidate's prompts lie in its cache as often as the incumbent's do.
+
+    Holds the gate only where they clearly do not and the plan does not accept it: few repeated prompts prove nothing.
+    """
+    check = "canary.prompt_cache"
+    known, incumbent = ([s for s in arm if s.get("cached_share") is not None] for arm in (ours, theirs))
+    if not known or not incumbent:
+        silent = "incumbent" if known else "candidate"
+        return not_measured(check, f"the {silent} does not say what lay in its cache", unit="share", required=False)
+    cold = _share(known, incumbent, lambda sample: sample["cached_share"] < WARM)
+    fails = cold.is_clear(FEWER_WARM)
+    why = (
+        f"{cold.asked - cold.hits} of {cold.asked} prompts lay in the candidate's cache for the most part, "
+        f"{cold.incumbent_asked - cold.incumbent_hits} of {cold.incumbent_asked} in the incumbent's"
+    )
+    if fails:
+        why += "; a conversation waits for its whole prompt at every turn"
+        why += ", which the plan accepts" if limits.accepts_no_cache else ""
+    return CheckResult(
+        check=check,
+        verdict=Verdict.FAIL if fails else Verdict.PASS,
+        value=cold.excess,
+        limit=FEWER_WARM,
+        unit="share",
+        why=why,
+        required=fails and not limits.accepts_no_cache,
+    )
+
+
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
@@ -255,10 +300,24 @@ def _measured(samples: Sequence[LiveSample], key: str) -> list[LiveSample]:
 
 def _first_decision(metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: Sequence[int]) -> MetricOutcome:
     """The gate at each look that was reached, as one sequence: FAIL wins, then the first PASS, then the last word."""
-    reached = [look for look in looks if look <= len(blocks)]
-    outcomes = [judge(metric, blocks[:look], looks) for look in reached[:-1]] + [judge(metric, blocks, looks)]
+    every, bounds = _schedule(tuple(looks))
+    reached = [look for look in every if look <= len(blocks)]
+    seen = [blocks[:look] for look in reached[:-1]] + [blocks]
+    outcomes = [judge(metric, some, every, bounds=bounds) for some in seen]
     decisive = (one for wanted in (Verdict.FAIL, Verdict.PASS) for one in outcomes if one.verdict is wanted)
     return next(decisive, outcomes[-1])
+
+
+@functools.cache
+def _schedule(looks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The plan's looks and those that follow while traffic does, with the z bound of each.
+
+    By the union bound a candidate at the limit passes in under 5 %: the plan's looks spend 4 % between them, as O'Brien
+    and Fleming would, the further ones 0.5 %, 0.25 % and so on.
+    """
+    steps = range(1, FURTHER_LOOKS + 1)
+    bounds = [normal_quantile(1 - FURTHER_ALPHA / 2**step) for step in steps]
+    return (*looks, *(looks[-1] * 2**step for step in steps)), (*look_bounds(looks, ALPHA - FURTHER_ALPHA), *bounds)
 
 
 def _blocks(

@@ -150,5 +150,6 @@ class CanaryLimits(Limits):
 
     looks: tuple[int, ...] = Field(Measure().looks, min_length=1, description="blocks after which speed is judged")
     block_requests: int = Field(10, ge=3, description="answers of each engine that make a block")
+    accepts_no_cache: bool = Field(False, description="the plan accepts a candidate without a prompt cache")
     warm_up: int = Field(3, ge=0, description="the candidate's first answers, whose times do not count")
     min_conversations: int = Field(3, ge=1, description="conversations on each engine; fewer are no fair comparison")

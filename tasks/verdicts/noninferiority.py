@@ -142,8 +142,9 @@ def judge(
     looks: Sequence[int] = DEFAULT_LOOKS,
     *,
     client_error: float | None = None,
+    bounds: Sequence[float] | None = None,
 ) -> MetricOutcome:
-    """The verdict on `metric` at the latest look that the valid blocks reach.
+    """The verdict on `metric` at the latest look that the valid blocks reach; `bounds` as of `look_bounds`, one a look.
 
     Blocks past that look wait for the next one: judging at unplanned moments would promote wrongly more often.
     `client_error` is the measuring client's own p99 error in the metric's unit; a margin smaller than three times that
@@ -151,7 +152,7 @@ def judge(
     that did not answer pass on the blocks where it did. Raises BadInput on malformed evidence or looks, and on samples
     that are not positive numbers.
     """
-    bounds = look_bounds(tuple(looks))
+    bounds = bounds or look_bounds(tuple(looks))
     valid, discarded = _valid(blocks)
     reached = max((look for look in looks if look <= len(valid)), default=None)
     used = valid[:reached]
@@ -264,8 +265,8 @@ def block_orders(n_blocks: int, seed: int) -> list[str]:
 
 
 @lru_cache(maxsize=256)
-def look_bounds(looks: tuple[int, ...]) -> tuple[float, ...]:
-    """The one-sided z bound of each look: O'Brien-Fleming, C * sqrt(last / look), with the C that spends 5 % overall.
+def look_bounds(looks: tuple[int, ...], alpha: float = ALPHA) -> tuple[float, ...]:
+    """The one-sided z bound of each look: O'Brien-Fleming, C * sqrt(last / look), with the C that spends `alpha`.
 
     (6, 12, 24) gets 3.358, 2.374, 1.679 and a single look 1.645. The tabulated 2.961, 2.094, 1.710 (Jennison and
     Turnbull 2000, table 2.3) are for evenly spaced looks and would spend 5.3 % here. The schedule belongs to the plan:
@@ -275,10 +276,10 @@ def look_bounds(looks: tuple[int, ...]) -> tuple[float, ...]:
         raise BadInput(f"looks {looks} must be whole numbers of blocks, {MIN_BLOCKS} or more")
     if list(looks) != sorted(set(looks)):
         raise BadInput(f"looks {looks} must rise, each above the one before")
-    low, high = normal_quantile(1 - ALPHA), 8.0
+    low, high = normal_quantile(1 - alpha), 8.0
     for _ in range(40):
         constant = (low + high) / 2
-        spends_too_much = spent_alpha(looks, _obrien_fleming(looks, constant)) > ALPHA
+        spends_too_much = spent_alpha(looks, _obrien_fleming(looks, constant)) > alpha
         low, high = (constant, high) if spends_too_much else (low, constant)
     return _obrien_fleming(looks, high)
 

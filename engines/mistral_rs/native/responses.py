@@ -50,6 +50,7 @@ def usage_body(usages: list[Usage], n: int = 1) -> Json:
 def timings_body(usages: list[Usage]) -> Json:
     """The engine's clock under llama.cpp's names; what it did not report, or reported as inf or NaN, is left out."""
     body: Json = {
+        "cache_n": sum(usage.cached_tokens or 0 for usage in usages),
         "prompt_n": sum(usage.prompt_tokens - (usage.cached_tokens or 0) for usage in usages),
         "predicted_n": sum(usage.completion_tokens for usage in usages),
     }

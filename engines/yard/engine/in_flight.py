@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from engines.openai.call import reported_cached_share, reported_prefill_rate
 from engines.process.process import ManagedProcess
 
 
@@ -30,6 +31,7 @@ class InFlight:
         self.first: float | None = None  # first chunk with content
         self.chunks = 0  # chunks with content, and those after the first of them
         self.prefill_rate: float | None = None  # tokens/s, where the engine's answer reports it
+        self.cached_share: float | None = None  # of the prompt, likewise
         self._held_at = 0.0
         self._gap = gap
 
@@ -43,6 +45,10 @@ class InFlight:
         elif content:
             self.first, self.chunks = now, 1
         self.moved = now
+
+    def reported(self, end: bytes) -> None:
+        """Take from the end of an answer what the engine says of its prompt."""
+        self.prefill_rate, self.cached_share = reported_prefill_rate(end), reported_cached_share(end)
 
     @property
     def ttft_ms(self) -> float | None:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from engines.openai.call import GENERATING, Call, Refusal, parse, reported_prefill_rate
+from engines.openai.call import GENERATING, Call, Refusal, parse
 from engines.openai.dialect import Dialect
 from engines.openai.paths import ENDS, Kind
 from engines.process.readiness import NOT_SUPPORTED
@@ -273,7 +273,7 @@ class Gateway:
                     return
                 data = await answer.read()
                 running.chunk(content=True)
-                running.prefill_rate = reported_prefill_rate(data[-END_BYTES:])
+                running.reported(data[-END_BYTES:])
                 status, data = dialect.whole(answer.status, data)
                 running.failure = _failure(call, status, data)
                 await reply.whole(status, data, answer.headers.get("Content-Type", JSON_TYPE))
@@ -310,7 +310,7 @@ class Gateway:
                 if reply.is_full:
                     await self._hold_back(route, running, reply)
         end = b"".join(last)
-        running.prefill_rate = reported_prefill_rate(end)
+        running.reported(end)
         if not reply.ended and is_end(end) is None and not (dialect.error and reply.call.path not in GENERATING):
             raise Gone("the stream ended without its end")
         if rest := dialect.rest():

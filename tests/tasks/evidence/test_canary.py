@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from engines.errors import BadInput
-from tasks.evidence.canary import judge_canary, judge_shadow, judgement
+from tasks.evidence.canary import _schedule, judge_canary, judge_shadow, judgement
 from tasks.verdicts.limits import CanaryLimits
+from tasks.verdicts.noninferiority import spent_alpha
 from tasks.verdicts.verdict import CheckResult, Verdict, gate
 
 LIMITS = CanaryLimits()
@@ -19,6 +20,7 @@ CHECKS = [
     "canary.error_rate",
     "canary.silent_empty",
     "canary.refused",
+    "canary.prompt_cache",
     "canary.ttft_p50_ratio",
     "canary.tpot_p50_ratio",
 ]
@@ -130,6 +132,55 @@ def test_a_decided_speed_stays_decided() -> None:
     assert passed
     assert passed == seen[seen.index(passed[0]) :]
     assert len({result.value for result in passed}) == 1
+
+
+def test_traffic_beyond_the_plans_last_look_decides() -> None:
+    """Three blocks leave equal engines open; what comes after them is used, as long as it comes."""
+    short = CanaryLimits(looks=(3,))
+    samples = live_traffic(1)
+    few, all_of_it = (
+        check_of(judge_canary(seen, "old", "new", short), "ttft_p50_ratio") for seen in (samples[:400], samples)
+    )
+    assert few.verdict is Verdict.INCONCLUSIVE
+    assert "would settle it" in few.why
+    assert all_of_it.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("looks", [(3,), (3, 6), (6, 12, 24)])
+def test_all_looks_together_spend_five_percent_at_most(looks: tuple[int, ...]) -> None:
+    assert 0.03 < spent_alpha(*_schedule(looks)) <= 0.05
+
+
+def warm_and_cold(cached_share: float | None) -> list[dict[str, Any]]:
+    """An incumbent that answers a shared prompt from its cache, and a candidate 30 times as slow to the first token."""
+    old = [a_sample(at, "old", cached_share=0.95, ttft_ms=20.0 + at % 3) for at in range(200)]
+    new = [a_sample(at + 0.5, "new", cached_share=cached_share, ttft_ms=600.0 + at % 3) for at in range(200)]
+    return old + new
+
+
+def test_a_cache_that_the_candidate_lacks_is_a_finding_of_its_own() -> None:
+    results = judge_canary(warm_and_cold(0.0), "old", "new", LIMITS)
+    cache = check_of(results, "prompt_cache")
+    assert (cache.verdict, cache.required) == (Verdict.FAIL, True)
+    assert "0 of 200 prompts lay in the candidate's cache for the most part, 200 of 200 in the incumbent's" in cache.why
+
+
+def test_where_the_plan_accepts_it_first_tokens_are_reported_only() -> None:
+    results = judge_canary(
+        warm_and_cold(0.0), "old", "new", CanaryLimits(accepts_no_cache=True, failure_rate_margin=0.1)
+    )
+    assert [r.check for r in results if not r.required] == ["canary.prompt_cache", "canary.ttft_p50_ratio"]
+    assert check_of(results, "ttft_p50_ratio").verdict is Verdict.FAIL
+    assert gate(results) is Verdict.PASS
+
+
+@pytest.mark.parametrize("share", [None, 0.95], ids=["unknown", "as warm"])
+def test_a_slow_first_token_without_that_excuse_fails(share: float | None) -> None:
+    """Accepting a missing cache accepts nothing else."""
+    results = judge_canary(warm_and_cold(share), "old", "new", CanaryLimits(accepts_no_cache=True))
+    assert not check_of(results, "prompt_cache").required
+    assert check_of(results, "ttft_p50_ratio").required
+    assert gate(results) is Verdict.FAIL
 
 
 def test_a_broken_candidate_fails_after_a_handful() -> None:

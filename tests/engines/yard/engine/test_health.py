@@ -1,6 +1,6 @@
 """The arithmetic of health: limits, budget, rates."""
 
-from engines.openai.call import reported_prefill_rate
+from engines.openai.call import reported_cached_share, reported_prefill_rate
 from engines.yard.engine.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
 
 
@@ -65,3 +65,12 @@ def test_the_prefill_rate_is_what_the_engine_tells_of_the_tokens_it_really_read(
     mistral_rs = b'"usage":{"completion_tokens":3,"prompt_tokens":40,"avg_prompt_tok_per_sec":15.5}'
     assert reported_prefill_rate(mistral_rs) == 15.5
     assert reported_prefill_rate(b"data: [DONE]") is None
+
+
+def test_how_much_of_a_prompt_lay_in_the_cache():
+    """llama.cpp's timings leave out what was cached, OpenAI's usage counts it."""
+    assert reported_cached_share(b'"timings":{"cache_n":30,"prompt_n":10,"prompt_ms":700.0}') == 0.75
+    usage = b'"usage":{"prompt_tokens":40,"prompt_tokens_details":{"cached_tokens":10}}'
+    assert reported_cached_share(usage) == 0.25
+    assert reported_cached_share(b'"usage":{"prompt_tokens":40}') is None
+    assert reported_cached_share(b"data: [DONE]") is None
