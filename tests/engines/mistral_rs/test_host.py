@@ -150,6 +150,7 @@ def test_timings_leave_out_what_is_no_number() -> None:
     """inf and NaN, as the wheel tells them after one token, are absent rather than zero."""
     usage = Usage(prompt_tokens=5, completion_tokens=1, prompt_ms=100.0, predicted_ms=float("inf"))
     assert responses.timings_body([usage]) == {
+        "cache_n": 0,
         "prompt_n": 5,
         "predicted_n": 1,
         "prompt_ms": 100.0,
