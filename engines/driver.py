@@ -35,6 +35,7 @@ Found = Literal["binary", "hosted", "native"]
 class Installation:
     """One engine as found on this machine. A native one is no server: the yard talks to it in frames.
 
+    `engine` is its name in the plan, by default its `kind`; the kind says which driver it has.
     `program` is the argv prefix; `flags` are the long options its own `--help` lists, so that no flag is passed that
     this build does not know; `libraries` goes in front of LD_LIBRARY_PATH.
     """
@@ -46,6 +47,10 @@ class Installation:
     flags: frozenset[str] = frozenset()
     libraries: Path | None = None
     where: str = ""
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.kind or self.engine)
 
     def knows(self, flag: str) -> bool:
         return flag in self.flags

@@ -226,7 +226,7 @@ def _loaded(plan: str) -> tuple[Plan, Path]:
     path = plan_path(Path(plan) if plan else None, default_home())
     loaded = load_plan(path)
     if flow_run.id is not None:  # a label for the lists and filters of the UI is worth no failure
-        tags = {loaded.incumbent.engine, loaded.candidate.engine, *(model.id for model in loaded.models)}
+        tags = {loaded.incumbent.name, loaded.candidate.name, *(model.id for model in loaded.models)}
         with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
             client.update_flow_run(UUID(flow_run.id), tags=sorted({*flow_run.tags, *tags}))
     return loaded, path

@@ -61,7 +61,7 @@ class Deprecation:
         self.who, self.reason = self.who.strip(), self.reason.strip()
         if self.at_once and not (self.who and self.reason):
             raise BadInput("not to wait is a decision: add --who and --reason")
-        self.engine = self.plan.incumbent.engine
+        self.engine = self.plan.incumbent.name
         self.client, self._file = YardClient(self.home), StateFile(self.home / "yard")
         self._results: list[CheckResult] = []
 
@@ -153,7 +153,9 @@ class Deprecation:
         return {"files": [str(path) for path in written]}
 
     def _uninstall(self) -> dict[str, Any]:
-        removed = install.uninstall_ours(driver(self.engine), self.home)
+        kind = self.plan.incumbent.engine
+        shared = kind == self.plan.candidate.engine  # what serves now may be of the same package
+        removed = [] if shared else install.uninstall_ours(driver(kind), self.home)
         self.say(f"uninstalled: {', '.join(removed)}" if removed else f"nothing of {self.engine} was installed by us")
         return {"removed": removed}
 
@@ -181,7 +183,8 @@ def restore(engine: str, folder: Path, say: Say) -> str:
     """A retired engine back, with what was uninstalled of it. Raises BadInput when it is not retired."""
     client, file = YardClient(folder), StateFile(folder / "yard")
     restored = file.read().restore(engine)  # refused before anything is installed
-    for package in install.reinstall_ours(driver(engine), folder):
+    kinds = {spec.kind for spec in file.read().retired[engine].specs.values()}
+    for package in (package for kind in kinds for package in install.reinstall_ours(driver(kind), folder)):
         say(f"installed again: {package}")
     if client.runs():
         return client.order("restore", say, engine=engine)
@@ -194,6 +197,6 @@ def deprecate(
 ) -> dict[str, Any]:
     """Retire the plan's incumbent, or report who still needs it."""
     how: dict[str, Any] = {"who": who, "reason": reason, "at_once": at_once, "uninstall": uninstall}
-    do = functools.partial(take, plan.incumbent.engine)
+    do = functools.partial(take, plan.incumbent.name)
     with open_records() as records:
         return Deprecation(plan, home(), records, **how, say=progress.get().say, do=do).run()

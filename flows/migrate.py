@@ -19,9 +19,10 @@ from typing import Any
 from prefect.exceptions import Pause
 from prefect.runtime import deployment
 
+from engines.driver import native_of
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
-from engines.registry import driver, native_driver
+from engines.registry import native_driver
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
 from flows.deprecate import deprecate
@@ -69,7 +70,7 @@ REAL = Phases(  # as plain functions of the one flow: a subflow cannot be suspen
     subprocess=to_subprocess,
     native=to_native,
     deprecate=deprecate,
-    version=lambda plan: driver(plan.candidate.engine).find(plan.candidate.form, plan.candidate.binary).version,
+    version=lambda plan: plan.candidate.find().version,
 )
 
 
@@ -132,9 +133,9 @@ class WholeMigration:
         self.plan, self.path, self.home, self.run = plan, path, home, run
         self.orders, self.ask, self.phases = orders, ask, phases
         self.models = orders.chosen(plan)
-        self.incumbent, self.candidate = plan.incumbent.engine, plan.candidate.engine
-        native = native_driver(self.candidate)
-        self.native = native.name if native and "native" in plan.migrate.phases else None
+        self.incumbent, self.candidate = plan.incumbent.name, plan.candidate.name
+        native = native_driver(plan.candidate.engine)
+        self.native = native_of(self.candidate) if native and "native" in plan.migrate.phases else None
 
     # --- 1: evaluate
 

@@ -20,7 +20,6 @@ from prefect import flow
 from engines.errors import SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
-from engines.registry import driver
 from flows.evaluate import evaluate
 from flows.evaluation.estimate import drills_s, takes
 from flows.orchestrator.ending import VERSION
@@ -93,7 +92,7 @@ def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
     """Put the candidate's native form behind the public port, for every model of the plan or those `orders` names."""
     folder, derived = home(), native_plan(plan, orders.models)
     end_orphans(folder)
-    version = driver(derived.candidate.engine).find().version
+    version = derived.candidate.find().version
     with open_records() as records:
         known = {model.id: phase_one(records, derived, model, version) for model in derived.models}
         unfinished = records.unfinished(derived.model_dump(mode="json"), kind="evaluate")

@@ -63,7 +63,8 @@ def _over(step: Step, run: Run, yard: YardClient, say: Say) -> str | None:
     with contextlib.suppress(SwitchyardError):
         route = route_of(yard, step.model_id)
     plan = run.plan if isinstance(run.plan, dict) else {}
-    candidate = plan.get("candidate", {}).get("engine")
+    chosen = plan.get("candidate", {})
+    candidate = chosen.get("name", chosen.get("engine"))
     has_moved = route["committed"] is not None and route["committed"] == candidate
     if step.step == "rollback":
         # traffic goes back at once; the row stays open for the command that concludes it

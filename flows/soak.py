@@ -75,7 +75,7 @@ class Target:
 
 def targets(plan: Plan, home: Path) -> list[Target]:
     """The plan's models that the yard has committed to the candidate or its native form. Raises SwitchyardError."""
-    forms = (plan.candidate.engine, native_of(plan.candidate.engine))
+    forms = (plan.candidate.name, native_of(plan.candidate.name))
     moved = {name: route.moved_at or 0.0 for name, route in StateFile(home / "yard").read().models.items()}
     routes = {route["id"]: route for route in YardClient(home).status()["models"]}
     found = []
@@ -125,7 +125,7 @@ class SoakRun:
         except SwitchyardError as error:
             return nothing(self.plan.name, str(error))
         if not found:
-            return nothing(self.plan.name, f"no model of {self.plan.name} is served by {self.plan.candidate.engine}")
+            return nothing(self.plan.name, f"no model of {self.plan.name} is served by {self.plan.candidate.name}")
         key = self.plan.api_key(os.environ)
         if self.in_flow:
             self._report_late(found)

@@ -15,7 +15,7 @@ def request_defaults(plan: Plan, model_id: str, found: Installation) -> dict[str
 
     Empty for the incumbent itself. Names are those of the engine.
     """
-    dialect = driver(found.engine).dialect(found)
+    dialect = driver(found.kind).dialect(found)
     fields = {flag.field: flag.default for flag in _not_repeated(plan, model_id, found) if flag.field}
     return {dialect.words.get(name, name): value for name, value in fields.items() if name not in dialect.ignores}
 
@@ -23,7 +23,7 @@ def request_defaults(plan: Plan, model_id: str, found: Installation) -> dict[str
 def unsupported(plan: Plan, model_id: str, found: Installation) -> list[str]:
     """What `found` cannot honour when it serves the model, one line each, named before the colon."""
     return [
-        *driver(found.engine).unsupported(found, plan.serve(model_id, found.engine)),
+        *driver(found.kind).unsupported(found, plan.serve(model_id, found.engine)),
         *not_given(plan, model_id, found),
     ]
 
@@ -35,27 +35,27 @@ def named(line: str) -> str:
 
 def no_chat(plan: Plan, model_id: str) -> str | None:
     """Why the model cannot be evaluated: its incumbent is no server for chat; None where it is one."""
-    engine = plan.incumbent.engine
-    other = driver(engine).own_args.other_server(plan.own_args(model_id, engine))
-    return f"{other}; an evaluation compares chat: keep it on {engine}, the yard serves it" if other else None
+    name = plan.incumbent.name
+    other = driver(plan.incumbent.engine).own_args.other_server(plan.own_args(model_id, name))
+    return f"{other}; an evaluation compares chat: keep it on {name}, the yard serves it" if other else None
 
 
 def not_given(plan: Plan, model_id: str, found: Installation) -> list[str]:
     """The incumbent's own flags that `found` serves without, one line each; empty for the incumbent itself."""
     lines = []
-    ignores = driver(found.engine).dialect(found).ignores
+    ignores = driver(found.kind).dialect(found).ignores
     for flag in _not_repeated(plan, model_id, found):
         if flag.field in ignores:
             lines.append(f"args {flag.key}: a default of requests today; {found.engine} does not act on {flag.field}")
         elif not flag.field and not flag.is_quiet:
-            lines.append(f"args {flag.key}: given to {plan.incumbent.engine} only; {found.engine} serves without it")
+            lines.append(f"args {flag.key}: given to {plan.incumbent.name} only; {found.engine} serves without it")
     return lines
 
 
 def _not_repeated(plan: Plan, model_id: str, found: Installation) -> list[Flag]:
     """The incumbent's own flags that `found` is not given as well."""
-    if found.engine == plan.incumbent.engine:
+    if found.engine == plan.incumbent.name:
         return []
-    given = driver(plan.incumbent.engine).own_args.flags(plan.own_args(model_id, plan.incumbent.engine))
-    repeated = driver(found.engine).own_args.flags(plan.own_args(model_id, found.engine))
+    given = driver(plan.incumbent.engine).own_args.flags(plan.own_args(model_id, plan.incumbent.name))
+    repeated = driver(found.kind).own_args.flags(plan.own_args(model_id, found.engine))
     return [flag for key, flag in given.items() if key not in repeated]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from engines.driver import native_of
 from engines.errors import BadInput
 from engines.registry import native_driver
 from migrations.plan import EngineChoice, Plan
@@ -22,6 +23,6 @@ def native_plan(plan: Plan, models: Collection[str] = ()) -> Plan:
         "models": tuple(plan.model(name) for name in models) or plan.models,
         "name": f"{plan.name}-native",
         "incumbent": plan.candidate,
-        "candidate": EngineChoice.model_validate({"engine": native.name}),
+        "candidate": EngineChoice.model_validate({"engine": native.name, "name": native_of(plan.candidate.name)}),
     }
     return plan.model_copy(update=changes)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,16 +28,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from engines.driver import Form
+from engines.driver import Installation, native_of
 from engines.environment import withhold
-from engines.errors import BadInput
+from engines.errors import BadInput, EngineNotFound
 from engines.model.digest import model_digest
-from engines.registry import driver, known_engines
+from engines.registry import driver, known_engines, native_driver
 from engines.settings import EngineArgs, Serve, Settings
 from engines.yard.settings import Load, YardSettings
 from tasks.records.payload import with_old_keys
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure, PlanPart, either
 
+NATIVE = native_of("")  # how the names of native forms end
 RECORDED = "recorded"  # in the context of a validation: the plan is read back from the records
 API_KEY_FIX = (
     "a key does not belong in a plan: export it in an environment variable and write "
@@ -44,15 +46,14 @@ API_KEY_FIX = (
 )
 
 
-def _known(name: str, *others: str) -> str:
-    names = (*others, *known_engines())
-    if name not in names:
-        raise PydanticCustomError("literal_error", "not an engine", {"expected": ", ".join(map(repr, names))})
-    return name
+def _known(kind: str) -> str:
+    if kind not in known_engines():
+        expected = ", ".join(map(repr, known_engines()))
+        raise PydanticCustomError("literal_error", "not an engine", {"expected": expected})
+    return kind
 
 
 EngineName = Annotated[str, AfterValidator(_known)]
-EngineOrAuto = Annotated[str, AfterValidator(lambda name: _known(name, "auto"))]
 
 
 def _keyless(settings: Settings) -> Settings:
@@ -65,18 +66,37 @@ def _keyless(settings: Settings) -> Settings:
 class EngineChoice(PlanPart):
     """One engine and the form in which it is run."""
 
-    engine: EngineName = Field(description="name of the engine")
-    form: Form = Field("auto", description="binary, hosted (a Python wheel), or auto: a binary if one is found")
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._@+-]*)?$",
+        max_length=64,
+        description="name on routes, in records and commands; letters, digits and ._@+-; without it, the engine's own",
+    )
+    engine: EngineName = Field(description="which engine it is")
+    form: Literal["auto", "binary", "hosted", "native"] = Field(
+        "auto", description="binary, hosted (a Python wheel), native, or auto: a binary if one is found"
+    )
     binary: Path | None = Field(None, description="the engine's executable; without it the usual places are searched")
+    version: str | None = Field(None, min_length=1, description="part of the version that it must report")
     args: tuple[str, ...] = Field((), description="the engine's own flags, passed on as they stand, for every model")
     env: dict[str, str] = Field({}, description="the engine's own variables, passed on as they stand")
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if value or key not in ("args", "env")}
+        unused = {"name"} if self.name == self.engine else set()
+        later = ("args", "env", "version")
+        return {key: value for key, value in dump(self).items() if key not in unused and (value or key not in later)}
 
     @model_validator(mode="after")
     def _whole(self) -> EngineChoice:
+        if self.form == "native":
+            if (native := native_driver(self.engine)) is None:
+                raise ValueError(f"{self.engine} has no native form; its forms are binary and hosted")
+            object.__setattr__(self, "engine", native.name)
+            object.__setattr__(self, "form", "auto")
+        object.__setattr__(self, "name", self.name or self.engine)
+        if self.name == "auto" or (self.name.endswith(NATIVE) and not self.engine.endswith(NATIVE)):
+            raise ValueError(f"name '{self.name}' has a meaning of its own; choose another name")
         if self.form == "hosted" and self.binary is not None:
             raise ValueError('form "hosted" runs a Python wheel and takes no binary; remove one of the two')
         return self
@@ -86,10 +106,13 @@ class EngineChoice(PlanPart):
         """What is passed on to the engine as it stands."""
         return EngineArgs(args=self.args, env=self.env)
 
-    @property
-    def build(self) -> str:
-        """Which build of the engine this names, for a message."""
-        return f"binary {self.binary}" if self.binary else f"form {self.form}, the one found here"
+    def find(self) -> Installation:
+        """The engine as it is on this machine, under its name. Raises EngineNotFound, also for another version."""
+        found = driver(self.engine).find("auto" if self.form == "native" else self.form, self.binary)
+        if self.version and self.version not in found.version:
+            why = f"{self.name} is version {found.version} here ({found.where}), not {self.version}"
+            raise EngineNotFound(f"{why}; name the `binary` of that version, or change `version`", engine=self.name)
+        return replace(found, engine=self.name)
 
 
 class ModelPlan(PlanPart):
@@ -103,7 +126,7 @@ class ModelPlan(PlanPart):
     gguf: Path = Field(description="the model file; the first one of a split set")
     transcripts: Path | None = Field(None, description="own chat requests (JSONL: messages, tools), for parity checks")
     aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
-    engine: EngineOrAuto = Field("auto", description="who serves it: auto (promote, rollback decide) or a fixed engine")
+    engine: str = Field("auto", description="who serves it: auto (promote, rollback decide) or an engine, by its name")
     load: Load = Field("start", description="when the yard loads it: at its own start, or with the first request")
     pin: bool = Field(False, description="never unloaded to make room for another model")
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
@@ -175,6 +198,9 @@ class Plan(PlanPart):
         validation_alias=either("", "accepted_unsupported"),
         description="names of what the candidate does not support and you accept",
     )
+    engines: dict[str, EngineChoice] = Field(
+        {}, exclude=True, description="engines by name, for `use` in the two below"
+    )
     incumbent: EngineChoice = Field(description="the engine that serves now")
     candidate: EngineChoice = Field(description="the engine that is proposed")
     settings: Settings = Field(Settings(), description="how every model is served, in words that belong to no engine")
@@ -209,14 +235,11 @@ class Plan(PlanPart):
         return self
 
     @model_validator(mode="after")
-    def _one_build_of_an_engine(self, info: ValidationInfo) -> Plan:
-        # routes and records know an engine by its kind: the yard would start the candidate's build as the incumbent
-        recorded = (info.context or {}).get(RECORDED, False)
-        if self.incumbent.engine == self.candidate.engine and not recorded and self._builds_differ():
+    def _two_names(self, info: ValidationInfo) -> Plan:
+        if self.incumbent.name == self.candidate.name and not (info.context or {}).get(RECORDED, False):
             raise ValueError(
-                f"incumbent and candidate are two builds of {self.incumbent.engine} "
-                f"({self.incumbent.build}; {self.candidate.build}), and a plan takes one build of an engine: "
-                "write the same form and binary for both, or evaluate each build in a plan of its own"
+                f"incumbent and candidate are both called {self.incumbent.name}, and routes, records and commands know "
+                f'an engine by its name: give one of them another, such as name = "{self.candidate.name}@new"'
             )
         return self
 
@@ -224,14 +247,21 @@ class Plan(PlanPart):
     def _passed_on(self, info: ValidationInfo) -> Plan:
         if (info.context or {}).get(RECORDED, False):
             return self
+        names = (self.incumbent.name, self.candidate.name)
         for model in self.models:
-            if unknown := set(model.engines) - {self.incumbent.engine, self.candidate.engine}:
+            if model.engine not in ("auto", *known_engines(), *names, native_of(self.candidate.name)):
+                raise ValueError(
+                    f"models.engine of {model.id}: unknown engine '{model.engine}'; known: auto, {', '.join(names)}"
+                )
+            if unknown := {name for name in model.engines if self.named(name) not in names}:
                 raise ValueError(f"models.engines.{min(unknown)}: no engine of this plan")
             settings = self.settings_for(model.id)
             set_here = {name for name, value in settings if value not in (None, False)}
             for arm, choice in (("incumbent", self.incumbent), ("candidate", self.candidate)):
-                where = f"models.engines.{choice.engine}" if choice.engine in model.engines else arm
-                own = self.own_args(model.id, choice.engine)
+                where = next(
+                    (f"models.engines.{name}" for name in model.engines if self.named(name) == choice.name), arm
+                )
+                own = self.own_args(model.id, choice.name)
                 for problem in driver(choice.engine).own_args.problems(own, set_here):
                     raise ValueError(f"{where}.{problem}")
                 for clash in driver(choice.engine).clashes(settings, own):
@@ -245,17 +275,21 @@ class Plan(PlanPart):
 
     def own_args(self, model_id: str, engine: str) -> EngineArgs:
         """What `engine` gets beside the settings when it serves `model_id`; nothing for one that the plan lacks."""
-        chosen = {choice.engine: choice.own for choice in (self.candidate, self.incumbent)}
-        return self.model(model_id).engines.get(engine, chosen.get(engine, EngineArgs()))
+        chosen = {choice.name: choice.own for choice in (self.candidate, self.incumbent)}
+        chosen |= {self.named(name): own for name, own in self.model(model_id).engines.items()}
+        return chosen.get(engine, EngineArgs())
 
-    def _builds_differ(self) -> bool:
-        ours, theirs = self.incumbent, self.candidate
-        if ours.binary is None or theirs.binary is None:
-            return (ours.form, ours.binary) != (theirs.form, theirs.binary)
-        try:
-            return not ours.binary.expanduser().samefile(theirs.binary.expanduser())
-        except OSError:  # one is not there: named as such elsewhere
-            return ours.binary != theirs.binary
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each engine of the plan by its name, the candidate's native form included."""
+        native = native_driver(self.candidate.engine)
+        found = {native_of(self.candidate.name): native.name} if native else {}
+        return {self.incumbent.name: self.incumbent.engine, self.candidate.name: self.candidate.engine, **found}
+
+    def named(self, engine: str) -> str:
+        """The name of an engine of the plan; a kind stands for the only engine of that kind."""
+        of_kind = [name for name, kind in self.kinds.items() if kind == engine]
+        return engine if engine in self.kinds or len(of_kind) != 1 else of_kind[0]
 
     def model(self, model_id: str) -> ModelPlan:
         """The model called `model_id`; BadInput lists the known ones."""
@@ -319,7 +353,7 @@ def _model_identity(plan: Plan, model: ModelPlan) -> dict[str, object]:
         file: Path | None = getattr(settings, name)
         served[name] = model_digest(file) if file else None
     transcripts = model_digest(model.transcripts) if model.transcripts else None
-    engines = {name: _own_identity(name, own) for name, own in model.engines.items()}
+    engines = {name: _own_identity(plan.kinds[plan.named(name)], own) for name, own in model.engines.items()}
     identity: dict[str, object] = {
         "id": model.id,
         "gguf": model_digest(model.gguf),

@@ -22,7 +22,7 @@ from engines.model.digest import shards
 from engines.own_args import NEXT_FLAG
 from engines.registry import driver
 from engines.settings import EngineArgs, Settings
-from migrations.plan import API_KEY_FIX, RECORDED, Plan
+from migrations.plan import API_KEY_FIX, RECORDED, EngineChoice, Plan
 from tasks.verdicts.limits import RENAMED_KEYS
 
 PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
@@ -61,6 +61,9 @@ def load_plan(path: Path) -> Plan:
         raise BadInput(f"{where}: not valid TOML: {error}") from None
     _warn_of_old_keys(where, data)
     lines = _lines(text)
+    for arm, name in _used(where, data).items():
+        of_table = {place: line for place, line in lines.items() if place[:2] == ("engines", name)}
+        lines |= {(arm, *place[2:]): line for place, line in of_table.items()}
     # JSON, because strict mode (no "20" for 20, no true for 1) then still takes strings for paths and arrays for tuples
     as_json = json.dumps(_resolved(data, path.absolute().parent), default=str)
     try:
@@ -72,6 +75,24 @@ def load_plan(path: Path) -> Plan:
     if missing:
         raise BadInput(_one_line(where, missing, lines))
     return plan
+
+
+def _used(where: str, data: dict[str, Any]) -> dict[str, str]:
+    """Put the table `[engines.NAME]` in place of `use = "NAME"`: the names, by arm. Raises BadInput."""
+    found: dict[str, str] = {}
+    tables = data.get("engines")
+    tables = {n: {"name": n, **t} for n, t in tables.items() if isinstance(t, dict)} if isinstance(tables, dict) else {}
+    for arm in ("incumbent", "candidate"):
+        if not isinstance(choice := data.get(arm), dict) or "use" not in choice:
+            continue
+        name = choice["use"]
+        if not isinstance(name, str) or name not in tables or len(choice) > 1:
+            known = ", ".join(f"[engines.{one}]" for one in tables) or "none"
+            raise BadInput(f"{where}: {arm}.use stands alone and names a table [engines.NAME]; there is {known}")
+        data[arm], found[arm] = tables[name], name
+    if isinstance(data.get("engines"), dict):
+        data["engines"] = {name: data["engines"][name] for name in data["engines"] if name not in found.values()}
+    return found
 
 
 def _warn_of_old_keys(where: str, data: Mapping[str, Any]) -> None:
@@ -96,8 +117,10 @@ def recorded_plan(data: object) -> Plan:
 
 def build_plan(data: Mapping[str, object], *, where: str = "plan") -> Plan:
     """A plan out of `data` (a form's values, or parts already built); BadInput in one line, `where` first."""
+    values = dict(data)
+    _used(where, values)
     try:
-        return Plan.model_validate(dict(data))
+        return Plan.model_validate(values)
     except ValidationError as error:
         raise BadInput(_one_line(where, _problems(error), {})) from None
 
@@ -157,12 +180,15 @@ def _with_whole_paths(plan: Plan, base: Path) -> Plan:
     def whole(engine: str, own: EngineArgs) -> EngineArgs:
         return driver(engine).own_args.with_files(own, lambda name, _: str(base / Path(name).expanduser()))
 
+    def kind(name: str) -> str:
+        return plan.kinds[plan.named(name)]
+
     changed: dict[str, Any] = {
         arm: choice.model_copy(update=dict(whole(choice.engine, choice.own)))
         for arm, choice in (("incumbent", plan.incumbent), ("candidate", plan.candidate))
     }
     changed["models"] = tuple(
-        model.model_copy(update={"engines": {name: whole(name, own) for name, own in model.engines.items()}})
+        model.model_copy(update={"engines": {name: whole(kind(name), own) for name, own in model.engines.items()}})
         for model in plan.models
     )
     return plan.model_copy(update=changed)
@@ -189,7 +215,9 @@ def _named_files(plan: Plan) -> Iterable[tuple[Location, Path | None]]:
         yield ("models", index, "transcripts"), model.transcripts
         owners.append((("models", index, "settings"), model.settings))
         for name, own in model.engines.items():
-            yield from ((("models", index, "engines", name), file) for file in _files_of(name, own))
+            yield from (
+                (("models", index, "engines", name), file) for file in _files_of(plan.kinds[plan.named(name)], own)
+            )
     for arm, choice in (("incumbent", plan.incumbent), ("candidate", plan.candidate)):
         yield from (((arm, "args"), file) for file in _files_of(choice.engine, choice.own))
     for location, settings in owners:
@@ -322,6 +350,8 @@ def _unknown_key(location: Location) -> str:
     parent = _model_at(location[:-1])
     known = [name for name in parent.model_fields if name != "api_key"] if parent else []
     key = str(location[-1])
+    if parent is EngineChoice and key in ("url", "python"):
+        return "is not supported yet: give a `binary`, or a `form`"
     for new, old in RENAMED_KEYS.get("".join(map(str, location[:-1])), {}).items():
         if key == old:
             return f"is the old name of '{new}', which is given as well; keep one"

@@ -58,13 +58,13 @@ def serving(
     child = launch(driver, installation, serve, state_dir=state_dir, log_path=log_path)
     try:
         name = driver.served_name(installation, serve.model_id)
-        seen = wait_ready(driver.name, serve, child, served_name=name, stall_s=stall_s, progress=progress)
+        seen = wait_ready(installation.engine, serve, child, served_name=name, stall_s=stall_s, progress=progress)
         load_s = (time.monotonic_ns() - started_ns) / 1e9
         context = seen.get("context_tokens")
         endpoint = Endpoint(
             base_url=serve.base_url,
             model_id=name,
-            engine=driver.name,
+            engine=installation.engine,
             version=installation.version,
             context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
             api_key=serve.settings.api_key,
@@ -75,8 +75,9 @@ def serving(
         with _signals_held():
             ended = child.stop() is not None
         if not ended:
-            why = f"SIGKILL does not end {driver.name} (pid {child.pid}): the kernel holds it and its memory (`dmesg`)"
-            raise EngineNotEnded(why, engine=driver.name)
+            name = installation.engine
+            why = f"SIGKILL does not end {name} (pid {child.pid}): the kernel holds it and its memory (`dmesg`)"
+            raise EngineNotEnded(why, engine=name)
 
 
 def launch(
@@ -90,10 +91,12 @@ def launch(
         except OSError as error:
             holder = listener_on(serve.port) or "another process"
             why = f"port {serve.port} is taken by {holder}; stop it or choose another port"
-            raise PortTaken(why, engine=driver.name) from error
+            raise PortTaken(why, engine=installation.engine) from error
     argv = driver.argv(installation, serve)
     env = driver.environment(installation, serve, environment.of_engine(os.environ))
-    return process.start(f"{driver.name} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env)
+    return process.start(
+        f"{installation.engine} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env
+    )
 
 
 @contextlib.contextmanager

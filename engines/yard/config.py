@@ -27,6 +27,7 @@ class ModelConfig:
     candidate: str
     specs: Mapping[str, LaunchSpec]
     missing: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)  # of engines whose name is not their kind
     aliases: tuple[str, ...] = ()
     engine: str = "auto"
     load: Load = "start"
@@ -49,6 +50,13 @@ class YardConfig:
         """The keys that clients may send: several are written with commas between them."""
         text = "" if self.api_key is None else self.api_key.get_secret_value()
         return tuple(key.strip().encode("utf-8", "surrogateescape") for key in text.split(",") if key.strip())
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The names of engines that have one now and had none before: a kind stood for the only engine of that kind."""
+        kinds = {name: kind for model in self.models for name, kind in model.kinds.items()}
+        of_kind = {kind: [name for name in kinds if kinds[name] == kind] for kind in kinds.values()}
+        return {kind: names[0] for kind, names in of_kind.items() if kind not in kinds and len(names) == 1}
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.keys:

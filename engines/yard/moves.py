@@ -326,6 +326,9 @@ class Moves:
         """The route that an order names, and the engine on it: the candidate where it names none."""
         route = self._yard.route_of(model)
         engine = engine or route.candidate
+        of_kind = [name for name, unit in route.units.items() if unit.spec.kind == engine]
+        if engine not in route.units and len(of_kind) == 1 and engine not in self._yard.state.retired:
+            engine = of_kind[0]
         if (gone := self._yard.state.retired.get(engine)) is not None:
             raise BadInput(gone.line(engine))
         if engine not in route.units:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -99,6 +100,25 @@ class YardState(_Stored):
                 models[model_id] = route.model_copy(update={"specs": specs, "undo": undo})
         retired = {name: gone for name, gone in self.retired.items() if name != engine}
         return self.model_copy(update={"models": models, "retired": retired})
+
+    def renamed(self, names: Mapping[str, str]) -> YardState:
+        """The same, with engines under their present names: `names` has them by those that are stored."""
+
+        def now(name: str) -> str:
+            return names.get(name, name)
+
+        def specs_now(specs: Mapping[str, LaunchSpec]) -> dict[str, LaunchSpec]:
+            return {now(name): spec.model_copy(update={"engine": now(spec.engine)}) for name, spec in specs.items()}
+
+        def route_now(route: ModelState) -> ModelState:
+            canary = route.canary and route.canary.model_copy(update={"engine": now(route.canary.engine)})
+            engines = {"serving": now(route.serving), "selected": now(route.selected), "canary": canary}
+            undo = route.undo and now(route.undo)
+            return route.model_copy(update={**engines, "undo": undo, "specs": specs_now(route.specs)})
+
+        gone = {now(e): one.model_copy(update={"specs": specs_now(one.specs)}) for e, one in self.retired.items()}
+        routes = {model_id: route_now(route) for model_id, route in self.models.items()}
+        return self.model_copy(update={"models": routes, "retired": gone})
 
     def text(self) -> str:
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)

@@ -113,6 +113,10 @@ class Yard:
         self.state, problem = self._file.load()
         if problem:
             self.events.note("incident", "-", problem)
+        named = self.state.renamed(self.config.renamed)
+        if named != self.state:
+            self._file.save(named)
+            self.state = named
         self._loop = asyncio.get_running_loop()
         self.capture = self._open_capture()
         for model in self.config.models:
@@ -166,7 +170,8 @@ class Yard:
         models = {model.id: model for model in config.models}
         model = models.get(config.settings.default_model or "", config.models[0])
         spec = model.specs.get(model.incumbent)
-        return self._driver(model.incumbent).public(EngineArgs() if spec is None else spec.own)
+        kind = model.kinds.get(model.incumbent, model.incumbent)
+        return self._driver(kind).public(EngineArgs() if spec is None else spec.own)
 
     def note_problem(self, what: str) -> None:
         """Note an incident from a thread."""
@@ -211,7 +216,7 @@ class Yard:
 
         unit = Unit(
             spec,
-            self._driver(spec.engine),
+            self._driver(spec.kind),
             self.settings,
             home=self.home,
             key=self._engine_key,
@@ -224,7 +229,7 @@ class Yard:
         return unit
 
     async def _relocated(self, spec: LaunchSpec) -> LaunchSpec:
-        found, line = await asyncio.to_thread(relocated, spec, self._driver(spec.engine))
+        found, line = await asyncio.to_thread(relocated, spec, self._driver(spec.kind))
         if line:
             self.events.note("yard" if found != spec else "incident", spec.model_id, line, engine=spec.engine)
         return found

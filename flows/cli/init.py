@@ -14,7 +14,6 @@ from engines.errors import BadInput, EngineError
 from engines.llama_cpp.argv import LlamaServerCommand
 from engines.llama_cpp.commands import parse_commands, read_listener
 from engines.llama_cpp.flags import OWN_ARGS
-from engines.registry import driver
 from engines.settings import EngineArgs, Settings
 from engines.yard.settings import YardSettings
 from flows.cli.options import Json
@@ -192,9 +191,7 @@ def _unknown(commands: Sequence[LlamaServerCommand], incumbent: EngineChoice) ->
     """Flags that no list here has, and that the incumbent's own help does not have either."""
     unknown = [flag for command in commands for flag in command.unknown]
     with contextlib.suppress(EngineError):
-        known = (
-            driver(incumbent.engine).find(incumbent.form, incumbent.binary) if unknown and incumbent.binary else None
-        )
+        known = incumbent.find() if unknown and incumbent.binary else None
         unknown = [flag for flag in unknown if not (known and known.knows(flag.partition(" ")[0]))]
     return unknown
 
@@ -204,7 +201,7 @@ def _settings(command: LlamaServerCommand, incumbent: EngineChoice) -> Settings:
     if "jinja" in command.values or incumbent.binary is None:
         return command.settings
     with contextlib.suppress(EngineError):
-        found = driver(incumbent.engine).find(incumbent.form, incumbent.binary)
+        found = incumbent.find()
         return command.settings.model_copy(update={"jinja": found.knows("--no-jinja")})
     return command.settings
 
@@ -222,11 +219,10 @@ def _key_note(plan: Plan, *, has_key: bool) -> str | None:
 
 def _unsupported(plan: Plan) -> list[str]:
     """The plan's settings that the candidate does not support, in the form installed here."""
-    candidate = driver(plan.candidate.engine)
     try:
-        installation = candidate.find(plan.candidate.form, plan.candidate.binary)
+        installation = plan.candidate.find()
     except EngineError:
-        installation = Installation(candidate.name, "hosted", (), "not installed")
+        installation = Installation(plan.candidate.name, "hosted", (), "not installed")
     return list(dict.fromkeys(line for model in plan.models for line in unsupported(plan, model.id, installation)))
 
 

@@ -14,12 +14,13 @@ from rich.text import Text
 from engines.errors import BadInput, EngineError
 from engines.model.gguf import SHARD_NAME
 from engines.model.header import read_header
-from engines.registry import DRIVERS, driver
+from engines.registry import DRIVERS
 from engines.units import size
 from flows.cli.options import Json
 from flows.cli.output import EXIT_CODES, out, prepared_home, print_result, print_step
 from flows.evaluation.load import judged_by_load, loads_of_files, loads_of_plan
 from migrations.llama_cpp_to_mistral_rs import CANDIDATE
+from migrations.plan import EngineChoice
 from migrations.plan_file import load_plan
 from tasks.evidence import preflight as headers
 
@@ -59,19 +60,23 @@ def examine(targets: Sequence[Path], *, context: int | None, load: bool = False)
         stems = [path.stem for path in paths]  # names of the models, but the path where two files share a stem
         names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
         files = dict(zip(names, paths, strict=True))
-        report = headers.preflight(list(files.items()), context=context, versions=_versions(list(DRIVERS)))
+        report = headers.preflight(
+            list(files.items()),
+            context=context,
+            versions=_versions({kind: EngineChoice(engine=kind) for kind in DRIVERS}),
+        )
         report["not_models"] = not_models
         loads = loads_of_files(report, files, context)
     else:
         plan = load_plan(plans[0])
-        engines = list(dict.fromkeys([plan.incumbent.engine, plan.candidate.engine]))
+        arms = {one.name: one for one in (plan.incumbent, plan.candidate)}
         report = headers.preflight(
             [(model.id, model.gguf) for model in plan.models],
             settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
-            own_args={(model.id, name): plan.own_args(model.id, name) for model in plan.models for name in engines},
-            engines=engines,
+            own_args={(model.id, name): plan.own_args(model.id, name) for model in plan.models for name in arms},
+            engines={name: one.engine for name, one in arms.items()},
             context=context,
-            versions=_versions(engines),
+            versions=_versions(arms),
         )
         loads = loads_of_plan(plan, context)
     return judged_by_load(report, loads, prepared_home(), print_step) if load else report
@@ -102,12 +107,12 @@ def _models_of(targets: Sequence[Path]) -> tuple[list[Path], list[dict[str, str]
     return models, others
 
 
-def _versions(engines: Sequence[str]) -> dict[str, str]:
+def _versions(engines: Mapping[str, EngineChoice]) -> dict[str, str]:
     """The version of each engine installed here: the architectures it loads may depend on it."""
     versions = {}
-    for engine in engines:
+    for name, engine in engines.items():
         with contextlib.suppress(EngineError):
-            versions[engine] = driver(engine).find().version
+            versions[name] = engine.find().version
     return versions
 
 

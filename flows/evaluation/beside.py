@@ -45,7 +45,7 @@ def lack(
     mapped = _mapped_of(plan, headers, loaded, free)
     free = _less(free, sum(mapped.values()))
     for model_id, header in headers.items():
-        for engine in dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)):
+        for engine in (plan.incumbent.name, plan.candidate.name):
             fit = _estimate(plan, model_id, header, engine, free)
             if fit.verdict == "unknown" and (free.ram_bytes or 0) < 2 * held:
                 lacks.append((0, f"cannot say whether {model_id} on {engine} fits beside the yard: {fit.why}"))
@@ -79,7 +79,7 @@ def _mapped_of(
     return {
         model: sum(need.mapped for need in _estimate(plan, model, headers[model], engine, free).needs)
         for model, engine, _ in loaded
-        if model in headers
+        if model in headers and engine in plan.kinds
     }
 
 
@@ -98,7 +98,7 @@ def _readable(plan: Plan) -> dict[str, Header]:
 
 def _estimate(plan: Plan, model_id: str, header: Header, engine: str, memory: FreeMemory) -> Fit:
     own = plan.own_args(model_id, engine)
-    return estimate(header, plan.settings_for(model_id), engine, own=own, memory=memory)
+    return estimate(header, plan.settings_for(model_id), plan.kinds[engine], own=own, memory=memory)
 
 
 def _loaded(home: Path) -> list[tuple[str, str, int]]:

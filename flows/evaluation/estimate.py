@@ -96,7 +96,7 @@ def _start_s(plan: Plan, model: ModelPlan) -> float:
 
 def _size(plan: Plan, model: ModelPlan) -> tuple[int, bool] | None:
     """Bytes of the weights, and whether both engines are soaked at once; None of a file that cannot be read."""
-    engines = list(dict.fromkeys((plan.incumbent.engine, plan.candidate.engine)))
+    engines = {one.name: one.engine for one in (plan.incumbent, plan.candidate)}
     settings = {model.id: plan.settings_for(model.id)}
     try:
         report = preflight([(model.id, model.gguf)], settings_by_model=settings, engines=engines)["models"][0]

@@ -82,7 +82,7 @@ def _preflight(trial: Trial) -> list[CheckResult]:
     report = trial.payload(BOTH, "preflight")
     if report is None:
         return [not_measured("preflight.loads", "not measured")]
-    incumbent, candidate = (trial.engines[arm].driver.name for arm in ARMS)
+    incumbent, candidate = (trial.engines[arm].name for arm in ARMS)
     return _readable("preflight", lambda: preflight.judge_preflight(report, incumbent, candidate))
 
 

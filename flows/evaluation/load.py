@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Form, Installation
+from engines.driver import Installation
 from engines.errors import (
     BadInput,
     EngineError,
@@ -28,7 +28,7 @@ from engines.settings import EngineArgs, Settings
 from flows.evaluation.beside import free_beside
 from flows.experiment_lock import alone
 from migrations import carried
-from migrations.plan import Plan
+from migrations.plan import EngineChoice, Plan
 from tasks.evidence.engine_under_test import EngineBehindYard, EngineUnderTest
 
 PORTS = 3
@@ -44,10 +44,8 @@ class Load:
 
     model: str
     gguf: Path
-    engine: str
+    engine: EngineChoice
     settings: Settings
-    form: Form = "auto"
-    binary: Path | None = None
     own: EngineArgs = field(default_factory=EngineArgs)
     plan: Plan | None = None
 
@@ -59,9 +57,9 @@ def loads_of_plan(plan: Plan, context: int | None) -> list[Load]:
         settings = plan.settings_for(model.id)
         if context is not None:
             settings = settings.model_copy(update={"context_tokens": context})
-        for side in {choice.engine: choice for choice in (plan.incumbent, plan.candidate)}.values():
-            own = plan.own_args(model.id, side.engine)
-            found.append(Load(model.id, model.gguf, side.engine, settings, side.form, side.binary, own, plan))
+        for side in (plan.incumbent, plan.candidate):
+            own = plan.own_args(model.id, side.name)
+            found.append(Load(model.id, model.gguf, side, settings, own, plan))
     return found
 
 
@@ -69,7 +67,7 @@ def loads_of_files(report: Mapping[str, Any], files: Mapping[str, Path], context
     """Each file in each engine that the report of the headers names."""
     settings = Settings(context_tokens=context or CONTEXT_OF_FILES)
     return [
-        Load(model["model"], files[model["model"]], entry["engine"], settings)
+        Load(model["model"], files[model["model"]], EngineChoice(engine=entry["engine"]), settings)
         for model in report["models"]
         for entry in model["engines"]
     ]
@@ -86,8 +84,8 @@ def judged_by_load(
     entries = {(m["model"], entry["engine"]): entry for m in report["models"] for entry in m["engines"]}
     with alone(home, "preflight --load"):
         for load in loads:
-            entry = entries[load.model, load.engine]
-            say(f"loading {load.model} in {load.engine}")
+            entry = entries[load.model, load.engine.name]
+            say(f"loading {load.model} in {load.engine.name}")
             answer, why, seconds = _tried(load, home)
             entry["header"] = {"loads": entry["loads"], "why": entry["why"]}
             if answer == "unknown" and entry["loads"] == "no":
@@ -99,7 +97,7 @@ def judged_by_load(
 def _tried(load: Load, home: Path, ports: int = PORTS) -> tuple[str, str, float | None]:
     """(yes, no or unknown; the reason; seconds to the first token), on the first of so many `ports` that is free."""
     try:
-        installation = driver(load.engine).find(load.form, load.binary)
+        installation = load.engine.find()
     except EngineNotFound as error:
         return "unknown", str(error), None
     if (lack := _lack(load, home)) is not None:
@@ -107,7 +105,7 @@ def _tried(load: Load, home: Path, ports: int = PORTS) -> tuple[str, str, float 
     kind = EngineBehindYard if installation.form == "native" else EngineUnderTest
     engine = kind(
         arm="candidate",
-        driver=driver(load.engine),
+        driver=driver(load.engine.engine),
         installation=installation,
         model_id=load.model,
         gguf=load.gguf,
@@ -145,9 +143,9 @@ def _lack(load: Load, home: Path) -> str | None:
     """Why the load is not tried: memory beside what runs."""
     try:
         header = read_header(load.gguf)
-        unbound = estimate(header, load.settings, load.engine, own=load.own)
+        unbound = estimate(header, load.settings, load.engine.engine, own=load.own)
         free = free_beside(home, load.gguf, sum(need.mapped for need in unbound.needs))
-        fit = estimate(header, load.settings, load.engine, own=load.own, memory=free)
+        fit = estimate(header, load.settings, load.engine.engine, own=load.own, memory=free)
     except BadInput as error:
         return str(error)
     return None if fit.verdict in ("fits", "tight") else f"not loaded, {_why(fit)}"

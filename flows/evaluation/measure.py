@@ -64,14 +64,14 @@ def _fields(trial: Trial, used: Mapping[str, int]) -> Any:
 
 def _preflight_report(trial: Trial) -> Any:
     architecture = read_header(trial.model.gguf).architecture
-    names = list(dict.fromkeys(engine.driver.name for engine in trial.engines.values()))
-    learned = {name: trial.records.correction(name, architecture) for name in names}
+    kinds = {engine.name: engine.driver.name for engine in trial.engines.values()}
+    learned = {name: trial.records.correction(kind, architecture) for name, kind in kinds.items()}
     report = headers.preflight(
         [(trial.model.id, trial.model.gguf)],
         settings_by_model={trial.model.id: trial.engines["incumbent"].settings},
-        own_args={(trial.model.id, engine.driver.name): engine.own for engine in trial.engines.values()},
-        engines=names,
-        versions={engine.driver.name: engine.installation.version for engine in trial.engines.values()},
+        own_args={(trial.model.id, engine.name): engine.own for engine in trial.engines.values()},
+        engines=kinds,
+        versions={engine.name: engine.installation.version for engine in trial.engines.values()},
         corrections={(trial.model.id, name): found.ratio for name, found in learned.items() if found is not None},
     )
     return report["models"][0]
@@ -172,10 +172,10 @@ def performance(trial: Trial) -> None:
     # measured against estimated memory of each engine, for the next preflight
     report = trial.payload(BOTH, "preflight")
     for arm in ARMS if report is not None else ():
-        name = trial.engines[arm].driver.name
-        ratio = headers.measured_over_estimated(report, name, [held_bytes(block[arm]) for block in blocks])
+        engine = trial.engines[arm]
+        ratio = headers.measured_over_estimated(report, engine.name, [held_bytes(block[arm]) for block in blocks])
         if ratio is not None:
-            trial.records.learn_correction(name, report["architecture"], ratio)
+            trial.records.learn_correction(engine.driver.name, report["architecture"], ratio)
 
 
 def _block(

@@ -7,7 +7,6 @@ from typing import Any
 
 from engines.deadline import Background
 from engines.errors import BadInput
-from engines.registry import driver
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.trial import ARMS, QUICK, Bench, Trial
 from migrations.plan import Plan
@@ -15,6 +14,8 @@ from migrations.plan_file import build_plan, recorded_plan
 from tasks.evidence.unmeasured import models_to_retry
 from tasks.records.store import DATABASE, LOCKED_S, READ_S, Records, open_records
 from tasks.records.tables import Run
+
+ANY_BUILD = {"form": "auto", "binary": None, "version": None}  # nothing is started
 
 
 def plan_of(reference: str) -> tuple[str, Plan]:
@@ -41,7 +42,7 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
             records=records,
             run_id=run.id,
             home=home,
-            installations={arm: driver(getattr(plan, arm).engine).find() for arm in ARMS},
+            installations={arm: getattr(plan, arm).model_copy(update=ANY_BUILD).find() for arm in ARMS},
             error_budget=budget.payload,
             quick=run.kind == QUICK,
         )

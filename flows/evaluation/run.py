@@ -81,8 +81,8 @@ def refuse_retired(plan: Plan, home: Path) -> None:
     """BadInput for an engine of the plan that was retired here: nothing starts it unasked."""
     state = StateFile(home / "yard").read()
     for arm in ARMS:
-        if (gone := state.retired.get(getattr(plan, arm).engine)) is not None:
-            raise BadInput(f"{gone.line(getattr(plan, arm).engine)}; or measure it all the same with --allow-retired")
+        if (gone := state.retired.get(getattr(plan, arm).name)) is not None:
+            raise BadInput(f"{gone.line(getattr(plan, arm).name)}; or measure it all the same with --allow-retired")
 
 
 def checked(plan: Plan) -> dict[Arm, Installation]:
@@ -99,10 +99,10 @@ def checked(plan: Plan) -> dict[Arm, Installation]:
     compatibility.known(list(required_behaviours(plan)), "client.requires in the plan")
     plan.api_key(os.environ)
     choices = {arm: getattr(plan, arm) for arm in ARMS}
-    found = {arm: driver(choice.engine).find(choice.form, choice.binary) for arm, choice in choices.items()}
+    found = {arm: choice.find() for arm, choice in choices.items()}
     for arm, one in found.items():
         for own in (choices[arm].own, *(plan.own_args(model.id, one.engine) for model in plan.models)):
-            if one.flags and (unknown := driver(one.engine).own_args.unknown_to(own, one.flags)):
+            if one.flags and (unknown := driver(one.kind).own_args.unknown_to(own, one.flags)):
                 fix = "name a build that has it as `binary`, or remove it"
                 raise BadInput(
                     f"{arm}.args: {unknown[0]} is no option of {one.engine} {one.version} ({one.where}); {fix}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.deadline import Background
+from engines.driver import native_of
 from engines.errors import SwitchyardError
 from engines.registry import native_driver
 from engines.yard.client import YardClient
@@ -44,8 +45,8 @@ def evidence_of_move(home: Path, model: str | None, to: str | None) -> Move | No
     if (route := routes.get(name or "")) is None:
         return None
     committed = route.get("committed", route.get("serving"))
-    target = to or (plan.candidate.engine if plan else "the candidate")
-    if target in (committed, route.get("undo"), plan and plan.incumbent.engine):
+    target = (plan.named(to) if to else plan.candidate.name) if plan else to or "the candidate"
+    if target in (committed, route.get("undo"), plan and plan.incumbent.name):
         return None
     engines = {engine["engine"]: engine.get("ignored_fields", {}) for engine in route["engines"]}
     today = engines.get(committed, {})
@@ -59,8 +60,8 @@ def _verdict(plan: Plan, route: Mapping[str, Any], target: str) -> PhaseOne:
     version = next((str(e["version"]) for e in route["engines"] if e["engine"] == target), None)
     if model is None or version is None:
         return PhaseOne("it was never evaluated")
-    plans: Sequence[Plan] = [plan] if target == plan.candidate.engine else []
-    if (native := native_driver(plan.candidate.engine)) and target == native.name:
+    plans: Sequence[Plan] = [plan] if target == plan.candidate.name else []
+    if native_driver(plan.candidate.engine) and target == native_of(plan.candidate.name):
         plans = [native_plan(plan), native_plan(plan, [model.id])]
 
     def read() -> list[PhaseOne]:

@@ -17,7 +17,7 @@ def write_guide(records: Records, plan: Plan, home: Path, folder: Path | None = 
     state = StateFile(home / "yard").read()
     moved = [route.moved_at for route in state.models.values() if route.moved_at is not None]
     until = None  # none was moved, or the way back is closed already
-    if moved and plan.incumbent.engine not in state.retired:
+    if moved and plan.incumbent.name not in state.retired:
         until = datetime.fromtimestamp(max(moved), UTC) + timedelta(days=plan.retire.rollback_window_days)
     facts = gather(records, plan, state, home=home, now=datetime.now(UTC), rollback_until=until)
     where = folder or home / "guides" / plan.name

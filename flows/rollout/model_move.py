@@ -66,7 +66,7 @@ class Migration:
 
     def __post_init__(self) -> None:
         self.client = YardClient(self.yards.home)
-        self.incumbent, self.candidate = self.plan.incumbent.engine, self.plan.candidate.engine
+        self.incumbent, self.candidate = self.plan.incumbent.name, self.plan.candidate.name
 
 
 @dataclass(eq=False)

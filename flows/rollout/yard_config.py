@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
-from engines.driver import Installation
+from engines.driver import Installation, native_of
 from engines.errors import EngineNotFound
-from engines.registry import driver, native_driver
+from engines.registry import native_driver
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from migrations import carried
@@ -28,20 +29,21 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
     missing: dict[str, str] = {}
     for choice in (plan.incumbent, plan.candidate):
         try:
-            found[choice.engine] = driver(choice.engine).find(choice.form, choice.binary)
+            found[choice.name] = choice.find()
         except EngineNotFound as error:
-            missing[choice.engine] = str(error)
+            missing[choice.name] = str(error)
     if not found:
         raise EngineNotFound("; ".join(missing.values()))
     with contextlib.suppress(EngineNotFound):  # a third place for the candidate, where there is one
         native = native_driver(plan.candidate.engine)
         if native is not None:
-            found[native.name] = native.find()
+            name = native_of(plan.candidate.name)
+            found[name] = replace(native.find(), engine=name)
     models = tuple(
         ModelConfig(
             id=model.id,
-            incumbent=plan.incumbent.engine,
-            candidate=plan.candidate.engine,
+            incumbent=plan.incumbent.name,
+            candidate=plan.candidate.name,
             specs={
                 engine: LaunchSpec.of(
                     installation,
@@ -55,8 +57,9 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
                 for engine, installation in found.items()
             },
             missing=missing,
+            kinds=plan.kinds,
             aliases=model.aliases,
-            engine=model.engine,
+            engine=plan.named(model.engine),
             load=model.load,
             pin=model.pin,
         )

@@ -72,6 +72,11 @@ class EngineUnderTest:
     clock: EngineClock = field(default_factory=EngineClock)
 
     @property
+    def name(self) -> str:
+        """Its name in the plan; the driver's is its kind."""
+        return self.installation.engine
+
+    @property
     def _passed_on(self) -> dict[str, Any]:
         return {"own": self.own, "request_defaults": self.request_defaults}
 
@@ -88,7 +93,7 @@ class EngineUnderTest:
             yield served
 
     def _up(self, progress: Callable[[str], None]) -> AbstractContextManager[Served]:
-        log_path = self.home / "logs" / f"{self.arm}-{self.driver.name}-{self.model_id}.log"
+        log_path = self.home / "logs" / f"{self.arm}-{self.name}-{self.model_id}.log"
         return serving(
             self.driver,
             self.installation,
@@ -104,7 +109,7 @@ class EngineUnderTest:
         serve = self.serve()
         return {
             "arm": self.arm,
-            "engine": self.driver.name,
+            "engine": self.name,
             "form": self.installation.form,
             "version": self.installation.version,
             "where": self.installation.where,
@@ -131,7 +136,7 @@ class EngineBehindYard(EngineUnderTest):
         (folder / "launch_spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
         port = free_port()
         child = process.start(
-            f"yard of {self.driver.name} {self.model_id}",
+            f"yard of {self.name} {self.model_id}",
             [sys.executable, "-m", "engines.yard.single", str(folder / "launch_spec.json"), str(folder), str(port)],
             state_dir=self.home,
             log_path=folder / "yard.log",
@@ -146,7 +151,7 @@ class EngineBehindYard(EngineUnderTest):
             endpoint = Endpoint(
                 base_url=f"http://127.0.0.1:{port}",
                 model_id=self.model_id,
-                engine=self.driver.name,
+                engine=self.name,
                 version=self.installation.version,
                 context_tokens=engine["context_tokens"],
             )

@@ -117,7 +117,7 @@ def measure_block(
     named = {"A": ("incumbent", incumbent), "B": ("candidate", candidate)}
     for letter in order:
         name, engine = named[letter]
-        progress(f"{name} ({engine.driver.name})")
+        progress(f"{name} ({engine.name})")
         try:
             with engine.up() as served:
                 arms[name] = _measure_served(served, engine, workload, index)

@@ -35,7 +35,7 @@ def preflight(
     *,
     settings_by_model: Mapping[str, Settings] | None = None,
     own_args: Mapping[tuple[str, str], EngineArgs] | None = None,
-    engines: Sequence[str] = (),
+    engines: Mapping[str, str] | None = None,
     context: int | None = None,
     versions: Mapping[str, str | None] | None = None,
     memory: FreeMemory | None = None,
@@ -44,12 +44,12 @@ def preflight(
 ) -> dict[str, Any]:
     """`{"models": [...]}`, one plain dict per model: what loads it, what it takes, what else could be done.
 
-    `engines` are the incumbent and the candidate (default: all); `context` (tokens, all sequences together) overrides
-    each model's setting; `own_args` maps (model, engine) to what the engine is given beside it; `versions` maps an
-    engine to its version;
-    `corrections` maps (model, engine) to a measured ratio. Raises BadInput that names the first model it cannot read.
+    `engines` are the incumbent and the candidate, the kind of each by its name (default: all); `context` (tokens, all
+    sequences together) overrides each model's setting; `own_args` maps (model, engine) to what the engine is given
+    beside it; `versions` maps an engine to its version; `corrections` maps (model, engine) to a measured ratio. Raises
+    BadInput that names the first model it cannot read.
     """
-    engines, free = engines or list(DRIVERS), memory or free_memory()
+    engines, free = engines or {kind: kind for kind in DRIVERS}, memory or free_memory()
     known_architectures()  # imports gguf and numpy once, a fifth of a second that is no model's own
     reports = []
     for model, path in models:
@@ -61,7 +61,7 @@ def preflight(
             raise BadInput(f"model {model!r}: {error}") from error
         settings = (settings_by_model or {}).get(model, Settings())
         own = {engine: (own_args or {}).get((model, engine), EngineArgs()) for engine in engines}
-        report = _report(model, header, settings, own, context, versions or {}, free, corrections or {})
+        report = _report(model, header, settings, engines, own, context, versions or {}, free, corrections or {})
         reports.append({**report, "elapsed_ms": round((time.perf_counter() - started) * 1000, 1)})
     return {"models": reports, "free": {"ram_bytes": free.ram_bytes, "vram_bytes": free.vram_bytes}}
 
@@ -70,26 +70,29 @@ def _report(
     model: str,
     header: Header,
     settings: Settings,
+    kinds: Mapping[str, str],
     own: Mapping[str, EngineArgs],
     context: int | None,
     versions: Mapping[str, str | None],
     free: FreeMemory,
     corrections: Mapping[tuple[str, str], float],
 ) -> dict[str, Any]:
-    engines = list(own)
+    engines = list(kinds)
     given = settings.tokenizer_json is not None
-    answers = {engine: loads(engine, header, version=versions.get(engine), own_tokenizer=given) for engine in engines}
+    answers = {
+        engine: loads(kind, header, version=versions.get(engine), own_tokenizer=given) for engine, kind in kinds.items()
+    }
     fits = {
         engine: estimate(
             header,
             settings,
-            engine,
+            kind,
             context,
             own=own[engine],
             memory=free,
             correction=corrections.get((model, engine)),
         )
-        for engine in engines
+        for engine, kind in kinds.items()
     }
     return {
         "model": model,
@@ -104,7 +107,7 @@ def _report(
             }
             for engine in engines
         ],
-        "memory": _memory_report(header, settings, context, _kv_types(engines[0], settings, own[engines[0]])),
+        "memory": _memory_report(header, settings, context, _kv_types(kinds[engines[0]], settings, own[engines[0]])),
         "side_by_side": _side_by_side(fits, free),
         "header": _header_report(header),
         "alternatives": alternatives(

@@ -252,12 +252,12 @@ def gather(
     """
     stored: Mapping[str, Any] = plan.model_dump(mode="json") if isinstance(plan, BaseModel) else plan
     runs = [run for name in _names(stored) for run in records.history(LOOK_BACK, name=name, host=host())]
-    yard, incumbent = stored.get("yard") or {}, str(stored["incumbent"]["engine"])
+    yard, incumbent = stored.get("yard") or {}, _name(stored["incumbent"])
     facts = Facts(
         plan=str(stored["name"]),
         plan_hash=plan_hash(stored),
         incumbent=incumbent,
-        candidate=str(stored["candidate"]["engine"]),
+        candidate=_name(stored["candidate"]),
         host=host(),
         machine=_machine((runs[0].environment or {}) if runs else {}),
         at=now,
@@ -284,9 +284,16 @@ def _names(plan: Mapping[str, Any]) -> tuple[str, str]:
     return str(plan["name"]), f"{plan['name']}-native"
 
 
+def _name(engine: Mapping[str, Any]) -> str:
+    """The name of an engine of a plan; without one, its kind."""
+    return str(engine.get("name") or engine["engine"])
+
+
 def _as_native(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan that phase 3 makes of this one: the candidate as it serves, and native."""
-    native = {"engine": native_of(plan["candidate"]["engine"]), "form": "auto", "binary": None}
+    kind, name = plan["candidate"]["engine"], _name(plan["candidate"])
+    named = {} if name == kind else {"name": native_of(name)}
+    native = {**named, "engine": native_of(kind), "form": "auto", "binary": None}
     return {**plan, "name": _names(plan)[1], "incumbent": plan["candidate"], "candidate": native}
 
 
@@ -332,7 +339,7 @@ def _decisions(records: Records, runs: Sequence[Run]) -> tuple[DecisionFacts, ..
 def _model(
     records: Records, runs: Sequence[Run], plan: Mapping[str, Any], entry: Mapping[str, Any], state: YardState
 ) -> ModelFacts:
-    name, incumbent = str(entry["id"]), str(plan["incumbent"]["engine"])
+    name, incumbent = str(entry["id"]), _name(plan["incumbent"])
     route, gone = state.models.get(name), state.retired.get(incumbent)
     canary = route.canary if route else None
     judged = [
@@ -389,7 +396,7 @@ def _phase(records: Records, title: str, run: Run, plan: Mapping[str, Any], seen
 def _engine(spec: LaunchSpec) -> EngineFacts:
     argv, unsupported, serve = list[str](), None, spec.serve(PORT, None)
     with contextlib.suppress(BadInput):  # an engine that this Switchyard does not know
-        known = driver(spec.engine)
+        known = driver(spec.kind)
         argv = known.argv(spec.installation, serve)
         unsupported = (*known.unsupported(spec.installation, serve), *spec.not_given)
     settings = spec.settings.model_dump(mode="json", exclude_defaults=True)

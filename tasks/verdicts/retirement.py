@@ -97,7 +97,7 @@ def _readme(engine: str, specs: Mapping[str, LaunchSpec]) -> str:
         "",
     ]
     for model_id, spec in specs.items():
-        argv = driver(spec.engine).argv(spec.installation, spec.serve(8080, None))
+        argv = driver(spec.kind).argv(spec.installation, spec.serve(8080, None))
         where = spec.where or spec.form
         lines += [f"{model_id}, version {spec.version} ({where}):", "", "```sh", " ".join(argv), "```", ""]
     lines += ["`recipes.json` has the settings, `plan.toml` the plan, `state.json` the routes as they were.", ""]

@@ -19,7 +19,7 @@ EXPERTS = {f"blk.{layer}.ffn_up_exps.weight": "F32" for layer in range(64)}
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     gguf = write_gguf(tmp_path / "m.gguf", keys=LLAMA, tensors={"token_embd.weight": "F32"} | EXPERTS)
-    engines = {"incumbent": {"engine": "llama.cpp"}, "candidate": {"engine": "llama.cpp"}}
+    engines = {"incumbent": {"engine": "llama.cpp"}, "candidate": {"engine": "llama.cpp", "name": "again"}}
     return Plan.model_validate({**engines, "models": [{"id": "m", "gguf": gguf}]})
 
 
@@ -46,7 +46,7 @@ def test_the_same_weights_mapped_twice_are_needed_once(plan: Plan) -> None:
 def test_flags_of_the_plan_count(plan: Plan) -> None:
     """A cache of 32-bit floats takes twice the room."""
     own = plan.incumbent.model_copy(update={"args": ("-ctk", "f32", "-ctv", "f32")})
-    larger = plan.model_copy(update={"incumbent": own, "candidate": own})
+    larger = plan.model_copy(update={"incumbent": own, "candidate": own.model_copy(update={"name": "again"})})
     assert needed(larger) - needed(plan) == 4096 * 256
     assert missing(larger, needed(larger)) is None
     assert "1.0 MiB is missing" in (missing(larger, needed(plan)) or "")

@@ -40,6 +40,7 @@ name = "same engine"
 engine = "llama.cpp"
 form = "binary"
 [candidate]
+name = "again"
 engine = "llama.cpp"
 form = "binary"
 [settings]
@@ -143,7 +144,7 @@ def test_models_that_their_headers_turn_down_fail_alone(switchyard, environment,
     broken = changed_copy(installed.smollm2(), tmp_path / "broken.gguf", without_tensor="blk.5.ffn_up.weight")
     plan = written_plan(tmp_path, parity_prompts=1, parity_tokens=4)
     text = plan.read_text().replace(
-        'engine = "llama.cpp"\nform = "binary"\n[settings]', 'engine = "mistral.rs"\n[settings]'
+        'name = "again"\nengine = "llama.cpp"\nform = "binary"\n[settings]', 'engine = "mistral.rs"\n[settings]'
     )
     first = text.index("[[models]]")
     before = "".join(f'[[models]]\nid = "{path.stem}"\ngguf = "{path}"\n' for path in (refused, broken))

@@ -35,7 +35,7 @@ class FakeDriver:
         self.habits = habits
 
     def find(self, form: str = "auto", binary: Path | None = None) -> Installation:
-        return Installation("fake", "binary", (sys.executable, str(FAKE_ENGINE)), "1")
+        return Installation(self.name, "binary", (sys.executable, str(FAKE_ENGINE)), "1")
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         return [*installation.program, "--port", str(serve.port), "--model-id", serve.model_id, *self.habits]

@@ -58,7 +58,7 @@ class Spec:
         recipes = {
             engine: LaunchSpec.of(
                 self.driver(engine).find(), "m", Path(self.told["gguf"]), Settings(parallel=4, context_tokens=512)
-            ).model_copy(update={"engine": engine})
+            )
             for engine in (OLD, NEW, NATIVE)
         }
         model = ModelConfig(id="m", incumbent=OLD, candidate=NEW, specs=recipes)

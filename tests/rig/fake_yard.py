@@ -79,7 +79,7 @@ def main() -> None:
                         model,
                         options.gguf,
                         Settings(parallel=options.parallel, context_tokens=4096, threads=1),
-                    ).model_copy(update={"engine": name})
+                    ).model_copy(update={"engine": name, "kind": name})
                     for name, installation in found.items()
                 },
             )

@@ -17,6 +17,7 @@ from pydantic import (
     field_serializer,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from engines.driver import Driver, Found, Installation
@@ -39,7 +40,8 @@ class LaunchSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    engine: str
+    engine: str  # its name on routes and in records
+    kind: str = ""  # which driver it has; where it is not stored, the name is the kind
     form: Found
     program: tuple[str, ...]
     version: str
@@ -56,7 +58,13 @@ class LaunchSpec(BaseModel):
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         later = ("own", "request_defaults", "not_given")  # an older version reads a spec without them
-        return {key: value for key, value in dump(self).items() if value or key not in later}
+        unused = {"kind"} if self.kind == self.engine else set()
+        return {key: value for key, value in dump(self).items() if key not in unused and (value or key not in later)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_kind(cls, data: Any) -> Any:
+        return {**data, "kind": data.get("kind") or data.get("engine", "")} if isinstance(data, dict) else data
 
     @field_validator("program")
     @classmethod

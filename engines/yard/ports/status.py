@@ -101,6 +101,7 @@ class Status:
         child, last = unit.child, unit.transitions[-1] if unit.transitions else None
         return {
             "engine": unit.engine,
+            "kind": unit.spec.kind,
             "version": unit.spec.version,
             "form": unit.spec.form,
             "state": str(unit.state),

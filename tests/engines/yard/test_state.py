@@ -162,3 +162,25 @@ def test_a_recipe_makes_the_same_command_again():
     assert again == spec(parallel=3)
     assert again.installation.knows("--a")
     assert again.serve(8099, None).settings.parallel == 3
+
+
+def test_a_spec_without_a_kind_is_of_the_kind_that_it_is_called():
+    """As every version before names has stored it; one whose name is its kind is stored as before."""
+    told = spec().model_dump(mode="json")
+    assert "kind" not in told
+    assert LaunchSpec.model_validate(told).kind == "old"
+    named = spec().model_copy(update={"engine": "old@2"})
+    assert LaunchSpec.model_validate(named.model_dump(mode="json")) == named
+    assert (named.kind, named.installation.kind, named.installation.engine) == ("old", "old", "old@2")
+
+
+def test_an_engine_that_got_a_name_is_found_under_it():
+    """Everything that a stored route says of it, retirement included."""
+    before = state()
+    named = before.renamed({"old": "old@1", "new": "new@1"}).models["m"]
+    assert (named.serving, named.undo, named.selected) == ("old@1", "new@1", "auto")
+    assert (named.canary.engine, list(named.specs), named.specs["old@1"].engine) == ("new@1", ["old@1"], "old@1")
+    retired = YardState().with_model("k", ModelState(serving="new", specs={"old": spec()}))
+    retired = retired.retire("old", at=1.0, who="Ada", why="x", archive="").renamed({"old": "old@1"})
+    assert retired.retired["old@1"].specs["k"].engine == "old@1"
+    assert before.renamed({}) == before

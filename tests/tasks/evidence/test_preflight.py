@@ -115,6 +115,6 @@ def test_two_engines_that_fit_alone_may_not_fit_together(tmp_path: Path) -> None
 
 def test_an_engine_that_was_not_looked_at_is_inconclusive(tmp_path: Path) -> None:
     """Absent is not a pass."""
-    entry = report(write_gguf(tmp_path / "m.gguf"), engines=("llama.cpp",))
+    entry = report(write_gguf(tmp_path / "m.gguf"), engines={"llama.cpp": "llama.cpp"})
     results = judge_preflight(entry, "llama.cpp", "mistral.rs")
     assert gate(results) is Verdict.INCONCLUSIVE
