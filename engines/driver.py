@@ -5,17 +5,21 @@ A driver is stateless; `engines.process.serving` starts, awaits and stops what i
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engines import environment
 from engines.errors import BadInput
+from engines.model.digest import model_digest
 from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part
@@ -48,6 +52,7 @@ class Installation:
     libraries: Path | None = None
     where: str = ""
     kind: str = ""
+    build: str = ""  # `build_digest`, where it was asked for
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", self.kind or self.engine)
@@ -152,6 +157,27 @@ def _is_executable(path: Path) -> bool:
 def flags_of(*pairs: tuple[str, object]) -> list[str]:
     """`--flag value` of each pair whose value is not None."""
     return [word for flag, value in pairs if value is not None for word in (flag, str(value))]
+
+
+def build_digest(found: Installation) -> str:
+    """`sha256:...` of a binary and of the shared libraries beside it; "" for a wheel, which its version names.
+
+    A version names no build: in one release the program is a stub of 15 kB and the code lies in its libraries.
+    """
+    if found.form != "binary":
+        return ""
+    program = Path(shutil.which(found.program[0]) or found.program[0])
+    libraries = sorted(found.libraries.glob("*.so*")) if found.libraries else []
+    digests = []
+    for file in (program, *libraries):
+        with contextlib.suppress(OSError):  # a dangling link
+            digests.append(f"{file.name} {_digest_at(file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)}")
+    return f"sha256:{hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
+
+
+@cache
+def _digest_at(file: Path, size: int, changed_ns: int) -> str:
+    return model_digest(file)
 
 
 def help_flags(text: str) -> frozenset[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from prefect.exceptions import Pause
 from prefect.runtime import deployment
 
-from engines.driver import native_of
+from engines.driver import Installation, native_of
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
 from engines.registry import native_driver
@@ -36,7 +36,7 @@ from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollout.approval import Asks, Question, asks, in_prefect, nobody
 from flows.rollout.orders import Orders
-from flows.rollout.phase_one import PhaseOne, phase_one
+from flows.rollout.phase_one import PhaseOne, engines_here, phase_one
 from flows.subprocess_phase import to_subprocess
 from migrations.plan import ModelPlan, Plan
 from tasks.evidence.rehearsal import route_of
@@ -62,7 +62,7 @@ class Phases:
     subprocess: Callable[[Plan, Path, Orders], Json]
     native: Callable[[Plan, Path, Orders], Json]
     deprecate: Callable[[Plan, str, str], Json]
-    version: Callable[[Plan], str]  # of the candidate, as found here: another one's verdict does not count
+    found: Callable[[Plan], Sequence[Installation]]  # as `engines_here`: verdicts on other engines do not count
 
 
 REAL = Phases(  # as plain functions of the one flow: a subflow cannot be suspended for an answer
@@ -70,7 +70,7 @@ REAL = Phases(  # as plain functions of the one flow: a subflow cannot be suspen
     subprocess=to_subprocess,
     native=to_native,
     deprecate=deprecate,
-    version=lambda plan: plan.candidate.find().version,
+    found=engines_here,
 )
 
 
@@ -176,7 +176,9 @@ class WholeMigration:
         return not found.open and found.verdict is not Verdict.INCONCLUSIVE and model.id not in self.orders.override
 
     def _verdict(self, model: ModelPlan) -> PhaseOne:
-        return phase_one(self.run.records, self.plan, model, self.phases.version(self.plan))
+        found = self.phases.found(self.plan)
+        builds = {one.engine: one.build for one in found}
+        return phase_one(self.run.records, self.plan, model, found[0].version, builds)
 
     def _serving(self, model: ModelPlan) -> str:
         """The engine to which the model is committed: by the yard, else by what the yard wrote down."""

@@ -26,7 +26,7 @@ from flows.orchestrator.ending import VERSION
 from flows.progress import progress
 from flows.rollout.model_move import ModelMove, MovePhase
 from flows.rollout.orders import Orders
-from flows.rollout.phase_one import phase_one
+from flows.rollout.phase_one import engines_here, phase_one
 from flows.rollout.yards import Yards
 from flows.subprocess_phase import carried_out
 from migrations.native import native_plan
@@ -92,9 +92,10 @@ def to_native(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
     """Put the candidate's native form behind the public port, for every model of the plan or those `orders` names."""
     folder, derived = home(), native_plan(plan, orders.models)
     end_orphans(folder)
-    version = derived.candidate.find().version
+    found = engines_here(derived)
+    builds = {one.engine: one.build for one in found}
     with open_records() as records:
-        known = {model.id: phase_one(records, derived, model, version) for model in derived.models}
+        known = {model.id: phase_one(records, derived, model, found[0].version, builds) for model in derived.models}
         unfinished = records.unfinished(derived.model_dump(mode="json"), kind="evaluate")
     # both forms are evaluated against each other, unless the records have a verdict on just this
     if not all(found.open or model_id in orders.override for model_id, found in known.items()):

@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from engines.driver import Installation, native_of
+from engines.driver import Installation, build_digest, native_of
 from engines.environment import withhold
 from engines.errors import BadInput, EngineNotFound
 from engines.model.digest import model_digest
@@ -112,7 +112,7 @@ class EngineChoice(PlanPart):
         if self.version and self.version not in found.version:
             why = f"{self.name} is version {found.version} here ({found.where}), not {self.version}"
             raise EngineNotFound(f"{why}; name the `binary` of that version, or change `version`", engine=self.name)
-        return replace(found, engine=self.name)
+        return replace(found, engine=self.name, build=build_digest(found))
 
 
 class ModelPlan(PlanPart):

@@ -58,6 +58,7 @@ def evidence_of_move(home: Path, model: str | None, to: str | None) -> Move | No
 def _verdict(plan: Plan, route: Mapping[str, Any], target: str) -> PhaseOne:
     model = next((one for one in plan.models if one.id == route["id"]), None)
     version = next((str(e["version"]) for e in route["engines"] if e["engine"] == target), None)
+    builds = {str(e["engine"]): str(e.get("build", "")) for e in route["engines"]}
     if model is None or version is None:
         return PhaseOne("it was never evaluated")
     plans: Sequence[Plan] = [plan] if target == plan.candidate.name else []
@@ -66,7 +67,7 @@ def _verdict(plan: Plan, route: Mapping[str, Any], target: str) -> PhaseOne:
 
     def read() -> list[PhaseOne]:
         with open_records(wait_s=LOCKED_S) as records:
-            return [phase_one(records, asked, model, version) for asked in plans]
+            return [phase_one(records, asked, model, version, builds) for asked in plans]
 
     try:
         found = Background(DATABASE, read).result(READ_S)

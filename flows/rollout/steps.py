@@ -142,12 +142,14 @@ def precondition(move: ModelMove) -> Callable[[], None] | None:
         advice = "first `switchyard migrate --phase subprocess`"
         _refuse(move, "phase_2.serves", refusal, f"{refusal}: {advice}")
         return None
-    spec = migration.yards.model(move.id).specs.get(move.candidate)
+    specs = migration.yards.model(move.id).specs
+    spec = specs.get(move.candidate)
     if spec is None:
         move.run.begin()
         absent = migration.yards.model(move.id).missing.get(move.candidate)
         raise EngineNotFound(absent or f"{move.candidate} was not found", engine=move.candidate)
-    found = phase_one(move.run.records, migration.plan, move.model, spec.version)
+    builds = {engine: one.build for engine, one in specs.items()}
+    found = phase_one(move.run.records, migration.plan, move.model, spec.version, builds)
     if found.open:
         opened = CheckResult(check=phase.gate_check, verdict=Verdict.PASS, why=found.why)
         return lambda: _enter(move, opened, phase_1_run=found.run_id)

@@ -113,6 +113,7 @@ class EngineUnderTest:
             "form": self.installation.form,
             "version": self.installation.version,
             "where": self.installation.where,
+            "build": self.installation.build,
             "argv": self.driver.argv(self.installation, serve),
             "unsupported": [*self.driver.unsupported(self.installation, serve), *self.not_given],
             "settings": self.settings.model_dump(mode="json"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from gguf_files import write_gguf
 
+from engines.driver import Installation
 from engines.errors import BadInput, EngineError
 from engines.model.digest import model_digest
 from engines.yard.state import ModelState, StateFile
@@ -61,7 +62,13 @@ class Box:
             self.asked.append(question)
             return left.pop(0) if left else None
 
-        phases = Phases(self._evaluate, self._move(NEW), self._move(NATIVE), self._deprecate, lambda _: "1")
+        phases = Phases(
+            self._evaluate,
+            self._move(NEW),
+            self._move(NATIVE),
+            self._deprecate,
+            lambda _: [Installation(NEW, "binary", ("x",), "1")],
+        )
         given = Orders.model_validate(orders)
         path = self.home / "p.toml"
         return migrate_all(self.plan, path, self.home, self.records, orders=given, ask=ask, phases=phases)

@@ -29,11 +29,27 @@ requires = ["chat_answer"]
 
 def played(folder: Path, name: str) -> Path:
     """tests/rig/played_engine.py as an executable called `name`."""
+    folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path[:0] = [{str(TESTS)!r}]\nimport played_engine\nplayed_engine.main()\n"
     )
     path.chmod(0o755)
+    return path
+
+
+def two_builds(folder: Path, *models: str, tail: str = "") -> Path:
+    """A plan over two builds of one played engine, each with a library beside it: `one` serves, `two` is proposed."""
+    path = plan_of(folder, *models, tail=tail)
+    text = (
+        path.read_text().replace('engine = "mistral.rs"', 'engine = "llama.cpp"').replace("mistralrs", "llama-server")
+    )
+    for name, version in (("one", "1 (first)"), ("two", "1 (second)")):
+        build = played(folder / name, "llama-server")
+        build.with_name("build").write_text(version)
+        build.with_name("libllama.so").write_text(version)
+        text = text.replace(f'binary = "{folder}/llama-server"', f'name = "llama.cpp@{name}"\nbinary = "{build}"', 1)
+    path.write_text(text)
     return path
 
 

@@ -45,7 +45,9 @@ def value_of(*flags: str) -> str:
 def main() -> None:
     is_candidate = "serve" in sys.argv
     if "--version" in sys.argv:
-        print("mistralrs 0.9.5" if not Path(sys.argv[0]).name.startswith("llama") else "version: 1 (played)")
+        build = Path(sys.argv[0]).with_name("build")
+        llama = f"version: {build.read_text() if build.exists() else '1 (played)'}"
+        print("mistralrs 0.9.5" if not Path(sys.argv[0]).name.startswith("llama") else llama)
         return
     if "--help" in sys.argv:
         print("--host --port --model --format --quantized-file --max-seqs --no-ui --ctx-size")

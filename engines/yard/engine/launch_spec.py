@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     SecretStr,
     SerializerFunctionWrapHandler,
     field_serializer,
@@ -53,6 +54,7 @@ class LaunchSpec(BaseModel):
     settings: Settings = Settings()
     own: EngineArgs = EngineArgs()
     request_defaults: dict[str, Any] = {}
+    build: str = Field("", exclude=True)  # as found by this process: what is stored may be another by now
     not_given: tuple[str, ...] = ()  # the incumbent's own flags that it serves without, one line each
 
     @model_serializer(mode="wrap")

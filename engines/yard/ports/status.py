@@ -103,6 +103,7 @@ class Status:
             "engine": unit.engine,
             "kind": unit.spec.kind,
             "version": unit.spec.version,
+            "build": unit.spec.build,
             "form": unit.spec.form,
             "state": str(unit.state),
             "why": unit.why,
