@@ -143,6 +143,12 @@ def executable(binary: Path, what: str) -> Path:
     return path
 
 
+def another_program(binary: Path, what: str, said: str) -> BadInput:
+    """The error of a `binary` that runs and is not `what`, by what it `said` of itself."""
+    first = next(filter(None, map(str.strip, said.splitlines())), "nothing")
+    return BadInput(f"{binary} is not {what}: it says {first[:80]!r} of itself; `binary` must name {what}")
+
+
 def first_executable(name: str, places: Iterable[str | Path]) -> Path | None:
     """The program `name` on PATH, else the first of `places` that can be run."""
     on_path = shutil.which(name)

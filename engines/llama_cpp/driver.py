@@ -15,6 +15,7 @@ from engines.driver import (
     Form,
     Installation,
     Installer,
+    another_program,
     executable,
     first_executable,
     flags_of,
@@ -210,13 +211,16 @@ def _binary_installation(binary: Path) -> Installation:
     version_text = probe([str(binary)], "--version", env=env)
     if version_text is None:
         raise EngineNotFound(f"{binary} is there but does not run: try `{binary} --version`", engine="llama.cpp")
-    version = re.search(r"version:\s*(.+)", version_text)
+    version = re.search(r"^version:\s*(.+)", version_text, re.MULTILINE)
+    flags = help_flags(probe([str(binary)], "--help", env=env) or "")
+    if version is None or ("--model" in flags and "--port" not in flags):  # another tool of the same build, say
+        raise another_program(binary, "a llama-server", version_text)
     return Installation(
         engine="llama.cpp",
         form="binary",
         program=(str(binary),),
-        version=version.group(1).strip() if version else "unknown",
-        flags=help_flags(probe([str(binary)], "--help", env=env) or ""),
+        version=version.group(1).strip(),
+        flags=flags,
         libraries=libraries,
         where=str(binary),
     )

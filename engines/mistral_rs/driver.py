@@ -15,6 +15,7 @@ from engines.driver import (
     Form,
     Installation,
     Installer,
+    another_program,
     executable,
     first_executable,
     flags_of,
@@ -254,7 +255,9 @@ def _unsupported_by_binary(installation: Installation, settings: Settings) -> li
 
 def _binary_installation(binary: Path) -> Installation:
     version_text = probe([str(binary)], "--version")
-    version = re.search(r"(\d+\.\d+\.\d+)", version_text or "")
+    version = re.search(r"^mistralrs\S* v?(\d+\.\d+\.\d+)", version_text or "", re.MULTILINE)
+    if version_text and version is None:
+        raise another_program(binary, "a mistralrs", version_text)
     if version is None:
         raise EngineNotFound(f"{binary} does not report its version: try `{binary} --version`", engine="mistral.rs")
     flags = help_flags(probe([str(binary)], "serve", "--help") or "")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from engines.driver import Installation, native_of
-from engines.errors import EngineNotFound
+from engines.errors import BadInput, EngineNotFound
 from engines.registry import native_driver
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
@@ -30,7 +30,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
     for choice in (plan.incumbent, plan.candidate):
         try:
             found[choice.name] = choice.find()
-        except EngineNotFound as error:
+        except (EngineNotFound, BadInput) as error:  # the other one serves all the same
             missing[choice.name] = str(error)
     if not found:
         raise EngineNotFound("; ".join(missing.values()))

@@ -433,6 +433,27 @@ def test_a_binary_that_crashes_is_not_an_engine(tmp_path: Path, made: Driver, te
         made.find(binary=program)
 
 
+@pytest.mark.parametrize(
+    ("made", "text", "why"),
+    [
+        (LlamaCpp(), 'echo "mistralrs 0.9.2"', "is not a llama-server: it says 'mistralrs 0.9.2' of itself"),
+        (LlamaCpp(), 'echo "GNU bash, version 5.2.15(1)-release"', "is not a llama-server"),
+        (LlamaCpp(), "echo 'version: 1 (7e4c0a9)'; echo ' --model --prompt'", "is not a llama-server"),
+        (LlamaCpp(), "true", "it says 'nothing' of itself"),
+        (
+            MistralRs(),
+            "echo 'version: 0.1.0-dev (build 1)'; echo ' --port'",
+            "is not a mistralrs: it says 'version: 0.1.0",
+        ),
+    ],
+)
+def test_a_binary_of_another_kind_is_bad_input(tmp_path: Path, made: Driver, text: str, why: str) -> None:
+    """It is asked what it is, by --version and --help: another engine, a shell, another tool of the same build."""
+    program = script(tmp_path / "engine", text)
+    with pytest.raises(BadInput, match=f"^{program} {why}" if why.startswith("is") else why):
+        made.find(binary=program)
+
+
 def test_a_file_that_is_no_program_is_not_an_engine(tmp_path: Path) -> None:
     """The kernel refuses it: no shebang, no ELF header."""
     program = tmp_path / "engine"

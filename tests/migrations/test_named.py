@@ -25,7 +25,7 @@ def written(tmp_path: Path) -> Written:
     gguf = write_gguf(tmp_path / "m.gguf", keys=LLAMA)
     for name, version in (("one", "0.1 (build 7)"), ("two", "0.2 (build 9)")):
         (tmp_path / name).write_text(
-            f"#!/bin/sh\ncase $1 in --version) echo 'version: {version}' ;; *) echo ' --model --alias' ;; esac\n"
+            f"#!/bin/sh\ncase $1 in --version) echo 'version: {version}' ;; *) echo ' --model --port' ;; esac\n"
         )
         (tmp_path / name).chmod(0o755)
 
