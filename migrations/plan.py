@@ -35,6 +35,7 @@ from engines.model.digest import model_digest
 from engines.registry import driver, known_engines, native_driver
 from engines.settings import EngineArgs, Serve, Settings
 from engines.yard.settings import Load, YardSettings
+from migrations import new_build
 from tasks.records.payload import with_old_keys
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure, PlanPart, either
 
@@ -232,6 +233,16 @@ class Plan(PlanPart):
         default = self.yard.default_model
         if default is not None and default not in {model.id for model in self.models}:
             raise ValueError(f"yard.default_model '{default}' is no model of this plan")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_of_pair(self) -> Plan:
+        """The limits of another build of one engine, where the plan sets none of its own."""
+        if self.incumbent.engine == self.candidate.engine:
+            set_here = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
+            whole = new_build.PAIR.limits.model_copy(update=set_here)
+            low, tail = min(whole.top1_lower_bound, whole.top1_agreement), max(whole.p99_kld, whole.mean_kld)
+            object.__setattr__(self, "limits", whole.model_copy(update={"top1_lower_bound": low, "p99_kld": tail}))
         return self
 
     @model_validator(mode="after")

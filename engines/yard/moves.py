@@ -142,6 +142,10 @@ class Moves:
         busy = [route for route in self._yard.routes.values() if route.moving]
         if busy:
             raise BadInput(f"{busy[0].model_id} is being moved ({busy[0].moving}); reload when that is done")
+        running = {engine for route in self._yard.routes.values() for engine in route.units}
+        for kind, name in config.renamed.items():
+            if kind in running and name not in running:
+                raise BadInput(f"{kind} is called {name} now, which needs a restart of the yard; the old plan stays")
         self._yard.rename(config)
         changes = [await self._reload_model(model) for model in config.models]
         kept = {model.id for model in config.models}
@@ -169,6 +173,10 @@ class Moves:
             else:
                 route.units[engine] = unit
             changed.append(f"{model.id}: {engine} has new settings")
+        state = route.state
+        needed = {*model.specs, *model.missing, state.serving, state.undo, state.canary and state.canary.engine}
+        for engine in [name for name, unit in route.units.items() if name not in needed and unit.child is None]:
+            del route.units[engine]  # of an earlier plan
         return "; ".join(changed)
 
     async def retire(self, order: RetireOrder, _: Say) -> str:

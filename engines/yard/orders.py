@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.errors import BadInput
 
-FIRST = VERSION = 1
-SINCE: dict[str, int] = {}
+FIRST, VERSION = 1, 2
+SINCE: dict[str, int] = {"reload.plan": 2}
 MoveForm = Literal["auto", "side-by-side", "one-at-a-time"]
 
 
@@ -68,6 +68,12 @@ class RetireOrder(RestoreOrder):
     archive: str = ""
 
 
+class ReloadOrder(Order):
+    """`plan` is the path of the plan to serve from now on; the one served so far where it names none."""
+
+    plan: str | None = None
+
+
 ORDERS: dict[str, type[BaseModel]] = {
     "promote": PromoteOrder,
     "rollback": RollbackOrder,
@@ -80,7 +86,7 @@ ORDERS: dict[str, type[BaseModel]] = {
     "load": Order,
     "unload": Order,
     "stop": Order,
-    "reload": Order,
+    "reload": ReloadOrder,
 }
 
 

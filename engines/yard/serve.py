@@ -43,13 +43,14 @@ CLOSE_S = 2.0
 
 
 def run(
-    read_config: Callable[[], YardConfig],
+    read_config: Callable[..., YardConfig],
     *,
     home: Path,
     opened: Callable[[Yard], None] = lambda _: None,
     drivers: Mapping[str, Driver] | None = None,
 ) -> None:
-    """Serve until stopped. `read_config` is called at each reload too; `opened` is called once the port is ours.
+    """Serve until stopped. `read_config` is called at each reload too, with the path of the plan where an order named
+    one; `opened` is called once the port is ours.
 
     Raises BadInput (a second yard, an address without a key), PortTaken.
     """
@@ -59,15 +60,20 @@ def run(
         runner.run(_serve(yard, read_config, opened))
 
 
-async def _serve(yard: Yard, read_config: Callable[[], YardConfig], opened: Callable[[Yard], None]) -> None:
+async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Callable[[Yard], None]) -> None:
     stop = asyncio.Event()
     shadow, memory_budget = Shadow(yard), MemoryBudget(yard)
     moves, status = Moves(yard, shadow, memory_budget), Status(yard, shadow)
     reloads: set[asyncio.Task[object]] = set()
     background: list[asyncio.Task[None]] = []
 
-    async def reload() -> str:
-        return await moves.reload(await asyncio.to_thread(read_config))
+    named: list[Path] = []  # the plan of the last order that named one and was carried out
+
+    async def reload(plan: str | None = None) -> str:
+        asked = [Path(plan)] if plan else list(named)
+        done = await moves.reload(await asyncio.to_thread(read_config, *asked))
+        named[:] = asked
+        return done
 
     async def reload_and_log() -> None:
         try:

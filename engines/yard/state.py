@@ -102,7 +102,12 @@ class YardState(_Stored):
         return self.model_copy(update={"models": models, "retired": retired})
 
     def renamed(self, names: Mapping[str, str]) -> YardState:
-        """The same, with engines under their present names: `names` has them by those that are stored."""
+        """The same, with engines under their present names: `names` has them by those that are stored.
+
+        A name that is stored as well is another engine's: an old build beside a newer one.
+        """
+        stored = {engine for route in self.models.values() for engine in (route.serving, *route.specs)}
+        names = {old: new for old, new in names.items() if new not in stored | set(self.retired)}
 
         def now(name: str) -> str:
             return names.get(name, name)

@@ -19,7 +19,7 @@ from engines.yard.settings import YardSettings
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, print_json
 from migrations.carried import named, unsupported
-from migrations.llama_cpp_to_mistral_rs import ACCEPTED_UNSUPPORTED, INCUMBENT, plan_for
+from migrations.llama_cpp_to_mistral_rs import INCUMBENT, PAIR, plan_for
 from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
 
@@ -98,7 +98,7 @@ def write_plan(
         raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
     plan = _plan(commands, models)
     gaps = _unsupported(plan)
-    accepted = tuple(name for name in dict.fromkeys(map(named, gaps)) if name in ACCEPTED_UNSUPPORTED)
+    accepted = tuple(name for name in dict.fromkeys(map(named, gaps)) if name in PAIR.accepted_unsupported)
     plan = plan.model_copy(update={"accepted_unsupported": accepted})
     has_key = any(command.has_api_key for command in commands)
     key = _key_note(plan, has_key=has_key)

@@ -1,5 +1,7 @@
 """`switchyard serve`: the yard in the foreground."""
 
+from pathlib import Path
+
 from engines.home import home
 from engines.yard.config import YardConfig
 from engines.yard.serve import log_to_terminal, run
@@ -19,8 +21,8 @@ def serve(plan: PlanFile = None) -> None:
     path = plan_path(plan, folder)
     log_to_terminal()
 
-    def read_config() -> YardConfig:
-        return yard_config(load_plan(path))
+    def read_config(named: Path = path) -> YardConfig:
+        return yard_config(load_plan(named))
 
     def opened(yard: Yard) -> None:
         remember_plan(path, folder)

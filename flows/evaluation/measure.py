@@ -65,7 +65,7 @@ def _fields(trial: Trial, used: Mapping[str, int]) -> Any:
 def _preflight_report(trial: Trial) -> Any:
     architecture = read_header(trial.model.gguf).architecture
     kinds = {engine.name: engine.driver.name for engine in trial.engines.values()}
-    learned = {name: trial.records.correction(kind, architecture) for name, kind in kinds.items()}
+    learned = {one.name: trial.records.correction(_build(one), architecture) for one in trial.engines.values()}
     report = headers.preflight(
         [(trial.model.id, trial.model.gguf)],
         settings_by_model={trial.model.id: trial.engines["incumbent"].settings},
@@ -75,6 +75,11 @@ def _preflight_report(trial: Trial) -> Any:
         corrections={(trial.model.id, name): found.ratio for name, found in learned.items() if found is not None},
     )
     return report["models"][0]
+
+
+def _build(engine: EngineUnderTest) -> str:
+    """Kind and version, by which the measured memory of an engine corrects its next estimate."""
+    return f"{engine.driver.name} {engine.installation.version}"
 
 
 def prompt_tokens(trial: Trial, arm: Arm) -> None:
@@ -175,7 +180,7 @@ def performance(trial: Trial) -> None:
         engine = trial.engines[arm]
         ratio = headers.measured_over_estimated(report, engine.name, [held_bytes(block[arm]) for block in blocks])
         if ratio is not None:
-            trial.records.learn_correction(engine.driver.name, report["architecture"], ratio)
+            trial.records.learn_correction(_build(engine), report["architecture"], ratio)
 
 
 def _block(

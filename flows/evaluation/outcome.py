@@ -9,7 +9,7 @@ from typing import Any
 from flows.evaluation.judge import judged
 from flows.evaluation.trial import Bench, Trial
 from migrations.demo import cannot_prove
-from migrations.llama_cpp_to_mistral_rs import RISKS
+from migrations.pairs import pair_of
 from tasks.evidence.first_look import CANNOT_PROVE
 from tasks.evidence.unmeasured import PASS_WITHOUT_SOAK, SOAK_LEFT_OUT, judge_unmeasured
 from tasks.records.store import Records
@@ -25,7 +25,7 @@ def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         results = judged(trial)
         bench.records.drop_checks(bench.run_id, trial.model.id)
         bench.records.put_checks(bench.run_id, trial.model.id, results)
-        models.append(model_outcome(trial.model.id, results, RISKS))
+        models.append(model_outcome(trial.model.id, results, pair_of(bench.plan).risks))
     unproven = CANNOT_PROVE if bench.quick else cannot_prove(bench.plan)
     outcome = run_outcome(bench.run_id, bench.plan.name, models, unproven, quick=bench.quick)
     if outcome["verdict"] == Verdict.INCONCLUSIVE and all(map(only_lacks_its_soak, trials, models)):

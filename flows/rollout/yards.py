@@ -20,7 +20,7 @@ from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.settings import YardSettings
 from flows.rollout.yard_config import yard_config
 from migrations.plan import Plan, content_hash
-from migrations.plan_file import load_plan, plan_path
+from migrations.plan_file import load_plan, plan_path, remember_plan
 from tasks.evidence.rehearsal import Stage
 
 STOP_S = 30.0
@@ -73,6 +73,14 @@ class Yards:
         path.write_text(part.model_dump_json(), encoding="utf-8")
         argv = [sys.executable, "-m", "flows.rollout.rehearsal_yard", str(path), str(home)]
         return [*argv, hidden] if hidden else argv
+
+
+def take_over(home: Path, path: Path, say: Say) -> str:
+    """Have the yard that runs serve the plan at `path` from now on, without dropping a request. Raises BadInput."""
+    load_plan(path)
+    done = YardClient(home).order("reload", say, plan=str(path.absolute()))
+    remember_plan(path, home)
+    return done
 
 
 def start_detached(yards: Yards, models: Sequence[str], say: Say) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class SeriesChunk(_OfRun, table=True):
 
 
 class Correction(_Table, table=True):
-    """Measured over estimated memory for an engine and an architecture: geometric mean of `samples` launches."""
+    """Measured over estimated memory of a build (kind, version) and architecture: geometric mean of the launches."""
 
     __tablename__ = "correction"
 

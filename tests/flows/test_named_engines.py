@@ -41,6 +41,28 @@ def yard(plan: Path, home: Path, environment: dict[str, str]) -> Iterator[YardCl
     process.wait(30)
 
 
+def test_a_yard_that_runs_takes_over_another_plan(switchyard: Switchyard, yard: YardClient, plan: Path) -> None:
+    """No engine restarts, the plan is the yard's from then on, and one that cannot be taken over changes nothing."""
+
+    def engines() -> dict[str, int | None]:
+        return {engine["engine"]: engine["pid"] for engine in yard.status()["models"][0]["engines"]}
+
+    assert switchyard("load", "m").returncode == 0
+    before = engines()
+    other = plan.with_name("other.toml")
+    other.write_text(plan.read_text().replace(f'"{TWO}"', '"llama.cpp@three"'))
+    done = switchyard("reload", other)
+    assert done.returncode == 0, done.stderr
+    assert engines() == {ONE: before[ONE], "llama.cpp@three": None}
+    assert (before[ONE], switchyard("promote", "--yes").returncode) != (None, 0)  # by its name the candidate now
+    assert yard.status()["models"][0]["committed"] == "llama.cpp@three"
+    assert switchyard("rollback").returncode == 0
+    other.write_text("[incumbent]\n")
+    refused = switchyard("reload", other)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "llama.cpp@three" in engines()
+
+
 def test_they_are_examined_and_evaluated_apart(switchyard: Switchyard, plan: Path, home: Path) -> None:
     """Each under its own name, from its own program; what changes beside the program shuts the gate again."""
     examined = json_of(switchyard("preflight", plan, "--json"))["models"][0]

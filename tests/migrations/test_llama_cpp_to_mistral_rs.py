@@ -21,7 +21,7 @@ MODEL = ModelPlan(id="small", gguf=Path("/m/small.gguf"))
 
 def risk(name: str) -> Risk:
     """The risk of the register called `name`."""
-    return next(entry for entry in migration.RISKS if entry.risk == name)
+    return next(entry for entry in migration.PAIR.risks if entry.risk == name)
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,17 @@ def test_each_risk_has_evidence(name: str, likelihood: str, impact: str, check: 
 
 def test_risks_are_the_four_of_the_register() -> None:
     """No risk is lost, each has its mitigation."""
-    assert len(migration.RISKS) == 4
-    assert all(entry.mitigation for entry in migration.RISKS)
+    assert len(migration.PAIR.risks) == 4
+    assert all(entry.mitigation for entry in migration.PAIR.risks)
 
 
 def test_accepted_unsupported_are_settings_with_a_reason() -> None:
     """Only tuning is accepted unasked: nothing that changes behaviour or safety."""
-    assert set(migration.ACCEPTED_UNSUPPORTED) <= set(Settings.model_fields)
-    assert not {"api_key", "context_tokens", "seed", "prefill_assistant", "jinja"} & set(migration.ACCEPTED_UNSUPPORTED)
-    assert all(migration.ACCEPTED_UNSUPPORTED.values())
+    assert set(migration.PAIR.accepted_unsupported) <= set(Settings.model_fields)
+    assert not {"api_key", "context_tokens", "seed", "prefill_assistant", "jinja"} & set(
+        migration.PAIR.accepted_unsupported
+    )
+    assert all(migration.PAIR.accepted_unsupported.values())
 
 
 def test_plan_for_models_is_a_whole_plan() -> None:
@@ -71,7 +73,7 @@ def test_overrides_replace_fields() -> None:
     """What is given wins; what is not stays as declared."""
     plan = migration.plan_for([MODEL], measure=DEMO, name="demo", settings=Settings(threads=1))
     assert (plan.name, plan.measure, plan.settings.threads) == ("demo", DEMO, 1)
-    assert plan.accepted_unsupported == tuple(migration.ACCEPTED_UNSUPPORTED)
+    assert plan.accepted_unsupported == tuple(migration.PAIR.accepted_unsupported)
 
 
 def test_wrong_override_is_bad_input() -> None:

@@ -9,10 +9,13 @@ import pytest
 from gguf_files import LLAMA, write_gguf
 
 from engines.errors import BadInput, EngineNotFound
+from migrations import any_pair, llama_cpp_to_mistral_rs, new_build
 from migrations.native import native_plan
+from migrations.pairs import pair_of
 from migrations.plan import EngineChoice, Plan, content_hash
 from migrations.plan_file import build_plan, load_plan, plan_to_toml, recorded_plan
 from tasks.records.payload import plan_hash
+from tasks.verdicts.limits import Limits
 
 Written = Callable[..., Path]
 OLD = '[incumbent]\nengine = "llama.cpp"\n'
@@ -154,3 +157,32 @@ def test_a_plan_out_of_a_form_takes_tables_too(written: Written, tmp_path: Path)
     )
     assert plan.candidate == EngineChoice(engine="llama.cpp", name="new")
     assert isinstance(plan, Plan)
+
+
+def test_another_build_has_limits_of_its_own(written: Written, tmp_path: Path) -> None:
+    """Nearer than those of two engines; what the plan sets wins, and drags along what must lie beside it."""
+    two = f'{NEW}binary = "two"\n'
+    plain, changed = load_plan(written(OLD, two)), load_plan(written(OLD, two, "[limits]\ntop1_agreement = 0.96\n"))
+    assert (plain.limits, plain.limits.mean_kld) == (new_build.PAIR.limits, 0.0005)
+    low = changed.limits.top1_lower_bound
+    assert (changed.limits.top1_agreement, low, changed.limits.mean_kld) == (0.96, 0.96, 0.0005)
+    again = tmp_path / "again.toml"
+    again.write_text(plan_to_toml(changed))
+    assert load_plan(again) == recorded_plan(changed.model_dump(mode="json")) == changed
+    assert load_plan(written(OLD, '[candidate]\nengine = "mistral.rs"\n')).limits == Limits()
+
+
+def test_each_kind_of_move_has_its_declaration(written: Written) -> None:
+    """Every area of checks is evidence on a risk of it."""
+    rs = 'engine = "mistral.rs"\n'
+    moves = [
+        (llama_cpp_to_mistral_rs.PAIR, (OLD, f"[candidate]\n{rs}")),
+        (new_build.PAIR, (OLD, NEW)),
+        (any_pair.PAIR, (f"[incumbent]\n{rs}", '[candidate]\nengine = "llama.cpp"\n')),
+    ]
+    for pair, tables in moves:
+        assert pair_of(load_plan(written(*tables))) is pair
+        covered = {kind.partition(".")[0] for risk in pair.risks for kind in risk.evidence}
+        assert covered >= {"preflight", "parity", "compatibility", "performance", "memory", "stability", "faults"}
+    native = native_plan(load_plan(written(OLD, f"[candidate]\n{rs}")))
+    assert pair_of(native) is llama_cpp_to_mistral_rs.PAIR

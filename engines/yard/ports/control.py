@@ -36,7 +36,7 @@ class Control:
         status: Status,
         *,
         stop: Callable[[], None],
-        reload: Callable[[], Awaitable[str]],
+        reload: Callable[[str | None], Awaitable[str]],
     ) -> None:
         self._yard = yard
         self._status = status
@@ -59,7 +59,7 @@ class Control:
             "load": memory_budget.load,
             "unload": memory_budget.unload,
             "stop": stop_yard,
-            "reload": lambda _, __: reload(),
+            "reload": lambda order, _: reload(order.plan),
         }
 
     def application(self) -> web.Application:

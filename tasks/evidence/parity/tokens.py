@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -37,15 +38,16 @@ def measure_prompt_tokens(
     Counted by `/v1/chat/completions/input_tokens` and `/tokenize` where the engine has them (nothing is generated, and
     the first prompt's count is checked against `usage.prompt_tokens`), else from one-token requests. A prompt that is
     refused is kept with its error. For prompts with tools `tools_shown` says whether the tools changed the count: a
-    template without tool support drops them and answers 200. `raw[].ids` are the ids of `/tokenize`, None where the
-    engine has none.
+    template without tool support drops them and answers 200. `raw[].ids` are the ids of `/tokenize`, `template` is the
+    digest of what `/apply-template` renders; None where the engine has none.
     """
     started = time.monotonic()
     counted: dict[str, Evidence] = {}
     with Caller(endpoint, read_timeout_s=TIMEOUT_S) as caller:
         counter = _counter(caller, endpoint, prompts)
         for number, prompt in enumerate(prompts, 1):
-            counted[prompt.id] = _prompt_tokens(counter, endpoint, prompt)
+            template = _template(caller, endpoint, prompt)
+            counted[prompt.id] = _prompt_tokens(counter, endpoint, prompt) | {"template": template}
             if number % 10 == 0 or number == len(prompts):
                 progress(f"{endpoint.engine}: counted the tokens of {number}/{len(prompts)} prompts")
         raw = [_raw_tokens(caller, endpoint, text) for text in RAW_TEXTS]
@@ -84,6 +86,13 @@ def _prompt_tokens(count: TokenCounter, endpoint: Endpoint, prompt: Prompt) -> E
     return {"tokens": tokens, "error": error, "tools_shown": shown, "preview": preview}
 
 
+def _template(caller: Caller, endpoint: Endpoint, prompt: Prompt) -> str | None:
+    """The digest of the whole prompt as text; None where the engine does not show it."""
+    answer, _ = post(caller, "/apply-template", chat_body(endpoint, prompt, max_tokens=1))
+    text = answer.get("prompt") if answer else None
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if isinstance(text, str) else None
+
+
 def _raw_tokens(caller: Caller, endpoint: Endpoint, text: str) -> Evidence:
     # llama.cpp reads `content`, vLLM reads `prompt`
     body = {"model": endpoint.model_id, "content": text, "prompt": text, "add_special": True}
@@ -106,6 +115,8 @@ def _used(caller: Caller, path: str, body: Evidence) -> tuple[int | None, str | 
 def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits = DEFAULT_LIMITS) -> list[CheckResult]:
     """`parity.prompt_tokens`: the share of prompts read as equally many tokens, and, where they are not, the cause.
 
+    Where both engines show the prompt as text, `parity.templates` is the share of those that are equal.
+
     A prompt that only the candidate refuses counts as unequal; one that the incumbent refuses is left out. When this
     fails, answers need not be measured: they would answer other prompts.
     """
@@ -126,7 +137,20 @@ def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits
         dropped = sum(found["tools_shown"] is False for found in ours.values())
         note += f"; {dropped} with tools that the template does not show" if dropped else ""
         why = f"{len(asked)} of {len(asked)} prompts equal{note}"
-    return [at_least(check, 1.0 - len(unequal) / len(asked), limit=limit, unit="share", why=why)]
+    share = 1.0 - len(unequal) / len(asked)
+    return [at_least(check, share, limit=limit, unit="share", why=why), *_judge_templates(ours, theirs, asked)]
+
+
+def _judge_templates(ours: Evidence, theirs: Evidence, asked: list[str]) -> list[CheckResult]:
+    shown = {key: (ours[key].get("template"), theirs[key].get("template")) for key in asked}
+    both = {key: one == other for key, (one, other) in shown.items() if one and other}
+    if not both:
+        return []
+    differ = [ours[key]["preview"] for key, equal in both.items() if not equal]
+    why = f"{len(both) - len(differ)} of {len(both)} prompts are rendered to the same text"
+    why += f"; not {differ[0]!r}" if differ else ""
+    share = 1.0 - len(differ) / len(both)
+    return [at_least("parity.templates", share, limit=PROMPT_TOKENS_SHARE, unit="share", why=why)]
 
 
 def _examples(ours: Evidence, theirs: Evidence, unequal: list[str], asked: int) -> str:

@@ -184,3 +184,5 @@ def test_an_engine_that_got_a_name_is_found_under_it():
     retired = retired.retire("old", at=1.0, who="Ada", why="x", archive="").renamed({"old": "old@1"})
     assert retired.retired["old@1"].specs["k"].engine == "old@1"
     assert before.renamed({}) == before
+    two = before.with_model("k", ModelState(serving="old@1", specs={"old@1": spec()}))
+    assert two.renamed({"old": "old@1"}) == two  # two builds, each under its own name

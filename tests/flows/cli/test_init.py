@@ -17,7 +17,7 @@ import pytest
 from gguf_files import write_gguf
 from switchyard_command import json_of
 
-from migrations.llama_cpp_to_mistral_rs import ACCEPTED_UNSUPPORTED
+from migrations.llama_cpp_to_mistral_rs import PAIR
 
 CASES = Path(__file__).parents[2] / "cases" / "init"
 LOCAL = "127.0.0.1"
@@ -160,14 +160,14 @@ def test_the_gaps_in_the_plan_are_those_of_this_pair(imported, gguf, tmp_path, f
     (tmp_path / "x.gguf").write_bytes(gguf.read_bytes())
     plan, written = imported(f"llama-server -m {gguf} {flags.replace('x.gguf', str(tmp_path / 'x.gguf'))}")
     gaps = {line.partition(":")[0]: line for line in written["unsupported"]}
-    assert set(plan["accepted_unsupported"]) == set(written["accepted"]) == set(gaps) & set(ACCEPTED_UNSUPPORTED)
+    assert set(plan["accepted_unsupported"]) == set(written["accepted"]) == set(gaps) & set(PAIR.accepted_unsupported)
     above = (tmp_path / "plan.toml").read_text().partition("accepted_unsupported =")[0]
     above = " ".join(above.replace("\n#", " ").split())
     assert above.count(" - ") >= len(gaps)
     accepted, _, open_ones = above.partition("and not accepted:")
-    assert ("it blocks nothing. Add its name" in open_ones) is bool(set(gaps) - set(ACCEPTED_UNSUPPORTED))
+    assert ("it blocks nothing. Add its name" in open_ones) is bool(set(gaps) - set(PAIR.accepted_unsupported))
     for name, line in gaps.items():
-        assert " ".join(line.split()) in (accepted if name in ACCEPTED_UNSUPPORTED else open_ones)
+        assert " ".join(line.split()) in (accepted if name in PAIR.accepted_unsupported else open_ones)
     if "--mlock" in flags:
         assert "mlock" in plan["accepted_unsupported"]
     if not flags:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from migrations.llama_cpp_to_mistral_rs import RISKS
+from migrations.llama_cpp_to_mistral_rs import PAIR
 from tasks.verdicts.risks import Risk, judge_risks
 from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons
 
@@ -49,7 +49,7 @@ def test_only_required_checks_hold_the_gate() -> None:
 def test_a_failed_check_falls_on_its_risk(check: str, risk: str) -> None:
     """The other risks keep their verdict."""
     results = [result(name, F if name == check else P) for name in CHECKS]
-    judged = {line.risk.risk: line for line in judge_risks(RISKS, results)}
+    judged = {line.risk.risk: line for line in judge_risks(PAIR.risks, results)}
     assert judged[risk].verdict is F
     assert [decided.check for decided in judged[risk].decided_by] == [check]
     # an ignored parameter is evidence about the model as well: it changes what it answers
@@ -59,15 +59,15 @@ def test_a_failed_check_falls_on_its_risk(check: str, risk: str) -> None:
 
 def test_every_risk_of_the_register_is_shown_even_without_evidence() -> None:
     """Not measured is INCONCLUSIVE, never PASS."""
-    judged = judge_risks(RISKS, [])
-    assert [line.risk for line in judged] == list(RISKS)
+    judged = judge_risks(PAIR.risks, [])
+    assert [line.risk for line in judged] == list(PAIR.risks)
     assert {line.verdict for line in judged} == {I}
     assert all(line.decided_by == () for line in judged)
 
 
 def test_a_risk_that_passed_was_decided_by_all_its_checks() -> None:
     """So no single one is named."""
-    judged = {line.risk.risk: line for line in judge_risks(RISKS, [result(name) for name in CHECKS])}
+    judged = {line.risk.risk: line for line in judge_risks(PAIR.risks, [result(name) for name in CHECKS])}
     assert {line.verdict for line in judged.values()} == {P}
     assert all(line.decided_by == () for line in judged.values())
 
@@ -103,11 +103,11 @@ def test_reasons_are_the_checks_that_keep_it_shut_worst_first() -> None:
 
 def test_a_risk_says_what_of_it_was_not_measured() -> None:
     """A register that calls this a pass would be believed; an engine that starts has no check of its own."""
-    register = {line.risk.risk: line for line in judge_risks(RISKS, [result("stability.failures")])}
+    register = {line.risk.risk: line for line in judge_risks(PAIR.risks, [result("stability.failures")])}
     half = register["native SDK bugs"]
     assert (half.verdict, half.unmeasured) == (I, ("faults",))
     assert register["model compatibility"].unmeasured == ("preflight", "parity")
     skipped = [result(name, I) if name.startswith("perf") else result(name) for name in CHECKS]
-    (line,) = [line for line in judge_risks(RISKS, skipped) if line.risk.risk == "performance regression"]
+    (line,) = [line for line in judge_risks(PAIR.risks, skipped) if line.risk.risk == "performance regression"]
     assert (line.verdict, line.unmeasured) == (I, ("performance",))
-    assert all(not line.unmeasured for line in judge_risks(RISKS, [result(name, F) for name in CHECKS]))
+    assert all(not line.unmeasured for line in judge_risks(PAIR.risks, [result(name, F) for name in CHECKS]))

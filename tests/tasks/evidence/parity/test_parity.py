@@ -117,6 +117,17 @@ def test_raw_texts_tell_tokenizer_from_template(raw: tuple[int, int], cause: str
     assert f"cause: {cause}" in judge_prompt_tokens(counts(a=8), theirs)[0].why
 
 
+def test_equal_counts_of_another_template_fail() -> None:
+    """Where both engines show the text; as many tokens can be others."""
+    ours, theirs = counts(a=3, b=4), counts(a=3, b=4)
+    assert [one.check for one in judge_prompt_tokens(ours, theirs)] == ["parity.prompt_tokens"]
+    for key, other in (("a", "1"), ("b", "2")):
+        ours["prompts"][key]["template"], theirs["prompts"][key]["template"] = "1", other
+    tokens, templates = judge_prompt_tokens(ours, theirs)
+    assert (tokens.verdict, templates.check, templates.verdict) == (Verdict.PASS, "parity.templates", Verdict.FAIL)
+    assert templates.why.startswith("1 of 2 prompts are rendered to the same text; not 'b'")
+
+
 def test_a_prompt_only_the_candidate_refuses_fails() -> None:
     """It served before and would not any more."""
     assert judge_prompt_tokens(counts(a=3, b=4), counts(a=3, b=None))[0].verdict is Verdict.FAIL
