@@ -31,6 +31,7 @@ from engines.settings import EngineArgs, Serve, Settings
 
 # method, path, body, seconds -> status and JSON, None where it is none; raises OSError, ValueError
 Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
+LONG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 Form = Literal["auto", "binary", "hosted"]
 Found = Literal["binary", "hosted", "native"]
 
@@ -41,7 +42,7 @@ class Installation:
 
     `engine` is its name in the plan, by default its `kind`; the kind says which driver it has.
     `program` is the argv prefix; `flags` are the long options its own `--help` lists, so that no flag is passed that
-    this build does not know; `libraries` goes in front of LD_LIBRARY_PATH.
+    this build does not know, and `gone` those that it lists as removed; `libraries` goes in front of LD_LIBRARY_PATH.
     """
 
     engine: str
@@ -49,6 +50,7 @@ class Installation:
     program: tuple[str, ...]
     version: str
     flags: frozenset[str] = frozenset()
+    gone: Mapping[str, str] = field(default_factory=dict)
     libraries: Path | None = None
     where: str = ""
     kind: str = ""
@@ -187,8 +189,18 @@ def _digest_at(file: Path, size: int, changed_ns: int) -> str:
 
 
 def help_flags(text: str) -> frozenset[str]:
-    """The long options that a `--help` text lists."""
-    return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+    """The long options that a `--help` text lists, without those of which it says that they are gone."""
+    return frozenset(LONG.findall(text)) - gone_flags(text).keys()
+
+
+def gone_flags(text: str) -> dict[str, str]:
+    """Long options that a build lists and refuses, with what its `--help` says instead."""
+    found: dict[str, str] = {}
+    for entry in re.findall(r"^-.*(?:\n[ \t].*)*", text, re.MULTILINE):
+        names, removed, instead = " ".join(entry.split()).partition("the argument has been removed")
+        if removed:
+            found |= dict.fromkeys(LONG.findall(names), f"{removed}{instead.partition(' (env:')[0]}")
+    return found
 
 
 def probe(

@@ -200,13 +200,20 @@ class OwnArgs:
         """What `own` makes the engine instead of a server for chat and completions; None for one of those."""
         return next((f"{key}: {what}" for key, what in self.no_chat.items() if key in self.flags(own)), None)
 
-    def unknown_to(self, own: EngineArgs, known: Set[str]) -> list[str]:
-        """The flags of `own` that a build does not list in its help: `known` are its long options."""
+    def unknown_to(self, own: EngineArgs, known: Set[str], gone: Mapping[str, str]) -> list[str]:
+        """The flags of `own` that a build does not take, and what it is called there; one line each.
+
+        `known` are the long options of its help, `gone` what that says of removed ones.
+        """
         found = []
         for flag in self.split(own.args):
-            spellings = (*flag.option.names, *flag.option.negations) if flag.option else (flag.name,)
-            if known.isdisjoint(spellings) and any(name.startswith("--") for name in spellings):
-                found.append(flag.name)
+            others = () if flag.option is None else flag.option.names
+            others = flag.option.negations if flag.option and flag.name in flag.option.negations else others
+            asked = [flag.name] if flag.name.startswith("--") else [name for name in others if name.startswith("--")]
+            if asked and known.isdisjoint(asked):
+                new = next((name for name in others if name in known), None)
+                why = gone.get(asked[0]) or (f"is called {new} there" if new else "is no option there")
+                found.append(f"{flag.name}: {why}" if asked[0] in gone else f"{flag.name} {why}")
         return found
 
     def with_files(self, own: EngineArgs, change: Callable[[str, Files], str]) -> EngineArgs:

@@ -19,6 +19,7 @@ from engines.driver import (
     executable,
     first_executable,
     flags_of,
+    gone_flags,
     help_flags,
     probe,
     scrubbed,
@@ -212,7 +213,8 @@ def _binary_installation(binary: Path) -> Installation:
     if version_text is None:
         raise EngineNotFound(f"{binary} is there but does not run: try `{binary} --version`", engine="llama.cpp")
     version = re.search(r"^version:\s*(.+)", version_text, re.MULTILINE)
-    flags = help_flags(probe([str(binary)], "--help", env=env) or "")
+    usage = probe([str(binary)], "--help", env=env) or ""
+    flags = help_flags(usage)
     if version is None or ("--model" in flags and "--port" not in flags):  # another tool of the same build, say
         raise another_program(binary, "a llama-server", version_text)
     return Installation(
@@ -221,6 +223,7 @@ def _binary_installation(binary: Path) -> Installation:
         program=(str(binary),),
         version=version.group(1).strip(),
         flags=flags,
+        gone=gone_flags(usage),
         libraries=libraries,
         where=str(binary),
     )

@@ -102,11 +102,11 @@ def checked(plan: Plan) -> dict[Arm, Installation]:
     found = {arm: choice.find() for arm, choice in choices.items()}
     for arm, one in found.items():
         for own in (choices[arm].own, *(plan.own_args(model.id, one.engine) for model in plan.models)):
-            if one.flags and (unknown := driver(one.kind).own_args.unknown_to(own, one.flags)):
-                fix = "name a build that has it as `binary`, or remove it"
-                raise BadInput(
-                    f"{arm}.args: {unknown[0]} is no option of {one.engine} {one.version} ({one.where}); {fix}"
-                )
+            lacks = driver(one.kind).own_args.unknown_to(own, one.flags, one.gone) if one.flags else []
+            if lacks:
+                fix = f"change the plan's args, or name a build that has {'it' if len(lacks) == 1 else 'them'}"
+                build = f"{one.engine} {one.version} ({one.where})"
+                raise BadInput(f"{arm}.args: {build} does not take them all: {'; '.join(lacks)}; {fix}")
     return found
 
 

@@ -13,14 +13,15 @@ import installed
 import pytest
 from pydantic import SecretStr
 
-from engines.driver import Driver, Installation, help_flags, probe
+from engines.driver import Driver, Installation, gone_flags, help_flags, probe
 from engines.errors import BadInput, EngineNotFound
 from engines.llama_cpp import host as llama_cpp_host
 from engines.llama_cpp.driver import LlamaCpp
+from engines.llama_cpp.flags import OWN_ARGS
 from engines.mistral_rs.driver import MistralRs
 from engines.mistral_rs.native.arguments import KEY_VARIABLE, add_model_arguments
 from engines.registry import DRIVERS, driver
-from engines.settings import KvType, Serve, Settings
+from engines.settings import EngineArgs, KvType, Serve, Settings
 
 KEY = "secret-of-the-test"
 GGUF = Path("/models/m.gguf")
@@ -477,6 +478,35 @@ def test_llama_server_is_asked_for_its_flags_not_for_its_build_number(bare: Path
     assert (found.where, found.version) == (str(program), "0.1.0-dev (build 1, commit 7e4c0a9)")
     assert found.flags == {"--mlock", "--load-mode", "--offline"}
     assert found.libraries is None
+
+
+HELP = """\
+-fa,   --flash-attn [on|off|auto]       set Flash Attention use (see --mmap)
+                                        (env: LLAMA_ARG_FLASH_ATTN)
+--draft, --draft-n, --draft-max N       the argument has been removed. use --spec-draft-n-max or
+                                        --spec-ngram-mod-n-max
+                                        (env: LLAMA_ARG_DRAFT_MAX)
+--spec-draft-type-k TYPE                KV cache data type for K for the draft model
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "lines"),
+    [
+        (("-fa", "on"), []),
+        (
+            ("--draft-max", "4"),
+            ["--draft-max: the argument has been removed. use --spec-draft-n-max or --spec-ngram-mod-n-max"],
+        ),
+        (("--cache-type-k-draft", "q8_0"), ["--cache-type-k-draft is called --spec-draft-type-k there"]),
+        (("-ctkd", "q8_0"), []),  # of short ones the help is not asked
+        (("--mlock", "--no-such", "1"), ["--mlock is no option there", "--no-such is no option there"]),
+    ],
+)
+def test_options_that_a_build_lacks_are_named_with_their_new_name(args: tuple[str, ...], lines: list[str]) -> None:
+    """llama-server lists removed options in its help, and refuses to start with them."""
+    assert "--draft-max" not in help_flags(HELP)
+    assert OWN_ARGS.unknown_to(EngineArgs(args=args), help_flags(HELP), gone_flags(HELP)) == lines
 
 
 def test_libraries_beside_a_binary_are_used(tmp_path: Path) -> None:
