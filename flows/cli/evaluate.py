@@ -25,7 +25,7 @@ from flows.evaluation.beside import lacking
 from flows.evaluation.rejudge import plan_of
 from flows.evaluation.run import checked, introduction, refuse_retired
 from flows.orchestrator.server import with_prefect
-from migrations.demo import demo_plan
+from migrations.demo import DEMO_NAME, demo_plan
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.records.store import open_records
@@ -58,10 +58,7 @@ def evaluate(
     plan, run_id = _plan_and_run(target, resume, soak, folder)
     if not allow_retired:
         refuse_retired(plan, folder)
-    for line in introduction(plan, checked(plan)):
-        print_step(line)
-    if (short := lacking(plan, folder)) is not None:
-        errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here")
+    introduce(plan, folder)
     with open_records() as records:  # records that cannot be written are better known before 10 minutes of work
         earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
     if earlier is not None and not quick:
@@ -71,6 +68,14 @@ def evaluate(
     command += ["--quick"] if quick else []
     run = with_prefect(folder, "flows.evaluate:evaluate")
     finish(run(plan, run_id, allow_retired, quick=quick, command=tuple(command)), json_, partial(_show, target or ""))
+
+
+def introduce(plan: Plan, folder: Path) -> None:
+    """Print what is compared, and what memory may lack. Raises what `checked` does."""
+    for line in introduction(plan, checked(plan)):
+        print_step(line)
+    if (short := lacking(plan, folder)) is not None:
+        errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here")
 
 
 def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:
@@ -100,6 +105,12 @@ def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home
 
 
 def _show(target: str, outcome: Mapping[str, Any]) -> None:
+    show_verdicts(outcome)
+    out.print(_next_step(outcome, target))
+
+
+def show_verdicts(outcome: Mapping[str, Any]) -> None:
+    """Print the verdicts, what the samples cannot prove, and where the report is."""
     out.print(evaluation_table(outcome), soft_wrap=False)
     if outcome["cannot_prove"]:
         what = "a first look" if outcome["quick"] else "these small samples"
@@ -111,7 +122,6 @@ def _show(target: str, outcome: Mapping[str, Any]) -> None:
     if outcome["quick"] and worth:
         out.print(f"worth the whole evaluation: {', '.join(worth)}")
     out.print(f"report: {outcome['report']}")
-    out.print(_next_step(outcome, target))
 
 
 def _next_step(outcome: Mapping[str, Any], target: str) -> str:
@@ -119,7 +129,7 @@ def _next_step(outcome: Mapping[str, Any], target: str) -> str:
     held = [model["model"] for model in outcome["models"] if model["verdict"] in ("FAIL", "ERROR")]
     if outcome["quick"] and len(held) < len(outcome["models"]):
         return next_command(f"switchyard evaluate {escape(target)}") + " measures the whole"
-    if outcome["cannot_prove"] and not outcome["quick"]:  # the demo's small samples
+    if outcome["cannot_prove"] and outcome["plan"] == DEMO_NAME and not outcome["quick"]:  # the demo's small samples
         return next_command("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
     if verdict == "PASS":
         return "next: keep the report as evidence; every model of this plan may move"

@@ -96,7 +96,7 @@ def write_plan(
     """
     if output.exists() and not force:
         raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
-    plan = _plan(commands, models)
+    plan = plan_of(commands, models)
     gaps = _unsupported(plan)
     accepted = tuple(name for name in dict.fromkeys(map(named, gaps)) if name in PAIR.accepted_unsupported)
     plan = plan.model_copy(update={"accepted_unsupported": accepted})
@@ -118,7 +118,8 @@ def write_plan(
     }
 
 
-def _plan(commands: Sequence[LlamaServerCommand], models: Sequence[Path]) -> Plan:
+def plan_of(commands: Sequence[LlamaServerCommand], models: Sequence[Path]) -> Plan:
+    """The plan of `commands` and `models`. Raises BadInput where there is nothing to read."""
     names = [NOT_IN_AN_ID.sub("-", path.stem).lstrip("._-") or "model" for path in models]
     chosen = [ModelPlan(id=name, gguf=_existing(path)) for name, path in zip(names, models, strict=True)]
     if not commands:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.evaluation.judge import judged
 from flows.evaluation.trial import Bench, Trial
-from migrations.demo import cannot_prove
+from migrations import demo, upgrade
 from migrations.pairs import pair_of
 from tasks.evidence.first_look import CANNOT_PROVE
 from tasks.evidence.unmeasured import PASS_WITHOUT_SOAK, SOAK_LEFT_OUT, judge_unmeasured
@@ -26,7 +26,8 @@ def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         bench.records.drop_checks(bench.run_id, trial.model.id)
         bench.records.put_checks(bench.run_id, trial.model.id, results)
         models.append(model_outcome(trial.model.id, results, pair_of(bench.plan).risks))
-    unproven = CANNOT_PROVE if bench.quick else cannot_prove(bench.plan)
+    unproven = demo.cannot_prove(bench.plan) or upgrade.cannot_prove(bench.plan)
+    unproven = CANNOT_PROVE if bench.quick else unproven
     outcome = run_outcome(bench.run_id, bench.plan.name, models, unproven, quick=bench.quick)
     if outcome["verdict"] == Verdict.INCONCLUSIVE and all(map(only_lacks_its_soak, trials, models)):
         how = f"the gate stays shut until `switchyard evaluate --resume {bench.run_id}` adds the soak"

@@ -117,7 +117,7 @@ def room(specs: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_byte
     """
     free, form, why = free_memory(), "auto", "both engines fit beside the one that serves"
     for engine, spec in specs.items():
-        fit = estimate(read_header(spec.gguf), spec.settings, engine, own=spec.own, memory=free)
+        fit = estimate(read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free)
         if fit.verdict == "does not fit":
             return "", f"{engine} does not fit beside the engine that serves: {fit.why}"
         if fit.verdict == "unknown" and not _twice(free, held_bytes, held_vram_bytes):

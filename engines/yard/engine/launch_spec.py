@@ -86,11 +86,12 @@ class LaunchSpec(BaseModel):
     def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings, **passed_on: Any) -> LaunchSpec:
         """The spec of an engine that was found here; `passed_on`: `own`, `request_defaults` and `not_given`."""
         as_found = {**vars(found), "flags": tuple(sorted(found.flags))}
+        del as_found["gone"]  # for messages before a start
         return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings, **passed_on)
 
     @property
     def installation(self) -> Installation:
-        as_found = {one.name: getattr(self, one.name) for one in fields(Installation)}
+        as_found = {one.name: getattr(self, one.name) for one in fields(Installation) if one.name != "gone"}
         return Installation(**{**as_found, "flags": frozenset(self.flags)})
 
     def serve(self, port: int, key: SecretStr | None) -> Serve:
