@@ -152,3 +152,33 @@ def test_what_cannot_be_an_upgrade_is_one_line(
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert said in done.stderr
     assert not list(plan.parent.glob("*upgrade*"))
+
+
+def test_options_that_the_new_build_lacks_are_named_before_anything_is_written(
+    switchyard: Switchyard, plan: Path, build: Path
+) -> None:
+    """In the new build's own words where its help has some."""
+    args = 'args = ["--temp", "0.1", "--draft-max", "4"]'
+    plan.write_text(plan.read_text().replace('engine = "llama.cpp"', f'engine = "llama.cpp"\n{args}'))
+    plan.with_name("help").write_text("--temp N   x\n--draft-max N   x\n")
+    build.with_name("help").write_text("--draft-max N   the argument has been removed. use --spec-draft-n-max\n")
+    done = switchyard("upgrade", plan, "--to", build)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert (
+        "--temp is no option there; --draft-max: the argument has been removed. use --spec-draft-n-max" in done.stderr
+    )
+    assert not list(plan.parent.glob("*upgrade*"))
+
+
+def test_a_server_without_a_yard_is_read_from_its_port(switchyard: Switchyard, plan: Path, tmp_path: Path) -> None:
+    """Its program is the old build."""
+    port, program, model = free_port(), plan.with_name("llama-server"), plan.with_name("m.gguf")
+    with subprocess.Popen([program, "-m", model, "--port", str(port)], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline().strip() == "listening"
+            done = switchyard("upgrade", "--from-port", port, "--to", program)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert "is the build that serves" in done.stderr
+        finally:
+            server.kill()

@@ -51,6 +51,8 @@ def main() -> None:
         return
     if "--help" in sys.argv:
         print("--host --port --model --format --quantized-file --max-seqs --no-ui --ctx-size")
+        more = Path(sys.argv[0]).with_name("help")  # options of this build
+        print(more.read_text() if more.exists() else "")
         return
     arm = "candidate" if is_candidate else "incumbent"
     model = Path(value_of("-m"), value_of("-f")) if is_candidate else Path(value_of("-m"))
