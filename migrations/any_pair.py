@@ -6,7 +6,6 @@ from migrations.pair import Pair
 from tasks.verdicts.risks import Risk
 
 PAIR = Pair(
-    title="another engine",
     risks=(
         Risk(
             risk="the candidate misses features",

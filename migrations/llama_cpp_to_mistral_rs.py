@@ -14,7 +14,6 @@ INCUMBENT = EngineChoice(engine="llama.cpp")
 CANDIDATE = EngineChoice(engine="mistral.rs")
 
 PAIR = Pair(
-    title="from llama.cpp to mistral.rs",
     risks=(
         Risk(
             risk="mistral.rs misses features",

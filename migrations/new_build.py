@@ -7,7 +7,6 @@ from tasks.verdicts.limits import Limits
 from tasks.verdicts.risks import Risk
 
 PAIR = Pair(
-    title="another build of the same engine",
     risks=(
         Risk(
             risk="the new build is slower with this model",

@@ -13,7 +13,6 @@ from tasks.verdicts.risks import Risk
 class Pair:
     """One kind of move. A plan's own `limits` and `accepted_unsupported` win over these."""
 
-    title: str
     risks: tuple[Risk, ...]
     limits: Limits = field(default_factory=Limits)
     accepted_unsupported: Mapping[str, str] = field(default_factory=dict)  # names, with the reason
