@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from engines.errors import BadInput
+from engines.units import duration, figure
 from migrations.carried import request_defaults
 from migrations.new_build import PAIR
 from migrations.plan import EngineChoice, ModelPlan, Plan
@@ -17,11 +18,6 @@ NAME = "-upgrade"  # how the names of such plans end
 SOAK_S = 600.0
 LOOKS = (6, 12, 24)
 OF_THE_MACHINE = ("foreign_cpu", "client_cpu", "kill_detect_s", "hang_detect_s", "recover_s", "memory_headroom_ratio")
-CANNOT_PROVE = (
-    "failures per day: 10 clean minutes bound the rate at about 430 a day (95 %); 3 clean days bound it at 1",
-    "leaks: a slope in bytes per day needs 48 hours; 10 minutes show only growth that a crash would show as well",
-    "rare requests: images, tools and long contexts count as far as the plan's own transcripts and prompts have them",
-)
 _SUFFIX = re.compile(r"\.upgrade-\d{4}-\d\d-\d\d(-\d+)?$")
 _COMMIT = re.compile(r"\b[0-9a-f]{7,40}\b")
 
@@ -73,8 +69,18 @@ def upgrade_file(plan_file: Path, day: date) -> Iterator[Path]:
 
 def cannot_prove(plan: Plan) -> tuple[str, ...]:
     """What the evidence of an upgrade leaves open; nothing for a plan that soaks longer, or is none."""
-    is_upgrade = plan.incumbent.engine == plan.candidate.engine and plan.name.endswith(NAME)
-    return CANNOT_PROVE if is_upgrade and plan.measure.soak_s <= SOAK_S else ()
+    soak_s, is_upgrade = (
+        plan.measure.soak_s,
+        plan.incumbent.engine == plan.candidate.engine and plan.name.endswith(NAME),
+    )
+    if not is_upgrade or soak_s > SOAK_S:
+        return ()
+    soak, rate = duration(soak_s), figure(3 * 86_400 / soak_s)
+    return (
+        f"failures per day: {soak} without one bound the rate at about {rate} a day (95 %); 3 clean days bound it at 1",
+        f"leaks: a slope in bytes per day needs 48 hours; {soak} show only growth that a crash would show as well",
+        "rare requests: images, tools and long contexts count as far as the plan's own transcripts have them",
+    )
 
 
 def _name(kind: str, version: str, taken: Collection[str]) -> str:
