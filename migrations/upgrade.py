@@ -67,6 +67,11 @@ def upgrade_file(plan_file: Path, day: date) -> Iterator[Path]:
     yield from (plan_file.with_name(f"{stem}{number}.toml") for number in ("", *(f"-{n}" for n in range(2, 1000))))
 
 
+def is_upgrade_of(file: Path, plan_file: Path) -> bool:
+    """Whether `file` is where the plan of an upgrade of `plan_file` lies."""
+    return _SUFFIX.search(file.stem) is not None and _SUFFIX.sub("", file.stem) == plan_file.stem
+
+
 def cannot_prove(plan: Plan) -> tuple[str, ...]:
     """What the evidence of an upgrade leaves open; nothing for a plan that soaks longer, or is none."""
     soak_s, is_upgrade = (

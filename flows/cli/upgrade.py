@@ -22,7 +22,7 @@ from flows.rollout.orders import Orders
 from flows.rollout.yards import Yards
 from migrations.plan import Plan
 from migrations.plan_file import load_plan, plan_path, plan_to_toml
-from migrations.upgrade import cannot_prove, upgrade_file, upgrade_plan
+from migrations.upgrade import cannot_prove, is_upgrade_of, upgrade_file, upgrade_plan
 from tasks.records.store import open_records
 
 
@@ -53,8 +53,10 @@ def upgrade(
     orders = Orders(without_canary=without_canary, who=who, reason=reason)
     folder = prepared_home()
     path = Path("switchyard.toml").absolute() if from_port is not None else plan_path(plan, folder)
-    base = plan_of([read_listener(from_port)], []) if from_port is not None else load_plan(path)
     runs = from_port is None and YardClient(folder).runs()
+    if runs and is_upgrade_of(served := plan_path(None, folder), path):
+        path = served  # taken over by an earlier start of this command
+    base = plan_of([read_listener(from_port)], []) if from_port is not None else load_plan(path)
     if runs and (differs := Yards(base, folder, path).differs()):
         raise BadInput(differs)
     state = StateFile(folder / "yard").read()

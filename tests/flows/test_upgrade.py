@@ -120,6 +120,8 @@ def test_an_open_gate_moves_behind_the_running_yard_and_back(
     assert json_of(done)["models"][0]["result"] == "promoted"
     (route,) = yard.status()["models"]
     assert (route["committed"], route["undo"], yard.status()["pid"]) == (NEW, OLD, pid)
+    again = switchyard("upgrade", plan, "--to", build)
+    assert (again.returncode, "is the build that serves" in again.stderr) == (2, True), again.stderr
     (home / "switchyard.db").rename(home / "gone.db")
     assert switchyard("rollback", "m").returncode == 0
     assert yard.status()["models"][0]["committed"] == OLD

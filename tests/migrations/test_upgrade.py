@@ -14,7 +14,7 @@ from engines.errors import BadInput
 from migrations import new_build
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
-from migrations.upgrade import cannot_prove, upgrade_file, upgrade_plan
+from migrations.upgrade import cannot_prove, is_upgrade_of, upgrade_file, upgrade_plan
 
 Served = Callable[..., Plan]
 
@@ -100,5 +100,7 @@ def test_its_file_lies_beside_the_plan() -> None:
     day = date(2026, 11, 29)
     names = [path.name for path in islice(upgrade_file(Path("/p/my.plan.toml"), day), 2)]
     assert names == ["my.plan.upgrade-2026-11-29.toml", "my.plan.upgrade-2026-11-29-2.toml"]
+    assert is_upgrade_of(Path("/p") / names[1], Path("/p/my.plan.toml"))
+    assert not is_upgrade_of(Path("/p/my.plan.toml"), Path("/p/my.plan.toml"))
     names = [path.name for path in islice(upgrade_file(Path("/p/a.upgrade-2026-11-01-2.toml"), day), 2)]
     assert names == ["a.upgrade-2026-11-01-2.toml", "a.upgrade-2026-11-29.toml"]
