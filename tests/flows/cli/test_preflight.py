@@ -17,6 +17,7 @@ from engines.errors import PortTaken
 from engines.model.free_memory import FreeMemory
 from engines.settings import Settings
 from flows.evaluation import load as loads
+from migrations.plan import EngineChoice
 
 
 def answers(done: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], str]:
@@ -81,9 +82,10 @@ def test_what_does_not_fit_is_not_loaded(tmp_path, monkeypatch, header):
     """No engine is started beside what runs; what the header refuses stays refused."""
     monkeypatch.setattr(loads, "free_beside", lambda *_: FreeMemory(ram_bytes=1 << 20))
     monkeypatch.setattr(loads.EngineUnderTest, "up", lambda _: pytest.fail("it was started"))
-    gguf, binary = write_gguf(tmp_path / "m.gguf"), played(tmp_path, "llama-server")
+    gguf = write_gguf(tmp_path / "m.gguf")
+    engine = EngineChoice(engine="llama.cpp", binary=played(tmp_path, "llama-server"))
     report = {"models": [{"model": "m", "engines": [{"engine": "llama.cpp", "loads": header, "why": "by its list"}]}]}
-    asked = [loads.Load("m", gguf, "llama.cpp", Settings(context_tokens=512), binary=binary)]
+    asked = [loads.Load("m", gguf, engine, Settings(context_tokens=512))]
     (entry,) = loads.judged_by_load(report, asked, tmp_path)["models"][0]["engines"]
     assert entry["loads"] == ("no" if header == "no" else "unknown")
     assert "does not fit beside what runs" in entry["why"]
@@ -101,8 +103,9 @@ def test_a_port_that_another_process_takes_is_no_word_on_the_model(tmp_path, mon
         return contextlib.nullcontext()
 
     monkeypatch.setattr(loads.EngineUnderTest, "up", up)
-    gguf, binary = write_gguf(tmp_path / "m.gguf"), played(tmp_path, "llama-server")
-    load = loads.Load("m", gguf, "llama.cpp", Settings(context_tokens=512), binary=binary)
+    gguf = write_gguf(tmp_path / "m.gguf")
+    engine = EngineChoice(engine="llama.cpp", binary=played(tmp_path, "llama-server"))
+    load = loads.Load("m", gguf, engine, Settings(context_tokens=512))
     assert loads._tried(load, tmp_path)[0] == answer
 
 
