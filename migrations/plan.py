@@ -247,7 +247,10 @@ class Plan(PlanPart):
 
     @model_validator(mode="after")
     def _two_names(self, info: ValidationInfo) -> Plan:
-        if self.incumbent.name == self.candidate.name and not (info.context or {}).get(RECORDED, False):
+        recorded, name = (info.context or {}).get(RECORDED, False), self.incumbent.name
+        # an engine beside itself, as plans have had it, needs no second name: whichever is started, it is the same
+        is_itself = self.incumbent == self.candidate and name == self.incumbent.engine
+        if name == self.candidate.name and not (recorded or is_itself):
             raise ValueError(
                 f"incumbent and candidate are both called {self.incumbent.name}, and routes, records and commands know "
                 f'an engine by its name: give one of them another, such as name = "{self.candidate.name}@new"'

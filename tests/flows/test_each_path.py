@@ -33,10 +33,10 @@ MISTRAL_RS = """
 """.split()  # noqa: SIM905
 
 
-@pytest.fixture(scope="module")
-def yard(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("yard")
-    home = folder / "home"
+@pytest.fixture
+def yard(tmp_path):
+    """Of its own for each test: paths that were used are remembered, and keep an engine without them from serving."""
+    folder, home = tmp_path, tmp_path / "home"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
     yard = Yard({**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}, home, folder)
     yield yard.ready()

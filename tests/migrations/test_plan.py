@@ -442,10 +442,20 @@ def test_digest_of_an_absent_file_is_bad_input(tmp_path: Path) -> None:
 
 def test_a_recorded_plan_of_one_name_can_still_be_read() -> None:
     """A report of an old run is made from its plan; starting anything by it is refused."""
-    told = a_plan(candidate=EngineChoice(engine="llama.cpp", name="again")).model_dump(mode="json")
+    told = a_plan(candidate=EngineChoice(engine="llama.cpp", name="again", form="hosted")).model_dump(mode="json")
     del told["candidate"]["name"]
     assert recorded_plan(told).candidate.name == "llama.cpp"
     with pytest.raises(BadInput, match=r"both called llama\.cpp"):
+        build_plan(told)
+
+
+def test_an_engine_beside_itself_needs_no_second_name() -> None:
+    """Plans had it before engines had names; one that is given twice is a mistake all the same."""
+    told = a_plan().model_dump(mode="json")
+    told["candidate"] = told["incumbent"]
+    assert build_plan(told).candidate.name == told["incumbent"]["engine"]
+    told["candidate"] = told["incumbent"] = {**told["incumbent"], "name": "twice"}
+    with pytest.raises(BadInput, match="both called twice"):
         build_plan(told)
 
 
