@@ -55,7 +55,8 @@ def evaluate(
     with opened(plan, resume, allow_retired=allow_retired, quick=quick, command=command) as (bench, run):
         began = time.monotonic()
         trials = [Trial(bench, model, progress.get().say) for model in plan.models]
-        progress.get().note(f"{plan.name}: {estimate(plan, with_soak=with_soak, quick=quick)}")
+        less = "" if quick else "; less where a model fails early"
+        progress.get().note(f"{plan.name}: {estimate(plan, with_soak=with_soak, quick=quick)}{less}")
         for trial in trials:
             trial.forget_unmeasured()
         for trial in trials:

@@ -21,7 +21,8 @@ REHEARSAL_STARTS = 1 + PAIR_STARTS + 2  # a yard without the candidate, one with
 def estimate(plan: Plan, *, with_soak: bool = True, quick: bool = False) -> str:
     """`takes about 3 days 4 h; soak 3 days`; models that cannot be read take no time."""
     if quick:
-        return f"a first look at {len(plan.models)} models, under a minute each for small ones"
+        n_models = len(plan.models)
+        return f"a first look at {n_models} model{'s' * (n_models > 1)}, under a minute each for small ones"
     return takes(*_evaluation_s(plan, with_soak=with_soak))
 
 
