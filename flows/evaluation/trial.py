@@ -25,6 +25,7 @@ from engines.registry import driver
 from migrations import carried
 from migrations.plan import ModelPlan, Plan, content_hash
 from tasks.evidence.engine_under_test import Arm, EngineBehindYard, EngineClock, EngineUnderTest
+from tasks.evidence.first_look import whole_or_first
 from tasks.evidence.performance import Workload
 from tasks.evidence.unmeasured import KIND, broken, can_be_retried, ends_the_run
 from tasks.records.store import Records
@@ -171,8 +172,7 @@ class Trial:
 
     def parity(self, kind: str) -> list[Any]:
         """Both engines' evidence of a kind, or that of the first look; None of an engine that was not asked."""
-        found = [[self.payload(arm, f"parity.{name}") for arm in ARMS] for name in (kind, f"first_{kind}")]
-        return found[0] if None not in found[0] else found[1]
+        return whole_or_first(self.payload, kind)
 
     def payloads(self, arm: Side, kind: str, *, run_id: str | None = None) -> list[Any]:
         """All evidence of a kind in the order of its keys; of another run with `run_id`."""

@@ -15,6 +15,7 @@ from typing import Any
 from engines.client.load import measure
 from engines.settings import Endpoint
 from engines.units import figure
+from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.performance import Workload, body, prompt
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.statistics import t_quantile
@@ -34,6 +35,13 @@ CANNOT_PROVE = (
     "memory, stability and faults: nothing was soaked, killed or weighed",
 )
 Ask = Callable[[int], dict[str, Any]]  # the record of a request, by its number
+
+
+def whole_or_first(evidence: Callable[[Arm, str], Any], kind: str) -> list[Any]:
+    """Both engines' parity evidence of a kind (incumbent first), or that of a first look where one of them has none."""
+    arms: tuple[Arm, Arm] = ("incumbent", "candidate")
+    whole, first = ([evidence(arm, f"parity.{name}") for arm in arms] for name in (kind, f"first_{kind}"))
+    return first if None in whole else whole
 
 
 def timed_request(endpoint: Endpoint, workload: Workload, extra: Mapping[str, object], number: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
+from tasks.evidence.first_look import whole_or_first
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.performance import with_mapped
 from tasks.records.series import Series
@@ -126,8 +127,7 @@ class ModelRecord:
 
     def parity(self, kind: str) -> list[Any]:
         """Both engines' evidence of a kind, or that of the first look; None of an engine that was not asked."""
-        found = [[self.one(arm, f"parity.{name}") for arm in ARMS] for name in (kind, f"first_{kind}")]
-        return found[0] if all(found[0]) else found[1]
+        return whole_or_first(self.one, kind)
 
     @cached_property
     def comparison(self) -> Mapping[str, Any] | None:

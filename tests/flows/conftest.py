@@ -1,6 +1,7 @@
 """Flow tests: the real command in a process of its own, in a home of its own."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 from processes import HOME
 from switchyard_command import command
+from waiting import until
 
+from engines.yard.client import YardClient
 from flows.progress import Progress, progress
 
 
@@ -44,6 +47,20 @@ def switchyard(environment: dict[str, str], tmp_path: Path) -> Switchyard:
         )
 
     return run
+
+
+@pytest.fixture
+def yard(plan: Path, home: Path, environment: dict[str, str]) -> Iterator[YardClient]:
+    """A yard that serves the `plan` of the test's module."""
+    home.mkdir()
+    with (home / "yard.log").open("wb") as output:
+        process = subprocess.Popen(command("serve", plan), env=environment, stdout=output, stderr=subprocess.STDOUT)
+    client = YardClient(home)
+    until(lambda: process.poll() is not None or client.runs(), "a yard that runs")
+    assert process.poll() is None, (home / "yard.log").read_text()
+    yield client
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
 
 
 @pytest.fixture

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from played import two_builds
-from switchyard_command import command, json_of
-from waiting import until
+from switchyard_command import json_of
 
 from engines.process.serving import free_port
 from engines.yard.client import YardClient
@@ -26,19 +24,6 @@ ONE, TWO = "llama.cpp@one", "llama.cpp@two"
 @pytest.fixture
 def plan(tmp_path: Path) -> Path:
     return two_builds(tmp_path, "m", tail=f"[yard]\nport = {free_port()}\n")
-
-
-@pytest.fixture
-def yard(plan: Path, home: Path, environment: dict[str, str]) -> Iterator[YardClient]:
-    home.mkdir()
-    with (home / "yard.log").open("wb") as output:
-        process = subprocess.Popen(command("serve", plan), env=environment, stdout=output, stderr=subprocess.STDOUT)
-    client = YardClient(home)
-    until(lambda: process.poll() is not None or client.runs(), "a yard that runs")
-    assert process.poll() is None, (home / "yard.log").read_text()
-    yield client
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
 
 
 def test_a_yard_that_runs_takes_over_another_plan(switchyard: Switchyard, yard: YardClient, plan: Path) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import pty
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,11 @@ Switchyard = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def yard(home: Path, environment: dict[str, str], tmp_path: Path) -> Iterator[YardClient]:
-    """A yard over the played engines."""
-    plan = plan_of(tmp_path, "m", tail=f"[yard]\nport = {free_port()}\n")
-    plan.write_text(plan.read_text().replace('load = "demand"', 'load = "demand"\naliases = ["other"]'))
-    home.mkdir()
-    with (home / "yard.log").open("wb") as output:
-        process = subprocess.Popen(command("serve", plan), env=environment, stdout=output, stderr=subprocess.STDOUT)
-    client = YardClient(home)
-    until(lambda: process.poll() is not None or client.runs(), "a yard that runs")
-    assert process.poll() is None, (home / "yard.log").read_text()
-    yield client
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
+def plan(tmp_path: Path) -> Path:
+    """A plan over the played engines."""
+    path = plan_of(tmp_path, "m", tail=f"[yard]\nport = {free_port()}\n")
+    path.write_text(path.read_text().replace('load = "demand"', 'load = "demand"\naliases = ["other"]'))
+    return path
 
 
 def evaluated(home: Path, verdict: Verdict, yard: YardClient) -> None:

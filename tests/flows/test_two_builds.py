@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import installed
 import pytest
-from switchyard_command import command
-from waiting import until
 
 from engines.process.serving import free_port
 from engines.registry import driver
@@ -106,19 +103,6 @@ def test_they_read_and_answer_alike(plan: Path, home: Path) -> None:
         assert (results["parity.mean_kld"].verdict, results["parity.exact_match"].value) == (Verdict.PASS, 1.0)
     else:
         assert one.version != two.version
-
-
-@pytest.fixture
-def yard(plan: Path, home: Path, environment: dict[str, str]) -> Iterator[YardClient]:
-    home.mkdir()
-    with (home / "yard.log").open("wb") as output:
-        process = subprocess.Popen(command("serve", plan), env=environment, stdout=output, stderr=subprocess.STDOUT)
-    client = YardClient(home)
-    until(lambda: process.poll() is not None or client.runs(), "a yard that runs")
-    assert process.poll() is None, (home / "yard.log").read_text()
-    yield client
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
 
 
 def test_a_conversation_moves_to_the_other_build_and_back(switchyard: Switchyard, yard: YardClient, plan: Path) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from played import plan_of, played
-from switchyard_command import command, json_of
+from switchyard_command import json_of
 from traffic import traffic
-from waiting import until
 
 from engines.model.digest import model_digest
 from engines.process.serving import free_port
@@ -43,19 +41,6 @@ def build(tmp_path: Path) -> Path:
     program.with_name("build").write_text("2 (abcdef1)")
     program.with_name("libllama.so").write_text("another")
     return program
-
-
-@pytest.fixture
-def yard(plan: Path, home: Path, environment: dict[str, str]) -> Iterator[YardClient]:
-    home.mkdir()
-    with (home / "yard.log").open("wb") as output:
-        process = subprocess.Popen(command("serve", plan), env=environment, stdout=output, stderr=subprocess.STDOUT)
-    client = YardClient(home)
-    until(lambda: process.poll() is not None or client.runs(), "a yard that runs")
-    assert process.poll() is None, (home / "yard.log").read_text()
-    yield client
-    process.send_signal(signal.SIGTERM)
-    process.wait(30)
 
 
 def opened(home: Path, plan: Plan) -> None:

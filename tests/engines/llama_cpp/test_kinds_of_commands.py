@@ -14,6 +14,7 @@ from engines.errors import BadInput
 from engines.llama_cpp.argv import OPEN
 from engines.llama_cpp.commands import parse_commands
 
+IMAGE_HUB = Path("/", "root", ".cache/huggingface/hub")  # in an image, whose user is root
 SERVER = "ghcr.io/ggml-org/llama.cpp:server"
 HUB = "/hub/models--org--m-GGUF/snapshots/abc"
 KEY = "sk-secretsecret12345678"
@@ -116,7 +117,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"has_api_key": True, "notes": ["another build", "--api-key", "variable LLAMA_API_KEY", f"variable A: {OPEN}"]},
     ),
     "-hf in a container": (
-        f"docker run -p 90:8080 -v {{S}}/hub:/root/.cache/huggingface/hub {SERVER} -hf org/m-GGUF:Q8_0",
+        f"docker run -p 90:8080 -v {{S}}/hub:{IMAGE_HUB} {SERVER} -hf org/m-GGUF:Q8_0",
         {
             "gguf": "{S}" + HUB + "/m-Q8_0.gguf",
             "args": ["--mmproj", "{S}" + HUB + "/mmproj-m.gguf"],

@@ -143,7 +143,7 @@ def test_a_block_on_a_busy_machine_is_void(tmp_path: Path) -> None:
 def test_an_answer_that_came_in_one_go_has_no_speed(tmp_path: Path) -> None:
     """All its chunks bear one time: a TPOT of 0 would be refused by the judge, or pass as the fastest engine of all.
 
-    The client may have been held up, so the engine is asked once more.
+    The client may have been held up, so its requests are repeated once.
     """
     got = measured(tmp_path, ("--one-write",))
     assert (len(got["candidate"]["e2e_ms"]), got["candidate"]["tpot_ms"]) == (2 * SMALL.requests, [])
