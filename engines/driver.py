@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 from engines import environment
 from engines.errors import BadInput
@@ -33,12 +34,14 @@ from engines.settings import EngineArgs, Serve, Settings
 Ask = Callable[[str, str, Mapping[str, object] | None, float | None], tuple[int, Any]]
 LONG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 Form = Literal["auto", "binary", "hosted"]
-Found = Literal["binary", "hosted", "native"]
+Found = Literal["binary", "hosted", "native", "attached"]
 
 
 @dataclass(frozen=True)
 class Installation:
     """One engine as found on this machine. A native one is no server: the yard talks to it in frames.
+
+    An attached one answers at `url`, and others run it; the variable `key_env` holds the key that it wants.
 
     `engine` is its name in the plan, by default its `kind`; the kind says which driver it has.
     `program` is the argv prefix; `flags` are the long options its own `--help` lists, so that no flag is passed that
@@ -55,12 +58,19 @@ class Installation:
     where: str = ""
     kind: str = ""
     build: str = ""  # `build_digest`, where it was asked for
+    url: str = ""
+    key_env: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", self.kind or self.engine)
 
     def knows(self, flag: str) -> bool:
         return flag in self.flags
+
+    @property
+    def is_overheard(self) -> bool:
+        """Whether what is sent to it crosses a network as it stands."""
+        return self.url.startswith("http:") and not environment.is_loopback(urlsplit(self.url).hostname or "")
 
 
 @dataclass(frozen=True)

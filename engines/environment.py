@@ -12,6 +12,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import SecretStr
+
+from engines.errors import BadInput
 from engines.redaction import redacted_text
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,6 +32,16 @@ _withheld: set[str] = set()
 def withhold(name: str) -> None:
     """Keep the variable `name` from every engine that this process starts from now on."""
     _withheld.add(name)
+
+
+def key_in(name: str) -> SecretStr | None:
+    """The key that the variable `name` holds, which no engine of ours may see; None for no name. Raises BadInput."""
+    if not name:
+        return None
+    withhold(name)
+    if not (key := os.environ.get(name)):
+        raise BadInput(f"api_key_env: the environment variable {name} is not set; export it first")
+    return SecretStr(key)
 
 
 def of_child(base: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from engines.errors import BadInput
 from engines.model.free_memory import Device, FreeMemory, free_memory
 from engines.model.header import Header
 from engines.model.memory import MemoryCase, Part, why_unsized
-from engines.registry import driver
+from engines.registry import driver, is_attached
 from engines.settings import EngineArgs, Settings
 from engines.units import size
 
@@ -81,6 +81,8 @@ def estimate(
     `context_tokens` is for all sequences together; without it the setting counts, then the trained context.
     `correction` is a stored ratio of measured to expected bytes: it moves the expected figure, and widens the range.
     """
+    if is_attached(engine):
+        return Fit(engine, "fits", "attached: it takes nothing of this machine that others did not give it", None)
     asked = driver(engine)
     if context_tokens is not None and context_tokens < 1:
         raise BadInput(f"context_tokens is {context_tokens}; a context has one token or more")

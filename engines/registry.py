@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from engines.attached.dialects import PLAIN, SERVERS
+from engines.attached.driver import Attached
 from engines.driver import Driver, native_of
 from engines.errors import BadInput
 from engines.llama_cpp.driver import LlamaCpp
@@ -9,6 +11,7 @@ from engines.mistral_rs.driver import MistralRs, MistralRsNative
 
 # in the order they are shown
 DRIVERS: dict[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs())}
+ATTACHED = "openai"  # the kind of an engine that is attached; one that speaks as another has `openai:OTHER`
 NATIVE: dict[str, Driver] = {one.name: one for one in (MistralRsNative(),)}
 
 
@@ -17,13 +20,27 @@ def native_driver(name: str) -> Driver | None:
     return NATIVE.get(native_of(name))
 
 
+def is_attached(kind: str) -> bool:
+    return kind.partition(":")[0] == ATTACHED
+
+
+def attached(kind: str) -> Attached:
+    """The driver of an engine that is attached. Raises BadInput for a dialect that is not known."""
+    speaks = kind.partition(":")[2]
+    if speaks and speaks not in SERVERS:
+        raise BadInput(f"unknown dialect '{speaks}'; known: {', '.join(SERVERS)}, and none for a plain server")
+    return Attached(kind, SERVERS.get(speaks, PLAIN), DRIVERS.get(speaks))
+
+
 def known_engines() -> tuple[str, ...]:
-    """Every engine's name, native forms last."""
-    return (*DRIVERS, *NATIVE)
+    """Every engine's name, native forms and those that are attached last."""
+    return (*DRIVERS, *NATIVE, ATTACHED)
 
 
 def driver(name: str) -> Driver:
     """The driver called `name`; BadInput lists the known ones."""
+    if is_attached(name):
+        return attached(name)
     if name not in known_engines():
         raise BadInput(f"unknown engine '{name}': known are {', '.join(known_engines())}")
     return DRIVERS.get(name) or NATIVE[name]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, SerializerFunctionWrapHandler, model_serializer
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f8e4m3"]
+NO_FILE = Path()  # of a model whose file is not known: an attached engine has it
 AUTO_PARALLEL = 4  # llama-server's choice in builds of 2026 (tools/server/server.cpp)
 
 
@@ -72,10 +73,12 @@ class Serve(BaseModel):
     settings: Settings = Settings()
     own: EngineArgs = EngineArgs()
     request_defaults: dict[str, Any] = Field({}, description="fields of a request that does not set them itself")
+    url: str = Field("", description="where an attached engine answers, without /v1")
+    name_there: str = Field("", description="the model's name at that engine, where it is another")
 
     @property
     def base_url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return self.url or f"http://{self.host}:{self.port}"
 
 
 class Endpoint(BaseModel):

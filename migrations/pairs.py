@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engines.driver import native_of
+from engines.registry import ATTACHED
 from migrations import any_pair, llama_cpp_to_mistral_rs, new_build
 from migrations.pair import Pair
 from migrations.plan import Plan
@@ -12,8 +13,8 @@ DECLARED = {("llama.cpp", "mistral.rs"): llama_cpp_to_mistral_rs.PAIR}
 
 def pair_of(plan: Plan) -> Pair:
     """The declaration for the plan's two kinds of engine; the native form of an engine is that engine."""
-    old, new = (choice.engine.removesuffix(native_of("")) for choice in (plan.incumbent, plan.candidate))
-    if plan.incumbent.engine == plan.candidate.engine:
+    old, new = (choice.speaks.removesuffix(native_of("")) for choice in (plan.incumbent, plan.candidate))
+    if plan.incumbent.speaks == plan.candidate.speaks != ATTACHED:
         return new_build.PAIR
     if old == new:  # phase 3 of a move to it
         return next((pair for (_, candidate), pair in DECLARED.items() if candidate == new), any_pair.PAIR)

@@ -20,6 +20,7 @@ from pydantic import (
     SecretStr,
     SerializationInfo,
     SerializerFunctionWrapHandler,
+    ValidationError,
     ValidationInfo,
     field_serializer,
     field_validator,
@@ -28,18 +29,20 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from engines.attached.driver import plain_url
 from engines.driver import Installation, build_digest, native_of
 from engines.environment import withhold
 from engines.errors import BadInput, EngineNotFound
 from engines.model.digest import model_digest
-from engines.registry import driver, known_engines, native_driver
-from engines.settings import EngineArgs, Serve, Settings
+from engines.registry import ATTACHED, attached, driver, is_attached, known_engines, native_driver
+from engines.settings import NO_FILE, EngineArgs, Serve, Settings
 from engines.yard.settings import Load, YardSettings
 from migrations import new_build
 from tasks.records.payload import with_old_keys
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure, PlanPart, either
 
 NATIVE = native_of("")  # how the names of native forms end
+VARIABLE = r"^[A-Z_][A-Z0-9_]*$"
 RECORDED = "recorded"  # in the context of a validation: the plan is read back from the records
 API_KEY_FIX = (
     "a key does not belong in a plan: export it in an environment variable and write "
@@ -48,7 +51,7 @@ API_KEY_FIX = (
 
 
 def _known(kind: str) -> str:
-    if kind not in known_engines():
+    if kind not in known_engines() and not is_attached(kind):
         expected = ", ".join(map(repr, known_engines()))
         raise PydanticCustomError("literal_error", "not an engine", {"expected": expected})
     return kind
@@ -81,11 +84,16 @@ class EngineChoice(PlanPart):
     version: str | None = Field(None, min_length=1, description="part of the version that it must report")
     args: tuple[str, ...] = Field((), description="the engine's own flags, passed on as they stand, for every model")
     env: dict[str, str] = Field({}, description="the engine's own variables, passed on as they stand")
+    url: str | None = Field(None, description="where a server answers that others run: it is attached, never started")
+    api_key_env: str | None = Field(
+        None, pattern=VARIABLE, description="environment variable that holds the key which an attached server wants"
+    )
+    dialect: str | None = Field(None, description="which server it is that is attached; without it, a plain one")
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unused = {"name"} if self.name == self.engine else set()
-        later = ("args", "env", "version")
+        later = ("args", "env", "version", "url", "api_key_env", "dialect")
         return {key: value for key, value in dump(self).items() if key not in unused and (value or key not in later)}
 
     @model_validator(mode="after")
@@ -95,36 +103,78 @@ class EngineChoice(PlanPart):
                 raise ValueError(f"{self.engine} has no native form; its forms are binary and hosted")
             object.__setattr__(self, "engine", native.name)
             object.__setattr__(self, "form", "auto")
-        object.__setattr__(self, "name", self.name or self.engine)
+        object.__setattr__(self, "name", self.name or self.engine.partition(":")[0])
+        self._attach()
         if self.name == "auto" or (self.name.endswith(NATIVE) and not self.engine.endswith(NATIVE)):
             raise ValueError(f"name '{self.name}' has a meaning of its own; choose another name")
         if self.form == "hosted" and self.binary is not None:
             raise ValueError('form "hosted" runs a Python wheel and takes no binary; remove one of the two')
         return self
 
+    def _attach(self) -> None:
+        """Check what an attached engine needs, and give it the kind of what it speaks. Raises ValueError."""
+        if not is_attached(self.engine):
+            for key in ("url", "api_key_env", "dialect"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f'{key} is for an attached engine: write engine = "{ATTACHED}", or remove {key}')
+            return
+        unused = [key for key in ("binary", "args", "env") if getattr(self, key)] + ["form"] * (self.form != "auto")
+        if unused:
+            raise ValueError(f"{unused[0]}: an attached engine is started by others, and takes none; remove it")
+        if self.url is None:
+            raise ValueError('url is missing: where the server answers, such as "http://127.0.0.1:8000"')
+        speaks = self.dialect or self.engine.partition(":")[2]
+        kind = f"{ATTACHED}:{speaks}" if speaks else ATTACHED
+        try:
+            attached(kind)
+            object.__setattr__(self, "url", plain_url(self.url))
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+        object.__setattr__(self, "engine", kind)
+        object.__setattr__(self, "dialect", speaks or None)
+        if self.api_key_env is not None:
+            withhold(self.api_key_env)
+
     @property
     def own(self) -> EngineArgs:
         """What is passed on to the engine as it stands."""
         return EngineArgs(args=self.args, env=self.env)
 
-    def find(self) -> Installation:
-        """The engine as it is on this machine, under its name. Raises EngineNotFound, also for another version."""
+    @property
+    def speaks(self) -> str:
+        """The kind of engine that it is, whoever runs it."""
+        return self.dialect or self.engine
+
+    def find(self, *, ask: bool = True) -> Installation:
+        """The engine as it is on this machine, or answers at its `url`, under its name.
+
+        Raises EngineNotFound, also for another version. Without `ask` an attached one is only described.
+        """
+        if self.url is not None:
+            there = replace(attached(self.engine).attach(self.url, self.api_key_env or ""), engine=self.name)
+            return self._checked(attached(self.engine).reached(there)) if ask else there
         found = driver(self.engine).find("auto" if self.form == "native" else self.form, self.binary)
+        return self._checked(replace(found, engine=self.name, build=build_digest(found)))
+
+    def _checked(self, found: Installation) -> Installation:
         if self.version and self.version not in found.version:
             why = f"{self.name} is version {found.version} here ({found.where}), not {self.version}"
             raise EngineNotFound(f"{why}; name the `binary` of that version, or change `version`", engine=self.name)
-        return replace(found, engine=self.name, build=build_digest(found))
+        return found
 
 
 class ModelPlan(PlanPart):
-    """One model: a GGUF file and the name by which clients ask for it."""
+    """One model: a GGUF file and the name by which clients ask for it.
+
+    Where both engines are attached the file may be unknown: `gguf` is NO_FILE then.
+    """
 
     id: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=128,
         description="name by which clients ask for the model: letters, digits, dots, dashes, underscores",
     )
-    gguf: Path = Field(description="the model file; the first one of a split set")
+    gguf: Path = Field(NO_FILE, description="the model file; the first one of a split set")
     transcripts: Path | None = Field(None, description="own chat requests (JSONL: messages, tools), for parity checks")
     aliases: tuple[str, ...] = Field((), description="other names by which clients ask for the model")
     engine: str = Field("auto", description="who serves it: auto (promote, rollback decide) or an engine, by its name")
@@ -132,12 +182,20 @@ class ModelPlan(PlanPart):
     pin: bool = Field(False, description="never unloaded to make room for another model")
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
     engines: dict[str, EngineArgs] = Field({}, description="args and env of this model only, by the engine's name")
+    names: dict[str, str] = Field({}, description="its name at an attached engine, by the engine's name")
 
     _no_key = field_validator("settings")(_keyless)
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if value or key != "engines"}
+        unused = {key for key in ("engines", "names") if not getattr(self, key)}
+        unused |= {"gguf"} if self.gguf == NO_FILE else set()
+        return {key: value for key, value in dump(self).items() if key not in unused}
+
+    @property
+    def digest(self) -> str:
+        """The content digest of its file; "unknown" where an attached engine has a file that nobody named."""
+        return "unknown" if self.gguf == NO_FILE else model_digest(self.gguf)
 
     @field_serializer("settings")
     def _only_what_was_set(self, settings: Settings, info: SerializationInfo) -> dict[str, object]:
@@ -191,7 +249,7 @@ class Plan(PlanPart):
     name: str = Field("migration", min_length=1, max_length=128, description="name of the plan in runs and reports")
     api_key_env: str | None = Field(
         None,
-        pattern=r"^[A-Z_][A-Z0-9_]*$",
+        pattern=VARIABLE,
         description="environment variable that holds the API key of clients; the key itself is never in a plan",
     )
     accepted_unsupported: tuple[str, ...] = Field(
@@ -238,7 +296,7 @@ class Plan(PlanPart):
     @model_validator(mode="after")
     def _limits_of_pair(self) -> Plan:
         """The limits of another build of one engine, where the plan sets none of its own."""
-        if self.incumbent.engine == self.candidate.engine:
+        if self.incumbent.speaks == self.candidate.speaks != ATTACHED:
             set_here = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
             whole = new_build.PAIR.limits.model_copy(update=set_here)
             low, tail = min(whole.top1_lower_bound, whole.top1_agreement), max(whole.p99_kld, whole.mean_kld)
@@ -281,6 +339,25 @@ class Plan(PlanPart):
                 for clash in driver(choice.engine).clashes(settings, own):
                     raise ValueError(f"{where}: {choice.engine} would refuse to start: {clash}")
         return self
+
+    @model_validator(mode="after")
+    def _files_and_names(self) -> Plan:
+        """A file for each model that one of the engines is given, and names only at those that are attached."""
+        arms = {choice.name: choice for choice in (self.incumbent, self.candidate)}
+        needs = any(choice.url is None for choice in arms.values())
+        for index, model in enumerate(self.models):
+            if needs and model.gguf == NO_FILE:
+                where: Any = ("models", index, "gguf")
+                raise ValidationError.from_exception_data("Plan", [{"type": "missing", "loc": where, "input": {}}])
+            for name in model.names:
+                if (there := arms.get(self.named(name))) is None or there.url is None:
+                    raise ValueError(f"models.names.{name} of {model.id}: no attached engine of this plan")
+        return self
+
+    def name_there(self, model_id: str, engine: str) -> str:
+        """The model's name at an attached engine; "" where it is the model's own."""
+        names = {self.named(name): there for name, there in self.model(model_id).names.items()}
+        return names.get(engine, "")
 
     def serve(self, model_id: str, engine: str, *, port: int = 1) -> Serve:
         """What `engine` is given to serve `model_id`, without a key."""
@@ -352,6 +429,7 @@ def content_hash(plan: Plan) -> str:
     identity["engines"] = [
         {"engine": one.engine, "form": one.form, "binary": model_digest(one.binary) if one.binary else None}
         | _own_identity(one.engine, one.own)
+        | ({"url": one.url} if one.url else {})
         for one in (plan.incumbent, plan.candidate)
     ]
     identity["models"] = [_model_identity(plan, model) for model in plan.models]
@@ -370,11 +448,12 @@ def _model_identity(plan: Plan, model: ModelPlan) -> dict[str, object]:
     engines = {name: _own_identity(plan.kinds[plan.named(name)], own) for name, own in model.engines.items()}
     identity: dict[str, object] = {
         "id": model.id,
-        "gguf": model_digest(model.gguf),
+        "gguf": model.digest,
         "transcripts": transcripts,
         "settings": served,
     }
-    return identity | ({"engines": engines} if engines else {})
+    there = {plan.named(name): name_there for name, name_there in model.names.items()}
+    return identity | ({"engines": engines} if engines else {}) | ({"names": there} if there else {})
 
 
 def _own_identity(engine: str, own: EngineArgs) -> dict[str, object]:

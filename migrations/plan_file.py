@@ -21,7 +21,7 @@ from engines.errors import BadInput
 from engines.model.digest import shards
 from engines.own_args import NEXT_FLAG
 from engines.registry import driver
-from engines.settings import EngineArgs, Settings
+from engines.settings import NO_FILE, EngineArgs, Settings
 from migrations.plan import API_KEY_FIX, RECORDED, EngineChoice, Plan
 from tasks.verdicts.limits import RENAMED_KEYS
 
@@ -143,6 +143,7 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
                 for engine, own in model.engines.items():
                     header = f"models.engines.{json.dumps(engine)}"
                     blocks += [_table(f"[{header}]", own), _variables(f"{header}.env", own.env)]
+                blocks.append(_variables("models.names", model.names, quoted=True))
                 if _fields(model.settings, only_set=True):
                     blocks.append(_table("[models.settings]", model.settings, only_set=True))
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -227,7 +228,7 @@ def _named_files(plan: Plan) -> Iterable[tuple[Location, Path | None]]:
 
 def _missing_files(plan: Plan) -> Iterable[tuple[Location, str]]:
     for location, file in _named_files(plan):
-        if file is None:
+        if file in (None, NO_FILE):
             continue
         if not file.is_file():
             what = "is a directory, not a file" if file.is_dir() else "no such file"
@@ -426,8 +427,9 @@ def _table(header: str, part: BaseModel, *, summary: str = "", only_set: bool = 
     return "\n".join(filter(None, [_comment(summary), header, keys]))
 
 
-def _variables(header: str, env: Mapping[str, str]) -> str:
-    return "\n".join([f"[{header}]", *(f"{name} = {_value(value)}" for name, value in env.items())]) if env else ""
+def _variables(header: str, env: Mapping[str, str], *, quoted: bool = False) -> str:
+    keys = (f"{json.dumps(name) if quoted else name} = {_value(value)}" for name, value in env.items())
+    return "\n".join([f"[{header}]", *keys]) if env else ""
 
 
 def _args(args: Sequence[str]) -> str:
@@ -461,7 +463,7 @@ def _fields(part: BaseModel, *, only_set: bool = False) -> dict[str, object]:
     names = [name for name in type(part).model_fields if not only_set or name in part.model_fields_set]
     values = {name: getattr(part, name) for name in names}
     parts = ("models", *(name for name, value in values.items() if isinstance(value, BaseModel | dict)))
-    return {name: value for name, value in values.items() if value is not None and name not in parts}
+    return {name: value for name, value in values.items() if value not in (None, NO_FILE) and name not in parts}
 
 
 def _comment(text: str) -> str:

@@ -142,6 +142,10 @@ class ManagedProcess:
         """Its exit status, once it has ended by whatever cause."""
         return self._popen.wait()
 
+    @property
+    def bytes_logged(self) -> int:
+        return self.log.bytes_seen
+
     def tree(self) -> list[psutil.Process]:
         try:
             root = psutil.Process(self.pid)

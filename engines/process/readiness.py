@@ -18,11 +18,13 @@ from engines.errors import (
     EngineError,
     EngineExited,
     EngineNotEnded,
+    EngineNotFound,
     EngineRefuses,
     EngineStalled,
     PortTaken,
     WrongListener,
 )
+from engines.process.attached import NO_PID
 from engines.process.cpu_wait import CpuWait, is_stopped
 from engines.process.process import ManagedProcess
 from engines.settings import Serve
@@ -91,7 +93,7 @@ class _LoadClock:
                 resident += member.memory_info().rss
                 read += member.io_counters().read_bytes
         # in steps of 1 MiB: a few pages of bookkeeping are not progress
-        now, loaded, logged = time.monotonic(), (resident >> 20, read >> 20), self._child.log.bytes_seen
+        now, loaded, logged = time.monotonic(), (resident >> 20, read >> 20), self._child.bytes_logged
         if loaded != self._loaded:
             self._loaded, self._loaded_at = loaded, now
         elif logged == self._logged:
@@ -116,7 +118,8 @@ def wait_ready(
     """
     ask = ask or over_http(serve)
     clock = _LoadClock(child)
-    progress(f"loading {serve.gguf.name}")
+    what = f"loading {serve.gguf.name}" if not serve.url else f"waiting for a token from {serve.url}"
+    progress(what)
     token: _FirstToken | None = None
     refused_at: float | None = None
     stopped_at: float | None = None
@@ -131,7 +134,8 @@ def wait_ready(
         if stopped_at is not None and now - stopped_at > STOPPED_S:
             why = f"{engine} was stopped while loading {serve.gguf.name} (state T: SIGSTOP or job control)"
             raise EngineStalled(why, stalled_s=now - stopped_at, engine=engine, log_tail=child.log_tail())
-        if token is None and now >= ask_at and _healthy(ask) and _our_listener(engine, serve, child):
+        is_asked = token is None and now >= ask_at
+        if is_asked and (serve.url or (_healthy(ask) and _our_listener(engine, serve, child))):
             token = _FirstToken(ask, served_name, NOT_CHAT if other_server else ())
         if token is not None and token.done.is_set():
             if token.arrived:
@@ -140,6 +144,9 @@ def wait_ready(
                     props = ask("GET", "/props", None, 5)[1]
                     known["context_tokens"] = int(props["default_generation_settings"]["n_ctx"])
                 return {**known, "prefill_tokens_per_s": token.prefill_rate}
+            if serve.url and not token.statuses:
+                why = f"{engine}: nothing answers at {serve.url}: {token.refusal}; start the server there"
+                raise EngineNotFound(why, engine=engine)
             if token.statuses and set(token.statuses) != {503}:  # 503: it reports that it is not ready
                 refused_at = refused_at or now
             refused_s = 0.0 if refused_at is None else min(now - refused_at, clock.loaded_s())
@@ -149,8 +156,9 @@ def wait_ready(
             token, ask_at, pause_s = None, now + pause_s, min(2 * pause_s, ASK_AGAIN_S)
         stalled_s = clock.stalled_s() if ask_at == 0 else clock.loaded_s()
         if stalled_s > stall_s:
-            why = f"{engine} made no progress while loading {serve.gguf.name} for {stalled_s:.0f} s"
-            why += f" (no log line, no memory growth, no disk read){last_lines(child)}"
+            why = f"{engine} made no progress while {what} for {stalled_s:.0f} s"
+            why += "" if serve.url else " (no log line, no memory growth, no disk read)"
+            why += last_lines(child)
             raise EngineStalled(why, stalled_s=stalled_s, engine=engine, log_tail=child.log_tail())
         time.sleep(POLL_S)
 
@@ -184,8 +192,8 @@ class _FirstToken:
         except (KeyError, TypeError, IndexError):
             self.statuses.append(200)
             self.refusal = "an answer that is no completion"
-        except (OSError, ValueError):
-            self.arrived = False
+        except (OSError, ValueError) as error:
+            self.arrived, self.refusal = False, str(error)
         finally:
             self.done.set()
 
@@ -249,9 +257,10 @@ def over_http(serve: Serve) -> Ask:
     def ask(method: str, path: str, body: Mapping[str, object] | None, timeout_s: float | None) -> tuple[int, Any]:
         timeout = httpx.Timeout(timeout_s or 5, read=timeout_s)
         try:
-            # plain HTTP: certificates would be loaded for each question, 23 ms of CPU twenty times a second
+            # certificates, which plain HTTP has none of, take 23 ms of CPU for each question, twenty times a second
+            verify = serve.base_url.startswith("https:")
             with httpx.Client(
-                base_url=serve.base_url, headers=headers, timeout=timeout, trust_env=False, verify=False
+                base_url=serve.base_url, headers=headers, timeout=timeout, trust_env=False, verify=verify
             ) as http:
                 answer = http.request(method, path, json=body)
         except httpx.HTTPError as error:
@@ -295,7 +304,9 @@ def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:
 
 
 def last_lines(child: ManagedProcess) -> str:
-    """`; its last lines (log: ...)` and they, for the end of an error message."""
+    """`; its last lines (log: ...)` and they, for the end of an error message; '' for an attached engine."""
+    if child.pid == NO_PID:
+        return ""
     lines = child.log_tail()[-QUOTED_LINES:]
     if not lines:
         return f"; it logged nothing (log: {child.log.path})"

@@ -16,6 +16,7 @@ from engines import environment
 from engines.driver import Driver, Installation
 from engines.errors import EngineNotEnded, PortTaken
 from engines.process import process
+from engines.process.attached import AttachedEngine
 from engines.process.process import ManagedProcess
 from engines.process.readiness import listener_on, wait_ready
 from engines.settings import Endpoint, Serve
@@ -57,7 +58,7 @@ def serving(
     started_ns = time.monotonic_ns()
     child = launch(driver, installation, serve, state_dir=state_dir, log_path=log_path)
     try:
-        name = driver.served_name(installation, serve.model_id)
+        name = serve.name_there or driver.served_name(installation, serve.model_id)
         seen = wait_ready(installation.engine, serve, child, served_name=name, stall_s=stall_s, progress=progress)
         load_s = (time.monotonic_ns() - started_ns) / 1e9
         context = seen.get("context_tokens")
@@ -83,7 +84,9 @@ def serving(
 def launch(
     driver: Driver, installation: Installation, serve: Serve, *, state_dir: Path, log_path: Path
 ) -> ManagedProcess:
-    """The engine's process, just started. Raises PortTaken."""
+    """The engine's process, just started, or what stands for an attached one. Raises PortTaken."""
+    if installation.url:
+        return AttachedEngine(f"{installation.engine} at {installation.url}")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

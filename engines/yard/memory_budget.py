@@ -149,7 +149,7 @@ class MemoryBudget:
 
     def _may_go(self, route: Route) -> bool:
         return not (route.unloaded or route.pin or route.moving or route.holding or route.state.canary) and any(
-            unit.child is not None for unit in route.units.values()
+            unit.child is not None and not unit.spec.url for unit in route.units.values()
         )
 
     async def _unload(self, route: Route, why: str) -> str:
@@ -195,6 +195,8 @@ def needed_bytes(unit: Unit) -> tuple[int, int]:
 
     The weights that it serves from the mapped file count in each case; what is measured is private.
     """
+    if unit.spec.url:  # others run it: what it holds is not ours to give
+        return 0, 0
     if unit.stats.held_bytes is not None:
         held = unit.stats.held_bytes + _mapped_bytes(unit.spec.model_dump_json())
         return held, held

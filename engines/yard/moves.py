@@ -371,6 +371,8 @@ class Moves:
 
 async def _fits(spec: LaunchSpec, beside: Unit) -> bool:
     """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
+    if spec.url:
+        return True
     fit = await asyncio.to_thread(estimate_of, spec)
     if fit is not None and fit.verdict != "unknown":
         return fit.verdict == "fits"

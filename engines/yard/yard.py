@@ -244,7 +244,7 @@ class Yard:
     def _connection(self, spec: LaunchSpec, serve: Serve) -> EngineConnection:
         if spec.form == "native":
             return FrameConnection(serve.host, serve.port, self._engine_key)
-        return HttpConnection(serve.base_url, self._engine_key, self.http, self.kept)
+        return HttpConnection(serve.base_url, serve.settings.api_key, self.http, self.kept)
 
     # --- what changes by itself
 

@@ -15,6 +15,7 @@ from engines.errors import BadInput, EngineError
 from engines.model.gguf import SHARD_NAME
 from engines.model.header import read_header
 from engines.registry import DRIVERS
+from engines.settings import NO_FILE
 from engines.units import size
 from flows.cli.options import Json
 from flows.cli.output import EXIT_CODES, out, prepared_home, print_result, print_step
@@ -70,8 +71,11 @@ def examine(targets: Sequence[Path], *, context: int | None, load: bool = False)
     else:
         plan = load_plan(plans[0])
         arms = {one.name: one for one in (plan.incumbent, plan.candidate)}
+        files = {model.id: model.gguf for model in plan.models if model.gguf != NO_FILE}
+        if not files:
+            raise BadInput(f"{plans[0]}: names no model file, and so there is no header to read")
         report = headers.preflight(
-            [(model.id, model.gguf) for model in plan.models],
+            list(files.items()),
             settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
             own_args={(model.id, name): plan.own_args(model.id, name) for model in plan.models for name in arms},
             engines={name: one.engine for name, one in arms.items()},

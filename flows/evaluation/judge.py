@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from engines.settings import NO_FILE
+from engines.units import quantity
 from flows.evaluation.trial import ARMS, BOTH, Trial
 from migrations.plan import Plan
 from tasks.evidence import compatibility, faults, performance, preflight
 from tasks.evidence.behaviours.battery import DEFAULT_REQUIRED
+from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.first_look import judge_pairs
 from tasks.evidence.parity.asking import Evidence
 from tasks.evidence.parity.judge import judge_parity
 from tasks.evidence.parity.parameters import judge_fields, with_behaviours
-from tasks.evidence.soak.judge import judge_leak, judge_stability
+from tasks.evidence.soak.judge import LEAK, judge_leak, judge_stability
 from tasks.evidence.unmeasured import LAUNCH, SOAK_LEFT_OUT, ends_the_run, judge_unmeasured, summary
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
@@ -80,6 +84,9 @@ def _preflight(trial: Trial) -> list[CheckResult]:
         if what == "preflight":
             return [judge_unmeasured(arm, what, record)]
     report = trial.payload(BOTH, "preflight")
+    if trial.model.gguf == NO_FILE:
+        why = f"the plan names no file of {trial.model.id}: which weights the attached engines serve is unknown"
+        return [CheckResult(check="preflight.identity", verdict=Verdict.INCONCLUSIVE, why=why, required=False)]
     if report is None:
         return [not_measured("preflight.loads", "not measured")]
     incumbent, candidate = (trial.engines[arm].name for arm in ARMS)
@@ -139,7 +146,8 @@ def _performance(trial: Trial) -> list[CheckResult]:
     results = [
         *performance.judge_performance(blocks, limits, workload, looks, client_error_ms=errors),
         performance.judge_client(trial.bench.error_budget, trial.plan.limits.client_cpu),
-        performance.judge_memory(blocks, limits, looks),
+        *_fresh_starts(trial, blocks),
+        *_of_ours(trial, "memory.peak_ratio", lambda: [performance.judge_memory(blocks, limits, looks)], *ARMS),
         performance.memory_figures(blocks, budgets),
     ]
     if calibration := trial.payloads(BOTH, "calibration"):
@@ -154,6 +162,13 @@ def _soak(trial: Trial) -> list[CheckResult]:
         out = [judge_unmeasured(arm, what, why) for arm, what, why in trial.unmeasured() if what == SOAK_LEFT_OUT]
         return out or [_missing("stability.failures", unit="failures")]
     points = trial.records.read_samples(run_id, trial.model.id, "candidate", "memory_bytes").points()
+    leak = partial(
+        judge_leak,
+        [t for t, _ in points],
+        [value for _, value in points],
+        soak_s=soak_s,
+        limit_bytes_per_day=limits.leak_bytes_per_day,
+    )
     results = [
         *judge_stability(
             incumbent,
@@ -162,12 +177,7 @@ def _soak(trial: Trial) -> list[CheckResult]:
             failures_per_day=limits.failures_per_day,
             throughput_retention=limits.throughput_retention,
         ),
-        judge_leak(
-            [t for t, _ in points],
-            [value for _, value in points],
-            soak_s=soak_s,
-            limit_bytes_per_day=limits.leak_bytes_per_day,
-        ),
+        *_of_ours(trial, LEAK, lambda: [leak()], "candidate"),
     ]
     if run_id == trial.run_id:
         return results
@@ -178,11 +188,35 @@ def _faults(trial: Trial) -> list[CheckResult]:
     if trial.behind_yards:
         return []
     evidence, limits = trial.payload("candidate", "faults"), trial.plan.limits
+    if trial.is_attached("candidate"):
+        return [_not_possible(trial, f"faults.{kind}", "candidate") for kind in faults.KINDS]
     if evidence is None:
         return [_missing("faults.sigkill")]
     return faults.judge_faults(
         evidence, kill_detect_s=limits.kill_detect_s, hang_detect_s=limits.hang_detect_s, recover_s=limits.recover_s
     )
+
+
+def _not_possible(trial: Trial, check: str, arm: Arm, more: str = "") -> CheckResult:
+    """What needs a process of ours, and cannot be done to one of others: reported, and holds no gate."""
+    why = f"not possible for an attached engine: {trial.engines[arm].name} is run by others{more}"
+    return CheckResult(check=check, verdict=Verdict.INCONCLUSIVE, why=why, required=False)
+
+
+def _of_ours(trial: Trial, check: str, judge: Callable[[], list[CheckResult]], *arms: Arm) -> list[CheckResult]:
+    """The verdict where all of `arms` are processes of ours, whose memory can be read."""
+    return next(([_not_possible(trial, check, arm)] for arm in arms if trial.is_attached(arm)), None) or judge()
+
+
+def _fresh_starts(trial: Trial, blocks: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
+    """How far a server that was not started afresh, and that others may use, moved from block to block."""
+    results = []
+    for arm in filter(trial.is_attached, ARMS):
+        medians = [statistics.median(block[arm]["ttft_ms"]) for block in blocks if block[arm].get("ttft_ms")]
+        moved = f"between {quantity(min(medians), 'ms')} and {quantity(max(medians), 'ms')}" if medians else "unknown"
+        more = f", its blocks share one process, and whoever else uses it is in its figures (median TTFT: {moved})"
+        results.append(_not_possible(trial, f"performance.fresh_starts.{arm}", arm, more))
+    return results
 
 
 def _missing(check: str, *, limit: float | None = None, unit: str = "") -> CheckResult:

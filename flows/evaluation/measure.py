@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from engines.errors import BadInput, EngineExited
+from engines.errors import BadInput, EngineExited, EngineNotFound
 from engines.home import home
 from engines.model.header import read_header
+from engines.process.attached import NO_PID
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served
-from engines.settings import Endpoint
+from engines.settings import NO_FILE, Endpoint
 from engines.yard.usage import Usage
 from flows.evaluation.judge import required_behaviours
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
@@ -44,11 +45,13 @@ def preflight(trial: Trial) -> None:
     """Read the GGUF header: loads, fits, alternatives. A file that cannot be read fails its model alone."""
     verdict = Verdict.FAIL
     try:
-        read_header(trial.model.gguf)
+        if trial.model.gguf != NO_FILE:
+            read_header(trial.model.gguf)
         verdict = Verdict.ERROR  # of what its header says: the plan itself was checked before the run
         if other := no_chat(trial.plan, trial.model.id):
             raise BadInput(other)
-        trial.gather(BOTH, "preflight", partial(_preflight_report, trial))
+        if trial.model.gguf != NO_FILE:
+            trial.gather(BOTH, "preflight", partial(_preflight_report, trial))
         if used := Usage(home()).fields:
             trial.gather(BOTH, "fields", partial(_fields, trial, used))
     except BadInput as error:
@@ -206,7 +209,7 @@ def _block(
 
 def faults(trial: Trial) -> None:
     """Drills on the candidate: killed, frozen, cut model file, taken port. Behind a yard, that one is rehearsed."""
-    if not trial.behind_yards:
+    if not (trial.behind_yards or trial.is_attached("candidate")):
         trial.gather("candidate", "faults", lambda: measure_faults(trial.engines["candidate"], trial.say))
 
 
@@ -251,9 +254,13 @@ def _while_alive(served: Served, measure: Callable[[Endpoint], Any]) -> Any:
         _require_alive(served)
         raise
     address = urlsplit(served.endpoint.base_url)
+    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        socket.create_connection((address.hostname, address.port), timeout=DYING_S).close()
-    except OSError:
+        socket.create_connection((address.hostname, port), timeout=DYING_S).close()
+    except OSError as error:
+        if served.process.pid == NO_PID:
+            why = f"{served.endpoint.engine}: nothing answers at {served.endpoint.base_url} any more: {error}"
+            raise EngineNotFound(why, engine=served.endpoint.engine) from error
         ends_within(served, DYING_S)
     _require_alive(served)
     return payload

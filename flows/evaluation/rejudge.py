@@ -42,7 +42,7 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
             records=records,
             run_id=run.id,
             home=home,
-            installations={arm: getattr(plan, arm).model_copy(update=ANY_BUILD).find() for arm in ARMS},
+            installations={arm: getattr(plan, arm).model_copy(update=ANY_BUILD).find(ask=False) for arm in ARMS},
             error_budget=budget.payload,
             quick=run.kind == QUICK,
         )

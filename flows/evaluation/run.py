@@ -17,6 +17,7 @@ from engines.home import home as default_home
 from engines.model.header import read_header
 from engines.process.process import end_orphans
 from engines.registry import driver
+from engines.settings import NO_FILE
 from engines.yard.state import StateFile
 from flows.evaluation.judge import required_behaviours
 from flows.evaluation.trial import ARMS, QUICK, SELF_TEST_ITL_MS, Bench
@@ -115,7 +116,8 @@ def unreadable(plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     for model in plan.models:
         try:
-            read_header(model.gguf)
+            if model.gguf != NO_FILE:
+                read_header(model.gguf)
         except BadInput as error:
             found[model.id] = str(error)
         if other := no_chat(plan, model.id):

@@ -19,7 +19,6 @@ from pydantic import SecretStr
 
 from engines.driver import Installation
 from engines.errors import SwitchyardError
-from engines.model.digest import model_digest
 from engines.process.serving import Served
 from engines.registry import driver
 from migrations import carried
@@ -119,9 +118,10 @@ class Trial:
             installation=found,
             model_id=self.model.id,
             gguf=self.model.gguf,
-            settings=settings.model_copy(update={"threads": threads}),
+            settings=settings if found.url else settings.model_copy(update={"threads": threads}),
             own=self.plan.own_args(self.model.id, found.engine),
             request_defaults=carried.request_defaults(self.plan, self.model.id, found),
+            name_there=self.plan.name_there(self.model.id, found.engine),
             not_given=carried.not_given(self.plan, self.model.id, found),
             home=self.bench.home,
             clock=self.bench.clock,
@@ -130,6 +130,8 @@ class Trial:
     def untimed(self, arm: Arm) -> EngineUnderTest:
         """The engine for what is not timed to a few per cent: with all cores, where the plan says nothing."""
         engine = self.engines[arm]
+        if engine.is_attached:
+            return engine
         threads = self.plan.settings_for(self.model.id).threads or os.cpu_count()
         return replace(engine, settings=engine.settings.model_copy(update={"threads": threads}))
 
@@ -137,14 +139,18 @@ class Trial:
     def fits_together(self) -> bool:
         """Whether both engines fit into memory at once, as the header says."""
         report = self.payload(BOTH, "preflight")
-        return bool(report and report["side_by_side"]["fits"])
+        return any(map(self.is_attached, ARMS)) or bool(report and report["side_by_side"]["fits"])
+
+    def is_attached(self, arm: Arm) -> bool:
+        """Whether others run that engine."""
+        return self.engines[arm].is_attached
 
     # --- evidence
 
     @cached_property
     def digest(self) -> str:
         """The content digest of the model file."""
-        return model_digest(self.model.gguf)
+        return self.model.digest
 
     def environment(self, engines: Engines) -> dict[str, Any]:
         """What a piece of evidence was measured under: stored with it."""

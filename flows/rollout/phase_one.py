@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from engines.driver import Installation
 from engines.errors import EngineNotFound
 from engines.home import host
-from engines.model.digest import model_digest
 from migrations.plan import ModelPlan, Plan, content_hash
 from tasks.records.store import Records
 from tasks.verdicts.verdict import CheckResult, Verdict, gate, reasons
@@ -48,7 +47,7 @@ def phase_one(
     `builds` has the `build_digest` of each engine by its name, as it is here now: one that was measured as another
     build shuts the gate.
     """
-    identity = (content_hash(plan), model_digest(model.gguf))
+    identity = (content_hash(plan), model.digest)
     other: str | None = None
     for run in records.history(LOOK_BACK, kind="evaluate", host=host()):
         results = records.checks(run.id).get(model.id) if run.status == "done" else None

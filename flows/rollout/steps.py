@@ -219,7 +219,9 @@ def _rehearsed(move: ModelMove) -> dict[str, Any]:
     else:
         advice = "free some memory, or add --without-rehearsal --who NAME --reason TEXT"
         return {"not_rehearsed": f"{why}; {advice}"}
-    return {**measure_rehearsal(move.stage(), candidate=move.candidate, form=form, say=move.say), "room": why}
+    attached = bool(yards.model(move.id).specs[move.candidate].url)
+    seen = measure_rehearsal(move.stage(), candidate=move.candidate, form=form, is_attached=attached, say=move.say)
+    return {**seen, "room": why}
 
 
 def promote(move: ModelMove) -> None:

@@ -31,7 +31,10 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
         try:
             found[choice.name] = choice.find()
         except (EngineNotFound, BadInput) as error:  # the other one serves all the same
-            missing[choice.name] = str(error)
+            if choice.url and isinstance(error, EngineNotFound) and not choice.version:
+                found[choice.name] = choice.find(ask=False)  # it may be there by the time that it is needed
+            else:
+                missing[choice.name] = str(error)
     if not found:
         raise EngineNotFound("; ".join(missing.values()))
     with contextlib.suppress(EngineNotFound):  # a third place for the candidate, where there is one
@@ -51,6 +54,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
                     model.gguf,
                     plan.settings_for(model.id),
                     own=plan.own_args(model.id, engine),
+                    name_there=plan.name_there(model.id, engine),
                     request_defaults=carried.request_defaults(plan, model.id, installation),
                     not_given=carried.not_given(plan, model.id, installation),
                 )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from engines import environment
 from engines.driver import Driver, Installation
+from engines.environment import key_in
 from engines.process import process
 from engines.process.serving import Served, free_port, serving
 from engines.settings import Endpoint, EngineArgs, Serve, Settings
@@ -66,6 +67,7 @@ class EngineUnderTest:
     settings: Settings
     own: EngineArgs = field(default_factory=EngineArgs)
     request_defaults: dict[str, Any] = field(default_factory=dict)
+    name_there: str = ""  # the model's name at an attached engine, where it is another
     not_given: Sequence[str] = ()  # the incumbent's own flags that it serves without, one line each
     home: Path
     stall_s: float = 120.0
@@ -77,13 +79,21 @@ class EngineUnderTest:
         return self.installation.engine
 
     @property
+    def is_attached(self) -> bool:
+        """Whether others run it: it cannot be started afresh, stopped or signalled."""
+        return bool(self.installation.url)
+
+    @property
     def _passed_on(self) -> dict[str, Any]:
-        return {"own": self.own, "request_defaults": self.request_defaults}
+        return {"own": self.own, "request_defaults": self.request_defaults, "name_there": self.name_there}
 
     def serve(self) -> Serve:
-        """What would be launched now, on a port that is free now."""
+        """What would be launched now, on a port that is free now; of an attached engine where it answers."""
+        settings, url = self.settings, self.installation.url
+        if url:
+            settings = settings.model_copy(update={"api_key": key_in(self.installation.key_env)})
         return Serve(
-            model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=self.settings, **self._passed_on
+            model_id=self.model_id, gguf=self.gguf, port=free_port(), settings=settings, url=url, **self._passed_on
         )
 
     @contextlib.contextmanager
@@ -126,6 +136,11 @@ class EngineBehindYard(EngineUnderTest):
     Its process is the yard with the engine below it; memory counts both.
     """
 
+    def _its_key(self) -> dict[str, str]:
+        """The variable with the key of an attached engine, which the yard needs."""
+        key = key_in(self.installation.key_env)
+        return {} if key is None else {self.installation.key_env: key.get_secret_value()}
+
     @contextlib.contextmanager
     def _up(self, progress: Callable[[str], None]) -> Iterator[Served]:
         """The yard and the engine."""
@@ -141,7 +156,7 @@ class EngineBehindYard(EngineUnderTest):
             [sys.executable, "-m", "engines.yard.single", str(folder / "launch_spec.json"), str(folder), str(port)],
             state_dir=self.home,
             log_path=folder / "yard.log",
-            env={**environment.of_engine(os.environ), "SWITCHYARD_HOME": str(folder)},
+            env={**environment.of_engine(os.environ), **self._its_key(), "SWITCHYARD_HOME": str(folder)},
         )
         try:
             client = YardClient(folder)

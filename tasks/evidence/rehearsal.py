@@ -117,6 +117,8 @@ def room(specs: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_byte
     """
     free, form, why = free_memory(), "auto", "both engines fit beside the one that serves"
     for engine, spec in specs.items():
+        if spec.url:
+            continue
         fit = estimate(read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free)
         if fit.verdict == "does not fit":
             return "", f"{engine} does not fit beside the engine that serves: {fit.why}"
@@ -135,8 +137,13 @@ def _twice(free: FreeMemory, held_bytes: int | None, held_vram_bytes: int | None
     return enough and free.vram_bytes is not None and free.vram_bytes > 2 * held_vram_bytes
 
 
-def measure_rehearsal(open_stage: OpenStage, *, candidate: str, form: str, say: Say = lambda _: None) -> dict[str, Any]:
-    """What each drill showed. One that cannot be carried out is evidence as well: `{"failed": reason}`."""
+def measure_rehearsal(
+    open_stage: OpenStage, *, candidate: str, form: str, is_attached: bool = False, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """What each drill showed. One that cannot be carried out is evidence as well: `{"failed": reason}`.
+
+    An attached candidate is never killed: `{"not_possible": reason}`.
+    """
     say("starting a yard without the candidate")
     try:
         with open_stage(candidate) as stage:
@@ -147,6 +154,9 @@ def measure_rehearsal(open_stage: OpenStage, *, candidate: str, form: str, say: 
     except SwitchyardError as error:
         hidden = {"failed": str(error).splitlines()[0]}
     evidence: dict[str, Any] = {"form": form, "hidden_candidate": hidden}
+    if is_attached:
+        refused = {"not_possible": f"not possible for an attached engine: {candidate} is run by others"}
+        return {**evidence, "killed_candidate": refused, "fallback": refused}
     say("starting a yard with both engines")
     try:
         with open_stage(None) as stage:
@@ -231,6 +241,8 @@ def _judge_hidden(seen: Mapping[str, Any]) -> CheckResult:
 
 
 def _judge_kill(check: str, seen: Mapping[str, Any], kill_detect_s: float, recover_s: float) -> list[CheckResult]:
+    if why := seen.get("not_possible"):
+        return [not_measured(check, why, required=False)]
     if broken := seen.get("failed"):
         return [CheckResult(check=check, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")]
     right = seen["answered"] and seen["by"] == seen["right"]

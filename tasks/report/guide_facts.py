@@ -23,6 +23,7 @@ from engines.driver import native_of
 from engines.errors import BadInput
 from engines.home import host
 from engines.registry import driver
+from engines.settings import NO_FILE
 from engines.units import NOT_MEASURED, size
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.state import YardState
@@ -307,7 +308,7 @@ def _files(plan: Mapping[str, Any], state: YardState) -> Iterable[Path]:
         keys = ("gguf", "transcripts", "chat_template", "tokenizer_json")
         yield from (Path(part[key]) for key in keys if part.get(key))
     held = [route.specs for route in state.models.values()] + [gone.specs for gone in state.retired.values()]
-    yield from (spec.gguf for specs in held for spec in specs.values())
+    yield from (spec.gguf for specs in held for spec in specs.values() if spec.gguf != NO_FILE)
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -352,7 +353,7 @@ def _model(
     return ModelFacts(
         id=name,
         names=(name, *(entry.get("aliases") or ())),
-        file=str(entry["gguf"]),
+        file=str(entry.get("gguf", NOT_RECORDED)),
         digest=next((one.digest for one in seen if one.digest), NOT_MEASURED),
         before=_engine(spec) if spec else _measured(measured) if measured else None,
         now=_engine(route.specs[route.serving]) if route and route.serving in route.specs else None,

@@ -98,7 +98,15 @@ def _readme(engine: str, specs: Mapping[str, LaunchSpec]) -> str:
     ]
     for model_id, spec in specs.items():
         argv = driver(spec.kind).argv(spec.installation, spec.serve(8080, None))
+        start = " ".join(argv) or f"# others run it at {spec.url}"
         where = spec.where or spec.form
-        lines += [f"{model_id}, version {spec.version} ({where}):", "", "```sh", " ".join(argv), "```", ""]
+        lines += [
+            f"{model_id}, version {spec.version} ({where}):",
+            "",
+            "```sh",
+            start,
+            "```",
+            "",
+        ]
     lines += ["`recipes.json` has the settings, `plan.toml` the plan, `state.json` the routes as they were.", ""]
     return "\n".join(lines)

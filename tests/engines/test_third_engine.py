@@ -19,7 +19,7 @@ from migrations.plan_file import build_plan
 from tasks.evidence.preflight import preflight
 
 ROOT = Path(__file__).parents[2]
-HOMES = ("engines/llama_cpp/", "engines/mistral_rs/", "engines/registry.py", "migrations/")
+HOMES = ("engines/attached/", "engines/llama_cpp/", "engines/mistral_rs/", "engines/registry.py", "migrations/")
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from engines.driver import Driver, Found, Installation
+from engines.environment import key_in
 from engines.errors import EngineNotFound
 from engines.settings import EngineArgs, Serve, Settings
 
@@ -56,10 +57,14 @@ class LaunchSpec(BaseModel):
     request_defaults: dict[str, Any] = {}
     build: str = Field("", exclude=True)  # as found by this process: what is stored may be another by now
     not_given: tuple[str, ...] = ()  # the incumbent's own flags that it serves without, one line each
+    url: str = ""  # of an engine that is attached
+    key_env: str = ""  # the variable with the key that it wants
+    name_there: str = ""  # the model's name at it, where that is another
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        later = ("own", "request_defaults", "not_given")  # an older version reads a spec without them
+        # an older version reads a spec without them
+        later = ("own", "request_defaults", "not_given", "url", "key_env", "name_there")
         unused = {"kind"} if self.kind == self.engine else set()
         return {key: value for key, value in dump(self).items() if key not in unused and (value or key not in later)}
 
@@ -95,9 +100,20 @@ class LaunchSpec(BaseModel):
         return Installation(**{**as_found, "flags": frozenset(self.flags)})
 
     def serve(self, port: int, key: SecretStr | None) -> Serve:
-        """What a driver needs to build the command: on loopback, with the yard's own key."""
+        """What a driver needs to build the command: on loopback, with the yard's own key.
+
+        Of an attached engine where it answers, with the key that it wants; raises BadInput where that is not set.
+        Without a key it is only described.
+        """
+        if self.url and key is not None:
+            key = key_in(self.key_env)
         settings = self.settings.model_copy(update={"api_key": key})
-        return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings, own=self.own)
+        where = {"url": self.url, "name_there": self.name_there}
+        return Serve(model_id=self.model_id, gguf=self.gguf, port=port, settings=settings, own=self.own, **where)
+
+    def served_name(self, driver: Driver) -> str:
+        """The name by which the engine knows the model."""
+        return self.name_there or driver.served_name(self.installation, self.model_id)
 
 
 def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
@@ -108,6 +124,8 @@ def relocated(spec: LaunchSpec, driver: Driver) -> tuple[LaunchSpec, str]:
     our own Python wherever that has the same wheel: another environment may hold another Switchyard. Blocks while it
     asks a binary for its version.
     """
+    if spec.form == "attached":
+        return spec, ""
     program = spec.program[0]
     is_ours = spec.form != "binary" and os.path.dirname(program) == os.path.dirname(sys.executable)
     is_there = os.access(program, os.X_OK)

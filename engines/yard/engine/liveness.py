@@ -56,7 +56,7 @@ class Liveness:
         self._pid, self._spec, self._driver, self._connection = pid, spec, driver, connection
         self._in_flight, self._stats = in_flight, stats
         self._wake, self._trusted = wake, trusted
-        self._served_name = driver.served_name(spec.installation, spec.model_id)
+        self._served_name = spec.served_name(driver)
         self._silence = Silence(pid)
         self._counters: tuple[int, ...] = ()
         self._progressed = self._probed = time.monotonic()

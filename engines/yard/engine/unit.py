@@ -170,7 +170,7 @@ class Unit:
         found, model_id = self.spec.installation, self.spec.model_id
         if self.spec.request_defaults and call.path in GENERATING:
             call = call.with_defaults(self.spec.request_defaults)
-        return self.driver.dialect(found)(call, self.driver.served_name(found, model_id), model_id)
+        return self.driver.dialect(found)(call, self.spec.served_name(self.driver), model_id)
 
     @property
     def accepts(self) -> bool:
@@ -288,7 +288,8 @@ class Unit:
         """A process that has produced one token; None when it is not wanted any more."""
         if self.given_up is not None:
             raise EngineRefuses(f"{_held_by_kernel(self.given_up)}; none is started beside it", engine=self.engine)
-        self._change(Health.LOADING, f"starting {self.engine} {self.spec.version}")
+        where = self.spec.url
+        self._change(Health.LOADING, f"{'asking' if where else 'starting'} {self.engine} {where or self.spec.version}")
         serve, found = self.spec.serve(free_port(), self._key), self.spec.installation
         log = self._home / "logs" / f"yard-{self.engine}-{self.spec.model_id}.log"
         began = time.monotonic()
@@ -306,7 +307,7 @@ class Unit:
                 self.engine,
                 serve,
                 child,
-                served_name=self.driver.served_name(found, self.spec.model_id),
+                served_name=self.spec.served_name(self.driver),
                 other_server=self.driver.own_args.other_server(self.spec.own) or "",
                 stall_s=self._settings.load_stall_s,
                 progress=partial(setattr, self, "loading"),
@@ -334,9 +335,8 @@ class Unit:
         )
         if not self._wanted:
             return None
-        self._change(
-            Health.READY, f"{PROOFS[str(seen['first_token_path'])]} after {self.load_s:.1f} s (pid {child.pid})"
-        )
+        who = where or f"pid {child.pid}"
+        self._change(Health.READY, f"{PROOFS[str(seen['first_token_path'])]} after {self.load_s:.1f} s ({who})")
         return self._liveness
 
     async def _watch(self, liveness: Liveness) -> tuple[Health, str]:

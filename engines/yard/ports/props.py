@@ -11,6 +11,7 @@ from typing import Any
 
 from engines.errors import BadInput
 from engines.model.header import read_header
+from engines.settings import NO_FILE
 from engines.yard.engine.connection import Gone
 from engines.yard.engine.unit import Unit
 
@@ -37,7 +38,7 @@ async def props(unit: Unit) -> dict[str, Any]:
         "default_generation_settings": {"n_ctx": min(limits, default=None)},
         "total_slots": unit.slots,
         "model_alias": unit.spec.model_id,
-        "model_path": str(unit.spec.gguf),
+        "model_path": "" if unit.spec.gguf == NO_FILE else str(unit.spec.gguf),
         "modalities": {"vision": False, "audio": False},
         "build_info": f"{unit.engine} {unit.spec.version}",
     }

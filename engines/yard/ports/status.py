@@ -98,7 +98,7 @@ class Status:
         }
 
     def _unit_status(self, unit: Unit) -> dict[str, Any]:
-        child, last = unit.child, unit.transitions[-1] if unit.transitions else None
+        child, last = None if unit.spec.url else unit.child, unit.transitions[-1] if unit.transitions else None
         return {
             "engine": unit.engine,
             "kind": unit.spec.kind,
