@@ -12,12 +12,12 @@ from prefect import flow
 from prefect.artifacts import create_image_artifact
 
 from flows.evaluation import measure
-from flows.evaluation.estimate import estimate
+from flows.evaluation.estimate import estimate, still_takes
 from flows.evaluation.judge import settled
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.run import opened
 from flows.evaluation.soak import leave_soak_out, soak
-from flows.evaluation.trial import ARMS, Side, Trial, Unmeasured
+from flows.evaluation.trial import ARMS, BOTH, Side, Trial, Unmeasured
 from flows.orchestrator.artifacts import check_rows, put_report_link, put_table
 from flows.orchestrator.ending import VERSION
 from flows.orchestrator.step import take
@@ -71,11 +71,15 @@ def evaluate(
 
 def try_model(trial: Trial, *, with_soak: bool = True) -> None:
     """Cheap evidence first; a model whose gate cannot open any more is not measured at length."""
+    resumed = trial.has(BOTH, "first_look")
     with trial.running:
         first_look(trial)
-        if trial.bench.quick:
+        if trial.bench.quick or settled(trial):
             return
-        for arm in ARMS if not settled(trial) else ():
+        pairs = trial.payload(BOTH, "first_look") or ()
+        if not resumed and (left := still_takes(trial.plan, trial.model, pairs, with_soak=with_soak)):
+            progress.get().note(f"{trial.model.id}: {left}")
+        for arm in ARMS:
             attempt(trial, arm, "prompt tokens", partial(measure.prompt_tokens, trial, arm))
         for arm in ARMS if not settled(trial) else ():
             attempt(trial, arm, "answers", partial(measure.answers, trial, arm))

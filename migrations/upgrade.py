@@ -43,7 +43,7 @@ def upgrade_plan(plan: Plan, serving: str, binary: Path, *, version: str = "", t
     new = EngineChoice(name=name, engine=old.engine, binary=binary, args=old.args, env=old.env)
     looks = min(plan.measure.looks, LOOKS, key=lambda looks: looks[-1])
     changes = {
-        "name": f"{plan.name.removesuffix(NAME)[:120]}{NAME}",
+        "name": plan.name if plan.name.endswith(NAME) else f"{_subject(plan.name, old.engine)[:120]}{NAME}",
         "incumbent": old,
         "candidate": new,
         "models": tuple(_model(plan, model, old.name, name) for model in plan.models),
@@ -51,6 +51,11 @@ def upgrade_plan(plan: Plan, serving: str, binary: Path, *, version: str = "", t
         "limits": PAIR.limits.model_copy(update={key: getattr(plan.limits, key) for key in OF_THE_MACHINE}),
     }
     return build_plan({**dict(plan), **changes}, where="the upgrade")
+
+
+def _subject(name: str, kind: str) -> str:
+    """What is upgraded: the plan by its name, or the engine where the name is that of a move to another one."""
+    return kind if re.fullmatch(r".+-to-.+", name) else name
 
 
 def _model(plan: Plan, model: ModelPlan, old: str, new: str) -> ModelPlan:

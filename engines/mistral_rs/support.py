@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from engines.model.architectures import missing_keys, odd_layout
 from engines.model.gguf import Tensor
 from engines.model.header import Header
 from engines.model.layout import layout, named, odd_tensors
-from engines.model.loads import Loads, parse_version, wrong_kinds
+from engines.model.loads import Loads, Slow, parse_version, wrong_kinds
 from engines.model.template import template_error
 from engines.model.vocabulary import vocabulary
 
@@ -23,10 +24,15 @@ LISTS = Path(__file__).with_suffix(".toml")
 
 def loads(header: Header, version: str | None = None) -> Loads:
     """Whether mistral.rs at `version` (None: not known) loads the model; the reason names the tensor, key or list."""
-    lists, installed = _lists(), parse_version(version)
+    lists = _lists()
+    return replace(_loads(header, version, lists), slow=tuple(_slow(header, lists["cpu"])))
+
+
+def _loads(header: Header, version: str | None, lists: dict[str, Any]) -> Loads:
+    installed = parse_version(version)
     aged, warnings, refused = (
         _list_age(lists, version, installed),
-        (*_warnings(header), *_slow(header, lists["cpu"])),
+        tuple(_warnings(header)),
         _refused(header, lists),
     )
     obstacles = _obstacles(header, lists, refused)
@@ -195,18 +201,17 @@ def _warnings(header: Header) -> list[str]:
     return warnings
 
 
-def _slow(header: Header, cpu: dict[str, Any]) -> Iterator[str]:
+def _slow(header: Header, cpu: dict[str, Any]) -> Iterator[Slow]:
     """Which weights are slow on a CPU, by how much where that was measured, and which quant of the model is not."""
+    best, times = min(cpu["ratios"].items(), key=lambda item: item[1][0])
     for kind, count in header.quant_types.items():
         measured = cpu["ratios"].get(kind)
         if kind not in cpu["scalar"] and (measured is None or measured[0] <= cpu["beyond"]):
             continue
         why = "mistral.rs has no SIMD kernel for them on a CPU" if kind in cpu["scalar"] else "slow on a CPU"
         took = f": {measured[0]:g} times llama.cpp's time for a prompt, {measured[1]:g} for a token" if measured else ""
-        best = min(cpu["ratios"], key=lambda name: cpu["ratios"][name][0])
-        other = f"as {best} {cpu['ratios'][best][0]:g} and {cpu['ratios'][best][1]:g}"
-        try_it = f"`switchyard requantize MODEL --to {best}` makes one to try"
-        yield f"{count} of {len(header.tensors)} tensors are {kind}, {why}{took}; {other} ({cpu['source']}): {try_it}"
+        line = f"{count} of {len(header.tensors)} tensors are {kind}, {why}{took}"
+        yield Slow("CPU", kind, count, line, best, tuple(times), cpu["source"])
 
 
 def _must_parse(version: str) -> tuple[int, ...]:

@@ -12,6 +12,26 @@ from engines.model.header import Header
 
 
 @dataclass(frozen=True)
+class Slow:
+    """Weights that an engine computes slowly on a device, and the quant that it is fastest with there.
+
+    `times` are that quant's measured times over those of llama.cpp: to read a prompt, to write a token.
+    """
+
+    device: Literal["CPU", "GPU"]
+    quant: str
+    tensors: int
+    why: str
+    faster: str
+    times: tuple[float, float]
+    source: str
+
+    def __str__(self) -> str:
+        other = f"as {self.faster} {self.times[0]:g} and {self.times[1]:g} ({self.source})"
+        return f"{self.why}; {other}: `switchyard requantize MODEL --to {self.faster}` makes one to try"
+
+
+@dataclass(frozen=True)
 class Loads:
     """Whether an engine loads a model, why, what to watch although it does, and what else a user could do."""
 
@@ -20,6 +40,7 @@ class Loads:
     warnings: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
     by_tokenizer: bool = False  # only the tokenizer in the file stands in the way: a tokenizer.json may replace it
+    slow: tuple[Slow, ...] = ()
 
 
 @lru_cache(maxsize=1)

@@ -111,6 +111,8 @@ def evaluation_table(outcome: Mapping[str, Any]) -> Group:
         parts.append(Text.assemble("\n", (model["model"], "bold"), "  ", verdict_text(model["verdict"])))
         parts.append(Padding(Text(MEANING[model["verdict"]], style="dim"), (0, 0, 0, 2)))
         parts.append(_check_table(model["checks"]))
+        if another := model.get("another_quant"):
+            parts.append(Padding(Text(another, style="cyan"), (0, 0, 0, 2)))
     return Group(*parts)
 
 

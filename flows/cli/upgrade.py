@@ -88,7 +88,7 @@ def _written(plan: Plan, base: Path) -> Path:
     for path in upgrade_file(base, date.today()):
         if not path.exists():
             break
-        if load_plan(path) == plan:
+        if load_plan(path).model_copy(update={"name": plan.name}) == plan:  # named by an older version, perhaps
             return path
     lines = [f"Written by `switchyard upgrade` from {base.name}, which stays as it is. What it cannot prove:"]
     try:

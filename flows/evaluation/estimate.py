@@ -2,33 +2,76 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from migrations.native import native_plan
 from migrations.plan import CanarySteps, ModelPlan, Plan
 from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
 from tasks.evidence.preflight import preflight
 
-# bytes a second at which weights are read for each token: slow CPU engines reach this, and so do small GPUs
-CPU_BYTES_PER_S, GPU_BYTES_PER_S = 3e9, 100e9
-LOAD_BYTES_PER_S, START_S = 1e9, 2.0
-BEHAVIOUR_TOKENS = 32
-FAULT_DRILLS, DRILL_S = 4, 10.0
+# pairs: of the fastest engines in use, and of the slowest; bytes a second at which weights are read for each token
+CPU_BYTES_PER_S, GPU_BYTES_PER_S = (12e9, 3e9), (400e9, 100e9)
+LOAD_BYTES_PER_S, START_S = 1e9, (0.5, 2.0)
+READ_AT_ONCE = 4  # so many tokens of a prompt take as long as one of an answer
+SHORT_PROMPT_TOKENS, BEHAVIOUR_TOKENS = 48, 12
+FIRST_REQUESTS, FIRST_TOKENS = 9, 12  # of the first look, to each engine
+FAULT_DRILLS, DRILL_S = 4, (1.0, 10.0)
 PAIR_STARTS = 2  # of a yard with both engines
 REHEARSAL_STARTS = 1 + PAIR_STARTS + 2  # a yard without the candidate, one with it, and who serves after each kill
 
 
+class Pace(NamedTuple):
+    """Seconds that an engine takes to start, to the first token of a timed request, and for each further one."""
+
+    start_s: float
+    first_s: float
+    token_s: float
+
+
+class Span(NamedTuple):
+    """Seconds at the least and at the most: of fast engines that the first look settles, of slow ones and the last."""
+
+    least_s: float = 0.0
+    most_s: float = 0.0
+
+    def plus(self, least_s: float, most_s: float) -> Span:
+        return Span(self.least_s + least_s, self.most_s + most_s)
+
+    def __str__(self) -> str:
+        """`about 7 min`, `7 to 12 min`, `50 min to 1 h 10 min`."""
+        least, most = spelled(self.least_s), spelled(self.most_s)
+        if self.most_s <= 1.2 * self.least_s or least == most:
+            return f"{'about ' * most[0].isdigit()}{most}"
+        number, _, unit = least.partition(" ")
+        return f"{number if most.split()[1:] == [unit] else least} to {most}"
+
+
 def estimate(plan: Plan, *, with_soak: bool = True, quick: bool = False) -> str:
-    """`takes about 3 days 4 h; soak 3 days`; models that cannot be read take no time."""
+    """`takes 6 to 50 min; soak 2 min`; models that cannot be read take no time."""
     if quick:
         n_models = len(plan.models)
         return f"a first look at {n_models} model{'s' * (n_models > 1)}, under a minute each for small ones"
     return takes(*_evaluation_s(plan, with_soak=with_soak))
 
 
-def takes(total_s: float, soak_s: float = 0.0, canary_s: float = 0.0) -> str:
+def still_takes(plan: Plan, model: ModelPlan, pairs: Sequence[Mapping[str, Any]], *, with_soak: bool = True) -> str:
+    """`by the speeds just measured 6 to 12 min more`, soak and all; "" where the first look's `pairs` have no speed."""
+    timed = [one for pair in pairs for one in pair.values() if one["ttft_ms"] and one["tpot_ms"]]
+    sized = _size(plan, model)
+    if not timed or sized is None:
+        return ""
+    first_s, token_s = (statistics.fmean(one[key] for one in timed) / 1e3 for key in ("ttft_ms", "tpot_ms"))
+    paces = [Pace(_load_s(sized[0], bound), first_s, token_s) for bound in (0, 1)]
+    soak_s = _soak_s(plan, sized[1]) * with_soak
+    measuring_s = [_measuring_s(plan, pace, bound) for bound, pace in enumerate(paces)]
+    return f"by the speeds just measured {Span(*measuring_s).plus(soak_s, soak_s)} more"
+
+
+def takes(whole: Span | float, soak_s: float = 0.0, canary_s: float = 0.0) -> str:
     """`takes about 3 days 4 h; soak 3 days; canary up to 6 h more`: a canary takes as long as its traffic needs."""
-    spent = [f"takes {'about ' * (total_s >= 30)}{spelled(total_s)}"]
+    spent = [f"takes {whole if isinstance(whole, Span) else Span(whole, whole)}"]
     spent += [f"soak {spelled(soak_s)}"] if soak_s else []
     return "; ".join(spent + ([f"canary up to {spelled(canary_s)} more"] if canary_s else []))
 
@@ -37,16 +80,16 @@ def migration_estimate(
     plan: Plan, phases: Mapping[str, Sequence[ModelPlan]], *, rehearsal: bool = True, canary: bool = True
 ) -> str:
     """What is left of a migration: `phases` has the models that `evaluate`, `subprocess` and `native` wait for."""
-    total_s = soak_s = canary_s = 0.0
+    total, soak_s, canary_s = Span(), 0.0, 0.0
     for phase, models in phases.items():
         if models and phase != "subprocess":
             part = native_plan(plan, [model.id for model in models]) if phase == "native" else plan
-            measured_s, soaked_s = _evaluation_s(part)
-            total_s, soak_s = total_s + measured_s, soak_s + soaked_s
+            measured, soaked_s = _evaluation_s(part)
+            total, soak_s = total.plus(*measured), soak_s + soaked_s
         for model in models if phase != "evaluate" else ():
-            total_s += rehearsal_s(plan, model) * rehearsal + drills_s(plan, model) * (phase == "native")
-            canary_s += canary_most_s(plan.canary) * canary
-    return takes(total_s, soak_s, canary_s)
+            more_s = rehearsal_s(plan, model) * rehearsal + drills_s(plan, model) * (phase == "native")
+            total, canary_s = total.plus(more_s, more_s), canary_s + canary_most_s(plan.canary) * canary
+    return takes(total, soak_s, canary_s)
 
 
 def rehearsal_s(plan: Plan, model: ModelPlan) -> float:
@@ -79,20 +122,29 @@ def spelled(seconds: float) -> str:
     return " ".join(f"{number} {unit}" for number, unit in parts if number)
 
 
-def _evaluation_s(plan: Plan, *, with_soak: bool = True) -> tuple[float, float]:
+def _evaluation_s(plan: Plan, *, with_soak: bool = True) -> tuple[Span, float]:
     """Seconds of an evaluation with its soak, and of the soak alone."""
-    models = [(model, sized) for model in plan.models if (sized := _size(plan, model)) is not None]
-    soak_s = sum(plan.measure.soak_s * (1 if side_by_side else 2) for _, (_, side_by_side) in models) * with_soak
-    return soak_s + sum(_measuring_s(plan, model, n_bytes) for model, (n_bytes, _) in models), soak_s
+    total, soak_s = Span(), 0.0
+    for model in plan.models:
+        if (sized := _size(plan, model)) is None:
+            continue
+        paces = [_guess(plan, model, sized[0], bound) for bound in (0, 1)]
+        total = total.plus(*(_first_look_s(pace) + _measuring_s(plan, pace, at) for at, pace in enumerate(paces)))
+        soak_s += _soak_s(plan, sized[1]) * with_soak
+    return total.plus(soak_s, soak_s), soak_s
 
 
-def _load_s(n_bytes: int) -> float:
-    return START_S + n_bytes / LOAD_BYTES_PER_S
+def _soak_s(plan: Plan, side_by_side: bool) -> float:
+    return plan.measure.soak_s * (1 if side_by_side else 2)
+
+
+def _load_s(n_bytes: int, bound: int) -> float:
+    return START_S[bound] + n_bytes / LOAD_BYTES_PER_S
 
 
 def _start_s(plan: Plan, model: ModelPlan) -> float:
     sized = _size(plan, model)
-    return 0.0 if sized is None else _load_s(sized[0])
+    return 0.0 if sized is None else _load_s(sized[0], 1)
 
 
 def _size(plan: Plan, model: ModelPlan) -> tuple[int, bool] | None:
@@ -106,15 +158,27 @@ def _size(plan: Plan, model: ModelPlan) -> tuple[int, bool] | None:
     return int(report["memory"]["weights_bytes"]), bool(report["side_by_side"]["fits"])
 
 
-def _measuring_s(plan: Plan, model: ModelPlan, n_bytes: int) -> float:
-    """Seconds of both engines without the soak, where no look ends the blocks before the last."""
+def _guess(plan: Plan, model: ModelPlan, n_bytes: int, bound: int) -> Pace:
+    """An engine's pace by the size of the model; `bound` 0 is a fast one, 1 a slow one."""
+    settings = plan.settings_for(model.id)
+    token_s = n_bytes / (GPU_BYTES_PER_S if settings.gpu_layers else CPU_BYTES_PER_S)[bound]
+    is_short, context = plan.measure.prompt_set == "short", settings.context_tokens or 4096
+    n_tokens = SHORT_PROMPT_TOKENS if is_short else context // 2
+    return Pace(_load_s(n_bytes, bound), n_tokens / READ_AT_ONCE * token_s, token_s)
+
+
+def _first_look_s(pace: Pace) -> float:
+    return 2 * (pace.start_s + FIRST_REQUESTS * (pace.first_s + FIRST_TOKENS * pace.token_s))
+
+
+def _measuring_s(plan: Plan, pace: Pace, bound: int) -> float:
+    """Seconds of both engines after the first look, without the soak; `bound` 0 ends at the first look at blocks."""
     amounts = plan.measure
-    per_token_s = n_bytes / (GPU_BYTES_PER_S if plan.settings_for(model.id).gpu_layers else CPU_BYTES_PER_S)
-    start_s = _load_s(n_bytes)
-    answers = amounts.parity_prompts * amounts.parity_tokens
+    answers = amounts.parity_prompts * (SHORT_PROMPT_TOKENS / READ_AT_ONCE + amounts.parity_tokens)
     behaviours = len(BEHAVIOURS if amounts.every_behaviour else plan.client.requires or DEFAULT_REQUIRED)
     levels = 1 + sum(level > 1 for level in amounts.concurrency)
-    block_tokens = (amounts.warmup_min + levels * amounts.requests_per_block) * amounts.max_tokens
-    blocks = amounts.calibration_blocks + amounts.looks[-1]
-    once_s = 3 * start_s + (answers + behaviours * BEHAVIOUR_TOKENS) * per_token_s
-    return 2 * (once_s + blocks * (start_s + block_tokens * per_token_s)) + FAULT_DRILLS * (start_s + DRILL_S)
+    requests = amounts.warmup_min + bound + levels * amounts.requests_per_block
+    block_s = pace.start_s + requests * (pace.first_s + amounts.max_tokens * pace.token_s)
+    blocks = amounts.calibration_blocks + (amounts.looks[-1] if bound else amounts.looks[0])
+    once_s = pace.start_s + (answers + behaviours * BEHAVIOUR_TOKENS) * pace.token_s
+    return 2 * (once_s + blocks * block_s) + FAULT_DRILLS * (pace.start_s + DRILL_S[bound])

@@ -11,7 +11,7 @@ from engines.settings import NO_FILE
 from engines.units import quantity
 from flows.evaluation.trial import ARMS, BOTH, Trial
 from migrations.plan import Plan
-from tasks.evidence import compatibility, faults, performance, preflight
+from tasks.evidence import compatibility, faults, performance, preflight, quants
 from tasks.evidence.behaviours.battery import DEFAULT_REQUIRED
 from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.first_look import judge_pairs
@@ -124,7 +124,7 @@ def _parity(trial: Trial) -> list[CheckResult]:
     floors, ignored = [trial.payload(arm, "parity.floor") for arm in ARMS], _parameters(trial)
     if None in tokens:
         return [_missing("parity.prompt_tokens", limit=1.0, unit="share")]
-    return judge_parity(
+    results = judge_parity(
         *tokens,
         *trial.parity("answers"),
         floors=[floor for floor in floors if floor is not None],
@@ -133,6 +133,15 @@ def _parity(trial: Trial) -> list[CheckResult]:
         required_parameters=trial.plan.client.required_parameters,
         limits=trial.plan.limits,
     )
+    if all(trial.has(arm, "parity.answers") for arm in ARMS):
+        return results
+    # the few answers of a first look fail a candidate; what they leave open was not measured yet
+    return [*map(_reported_only, results), _missing("parity.answers")]
+
+
+def _reported_only(result: CheckResult) -> CheckResult:
+    left_open = result.verdict is Verdict.INCONCLUSIVE
+    return result.model_copy(update={"required": False}) if left_open else result
 
 
 def _performance(trial: Trial) -> list[CheckResult]:
@@ -141,10 +150,14 @@ def _performance(trial: Trial) -> list[CheckResult]:
     if not blocks:
         missing = _missing("performance.ttft_p50_ratio", limit=limits.ttft_p50_ratio, unit="ratio")
         pairs = trial.payload(BOTH, "first_look")
-        return [missing] if pairs is None else [judge_pairs(pairs, limits), missing]
+        return [missing] if pairs is None else [_named(trial, "first_look", judge_pairs(pairs, limits)), missing]
     budgets: dict[str, str] = {arm: e.driver.cache_budget(e.settings) for arm, e in trial.engines.items()}
+    speed = {f"performance.{metric.name}_ratio" for metric in performance.metrics(limits, workload)}
     results = [
-        *performance.judge_performance(blocks, limits, workload, looks, client_error_ms=errors),
+        *(
+            _named(trial, "performance", one) if one.check in speed else one
+            for one in performance.judge_performance(blocks, limits, workload, looks, client_error_ms=errors)
+        ),
         performance.judge_client(trial.bench.error_budget, trial.plan.limits.client_cpu),
         *_fresh_starts(trial, blocks),
         *_of_ours(trial, "memory.peak_ratio", lambda: [performance.judge_memory(blocks, limits, looks)], *ARMS),
@@ -153,6 +166,13 @@ def _performance(trial: Trial) -> list[CheckResult]:
     if calibration := trial.payloads(BOTH, "calibration"):
         results += performance.judge_noise(calibration, limits, workload, looks, client_error_ms=errors)
     return results
+
+
+def _named(trial: Trial, evidence: str, result: CheckResult) -> CheckResult:
+    """A verdict on speed with what it holds for: an engine that is slow with one quant need not be with another."""
+    report = trial.payload(BOTH, "preflight")
+    on = quants.measured_on(report, trial.threads(evidence)) if report else ""
+    return result.model_copy(update={"why": f"{result.why} ({on})"}) if on else result
 
 
 def _soak(trial: Trial) -> list[CheckResult]:

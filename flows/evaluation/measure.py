@@ -120,7 +120,8 @@ def pairs(trial: Trial) -> None:
         return timed_request(served.endpoint, trial.workload, extra, number)
 
     measured = partial(measure_pairs, partial(ask, "incumbent"), partial(ask, "candidate"))
-    trial.gather(BOTH, "first_look", lambda: measured(in_turns=trial.fits_together))
+    engines = [trial.untimed(arm) for arm in ARMS]
+    trial.gather(BOTH, "first_look", lambda: measured(in_turns=trial.fits_together), engines=engines)
 
 
 def answers(trial: Trial, arm: Arm) -> None:
@@ -221,8 +222,7 @@ def _gather_served(trial: Trial, arm: Arm, measures: Mapping[str, Callable[[Endp
 
     A kind that breaks off does not take the others along.
     """
-    recorded, run_id, model_id = trial.records.has_evidence, trial.run_id, trial.model.id
-    missing = {kind: measure for kind, measure in measures.items() if not recorded(run_id, model_id, arm, kind)}
+    missing = {kind: measure for kind, measure in measures.items() if not trial.has(arm, kind)}
     if not missing:
         return
     try:

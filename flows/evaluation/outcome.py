@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.evaluation.judge import judged
-from flows.evaluation.trial import Bench, Trial
+from flows.evaluation.trial import BOTH, Bench, Trial
 from migrations import demo, upgrade
 from migrations.pairs import pair_of
 from tasks.evidence.first_look import CANNOT_PROVE
+from tasks.evidence.quants import another_quant
 from tasks.evidence.unmeasured import PASS_WITHOUT_SOAK, SOAK_LEFT_OUT, judge_unmeasured
 from tasks.records.store import Records
 from tasks.report.report import write_report
@@ -26,6 +27,9 @@ def judge(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         bench.records.drop_checks(bench.run_id, trial.model.id)
         bench.records.put_checks(bench.run_id, trial.model.id, results)
         models.append(model_outcome(trial.model.id, results, pair_of(bench.plan).risks))
+        limits, headers = bench.plan.limits.model_dump(), trial.payload(BOTH, "preflight")
+        if headers and (found := another_quant(results, headers, limits, str(trial.model.gguf))):
+            models[-1]["another_quant"] = found
     unproven = demo.cannot_prove(bench.plan) or upgrade.cannot_prove(bench.plan)
     unproven = CANNOT_PROVE if bench.quick else unproven
     outcome = run_outcome(bench.run_id, bench.plan.name, models, unproven, quick=bench.quick)

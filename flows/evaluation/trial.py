@@ -163,18 +163,38 @@ class Trial:
 
     def gather(self, arm: Side, kind: str, measure: Callable[[], Any], *, key: str = "", engines: Engines = ()) -> None:
         """Store what `measure` returns, unless the records have it; `engines` default to those of `arm`."""
-        if not self.records.has_evidence(self.run_id, self.model.id, arm, kind, key=key):
+        if not self.has(arm, kind, key):
             self.put(arm, kind, measure(), key=key, engines=engines)
 
     def put(self, arm: Side, kind: str, payload: Any, *, key: str = "", engines: Engines = ()) -> None:
         """Store one piece of evidence with its environment."""
-        environment = self.environment(engines or self._of(arm))
+        self._store(arm, kind, payload, key, self.environment(engines or self._of(arm)))
+
+    def _store(self, arm: Side, kind: str, payload: Any, key: str, environment: Mapping[str, Any]) -> None:
+        recorded = self._recorded
         self.records.put_evidence(self.run_id, self.model.id, arm, kind, payload, key=key, environment=environment)
+        if (stored := self.records.get_evidence(self.run_id, self.model.id, arm, kind, key=key)) is not None:
+            recorded[arm, kind, key] = stored.payload, stored.environment
+
+    @cached_property
+    def _recorded(self) -> dict[tuple[str, str, str], tuple[Any, Mapping[str, Any]]]:
+        """Payload and environment of the evidence by arm, kind and key: read once, and what is stored is added."""
+        rows = self.records.list_evidence(self.run_id, model_id=self.model.id)
+        return {(row.arm, row.kind, row.key): (row.payload, row.environment) for row in rows}
+
+    def has(self, arm: Side, kind: str, key: str = "") -> bool:
+        """Whether it was recorded."""
+        return (arm, kind, key) in self._recorded
 
     def payload(self, arm: Side, kind: str) -> Any:
         """One piece of evidence; None when it was not recorded."""
-        found = self.records.get_evidence(self.run_id, self.model.id, arm, kind)
-        return None if found is None else found.payload
+        return self._recorded[arm, kind, ""][0] if self.has(arm, kind) else None
+
+    def threads(self, kind: str) -> int | None:
+        """CPU threads of the engines while evidence of this kind about both was gathered; None where unknown."""
+        seen = next((seen for (arm, of, _), (_, seen) in list(self._recorded.items()) if (arm, of) == (BOTH, kind)), {})
+        engines = seen.get("engines")
+        return (engines[-1].get("settings") or {}).get("threads") if engines else None
 
     def parity(self, kind: str) -> list[Any]:
         """Both engines' evidence of a kind, or that of the first look; None of an engine that was not asked."""
@@ -182,7 +202,10 @@ class Trial:
 
     def payloads(self, arm: Side, kind: str, *, run_id: str | None = None) -> list[Any]:
         """All evidence of a kind in the order of its keys; of another run with `run_id`."""
-        found = self.records.list_evidence(run_id or self.run_id, model_id=self.model.id, arm=arm, kind=kind)
+        if run_id in (None, self.run_id):
+            keys = sorted(key for of, what, key in list(self._recorded) if (of, what) == (arm, kind))
+            return [self._recorded[arm, kind, key][0] for key in keys]
+        found = self.records.list_evidence(run_id, model_id=self.model.id, arm=arm, kind=kind)
         return [evidence.payload for evidence in sorted(found, key=lambda evidence: evidence.key)]
 
     @property
@@ -208,12 +231,12 @@ class Trial:
         environment: dict[str, Any] = {}
         with contextlib.suppress(Exception):  # what broke the check may break its description as well
             environment = self.environment(self._of(arm))
-        self.records.put_evidence(self.run_id, self.model.id, arm, KIND, record, key=what, environment=environment)
+        self._store(arm, KIND, record, what, environment)
 
     def unmeasured(self) -> list[tuple[Side, str, dict[str, Any]]]:
         """(engine, check, record) of what was not measured."""
-        found = self.records.list_evidence(self.run_id, model_id=self.model.id, kind=KIND)
-        return [(cast("Side", row.arm), row.key, row.payload) for row in found]
+        found = [(at, payload) for at, (payload, _) in list(self._recorded.items()) if at[1] == KIND]
+        return [(cast("Side", arm), what, payload) for (arm, _, what), payload in found]
 
     def forget_unmeasured(self) -> None:
         """Let a resumed run carry out again what broke off or was left out; what FAILed stands."""
@@ -221,6 +244,7 @@ class Trial:
         if all(can_be_retried(record) for _, _, record in found):
             for arm, what, _ in found:
                 self.records.drop_evidence(self.run_id, self.model.id, arm, KIND, key=what)
+                del self._recorded[arm, KIND, what]
 
     # --- how the plan's numbers reach the measurements
 

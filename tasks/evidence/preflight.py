@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def _report(
                 "engine": engine,
                 "loads": answers[engine].answer,
                 "why": answers[engine].why,
-                "warnings": list(answers[engine].warnings),
+                "warnings": [*answers[engine].warnings, *map(str, answers[engine].slow)],
+                "slow": [{**asdict(slow), "times": list(slow.times)} for slow in answers[engine].slow],
                 "fit": fits[engine].as_dict(),
             }
             for engine in engines

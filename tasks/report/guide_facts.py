@@ -129,6 +129,7 @@ class ModelFacts:
     canary: str
     rolled_back: datetime | None
     phases: tuple[PhaseFacts, ...]
+    slow: tuple[str, ...]  # weights that an engine computes slowly
 
     @property
     def closed(self) -> PhaseFacts | None:
@@ -365,6 +366,7 @@ def _model(
         canary=f"; {canary.engine} for {canary.weight:.0%} of conversations" if canary else "",
         rolled_back=max(back, default=None),
         phases=tuple(_phase(records, *found, plan, record) for found, record in zip(judged, seen, strict=True)),
+        slow=next((tuple(one.slow) for one in seen if one.slow), ()),
     )
 
 

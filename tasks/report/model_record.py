@@ -11,6 +11,7 @@ from typing import Any, Self
 from tasks.evidence.first_look import whole_or_first
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.performance import with_mapped
+from tasks.evidence.quants import another_quant
 from tasks.records.series import Series
 from tasks.records.store import Records
 from tasks.records.tables import Arm, Evidence, Run
@@ -183,7 +184,23 @@ class ModelRecord:
         # a limit is a judgement: a little more may do, what is far beyond it is no matter of the limit
         if over and all(r.unit == "ratio" and r.value and r.limit and is_near(r.value, r.limit) for r in over):
             step += " Or accept a limit a little larger in the plan, with your reason."
-        return step
+        return f"{step} {self.another_quant or ''}".strip()
+
+    @property
+    def another_quant(self) -> str | None:
+        """Whether another quant of the model may turn a verdict on speed, and how to try it."""
+        report, limits = self.one("both", "preflight"), self.plan.get("limits") or {}
+        return another_quant(self.checks, report, limits, self.gguf or "MODEL") if report else None
+
+    @property
+    def slow(self) -> list[str]:
+        """The weights that an engine of this model computes slowly, one line each."""
+        report = self.one("both", "preflight") or {"engines": []}
+        return [
+            f"{one['engine']}, {slow['device']}: {slow['why']} ({slow['source']})"
+            for one in report["engines"]
+            for slow in one.get("slow", ())
+        ]
 
 
 def decided_by(risk: Mapping[str, Any]) -> str:

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from gguf_files import write_gguf
 
-from flows.evaluation.estimate import canary_most_s, drills_s, estimate, migration_estimate, rehearsal_s, spelled
+from flows.evaluation.estimate import (
+    Span,
+    canary_most_s,
+    drills_s,
+    estimate,
+    migration_estimate,
+    rehearsal_s,
+    spelled,
+    still_takes,
+)
 from migrations.llama_cpp_to_mistral_rs import plan_for
 from migrations.plan import ModelPlan
 from tasks.verdicts.limits import Measure
@@ -28,6 +37,32 @@ from tasks.verdicts.limits import Measure
 )
 def test_a_duration_in_two_units(seconds: float, words: str) -> None:
     assert spelled(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "words"),
+    [
+        (10, 20, "under a minute"),
+        (20, 200, "under a minute to 3 min"),
+        (400, 420, "about 7 min"),
+        (400, 3000, "7 to 50 min"),
+        (3000, 4200, "50 min to 1 h 10 min"),
+        (259_200, 262_000, "about 3 days 1 h"),
+    ],
+)
+def test_what_is_not_known_is_a_span(least: float, most: float, words: str) -> None:
+    assert str(Span(least, most)) == words
+
+
+def test_the_first_look_corrects_the_estimate(tmp_path: Path) -> None:
+    """The speeds are those of a real run of this plan, which took 6 min 38 s more; its blocks were settled at once."""
+    model = ModelPlan(id="m", gguf=write_gguf(tmp_path / "m.gguf"))
+    plan = plan_for([model], measure=Measure(soak_s=30))
+    one = {"ttft_ms": 120.0, "tpot_ms": 9.5}
+    unanswered = dict.fromkeys(one)
+    pairs = [{"incumbent": one, "candidate": one}, {"incumbent": one, "candidate": unanswered}]
+    assert still_takes(plan, model, pairs) == "by the speeds just measured 6 to 15 min more"
+    assert still_takes(plan, model, [{"incumbent": unanswered, "candidate": unanswered}]) == ""
 
 
 def test_the_soak_of_each_model_counts_and_one_that_cannot_be_read_does_not(tmp_path: Path) -> None:

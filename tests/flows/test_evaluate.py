@@ -106,6 +106,9 @@ def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     assert of_home(home) == []
     assert Path(outcome["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 
+    checks = {check["check"]: check for check in outcome["models"][0]["checks"]}
+    assert "weights, 1 thread, CPU)" in checks["performance.ttft_p50_ratio"]["why"]
+
     again = json_of(switchyard("report", outcome["run_id"], "--json"))
     assert again["models"] == outcome["models"], "the verdicts are not a function of the records"
     (run,) = json_of(switchyard("history", "--json"))["runs"]

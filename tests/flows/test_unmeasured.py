@@ -7,7 +7,6 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import pytest
 from played import plan_of
 from switchyard_command import json_of
 
@@ -40,38 +39,40 @@ def recorded(home: Path) -> dict[tuple[str, ...], str]:
         return {row[:4]: row[4] for row in rows}
 
 
-@pytest.mark.parametrize(
-    ("breaks", "check", "verdict"),
-    [
-        ("candidate-refuses", "launch.candidate", "FAIL"),
-        ("both-refuse", "launch.candidate", "FAIL"),
-        ("incumbent-refuses", "launch.incumbent", "ERROR"),
-        ("candidate-dies", "parity.first_tokens.candidate", "FAIL"),
-        ("incumbent-dies", "parity.first_tokens.incumbent", "ERROR"),
-        ("candidate-odd-logprobs", "parity.first_answers.candidate", "ERROR"),
-    ],
-)
-def test_one_model_that_breaks_leaves_the_next_measured(switchyard, tmp_path, home, breaks, check, verdict):
-    """With the engine's own words, in the JSON, in the report and in the records."""
-    done = switchyard("evaluate", plan_of(tmp_path, breaks, "last"), "--json")
+UNKNOWN, ASSERTION = "does not know this model", "assertion failed in the played attention kernel"
+BREAKS = {  # by model: the check that it decides, its verdict, and words of its reason
+    "candidate-refuses": ("launch.candidate", "FAIL", UNKNOWN),
+    "both-refuse": ("launch.candidate", "FAIL", UNKNOWN),
+    "incumbent-refuses": ("launch.incumbent", "ERROR", UNKNOWN),
+    "candidate-dies": ("parity.first_tokens.candidate", "FAIL", ASSERTION),
+    "incumbent-dies": ("parity.first_tokens.incumbent", "ERROR", ASSERTION),
+    "candidate-odd-logprobs": ("parity.first_answers.candidate", "ERROR", ""),
+    "cut": ("preflight.loads", "FAIL", "truncated"),
+}
+
+
+def test_models_that_break_leave_the_others_measured(switchyard, tmp_path, home):
+    """Each with a verdict of its own, in the engine's own words, in the JSON, in the report and in the records."""
+    plan = plan_of(tmp_path, *BREAKS, "last")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    done = switchyard("evaluate", plan, "--json", timeout_s=600)
     outcome = json_of(done)
-    found = by_model(outcome)
-    assert found[breaks][check]["verdict"] == verdict, found[breaks]
+    found, models = by_model(outcome), {model["model"]: model["verdict"] for model in outcome["models"]}
+    page = Path(outcome["report"]).read_text(encoding="utf-8").replace("<wbr>", "")
+    for breaks, (check, verdict, words) in BREAKS.items():
+        assert found[breaks][check]["verdict"] == verdict, (breaks, found[breaks])
+        assert models[breaks] == verdict, breaks
+        assert words in found[breaks][check]["why"]
+        assert check in page
+        assert "refuse" not in breaks or ("stability.failures", "INCONCLUSIVE") in verdicts(found[breaks])
     assert ("last", "faults") in measured(home)
-    assert done.returncode == EXIT_CODES[outcome["verdict"]]
-    assert outcome["verdict"] == "FAIL" or verdict == "ERROR"
     assert not any(name.startswith("launch.") for name in found["last"])
-    why = found[breaks][check]["why"]
-    if "refuse" in breaks:
-        assert "does not know this model" in why
-        assert ("stability.failures", "INCONCLUSIVE") in verdicts(found[breaks])
-    if "dies" in breaks:
-        assert "assertion failed in the played attention kernel" in why
+    assert done.returncode == EXIT_CODES[outcome["verdict"]] == 3
+    assert "Traceback" not in done.stderr
 
     again = json_of(switchyard("report", outcome["run_id"], "--json"))
     assert again["models"] == outcome["models"], "the verdicts are not a function of the records"
-    assert check in Path(outcome["report"]).read_text(encoding="utf-8").replace("<wbr>", "")
-    assert "Traceback" not in done.stderr
 
 
 def test_a_key_in_an_engines_last_words_is_not_stored(switchyard, environment, tmp_path, home):
@@ -100,20 +101,6 @@ def test_a_resumed_run_tries_again_what_broke_and_nothing_else(switchyard, tmp_p
     after = recorded(home)
     assert {key: after[key] for key in before} == before
     assert "is done" in switchyard("evaluate", "--resume", "latest").stderr
-
-
-def test_a_file_that_cannot_be_read_fails_its_own_model(switchyard, tmp_path, home):
-    plan = plan_of(tmp_path, "cut", "last")
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(cut.read_bytes()[:-2000])
-    done = switchyard("evaluate", plan, "--json")
-    outcome = json_of(done)
-    found = by_model(outcome)
-    assert done.returncode == 3
-    assert found["cut"]["preflight.loads"]["verdict"] == "FAIL"
-    assert "truncated" in found["cut"]["preflight.loads"]["why"]
-    assert ("last", "faults") in measured(home)
-    assert json_of(switchyard("report", "--json"))["models"] == outcome["models"]
 
 
 def test_records_that_cannot_be_written_end_the_run(switchyard, tmp_path, home):

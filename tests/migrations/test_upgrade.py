@@ -75,6 +75,22 @@ def test_an_upgrade_of_an_upgrade(served: Served, tmp_path: Path) -> None:
     assert upgrade_plan(first, "llama.cpp", tmp_path / "new") == first  # asked for once more
 
 
+@pytest.mark.parametrize(
+    ("name", "upgrade"),
+    [
+        ("llama.cpp-to-mistral.rs", "llama.cpp-upgrade"),
+        ("mine", "mine-upgrade"),
+        ("llama.cpp-to-mistral.rs-upgrade", "llama.cpp-to-mistral.rs-upgrade"),
+    ],
+)
+def test_it_is_named_for_what_it_does(served: Served, tmp_path: Path, name: str, upgrade: str) -> None:
+    """An engine's upgrade is no move to the engine that the plan would have moved to; what has a name keeps it."""
+    plan = served().model_copy(update={"name": name})
+    found = upgrade_plan(plan, "llama.cpp", build(tmp_path, "new", "2 (abcdef1)"))
+    assert found.name == upgrade
+    assert cannot_prove(found)
+
+
 def test_a_wheel_gives_its_version(served: Served, tmp_path: Path) -> None:
     new = build(tmp_path, "new", "2 (abcdef1)")
     assert upgrade_plan(served(), "llama.cpp", new, version="0.10092.0").candidate.name == "llama.cpp@0.10092.0"

@@ -225,6 +225,16 @@ def test_a_model_that_stays_names_the_checks_that_closed_its_gate(facts: Facts):
     assert "### small" not in said
 
 
+def test_weights_that_an_engine_computes_slowly_are_a_known_limit(records: Records, plan: Plan):
+    run_id = put_evaluation(records, plan, {"small": SMALL})
+    slow = {"device": "CPU", "quant": "Q4_1", "why": "2 of 3 tensors are Q4_1, which is slow", "source": "one thread"}
+    engines = [{"engine": OLD}, {"engine": NEW, "slow": [slow]}]
+    records.put_evidence(run_id, "small", "both", "preflight", {"engines": engines})
+    said = section(guide.markdown(gather(records, plan, YardState(), home=HOME, now=NOW)), "Known limits")
+    wanted = "mistral.rs, CPU: 2 of 3 tensors are Q4_1, which is slow (one thread)"
+    assert f"- `small`: weights that an engine computes slowly: {wanted}" in said
+
+
 def test_a_rollback_is_told(records: Records, plan: Plan):
     """A model that moved and came back says when."""
     put_evaluation(records, plan, {"small": SMALL})

@@ -373,6 +373,25 @@ def test_a_model_without_evidence_has_reasons_in_place_of_plots(records: Records
     assert f"Memory during the soak: {NOT_MEASURED}; the records hold no evidence of it" in text
 
 
+def test_a_first_look_that_failed_is_named_where_plots_are_missing(records: Records, tmp_path: Path) -> None:
+    """Not its figures; checks that were left out for it are no more failures; slow weights and a way out are shown."""
+    run_id, left = started(records), "not measured: performance.first_look failed first"
+    checks = [
+        CheckResult(check="performance.first_look", verdict=Verdict.FAIL, why="candidate against incumbent: 11x"),
+        not_measured("performance.ttft_p50_ratio", left),
+    ]
+    slow = {"device": "CPU", "quant": "Q4_1", "tensors": 2, "why": "2 of 3 tensors are Q4_1, which is slow"}
+    slow |= {"faster": "F16", "times": [0.8, 2.0], "source": "measured here"}
+    needs: dict[str, Any] = {"fit": {"needs": []}}
+    engines = [{"engine": "llama.cpp", **needs}, {"engine": "mistral.rs", "slow": [slow], **needs}]
+    records.put_evidence(run_id, "m", "both", "preflight", {"engines": engines})
+    text = Page(write_report(records, run_id, outcome(run_id, checks), tmp_path / "r.html").read_text("utf-8")).text
+    assert f"Latency: {NOT_MEASURED}; performance.first_look failed first" in text
+    assert "FAIL performance.first_look: candidate against" in " ".join(text.split())
+    assert "mistral.rs, CPU: 2 of 3 tensors are Q4_1, which is slow (measured here)" in text
+    assert "switchyard requantize '/models/m <1>.gguf' --to F16" in text
+
+
 def test_one_engine_alone_is_shown_and_the_other_is_not_zero(records: Records, tmp_path: Path) -> None:
     """Blocks in which the candidate never came up."""
     run_id = started(records)

@@ -1,0 +1,116 @@
+"""Verdicts of a first look, from its records alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_files import LLAMA, write_gguf
+
+from engines.driver import Installation
+from engines.model.free_memory import FreeMemory
+from engines.model.memory import GIB
+from flows.evaluation.judge import judged, settled
+from flows.evaluation.outcome import judge
+from flows.evaluation.trial import ARMS, BOTH, Bench, Trial
+from migrations.llama_cpp_to_mistral_rs import plan_for
+from migrations.plan import ModelPlan
+from tasks.evidence.preflight import preflight
+from tasks.records.store import Records, open_records
+from tasks.verdicts.verdict import Verdict
+
+NAMES = {"incumbent": "llama.cpp", "candidate": "mistral.rs"}
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Iterator[Records]:
+    with open_records(tmp_path / "switchyard.db") as opened:
+        yield opened
+
+
+def bench(folder: Path, records: Records) -> Bench:
+    """A run of llama.cpp against mistral.rs, of which nothing is recorded yet; no engine is started."""
+    plan = plan_for([ModelPlan(id="m", gguf=write_gguf(folder / "m.gguf", keys=LLAMA))])
+    return Bench(
+        plan=plan,
+        records=records,
+        run_id=records.start_run("evaluate", plan.name, plan.model_dump(mode="json")).id,
+        home=folder,
+        installations={arm: Installation(NAMES[arm], "hosted", (sys.executable,), "1.0") for arm in ARMS},
+        error_budget={"ttft_error_p99_ms": 0.1, "tpot_error_percent": 0.1},
+    )
+
+
+def first_look(trial: Trial, *, times: float) -> None:
+    """The evidence of a candidate that answers like the incumbent, so many times as slow."""
+    slow = write_gguf(trial.model.gguf.with_name("slow.gguf"), tensors={"a.weight": "Q4_1", "b.weight": "F32"})
+    files = [("m", trial.model.gguf), ("slow", slow)]
+    report, other = preflight(files, memory=FreeMemory(ram_bytes=512 * GIB))["models"]
+    for entry, of in zip(report["engines"], other["engines"], strict=True):
+        entry["slow"] = of["slow"]
+    trial.put(BOTH, "preflight", {**report, "header": other["header"]})
+    counted = {"tokens": 5, "error": None, "tools_shown": None}
+    position = ["a", -0.1, None, [["a", -0.1, None], ["b", -3.0, None]]]
+    answer: dict[str, Any] = {
+        "id": "p",
+        "prompt": "Why?",
+        "text": "a",
+        "reasoning": "",
+        "tool_calls": [],
+        "finish_reason": "length",
+    }
+    answer |= {
+        "finish_reason": "length",
+        "prompt_tokens": 5,
+        "completion_tokens": 1,
+        "positions": [position],
+        "error": None,
+    }
+    for arm in ARMS:
+        trial.put(arm, "parity.first_tokens", {"prompts": {"p": counted}, "raw": []})
+        trial.put(arm, "parity.first_answers", {"answers": [answer]})
+    speed = {"ttft_ms": 100.0, "tpot_ms": 10.0, "e2e_ms": 200.0}
+    pairs = [{"incumbent": speed, "candidate": {key: value * times for key, value in speed.items()}}] * 5
+    trial.put(BOTH, "first_look", pairs, engines=[trial.untimed(arm) for arm in ARMS])
+
+
+def test_a_slow_candidate_fails_for_the_quant_it_was_measured_on(tmp_path: Path, records: Records) -> None:
+    """With the threads it had, and another quant to evaluate; what few answers leave open holds nothing."""
+    run = bench(tmp_path, records)
+    trial = Trial(run, run.plan.models[0])
+    first_look(trial, times=11)
+    found = {result.check: result for result in judged(trial)}
+    threads = os.cpu_count() or 1
+    on = f"(Q4_1 weights, {threads} thread{'s' * (threads > 1)}, CPU)"
+    assert found["performance.first_look"].verdict is Verdict.FAIL
+    assert found["performance.first_look"].why.endswith(on)
+    left = "not measured: performance.first_look failed first, and the gate cannot open any more"
+    assert (found["parity.answers"].why, found["parity.answers"].required) == (left, True)
+    still = {name for name, one in found.items() if one.required and one.verdict is Verdict.INCONCLUSIVE}
+    assert not any(found[name].why != left for name in still)
+    assert "parity.mean_kld" in found
+    (model,) = judge(run, [trial])["models"]
+    assert f"`switchyard requantize {trial.model.gguf} --to F16`" in model["another_quant"]
+
+
+def test_evidence_is_read_once_and_what_is_stored_is_added(
+    tmp_path: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judgement at each step of an evaluation reads no payload again; one from the records is the same."""
+    run = bench(tmp_path, records)
+    trial = Trial(run, run.plan.models[0])
+    assert trial.payload(BOTH, "first_look") is None
+    first_look(trial, times=1)
+    again = Trial(run, run.plan.models[0])
+    assert judged(again) == judged(trial)
+    with monkeypatch.context() as patched:
+        patched.setattr(Records, "list_evidence", lambda *_, **__: pytest.fail("the records are read again"))
+        assert not settled(trial)
+    trial.put_unmeasured("candidate", "launch", {"verdict": "FAIL", "why": "no such file", "log": []})
+    assert settled(trial)
+    trial.forget_unmeasured()
+    assert trial.unmeasured() == Trial(run, run.plan.models[0]).unmeasured()
