@@ -46,7 +46,12 @@ def pip_command(*arguments: str) -> list[str]:
 
 
 def install_with_pip(driver: Driver, home: Path) -> None:
-    """Run pip, and remember under `home` what it brought. EngineError when it fails; its own output is shown."""
+    """Run pip, and remember under `home` what it brought.
+
+    Its own output is shown. Raises EngineError when it fails, BadInput for an engine that is in no wheel.
+    """
+    if not driver.installer.pip:
+        raise BadInput(f"{driver.name} comes in no wheel: install it as its own pages say, or set `binary` in the plan")
     missing = [_name(package) for package in driver.installer.pip if _version(package) is None]
     _pip(driver, "install", *driver.installer.pip)
     if missing:

@@ -8,9 +8,10 @@ from engines.driver import Driver, native_of
 from engines.errors import BadInput
 from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs.driver import MistralRs, MistralRsNative
+from engines.ollama.driver import Ollama
 
 # in the order they are shown
-DRIVERS: dict[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs())}
+DRIVERS: dict[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs(), Ollama())}
 ATTACHED = "openai"  # the kind of an engine that is attached; one that speaks as another has `openai:OTHER`
 NATIVE: dict[str, Driver] = {one.name: one for one in (MistralRsNative(),)}
 

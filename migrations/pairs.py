@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from engines.driver import native_of
 from engines.registry import ATTACHED
-from migrations import any_pair, llama_cpp_to_mistral_rs, new_build
+from migrations import any_pair, llama_cpp_to_mistral_rs, new_build, ollama_to_llama_cpp
 from migrations.pair import Pair
 from migrations.plan import Plan
 
-DECLARED = {("llama.cpp", "mistral.rs"): llama_cpp_to_mistral_rs.PAIR}
+DECLARED = {
+    ("llama.cpp", "mistral.rs"): llama_cpp_to_mistral_rs.PAIR,
+    ("ollama", "llama.cpp"): ollama_to_llama_cpp.PAIR,
+}
 
 
 def pair_of(plan: Plan) -> Pair:

@@ -20,7 +20,7 @@ from fake_driver import FakeDriver
 from engines import install
 from engines.driver import Installer
 from engines.errors import BadInput, EngineError
-from engines.install import VendorScript, fetch_script, pip_command, run_script
+from engines.install import VendorScript, fetch_script, install_with_pip, pip_command, run_script
 from engines.mistral_rs.driver import MistralRs
 from engines.registry import DRIVERS
 
@@ -62,13 +62,20 @@ def published(vendor: tuple[Path, str], text: str) -> ScriptedDriver:
     return ScriptedDriver(f"{address}/install.sh")
 
 
-@pytest.mark.parametrize("name", DRIVERS)
+@pytest.mark.parametrize("name", [name for name, driver in DRIVERS.items() if driver.installer.pip])
 def test_pip_installs_into_the_python_that_runs_us(name: str) -> None:
     """Another Python's pip would install where we do not look."""
     driver = DRIVERS[name]
     argv = pip_command("install", *driver.installer.pip)
     assert argv[:4] == [sys.executable, "-m", "pip", "install"]
-    assert driver.installer.pip
+
+
+@pytest.mark.parametrize("name", [name for name, driver in DRIVERS.items() if not driver.installer.pip])
+def test_an_engine_that_no_wheel_has_is_left_to_its_own_installer(name: str, tmp_path: Path) -> None:
+    """One line, and nothing is run or remembered."""
+    with pytest.raises(BadInput, match=f"{name} comes in no wheel: .* or set `binary` in the plan"):
+        install_with_pip(DRIVERS[name], tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_script_is_fetched_but_not_run(vendor: tuple[Path, str], tmp_path: Path) -> None:
