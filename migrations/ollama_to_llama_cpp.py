@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from engines.ollama.library import DEFAULT_CONTEXT, StoredModel, settings_of
+from engines.settings import Settings, safe_id
 from migrations.pair import Pair
-from migrations.plan import EngineChoice
+from migrations.plan import EngineChoice, ModelPlan, Plan
+from migrations.plan_file import build_plan
 from tasks.verdicts.risks import Risk
 
 NAME = "ollama-to-llama.cpp"
 INCUMBENT = EngineChoice(engine="ollama")
-CANDIDATE = EngineChoice(engine="llama.cpp")
+CANDIDATES = (EngineChoice(engine="llama.cpp"), EngineChoice(engine="mistral.rs"))  # the first one that is here
 
 PAIR = Pair(
     risks=(
@@ -51,3 +56,19 @@ PAIR = Pair(
         ),
     ),
 )
+
+
+def plan_for(models: Sequence[StoredModel], candidate: EngineChoice = CANDIDATES[0]) -> Plan:
+    """The plan of a user's stored models: the name that clients use stays one by which they can ask."""
+    taken, planned = set[str](), list[ModelPlan]()
+    for model in models:
+        name = model.name.removesuffix(":latest")
+        plain = safe_id(name)
+        number = next(n for n in range(1, len(models) + 2) if (plain if n == 1 else f"{plain}-{n}") not in taken)
+        model_id = plain if number == 1 else f"{plain}-{number}"
+        taken.add(model_id)
+        names = tuple(dict.fromkeys(one for one in (name, model.name) if one != model_id))
+        settings = Settings(**{"context_tokens": DEFAULT_CONTEXT, **settings_of(model)})
+        planned.append(ModelPlan(id=model_id, gguf=model.gguf, aliases=names, load="demand", settings=settings))
+    declared = {"name": NAME, "incumbent": INCUMBENT, "candidate": candidate, "models": tuple(planned)}
+    return build_plan(declared, where=NAME)

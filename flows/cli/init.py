@@ -1,9 +1,10 @@
-"""`switchyard init`: a plan written from the llama-server in use."""
+"""`switchyard init`: a plan written from the engine in use."""
 
 import contextlib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,16 @@ from engines.errors import BadInput, EngineError
 from engines.llama_cpp.argv import LlamaServerCommand
 from engines.llama_cpp.commands import parse_commands, read_listener
 from engines.llama_cpp.flags import OWN_ARGS
+from engines.ollama.library import StoredModel, differences, read_store, stores
 from engines.settings import EngineArgs, Settings
 from engines.yard.settings import YardSettings
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, print_json
 from migrations.carried import named, unsupported
-from migrations.llama_cpp_to_mistral_rs import INCUMBENT, PAIR, plan_for
+from migrations.llama_cpp_to_mistral_rs import INCUMBENT, plan_for
+from migrations.ollama_to_llama_cpp import CANDIDATES
+from migrations.ollama_to_llama_cpp import plan_for as ollama_plan_for
+from migrations.pairs import pair_of
 from migrations.plan import EngineChoice, ModelPlan, Plan
 from migrations.plan_file import plan_to_toml
 
@@ -41,20 +46,23 @@ def init(
         Path | None,
         typer.Option(help="Read a systemd unit, start script, compose file or llama-swap config; - is standard input."),
     ] = None,
+    from_ollama: Annotated[
+        bool, typer.Option("--from-ollama", help="Read the models of your Ollama (OLLAMA_MODELS, or its usual places).")
+    ] = False,
     model: Annotated[list[Path] | None, typer.Option(help="A GGUF to evaluate; repeat for several.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("switchyard.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing plan.")] = False,
     json_: Json = False,
 ) -> None:
-    """Write a plan (TOML) from the llama-server you run now, and list what the candidate does not support.
+    """Write a plan (TOML) from the engine you run now, and list what the candidate does not support.
 
     Commands and files are read, never executed. Every flag is kept: as a setting, or under [incumbent] args.
 
     Example: `switchyard init --from-port 8080`
     """
-    given = [name for name in (from_port, from_command, from_file) if name is not None]
+    given = [name for name in (from_port, from_command, from_file, from_ollama or None) if name is not None]
     if len(given) > 1:
-        raise BadInput("--from-port, --from-command and --from-file exclude each other: give one")
+        raise BadInput("--from-port, --from-command, --from-file and --from-ollama exclude each other: give one")
     commands: list[LlamaServerCommand] = []
     if from_port is not None:
         commands = [read_listener(from_port)]
@@ -62,7 +70,10 @@ def init(
         commands = parse_commands(from_command)
     elif from_file is not None:
         commands = parse_commands(_text(from_file), cwd=None if from_file == STDIN else from_file.absolute().parent)
-    written = write_plan(commands, models=model or [], output=output, force=force)
+    if from_ollama:
+        written = write_ollama_plan(model or [], output=output, force=force)
+    else:
+        written = write_plan(commands, models=model or [], output=output, force=force)
     if json_:
         print_json(written)
         return
@@ -94,17 +105,59 @@ def write_plan(
 
     Raises BadInput where there is nothing to read, or `output` is there and not to be overwritten.
     """
-    if output.exists() and not force:
-        raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
+    _refuse_to_overwrite(output, force)
     plan = plan_of(commands, models)
-    gaps = _unsupported(plan)
-    accepted = tuple(name for name in dict.fromkeys(map(named, gaps)) if name in PAIR.accepted_unsupported)
-    plan = plan.model_copy(update={"accepted_unsupported": accepted})
     has_key = any(command.has_api_key for command in commands)
     key = _key_note(plan, has_key=has_key)
-    comment = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (f"\n{key}" if key else "")
+    notes = [note for command in commands for note in _notes(command, models)] + ([key] if key else [])
+    written = _written(plan, output, comment=key or "", notes=notes)
+    return {**written, "unknown": _unknown(commands, plan.incumbent)}
+
+
+def write_ollama_plan(models: Sequence[Path], *, output: Path, force: bool) -> dict[str, Any]:
+    """Write the plan of the models in a user's Ollama to `output`; what `write_plan` returns. Raises BadInput."""
+    _refuse_to_overwrite(output, force)
+    if models:
+        raise BadInput("--model and --from-ollama exclude each other: leave out of the plan what you do not move")
+    found, notes = models_of_ollama(os.environ)
+    candidate = next((one for one in CANDIDATES if _is_here(one)), CANDIDATES[0])
+    notes += [f"{model.name}: {line}" for model in found for line in differences(model)]
+    return {**_written(ollama_plan_for(found, candidate), output, comment="", notes=notes), "unknown": []}
+
+
+def models_of_ollama(env: Mapping[str, str]) -> tuple[list[StoredModel], list[str]]:
+    """The models of the first store that has some, and a line for each that cannot be read. BadInput without any."""
+    problems = []
+    for folder in stores(env):
+        try:
+            found, lines = read_store(folder)
+        except BadInput as problem:
+            found, lines = [], [str(problem)]
+        problems += lines
+        if found:
+            return found, problems
+    raise BadInput("no models of Ollama were found: " + "; ".join(problems or [f"{folder} holds none"]))
+
+
+def _is_here(choice: EngineChoice) -> bool:
+    with contextlib.suppress(EngineError):
+        return bool(choice.find().version)
+    return False
+
+
+def _refuse_to_overwrite(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise BadInput(f"{output} exists already; choose another --output, or overwrite it with --force")
+
+
+def _written(plan: Plan, output: Path, *, comment: str, notes: list[str]) -> dict[str, Any]:
+    """Write the plan, accepting what its declaration accepts of the gaps of its candidate."""
+    gaps, accepts = _unsupported(plan), pair_of(plan).accepted_unsupported
+    accepted = tuple(name for name in dict.fromkeys(map(named, gaps)) if name in accepts)
+    plan = plan.model_copy(update={"accepted_unsupported": accepted})
+    head = f"Written by `switchyard init`. Evaluate with: switchyard evaluate {output}" + (comment and f"\n{comment}")
     try:
-        output.write_text(plan_to_toml(plan, header_comment=comment, unsupported=gaps), encoding="utf-8")
+        output.write_text(plan_to_toml(plan, header_comment=head, unsupported=gaps), encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     return {
@@ -113,8 +166,7 @@ def write_plan(
         "settings": plan.settings.model_dump(mode="json", exclude_none=True),
         "unsupported": gaps,
         "accepted": list(accepted),
-        "notes": [note for command in commands for note in _notes(command, models)] + ([key] if key else []),
-        "unknown": _unknown(commands, plan.incumbent),
+        "notes": notes,
     }
 
 
@@ -124,7 +176,7 @@ def plan_of(commands: Sequence[LlamaServerCommand], models: Sequence[Path]) -> P
     chosen = [ModelPlan(id=name, gguf=_existing(path)) for name, path in zip(names, models, strict=True)]
     if not commands:
         if not chosen:
-            ways = '--from-port 8080, --from-command "llama-server ...", --from-file FILE'
+            ways = '--from-port 8080, --from-command "llama-server ...", --from-file FILE, --from-ollama'
             raise BadInput(f"give {ways}, or --model FILE to plan from")
         return plan_for(chosen)
     first = commands[0]

@@ -15,6 +15,7 @@ from typing import Any
 import installed
 import pytest
 from gguf_files import write_gguf
+from ollama_store import LAYER, OllamaStore
 from switchyard_command import json_of
 
 from migrations.llama_cpp_to_mistral_rs import PAIR
@@ -341,3 +342,33 @@ def listens_on(argv: list[str], environ: dict[str, str]) -> str:
         last_resort.cancel()
         server.kill()
         server.wait()
+
+
+def test_the_models_of_an_ollama_become_a_plan(switchyard, environment, tmp_path: Path, gguf: Path) -> None:
+    """By the names that clients use; the store is only read, and what cannot be read is a note."""
+    store = OllamaStore(tmp_path / "models")
+    digest = store.add("library/smollm2/135m", gguf.read_bytes(), params={"num_thread": 2}, template="{{ .Prompt }}")
+    store.manifest("library/gone/latest", {"layers": [{"mediaType": f"{LAYER}model", "digest": "sha256:" + "0" * 64}]})
+    before = sorted((path, path.stat().st_mtime_ns) for path in store.folder.rglob("*"))
+    path = tmp_path / "plan.toml"
+    environment["OLLAMA_MODELS"] = str(store.folder)
+    done = switchyard("init", "--from-ollama", "-o", path, "--json")
+    assert done.returncode == 0, done.stderr
+    plan, notes = tomllib.loads(path.read_text()), json_of(done)["notes"]
+    assert (plan["incumbent"]["engine"], plan["candidate"]["engine"]) == ("ollama", "llama.cpp")
+    (model,) = plan["models"]
+    assert (model["id"], model["aliases"]) == ("smollm2-135m", ["smollm2:135m"])
+    assert model["gguf"] == str(store.path(digest))
+    assert model["settings"] == {"context_tokens": 4096, "threads": 2}
+    assert any(note.startswith("gone:latest: blob ") for note in notes)
+    assert any(note.startswith("smollm2:135m: template: ") for note in notes)
+    assert sorted((path, path.stat().st_mtime_ns) for path in store.folder.rglob("*")) == before
+
+
+def test_no_store_of_ollama_is_one_line(switchyard, environment, tmp_path: Path) -> None:
+    """Nothing is written."""
+    path = tmp_path / "plan.toml"
+    environment["OLLAMA_MODELS"] = str(tmp_path)
+    done = switchyard("init", "--from-ollama", "-o", path)
+    assert (done.returncode, path.exists()) == (2, False)
+    assert "no models of Ollama were found" in done.stderr
