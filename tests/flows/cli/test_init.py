@@ -209,7 +209,7 @@ def test_a_file_is_read_like_a_command(switchyard, tmp_path, gguf):
     [
         (["--from-file", "gone.sh"], "error: gone.sh: cannot be read: No such file or directory"),
         (["--from-file", "binary"], "error: binary: not UTF-8 text; give a unit, script"),
-        (["--from-port", "1", "--from-command", "x"], "error: --from-port, --from-command and --from-file exclude"),
+        (["--from-port", "1", "--from-command", "x"], "error: --from-port, --from-command, --from-file"),
         (
             ["--from-command", "llama-server -np 1"],
             "error: the command names no model file (-m FILE); add --model FILE",
