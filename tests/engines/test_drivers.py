@@ -174,6 +174,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CARGO_HOME", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     return folder
 
 
@@ -277,7 +278,7 @@ def test_what_mistralrs_cannot_honour_of_it_is_named() -> None:
     """One line each; the same for any build, save for what the build lacks."""
     always = {"seed", "flash_attention", "ubatch_tokens", "mlock", "cache_reuse_tokens", "api_key", "served name"}
     assert lost(MISTRAL_09, serve(TWELVE)) == always
-    assert lost(MISTRAL_07, serve(TWELVE)) == always | {"batch_tokens"}
+    assert lost(MISTRAL_07, serve(TWELVE)) == always | {"batch_tokens", "logprobs"}
     assert lost(MISTRAL_LATER, serve(TWELVE)) == always | {"batch_tokens", "context_tokens"}
 
 
@@ -310,7 +311,14 @@ def test_mistral_rs_hosted_takes_the_flags_it_is_given() -> None:
 
 def test_stray_variables_do_not_reach_mistral_rs() -> None:
     """Threads are the plan's, not those of the shell that started us."""
-    base = {"PATH": "/bin", "RAYON_NUM_THREADS": "64", "CANDLE_CPU_MASK": "1", "RUST_LOG": "trace", "MISTRALRS_X": "1"}
+    base = {
+        "PATH": "/bin",
+        "RAYON_NUM_THREADS": "64",
+        "CANDLE_CPU_MASK": "1",
+        "RUST_LOG": "trace",
+        "RUST_BACKTRACE": "1",
+        "MISTRALRS_X": "1",
+    }
     assert environment(MISTRAL_09, serve(), base) == {"PATH": "/bin", "HF_HUB_OFFLINE": "1"}
 
 
@@ -364,7 +372,7 @@ def test_losses_are_one_line_with_a_name_in_front(installation: Installation) ->
         assert colon
         assert rest
         assert "\n" not in loss
-        assert name in ("served name", "prefix cache") or name in Settings.model_fields
+        assert name in ("served name", "prefix cache", "logprobs") or name in Settings.model_fields
 
 
 def test_both_drivers_are_listed_by_name() -> None:
@@ -408,6 +416,19 @@ def test_mistralrs_is_found_where_cargo_was_told_to_put_it(
     monkeypatch.setenv("CARGO_HOME", str(tmp_path / "cargo"))
     program = fake_mistralrs(tmp_path / "cargo" / "bin" / "mistralrs")
     assert MistralRsNowhere().find("binary").where == str(program)
+
+
+def test_a_mistralrs_built_for_this_user_is_taken_after_the_wheel_the_newest_first(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """crates.io ends at 0.8.1: unasked, every wheel is newer."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    for name in ("mistralrs-0.8.1", "mistralrs-0.10.0", "mistralrs-0.9.2", "mistralrs-x", "other-1.0"):
+        program = fake_mistralrs(tmp_path / "data" / "switchyard" / "engines" / name / "bin" / "mistralrs")
+    newest = program.parents[2] / "mistralrs-0.10.0" / "bin" / "mistralrs"
+    assert MistralRsNowhere().find("binary").where == MistralRsNowhere().find().where == str(newest)
+    with pytest.raises(EngineNotFound):
+        MistralRsNowhere().find("hosted")
 
 
 @pytest.mark.parametrize("form", ["auto", "binary", "hosted"])

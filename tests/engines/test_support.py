@@ -58,7 +58,8 @@ def test_mxfp4_is_read_for_gpt_oss(tmp_path: Path) -> None:
     [
         ("0.9.2", "yes", "0.9.2 source list"),
         ("v0.9.5", "yes", "0.9.5 is newer"),
-        ("0.8.4", "unknown", "older than 0.9.1"),
+        ("0.7.0", "unknown", "older than 0.9.1"),
+        ("0.8.1", "yes", "0.9.2 source list"),
         (None, "yes", "version is not known"),
         ("nightly", "yes", "'nightly' cannot be read"),
     ],
@@ -68,6 +69,12 @@ def test_the_answer_says_how_old_the_list_is(tmp_path: Path, version: str | None
     found = loads("mistral.rs", header(tmp_path), version=version)
     assert found.answer == answer
     assert told in found.why
+
+
+@pytest.mark.parametrize(("version", "answer"), [("0.8.1", "no"), ("0.8.4", "unknown")])
+def test_the_last_version_on_crates_io_knows_few_architectures(tmp_path: Path, version: str, answer: str) -> None:
+    """It ends at "Unknown GGUF architecture"; which version after it has which is not known."""
+    assert loads("mistral.rs", header(tmp_path, "gemma2"), version=version).answer == answer
 
 
 def test_an_old_version_still_refuses_what_no_version_loads(tmp_path: Path) -> None:

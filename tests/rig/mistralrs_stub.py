@@ -1,24 +1,30 @@
-"""A server process that behaves on the wire as `mistralrs serve` 0.9 does, around a model of a few fixed words.
+"""A process that behaves as `mistralrs serve` 0.8.1 and 0.9 do, around a model of a few fixed words.
 
 python tests/rig/mistralrs_stub.py [--stub-version 0.9.2] serve --host 127.0.0.1 -p 8099 --format gguf -m DIR -f FILE
 
-Read at mistral.rs v0.9.2 and the commit after it that made stream errors JSON: `mistralrs-server-core/src/{openai,
-chat_completion,completions,handler_core,streaming}.rs`, `mistralrs-core/src/{response.rs,pipeline/sampling.rs,
-engine/add_request.rs}`. What it says depends on the last message alone:
+0.8.1 as the program itself did: tests/engines/mistral_rs/test_program.py asks both the same. 0.9 as read at v0.9.2 and
+the commit after it that made stream errors JSON: `mistralrs-server-core/src/{openai,chat_completion,completions,
+handler_core,streaming}.rs`, `mistralrs-core/src/{response.rs,pipeline/sampling.rs,engine/add_request.rs}`.
+
+What it says depends on the last message alone:
 
 - "call": the one tool call of the first tool; "fail midway": an error behind two tokens; else WORDS;
+- "slow": a keep-alive comment before all else, as after ten seconds without a token;
 - more than CONTEXT words in all messages: too long a prompt.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 WORDS = ["Hello", " there", ",", " friend", "."]
 CONTEXT = 64
-HELP = "--host --port --model --format --quantized-file --max-seqs --cpu --no-ui --seed --max-num-batched-tokens"
+HELP = "--host --port --model-id --format --quantized-file --max-seqs --cpu --seed --token-source --pa-context-len"
+SINCE_09 = " --no-ui --max-num-batched-tokens"
 # serde's type of what a chat request may hold; a bool cannot be null, an Option can
 TYPES = {
     "model": (str,),
@@ -36,6 +42,7 @@ TYPES = {
     "logit_bias": (dict, None),
     "grammar": (dict, None),
     "response_format": (dict, None),
+    "tool_choice": (str, dict, None),
     "tools": (list, None),
 }
 
@@ -84,27 +91,37 @@ def wrong_type(body: dict, chat: bool) -> str | None:
             return f"{name}: invalid type: {value!r}"
         if isinstance(value, int) and value < 0 and name in ("max_tokens", "top_k", "n"):
             return f"{name}: invalid value: integer `{value}`, expected usize"
+        if name == "tool_choice" and isinstance(value, str) and value not in ("none", "auto"):
+            return "tool_choice: data did not match any variant of untagged enum ToolChoice"
+        if name == "response_format" and value and value.get("type") not in ("text", "json_schema"):
+            return f"response_format.type: unknown variant `{value.get('type')}`, expected `text` or `json_schema`"
     needed = "messages" if chat else "prompt"
     if not isinstance(body.get(needed), list | str):
         return f"missing field `{needed}`"
     return None
 
 
-def checked(body: dict, chat: bool) -> None:
+def checked(body: dict, chat: bool, old: bool) -> None:
     """What parse_request looks at: its errors are 500, whoever is at fault."""
-    if body.get("model", "default") != "default":
-        raise Refused(500, f"Requested model '{body['model']}' is not available. Available models: DIR.")
+    if body.get("model", "default") not in ("default", Handler.name):
+        raise Refused(500, f"Requested model '{body['model']}' is not available. Available models: {Handler.name}.")
+    if body.get("n") == 0:
+        raise Refused(422, "Number of choices must be greater than 0.")
+    if "grammar" in body and "response_format" in body:
+        raise Refused(500, "Request `grammar` and `response_format` were both provided but are mutually exclusive.")
     for message in body["messages"] if chat else []:
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
             raise Refused(500, "No content was provided, expected tool calls to be provided.")
-        if isinstance(content, list) and message["role"] != "user":
+        if not old and isinstance(content, list) and message["role"] != "user":
             raise Refused(500, f"Role for an image message must be `user`, but it is {message['role']}")
 
 
-def invalid(words: list[str], body: dict) -> str | None:
+def invalid(words: list[str], body: dict, old: bool) -> str | None:
     """What the engine itself refuses."""
-    if body.get("max_tokens") == 0:
+    if not words:
+        return "Received an empty prompt."
+    if body.get("max_tokens") == 0 and not old:
         return "max_tokens must be at least 1."
     if len(words) > CONTEXT:
         return f"Prompt sequence length is greater than {CONTEXT}, perhaps consider using `truncate_sequence`?"
@@ -114,7 +131,7 @@ def invalid(words: list[str], body: dict) -> str | None:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     name = "DIR"
-    json_errors = False
+    json_errors = old = False
     count = 0
 
     def log_message(self, *_: object) -> None:
@@ -130,19 +147,23 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/health":
             self.reply(200, b"OK", "text/plain; charset=utf-8")
-        elif self.path == "/metrics":
+        elif self.path == "/metrics" and not self.old:
             text = f"mistralrs_tokens_processed_total {Handler.count}\n"
             self.reply(200, text.encode(), "text/plain; version=0.0.4")
         elif self.path == "/v1/models":
-            models = [{"id": name, "object": "model", "owned_by": "local"} for name in ("default", self.name)]
+            about = {"object": "model", "created": int(time.time()), "owned_by": "local"}
+            models = [{"id": "default", **about}, {"id": self.name, **about, "status": "loaded"}]
             self.reply(200, json.dumps({"object": "list", "data": models}).encode())
         else:
-            self.reply(404, b"", "text/plain; charset=utf-8")
+            self.reply(404, b"")
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path not in ("/v1/chat/completions", "/v1/completions"):
-            self.reply(404, b"", "text/plain; charset=utf-8")
+            self.reply(404, b"")
+            return
+        if self.headers.get("Content-Type") != "application/json":
+            self.reply(415, b"Expected request with `Content-Type: application/json`", "text/plain; charset=utf-8")
             return
         try:
             self.generate(deserialize(raw, "chat" in self.path), "chat" in self.path)
@@ -153,23 +174,33 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(refused.status, json.dumps({"message": str(refused)}).encode())
 
     def generate(self, body: dict, chat: bool) -> None:
-        checked(body, chat)
+        checked(body, chat, self.old)
         said = [text_of(message) for message in body["messages"]] if chat else [body["prompt"]]
         words = " ".join(said).split()
-        refusal = invalid(words, body)
+        refusal = invalid(words, body, self.old)
         if refusal and not body.get("stream"):
             raise Refused(422, refusal)
-        made = WORDS[: body.get("max_tokens") or len(WORDS)]
+        limit = body.get("max_tokens")
+        made = WORDS[: len(WORDS) if limit is None else limit or 1]
         finish = "length" if len(made) < len(WORDS) else "stop"
         calls = None
         if said[-1] == "call" and body.get("tools"):
             calls, finish, made = [call(body["tools"][0])], "tool_calls", [""]
         Handler.count += len(words) + len(made)
         usage = usage_of(len(words), len(made))
+        wants = body.get("tool_choice")
+        if isinstance(wants, dict) and not calls:
+            message = "Tool choice was required but no tools were called."
+            if not body.get("stream"):
+                self.reply(500, json.dumps({"message": message, "partial_response": {"usage": usage}}).encode())
+                return
+            refusal = message
         if not body.get("stream"):
             self.whole(chat, made, calls, finish, usage, bool(body.get("logprobs")))
             return
         self.open_stream()
+        if said[-1] == "slow":
+            self.write(b":\n\n")  # axum's keep-alive comment
         if refusal:
             self.error(refusal)
             return
@@ -186,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def whole(self, chat: bool, made: list[str], calls: object, finish: str, usage: dict, logprobs: bool) -> None:
         text = "".join(made)
-        told = {"content": [logprob(word) for word in made]} if logprobs else None
+        told = {"content": [self.logprob(word) for word in made]} if logprobs else None
         choice: dict = {"finish_reason": finish, "index": 0, "logprobs": told}
         if chat:
             choice["message"] = {"content": text or None, "role": "assistant", "tool_calls": calls}
@@ -201,7 +232,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
-        self.write(b":\n\n")  # axum's keep-alive comment, which may come at any time
 
     def write(self, data: bytes) -> None:
         self.wfile.write(data)
@@ -213,6 +243,13 @@ class Handler(BaseHTTPRequestHandler):
         self.write(f"data: {text}\n\n".encode())
         self.write(b"data: [DONE]\n\n")
 
+    def logprob(self, word: str) -> dict:
+        """Of base 10 before 0.9.1, and beside what top_k left out nothing."""
+        tops = [(WORDS.index(word), word, 0.5), (9, "Hi", 0.1), (10, "Yo", 0.0)]
+        log = math.log10 if self.old else math.log
+        told = [{"token": id_, "logprob": log(p) if p else None, "bytes": text} for id_, text, p in tops]
+        return {"token": word, "logprob": told[0]["logprob"], "bytes": list(word.encode()), "top_logprobs": told}
+
     def stream(
         self, chat: bool, made: list[str], calls: object, finish: str, usage: dict, logprobs: bool, fails: bool
     ) -> None:
@@ -222,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             last = at == len(made) - 1
             choice: dict = {"finish_reason": finish if last else None, "index": 0}
-            choice["logprobs"] = logprob(word) if logprobs else None
+            choice["logprobs"] = self.logprob(word) if logprobs else None
             if chat:
                 content = word if calls is None else None
                 choice["delta"] = {"content": content, "role": "assistant", "tool_calls": calls}
@@ -243,11 +280,6 @@ def call(tool: dict) -> dict:
     return {"index": 0, "id": "call-1", "type": "function", "function": function}
 
 
-def logprob(word: str) -> dict:
-    tops = [{"token": WORDS.index(word), "logprob": -0.25, "bytes": word}, {"token": 9, "logprob": -2.5, "bytes": "Hi"}]
-    return {"token": word, "logprob": -0.25, "bytes": list(word.encode()), "top_logprobs": tops}
-
-
 def usage_of(prompt: int, completion: int) -> dict:
     return {
         "completion_tokens": completion,
@@ -262,6 +294,30 @@ def usage_of(prompt: int, completion: int) -> dict:
     }
 
 
+def load(folder: str, name: str) -> None:
+    """Ends as the program does where the file is none that it loads."""
+    broken = (
+        "Error: Critical failure loading model part 0!\nCheck whether your current quantization format is supported: "
+    )
+    try:
+        start = (Path(folder) / name).read_bytes()[:100_000]
+    except FileNotFoundError:
+        sys.exit(f"Error: File `{name}` was not found at local model path `{folder}`.")
+    if not start.startswith(b"GGUF"):
+        sys.exit(f"{broken}unknown magic 0x{start[3::-1].hex()}")
+    at = start.find(b"general.architecture")
+    if at < 0 or len(start) < 4000:
+        sys.exit(f"{broken}failed to fill whole buffer")
+    size = int.from_bytes(start[at + 24 : at + 32], "little")
+    architecture = start[at + 32 : at + 32 + size].decode()
+    if architecture != "llama":
+        print(
+            f"called `Result::unwrap()` on an `Err` value: Unknown GGUF architecture `{architecture}`", file=sys.stderr
+        )
+        print("note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace", file=sys.stderr)
+        sys.exit(101)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--stub-version", default="0.9.2")
@@ -270,19 +326,29 @@ def main() -> None:
         print(f"mistralrs {options.stub_version}")
         return
     if "--help" in rest:
-        print(HELP)
+        print(HELP + ("" if options.stub_version.startswith("0.8") else SINCE_09))
         return
     serve = argparse.ArgumentParser()
     serve.add_argument("command", choices=["serve"])
     serve.add_argument("--host", required=True)
     serve.add_argument("-p", "--port", type=int, required=True)
-    serve.add_argument("-m", "--model", required=True)
+    serve.add_argument("-m", "--model-id", dest="model", required=True)
+    serve.add_argument("-f", required=True)
     flags, _ = serve.parse_known_args(rest)
     Handler.name = flags.model
-    Handler.json_errors = options.stub_version != "0.9.2"
-    server = ThreadingHTTPServer((flags.host, flags.port), Handler)
+    Handler.old = options.stub_version.startswith("0.8")
+    Handler.json_errors = options.stub_version > "0.9.2"
+    load(flags.model, flags.f)
+    try:
+        server = ThreadingHTTPServer((flags.host, flags.port), Handler)
+    except OSError as error:
+        sys.exit(f"Error: {error.strerror} (os error {error.errno})")
     server.daemon_threads = True
-    print(f"listening on http://{flags.host}:{flags.port}", file=sys.stderr, flush=True)
+    print(
+        f" INFO mistralrs::commands::serve: Server listening on http://{flags.host}:{flags.port}",
+        file=sys.stderr,
+        flush=True,
+    )
     server.serve_forever()
 
 

