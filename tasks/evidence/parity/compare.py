@@ -103,7 +103,8 @@ class _Match:
     """Which tokens of both engines count as the same: by id on one vocabulary, else by text.
 
     By text, the end of the answer is one token whatever its name: llama.cpp shows it as an empty text, mistral.rs as
-    `<|im_end|>`; tokens that share a text (parts of characters do) are one outcome.
+    `<|im_end|>`; tokens that share a text (parts of characters do) are one outcome. Ollama cuts such a part off the end
+    of a text, others show U+FFFD there: it does not count, so that a part alone is one outcome with the end.
     """
 
     def __init__(self, pairs: Sequence[tuple[Evidence, Evidence]]) -> None:
@@ -124,7 +125,7 @@ class _Match:
         """What two tokens have in common when they are the same."""
         if self.by == "id":
             return token[2]
-        return "" if token[0] in self.ends else token[0]
+        return "" if token[0] in self.ends else token[0].replace("\ufffd", "")
 
     def top(self, position: list[Any]) -> dict[Any, float]:
         """Probability by key of the tokens shown at one position, the generated one among them."""

@@ -248,6 +248,14 @@ def test_without_ids_tokens_match_by_text_and_all_ends_are_one() -> None:
     assert (comparison["divergences"], comparison["positions"]) == ([], 2)
 
 
+def test_a_part_of_a_character_that_one_engine_cuts_off_is_no_difference() -> None:
+    """Ollama shows '' and ' ' where llama-server shows U+FFFD after them; the same log-probabilities are the same."""
+    cut = position(token("の", 0.6), token("", 0.2), token(" ", 0.1))
+    shown = position(token("の", 0.6), token("\ufffd", 0.2), token(" \ufffd", 0.1))
+    comparison = compare_answers(answers(answer("a", cut)), answers(answer("a", shown)))
+    assert (comparison["positions"], comparison["max_kld"]) == (1, 0)
+
+
 def test_a_character_shown_whole_by_one_and_in_parts_by_the_other_is_no_divergence() -> None:
     """llama.cpp joins the parts of a character into the entry of the last part; the walk continues behind it."""
     part, last = token("\ufffd", 0.8, 7365), token("\ufffd", 0.8, 247)
