@@ -6,6 +6,7 @@ role in every chunk, `temperature` and `top_p` of 1 where a request sets none, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import ClassVar
 
@@ -53,6 +54,8 @@ class OllamaDialect(Dialect):
         try:
             error = json.loads(data)["error"]
             error = error if isinstance(error, dict) else {"message": str(error), "type": "api_error"}
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # that of its llama-server, as text
+                error = {**error, **json.loads(error["message"])["error"]}
             return status, json.dumps({"error": {**error, "code": status}}).encode()
         except (ValueError, KeyError, TypeError):
             return status, data

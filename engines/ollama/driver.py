@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from engines.driver import (
@@ -24,7 +25,7 @@ from engines.driver import (
     scrubbed,
 )
 from engines.errors import EngineNotFound
-from engines.home import home
+from engines.home import engines_folder, home
 from engines.llama_cpp import memory, support
 from engines.model.header import Header
 from engines.model.loads import Loads, parse_version
@@ -59,10 +60,11 @@ class Ollama:
     probe_is_neutral = False  # a completion takes the one slot of its runner, with the prompt that is cached in it
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
-        """The configured binary, else PATH and the places of its installers."""
+        """The configured binary, else PATH, the places of its installers, and what was got for this user."""
         if binary is not None:
             return _installation(executable(binary, "an ollama"))
-        if form != "hosted" and (found := first_executable("ollama", self.places)):
+        ours = sorted(engines_folder().glob("ollama-*/bin/ollama"), key=_version_in, reverse=True)
+        if form != "hosted" and (found := first_executable("ollama", [*self.places, *ours])):
             return _installation(found)
         raise EngineNotFound(
             "ollama was not found: it is not on PATH or in common places; install it as its own pages say, "
@@ -117,8 +119,9 @@ class Ollama:
         return []
 
     def memory_parts(self, case: MemoryCase) -> list[Part]:
-        """llama.cpp's, and Ollama's own process beside it."""
-        return [*memory.memory_parts(case), Part("ollama", "ram", 30 * MIB, 60 * MIB, 120 * MIB, "its own process")]
+        """llama.cpp's, which Ollama has copy the weights, and Ollama's own process beside it."""
+        copied = replace(case, own=EngineArgs(args=("--load-mode", "none")))
+        return [*memory.memory_parts(copied), Part("ollama", "ram", 30 * MIB, 60 * MIB, 120 * MIB, "its own process")]
 
     def memory_notes(self, case: MemoryCase) -> list[str]:
         return memory.memory_notes(case)
@@ -173,6 +176,10 @@ class Ollama:
     def neutral_body(self) -> dict[str, object]:
         """Nothing: no field switches its prompt cache off; unique openings of prompts have to do."""
         return {}
+
+
+def _version_in(program: Path) -> tuple[int, ...]:
+    return parse_version(program.parent.parent.name) or ()
 
 
 def _has_llama_server(version: str) -> bool:

@@ -56,6 +56,16 @@ def test_a_grammar_is_refused() -> None:
             {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": None}},
             {"message": "no", "type": "invalid_request_error", "param": None, "code": 400},
         ),
+        (
+            {
+                "error": {
+                    "message": '{"error":{"code":400,"message":"no","type":"t","n_ctx":8}}',
+                    "type": "x",
+                    "code": None,
+                }
+            },
+            {"message": "no", "type": "t", "code": 400, "n_ctx": 8},
+        ),
         ({"error": "no"}, {"message": "no", "type": "api_error", "code": 400}),
     ],
 )

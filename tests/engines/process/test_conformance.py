@@ -20,6 +20,7 @@ from engines.driver import Driver, Form, Installation
 from engines.errors import EngineExited, EngineNotFound
 from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs.driver import MistralRs
+from engines.ollama.driver import Ollama
 from engines.process.process import LOG_BYTES, registered
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served, free_port, serving
@@ -58,6 +59,7 @@ REAL: dict[str, tuple[Driver, Form]] = {
     "llama.cpp hosted": (LlamaCpp(), "hosted"),
     "mistral.rs binary": (MistralRs(), "binary"),
     "mistral.rs hosted": (MistralRs(), "hosted"),
+    "ollama": (Ollama(), "binary"),
 }
 
 
