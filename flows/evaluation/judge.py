@@ -171,7 +171,8 @@ def _performance(trial: Trial) -> list[CheckResult]:
 def _named(trial: Trial, evidence: str, result: CheckResult) -> CheckResult:
     """A verdict on speed with what it holds for: an engine that is slow with one quant need not be with another."""
     report = trial.payload(BOTH, "preflight")
-    on = quants.measured_on(report, trial.threads(evidence)) if report else ""
+    ours = not any(map(trial.is_attached, ARMS))  # how others run an engine is not known
+    on = quants.measured_on(report, trial.threads(evidence), ours=ours) if report else ""
     return result.model_copy(update={"why": f"{result.why} ({on})"}) if on else result
 
 

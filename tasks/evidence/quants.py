@@ -13,14 +13,16 @@ NOT_SPEED = ("performance.errors", "performance.client")
 MINOR_SHARE = 0.1  # of the quantised tensors: a kind below it is left out of the name
 
 
-def measured_on(report: Mapping[str, Any], threads: int | None) -> str:
-    """`Q4_1 weights, 1 thread, CPU`: what a figure of speed holds for, as far as it is known."""
+def measured_on(report: Mapping[str, Any], threads: int | None, *, ours: bool = True) -> str:
+    """`Q4_1 weights, 1 thread, CPU`: what a figure of speed holds for; the weights alone where others run one."""
     counts = {kind: n for kind, n in report["header"]["quant_types"].items() if kind != "F32"} or {"F32": 1}
     kinds = [kind for kind, n in counts.items() if n >= MINOR_SHARE * sum(counts.values())]
     devices = {need["device"] for entry in report["engines"] for need in entry["fit"]["needs"]}
     parts = [f"{'/'.join(kinds)} weights"]
-    parts += [f"{threads} thread{'s' * (threads > 1)}"] if threads else []
-    parts += ["GPU" if "vram" in devices else "CPU"] if devices else []
+    if ours and threads:
+        parts.append(f"{threads} thread{'s' * (threads > 1)}")
+    if ours and devices:
+        parts.append("GPU" if "vram" in devices else "CPU")
     return ", ".join(parts)
 
 

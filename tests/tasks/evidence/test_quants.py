@@ -39,6 +39,7 @@ def test_speed_is_measured_on_a_quant_with_threads_on_a_device(
     tmp_path: Path, types: dict[str, str], threads: int | None, words: str
 ) -> None:
     assert measured_on(report(tmp_path, types), threads) == words
+    assert measured_on(report(tmp_path, types), threads, ours=False) == words.split(",")[0]
 
 
 def test_a_candidate_that_lacks_the_kernel_gets_a_quant_to_evaluate(tmp_path: Path) -> None:
