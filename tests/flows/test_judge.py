@@ -49,7 +49,8 @@ def first_look(trial: Trial, *, times: float) -> None:
     """The evidence of a candidate that answers like the incumbent, so many times as slow."""
     slow = write_gguf(trial.model.gguf.with_name("slow.gguf"), tensors={"a.weight": "Q4_1", "b.weight": "F32"})
     files = [("m", trial.model.gguf), ("slow", slow)]
-    report, other = preflight(files, memory=FreeMemory(ram_bytes=512 * GIB))["models"]
+    engines = {name: name for name in NAMES.values()}
+    report, other = preflight(files, engines=engines, memory=FreeMemory(ram_bytes=512 * GIB))["models"]
     for entry, of in zip(report["engines"], other["engines"], strict=True):
         entry["slow"] = of["slow"]
     trial.put(BOTH, "preflight", {**report, "header": other["header"]})

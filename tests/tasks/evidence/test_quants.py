@@ -21,7 +21,8 @@ TYPES = {"a.weight": "Q4_1", "b.weight": "Q4_1", "c.weight": "F32"}
 
 def report(folder: Path, types: dict[str, str] = TYPES, **options: Any) -> dict[str, Any]:
     path = write_gguf(folder / "m.gguf", keys=LLAMA, tensors=types)
-    found = preflight([("m", path)], memory=FreeMemory(ram_bytes=512 * GIB), **options)["models"][0]
+    asked = {"engines": {name: name for name in ("llama.cpp", "mistral.rs")}, **options}
+    found = preflight([("m", path)], memory=FreeMemory(ram_bytes=512 * GIB), **asked)["models"][0]
     assert isinstance(found, dict)
     return found
 
