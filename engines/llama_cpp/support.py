@@ -18,6 +18,7 @@ from engines.model.template import template_beyond, template_error, template_ref
 from engines.model.vocabulary import vocabulary
 
 RULES = Path(__file__).with_suffix(".toml")
+INSIDE = ("v.", "mm.", "mtp.")  # in one file with the model, as Ollama keeps them
 NEWER = "; a newer llama.cpp may know it"
 
 
@@ -52,6 +53,7 @@ def _obstacles(header: Header, rules: dict[str, Any]) -> Iterator[str]:
         yield f"tensor {odd.name} is {odd.type}, which no weight is"
     yield from _keys(header, rules)
     yield from _tokenizer(header, rules)
+    yield from of_ollama(header)
     found = layout(header)
     if found is None:
         return
@@ -63,6 +65,16 @@ def _obstacles(header: Header, rules: dict[str, Any]) -> Iterator[str]:
         yield from found.misshapen[:1]
     for key in found.zero:
         yield f"the key {key} is missing or 0"
+
+
+def of_ollama(header: Header) -> Iterator[str]:
+    """How a file differs that only Ollama's patches to llama.cpp read: many of its library do (llama.cpp#25334)."""
+    key = f"{header.architecture}.rope.dimension_sections"
+    if (items := header.items(key)) not in (None, 4):
+        yield f"the key {key} has {items} entries, llama.cpp reads 4"
+    inside = next((tensor for tensor in header.tensors if tensor.name.startswith(INSIDE)), None)
+    if inside:
+        yield f"tensor {inside.name} is of a projector or a drafter, which llama.cpp reads from a file of its own"
 
 
 def _keys(header: Header, rules: dict[str, Any]) -> Iterator[str]:

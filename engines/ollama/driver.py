@@ -113,7 +113,10 @@ class Ollama:
 
     def loads(self, header: Header, version: str | None = None) -> Loads:
         """As llama.cpp, which computes in every version of Ollama; an older copy of it where the version is one."""
-        return support.loads(header)
+        answer = support.loads(header)
+        if answer.answer == "no" and (why := next(support.of_ollama(header), "")):
+            return Loads("unknown", f"{why}; Ollama's own patches read some such files")
+        return answer
 
     def clashes(self, settings: Settings, own: EngineArgs) -> list[str]:
         return []
