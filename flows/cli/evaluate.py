@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
+from rich.text import Text
 
 from engines.errors import BadInput
 from flows.cli.options import Json
@@ -25,13 +26,20 @@ from flows.evaluation.beside import lacking
 from flows.evaluation.rejudge import plan_of
 from flows.evaluation.run import checked, introduction, refuse_retired
 from flows.orchestrator.server import with_prefect
-from migrations.demo import DEMO_NAME, demo_plan
+from migrations.demo import demo_blocks
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.records.store import open_records
 from tasks.verdicts.limits import Measure
+from tasks.verdicts.verdict import Verdict, worst
 
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
+ANSWER = {
+    "PASS": "may move",
+    "INCONCLUSIVE": "stays: not everything could be proven",
+    "ERROR": "stays: a check could not be carried out",
+    "FAIL": "must not move, for the reason above",
+}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -55,7 +63,9 @@ def evaluate(
     if quick and (resume or soak):
         raise BadInput(f"--quick cannot be combined with {'--resume' if resume else '--soak'}; remove one of them")
     folder = prepared_home()
-    plan, run_id = _plan_and_run(target, resume, soak, folder)
+    if target == "demo" and not resume:
+        evaluate_demo(folder, _seconds(soak), allow_retired=allow_retired, quick=quick, json_=json_)
+    plan, run_id = _plan_and_run(target, resume, soak)
     if not allow_retired:
         refuse_retired(plan, folder)
     introduce(plan, folder)
@@ -70,6 +80,35 @@ def evaluate(
     finish(run(plan, run_id, allow_retired, quick=quick, command=tuple(command)), json_, partial(_show, target or ""))
 
 
+def evaluate_demo(folder: Path, soak_s: float | None, *, allow_retired: bool, quick: bool, json_: bool) -> NoReturn:
+    """The demo's three evaluations one after the other, each with its question, then the answers side by side."""
+    blocks = list(demo_blocks(folder, soak_s=soak_s))
+    run, outcomes = with_prefect(folder, "flows.evaluate:evaluate"), []
+    for number, block in enumerate(blocks, 1):
+        errors.print(f"\n[bold]{number} of {len(blocks)}: {block.title}[/bold]\n{block.asks}")
+        introduce(block.plan, folder)
+        command = ("switchyard", "evaluate", "demo")
+        outcome = run(block.plan, None, allow_retired, quick=quick or block.quick, command=command)
+        outcomes.append({"block": block.title, "asks": block.asks, **outcome})
+        if not json_:
+            show_verdicts(outcome)
+    verdict = worst(Verdict(outcome["verdict"]) for outcome in outcomes)
+    finish({"verdict": verdict.value, "blocks": outcomes}, json_, _show_blocks)
+
+
+def _show_blocks(demo: Mapping[str, Any]) -> None:
+    out.print("\n[bold]the demo in short[/bold]")
+    for number, block in enumerate(demo["blocks"], 1):
+        out.print(f"  {number}  {block['block']}: {block['asks']}")
+        for model in block["models"]:
+            worth = block["quick"] and model["verdict"] == "INCONCLUSIVE"
+            means = "worth the whole evaluation" if worth else ANSWER[model["verdict"]]
+            out.print(
+                Text.assemble("     ", (model["model"], "bold"), "  ", verdict_text(model["verdict"]), f"  {means}")
+            )
+    out.print(next_command("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server")
+
+
 def introduce(plan: Plan, folder: Path) -> None:
     """Print what is compared, and what memory may lack. Raises what `checked` does."""
     for line in introduction(plan, checked(plan)):
@@ -78,14 +117,19 @@ def introduce(plan: Plan, folder: Path) -> None:
         errors.print(f"warning: memory is short: {short}; a running yard makes preflight.fit FAIL here")
 
 
-def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home: Path) -> tuple[Plan, str | None]:
+def _seconds(soak: str | None) -> float | None:
+    """The length of a soak in seconds; BadInput for what is no duration."""
+    if not soak:
+        return None
+    match = DURATION.match(soak.strip())
+    if match is None or float(match[1]) <= 0:
+        raise BadInput(f"--soak {soak!r} is no duration; write 90s, 2m, 6h or 3d")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def _plan_and_run(target: str | None, resume: str | None, soak: str | None) -> tuple[Plan, str | None]:
     """The plan, and the run to resume, which keeps the plan it was started with."""
-    soak_s = None
-    if soak:
-        match = DURATION.match(soak.strip())
-        if match is None or float(match[1]) <= 0:
-            raise BadInput(f"--soak {soak!r} is no duration; write 90s, 2m, 6h or 3d")
-        soak_s = float(match[1]) * SECONDS[match[2]]
+    soak_s = _seconds(soak)
     if resume:
         if soak_s is not None:
             raise BadInput("--soak: a resumed run keeps the plan it was started with; remove --soak")
@@ -95,8 +139,6 @@ def _plan_and_run(target: str | None, resume: str | None, soak: str | None, home
         return plan, run_id
     if target is None:
         raise BadInput("name what to evaluate: `demo`, or a plan written by `switchyard init`")
-    if target == "demo":
-        return demo_plan(home, soak_s=soak_s), None
     plan = load_plan(Path(target))
     if soak_s is not None:
         measure = Measure.model_validate({**plan.measure.model_dump(), "soak_s": soak_s})
@@ -129,8 +171,6 @@ def _next_step(outcome: Mapping[str, Any], target: str) -> str:
     held = [model["model"] for model in outcome["models"] if model["verdict"] in ("FAIL", "ERROR")]
     if outcome["quick"] and len(held) < len(outcome["models"]):
         return next_command(f"switchyard evaluate {escape(target)}") + " measures the whole"
-    if outcome["cannot_prove"] and outcome["plan"] == DEMO_NAME and not outcome["quick"]:  # the demo's small samples
-        return next_command("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server"
     if verdict == "PASS":
         return "next: keep the report as evidence; every model of this plan may move"
     if verdict == "ERROR":

@@ -14,8 +14,8 @@ MODELS = [ModelPlan(id="small", gguf=Path("/m/small.gguf"))]
 
 def test_demo_is_smaller_and_says_what_it_cannot_prove() -> None:
     """A short run is honest about what it leaves open."""
-    assert DEMO.looks == (3, 6)
-    assert DEMO.soak_s == 120
+    assert DEMO.looks[-1] * DEMO.requests_per_block < Measure().looks[0] * Measure().requests_per_block
+    assert DEMO.soak_s < Measure().soak_s
     said = " ".join(CANNOT_PROVE)
     assert all(word in said for word in ("p95", "10 %", "leaks", "failures per day"))
 

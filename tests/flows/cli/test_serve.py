@@ -20,7 +20,7 @@ from real_yard import HELLO, Yard
 from switchyard_command import json_of
 from waiting import until
 
-from migrations.demo import demo_plan
+from migrations.demo import gemma3
 from tasks.verdicts.statistics import theil_sen
 
 pytestmark = pytest.mark.engine
@@ -264,7 +264,7 @@ def test_many_requests_natively_are_all_right(start):
 
 def test_two_models_natively_take_turns_in_the_room_of_one(start, home):
     """Each request loads its model and unloads the other: the budget holds, and the yard does not grow."""
-    gemma, budget = demo_plan(home).models[1], 1400  # MiB: Gemma takes 1200, SmolLM2 250
+    gemma, budget = gemma3(home), 1400  # MiB: Gemma takes 1200, SmolLM2 250
     how = f'engine = "{NATIVE}"\nload = "demand"'
     other = f'''[[models]]
 id = "gemma"
