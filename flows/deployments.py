@@ -48,7 +48,8 @@ from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
 from flows.rollout.approval import asks, in_advance
 from flows.rollout.orders import Orders
-from flows.schedules import EVALUATE, RECONCILE, SOAK, time_zone
+from flows.schedules import EVALUATE, RECONCILE, SOAK, UPGRADE_CHECK, time_zone
+from flows.upgrade import compared_at_night
 from migrations.plan import Plan
 from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records
@@ -78,6 +79,18 @@ def _evaluated(plan: Plan, path: Path, *, with_soak: bool) -> dict[str, Any]:
         unfinished = records.unfinished(plan.model_dump(mode="json"))
     command = ("switchyard", "evaluate", str(path))
     return evaluation.evaluate.fn(plan, unfinished.id if unfinished else None, with_soak=with_soak, command=command)
+
+
+@flow(name="upgrade-check", flow_run_name=lambda: _name("upgrade-check"), version=VERSION, persist_result=False)
+@concluding
+def upgrade_check(plan: str = "", late_minutes: int = 120) -> Any:
+    """Compare the build that the plan's `[upgrade] watch` leads to with the one that serves. Nothing moves.
+
+    Args:
+        plan: the plan file (.toml); empty: the one the yard served last
+        late_minutes: a scheduled run that starts later than this is skipped
+    """
+    return _unless_late(late_minutes, lambda: compared_at_night(*_loaded(plan)))
 
 
 @flow(name="migrate", flow_run_name=lambda: _name("migrate"), version=VERSION, persist_result=False)
@@ -248,6 +261,7 @@ class Offer:
 
 OFFERS: dict[str, Offer] = {
     "evaluate": Offer(evaluate, "1 evaluate", cron=f"0 {EVALUATE.hour} * * *"),
+    "upgrade-check": Offer(upgrade_check, "upgrade"),
     "migrate": Offer(migrate, "all phases"),
     "soak": Offer(soak, "soak", every=SOAK.every),
     "rollback": Offer(rollback, "undo", needs_plan=False),
@@ -257,15 +271,18 @@ OFFERS: dict[str, Offer] = {
 }
 
 
-async def deployments(plan: Path, *, zone: str = "UTC", schedules: bool = True) -> list[RunnerDeployment]:
-    """All offers for one host, with `plan` filled into their forms."""
+async def deployments(
+    plan: Path, *, zone: str = "UTC", schedules: bool = True, watches: bool = False
+) -> list[RunnerDeployment]:
+    """All offers for one host, with `plan` filled into their forms; it `watches` for new builds, or does not."""
     # a slot of a run that was killed is free again only after minutes: what must be alone holds a file lock
     one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     made = []
     for name, offer in OFFERS.items():
         scheduled: list[Any] = []
-        if offer.cron and schedules:
-            scheduled.append(CronSchedule(cron=offer.cron, timezone=zone))
+        cron = f"0 {UPGRADE_CHECK.hour} * * *" if name == UPGRADE_CHECK.name and watches else offer.cron
+        if cron and schedules:
+            scheduled.append(CronSchedule(cron=cron, timezone=zone))
         if offer.every and schedules:
             scheduled.append(IntervalSchedule(interval=offer.every, timezone="UTC"))
         deployment = await offer.flow.ato_deployment(
@@ -309,7 +326,8 @@ def main() -> None:
 async def serve(plan: Path, *, schedules: bool) -> None:
     """Register the deployments and run their flows until SIGTERM, which ends running flows cleanly."""
     runner = Runner(name="switchyard", limit=CONCURRENT, pause_on_shutdown=False, query_seconds=5)
-    made = await deployments(plan, zone=time_zone(), schedules=schedules)
+    watches = bool(load_plan(plan).upgrade.watch)
+    made = await deployments(plan, zone=time_zone(), schedules=schedules, watches=watches)
     ids = [await runner.aadd_deployment(one) for one in made]
     await _mark_orphans(ids)
     print(SERVED, flush=True)

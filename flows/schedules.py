@@ -37,6 +37,13 @@ RECONCILE = Schedule(
     "reconcile", "ends what a killed run left behind, and closes its records", "seconds", every=timedelta(minutes=5)
 )
 
+UPGRADE_CHECK = Schedule(
+    "upgrade-check",
+    "compares the newest build that the plan's [upgrade] watch leads to; no soak, and nothing moves",
+    "minutes where there is one",
+    hour=5,
+)
+
 
 def time_zone() -> str:
     """This host's time zone by name; UTC where it has none."""
@@ -46,16 +53,23 @@ def time_zone() -> str:
 
 
 def schedule_lines(
-    now: datetime | None = None, *, zone: str | None = None, last_evaluation_s: float | None = None
+    now: datetime | None = None,
+    *,
+    zone: str | None = None,
+    last_evaluation_s: float | None = None,
+    watches: bool = False,
 ) -> list[str]:
-    """One line a schedule: what, when in local time, next, how long; `last_evaluation_s` is what one took here."""
+    """One line a schedule: what, when in local time, next, how long; `last_evaluation_s` is what one took here.
+
+    New builds are looked for only where the plan `watches`.
+    """
     zone = zone or time_zone()
     try:
         here = now.astimezone(ZoneInfo(zone)) if now else datetime.now(ZoneInfo(zone))
     except (ZoneInfoNotFoundError, ValueError):
         here = now or datetime.now().astimezone()
     lines = []
-    for one in (EVALUATE, SOAK, RECONCILE):
+    for one in (EVALUATE, *[UPGRADE_CHECK] * watches, SOAK, RECONCILE):
         takes = one.takes
         if one is EVALUATE and last_evaluation_s is not None:
             takes = f"the last one took {duration(last_evaluation_s)}"

@@ -15,9 +15,12 @@ from prefect import flow
 
 from engines.home import home
 from engines.yard.client import YardClient
+from engines.yard.state import StateFile
 from flows.evaluate import evaluate
-from flows.orchestrator.ending import VERSION
+from flows.evaluation.beside import DoesNotFit, lacking
+from flows.orchestrator.ending import NOTHING_NEW, VERSION
 from flows.progress import progress
+from flows.rollout.new_build import asked_plan, serving, watched, written
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import PhaseOne, engines_here, phase_one
 from flows.rollout.yards import take_over
@@ -49,6 +52,31 @@ def upgrade(path: Path, check_only: bool = False, orders: Orders | None = None) 
         "evaluation": evaluation,
         "migration": migration,
     }
+
+
+def compared_at_night(base: Plan, path: Path) -> dict[str, Any]:
+    """The build that `[upgrade] watch` of `base` leads to against the one that serves, once; no soak, and no move."""
+    if not base.upgrade.watch:
+        return _nothing_new("the plan has no [upgrade] watch")
+    old = serving(base, StateFile(home() / "yard").read())
+    if (newer := watched(base, home())) is None:
+        return _nothing_new(f"{base.upgrade.watch} is the build that serves as {old}")
+    plan = asked_plan(base, old, *newer, home())
+    known, unfinished = _known(plan)
+    if unfinished is None and all(found.verdict for found in known.values()):
+        verdicts = ", ".join(f"{model}: {found.verdict}" for model, found in known.items())
+        return _nothing_new(f"{plan.candidate.name} is compared already ({verdicts})")
+    if (short := lacking(plan, home())) is not None:
+        raise DoesNotFit(f"skipped: {short}; stop the yard and run `switchyard upgrade --to {newer[0]} --check-only`")
+    file, _ = written(plan, path)
+    outcome = evaluate.fn(plan, unfinished, with_soak=False, command=("switchyard", "evaluate", str(file)))
+    failed = outcome["verdict"] in (Verdict.FAIL, Verdict.ERROR)
+    next_ = f"stay on {old}" if failed else f"`switchyard upgrade {path} --to {newer[0]}` adds the soak and moves"
+    return {**outcome, "why": f"{plan.candidate.name} against {old}: {next_}; report: {outcome['report']}"}
+
+
+def _nothing_new(why: str) -> dict[str, Any]:
+    return {"verdict": Verdict.PASS.value, "result": NOTHING_NEW, "why": why, "models": []}
 
 
 def _known(plan: Plan) -> tuple[dict[str, PhaseOne], str | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -231,6 +232,23 @@ class Retire(PlanPart):
     )
 
 
+class Upgrade(PlanPart):
+    """Where a newer build of the engine that serves shows up. It is compared at night; nothing moves by itself."""
+
+    watch: str = Field(
+        "",
+        max_length=4096,
+        description="a program by its absolute path, or a wheel on PyPI by its name; empty: nothing is looked for",
+    )
+
+    @field_validator("watch")
+    @classmethod
+    def _path_or_name(cls, watch: str) -> str:
+        if watch and not (Path(watch).is_absolute() or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", watch)):
+            raise ValueError(f"'{watch}' is neither an absolute path (/opt/llama.cpp/llama-server) nor a wheel's name")
+        return watch
+
+
 class Course(PlanPart):
     """How far the whole migration goes by itself."""
 
@@ -271,8 +289,13 @@ class Plan(PlanPart):
     migrate: Course = Field(Course(), description="the whole migration: its phases, and what it asks a person")
     retire: Retire = Field(Retire(), description="phase 4: when the incumbent may be retired")
     yard: YardSettings = Field(YardSettings(), description="the public port: where it is and what it takes")
+    upgrade: Upgrade = Field(Upgrade(), description="newer builds of the engine that serves")
 
     _no_key = field_validator("settings")(_keyless)
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "upgrade" or self.upgrade.watch}
 
     @field_validator("models")
     @classmethod
@@ -425,7 +448,7 @@ def content_hash(plan: Plan) -> str:
     Engines that are found by search enter by name only: their version is recorded with every result.
     """
     elsewhere = {"incumbent", "candidate", "settings", "models"}  # below, by content
-    identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard"})
+    identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard", "upgrade"})
     identity["engines"] = [
         {"engine": one.engine, "form": one.form, "binary": model_digest(one.binary) if one.binary else None}
         | _own_identity(one.engine, one.own)

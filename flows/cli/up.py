@@ -45,7 +45,7 @@ def up(
                 deployments = DeploymentsProcess(folder, path, server.api_url, schedules)
                 try:
                     deployments.start()
-                    _print_start(folder, server, schedules)
+                    _print_start(folder, server, schedules, bool(loaded.upgrade.watch))
                     keep_up(yard, server, deployments)
                 finally:
                     errors.print("stopping the deployments")
@@ -86,7 +86,7 @@ def _prefect(folder: Path, port: int) -> Iterator[PrefectServer]:
         server.stop()
 
 
-def _print_start(folder: Path, server: PrefectServer, schedules: bool) -> None:
+def _print_start(folder: Path, server: PrefectServer, schedules: bool, watches: bool) -> None:
     """Addresses, what runs on a schedule, and how to stop it all."""
     address = public_address(YardClient(folder).status()["address"])
     errors.print(f"the models   [bold]{address}/v1[/bold]")
@@ -94,7 +94,7 @@ def _print_start(folder: Path, server: PrefectServer, schedules: bool) -> None:
     errors.print(f"Prefect      [bold]{server.api_url.removesuffix('/api')}[/bold]")
     if schedules:
         errors.print("on a schedule (`switchyard up --no-schedules` turns all of it off):")
-        for line in schedule_lines(last_evaluation_s=_last_evaluation_s()):
+        for line in schedule_lines(last_evaluation_s=_last_evaluation_s(), watches=watches):
             errors.print(f"  {line}", markup=False)
         print_step("pause one of them on its page under Deployments in Prefect")
     else:

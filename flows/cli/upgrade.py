@@ -1,7 +1,6 @@
 """`switchyard upgrade`: another build of the engine that serves."""
 
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +15,13 @@ from flows.cli.evaluate import introduce, show_verdicts
 from flows.cli.init import plan_of
 from flows.cli.options import Json, PlanFile, Reason
 from flows.cli.output import finish, out, prepared_home, print_end, print_step
-from flows.evaluation.run import checked, refuse_retired
 from flows.orchestrator.server import with_prefect
+from flows.rollout.new_build import asked_plan, serving, written
 from flows.rollout.orders import Orders
 from flows.rollout.yards import Yards
 from migrations.plan import Plan
-from migrations.plan_file import load_plan, plan_path, plan_to_toml
-from migrations.upgrade import cannot_prove, is_upgrade_of, upgrade_file, upgrade_plan
+from migrations.plan_file import load_plan, plan_path
+from migrations.upgrade import is_upgrade_of
 from tasks.records.store import open_records
 
 
@@ -59,44 +58,21 @@ def upgrade(
     base = plan_of([read_listener(from_port)], []) if from_port is not None else load_plan(path)
     if runs and (differs := Yards(base, folder, path).differs()):
         raise BadInput(differs)
-    state = StateFile(folder / "yard").read()
-    serving = {
-        state.models[model.id].serving if model.id in state.models else base.incumbent.name for model in base.models
-    }
-    if len(serving) > 1:
-        raise BadInput(f"the models are served by {' and '.join(sorted(serving))}; an upgrade replaces one engine")
-    name = base.incumbent.name if from_port is not None else serving.pop()
+    name = base.incumbent.name if from_port is not None else serving(base, StateFile(folder / "yard").read())
     binary = to.expanduser().absolute() if to else wheel_of_its_own(folder, to_wheel or "")
-    version = (to_wheel or "").partition("==")[2]
-    asked = upgrade_plan(base, name, binary, version=version, taken=state.retired)
-    refuse_retired(asked, folder)
-    checked(asked)
+    asked = asked_plan(base, name, binary, (to_wheel or "").partition("==")[2], folder)
     orders.checked(asked)
-    written = _written(asked, path)
+    file, is_new = written(asked, path)
+    if is_new:
+        print_step(f"{file} written")
     introduce(asked, folder)
     if runs:
         print_step("pause the clients until the verdict: blocks are discarded while their requests take the CPU")
     with open_records():  # records that cannot be written are better known before anything is measured
         pass
-    outcome = with_prefect(folder, "flows.upgrade:upgrade")(written, check_only or from_port is not None, orders)
+    outcome = with_prefect(folder, "flows.upgrade:upgrade")(file, check_only or from_port is not None, orders)
     port = base.yard.port if from_port is not None else None
     finish({**outcome, "next": _next_step(outcome, asked, port)}, json_, _show)
-
-
-def _written(plan: Plan, base: Path) -> Path:
-    """The file of the plan: one that is there already where it is the same."""
-    for path in upgrade_file(base, date.today()):
-        if not path.exists():
-            break
-        if load_plan(path).model_copy(update={"name": plan.name}) == plan:  # named by an older version, perhaps
-            return path
-    lines = [f"Written by `switchyard upgrade` from {base.name}, which stays as it is. What it cannot prove:"]
-    try:
-        path.write_text(plan_to_toml(plan, header_comment="\n".join([*lines, *cannot_prove(plan)])), encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror})") from error
-    print_step(f"{path} written")
-    return path
 
 
 def _show(outcome: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ from tasks.verdicts.verdict import Verdict
 Asked = ParamSpec("Asked")
 VERSION = program_version()
 NOTHING_MOVED = "nothing had moved"
-# results without a gate: a soak that is not over or left out on purpose, a report, a rollback that had nothing to do
-NOT_JUDGED = ("window added", "nothing to soak", PASS_WITHOUT_SOAK, "report written", NOTHING_MOVED)
+NOTHING_NEW = "no new build"
+# results without a gate: a soak that is not over or left out on purpose, a report, nothing to roll back or to compare
+NOT_JUDGED = ("window added", "nothing to soak", PASS_WITHOUT_SOAK, "report written", NOTHING_MOVED, NOTHING_NEW)
 
 
 def state_of(outcome: Mapping[str, Any]) -> State[Any]:

@@ -8,12 +8,16 @@ from typing import Any
 
 import httpx
 import pytest
-from played import plan_of
+from played import plan_of, played
 from real_yard import LOCAL
 from switchyard_command import command, json_of
 from switchyard_up import Up
 
+from engines.errors import BadInput
 from flows.schedules import schedule_lines
+from flows.upgrade import compared_at_night
+from migrations.plan import Upgrade
+from migrations.plan_file import load_plan
 
 
 class PlayedUp(Up):
@@ -101,6 +105,51 @@ def test_up_says_what_runs_by_itself_and_how_to_turn_it_off(up):
         assert "next" in line
     assert "--no-schedules" in said
     assert "no soak" in said
+
+
+def test_a_watched_build_is_compared_at_night_once_and_nothing_moves(tmp_path):
+    """Where the plan says what to watch: the verdict is on record, and the plan of the upgrade lies beside the plan."""
+    new = played(tmp_path / "new", "llama-server")
+    new.with_name("build").write_text("2 (abcdef1)")
+    new.with_name("libllama.so").write_text("another")
+    up = PlayedUp(tmp_path)
+    up.plan.write_text(f'{up.plan.read_text()}\n[upgrade]\nwatch = "{new}"\n')
+    try:
+        up.ensure()
+        assert "upgrade-check: every night at 05:00" in up.said()
+        state = up.ended(up.begin("upgrade-check"))
+        (run,) = up.evaluations()
+        assert run["plan"].endswith("-upgrade")
+        assert state["name"] == run["verdict"], state
+        assert soaks(up) == 0
+        (file,) = up.plan.parent.glob("plan.upgrade-*.toml")
+        assert load_plan(file).candidate.name == "llama.cpp@abcdef1"
+        assert [route["committed"] for route in up.yard.status()["models"]] == ["llama.cpp"]
+        state = up.ended(up.begin("upgrade-check"))
+        assert (state["type"], state["name"]) == ("COMPLETED", "no new build"), state
+        assert "llama.cpp@abcdef1 is compared already" in state["message"]
+        assert len(up.evaluations()) == 1
+    finally:
+        up.end()
+
+
+@pytest.mark.parametrize(
+    ("watch", "said"), [("", "the plan has no [upgrade] watch"), ("{serving}", "is the build that serves as llama.cpp")]
+)
+def test_without_a_new_build_nothing_is_measured(watch, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path / "home"))
+    plan = load_plan(plan_of(tmp_path, "m"))
+    watch = watch.format(serving=plan.incumbent.binary)
+    outcome = compared_at_night(plan.model_copy(update={"upgrade": Upgrade(watch=watch)}), tmp_path / "plan.toml")
+    assert (outcome["result"], outcome["verdict"]) == ("no new build", "PASS")
+    assert said in outcome["why"]
+
+
+def test_what_is_watched_is_a_path_or_a_wheel(tmp_path):
+    """A relative path would depend on the caller's directory."""
+    plan_of(tmp_path, "m", tail='[upgrade]\nwatch = "build/llama-server"\n')
+    with pytest.raises(BadInput, match=r"upgrade.watch.*'build/llama-server' is neither an absolute path"):
+        load_plan(tmp_path / "plan.toml")
 
 
 @pytest.mark.parametrize(
