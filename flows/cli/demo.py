@@ -32,11 +32,11 @@ LEAVE_S = 20.0
 
 
 def demo(json_: Json = False) -> None:
-    """Migrate two demo models end to end, with a client on the port: a new build, then another engine (15 minutes).
+    """Migrate two demo models end to end: to a new build, and to another engine (15 minutes on 2 cores).
 
-    Both are evaluated, moved by rehearsal, canary and promotion, soaked for a moment and rolled back; the old build is
-    retired and restored as well. It has a home of its own, `demo` in Switchyard's: your yard, plan and records stay
-    out of it.
+    A client on the port counts what fails. Both are evaluated, moved by rehearsal, canary and promotion, soaked for a
+    moment and rolled back; the old build is retired and restored as well. It has a home of its own, `demo` in
+    Switchyard's: your yard, plan and records stay out of it.
     """
     folder = home() / "demo"
     files = {name: whole_demo_file(folder, name, plan) for name, plan in whole_demo_plans().items()}

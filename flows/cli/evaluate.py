@@ -34,12 +34,7 @@ from tasks.verdicts.limits import Measure
 from tasks.verdicts.verdict import Verdict, worst
 
 DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h|d)$")
-ANSWER = {
-    "PASS": "may move",
-    "INCONCLUSIVE": "stays: not everything could be proven",
-    "ERROR": "stays: a check could not be carried out",
-    "FAIL": "must not move, for the reason above",
-}
+FIRST_LOOK = "performance.first_look"
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -91,7 +86,7 @@ def evaluate_demo(folder: Path, soak_s: float | None, *, allow_retired: bool, qu
         outcome = run(block.plan, None, allow_retired, quick=quick or block.quick, command=command)
         outcomes.append({"block": block.title, "asks": block.asks, **outcome})
         if not json_:
-            show_verdicts(outcome)
+            show_verdicts(outcome, caveats=number == 1)
     verdict = worst(Verdict(outcome["verdict"]) for outcome in outcomes)
     finish({"verdict": verdict.value, "blocks": outcomes}, json_, _show_blocks)
 
@@ -99,14 +94,21 @@ def evaluate_demo(folder: Path, soak_s: float | None, *, allow_retired: bool, qu
 def _show_blocks(demo: Mapping[str, Any]) -> None:
     out.print("\n[bold]the demo in short[/bold]")
     for number, block in enumerate(demo["blocks"], 1):
-        out.print(f"  {number}  {block['block']}: {block['asks']}")
+        out.print(f"  {number}  [bold]{block['block']}[/bold]  {block['asks']}")
         for model in block["models"]:
-            worth = block["quick"] and model["verdict"] == "INCONCLUSIVE"
-            means = "worth the whole evaluation" if worth else ANSWER[model["verdict"]]
-            out.print(
-                Text.assemble("     ", (model["model"], "bold"), "  ", verdict_text(model["verdict"]), f"  {means}")
-            )
+            said = _in_short(model, quick=block["quick"])
+            out.print(Text.assemble("     ", model["model"], "  ", verdict_text(model["verdict"]), "  ", said))
     out.print(next_command("switchyard init --from-port 8080") + " (or --from-command) to plan for your own server")
+
+
+def _in_short(model: Mapping[str, Any], *, quick: bool) -> str:
+    """`may move`; of a model that may not, what decided it; of one that may be worth it, the first look."""
+    checks = {check["check"]: check["why"] for check in model["checks"]}
+    if model["verdict"] == "PASS":
+        return "may move"
+    if model["verdict"] == "INCONCLUSIVE" and quick and FIRST_LOOK in checks:
+        return f"not decided yet: {checks[FIRST_LOOK]}"
+    return f"stays: {model['closed_by'][0]}: {checks[model['closed_by'][0]]}"
 
 
 def introduce(plan: Plan, folder: Path) -> None:
@@ -151,10 +153,10 @@ def _show(target: str, outcome: Mapping[str, Any]) -> None:
     out.print(_next_step(outcome, target))
 
 
-def show_verdicts(outcome: Mapping[str, Any]) -> None:
-    """Print the verdicts, what the samples cannot prove, and where the report is."""
+def show_verdicts(outcome: Mapping[str, Any], *, caveats: bool = True) -> None:
+    """Print the verdicts, what the samples cannot prove (`caveats`), and where the report is."""
     out.print(evaluation_table(outcome), soft_wrap=False)
-    if outcome["cannot_prove"]:
+    if outcome["cannot_prove"] and caveats:
         what = "a first look" if outcome["quick"] else "these small samples"
         out.print(f"\n[bold]what {what} cannot prove[/bold]")
         for line in outcome["cannot_prove"]:
