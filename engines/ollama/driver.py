@@ -177,7 +177,7 @@ class Ollama:
         return OllamaDialect
 
     def neutral_body(self) -> dict[str, object]:
-        """Nothing: no field switches its prompt cache off; unique openings of prompts have to do."""
+        """Nothing: no field switches its prompt cache off, so what a template begins every prompt with is read once."""
         return {}
 
 
