@@ -9,9 +9,11 @@ from engines.errors import BadInput
 from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs.driver import MistralRs, MistralRsNative
 from engines.ollama.driver import Ollama
+from engines.vllm.driver import Vllm
 
 # in the order they are shown
-DRIVERS: dict[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs(), Ollama())}
+DRIVERS: dict[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs(), Ollama(), Vllm())}
+DIRECTORIES = frozenset({Vllm.name})  # engines that are given a directory of float weights, not a GGUF
 ATTACHED = "openai"  # the kind of an engine that is attached; one that speaks as another has `openai:OTHER`
 NATIVE: dict[str, Driver] = {one.name: one for one in (MistralRsNative(),)}
 

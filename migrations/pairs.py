@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from engines.driver import native_of
 from engines.registry import ATTACHED
-from migrations import any_pair, llama_cpp_to_mistral_rs, new_build, ollama_to_llama_cpp
+from migrations import any_pair, llama_cpp_to_mistral_rs, llama_cpp_to_vllm, new_build, ollama_to_llama_cpp
 from migrations.pair import Pair
 from migrations.plan import Plan
 
 DECLARED = {
     ("llama.cpp", "mistral.rs"): llama_cpp_to_mistral_rs.PAIR,
     ("ollama", "llama.cpp"): ollama_to_llama_cpp.PAIR,
+    ("llama.cpp", "vllm"): llama_cpp_to_vllm.PAIR,
 }
 
 

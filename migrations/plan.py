@@ -34,8 +34,8 @@ from engines.attached.driver import plain_url
 from engines.driver import Installation, build_digest, native_of
 from engines.environment import withhold
 from engines.errors import BadInput, EngineNotFound
-from engines.model.digest import model_digest
-from engines.registry import ATTACHED, attached, driver, is_attached, known_engines, native_driver
+from engines.model.digest import directory_digest, model_digest
+from engines.registry import ATTACHED, DIRECTORIES, attached, driver, is_attached, known_engines, native_driver
 from engines.settings import NO_FILE, EngineArgs, Serve, Settings
 from engines.yard.settings import Load, YardSettings
 from migrations import new_build
@@ -82,6 +82,7 @@ class EngineChoice(PlanPart):
         "auto", description="binary, hosted (a Python wheel), native, or auto: a binary if one is found"
     )
     binary: Path | None = Field(None, description="the engine's executable; without it the usual places are searched")
+    python: Path | None = Field(None, description="the Python of the environment that vllm is installed in")
     version: str | None = Field(None, min_length=1, description="part of the version that it must report")
     args: tuple[str, ...] = Field((), description="the engine's own flags, passed on as they stand, for every model")
     env: dict[str, str] = Field({}, description="the engine's own variables, passed on as they stand")
@@ -94,7 +95,7 @@ class EngineChoice(PlanPart):
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unused = {"name"} if self.name == self.engine else set()
-        later = ("args", "env", "version", "url", "api_key_env", "dialect")
+        later = ("args", "env", "version", "python", "url", "api_key_env", "dialect")
         return {key: value for key, value in dump(self).items() if key not in unused and (value or key not in later)}
 
     @model_validator(mode="after")
@@ -106,6 +107,10 @@ class EngineChoice(PlanPart):
             object.__setattr__(self, "form", "auto")
         object.__setattr__(self, "name", self.name or self.engine.partition(":")[0])
         self._attach()
+        if (self.engine in DIRECTORIES) != (self.python is not None) and self.python is not None:
+            raise ValueError(f"python is for {', '.join(sorted(DIRECTORIES))}; for {self.engine} remove it")
+        if self.engine in DIRECTORIES and self.binary is not None:
+            raise ValueError(f"binary: {self.engine} runs in a Python environment; name its `python` instead")
         if self.name == "auto" or (self.name.endswith(NATIVE) and not self.engine.endswith(NATIVE)):
             raise ValueError(f"name '{self.name}' has a meaning of its own; choose another name")
         if self.form == "hosted" and self.binary is not None:
@@ -154,7 +159,7 @@ class EngineChoice(PlanPart):
         if self.url is not None:
             there = replace(attached(self.engine).attach(self.url, self.api_key_env or ""), engine=self.name)
             return self._checked(attached(self.engine).reached(there)) if ask else there
-        found = driver(self.engine).find("auto" if self.form == "native" else self.form, self.binary)
+        found = driver(self.engine).find("auto" if self.form == "native" else self.form, self.binary or self.python)
         return self._checked(replace(found, engine=self.name, build=build_digest(found)))
 
     def _checked(self, found: Installation) -> Installation:
@@ -183,13 +188,14 @@ class ModelPlan(PlanPart):
     pin: bool = Field(False, description="never unloaded to make room for another model")
     settings: Settings = Field(Settings(), description="settings of this model only; they win over the plan's")
     engines: dict[str, EngineArgs] = Field({}, description="args and env of this model only, by the engine's name")
+    sources: dict[str, Path] = Field({}, description="the same weights as an engine takes them, by the engine's name")
     names: dict[str, str] = Field({}, description="its name at an attached engine, by the engine's name")
 
     _no_key = field_validator("settings")(_keyless)
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = {key for key in ("engines", "names") if not getattr(self, key)}
+        unused = {key for key in ("engines", "sources", "names") if not getattr(self, key)}
         unused |= {"gguf"} if self.gguf == NO_FILE else set()
         return {key: value for key, value in dump(self).items() if key not in unused}
 
@@ -365,7 +371,7 @@ class Plan(PlanPart):
 
     @model_validator(mode="after")
     def _files_and_names(self) -> Plan:
-        """A file for each model that one of the engines is given, and names only at those that are attached."""
+        """A file for each model as each engine takes it, and names only at those that are attached."""
         arms = {choice.name: choice for choice in (self.incumbent, self.candidate)}
         needs = any(choice.url is None for choice in arms.values())
         for index, model in enumerate(self.models):
@@ -375,7 +381,20 @@ class Plan(PlanPart):
             for name in model.names:
                 if (there := arms.get(self.named(name))) is None or there.url is None:
                     raise ValueError(f"models.names.{name} of {model.id}: no attached engine of this plan")
+            given = {self.named(name) for name in model.sources}
+            for choice in (one for one in arms.values() if one.engine in DIRECTORIES and one.name not in given):
+                raise ValueError(
+                    f"models.sources.{choice.name} of {model.id} is missing: {choice.engine} is given a directory of "
+                    "float weights; `switchyard convert` writes one from a GGUF"
+                )
+            if unknown := given - {choice.name for choice in arms.values() if choice.engine in DIRECTORIES}:
+                raise ValueError(f"models.sources.{min(unknown)} of {model.id}: no engine that takes a directory")
         return self
+
+    def given(self, model_id: str, engine: str) -> Path:
+        """What an engine of the plan is given of a model: its file, or the directory in its place."""
+        model = self.model(model_id)
+        return {self.named(name): path for name, path in model.sources.items()}.get(engine, model.gguf)
 
     def name_there(self, model_id: str, engine: str) -> str:
         """The model's name at an attached engine; "" where it is the model's own."""
@@ -385,7 +404,7 @@ class Plan(PlanPart):
     def serve(self, model_id: str, engine: str, *, port: int = 1) -> Serve:
         """What `engine` is given to serve `model_id`, without a key."""
         own, settings = self.own_args(model_id, engine), self.settings_for(model_id)
-        return Serve(model_id=model_id, gguf=self.model(model_id).gguf, port=port, settings=settings, own=own)
+        return Serve(model_id=model_id, gguf=self.given(model_id, engine), port=port, settings=settings, own=own)
 
     def own_args(self, model_id: str, engine: str) -> EngineArgs:
         """What `engine` gets beside the settings when it serves `model_id`; nothing for one that the plan lacks."""
@@ -476,7 +495,9 @@ def _model_identity(plan: Plan, model: ModelPlan) -> dict[str, object]:
         "settings": served,
     }
     there = {plan.named(name): name_there for name, name_there in model.names.items()}
-    return identity | ({"engines": engines} if engines else {}) | ({"names": there} if there else {})
+    sources = {plan.named(name): directory_digest(path) for name, path in model.sources.items()}
+    later = {"engines": engines, "names": there, "sources": sources}
+    return identity | {key: value for key, value in later.items() if value}
 
 
 def _own_identity(engine: str, own: EngineArgs) -> dict[str, object]:

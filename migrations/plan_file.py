@@ -22,10 +22,10 @@ from engines.model.digest import shards
 from engines.own_args import NEXT_FLAG
 from engines.registry import driver
 from engines.settings import NO_FILE, EngineArgs, Settings
-from migrations.plan import API_KEY_FIX, RECORDED, EngineChoice, Plan
+from migrations.plan import API_KEY_FIX, RECORDED, Plan
 from tasks.verdicts.limits import RENAMED_KEYS
 
-PATH_KEYS = frozenset({"binary", "gguf", "transcripts", "chat_template", "tokenizer_json"})
+PATH_KEYS = frozenset({"binary", "python", "gguf", "transcripts", "chat_template", "tokenizer_json"})
 Location = tuple[int | str, ...]
 
 
@@ -143,7 +143,8 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
                 for engine, own in model.engines.items():
                     header = f"models.engines.{json.dumps(engine)}"
                     blocks += [_table(f"[{header}]", own), _variables(f"{header}.env", own.env)]
-                blocks.append(_variables("models.names", model.names, quoted=True))
+                for table in ("names", "sources"):
+                    blocks.append(_variables(f"models.{table}", getattr(model, table), quoted=True))
                 if _fields(model.settings, only_set=True):
                     blocks.append(_table("[models.settings]", model.settings, only_set=True))
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -171,6 +172,8 @@ def _resolved(value: Any, base: Path) -> Any:
     resolved = {}
     for key, item in value.items():
         is_path = key in PATH_KEYS and isinstance(item, str)
+        if key == "sources" and isinstance(item, dict):
+            item = {name: str(base / Path(path).expanduser()) for name, path in item.items() if isinstance(path, str)}
         resolved[key] = str(base / Path(item).expanduser()) if is_path else _resolved(item, base)
     return resolved
 
@@ -210,6 +213,8 @@ def _files_of(engine: str, own: EngineArgs) -> list[Path]:
 def _named_files(plan: Plan) -> Iterable[tuple[Location, Path | None]]:
     yield ("incumbent", "binary"), plan.incumbent.binary
     yield ("candidate", "binary"), plan.candidate.binary
+    yield ("incumbent", "python"), plan.incumbent.python
+    yield ("candidate", "python"), plan.candidate.python
     owners: list[tuple[Location, Settings]] = [(("settings",), plan.settings)]
     for index, model in enumerate(plan.models):
         yield ("models", index, "gguf"), model.gguf
@@ -227,6 +232,10 @@ def _named_files(plan: Plan) -> Iterable[tuple[Location, Path | None]]:
 
 
 def _missing_files(plan: Plan) -> Iterable[tuple[Location, str]]:
+    for index, model in enumerate(plan.models):
+        for name, folder in model.sources.items():
+            if not (folder / "config.json").is_file():
+                yield ("models", index, "sources", name), f"{folder}: no directory of a model: it has no config.json"
     for location, file in _named_files(plan):
         if file in (None, NO_FILE):
             continue
@@ -351,8 +360,6 @@ def _unknown_key(location: Location) -> str:
     parent = _model_at(location[:-1])
     known = [name for name in parent.model_fields if name != "api_key"] if parent else []
     key = str(location[-1])
-    if parent is EngineChoice and key in ("url", "python"):
-        return "is not supported yet: give a `binary`, or a `form`"
     for new, old in RENAMED_KEYS.get("".join(map(str, location[:-1])), {}).items():
         if key == old:
             return f"is the old name of '{new}', which is given as well; keep one"
@@ -427,7 +434,7 @@ def _table(header: str, part: BaseModel, *, summary: str = "", only_set: bool = 
     return "\n".join(filter(None, [_comment(summary), header, keys]))
 
 
-def _variables(header: str, env: Mapping[str, str], *, quoted: bool = False) -> str:
+def _variables(header: str, env: Mapping[str, str | Path], *, quoted: bool = False) -> str:
     keys = (f"{json.dumps(name) if quoted else name} = {_value(value)}" for name, value in env.items())
     return "\n".join([f"[{header}]", *keys]) if env else ""
 

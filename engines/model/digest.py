@@ -30,6 +30,13 @@ def model_digest(path: Path) -> str:
     return f"{kind}:{hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
 
 
+def directory_digest(folder: Path) -> str:
+    """`sha256:...` of the files in a model's directory, by their names and contents."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    digests = [f"{file.name} {_file_digest(file)}" for file in files]
+    return f"sha256:{hashlib.sha256(chr(10).join(digests).encode()).hexdigest()}"
+
+
 def shards(path: Path) -> list[Path]:
     """The files of a split GGUF (`name-00001-of-00003.gguf`) in order, or just `path`; all of them must exist."""
     files = shard_paths(path)

@@ -202,7 +202,8 @@ def needed_bytes(unit: Unit) -> tuple[int, int]:
         return held, held
     if (fit := estimate_of(unit.spec)) is not None and fit.needs:
         return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
-    n_bytes = unit.spec.gguf.stat().st_size
+    given = unit.spec.gguf
+    n_bytes = sum(file.stat().st_size for file in (given.iterdir() if given.is_dir() else (given,)))
     return n_bytes, n_bytes
 
 

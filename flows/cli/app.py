@@ -30,8 +30,9 @@ INTERRUPT_S = 20.0
 COMMANDS = {
     "doctor": "Check Python, packages, engines, models, records and memory, and print how to fix what is missing.",
     "install": "Install an engine: with pip, or with the vendor's script once you have confirmed its checksum.",
-    "init": "Write a plan (TOML) from the llama-server you run now, and list what the candidate does not support.",
+    "init": "Write a plan (TOML) from the engine you run now, and list what the candidate does not support.",
     "preflight": "Check from file headers, in milliseconds, whether each engine loads a model and memory suffices.",
+    "convert": "Write a GGUF as a Hugging Face directory of 16-bit floats, with transformers, for vLLM.",
     "requantize": "Write a model in another quant, tensor by tensor, and print what its weights lose; no K quants.",
     "evaluate": "Phase 1: measure both engines on every model and judge whether the candidate may take over.",
     "upgrade": "Compare another build of the engine that serves with it, and move to it where its gate opens.",

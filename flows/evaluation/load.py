@@ -59,7 +59,7 @@ def loads_of_plan(plan: Plan, context: int | None) -> list[Load]:
             settings = settings.model_copy(update={"context_tokens": context})
         for side in (one for one in (plan.incumbent, plan.candidate) if one.url is None):
             own = plan.own_args(model.id, side.name)
-            found.append(Load(model.id, model.gguf, side, settings, own, plan))
+            found.append(Load(model.id, plan.given(model.id, side.name), side, settings, own, plan))
     return found
 
 

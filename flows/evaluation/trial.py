@@ -117,7 +117,7 @@ class Trial:
             driver=driver(getattr(self.plan, arm).engine),
             installation=found,
             model_id=self.model.id,
-            gguf=self.model.gguf,
+            gguf=self.plan.given(self.model.id, found.engine),
             settings=settings if found.url else settings.model_copy(update={"threads": threads}),
             own=self.plan.own_args(self.model.id, found.engine),
             request_defaults=carried.request_defaults(self.plan, self.model.id, found),

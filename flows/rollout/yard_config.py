@@ -51,7 +51,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
                 engine: LaunchSpec.of(
                     installation,
                     model.id,
-                    model.gguf,
+                    plan.given(model.id, engine),
                     plan.settings_for(model.id),
                     own=plan.own_args(model.id, engine),
                     name_there=plan.name_there(model.id, engine),

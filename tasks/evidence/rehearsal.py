@@ -22,7 +22,7 @@ import psutil
 from pydantic import SecretStr
 
 from engines.errors import BadInput, SwitchyardError
-from engines.fit import estimate
+from engines.fit import Fit, estimate
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import read_header
 from engines.settings import Endpoint
@@ -119,7 +119,10 @@ def room(specs: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_byte
     for engine, spec in specs.items():
         if spec.url:
             continue
-        fit = estimate(read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free)
+        if spec.gguf.is_dir():
+            fit = Fit(spec.kind, "unknown", "a directory of weights has no header that is read", None)
+        else:
+            fit = estimate(read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free)
         if fit.verdict == "does not fit":
             return "", f"{engine} does not fit beside the engine that serves: {fit.why}"
         if fit.verdict == "unknown" and not _twice(free, held_bytes, held_vram_bytes):

@@ -47,6 +47,7 @@ MISTRAL_HOSTED = Installation(
 )
 OLLAMA_24 = Installation("ollama", "binary", ("ollama",), "0.24.0")
 OLLAMA_32 = Installation("ollama", "binary", ("ollama",), "0.32.15")
+VLLM = Installation("vllm", "binary", ("python", "-m", "vllm.entrypoints.openai.api_server"), "0.32.0+cpu")
 INSTALLATIONS = {
     "llama.cpp binary, old": LLAMA_OLD,
     "llama.cpp binary, new": LLAMA_NEW,
@@ -57,6 +58,7 @@ INSTALLATIONS = {
     "mistral.rs hosted": MISTRAL_HOSTED,
     "ollama with a runner of its own": OLLAMA_24,
     "ollama with llama-server": OLLAMA_32,
+    "vllm on a CPU": VLLM,
 }
 every_installation = pytest.mark.parametrize("installation", INSTALLATIONS.values(), ids=INSTALLATIONS.keys())
 
@@ -377,7 +379,7 @@ def test_losses_are_one_line_with_a_name_in_front(installation: Installation) ->
 
 def test_both_drivers_are_listed_by_name() -> None:
     """An unknown name is refused with the known ones."""
-    assert list(DRIVERS) == ["llama.cpp", "mistral.rs", "ollama"]
+    assert list(DRIVERS) == ["llama.cpp", "mistral.rs", "ollama", "vllm"]
     with pytest.raises(BadInput, match=r"unknown engine 'other': known are llama\.cpp, mistral\.rs"):
         driver("other")
 

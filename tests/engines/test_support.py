@@ -123,8 +123,8 @@ def test_llama_cpp_does_not_refuse_what_its_list_lacks(tmp_path: Path) -> None:
 
 def test_an_engine_without_a_list_is_bad_input(tmp_path: Path) -> None:
     """Silence would read as yes."""
-    with pytest.raises(BadInput, match="vllm"):
-        loads("vllm", header(tmp_path))
+    with pytest.raises(BadInput, match="exllama"):
+        loads("exllama", header(tmp_path))
 
 
 def test_a_blocked_nemotron_gets_models_of_its_class(tmp_path: Path) -> None:

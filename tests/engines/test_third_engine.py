@@ -19,7 +19,7 @@ from migrations.plan_file import build_plan
 from tasks.evidence.preflight import preflight
 
 ROOT = Path(__file__).parents[2]
-HOMES = tuple(f"engines/{name}/" for name in ("attached", "llama_cpp", "mistral_rs", "ollama"))
+HOMES = tuple(f"engines/{name}/" for name in ("attached", "llama_cpp", "mistral_rs", "ollama", "vllm"))
 HOMES += ("engines/registry.py", "migrations/")
 
 
@@ -51,7 +51,7 @@ def test_a_plan_may_name_it(third: str, tmp_path: Path) -> None:
     models = [{"id": "m", "gguf": str(write_gguf(tmp_path / "m.gguf"))}]
     plan = build_plan({"incumbent": {"engine": "llama.cpp"}, "candidate": {"engine": third}, "models": models})
     assert plan.candidate.engine == third
-    with pytest.raises(BadInput, match=r"unknown engine 'fourth'; known: llama\.cpp, mistral\.rs, ollama, third"):
+    with pytest.raises(BadInput, match=r"unknown engine 'fourth'; known: llama\.cpp, mistral\.rs, .*third"):
         build_plan({"incumbent": {"engine": third}, "candidate": {"engine": "fourth"}, "models": models})
 
 
@@ -63,4 +63,4 @@ def test_it_answers_for_what_it_loads_and_takes(third: str, tmp_path: Path) -> N
     fit = estimate(header, Settings(), third, 128)
     assert (fit.verdict, [part.name for part in fit.parts]) == ("fits", ["weights"])
     (report,) = preflight([("m", path)], versions={third: "3.1"})["models"]
-    assert [entry["engine"] for entry in report["engines"]] == ["llama.cpp", "mistral.rs", "ollama", third]
+    assert [entry["engine"] for entry in report["engines"]] == [*registry.DRIVERS]

@@ -118,8 +118,8 @@ def test_a_kind_stands_for_the_only_engine_of_that_kind(written: Written) -> Non
         ((OLD, NEW.replace("@b2", " b2")), r"candidate\.name \(line 5\): 'llama.cpp b2' does not fit: .*letters"),
         ((OLD, NEW.replace("llama.cpp@b2", "auto")), r"candidate \(line 4\): name 'auto' has a meaning of its own"),
         ((OLD, NEW.replace("@b2", "-native")), "name 'llama.cpp-native' has a meaning of its own"),
-        ((OLD, NEW + 'url = "http://x"\n'), r"candidate\.url \(line 7\): is not supported yet: give a `binary`"),
-        ((OLD, NEW + 'python = "/x"\n'), "candidate.python .* not supported yet"),
+        ((OLD, NEW + 'url = "http://x"\n'), 'url is for an attached engine: write engine = "openai"'),
+        ((OLD, NEW + 'python = "/x"\n'), r"python is for vllm; for llama\.cpp remove it"),
         ((OLD, NEW + 'form = "native"\n'), "llama.cpp has no native form; its forms are binary and hosted"),
         (
             (OLD, NEW.replace('"llama.cpp"', '"lama.cpp"')),

@@ -223,7 +223,11 @@ def test_several_errors_are_counted(write: Write) -> None:
     ("old", "new", "line"),
     [
         ('"llama.cpp"', '"lama.cpp"', "incumbent.engine (line 5): unknown engine 'lama.cpp'; "),
-        ('"llama.cpp"', '"vllm"', "incumbent.engine (line 5): unknown engine 'vllm'; known: llama.cpp, mistral.rs"),
+        (
+            '"llama.cpp"',
+            '"exllama"',
+            "incumbent.engine (line 5): unknown engine 'exllama'; known: llama.cpp, mistral.rs",
+        ),
         ('name = "box"', 'api_key = "sk-secret"', f"api_key (line 2): {MEND_KEY}"),
         ('name = "box"', 'api_key_env = "sk-secret"', f"api_key_env (line 2): {NAME_ONLY}"),
         ('name = "box"', 'name = ""', "name (line 2): is empty: name of the plan in runs and reports"),

@@ -104,7 +104,8 @@ def _positions(logprobs: Any) -> list[list[Any]]:
     """[text, logprob, id, top] for each generated token, from OpenAI's shape or mistral.rs' variant of it.
 
     mistral.rs puts the id where OpenAI has the text, the text into `bytes`, and no id beside the generated token
-    itself: that one is found among its top tokens.
+    itself: that one is found among its top tokens. vLLM shows the last token of a character made of several as the
+    whole of it, as llama.cpp does, and those before it as empty texts: they are left out.
     """
     content = logprobs.get("content") if isinstance(logprobs, dict) else logprobs
     positions = []
@@ -115,7 +116,7 @@ def _positions(logprobs: Any) -> list[list[Any]]:
             same = [other[2] for other in top if other[0] == text and other[1] == logprob]
             token_id = same[0] if len(same) == 1 else None
         positions.append([text, logprob, token_id, top])
-    return positions
+    return [position for position in positions[:-1] if position[0]] + positions[-1:]
 
 
 def _token(entry: Evidence) -> list[Any]:

@@ -180,7 +180,11 @@ def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
                 return _diverged(_Walk(klds, hidden), incumbent, candidate, (i, j), match)
             hidden += passed[0] - i + passed[1] - j
             i, j = passed
-        klds.append(_kld_at(match, ours[i], theirs[j]))
+        one_joins = _hides(ours[i]) != _hides(theirs[j]) and "\ufffd" not in ours[i][0] + theirs[j][0]
+        if match.by == "text" and one_joins:
+            hidden += 1  # beside it that one lists parts of characters, and the other one whole characters
+        else:
+            klds.append(_kld_at(match, ours[i], theirs[j]))
         i, j = i + 1, j + 1
     # llama.cpp lists the end of the answer as a position of its own, our host of mistral.rs does not: no difference
     left, left_there = (any(one[0] not in match.ends for one in more) for more in (ours[i:], theirs[j:]))
@@ -214,7 +218,10 @@ def _diverged(walk: _Walk, incumbent: Evidence, candidate: Evidence, at: tuple[i
 
 def _hides(position: list[Any]) -> bool:
     """The entry shows a whole character, but its token is only the last part of it (llama.cpp joins the parts)."""
-    return "\ufffd" not in position[0] and any(t[2] == position[2] and "\ufffd" in t[0] for t in position[3])
+    text, _, token_id, listed = position
+    if token_id is None or "\ufffd" in text:
+        return False
+    return any(token[2] == token_id and "\ufffd" in token[0] for token in listed)
 
 
 def _parts(positions: list[list[Any]], start: int) -> list[list[Any]]:

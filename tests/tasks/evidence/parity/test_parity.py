@@ -13,7 +13,7 @@ import pytest
 
 from engines.settings import Endpoint
 from tasks.evidence.behaviours.battery import BEHAVIOURS
-from tasks.evidence.parity.answers import measure_answers, measure_floor
+from tasks.evidence.parity.answers import _positions, measure_answers, measure_floor
 from tasks.evidence.parity.compare import compare_answers, fill_missing, kld
 from tasks.evidence.parity.degenerate import degenerate
 from tasks.evidence.parity.judge import judge_answers, judge_parity
@@ -479,6 +479,24 @@ def test_prompt_tokens_keep_refusals_and_see_dropped_tools(mute: Endpoint) -> No
     assert found["prompts"]["tools-01"]["tools_shown"] is False
     assert found["raw"][0] == {"text": "The capital of France is", "tokens": 24, "error": None, "ids": None}
     assert json.loads(json.dumps(found)) == found
+
+
+def test_characters_of_several_tokens_as_vllm_shows_them() -> None:
+    """Empty texts, then the last token as the whole character; the end of an answer may be empty and stays."""
+
+    def shown(*texts: str) -> Evidence:
+        return {"content": [{"token": text, "logprob": -0.1, "bytes": list(text.encode())} for text in texts]}
+
+    assert [position[0] for position in _positions(shown("", "", "🌧", " a", ""))] == ["🌧", " a", ""]
+    assert _positions(None) == []
+
+
+def test_a_joined_character_that_matches_by_text_has_no_kld() -> None:
+    """llama.cpp lists parts beside the whole character, vLLM whole characters: the texts agree, the lists cannot."""
+    joined = position(token("\ufffd", 0.8, 117), token("\ufffd", 0.02, 249), shown="🌧")
+    whole = position(token("🌧", 0.8), token("🌟", 0.02))
+    comparison = compare_answers(answers(answer("a", joined, *words(2))), answers(answer("a", whole, *words(2))))
+    assert (comparison["hidden_positions"], comparison["positions"], comparison["divergences"]) == (1, 2, [])
 
 
 def test_answers_read_mistral_rs_shape_and_keep_errors(mute: Endpoint) -> None:
