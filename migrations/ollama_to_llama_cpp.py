@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path
 
 from engines.ollama.library import DEFAULT_CONTEXT, StoredModel, settings_of
 from engines.settings import Settings, safe_id
@@ -59,16 +61,21 @@ PAIR = Pair(
 
 
 def plan_for(models: Sequence[StoredModel], candidate: EngineChoice = CANDIDATES[0]) -> Plan:
-    """The plan of a user's stored models: the name that clients use stays one by which they can ask."""
-    taken, planned = set[str](), list[ModelPlan]()
+    """The plan of a user's stored models: each name that clients use stays one by which they can ask.
+
+    Tags of one file with the same settings are one model, measured and moved once.
+    """
+    named = dict[tuple[Path, Settings], list[str]]()
     for model in models:
-        name = model.name.removesuffix(":latest")
-        plain = safe_id(name)
-        number = next(n for n in range(1, len(models) + 2) if (plain if n == 1 else f"{plain}-{n}") not in taken)
-        model_id = plain if number == 1 else f"{plain}-{number}"
-        taken.add(model_id)
-        names = tuple(dict.fromkeys(one for one in (name, model.name) if one != model_id))
         settings = Settings(**{"context_tokens": DEFAULT_CONTEXT, **settings_of(model)})
-        planned.append(ModelPlan(id=model_id, gguf=model.gguf, aliases=names, load="demand", settings=settings))
+        named.setdefault((model.gguf, settings), []).extend({model.name.removesuffix(":latest"): 0, model.name: 0})
+    taken, planned = {name for names in named.values() for name in names}, list[ModelPlan]()
+    for (gguf, settings), names in named.items():
+        plain = safe_id(min(names, key=len))
+        ids = chain([plain], (f"{plain}-{number}" for number in count(2)))
+        model_id = next(one for one in ids if one in names or one not in taken)
+        taken.add(model_id)
+        aliases = tuple(name for name in names if name != model_id)
+        planned.append(ModelPlan(id=model_id, gguf=gguf, aliases=aliases, load="demand", settings=settings))
     declared = {"name": NAME, "incumbent": INCUMBENT, "candidate": candidate, "models": tuple(planned)}
     return build_plan(declared, where=NAME)

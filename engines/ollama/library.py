@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ DEFAULT_HOST, DEFAULT_NAMESPACE = "registry.ollama.ai", "library"
 LAYER = "application/vnd.ollama.image."
 DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 MAGIC = b"GGUF"
-LEVELS = 4  # HOST/NAMESPACE/MODEL/TAG
+PLACE = re.compile(r"\w[\w.:-]*(/\w[\w.-]*){3}", re.ASCII)  # HOST/NAMESPACE/MODEL/TAG, in Ollama's characters
 LARGEST_TEXT = 4 * 1024 * 1024  # of a manifest, a template, parameters
 
 
@@ -45,8 +46,8 @@ class StoredModel:
 def stores(env: Mapping[str, str]) -> list[Path]:
     """Where a user's models can lie: what OLLAMA_MODELS names and nothing else, or the home's and the service's."""
     if named := env.get("OLLAMA_MODELS", "").strip().strip("\"'"):
-        return [Path(named).expanduser().absolute()]
-    return [Path("~/.ollama/models").expanduser(), SERVICE_STORE]
+        return [Path(os.path.expanduser(named)).absolute()]  # a ~user who is not there raises in pathlib
+    return [Path(os.path.expanduser("~/.ollama/models")), SERVICE_STORE]
 
 
 def read_store(folder: Path) -> tuple[list[StoredModel], list[str]]:
@@ -59,8 +60,9 @@ def read_store(folder: Path) -> tuple[list[StoredModel], list[str]]:
             raise BadInput(f"{folder}: no store of Ollama (it has no manifests/); set OLLAMA_MODELS to one")
     models, problems = list[StoredModel](), [f"{error.filename}: {_closed(error)}" for error in closed]
     for path in found:
-        if len(path.relative_to(manifests).parts) != LEVELS:
-            problems.append(f"{path}: no manifest of a model (HOST/NAMESPACE/MODEL/TAG)")
+        if PLACE.fullmatch(path.relative_to(manifests).as_posix()) is None:
+            shown = os.fsencode(path).decode(errors="backslashreplace")
+            problems.append(f"{shown}: no manifest of a model (HOST/NAMESPACE/MODEL/TAG)")
             continue
         try:
             models.append(_model(folder, path))
@@ -93,7 +95,7 @@ def _model(folder: Path, path: Path) -> StoredModel:
     return StoredModel(
         name=name_of(path),
         gguf=files[0],
-        size=files[0].stat().st_size,
+        size=_size(files[0]),
         template=_text(texts["template"]) if "template" in texts else "",
         system=_text(texts["system"]) if "system" in texts else "",
         parameters=_json(texts["params"], "parameters") if "params" in texts else {},
@@ -106,9 +108,21 @@ def _blob(folder: Path, layer: Mapping[str, Any]) -> Path:
     if DIGEST.fullmatch(digest) is None:  # it becomes part of a path
         raise Unreadable(f"digest {digest[:80]!r} is not sha256- and 64 hex digits; pull the model anew")
     blob = folder / "blobs" / digest
-    if not blob.is_file():
-        raise Unreadable(f"blob {blob} is missing; pull the model anew")
+    _size(blob)
     return blob
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file; another one could block whoever opens it. Raises Unreadable."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        raise Unreadable(f"blob {path} is missing; pull the model anew") from None
+    except OSError as error:
+        raise Unreadable(f"{path} {_closed(error)}") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise Unreadable(f"{path} is no regular file; pull the model anew")
+    return state.st_size
 
 
 def _magic(path: Path) -> bytes:
@@ -120,9 +134,9 @@ def _magic(path: Path) -> bytes:
 
 
 def _text(path: Path) -> str:
+    if (size := _size(path)) > LARGEST_TEXT:
+        raise Unreadable(f"{path} is too large for a text: {size} bytes")
     try:
-        if path.stat().st_size > LARGEST_TEXT:
-            raise Unreadable(f"{path} is too large for a text of {path.stat().st_size} bytes")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise Unreadable(f"{path} is not UTF-8 text") from None
@@ -137,7 +151,7 @@ def _closed(error: OSError) -> str:
 def _json(path: Path, what: str) -> dict[str, Any]:
     try:
         found = json.loads(_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unreadable(f"{what} {path} is not JSON; pull the model anew") from None
     if not isinstance(found, dict):
         raise Unreadable(f"{what} {path} is not a JSON object; pull the model anew")
@@ -150,8 +164,13 @@ def differences(model: StoredModel) -> Iterator[str]:
         yield "template: its Go template is not converted; others use the Jinja template in the file"
     if model.system:
         yield "system: its SYSTEM text is not in the file; have clients send it"
-    for name in sorted(set(model.parameters) - set(SETTINGS)):
-        yield f"parameter {name} {json.dumps(model.parameters[name])}: Ollama's default of requests; send it instead"
+    settings = settings_of(model)
+    for name, value in sorted(model.parameters.items()):
+        shown = f"parameter {name} {json.dumps(value)[:200]}"
+        if name not in SETTINGS:
+            yield f"{shown}: Ollama's default of requests; send it instead"
+        elif SETTINGS[name] not in settings and value not in OWN_CHOICE:
+            yield f"{shown}: no value of `{SETTINGS[name]}`, and left out"
     for kind in model.apart:
         yield f"{kind}: a layer of its own, which is not carried over"
 
@@ -164,11 +183,14 @@ SETTINGS = {
     "num_gpu": "gpu_layers",
     "seed": "seed",
 }
+OWN_CHOICE = (0, -1)  # leaves it to Ollama
+BEYOND = 2**31  # no setting is as large
 DEFAULT_CONTEXT = 4096  # of Ollama on a CPU; up to 262,144 with much VRAM
 
 
 def settings_of(model: StoredModel) -> dict[str, int]:
     """The model's parameters that are settings, where they hold a number that says something."""
     given = {ours: model.parameters.get(theirs) for theirs, ours in SETTINGS.items()}
+    numbers = {name: n for name, n in given.items() if isinstance(n, int | float) and not isinstance(n, bool)}
     least = {"gpu_layers": 0, "seed": 0}
-    return {name: int(n) for name, n in given.items() if isinstance(n, int | float) and n >= least.get(name, 1)}
+    return {name: int(n) for name, n in numbers.items() if least.get(name, 1) <= n < BEYOND}

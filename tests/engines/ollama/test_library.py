@@ -62,6 +62,7 @@ def test_a_model_whose_file_is_not_there_is_one_line(store: OllamaStore, digest:
         ("[]", "is not a JSON object"),
         ({"layers": "none"}, "lists no layers"),
         ({"layers": []}, "no model file on this machine"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_manifest_that_is_none_is_one_line(store: OllamaStore, content: object, said: str) -> None:
@@ -89,9 +90,36 @@ def test_what_may_not_be_read_is_one_line(store: OllamaStore) -> None:
     path = store.path(store.add("library/closed/latest", GGUF))
     path.chmod(0)
     assert "run as a user who may read it" in read_store(store.folder)[1][0]
+    path.parent.chmod(0)
+    assert "run as a user who may read it" in read_store(store.folder)[1][0]
+    path.parent.chmod(0o700)
     (store.folder / "manifests").chmod(0)
     assert "run as a user who may read it" in read_store(store.folder)[1][0]
     (store.folder / "manifests").chmod(0o700)
+
+
+def test_files_that_could_block_and_names_that_are_none_hide_nothing(store: OllamaStore) -> None:
+    """A pipe, a name that is not UTF-8, a file of the desktop's."""
+    place = store.path(store.add("library/good/latest", GGUF)).parents[1] / "manifests/registry.ollama.ai/library/good"
+    os.mkfifo(place / "pipe")
+    for name in (b"\xff", b".DS_Store", b"a b"):
+        Path(os.fsdecode(os.fsencode(place) + b"/" + name)).write_text("{}")
+    models, problems = read_store(store.folder)
+    assert [model.name for model in models] == ["good:latest"]
+    assert sum("no manifest of a model" in line for line in problems) == 3
+    assert sum("good:pipe: " in line and "is no regular file" in line for line in problems) == 1
+    assert "".join(problems).encode()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**30, True, "8192", [1], None, -2])
+def test_a_parameter_that_is_no_value_of_a_setting_is_named(store: OllamaStore, value: object) -> None:
+    """And left out of the plan; 0 and -1 leave it to Ollama, which is no difference."""
+    store.add("library/m/latest", GGUF, params={"num_ctx": value, "num_thread": 0, "num_gpu": -1})
+    (model,) = read_store(store.folder)[0]
+    assert settings_of(model) == {}
+    (line,) = differences(model)
+    assert line.startswith("parameter num_ctx ")
+    assert line.endswith("no value of `context_tokens`, and left out")
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
@@ -103,4 +131,5 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 def test_a_store_that_is_named_is_the_only_one() -> None:
     """As Ollama itself has it; without a name the user's and the system service's are looked at."""
     assert stores({"OLLAMA_MODELS": "/data/models"}) == [Path("/data/models")]
+    assert stores({"OLLAMA_MODELS": "~nobody-of-this-name/models"})[0].name == "models"
     assert stores({}) == [Path("~/.ollama/models").expanduser(), Path("/usr/share/ollama/.ollama/models")]
