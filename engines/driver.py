@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 
 from engines import environment
 from engines.errors import BadInput
+from engines.home import engines_folder
 from engines.model.digest import model_digest
 from engines.model.header import Header
-from engines.model.loads import Loads
+from engines.model.loads import Loads, parse_version
 from engines.model.memory import MemoryCase, Part
 from engines.openai.dialect import Dialect
 from engines.openai.paths import Paths
@@ -75,12 +76,14 @@ class Installation:
 
 @dataclass(frozen=True)
 class Installer:
-    """How an engine gets onto this machine: pip packages by default, the vendor's script only when asked for."""
+    """How an engine gets onto this machine: pip packages by default, the vendor's script or a crate when asked for."""
 
     pip: tuple[str, ...]
     script_url: str | None = None
     script_version: str | None = None
     script_env: Mapping[str, str] = field(default_factory=dict)  # has it install that version without asking
+    crate: str = ""  # NAME==VERSION on crates.io
+    crate_program: str = ""  # that it installs
 
 
 class Driver(Protocol):
@@ -166,6 +169,12 @@ def first_executable(name: str, places: Iterable[str | Path]) -> Path | None:
     on_path = shutil.which(name)
     candidates = [*([on_path] if on_path else []), *places]
     return next(filter(_is_executable, (Path(place).expanduser() for place in candidates)), None)
+
+
+def got_for_this_user(name: str) -> list[Path]:
+    """The program `name` in each `NAME-VERSION/bin` under `engines_folder`, the newest first."""
+    found = ((parse_version(one.name.removeprefix(f"{name}-")), one) for one in engines_folder().glob(f"{name}-*"))
+    return [one / "bin" / name for _, one in sorted((v, one) for v, one in found if v is not None)][::-1]
 
 
 def _is_executable(path: Path) -> bool:

@@ -25,6 +25,13 @@ def engines_folder() -> Path:
     return Path(data).expanduser() / "switchyard" / "engines"
 
 
+def cargo_folder() -> Path:
+    """Where cargo keeps what it compiled for us, the same for programs and examples: `$CARGO_TARGET_DIR` or a cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
+    named = os.environ.get("CARGO_TARGET_DIR", "").strip()
+    return Path(named).absolute() if named else Path(cache).expanduser() / "switchyard-cargo"
+
+
 def host() -> str:
     """This host's name in a fleet: `$SWITCHYARD_HOST`, else the machine's; every home on one database needs its own."""
     return os.environ.get("SWITCHYARD_HOST", "").strip() or socket.gethostname()

@@ -19,13 +19,13 @@ from engines.driver import (
     executable,
     first_executable,
     flags_of,
+    got_for_this_user,
     help_flags,
     native_of,
     probe,
     scrubbed,
 )
 from engines.errors import EngineNotFound
-from engines.home import engines_folder
 from engines.mistral_rs import memory, support
 from engines.mistral_rs.dialect import BinaryDialect, HostDialect, OldBinaryDialect
 from engines.mistral_rs.flags import OWN_ARGS
@@ -57,6 +57,8 @@ class MistralRs:
     name = "mistral.rs"
     installer = Installer(
         pip=("mistralrs==0.9.5",),
+        crate="mistralrs-cli==0.8.1",  # the last one there: later ones need a candle that is on git alone
+        crate_program="mistralrs",
         script_url=f"https://raw.githubusercontent.com/EricLBuehler/mistral.rs/v{PINNED}/install.sh",
         script_version=PINNED,
         script_env={
@@ -90,7 +92,7 @@ class MistralRs:
             return _binary_installation(found)
         if form != "binary" and importlib.util.find_spec(self.wheel):
             return _wheel_installation(self.name, "hosted", HOST_MODULE)
-        if form != "hosted" and (found := first_executable("mistralrs", newest_first(engines_folder(), "mistralrs"))):
+        if form != "hosted" and (found := first_executable("mistralrs", got_for_this_user("mistralrs"))):
             return _binary_installation(found)
         raise EngineNotFound(
             "mistral.rs was not found: no mistralrs on PATH or in common places, no mistralrs wheel; "
@@ -272,12 +274,6 @@ def _unsupported_by_binary(installation: Installation, settings: Settings) -> li
         found.append("logprobs: at temperature 0 this build gives none that are probabilities; they are left out")
     found.append("served name: mistralrs answers to its own id or 'default' only")
     return found
-
-
-def newest_first(folder: Path, name: str) -> list[Path]:
-    """`NAME-VERSION/bin/NAME` under `folder`, by version."""
-    found = ((parse_version(one.name.removeprefix(f"{name}-")), one) for one in folder.glob(f"{name}-*"))
-    return [one / "bin" / name for _, one in sorted((v, one) for v, one in found if v is not None)][::-1]
 
 
 def _binary_installation(binary: Path) -> Installation:

@@ -21,11 +21,12 @@ from engines.driver import (
     executable,
     first_executable,
     flags_of,
+    got_for_this_user,
     probe,
     scrubbed,
 )
 from engines.errors import EngineNotFound
-from engines.home import engines_folder, home
+from engines.home import home
 from engines.llama_cpp import memory, support
 from engines.model.header import Header
 from engines.model.loads import Loads, parse_version
@@ -63,8 +64,7 @@ class Ollama:
         """The configured binary, else PATH, the places of its installers, and what was got for this user."""
         if binary is not None:
             return _installation(executable(binary, "an ollama"))
-        ours = sorted(engines_folder().glob("ollama-*/bin/ollama"), key=_version_in, reverse=True)
-        if form != "hosted" and (found := first_executable("ollama", [*self.places, *ours])):
+        if form != "hosted" and (found := first_executable("ollama", [*self.places, *got_for_this_user("ollama")])):
             return _installation(found)
         raise EngineNotFound(
             "ollama was not found: it is not on PATH or in common places; install it as its own pages say, "
@@ -179,10 +179,6 @@ class Ollama:
     def neutral_body(self) -> dict[str, object]:
         """Nothing: no field switches its prompt cache off, so what a template begins every prompt with is read once."""
         return {}
-
-
-def _version_in(program: Path) -> tuple[int, ...]:
-    return parse_version(program.parent.parent.name) or ()
 
 
 def _has_llama_server(version: str) -> bool:

@@ -29,7 +29,7 @@ INTERRUPT_S = 20.0
 # name and help line of every command, in the order of the help
 COMMANDS = {
     "doctor": "Check Python, packages, engines, models, records and memory, and print how to fix what is missing.",
-    "install": "Install an engine: with pip, or with the vendor's script once you have confirmed its checksum.",
+    "install": "Install an engine: with pip, with the vendor's script whose checksum you confirm, or with cargo.",
     "init": "Write a plan (TOML) from the engine you run now, and list what the candidate does not support.",
     "preflight": "Check from file headers, in milliseconds, whether each engine loads a model and memory suffices.",
     "convert": "Write a GGUF as a Hugging Face directory of 16-bit floats, with transformers, for vLLM.",
