@@ -134,10 +134,11 @@ def test_real_engines_decide_where_the_header_does_not_know(switchyard, tmp_path
     cut = changed_copy(source, tmp_path / "cut.gguf", without_tensor="blk.5.ffn_up.weight")
     done = switchyard("preflight", odd, cut, "--load", "--json")
     assert done.returncode == 3
-    assert answers(done) == {
+    expected = {
         ("odd", "llama.cpp"): "yes",
         ("odd", "mistral.rs"): "no",
         ("cut", "llama.cpp"): "no",
         ("cut", "mistral.rs"): "no",
     }
+    assert answers(done).items() >= expected.items()  # an engine that only this machine has answers as well
     assert "blk.5.ffn_up.weight" in done.stdout
