@@ -15,6 +15,7 @@ from engines.errors import BadInput, EngineError
 from engines.llama_cpp.argv import LlamaServerCommand
 from engines.llama_cpp.commands import parse_commands, read_listener
 from engines.llama_cpp.flags import OWN_ARGS
+from engines.model.header import read_header
 from engines.ollama.library import StoredModel, differences, read_store, stores
 from engines.settings import EngineArgs, Settings
 from engines.yard.settings import YardSettings
@@ -130,13 +131,28 @@ def models_of_ollama(env: Mapping[str, str]) -> tuple[list[StoredModel], list[st
     problems = []
     for folder in stores(env):
         try:
-            found, lines = read_store(folder)
+            found, lines = _with_headers(*read_store(folder))
         except BadInput as problem:
             found, lines = [], [str(problem)]
         problems += lines
         if found:
             return found, problems
     raise BadInput("no models of Ollama were found: " + "; ".join(problems or [f"{folder} holds none"]))
+
+
+def _with_headers(models: list[StoredModel], lines: list[str]) -> tuple[list[StoredModel], list[str]]:
+    """The models whose headers can be read; a line for each of the others, and for one that answers no chat."""
+    found = []
+    for model in models:
+        try:
+            header = read_header(model.gguf)
+        except BadInput as problem:
+            lines.append(f"{model.name}: {problem}; pull the model anew")
+            continue
+        found.append(model)
+        if f"{header.architecture}.pooling_type" in header.meta:
+            lines.append(f"{model.name}: gives embeddings; it cannot be moved: an evaluation compares chat")
+    return found, lines
 
 
 def _is_here(choice: EngineChoice) -> bool:
