@@ -24,7 +24,7 @@ CAUSE = "other processes used 63% of the CPU while the candidate ran (limit 10%)
 def test_answers_of_an_engine_that_is_dying_are_not_its_own() -> None:
     """Its port is closed before its process has ended, and a measurement keeps refused connections as answers."""
     ends = iter([None, None, 3])
-    process: Any = SimpleNamespace(poll=lambda: next(ends, 3), returncode=3, log_tail=lambda: ["died"])
+    process: Any = SimpleNamespace(pid=1, poll=lambda: next(ends, 3), returncode=3, log_tail=lambda: ["died"])
     endpoint = Endpoint(base_url=f"http://127.0.0.1:{free_port()}", model_id="m", engine="llama.cpp")
     served: Any = SimpleNamespace(process=process, endpoint=endpoint)
     with pytest.raises(EngineExited):
