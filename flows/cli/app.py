@@ -51,7 +51,7 @@ COMMANDS = {
     "stop": "Stop the yard after finishing the requests in flight.",
     "reload": "Make the yard read its plan again without dropping a request; an invalid plan is refused.",
     "migrate": "Migrate every model: evaluate, subprocess, native, retire, with a gate before each phase.",
-    "demo": "Migrate two demo models end to end: to a new build, and to another engine (15 minutes on 2 cores).",
+    "demo": "Migrate two demo models end to end: to a new build, and to another engine (up to half an hour).",
     "retire": "Phase 4: retire the incumbent, or list what still needs it; `switchyard restore` undoes it.",
     "guide": "Write the migration guide from the records: what changed, what is unsupported, how to undo it.",
     "restore": "Bring back a retired engine and what was uninstalled of it; promote a model to use it again.",

@@ -32,7 +32,7 @@ LEAVE_S = 20.0
 
 
 def demo(json_: Json = False) -> None:
-    """Migrate two demo models end to end: to a new build, and to another engine (15 minutes on 2 cores).
+    """Migrate two demo models end to end: to a new build, and to another engine (up to half an hour).
 
     A client on the port counts what fails. Both are evaluated, moved by rehearsal, canary and promotion, soaked for a
     moment and rolled back; the old build is retired and restored as well. It has a home of its own, `demo` in
