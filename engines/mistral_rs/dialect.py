@@ -109,8 +109,10 @@ class BinaryDialect(Dialect):
                 kind="not_supported_error",
                 code="not_supported",
             )
-        body = for_binary(path, without_llama_words(self.call.body))
-        return json.dumps({**body, "model": self._served_name}).encode()
+        return json.dumps({**self._in_its_words(), "model": self._served_name}).encode()
+
+    def _in_its_words(self) -> Json:
+        return for_binary(self.call.path, without_llama_words(self.call.body))
 
     def whole(self, status: int, data: bytes) -> tuple[int, bytes]:
         """llama.cpp's answer with the binary's content; an error gets an `error` object and the status that fits."""
@@ -236,13 +238,18 @@ class BinaryDialect(Dialect):
 class OldBinaryDialect(BinaryDialect):
     """For the binary before 0.9.1: its log-probabilities are of base 10, and log10 of raw logits at temperature 0.
 
-    From those no probability follows (the sum over the vocabulary is missing), so greedy answers hold none.
+    From those no probability follows: the sum over the vocabulary is missing. A greedy request that asks for some is
+    sent as one at temperature 1 that leaves the best token alone: the same tokens, each with its probability, and no
+    other token's (mistralrs-core 0.8.1, `sampler.rs`).
     """
 
+    def _in_its_words(self) -> Json:
+        body = super()._in_its_words()
+        is_asked = body.get("logprobs") not in (None, False)
+        greedy = {"temperature": 1, "top_k": 1, "top_p": 1, "min_p": 0}
+        return body | greedy if is_asked and body.get("temperature") == 0 else body
+
     def _logprobs(self, logprobs: Any) -> Json | None:
-        temperature = self.call.body.get("temperature")
-        if _is_number(temperature) and temperature <= 0:
-            return None
         found = super()._logprobs(logprobs)
         for entry in found["content"] if found else []:
             for one in (entry, *entry["top_logprobs"]):

@@ -44,7 +44,7 @@ PLACES = (
 HOST_MODULE = "engines.mistral_rs.host"
 WORKER_MODULE = "engines.mistral_rs.native.worker"
 PINNED = "0.9.2"
-LN_LOGPROBS = (0, 9, 1)  # before it log-probabilities have base 10, and none at temperature 0 (pull request 2327)
+LN_LOGPROBS = (0, 9, 1)  # before it log-probabilities have base 10, of raw logits at temperature 0 (pull request 2327)
 MOVING = re.compile(
     r"^mistralrs_(?:tokens_processed_total|sequences_completed_total)(?:{[^}]*})? ([0-9.e+]+)$", re.MULTILINE
 )
@@ -271,7 +271,7 @@ def _unsupported_by_binary(installation: Installation, settings: Settings) -> li
     if settings.kv_type == "f8e4m3" and not _pages_in_f8(installation, settings):
         found.append("kv_type: an f8e4m3 KV cache needs paged attention, which needs a GPU; f16 is used")
     if not _has_logprobs(installation):
-        found.append("logprobs: at temperature 0 this build gives none that are probabilities; they are left out")
+        found.append("logprobs: at temperature 0 of the chosen token alone; this build has no others' there")
     found.append("served name: mistralrs answers to its own id or 'default' only")
     return found
 

@@ -87,16 +87,17 @@ class Call:
 def reported_prefill_rate(answer: bytes) -> float | None:
     """Tokens/s at which the engine read the prompt, out of its own timings; what lay in its cache is not among them.
 
-    `answer` is the end of a stream, or a whole answer: llama.cpp's `timings`, or mistral.rs' `usage.avg_*`. None where
-    it reports nothing, or so few tokens that the figure is mostly overhead.
+    `answer` is the end of a stream, or a whole answer: llama.cpp's `timings`, or mistral.rs' `usage.avg_*`. Where that
+    does not say how much was cached, the whole prompt counts as read. None where it reports nothing, or so few tokens
+    that the figure is mostly overhead.
     """
     if (timings := LLAMA_CPP_PREFILL.search(answer)) is not None:
         tokens, seconds = int(timings[1]), float(timings[2]) / 1000
         return tokens / seconds if tokens >= LEAST_TOKENS and seconds > 0 else None
-    rate, tokens_read = MISTRAL_RS_PREFILL.search(answer), PROMPT_TOKENS.search(answer)
-    if rate is None or tokens_read is None or int(tokens_read[1]) < LEAST_TOKENS:
-        return None
-    return float(rate[1]) or None
+    rate, whole, cached = (find.search(answer) for find in (MISTRAL_RS_PREFILL, PROMPT_TOKENS, CACHED_TOKENS))
+    n_prompt = int(whole[1]) if whole else 0
+    n_read = n_prompt - (int(cached[1]) if cached else 0)
+    return float(rate[1]) * n_read / n_prompt or None if rate and n_read >= LEAST_TOKENS else None
 
 
 def reported_cached_share(answer: bytes) -> float | None:

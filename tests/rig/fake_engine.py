@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--silent-empty", action="store_true", help="streams end well, without a token")
     parser.add_argument("--hold-mib", type=int, default=0, help="takes so much memory")
     parser.add_argument("--one-write", action="store_true", help="a stream leaves as a whole, at its end")
+    parser.add_argument("--no-slots", action="store_true", help="/slots is 404, as of a version that has none")
     parser.add_argument("--silent-prefill", action="store_true", help="/slots does not move while a prompt is read")
     parser.add_argument("--quotes", help="prints this at its start, and answers with it: 500 but to a readiness probe")
     parser.add_argument("--exit-while", type=Path, help="leave at once while this file is there")
@@ -86,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
         elif self.path == "/props":
             self.reply(200, {"default_generation_settings": {"n_ctx": 4096}})
-        elif self.path.startswith("/slots"):
+        elif self.path.startswith("/slots") and not self.options.no_slots:
             ASKED["slots"].append(self.path)
             self.reply(200, PROGRESS)
         elif self.headers.get("If-None-Match"):
@@ -96,6 +97,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"method": self.command, "path": self.path, "headers": dict(self.headers), **ASKED})
         elif self.path == "/v1/models":
             self.reply(200, {"object": "list", "data": [{"id": self.options.model_id, "object": "model"}]})
+        elif self.path.startswith("/slots"):
+            self.reply(404, {"error": {"message": "File Not Found"}})
         else:
             self.reply(200, {"status": "ok"})
 

@@ -196,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             refusal = message
         if not body.get("stream"):
-            self.whole(chat, made, calls, finish, usage, bool(body.get("logprobs")))
+            self.whole(chat, made, calls, finish, usage, body if body.get("logprobs") else None)
             return
         self.open_stream()
         if said[-1] == "slow":
@@ -204,7 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         if refusal:
             self.error(refusal)
             return
-        self.stream(chat, made, calls, finish, usage, bool(body.get("logprobs")), said[-1] == "fail midway")
+        asked = body if body.get("logprobs") else None
+        self.stream(chat, made, calls, finish, usage, asked, said[-1] == "fail midway")
 
     def head(self, kind: str) -> dict:
         return {
@@ -215,9 +216,9 @@ class Handler(BaseHTTPRequestHandler):
             "object": kind,
         }
 
-    def whole(self, chat: bool, made: list[str], calls: object, finish: str, usage: dict, logprobs: bool) -> None:
+    def whole(self, chat: bool, made: list[str], calls: object, finish: str, usage: dict, asked: dict | None) -> None:
         text = "".join(made)
-        told = {"content": [self.logprob(word) for word in made]} if logprobs else None
+        told = {"content": [self.logprob(word, asked) for word in made]} if asked else None
         choice: dict = {"finish_reason": finish, "index": 0, "logprobs": told}
         if chat:
             choice["message"] = {"content": text or None, "role": "assistant", "tool_calls": calls}
@@ -243,15 +244,19 @@ class Handler(BaseHTTPRequestHandler):
         self.write(f"data: {text}\n\n".encode())
         self.write(b"data: [DONE]\n\n")
 
-    def logprob(self, word: str) -> dict:
-        """Of base 10 before 0.9.1, and beside what top_k left out nothing."""
+    def logprob(self, word: str, asked: dict) -> dict:
+        """Of base 10 before 0.9.1, and of raw logits at temperature 0; beside what top_k left out nothing."""
         tops = [(WORDS.index(word), word, 0.5), (9, "Hi", 0.1), (10, "Yo", 0.0)]
         log = math.log10 if self.old else math.log
+        if self.old and not asked.get("temperature"):
+            tops = [(id_, text, 20 - at) for at, (id_, text, _) in enumerate(tops)]
+        elif asked.get("top_k") == 1:
+            tops = [(id_, text, p if p == 0.5 else 0.0) for id_, text, p in tops]
         told = [{"token": id_, "logprob": log(p) if p else None, "bytes": text} for id_, text, p in tops]
         return {"token": word, "logprob": told[0]["logprob"], "bytes": list(word.encode()), "top_logprobs": told}
 
     def stream(
-        self, chat: bool, made: list[str], calls: object, finish: str, usage: dict, logprobs: bool, fails: bool
+        self, chat: bool, made: list[str], calls: object, finish: str, usage: dict, asked: dict | None, fails: bool
     ) -> None:
         for at, word in enumerate(made):
             if fails and at == 2:
@@ -259,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             last = at == len(made) - 1
             choice: dict = {"finish_reason": finish if last else None, "index": 0}
-            choice["logprobs"] = self.logprob(word) if logprobs else None
+            choice["logprobs"] = self.logprob(word, asked) if asked else None
             if chat:
                 content = word if calls is None else None
                 choice["delta"] = {"content": content, "role": "assistant", "tool_calls": calls}

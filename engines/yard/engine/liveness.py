@@ -163,7 +163,7 @@ class Liveness:
         # a completion would push the client's prompt out of an engine with a single slot, or queue behind a request
         # whose client takes nothing: its own loop answers instead
         neutral = not self._slots_taken() and (self._driver.probe_is_neutral or not self._cached)
-        alive = not await self._one_token() if neutral else bool(await self._progress())
+        alive = not await self._one_token() if neutral else await self._progress() is not None
         if not self._working():  # a client that came meanwhile is the better evidence
             self._missed = 0 if alive else self._missed + 1
             self._wake()
@@ -180,17 +180,17 @@ class Liveness:
             self._trusted()
         self._wake()
 
-    async def _progress(self) -> bytes:
-        """The engine's own count of how far it is; empty when it does not answer."""
+    async def _progress(self) -> bytes | None:
+        """The engine's own count of how far it is; empty where its version has none, None when it does not answer."""
 
-        async def ask() -> bytes:
+        async def ask() -> bytes | None:
             with contextlib.suppress(Gone):
                 async with self._connection.ask("GET", self._driver.progress_path) as answer:
                     body = await answer.read()
-                    return body if answer.status == 200 else b""
-            return b""
+                    return {200: body, 404: b""}.get(answer.status)
+            return None
 
-        return await in_time(self._pid, ask(), ASK_TIMEOUT_S) or b""
+        return await in_time(self._pid, ask(), ASK_TIMEOUT_S)
 
     async def _one_token(self) -> str:
         """'' once it has produced one token, else what went wrong."""

@@ -36,8 +36,10 @@ class EngineStats:
             if (gap_s := running.gap_s) is not None:
                 self.token_gap.learn(gap_s)
         # never learnt from the time to the first token: a prompt that lay in the cache would look 100 times faster
-        if running.prefill_rate is not None:
-            self.prefill.learn(running.prefill_rate)
+        if (rate := running.prefill_rate) is not None:
+            # nor from an answer that does not say what lay there (mistralrs 0.8.1), unless it is a slow one
+            unsure = running.cached_share is None and self.prefill.value is not None
+            self.prefill.learn(min(rate, self.prefill.value or rate) if unsure else rate)
 
     async def sample(self, child: ManagedProcess, in_flight: Iterable[InFlight]) -> None:
         """Measure the memory of the process tree, and tokens/s since the last sample (in flight included)."""

@@ -52,6 +52,7 @@ def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: f
         "tie_gap_nats": tie_gap_nats,
         **_position_numbers(klds, hidden, sum(not walk.unseen for walk in walks if walk.diverged), len(divergences)),
         "hidden_positions": hidden,
+        "candidate_lists": max((len(one[3]) for _, other in aligned for one in other["positions"]), default=0),
         "divergences": divergences,
         **_text_numbers(sound),
     }

@@ -94,6 +94,7 @@ def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:
 
 def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits) -> list[CheckResult]:
     results = []
+    alone = "; the candidate lists no token but its own, so that this is a lower bound"
     for name, least in (("mean_kld", limits.mean_kld), ("p99_kld", limits.p99_kld)):
         noise = [floor[run][name] for floor in floors for run in ("repeat", "cached", "parallel")]
         own = max((value for value in noise if value is not None), default=0.0)
@@ -104,7 +105,7 @@ def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits)
         enough = comparison["positions"] >= MIN_POSITIONS
         if value is not None:
             why += f"; {quantity(value, 'nats', limit)}, 95 % bounds {figure(low)} and {figure(high)}"
-            why += f", limit {quantity(limit, 'nats')}"
+            why += f", limit {quantity(limit, 'nats')}{alone * (comparison['candidate_lists'] == 1)}"
         if not enough:
             why += f"; {MIN_POSITIONS} positions are needed"
         elif value > limit >= low:

@@ -205,6 +205,22 @@ def test_log_probabilities_have_base_10(program: Program) -> None:
     assert 0 < sum(10**one for one in told[:2]) <= 1.001
 
 
+def test_greedy_log_probabilities_are_of_raw_logits(program: Program) -> None:
+    """So greedy is asked for as temperature 1 and the best token alone: the same text, with its probability."""
+    asked = {**HI, "logprobs": True, "top_logprobs": 3}
+    raw, alone = (
+        program.ask(CHAT, **asked, **how).json()["choices"][0]
+        for how in ({"temperature": 0}, {"temperature": 1, "top_k": 1, "top_p": 1, "min_p": 0})
+    )
+    first = raw["logprobs"]["content"][0]
+    assert first["logprob"] > 0
+    assert first["logprob"] >= first["top_logprobs"][1]["logprob"] > 0
+    assert raw["message"]["content"] == alone["message"]["content"]
+    for one in alone["logprobs"]["content"]:
+        assert one["logprob"] <= 0
+        assert [top["logprob"] for top in one["top_logprobs"]] == [one["logprob"], None, None]
+
+
 # --- as a process
 
 

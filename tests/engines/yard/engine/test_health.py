@@ -1,7 +1,11 @@
 """The arithmetic of health: limits, budget, rates."""
 
+import pytest
+
 from engines.openai.call import reported_cached_share, reported_prefill_rate
 from engines.yard.engine.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
+from engines.yard.engine.in_flight import InFlight
+from engines.yard.engine.stats import EngineStats
 
 
 def limit(**changes):
@@ -55,6 +59,19 @@ def test_a_rate_forgets():
     for _ in range(50):
         rate.learn(1)
     assert 1 <= rate.value < 1.01
+
+
+@pytest.mark.parametrize(
+    ("cached", "learned"), [(b"", 100.0), (b',"prompt_tokens_details":{"cached_tokens":0}', 820.0)]
+)
+def test_a_prompt_that_may_have_been_cached_makes_no_engine_look_faster(cached, learned):
+    """Else the next long prompt, which is read anew, would be taken for a hang."""
+    stats, usage = EngineStats(), b'"usage":{"prompt_tokens":2000,"avg_prompt_tok_per_sec":%d' + cached + b"}"
+    for rate in (100, 3700):
+        running = InFlight(2000, None)
+        running.reported(usage % rate)
+        stats.learn(running)
+    assert stats.prefill.value == pytest.approx(learned)
 
 
 def test_the_prefill_rate_is_what_the_engine_tells_of_the_tokens_it_really_read():

@@ -83,8 +83,10 @@ def ended(connection):
         return True
 
 
-def test_a_client_that_reads_nothing_restarts_no_engine(start_yard):
-    yard = start_yard(old="--itl-ms 0", parallel=2, settings={"wedged_after_s": 1}).ready()
+@pytest.mark.parametrize("habit", ["", " --no-slots"])
+def test_a_client_that_reads_nothing_restarts_no_engine(start_yard, habit):
+    """Whether the engine counts its progress or, as mistralrs 0.8.1, has nothing that does."""
+    yard = start_yard(old="--itl-ms 0" + habit, parallel=2, settings={"wedged_after_s": 1, "probe_every_s": 1}).ready()
     with unread(yard, **LONG):
         until(lambda: yard.engine("old")["in_flight"] == 1, "the stream on the engine")
         held_until = time.monotonic() + 5  # five times as long as an engine may be silent

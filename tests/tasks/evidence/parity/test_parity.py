@@ -305,6 +305,18 @@ def test_a_large_kld_fails_and_the_own_noise_raises_the_limit() -> None:
     assert raised.limit == pytest.approx(3 * comparison["mean_kld"])
 
 
+def test_a_candidate_that_lists_its_own_token_alone_is_compared() -> None:
+    """As mistralrs 0.8.1 does: agreement as it is, and of the KLD what those tokens show."""
+    alone = [position(listed[3][0]) for listed in words(120)]
+    results = judge_answers(compare_answers(answers(answer("a", *words(120))), answers(answer("a", *alone))))
+    for check in ("top1_agreement", "mean_kld", "explained_divergences"):
+        assert one(results, f"parity.{check}").verdict is Verdict.PASS
+    assert "lists no token but its own" in one(results, "parity.mean_kld").why
+    worse = [position(token(f" w{i}", 0.3, 2 * i)) for i in range(120)]
+    results = judge_answers(compare_answers(answers(answer("a", *words(120))), answers(answer("a", *worse))))
+    assert one(results, "parity.mean_kld").verdict is Verdict.FAIL
+
+
 def test_equal_text_that_ends_for_another_reason_fails() -> None:
     """Clients branch on finish_reason."""
     a, b = answer("p", *words(4)), answer("p", *words(4), finish_reason="stop")
