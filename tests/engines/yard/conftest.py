@@ -1,5 +1,6 @@
 """A yard in a process of its own over two fake engines, with a client and its orders."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,6 +35,7 @@ class FakeYard:
     home: Path
     argv: list[str]
     log: Path
+    counted: str = ""  # its metrics when the test began
 
     @property
     def url(self) -> str:
@@ -57,6 +59,18 @@ class FakeYard:
         thread = threading.Thread(target=go)
         thread.start()
         return thread
+
+    def grown(self, counter: str) -> float:
+        """How much the metrics that begin with `counter` have grown since the test began."""
+        now, before = (
+            sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(counter))
+            for text in (self.metrics(), self.counted)
+        )
+        return now - before
+
+    def metrics(self) -> str:
+        with self.http() as http:
+            return http.get("/metrics").text
 
     def health(self) -> int:
         with self.http() as http:
@@ -120,6 +134,27 @@ StartYard = Callable[..., FakeYard]
 @pytest.fixture
 def start_yard(tmp_path: Path) -> Iterator[StartYard]:
     """Starts a yard; keyword arguments are fake_yard.py's options, `settings` a dict of YardSettings."""
+    with yards(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def yard_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeYard]:
+    """One yard for all tests of a module that leave it as they find it."""
+    with yards(tmp_path_factory.mktemp("yard")) as start:
+        yield start().ready()
+
+
+@pytest.fixture
+def yard(yard_of_all: FakeYard) -> FakeYard:
+    """It, serving, for a test that counts what it adds."""
+    yard_of_all.counted = yard_of_all.metrics()
+    return yard_of_all
+
+
+@contextlib.contextmanager
+def yards(tmp_path: Path) -> Iterator[StartYard]:
+    """What starts yards in a folder; all of them have ended when the block ends."""
     gguf = tmp_path / "model.gguf"
     write_gguf(gguf)
     started: list[FakeYard] = []
@@ -135,7 +170,9 @@ def start_yard(tmp_path: Path) -> Iterator[StartYard]:
         started.append(yard)
         return yard
 
-    yield start
-    for yard in started:
-        yard.end()
-        until(lambda yard=yard: not yard.engines_left(), "every engine to be gone")
+    try:
+        yield start
+    finally:
+        for yard in started:
+            yard.end()
+            until(lambda yard=yard: not yard.engines_left(), "every engine to be gone")

@@ -15,11 +15,6 @@ def events(text):
     return [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
 
 
-@pytest.fixture
-def yard(start_yard):
-    return start_yard().ready()
-
-
 def test_a_chat_and_a_stream_pass_through(yard):
     with yard.http() as http:
         whole = http.post("/v1/chat/completions", json=CHAT)
@@ -195,22 +190,16 @@ def _answer(yard):
             return None
 
 
-def metric(yard, name):
-    with yard.http() as http:
-        lines = http.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
 def test_times_count_from_the_arrival_of_a_request(start_yard):
     yard = start_yard(old="--ttft-ms 700", parallel=1).ready()
     answers = []
     threads = [yard.ask(answers, stream=True) for _ in range(2)]
     for thread in threads:
         thread.join()
-    assert metric(yard, "switchyard_queue_seconds_sum") >= 0.7
-    assert metric(yard, "switchyard_ttft_seconds_sum") >= 2.1
-    assert metric(yard, "switchyard_engine_ttft_seconds_sum") >= 1.4
-    assert metric(yard, "switchyard_request_seconds_count") == 2
+    assert yard.grown("switchyard_queue_seconds_sum") >= 0.7
+    assert yard.grown("switchyard_ttft_seconds_sum") >= 2.1
+    assert yard.grown("switchyard_engine_ttft_seconds_sum") >= 1.4
+    assert yard.grown("switchyard_request_seconds_count") == 2
     assert all(sample["ttft_ms"] < 1400 for sample in yard.orders.samples())
 
 
@@ -221,13 +210,14 @@ def test_whose_fault_a_failure_is_and_who_left(start_yard):
         http.post("/v1/chat/completions", json={**CHAT, "fake_status": 500})
     with socket_post(yard):
         until(lambda: yard.engine("old")["in_flight"] == 1, "the request on the engine")
-    until(lambda: metric(yard, "switchyard_disconnects_total{") == 1, "the client to be seen leaving", deadline_s=5)
+    until(lambda: yard.grown("switchyard_disconnects_total{") == 1, "the client to be seen leaving", deadline_s=5)
     for outcome in ("client_error", "error"):
-        assert metric(yard, f'switchyard_requests_total{{engine="old",model="m",outcome="{outcome}"}}') == 1
-    assert metric(yard, "switchyard_engine_restarts_total{") == metric(yard, "switchyard_incidents_total") == 0
+        assert yard.grown(f'switchyard_requests_total{{engine="old",model="m",outcome="{outcome}"}}') == 1
+    assert yard.grown("switchyard_engine_restarts_total{") == yard.grown("switchyard_incidents_total") == 0
 
 
-def test_props_and_metrics(yard):
+def test_props_and_metrics(start_yard):
+    yard = start_yard().ready()
     with yard.http() as http:
         http.post("/v1/chat/completions", json=CHAT)
         assert http.get("/props").json()["default_generation_settings"]["n_ctx"] == 4096

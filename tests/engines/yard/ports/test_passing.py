@@ -20,17 +20,6 @@ STREAMS = {
 }
 
 
-@pytest.fixture
-def yard(start_yard):
-    return start_yard().ready()
-
-
-def outcome(yard, name):
-    with yard.http() as http:
-        lines = http.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
 @pytest.mark.parametrize("path", STREAMS)
 def test_each_stream_ends_as_its_api_ends_it(yard, path):
     with yard.http() as http:
@@ -39,7 +28,7 @@ def test_each_stream_ends_as_its_api_ends_it(yard, path):
         assert "engine_died" not in stream.text
         assert stream.headers["x-accel-buffering"] == "no"
         assert http.post(path, json={**STREAMS[path], "max_tokens": 4}).status_code == 200
-    assert outcome(yard, 'switchyard_requests_total{engine="old",model="m",outcome="ok"}') == 2
+    assert yard.grown('switchyard_requests_total{engine="old",model="m",outcome="ok"}') == 2
 
 
 @pytest.mark.parametrize("path", STREAMS)
@@ -58,7 +47,8 @@ def test_an_end_in_single_bytes_is_the_end(yard, path):
         assert "went away" not in http.post(path, json=body).text
 
 
-def test_a_text_like_the_end_does_not_hide_that_the_stream_was_cut(yard):
+def test_a_text_like_the_end_does_not_hide_that_the_stream_was_cut(start_yard):
+    yard = start_yard().ready()
     body = {**CHAT, "stream": True, "fake_word": "data: [DONE]", "fake_cut": True}
     with yard.http() as http:
         assert "went away" in http.post("/v1/chat/completions", json=body).text
@@ -117,7 +107,7 @@ def test_what_changes_an_engine_or_is_unknown_is_refused(yard, method, path, sta
         answer = http.request(method, path, json={})
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
-    assert outcome(yard, "switchyard_not_passed_total") == 1
+    assert yard.grown("switchyard_not_passed_total") == 1
 
 
 def test_a_path_that_the_serving_engine_lacks_is_501_with_its_name(start_yard):
@@ -155,7 +145,8 @@ def test_a_gap_that_the_plan_accepts_is_no_obstacle(start_yard):
         assert http.post("/infill", json=STREAMS["/infill"]).status_code == 501
 
 
-def test_slots_reach_the_engine_once_a_second_at_most(yard):
+def test_slots_reach_the_engine_once_a_second_at_most(start_yard):
+    yard = start_yard().ready()
     began = time.monotonic()
     with yard.http() as http:
         for _ in range(30):
@@ -174,7 +165,7 @@ def test_an_upgrade_is_refused(yard):
 def test_a_form_passes_as_it_is_and_a_reranker_is_no_text(yard):
     with yard.http() as http:
         assert http.post("/v1/rerank", json={"query": "a", "documents": ["b"]}).json()["body"]["query"] == "a"
-    assert outcome(yard, 'switchyard_requests_total{engine="old",model="m",outcome="ok"}') == 1
+    assert yard.grown('switchyard_requests_total{engine="old",model="m",outcome="ok"}') == 1
 
 
 @pytest.mark.parametrize(
@@ -400,4 +391,4 @@ def test_one_that_leaves_after_the_end_was_answered(yard):
                 if "[DONE]" in line:
                     break
     ok = 'switchyard_requests_total{engine="old",model="m",outcome="ok"}'
-    until(lambda: outcome(yard, ok) == 1, "the request to be counted", deadline_s=2.5)
+    until(lambda: yard.grown(ok) == 1, "the request to be counted", deadline_s=2.5)
