@@ -16,7 +16,7 @@ from engines.process.readiness import exit_reason
 from engines.process.serving import Served
 from engines.settings import NO_FILE, Endpoint
 from engines.yard.usage import Usage
-from flows.evaluation.judge import required_behaviours
+from flows.evaluation.judge import required_behaviours, settled
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
 from flows.progress import progress
 from migrations.carried import no_chat
@@ -39,6 +39,8 @@ FIRST_PROMPTS, FIRST_TOKENS = 3, 16  # of the first look
 FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
 FLOOR_TOKENS = 16
 DYING_S = 5.0  # a dying engine closes its connections first
+# what an evaluation has whole needs no first look: one that was broken off before there was such a look has it
+WHOLE = {"parity.first_tokens": "parity.tokens", "parity.first_answers": "parity.answers", "smoke": "compatibility"}
 
 
 def preflight(trial: Trial) -> None:
@@ -93,7 +95,7 @@ def prompt_tokens(trial: Trial, arm: Arm) -> None:
 
 
 def first_answers(trial: Trial, arm: Arm) -> None:
-    """The tokens of the shortest prompts, and a short answer to each: another tokenizer and garbage show at once."""
+    """The tokens of the shortest prompts, then a short answer to each: another tokenizer and garbage show at once."""
     plain = [one for one in _prompts(trial) if not one.tools]
     few = sorted(plain, key=lambda one: len(str(one.messages)))[:FIRST_PROMPTS]
     ask = partial(measure_answers, max_tokens=FIRST_TOKENS, top_logprobs=trial.plan.measure.top_logprobs)
@@ -101,7 +103,7 @@ def first_answers(trial: Trial, arm: Arm) -> None:
         "parity.first_tokens": lambda e: measure_prompt_tokens(e, few, progress=trial.say),
         "parity.first_answers": lambda e: ask(e, few, progress=trial.say),
     }
-    _gather_served(trial, arm, wanted)
+    _gather_served(trial, arm, wanted, enough=partial(settled, trial))
 
 
 def smoke(trial: Trial, arm: Arm) -> None:
@@ -119,6 +121,8 @@ def pairs(trial: Trial) -> None:
         served, extra = trial.running.get(arm), trial.engines[arm].driver.neutral_body()
         return timed_request(served.endpoint, trial.workload, extra, number)
 
+    if trial.payloads(BOTH, "performance"):
+        return
     measured = partial(measure_pairs, partial(ask, "incumbent"), partial(ask, "candidate"))
     engines = [trial.untimed(arm) for arm in ARMS]
     trial.gather(BOTH, "first_look", lambda: measured(in_turns=trial.fits_together), engines=engines)
@@ -217,12 +221,21 @@ def faults(trial: Trial) -> None:
 # --- an engine that serves while it is measured
 
 
-def _gather_served(trial: Trial, arm: Arm, measures: Mapping[str, Callable[[Endpoint], Any]]) -> None:
-    """Several kinds of evidence from an engine that is up; none where the records have them all.
+def _gather_served(
+    trial: Trial,
+    arm: Arm,
+    measures: Mapping[str, Callable[[Endpoint], Any]],
+    enough: Callable[[], bool] = lambda: False,
+) -> None:
+    """Several kinds of evidence from an engine that is up, until it is `enough`; none where the records have them all.
 
     A kind that breaks off does not take the others along.
     """
-    missing = {kind: measure for kind, measure in measures.items() if not trial.has(arm, kind)}
+    missing = {
+        kind: measure
+        for kind, measure in measures.items()
+        if not (trial.has(arm, kind) or trial.has(arm, WHOLE.get(kind, kind)))
+    }
     if not missing:
         return
     try:
@@ -232,6 +245,8 @@ def _gather_served(trial: Trial, arm: Arm, measures: Mapping[str, Callable[[Endp
         raise Unmeasured(summary(error)) from error
     failed: list[Exception] = []
     for kind, measure in missing.items():
+        if enough():
+            break
         try:
             _require_alive(served)
             trial.gather(arm, kind, partial(_while_alive, served, measure), engines=(trial.untimed(arm),))

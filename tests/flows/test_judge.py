@@ -6,14 +6,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from gguf_files import LLAMA, write_gguf
+from openai_stub import MODEL, stub
 
 from engines.driver import Installation
 from engines.model.free_memory import FreeMemory
 from engines.model.memory import GIB
+from engines.settings import Endpoint
+from flows.evaluation import measure
 from flows.evaluation.judge import judged, settled
 from flows.evaluation.outcome import judge
 from flows.evaluation.trial import ARMS, BOTH, Bench, Trial
@@ -115,3 +119,50 @@ def test_evidence_is_read_once_and_what_is_stored_is_added(
     assert settled(trial)
     trial.forget_unmeasured()
     assert trial.unmeasured() == Trial(run, run.plan.models[0]).unmeasured()
+
+
+# what is measured of a first look
+
+
+def test_no_answers_are_asked_of_an_engine_that_reads_other_tokens(
+    tmp_path: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate cannot open any more, and a slow engine takes seconds for each of them."""
+    asked: list[str] = []
+
+    def tokens(endpoint: Endpoint, *_: Any, **__: Any) -> dict[str, Any]:
+        counted = {"tokens": len(endpoint.engine), "error": None, "tools_shown": None, "preview": "Why?"}
+        return {"prompts": {"p": counted}, "raw": []}
+
+    def answers(endpoint: Endpoint, *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(endpoint.engine)
+        return {"answers": []}
+
+    monkeypatch.setattr(measure, "measure_prompt_tokens", tokens)
+    monkeypatch.setattr(measure, "measure_answers", answers)
+    run = bench(tmp_path, records)
+    trial = Trial(run, run.plan.models[0])
+    with stub() as url:
+        for arm in ARMS:
+            endpoint = Endpoint(base_url=url, model_id=MODEL, engine=NAMES[arm])
+            served: Any = SimpleNamespace(endpoint=endpoint, process=SimpleNamespace(pid=1, poll=lambda: None))
+            trial.running = SimpleNamespace(get=lambda _, served=served: served)  # type: ignore[assignment]
+            measure.first_answers(trial, arm)
+    found = {result.check: result.verdict for result in judged(trial)}
+    assert found["parity.prompt_tokens"] is Verdict.FAIL, found
+    assert asked == [NAMES["incumbent"]]
+
+
+def test_a_resumed_run_looks_at_nothing_first_that_it_has_whole(tmp_path: Path, records: Records) -> None:
+    """One that was broken off before there was a first look: no engine is started for it."""
+    run = bench(tmp_path, records)
+    trial = Trial(run, run.plan.models[0])
+    trial.running = SimpleNamespace(get=lambda _: pytest.fail("an engine is started"))  # type: ignore[assignment]
+    trial.put(BOTH, "performance", {}, key="00000")
+    for arm in ARMS:
+        for kind in ("parity.tokens", "parity.answers", "compatibility"):
+            trial.put(arm, kind, {"prompts": {}, "answers": []})
+        measure.first_answers(trial, arm)
+        measure.smoke(trial, arm)
+    measure.pairs(trial)
+    assert not any("first" in kind or kind == "smoke" for _, kind, _ in trial._recorded)
