@@ -48,19 +48,20 @@ def measure_faults(engine: EngineUnderTest, progress: Callable[[str], None] = la
 
     A drill that cannot be carried out is evidence as well: `{"failed": reason}`.
     """
-    drills: dict[str, Callable[[EngineUnderTest], dict[str, Any]]] = {
-        "sigkill": partial(_interrupted, number=signal.SIGKILL),
-        "sigstop": partial(_interrupted, number=signal.SIGSTOP),
-        "truncated_gguf": _truncated,
-        "port_taken": _port_taken,
-    }
     evidence: dict[str, Any] = {}
-    for kind, drill in drills.items():
+
+    def drilled(kind: str, drill: Callable[[], dict[str, Any]]) -> None:
         progress(kind.replace("_", " "))
         try:
-            evidence[kind] = drill(engine)
+            evidence[kind] = drill()
         except (EngineError, OSError) as error:
             evidence[kind] = {"failed": str(error).splitlines()[0]}
+
+    with contextlib.closing(_Running(engine)) as running:
+        drilled("sigkill", partial(_interrupted, running, signal.SIGKILL))
+        drilled("sigstop", partial(_interrupted, running, signal.SIGSTOP))
+    drilled("truncated_gguf", partial(_truncated, engine))
+    drilled("port_taken", partial(_port_taken, engine))
     return evidence
 
 
@@ -88,8 +89,28 @@ def judge_faults(
     return results
 
 
-def _interrupted(engine: EngineUnderTest, number: signal.Signals) -> dict[str, Any]:
-    with engine.up() as served:
+class _Running:
+    """The engine that drills befall: what was started to recover from one is there for the next, a load less."""
+
+    def __init__(self, engine: EngineUnderTest) -> None:
+        self._engine, self._up = engine, contextlib.ExitStack()
+        self._served: Served | None = None
+
+    def get(self) -> Served:
+        """It, started where it is not up."""
+        if self._served is None:
+            self._served = self._up.enter_context(self._engine.up())
+        return self._served
+
+    def close(self) -> None:
+        """End it."""
+        self._served = None
+        self._up.close()
+
+
+def _interrupted(running: _Running, number: signal.Signals) -> dict[str, Any]:
+    served = running.get()
+    with contextlib.closing(running):
         stream = _Stream(served)
         stream.wait_for(SEEN_TOKENS)
         gaps_s = (b - a for a, b in itertools.pairwise(list(stream.arrivals)))
@@ -100,17 +121,16 @@ def _interrupted(engine: EngineUnderTest, number: signal.Signals) -> dict[str, A
         noticed_at = time.monotonic()
         served.process.stop(grace_s=1.0)
         stream.end.wait(timeout=10)
-        seen = {
-            "load_s": served.load_s,
-            "no_progress_s": no_progress_s,
-            "classified": classified,
-            "evidence": evidence,
-            "detect_s": noticed_at - hit_at,
-            "client_saw": stream.outcome,
-        }
-    with engine.up():
-        seen["recover_s"] = time.monotonic() - noticed_at
-    return seen
+    running.get()
+    return {
+        "load_s": served.load_s,
+        "no_progress_s": no_progress_s,
+        "classified": classified,
+        "evidence": evidence,
+        "detect_s": noticed_at - hit_at,
+        "client_saw": stream.outcome,
+        "recover_s": time.monotonic() - noticed_at,
+    }
 
 
 def _watch(served: Served, stream: _Stream, no_progress_s: float) -> tuple[str, str]:

@@ -93,6 +93,14 @@ def test_the_evidence_can_be_stored_and_passes_where_time_is_plenty(
     assert gate(results) is Verdict.PASS
 
 
+def test_what_recovers_from_one_drill_is_there_for_the_next(drilled: tuple[Path, dict[str, Any], list[str]]) -> None:
+    """A load of a large model less: killed, started; frozen, started; and once with the cut file."""
+    home, evidence, _ = drilled
+    assert {"load_s", "recover_s"} <= evidence["sigstop"].keys()
+    logs = [path.name for path in (home / "logs").iterdir() if path.name.startswith("candidate-")]
+    assert len(logs) == 4, logs
+
+
 def test_nothing_of_the_drills_is_left(drilled: tuple[Path, dict[str, Any], list[str]]) -> None:
     """No process, no line in the register, no cut copy of the model."""
     home = drilled[0]
