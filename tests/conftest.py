@@ -11,6 +11,14 @@ left_behind.watch()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# files with the longest tests, the longest first: what comes last is short, and no worker waits for another
+LONG = (
+    *("old_home", "demo", "unmeasured", "evaluate", "schedules", "vllm", "browser", "attached", "surroundings"),
+    *("subprocess_phase", "fleet", "upgrade", "preflight", "up", "clients", "serve", "third_engine", "named_engines"),
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Real engines first: they take long, and what is quick fills the gaps of the other workers."""
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    """Then the other real engines; what is quick fills the gaps of the other workers."""
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: (place.get(item.path.stem, len(place)), item.get_closest_marker("engine") is None))

@@ -1,10 +1,15 @@
 """Flow tests: the real command in a process of its own, in a home of its own."""
 
+import contextlib
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from processes import HOME
@@ -12,6 +17,7 @@ from switchyard_command import command
 from waiting import until
 
 from engines.yard.client import YardClient
+from flows.orchestrator.server import PrefectServer, prepare_environment
 from flows.progress import Progress, progress
 
 
@@ -26,6 +32,48 @@ def environment(home: Path) -> dict[str, str]:
     """The environment of a user who has set nothing but SWITCHYARD_HOME."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
     return {**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}
+
+
+@dataclass(frozen=True)
+class Prefect:
+    """A server that runs, and a database as the first start of one makes it."""
+
+    url: str
+    database: Path
+
+    def put_database(self, home: Path) -> None:
+        """As in a home in which Prefect has run before."""
+        (home / "prefect").mkdir(mode=0o700, parents=True)
+        shutil.copy(self.database, home / "prefect" / "prefect.db")
+
+
+@pytest.fixture(scope="session")
+def prefect_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    """For all tests that only need one: its start takes a command five seconds, and the first one in a home ten."""
+    folder = tmp_path_factory.mktemp("prefect")
+    server = PrefectServer(folder)
+    with mock.patch.dict(os.environ, prepare_environment(folder)):
+        server.start()
+    try:
+        server.ready()
+        made, database = folder / "prefect" / "prefect.db", folder / "new.db"
+        with contextlib.closing(sqlite3.connect(made)) as source, contextlib.closing(sqlite3.connect(database)) as copy:
+            source.backup(copy)
+        yield Prefect(server.api_url, database)
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def prefect(environment: dict[str, str], prefect_of_all: Prefect) -> None:
+    """A user whose commands report to a Prefect server that runs."""
+    environment["PREFECT_API_URL"] = prefect_of_all.url
+
+
+@pytest.fixture
+def prefect_database(home: Path, prefect_of_all: Prefect) -> None:
+    """A home in which Prefect has run before."""
+    prefect_of_all.put_database(home)
 
 
 Switchyard = Callable[..., subprocess.CompletedProcess[str]]

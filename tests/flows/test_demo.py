@@ -14,6 +14,7 @@ from migrations.plan_file import load_plan
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.usefixtures("prefect"),
     pytest.mark.skipif(
         not (OLD_BUILD.is_file() and SMOLLM2_F16.is_file()), reason="`make demo` installs what the demo compares with"
     ),

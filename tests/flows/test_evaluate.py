@@ -99,6 +99,7 @@ def evidence(home, model="%"):
     return {(arm, kind, key): when for arm, kind, key, when in rows}
 
 
+@pytest.mark.usefixtures("prefect")
 def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     done = switchyard("evaluate", plan, "--json")
     outcome = json_of(done)
@@ -118,6 +119,7 @@ def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     assert sorted(stored, key=str) == sorted(shown, key=str)
 
 
+@pytest.mark.usefixtures("prefect_database")
 def test_a_killed_run_leaves_nothing_and_resumes_where_it_stopped(switchyard, environment, tmp_path, quick_plan, home):
     """SIGKILL while blocks are measured; any later command cleans up; what is recorded is not measured again."""
     run = started(environment, tmp_path, "evaluate", quick_plan)
@@ -136,6 +138,7 @@ def test_a_killed_run_leaves_nothing_and_resumes_where_it_stopped(switchyard, en
     assert len(after) > len(before)
 
 
+@pytest.mark.usefixtures("prefect")
 def test_models_that_their_headers_turn_down_fail_alone(switchyard, environment, tmp_path, home):
     """A pre-tokenizer that llama.cpp knows and mistral.rs does not, and a tensor too few. The next is measured.
 

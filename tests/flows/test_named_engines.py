@@ -17,6 +17,7 @@ from flows.rollout.phase_one import engines_here, phase_one
 from migrations.plan_file import load_plan
 from tasks.records.store import open_records
 
+pytestmark = pytest.mark.usefixtures("prefect")
 Switchyard = Callable[..., subprocess.CompletedProcess[str]]
 ONE, TWO = "llama.cpp@one", "llama.cpp@two"
 

@@ -505,6 +505,7 @@ def test_a_candidate_that_is_not_here_is_on_record(records: Records, plan: Plan,
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("prefect")
 def test_llama_cpp_to_mistral_rs_for_real(switchyard: Any, home: Path, tmp_path: Path) -> None:
     """The command on real engines: refused without a gate, promoted by override, then nothing left to do."""
     gguf = installed.smollm2(*installed.BOTH)

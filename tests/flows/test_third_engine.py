@@ -18,6 +18,7 @@ from waiting import until
 
 from engines.process.serving import free_port
 
+pytestmark = pytest.mark.usefixtures("prefect")
 COMMAND = Path(__file__).parents[1] / "rig" / "third_engine" / "switchyard.py"
 PLAN = """
 [incumbent]

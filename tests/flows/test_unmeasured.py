@@ -7,9 +7,11 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import pytest
 from played import plan_of
 from switchyard_command import json_of
 
+pytestmark = pytest.mark.usefixtures("prefect")
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 KEY = "a-key-that-has-no-telling-shape"
 

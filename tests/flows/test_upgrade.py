@@ -23,6 +23,7 @@ from migrations.upgrade import upgrade_plan
 from tasks.records.store import open_records
 from tasks.verdicts.verdict import Verdict, at_most
 
+pytestmark = pytest.mark.usefixtures("prefect")
 Switchyard = Callable[..., subprocess.CompletedProcess[str]]
 OLD, NEW = "llama.cpp", "llama.cpp@abcdef1"
 AT_ONCE = ("--without-canary", "--who", "Ada", "--reason", "no clients at night")
