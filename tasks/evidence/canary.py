@@ -86,6 +86,13 @@ class _Share:
         falls_here = clopper_pearson_lower(self.hits, self.hits + self.incumbent_hits, SURE)
         return falls_here > by_chance or clopper_pearson_lower(self.hits, self.asked, SURE) > HOPELESS
 
+    @property
+    def least_excess(self) -> float:
+        """What the candidate's share is surely above the incumbent's by; -1 where nothing is sure."""
+        if not self.asked or not self.incumbent_asked:
+            return -1.0
+        return -newcombe_upper(self.incumbent_hits, self.incumbent_asked, self.hits, self.asked, SURE)
+
     def upper(self, more: int = 0) -> float:
         """The 95 % upper bound of the excess, after `more` clean ones."""
         return newcombe_upper(self.hits, self.asked + more, self.incumbent_hits, self.incumbent_asked)
@@ -238,14 +245,17 @@ def _judge_cache(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], limit
     """Whether the candidate's prompts lie in its cache as often as the incumbent's do.
 
     Holds the gate only where they clearly do not and the plan does not accept it: few repeated prompts prove nothing.
+    Cold prompts are no failures: every engine has them, and only the difference counts.
     """
     check = "canary.prompt_cache"
     known, incumbent = ([s for s in arm if s.get("cached_share") is not None] for arm in (ours, theirs))
     if not known or not incumbent:
         silent = "incumbent" if known else "candidate"
         return not_measured(check, f"the {silent} does not say what lay in its cache", unit="share", required=False)
+    if all(later := [_later(arm) for arm in (known, incumbent)]):
+        known, incumbent = later
     cold = _share(known, incumbent, lambda sample: sample["cached_share"] < WARM)
-    fails = cold.is_clear(FEWER_WARM)
+    fails = cold.least_excess > FEWER_WARM
     why = (
         f"{cold.asked - cold.hits} of {cold.asked} prompts lay in the candidate's cache for the most part, "
         f"{cold.incumbent_asked - cold.incumbent_hits} of {cold.incumbent_asked} in the incumbent's"
@@ -262,6 +272,16 @@ def _judge_cache(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], limit
         why=why,
         required=fails and not limits.accepts_no_cache,
     )
+
+
+def _later(samples: Sequence[LiveSample]) -> list[LiveSample]:
+    """Those of conversations that this engine has answered before: one that is new to it comes without its prompt."""
+    seen, later = set[str](), list[LiveSample]()
+    for sample in samples:
+        if sample["conversation"] in seen:
+            later.append(sample)
+        seen.add(sample["conversation"])
+    return later
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------

@@ -162,7 +162,29 @@ def test_a_cache_that_the_candidate_lacks_is_a_finding_of_its_own() -> None:
     results = judge_canary(warm_and_cold(0.0), "old", "new", LIMITS)
     cache = check_of(results, "prompt_cache")
     assert (cache.verdict, cache.required) == (Verdict.FAIL, True)
-    assert "0 of 200 prompts lay in the candidate's cache for the most part, 200 of 200 in the incumbent's" in cache.why
+    assert "0 of 193 prompts lay in the candidate's cache for the most part, 193 of 193 in the incumbent's" in cache.why
+
+
+@pytest.mark.parametrize(("n_new", "n_old"), [(4, 1), (60, 1), (4, 200)])
+def test_few_cold_prompts_are_no_missing_cache(n_new: int, n_old: int) -> None:
+    """Cold ones are usual: 16 conversations on 4 slots drive each other out, on either engine."""
+    old = [a_sample(at, "old", conversation="old", cached_share=0.95) for at in range(n_old)]
+    new = [a_sample(at + 0.5, "new", conversation="new", cached_share=0.0) for at in range(n_new)]
+    assert check_of(judge_canary(old + new, "old", "new", LIMITS), "prompt_cache").verdict is Verdict.PASS
+
+
+def test_the_first_prompt_of_a_conversation_says_nothing_of_the_cache() -> None:
+    """A canary's conversations all begin on it; those of the incumbent went on."""
+    old = [a_sample(at, "old", conversation="old", cached_share=0.95) for at in range(200)]
+    new = [a_sample(at + 0.5, "new", conversation=f"new {at // 2}", cached_share=0.9 * (at % 2)) for at in range(200)]
+    assert check_of(judge_canary(old + new, "old", "new", LIMITS), "prompt_cache").verdict is Verdict.PASS
+
+
+def test_single_questions_show_whether_a_shared_beginning_is_cached() -> None:
+    """None of them has an earlier turn."""
+    old = [a_sample(at, "old", conversation=f"old {at}", cached_share=0.95) for at in range(60)]
+    new = [a_sample(at + 0.5, "new", conversation=f"new {at}", cached_share=0.0) for at in range(60)]
+    assert check_of(judge_canary(old + new, "old", "new", LIMITS), "prompt_cache").verdict is Verdict.FAIL
 
 
 def test_where_the_plan_accepts_it_first_tokens_are_reported_only() -> None:
