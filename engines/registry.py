@@ -15,6 +15,8 @@ from engines.vllm.driver import Vllm
 DRIVERS: dict[str, Driver] = {one.name: one for one in (LlamaCpp(), MistralRs(), Ollama(), Vllm())}
 DIRECTORIES = frozenset({Vllm.name})  # engines that are given a directory of float weights, not a GGUF
 ATTACHED = "openai"  # the kind of an engine that is attached; one that speaks as another has `openai:OTHER`
+PYTHONS = DIRECTORIES | {LlamaCpp.name}  # engines that can run in a Python environment of their own
+WHEELS = frozenset({LlamaCpp.wheel})  # that our host runs, in ours or in an environment of their own
 NATIVE: dict[str, Driver] = {one.name: one for one in (MistralRsNative(),)}
 
 

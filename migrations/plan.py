@@ -35,7 +35,7 @@ from engines.driver import Installation, build_digest, native_of
 from engines.environment import withhold
 from engines.errors import BadInput, EngineNotFound
 from engines.model.digest import directory_digest, model_digest
-from engines.registry import ATTACHED, DIRECTORIES, attached, driver, is_attached, known_engines, native_driver
+from engines.registry import ATTACHED, DIRECTORIES, PYTHONS, attached, driver, is_attached, known_engines, native_driver
 from engines.settings import NO_FILE, EngineArgs, Serve, Settings
 from engines.yard.settings import Load, YardSettings
 from migrations import new_build
@@ -82,7 +82,7 @@ class EngineChoice(PlanPart):
         "auto", description="binary, hosted (a Python wheel), native, or auto: a binary if one is found"
     )
     binary: Path | None = Field(None, description="the engine's executable; without it the usual places are searched")
-    python: Path | None = Field(None, description="the Python of the environment that vllm is installed in")
+    python: Path | None = Field(None, description="the Python of an environment with vllm or xllamacpp")
     version: str | None = Field(None, min_length=1, description="part of the version that it must report")
     args: tuple[str, ...] = Field((), description="the engine's own flags, passed on as they stand, for every model")
     env: dict[str, str] = Field({}, description="the engine's own variables, passed on as they stand")
@@ -107,8 +107,12 @@ class EngineChoice(PlanPart):
             object.__setattr__(self, "form", "auto")
         object.__setattr__(self, "name", self.name or self.engine.partition(":")[0])
         self._attach()
-        if (self.engine in DIRECTORIES) != (self.python is not None) and self.python is not None:
-            raise ValueError(f"python is for {', '.join(sorted(DIRECTORIES))}; for {self.engine} remove it")
+        if self.python is not None and self.engine not in PYTHONS:
+            raise ValueError(f"python is for {' and '.join(sorted(PYTHONS))}; for {self.engine} remove it")
+        if self.python is not None and self.engine not in DIRECTORIES:
+            if self.form == "binary" or self.binary is not None:
+                raise ValueError("python runs a wheel, binary a program; remove one of the two")
+            object.__setattr__(self, "form", "hosted")
         if self.engine in DIRECTORIES and self.binary is not None:
             raise ValueError(f"binary: {self.engine} runs in a Python environment; name its `python` instead")
         if self.name == "auto" or (self.name.endswith(NATIVE) and not self.engine.endswith(NATIVE)):

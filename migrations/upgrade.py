@@ -6,8 +6,10 @@ import re
 from collections.abc import Collection, Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from engines.errors import BadInput
+from engines.registry import PYTHONS
 from engines.units import duration, figure
 from migrations.carried import request_defaults
 from migrations.new_build import PAIR
@@ -34,13 +36,13 @@ def upgrade_plan(plan: Plan, serving: str, binary: Path, *, version: str = "", t
     was = old.find()
     if any(request_defaults(plan, model.id, was) for model in plan.models):
         raise BadInput(f"{serving} gets defaults from the flags of {plan.incumbent.name}: write them as its own `args`")
-    found = EngineChoice(engine=old.engine, binary=binary).find()
+    found = build_at(old.engine, binary).find()
     if was.form == "binary":  # pinned: a search would find the new build one day
         old = old.model_copy(update={"binary": Path(was.program[0])})
         if binary.resolve() == Path(was.program[0]).resolve():
             raise BadInput(f"{binary} is the build that serves; name another one, or a copy of its folder")
     name = _name(old.engine, version or found.version, {old.name, *taken})
-    new = EngineChoice(name=name, engine=old.engine, binary=binary, args=old.args, env=old.env)
+    new = build_at(old.engine, binary, name=name, args=old.args, env=old.env)
     looks = min(plan.measure.looks, LOOKS, key=lambda looks: looks[-1])
     changes = {
         "name": plan.name if plan.name.endswith(NAME) else f"{_subject(plan.name, old.engine)[:120]}{NAME}",
@@ -51,6 +53,14 @@ def upgrade_plan(plan: Plan, serving: str, binary: Path, *, version: str = "", t
         "limits": PAIR.limits.model_copy(update={key: getattr(plan.limits, key) for key in OF_THE_MACHINE}),
     }
     return build_plan({**dict(plan), **changes}, where="the upgrade")
+
+
+def build_at(kind: str, program: Path, **more: Any) -> EngineChoice:
+    """The engine at `program`: its own, or the Python of an environment with its wheel. BadInput where it has none."""
+    is_python = re.fullmatch(r"python[0-9.]*", program.name) is not None
+    if is_python and kind not in PYTHONS:
+        raise BadInput(f"{program} is a Python, and {kind} runs in none of its own; name a program of {kind}")
+    return EngineChoice(engine=kind, **{"python" if is_python else "binary": program}, **more)
 
 
 def _subject(name: str, kind: str) -> str:

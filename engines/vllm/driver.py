@@ -82,7 +82,6 @@ class Vllm:
     sees_prompt_progress = False
     probe_is_neutral = True  # one block of a cache that holds many
     own_args = OWN_ARGS
-    takes_directory = True  # in place of a GGUF, which a CPU build does not read
 
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The environment whose Python the plan names as `python`, else the newest in the folder of engines."""

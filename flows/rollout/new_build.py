@@ -5,15 +5,13 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
-from engines.driver import build_digest
 from engines.errors import BadInput
 from engines.install import newest_wheel, wheel_of_its_own
-from engines.registry import driver
 from engines.yard.state import StateFile, YardState
 from flows.evaluation.run import checked, refuse_retired
 from migrations.plan import Plan
 from migrations.plan_file import load_plan, plan_to_toml
-from migrations.upgrade import cannot_prove, upgrade_file, upgrade_plan
+from migrations.upgrade import build_at, cannot_prove, upgrade_file, upgrade_plan
 
 
 def serving(base: Plan, state: YardState) -> str:
@@ -46,8 +44,8 @@ def watched(base: Plan, old: str, home: Path) -> tuple[Path, str] | None:
         newest = newest_wheel(watch)
         binary, version = wheel_of_its_own(home, newest), newest.partition("==")[2]
     now = next(one for one in (base.incumbent, base.candidate) if one.name == old).find()
-    same = build_digest(driver(now.kind).find("auto", binary)) == now.build
-    return None if same else (binary, version)
+    newer = build_at(now.kind, binary).find()
+    return None if (newer.build, newer.version) == (now.build, now.version) else (binary, version)
 
 
 def written(plan: Plan, base: Path) -> tuple[Path, bool]:

