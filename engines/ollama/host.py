@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -28,7 +27,6 @@ import httpx
 from engines.errors import BadInput
 from engines.model.digest import shards
 from engines.model.header import Header, read_header
-from engines.process.launcher import PR_SET_PDEATHSIG
 from engines.process.process import LAUNCHER
 from engines.units import size
 
@@ -146,12 +144,6 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def dies_with_parent_by(number: int) -> None:
-    """Have the kernel send this signal when whoever started us ends: SIGKILL would leave Ollama's own child behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
 def store_key(program: str, model_id: str, files: Mapping[str, str], parameters: Mapping[str, int]) -> str:
     """One folder of manifests for all that goes into one import."""
     state = os.stat(program)
@@ -252,7 +244,6 @@ def prepared(arguments: argparse.Namespace, env: Mapping[str, str]) -> dict[str,
 def main(argv: list[str] | None = None) -> int:
     """Does not return where Ollama can be started. Exit code: 1 the model cannot be imported, 2 bad arguments."""
     arguments = parser().parse_args(argv)
-    dies_with_parent_by(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         env = prepared(arguments, os.environ)

@@ -2,7 +2,8 @@
 
 Runs between fork and exec of every engine, so that no Python code of ours runs in a forked copy of a threaded process.
 Keeps its process id. On Linux the kernel sends SIGKILL when the parent's spawning thread ends (prctl(2),
-PR_SET_PDEATHSIG); elsewhere an orphan lives until the next start finds it in the register (`engines.process.process`).
+PR_SET_PDEATHSIG), and `guard.py` ends what the engine itself had started; elsewhere an orphan lives until the next
+start finds it in the register (`engines.process.process`).
 """
 
 import ctypes

@@ -34,6 +34,7 @@ from engines import environment
 from engines.redaction import redacted_text
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
+GUARD = Path(__file__).with_name("guard.py")
 LOG_BYTES = 4 * 1024 * 1024
 TAIL_LINES = 40
 KEPT_LOGS = 5  # of earlier processes
@@ -217,6 +218,7 @@ class ManagedProcess:
         threading.Thread(target=wait_for_the_kernel, name=f"end of {self.name}", daemon=True).start()
 
     def _forget(self) -> None:
+        _GUARD.tell(f"-{self.pid}")
         self._pump.join(timeout=2)
         self.log.close()
         self._entry.unlink(missing_ok=True)
@@ -272,6 +274,7 @@ def start(
             cwd=cwd,
         )
     )
+    _GUARD.tell(f"+{popen.pid}")
     try:
         entry = _register(state_dir, name, popen.pid)
     except BaseException:
@@ -385,7 +388,40 @@ class _Spawner:
                 future.set_exception(error)
 
 
+class _Guard:
+    """Our end of `guard.py`, which is started with the first engine and ends with this process."""
+
+    def __init__(self) -> None:
+        self._lock, self._writes_to, self._owner = threading.Lock(), -1, 0
+
+    def tell(self, line: str) -> None:
+        """Have it know of a session that began or ended."""
+        if sys.platform != "linux":
+            return
+        with self._lock, contextlib.suppress(OSError):  # without it the register finds at the next start what is left
+            if self._owner != os.getpid():
+                self._start()
+            os.write(self._writes_to, f"{line}\n".encode())
+
+    def _start(self) -> None:
+        if self._owner:  # we are a fork, and the guard of our parent must not wait for our end
+            os.close(self._writes_to)
+        reads, self._writes_to = os.pipe()
+        with open(reads, "rb") as standard_input:
+            subprocess.run(
+                [sys.executable, "-I", "-S", str(GUARD)],
+                stdin=standard_input,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env={name: os.environ[name] for name in environment.NEEDED & os.environ.keys()},
+                check=False,
+            )
+        self._owner = os.getpid()
+
+
 _SPAWNER = _Spawner()
+_GUARD = _Guard()
 _RUNNING: set[ManagedProcess] = set()
 
 

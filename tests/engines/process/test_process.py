@@ -12,7 +12,7 @@ from dataclasses import asdict
 import psutil
 from waiting import until
 
-from engines.process import process
+from engines.process import guard, process
 from engines.process.process import Identity, end_orphans
 
 
@@ -78,26 +78,39 @@ OWNER = """
     import sys, time
     from pathlib import Path
     from engines.process import process
-    child = process.start("engine", [sys.executable, "-c", "import time; time.sleep(600)"],
+    engine = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    child = process.start("engine", [sys.executable, "-c", engine + "; time.sleep(600)"],
                           state_dir=Path(sys.argv[1]), log_path=Path(sys.argv[1]) / "e.log")
-    print(child.pid, flush=True)
+    while len(child.tree()) < 2:
+        time.sleep(0.01)
+    print(*(one.pid for one in child.tree()), flush=True)
     time.sleep(600)
 """
 
 
-def test_a_child_dies_when_its_owner_is_killed(tmp_path):
-    """SIGKILL leaves no chance to clean up: the kernel does it, and the register knows."""
+def test_an_engine_and_its_children_die_when_its_owner_is_killed(tmp_path):
+    """SIGKILL leaves no chance to clean up: the kernel and the guard do it, and the register knows."""
     owner = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(OWNER), str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
-    identity = Identity.of(int(owner.stdout.readline()))
+    tree = [Identity.of(int(pid)) for pid in owner.stdout.readline().split()]
     owner.kill()
     owner.wait()
     if sys.platform == "linux":
-        until(lambda: identity.process() is None, "the child to die with its owner")
+        until(lambda: not any(one.process() for one in tree), "the engine and its child to die with its owner")
     end_orphans(tmp_path)
-    until(lambda: identity.process() is None, "the orphan to be ended")
+    until(lambda: not any(one.process() for one in tree), "the orphans to be ended")
     assert registered(tmp_path) == []
+
+
+def test_a_session_of_others_is_left_alone_by_the_guard(tmp_path):
+    """Its number was an engine's; the process that leads it began at another time."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True) as other:
+        assert guard.members(other.pid) == [other.pid]
+        guard.end({other.pid: "1"})
+        assert other.poll() is None
+        guard.end({other.pid: guard.began(other.pid)})
+        assert other.wait(10) == -signal.SIGKILL
 
 
 def orphan_of_a_dead_owner(tmp_path, **changes):
