@@ -6,18 +6,22 @@ in `types/model/name.go` and `manifest/` of 0.32.15.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engines.errors import BadInput
+from engines.llama_cpp.units import read_unit
 
 SERVICE_STORE = Path("/usr/share/ollama/.ollama/models")  # of the system service that its installer makes
+SERVICE = "ollama.service"
+UNIT_FOLDERS = tuple(map(Path, ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system")))
 DEFAULT_HOST, DEFAULT_NAMESPACE = "registry.ollama.ai", "library"
 LAYER = "application/vnd.ollama.image."
 DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
@@ -43,11 +47,27 @@ class StoredModel:
     apart: tuple[str, ...] = ()
 
 
-def stores(env: Mapping[str, str]) -> list[Path]:
-    """Where a user's models can lie: what OLLAMA_MODELS names and nothing else, or the home's and the service's."""
+def stores(env: Mapping[str, str], folders: Sequence[Path] = UNIT_FOLDERS) -> list[Path]:
+    """Where a user's models can lie: what OLLAMA_MODELS names and nothing else, or the home's and the service's.
+
+    That of the system service is what its unit or a drop-in in `folders` sets.
+    """
     if named := env.get("OLLAMA_MODELS", "").strip().strip("\"'"):
         return [Path(os.path.expanduser(named)).absolute()]  # a ~user who is not there raises in pathlib
-    return [Path(os.path.expanduser("~/.ollama/models")), SERVICE_STORE]
+    set_there = read_unit(_unit_text(folders), None).env.get("OLLAMA_MODELS", "").strip()
+    service = Path(set_there).absolute() if set_there else SERVICE_STORE
+    return [Path(os.path.expanduser("~/.ollama/models")), service]
+
+
+def _unit_text(folders: Sequence[Path]) -> str:
+    """The service's unit with its drop-ins behind it, as systemd reads them; '' where there is none."""
+    unit = next((path for folder in folders if (path := folder / SERVICE).is_file()), None)
+    behind = {path.name: path for folder in reversed(folders) for path in (folder / f"{SERVICE}.d").glob("*.conf")}
+    texts = list[str]()
+    for path in [*([unit] if unit else []), *(behind[name] for name in sorted(behind))]:
+        with contextlib.suppress(OSError):
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(texts)
 
 
 def read_store(folder: Path) -> tuple[list[StoredModel], list[str]]:

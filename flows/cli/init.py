@@ -38,6 +38,7 @@ PARTLY_MOVED = {
     "--control-vector": "the candidate serves the model without the control vector, other answers included",
 }
 KEY_VARIABLE = "SWITCHYARD_API_KEY"  # unless the plan names another one
+SHOWN_NAMES = 3  # in a note that holds for several models
 
 
 def init(
@@ -122,8 +123,24 @@ def write_ollama_plan(models: Sequence[Path], *, output: Path, force: bool) -> d
         raise BadInput("--model and --from-ollama exclude each other: leave out of the plan what you do not move")
     found, notes = models_of_ollama(os.environ)
     candidate = next((one for one in CANDIDATES if _is_here(one)), CANDIDATES[0])
-    notes += [f"{model.name}: {line}" for model in found for line in differences(model)]
+    notes += _once(found)
     return {**_written(ollama_plan_for(found, candidate), output, comment="", notes=notes), "unknown": []}
+
+
+def _once(models: Sequence[StoredModel]) -> list[str]:
+    """What Ollama adds to the files of these models: each line once, with the models that it holds for."""
+    lines: dict[str, list[str]] = {}
+    for model in models:
+        for line in differences(model):
+            lines.setdefault(line, []).append(model.name)
+    return [f"{_named(names, len(models))}: {line}" for line, names in lines.items()]
+
+
+def _named(names: Sequence[str], n_models: int) -> str:
+    if len(names) == n_models > SHOWN_NAMES:
+        return f"all {n_models} models"
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:SHOWN_NAMES])} and {more} more"
 
 
 def models_of_ollama(env: Mapping[str, str]) -> tuple[list[StoredModel], list[str]]:

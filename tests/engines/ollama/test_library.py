@@ -132,4 +132,25 @@ def test_a_store_that_is_named_is_the_only_one() -> None:
     """As Ollama itself has it; without a name the user's and the system service's are looked at."""
     assert stores({"OLLAMA_MODELS": "/data/models"}) == [Path("/data/models")]
     assert stores({"OLLAMA_MODELS": "~nobody-of-this-name/models"})[0].name == "models"
-    assert stores({}) == [Path("~/.ollama/models").expanduser(), Path("/usr/share/ollama/.ollama/models")]
+    assert stores({}, ()) == [Path("~/.ollama/models").expanduser(), Path("/usr/share/ollama/.ollama/models")]
+
+
+def test_the_services_store_is_what_its_drop_ins_say(tmp_path: Path) -> None:
+    """As `systemctl edit ollama` writes them: the last one wins, one of the same name in /etc hides another."""
+    etc, lib = tmp_path / "etc", tmp_path / "lib"
+    written = {
+        lib / "ollama.service": 'Environment="OLLAMA_MODELS=/of/the/unit"\nExecStart=/usr/bin/ollama serve\n',
+        lib / "ollama.service.d" / "10-disk.conf": "Environment=OLLAMA_MODELS=/hidden\n",
+        lib / "ollama.service.d" / "20-last.conf": "Environment=OLLAMA_HOST=0.0.0.0 'OLLAMA_MODELS=/big disk/models'\n",
+        etc / "ollama.service.d" / "10-disk.conf": "Environment=OLLAMA_MODELS=/early\n",
+        etc / "ollama.service.d" / "30-closed.conf": "",
+    }
+    for path, text in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"[Service]\n{text}")
+    assert stores({}, (etc, lib))[1] == Path("/big disk/models")
+    (lib / "ollama.service.d" / "20-last.conf").unlink()
+    assert stores({}, (etc, lib))[1] == Path("/early")
+    (etc / "ollama.service.d" / "10-disk.conf").unlink()
+    (lib / "ollama.service.d" / "10-disk.conf").unlink()
+    assert stores({}, (etc, lib))[1] == Path("/of/the/unit")

@@ -348,6 +348,7 @@ def test_the_models_of_an_ollama_become_a_plan(switchyard, environment, tmp_path
     """By the names that clients use; the store is only read, and what cannot be read is a note."""
     store = OllamaStore(tmp_path / "models")
     digest = store.add("library/smollm2/135m", gguf.read_bytes(), params={"num_thread": 2}, template="{{ .Prompt }}")
+    store.add("library/smollm2/latest", gguf.read_bytes(), params={"num_thread": 2}, template="{{ .Prompt }}")
     store.manifest("library/gone/latest", {"layers": [{"mediaType": f"{LAYER}model", "digest": "sha256:" + "0" * 64}]})
     store.add("library/cut/latest", gguf.read_bytes()[:100])
     store.add("library/vectors/latest", write_gguf(tmp_path / "v.gguf", keys={**LLAMA, "pooling_type": 1}).read_bytes())
@@ -359,13 +360,16 @@ def test_the_models_of_an_ollama_become_a_plan(switchyard, environment, tmp_path
     plan, notes = tomllib.loads(path.read_text()), json_of(done)["notes"]
     assert (plan["incumbent"]["engine"], plan["candidate"]["engine"]) == ("ollama", "llama.cpp")
     model, vectors = plan["models"]
-    assert (model["id"], model["aliases"]) == ("smollm2-135m", ["smollm2:135m"])
+    assert (model["id"], model["aliases"]) == ("smollm2", ["smollm2:135m", "smollm2:latest"])
     assert f"{vectors['id']}:latest: gives embeddings; it cannot be moved: an evaluation compares chat" in notes
     assert model["gguf"] == str(store.path(digest))
     assert model["settings"] == {"context_tokens": 4096, "threads": 2}
     assert any(note.startswith("gone:latest: blob ") for note in notes)
     assert any(note.startswith("cut:latest: ") and note.endswith("; pull the model anew") for note in notes)
-    assert any(note.startswith("smollm2:135m: template: ") for note in notes)
+    assert [note for note in notes if "template: " in note] == [
+        "smollm2:135m, smollm2:latest: template: its Go template is not converted; "
+        "others use the Jinja template in the file"
+    ]
     assert sorted((path, path.stat().st_mtime_ns) for path in store.folder.rglob("*")) == before
 
 
