@@ -328,7 +328,7 @@ class Up:
 
     async def stream(self, text: str) -> Row:
         """The numbers of one streamed request, or why there are none. A call before it finds the engine awake."""
-        body = {**chat(text), **self.driver.neutral_body(), "model": MODEL}
+        body = {**chat(text), **(self.driver.neutral_body() or {}), "model": MODEL}
         try:
             await self.calls(next(iter(self.connections)), 1)
             if self.name == IN_PROCESS:

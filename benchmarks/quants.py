@@ -87,7 +87,7 @@ def measure(engine: str, model: ModelPlan, folder: Path, requests: int, dice: ra
     settings = model.settings.model_copy(update=same)
     serve = Serve(model_id="m", gguf=model.gguf, port=free_port(), settings=settings)
     with serving(one, found, serve, state_dir=folder, log_path=folder / "log") as served:
-        times = asyncio.run(asked(served.endpoint, one.neutral_body(), requests + WARMUP, dice))[WARMUP:]
+        times = asyncio.run(asked(served.endpoint, one.neutral_body() or {}, requests + WARMUP, dice))[WARMUP:]
     return Times(statistics.median(t.first for t in times), statistics.median(t.each for t in times))
 
 

@@ -141,8 +141,8 @@ class Driver(Protocol):
     def dialect(self, installation: Installation) -> type[Dialect]:
         """Brings its requests and answers to the shapes of llama.cpp's server, for which clients were written."""
 
-    def neutral_body(self) -> dict[str, object]:
-        """Request fields that switch off this engine's own shortcuts while speed is measured (prompt cache reuse)."""
+    def neutral_body(self) -> dict[str, object] | None:
+        """Request fields that keep prompts from its cache while speed is measured; None where no field does that."""
 
 
 def native_of(name: str) -> str:

@@ -158,10 +158,12 @@ class EngineChoice(PlanPart):
     def find(self, *, ask: bool = True) -> Installation:
         """The engine as it is on this machine, or answers at its `url`, under its name.
 
-        Raises EngineNotFound, also for another version. Without `ask` an attached one is only described.
+        Raises EngineNotFound, also for another version. Without `ask` an attached one is only described. One that does
+        not report its version has the plan's.
         """
         if self.url is not None:
-            there = replace(attached(self.engine).attach(self.url, self.api_key_env or ""), engine=self.name)
+            there = attached(self.engine).attach(self.url, self.api_key_env or "")
+            there = replace(there, engine=self.name, version=self.version or there.version)
             return self._checked(attached(self.engine).reached(there)) if ask else there
         found = driver(self.engine).find("auto" if self.form == "native" else self.form, self.binary or self.python)
         return self._checked(replace(found, engine=self.name, build=build_digest(found)))

@@ -55,7 +55,7 @@ class Attached:
         return Installation(kind, "attached", (), UNKNOWN, where=url, kind=kind, url=url, key_env=key_env)
 
     def reached(self, found: Installation) -> Installation:
-        """The same with the version that the server reports. Raises EngineNotFound where nobody answers."""
+        """The same with the version that the server reports, if any. Raises EngineNotFound where nobody answers."""
         key = key_in(found.key_env)
         headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
         path, field = self._server.version or ("/v1/models", "")
@@ -68,7 +68,7 @@ class Attached:
         version = None
         with contextlib.suppress(ValueError, AttributeError):
             version = answer.json().get(field)
-        return replace(found, version=str(version or UNKNOWN))
+        return replace(found, version=str(version or found.version))
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
         return []
@@ -121,8 +121,9 @@ class Attached:
     def dialect(self, installation: Installation) -> type[Dialect]:
         return self._like.dialect(_as_binary(installation)) if self._like else self._server.dialect
 
-    def neutral_body(self) -> dict[str, object]:
-        return self._like.neutral_body() if self._like else {}
+    def neutral_body(self) -> dict[str, object] | None:
+        """That of what it is; of a plain server nothing is known."""
+        return self._like.neutral_body() if self._like else None
 
 
 def plain_url(text: str) -> str:

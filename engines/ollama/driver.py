@@ -176,9 +176,9 @@ class Ollama:
     def dialect(self, installation: Installation) -> type[Dialect]:
         return OllamaDialect
 
-    def neutral_body(self) -> dict[str, object]:
-        """Nothing: no field switches its prompt cache off, so what a template begins every prompt with is read once."""
-        return {}
+    def neutral_body(self) -> dict[str, object] | None:
+        """None: no field switches its prompt cache off, and what a template begins every prompt with is read once."""
+        return None
 
 
 def _has_llama_server(version: str) -> bool:

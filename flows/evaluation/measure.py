@@ -29,7 +29,7 @@ from tasks.evidence.first_look import measure_pairs, timed_request
 from tasks.evidence.parity.answers import measure_answers, measure_floor
 from tasks.evidence.parity.parameters import measure_ignored_parameters
 from tasks.evidence.parity.tokens import measure_prompt_tokens
-from tasks.evidence.performance import held_bytes, measure_block, metrics
+from tasks.evidence.performance import held_bytes, measure_block, metrics, without_caches
 from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
 from tasks.evidence.unmeasured import LAUNCH, summary
 from tasks.verdicts.noninferiority import decision_reached
@@ -117,9 +117,10 @@ def smoke(trial: Trial, arm: Arm) -> None:
 def pairs(trial: Trial) -> None:
     """A few timed requests to both engines in turns."""
 
+    neutral, _ = without_caches(trial.engines)
+
     def ask(arm: Arm, number: int) -> dict[str, Any]:
-        served, extra = trial.running.get(arm), trial.engines[arm].driver.neutral_body()
-        return timed_request(served.endpoint, trial.workload, extra, number)
+        return timed_request(trial.running.get(arm).endpoint, trial.workload, neutral[arm], number)
 
     if trial.payloads(BOTH, "performance"):
         return

@@ -11,7 +11,7 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from engines.client.load import measure
 from engines.client.record import StreamRecord, reconcile
@@ -29,7 +29,9 @@ from tasks.verdicts.noninferiority import Metric, block_orders, judge, judge_cal
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 ARMS = ("incumbent", "candidate")
+Name = TypeVar("Name", bound=str)
 MAPPED = "mapped_weights_bytes"
+CACHED = "cannot_switch_cache_off"  # in a block: engines for whose sake both kept their prompt caches
 WARMUP_AGREEMENT = 0.10  # two requests in a row closer than this end the warm-up (measurement plan, C.2)
 SAMPLE_EVERY_S = 0.25
 WORDS = tuple("river window copper garden letter winter engine silver market bridge paper kitchen forest".split())  # noqa: SIM905
@@ -115,17 +117,19 @@ def measure_block(
     order = block_orders(index + 1, workload.seed)[index]
     arms: dict[str, dict[str, Any]] = {}
     named = {"A": ("incumbent", incumbent), "B": ("candidate", candidate)}
+    neutral, cached = without_caches({"incumbent": incumbent, "candidate": candidate})
     for letter in order:
         name, engine = named[letter]
         progress(f"{name} ({engine.name})")
         try:
             with engine.up() as served:
-                arms[name] = _measure_served(served, engine, workload, index)
+                arms[name] = _measure_served(served, engine, workload, index, neutral[name])
         except EngineError as error:
             arms[name] = {"failed": str(error).splitlines()[0], "machine": {}, "records": []}
     foreign = {name: arm["machine"].get("foreign_cpu_fraction") for name, arm in arms.items()}
     discarded = _reason_to_discard(arms, foreign, foreign_cpu_limit)
-    return {"index": index, "order": order, **arms, "foreign_cpu": foreign, "void": discarded}
+    block = {"index": index, "order": order, **arms, "foreign_cpu": foreign, "void": discarded}
+    return block | ({CACHED: cached} if cached else {})
 
 
 def judge_performance(
@@ -212,8 +216,20 @@ def body(text: str, max_tokens: int, extra: Mapping[str, object]) -> dict[str, A
     return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **extra}
 
 
-def _measure_served(served: Served, engine: EngineUnderTest, workload: Workload, index: int) -> dict[str, Any]:
-    extra = engine.driver.neutral_body()
+def without_caches(engines: Mapping[Name, EngineUnderTest]) -> tuple[dict[Name, dict[str, object]], list[str]]:
+    """By arm the fields that keep prompts from its cache, and the names of engines that have no such field.
+
+    Where one has none both keep their caches: the beginning that a template gives to every prompt would be free for
+    one of them alone.
+    """
+    fields = {arm: engine.driver.neutral_body() for arm, engine in engines.items()}
+    cached = [engines[arm].name for arm, found in fields.items() if found is None]
+    return {arm: {} if cached else found or {} for arm, found in fields.items()}, cached
+
+
+def _measure_served(
+    served: Served, engine: EngineUnderTest, workload: Workload, index: int, extra: Mapping[str, object]
+) -> dict[str, Any]:
     warm = _warm_up(served.endpoint, workload, extra, index)
     telemetry = Telemetry(served.process.pid)
     with MemorySampler(served.process.pid, SAMPLE_EVERY_S) as sampler:
@@ -358,7 +374,12 @@ def _reported(blocks: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
     why = f"client, usage and engine timing disagree {ours} times on the candidate, {theirs} times on the incumbent"
     verdict = Verdict.INCONCLUSIVE if ours else Verdict.PASS
     check, unit = "performance.accounting", "findings"
-    return [*results, CheckResult(check=check, verdict=verdict, value=ours, unit=unit, why=why, required=False)]
+    results.append(CheckResult(check=check, verdict=verdict, value=ours, unit=unit, why=why, required=False))
+    if cached := {name: None for block in counted for name in block.get(CACHED, ())}:
+        why = f"both kept their prompt caches, as that of {' and '.join(cached)} cannot be switched off"
+        check, why = "performance.prompt_cache", f"{why}: what begins every prompt was read once"
+        results.append(CheckResult(check=check, verdict=Verdict.PASS, why=why, required=False))
+    return results
 
 
 def _figure(check: str, values: Mapping[str, float | None], unit: str, what: str) -> CheckResult:

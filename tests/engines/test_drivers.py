@@ -254,9 +254,10 @@ def test_a_wheels_libraries_go_in_front() -> None:
 
 
 def test_speed_is_measured_without_the_prompt_cache_of_llama_cpp() -> None:
-    """mistral.rs matches whole prefixes only, so it needs no field."""
+    """mistral.rs matches whole prefixes only, so it needs no field; Ollama and a server of others have none."""
     assert LlamaCpp().neutral_body() == {"cache_prompt": False}
     assert MistralRs().neutral_body() == {}
+    assert (driver("ollama").neutral_body(), driver("openai").neutral_body()) == (None, None)
 
 
 # --- mistral.rs: flags --------------------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from gguf_files import LLAMA, write_gguf
+from openai_stub import stub
 
 from engines.errors import BadInput
+from engines.mistral_rs.dialect import OldBinaryDialect
+from engines.registry import driver
 from engines.settings import NO_FILE
 from migrations.pairs import pair_of
-from migrations.plan import content_hash
+from migrations.plan import EngineChoice, content_hash
 from migrations.plan_file import load_plan, plan_to_toml
 
 OLD = 'name = "old"\nengine = "openai"\nurl = "http://127.0.0.1:5000/v1"\ndialect = "tabbyapi"\n'
@@ -41,6 +44,19 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert content_hash(load_plan(again)) == content_hash(plan)
     path.write_text(path.read_text().replace("team/smol", "team/other"))
     assert content_hash(load_plan(path)) != content_hash(plan)
+
+
+def test_a_server_that_reports_no_version_has_the_plans() -> None:
+    """`mistralrs` reports none, and gives log-probabilities of another base before 0.9.1."""
+    with stub("needs no key") as url:
+        choice = EngineChoice.model_validate({"engine": "openai", "url": url, "dialect": "mistral.rs"})
+        said = choice.model_copy(update={"version": "0.8.1"})
+        assert (choice.find().version, said.find().version, said.find(ask=False).version) == (
+            "unknown",
+            "0.8.1",
+            "0.8.1",
+        )
+        assert driver(said.engine).dialect(said.find()) is OldBinaryDialect
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from engines.registry import driver as driver_of
 from engines.settings import Settings
 from tasks.evidence.engine_under_test import Arm, EngineUnderTest
 from tasks.evidence.performance import (
+    CACHED,
     MAPPED,
     Workload,
     body,
@@ -29,6 +30,7 @@ from tasks.evidence.performance import (
     memory_figures,
     metrics,
     prompt,
+    without_caches,
 )
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import block_orders
@@ -309,6 +311,18 @@ def test_figures_are_reported_beside_the_gate() -> None:
     assert results["performance.prefix_cache_ttft_ratio"].verdict is Verdict.INCONCLUSIVE
     assert results["performance.decode_tok_s"].unit == "tok/s"
     assert gate(results.values()) is Verdict.PASS
+
+
+def test_where_one_cache_cannot_be_switched_off_both_are_on(tmp_path: Path) -> None:
+    """Else what a template begins every prompt with would be free for one engine alone; the report says so."""
+    old, new = engine(tmp_path, "incumbent"), engine(tmp_path, "candidate")
+    old.driver.neutral_body, new.driver.neutral_body = (lambda: None), (lambda: {"cache_prompt": False})  # type: ignore[method-assign]
+    assert without_caches({"incumbent": old, "candidate": new}) == ({"incumbent": {}, "candidate": {}}, ["fake"])
+    assert without_caches({"candidate": new}) == ({"candidate": {"cache_prompt": False}}, [])
+    result = judged([block | {CACHED: ["ollama"]} for block in made_up(6, 1.0)])["performance.prompt_cache"]
+    assert (result.verdict, result.required) == (Verdict.PASS, False)
+    assert result.why.startswith("both kept their prompt caches, as that of ollama cannot be switched off")
+    assert "performance.prompt_cache" not in judged(made_up(6, 1.0))
 
 
 def test_disagreeing_accounts_are_reported() -> None:
