@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +94,12 @@ class Endpoint(BaseModel):
     context_tokens: int | None = Field(None, description="usable context of one sequence, where known")
     api_key: SecretStr | None = None
     request_defaults: dict[str, Any] = Field({}, description="fields of a request that does not set them itself")
+    speaks: Callable[..., Any] | None = Field(
+        None,
+        exclude=True,
+        repr=False,
+        description="the engine's dialect of a call and a model's name, where it has one",
+    )
 
     @property
     def headers(self) -> dict[str, str]:

@@ -86,8 +86,8 @@ class BinaryDialect(Dialect):
     ignores = UNKNOWN
     words: ClassVar[Mapping[str, str]] = {"repeat_penalty": "repetition_penalty"}
 
-    def __init__(self, call: Call, served_name: str, model_id: str = "") -> None:
-        super().__init__(call, served_name, model_id)
+    def __init__(self, call: Call, served_name: str, model_id: str = "", *, context_tokens: int | None = None) -> None:
+        super().__init__(call, served_name, model_id, context_tokens=context_tokens)
         options = call.body.get("stream_options")
         self._wants_usage = isinstance(options, dict) and options.get("include_usage") is True
         self._id = f"chatcmpl-{uuid.uuid4().hex}"

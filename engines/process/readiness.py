@@ -140,9 +140,8 @@ def wait_ready(
         if token is not None and token.done.is_set():
             if token.arrived:
                 known: dict[str, object] = {"first_token_path": token.path, "first_token_s": token.took_s}
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                    props = ask("GET", "/props", None, 5)[1]
-                    known["context_tokens"] = int(props["default_generation_settings"]["n_ctx"])
+                if (context := _context_tokens(ask, served_name)) is not None:
+                    known["context_tokens"] = context
                 return {**known, "prefill_tokens_per_s": token.prefill_rate}
             if serve.url and not token.statuses:
                 why = f"{engine}: nothing answers at {serve.url}: {token.refusal}; start the server there"
@@ -161,6 +160,16 @@ def wait_ready(
             why += last_lines(child)
             raise EngineStalled(why, stalled_s=stalled_s, engine=engine, log_tail=child.log_tail())
         time.sleep(POLL_S)
+
+
+def _context_tokens(ask: Ask, served_name: str) -> int | None:
+    """The context of one sequence as the server reports it: llama.cpp in /props, vLLM in its list of models."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(ask("GET", "/props", None, 5)[1]["default_generation_settings"]["n_ctx"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        listed = ask("GET", "/v1/models", None, 5)[1]["data"]
+        return next((int(one["max_model_len"]) for one in listed if one["id"] == served_name), None)
+    return None
 
 
 class _FirstToken:

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engines import environment
 from engines.driver import Driver, Installation
 from engines.errors import EngineNotEnded, PortTaken
+from engines.openai.dialect import Dialect
 from engines.process import process
 from engines.process.attached import AttachedEngine
 from engines.process.process import ManagedProcess
@@ -61,15 +63,17 @@ def serving(
         name = serve.name_there or driver.served_name(installation, serve.model_id)
         seen = wait_ready(installation.engine, serve, child, served_name=name, stall_s=stall_s, progress=progress)
         load_s = (time.monotonic_ns() - started_ns) / 1e9
-        context = seen.get("context_tokens")
+        reported, dialect = seen.get("context_tokens"), driver.dialect(installation)
+        context = reported if isinstance(reported, int) else serve.settings.context_tokens
         endpoint = Endpoint(
             base_url=serve.base_url,
             model_id=name,
             engine=installation.engine,
             version=installation.version,
-            context_tokens=context if isinstance(context, int) else serve.settings.context_tokens,
+            context_tokens=context,
             api_key=serve.settings.api_key,
             request_defaults=serve.request_defaults,
+            speaks=None if dialect is Dialect else partial(dialect, context_tokens=context),
         )
         yield Served(endpoint, child, load_s)
     finally:

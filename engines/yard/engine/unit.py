@@ -170,7 +170,8 @@ class Unit:
         found, model_id = self.spec.installation, self.spec.model_id
         if self.spec.request_defaults and call.path in GENERATING:
             call = call.with_defaults(self.spec.request_defaults)
-        return self.driver.dialect(found)(call, self.spec.served_name(self.driver), model_id)
+        name, context = self.spec.served_name(self.driver), self.context_tokens
+        return self.driver.dialect(found)(call, name, model_id, context_tokens=context)
 
     @property
     def accepts(self) -> bool:

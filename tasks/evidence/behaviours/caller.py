@@ -13,6 +13,7 @@ from engines.openai.call import GENERATING
 from engines.openai.sse import DONE_DATA, payloads
 from engines.redaction import redacted_text
 from engines.settings import Endpoint
+from tasks.evidence.behaviours.translated import Translated
 
 Json = dict[str, Any]
 Messages = str | list[Json]
@@ -190,10 +191,16 @@ class Caller:
         self.http.close()
 
     def client(self, headers: dict[str, str], **options: Any) -> httpx.Client:
-        """A further client of the same server, ignoring proxies from the environment; the caller closes it."""
-        return httpx.Client(
-            base_url=self.endpoint.base_url, headers=headers, timeout=self.timeout, trust_env=False, **options
-        )
+        """A further client of the same server, ignoring proxies from the environment; the caller closes it.
+
+        It speaks the engine's dialect, as the yard does.
+        """
+        url, speaks = self.endpoint.base_url, self.endpoint.speaks
+        if speaks is not None:
+            inner = httpx.HTTPTransport(trust_env=False, **options)
+            transport = Translated(speaks, self.endpoint.model_id, httpx.URL(url).path.rstrip("/"), inner)
+            options = {"transport": transport}
+        return httpx.Client(base_url=url, headers=headers, timeout=self.timeout, trust_env=False, **options)
 
     def get(self, path: str) -> ApiReply:
         """The answer to GET `path`."""

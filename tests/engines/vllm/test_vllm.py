@@ -105,6 +105,23 @@ def test_llama_cpps_words_are_vllms() -> None:
     assert not {"n_predict", "cache_prompt", "repeat_penalty"} & sent.keys()
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "limit"),
+    [
+        ("/v1/chat/completions", {"max_tokens": 9999}, 512),  # above the context vLLM answers 400
+        ("/v1/chat/completions", {"n_predict": 9999}, 512),
+        ("/v1/chat/completions", {"max_tokens": 400}, 400),  # what the prompt leaves vLLM clamps to itself
+        ("/v1/chat/completions", {"max_tokens": -1}, "absent"),
+        ("/v1/completions", {}, None),  # vLLM's own default is 16 tokens, llama.cpp's is no limit
+        ("/v1/completions", {"max_tokens": -1}, None),
+        ("/v1/completions", {"max_tokens": 7}, 7),
+    ],
+)
+def test_an_answer_is_as_long_as_on_llama_cpp(path: str, asked: dict[str, int], limit: int | str | None) -> None:
+    dialect = driver("vllm").dialect(FOUND)(parse(path, json.dumps(asked).encode()), "m", context_tokens=512)
+    assert json.loads(dialect.request()).get("max_tokens", "absent") == limit
+
+
 def test_a_plan_gives_it_a_directory(tmp_path: Path) -> None:
     """By content in the identity, and back from TOML as it was."""
     folder = hf_directory(tmp_path / "hf")
