@@ -34,6 +34,7 @@ KINDS = {  # of evidence, where the step has another name
     "first look at speed": "performance.first_look",
     "smoke of the API": "compatibility.smoke",
     "answers": "parity.answers",
+    "tool calls": "parity.tool_calls",
 }
 
 
@@ -85,6 +86,8 @@ def try_model(trial: Trial, *, with_soak: bool = True) -> None:
             attempt(trial, arm, "answers", partial(measure.answers, trial, arm))
         for arm in ARMS if not settled(trial) else ():
             attempt(trial, arm, "compatibility", partial(measure.compatibility, trial, arm))
+        if trial.plan.measure.tool_prompts and not settled(trial):
+            attempt(trial, "both", "tool calls", partial(measure.tool_calls, trial))
     if settled(trial):
         return
     if trial.plan.measure.calibration_blocks:

@@ -16,6 +16,7 @@ CPU_BYTES_PER_S, GPU_BYTES_PER_S = (12e9, 3e9), (400e9, 100e9)
 LOAD_BYTES_PER_S, START_S = 1e9, (0.5, 2.0)
 READ_AT_ONCE = 4  # so many tokens of a prompt take as long as one of an answer
 SHORT_PROMPT_TOKENS, BEHAVIOUR_TOKENS = 48, 12
+TOOL_PROMPT_TOKENS, TOOL_TOKENS = 320, 48  # of a prompt with its tools, and of a call or the text in its place
 FIRST_REQUESTS, FIRST_TOKENS = 9, 12  # of the first look, to each engine
 FAULT_DRILLS, DRILL_S = 4, (1.0, 10.0)
 PAIR_STARTS = 2  # of a yard with both engines
@@ -28,6 +29,14 @@ class Pace(NamedTuple):
     start_s: float
     first_s: float
     token_s: float
+
+
+class Sized(NamedTuple):
+    """What a model's header tells of the time it takes: weights, whether both engines fit at once, and tools."""
+
+    weights_bytes: int
+    side_by_side: bool
+    shows_tools: bool
 
 
 class Span(NamedTuple):
@@ -63,9 +72,9 @@ def still_takes(plan: Plan, model: ModelPlan, pairs: Sequence[Mapping[str, Any]]
     if not timed or sized is None:
         return ""
     first_s, token_s = (statistics.fmean(one[key] for one in timed) / 1e3 for key in ("ttft_ms", "tpot_ms"))
-    paces = [Pace(_load_s(sized[0], bound), first_s, token_s) for bound in (0, 1)]
-    soak_s = _soak_s(plan, sized[1]) * with_soak
-    measuring_s = [_measuring_s(plan, pace, bound) for bound, pace in enumerate(paces)]
+    paces = [Pace(_load_s(sized.weights_bytes, bound), first_s, token_s) for bound in (0, 1)]
+    soak_s = _soak_s(plan, sized.side_by_side) * with_soak
+    measuring_s = [_measuring_s(plan, sized, pace, bound) for bound, pace in enumerate(paces)]
     return f"by the speeds just measured {Span(*measuring_s).plus(soak_s, soak_s)} more"
 
 
@@ -128,9 +137,10 @@ def _evaluation_s(plan: Plan, *, with_soak: bool = True) -> tuple[Span, float]:
     for model in plan.models:
         if (sized := _size(plan, model)) is None:
             continue
-        paces = [_guess(plan, model, sized[0], bound) for bound in (0, 1)]
-        total = total.plus(*(_first_look_s(pace) + _measuring_s(plan, pace, at) for at, pace in enumerate(paces)))
-        soak_s += _soak_s(plan, sized[1]) * with_soak
+        paces = [_guess(plan, model, sized.weights_bytes, bound) for bound in (0, 1)]
+        spent_s = (_first_look_s(pace) + _measuring_s(plan, sized, pace, at) for at, pace in enumerate(paces))
+        total = total.plus(*spent_s)
+        soak_s += _soak_s(plan, sized.side_by_side) * with_soak
     return total.plus(soak_s, soak_s), soak_s
 
 
@@ -144,18 +154,19 @@ def _load_s(n_bytes: int, bound: int) -> float:
 
 def _start_s(plan: Plan, model: ModelPlan) -> float:
     sized = _size(plan, model)
-    return 0.0 if sized is None else _load_s(sized[0], 1)
+    return 0.0 if sized is None else _load_s(sized.weights_bytes, 1)
 
 
-def _size(plan: Plan, model: ModelPlan) -> tuple[int, bool] | None:
-    """Bytes of the weights, and whether both engines are soaked at once; None of a file that cannot be read."""
+def _size(plan: Plan, model: ModelPlan) -> Sized | None:
+    """What the header says; None of a file that cannot be read."""
     engines = {one.name: one.engine for one in (plan.incumbent, plan.candidate)}
     settings = {model.id: plan.settings_for(model.id)}
     try:
         report = preflight([(model.id, model.gguf)], settings_by_model=settings, engines=engines)["models"][0]
     except Exception:  # no reason to end a run: preflight itself says what is wrong
         return None
-    return int(report["memory"]["weights_bytes"]), bool(report["side_by_side"]["fits"])
+    shows_tools = report["header"]["template_shows_tools"] is True
+    return Sized(int(report["memory"]["weights_bytes"]), bool(report["side_by_side"]["fits"]), shows_tools)
 
 
 def _guess(plan: Plan, model: ModelPlan, n_bytes: int, bound: int) -> Pace:
@@ -171,7 +182,7 @@ def _first_look_s(pace: Pace) -> float:
     return 2 * (pace.start_s + FIRST_REQUESTS * (pace.first_s + FIRST_TOKENS * pace.token_s))
 
 
-def _measuring_s(plan: Plan, pace: Pace, bound: int) -> float:
+def _measuring_s(plan: Plan, sized: Sized, pace: Pace, bound: int) -> float:
     """Seconds of both engines after the first look, without the soak; `bound` 0 ends at the first look at blocks."""
     amounts = plan.measure
     answers = amounts.parity_prompts * (SHORT_PROMPT_TOKENS / READ_AT_ONCE + amounts.parity_tokens)
@@ -181,4 +192,11 @@ def _measuring_s(plan: Plan, pace: Pace, bound: int) -> float:
     block_s = pace.start_s + requests * (pace.first_s + amounts.max_tokens * pace.token_s)
     blocks = amounts.calibration_blocks + (amounts.looks[-1] if bound else amounts.looks[0])
     once_s = pace.start_s + (answers + behaviours * BEHAVIOUR_TOKENS) * pace.token_s
-    return 2 * (once_s + blocks * block_s) + FAULT_DRILLS * (pace.start_s + DRILL_S[bound])
+    whole_s = 2 * (once_s + blocks * block_s) + FAULT_DRILLS * (pace.start_s + DRILL_S[bound])
+    return whole_s + _tool_calls_s(plan, pace, bound) * sized.shows_tools
+
+
+def _tool_calls_s(plan: Plan, pace: Pace, bound: int) -> float:
+    """Seconds of the tool prompts: each once to the candidate and twice to the incumbent, the second time cached."""
+    prompts = plan.measure.tool_prompts / (1 if bound else 3)
+    return prompts * (2 * TOOL_PROMPT_TOKENS / READ_AT_ONCE + 3 * TOOL_TOKENS) * pace.token_s

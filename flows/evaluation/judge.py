@@ -19,6 +19,8 @@ from tasks.evidence.parity.asking import Evidence
 from tasks.evidence.parity.judge import judge_parity
 from tasks.evidence.parity.parameters import judge_fields, with_behaviours
 from tasks.evidence.soak.judge import LEAK, judge_leak, judge_stability
+from tasks.evidence.tool_calls.judge import KIND as TOOL_CALLS
+from tasks.evidence.tool_calls.judge import batches_of, judge_tool_calls
 from tasks.evidence.unmeasured import LAUNCH, SOAK_LEFT_OUT, ends_the_run, judge_unmeasured, summary
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
@@ -34,6 +36,7 @@ def judged(trial: Trial) -> list[CheckResult]:
         ("compatibility", _compatibility),
         ("compatibility", _fields),
         ("parity", _parity),
+        ("parity", tool_call_results),
         ("performance", _performance),
         ("stability", _soak),
         ("faults", _faults),
@@ -137,6 +140,16 @@ def _parity(trial: Trial) -> list[CheckResult]:
         return results
     # the few answers of a first look fail a candidate; what they leave open was not measured yet
     return [*map(_reported_only, results), _missing("parity.answers")]
+
+
+def tool_batches(trial: Trial) -> list[Evidence]:
+    """The tool prompts' answers, batch by batch; none in a run of a Switchyard that did not ask them."""
+    return batches_of(*(trial.payloads(arm, TOOL_CALLS) for arm in ARMS))
+
+
+def tool_call_results(trial: Trial) -> list[CheckResult]:
+    """The two numbers on tool calls."""
+    return judge_tool_calls(tool_batches(trial), trial.plan.limits)
 
 
 def _reported_only(result: CheckResult) -> CheckResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ from engines.process.readiness import exit_reason
 from engines.process.serving import Served
 from engines.settings import NO_FILE, Endpoint
 from engines.yard.usage import Usage
-from flows.evaluation.judge import required_behaviours, settled
+from flows.evaluation.judge import required_behaviours, settled, tool_batches
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
 from flows.progress import progress
 from migrations.carried import no_chat
@@ -31,6 +31,10 @@ from tasks.evidence.parity.parameters import measure_ignored_parameters
 from tasks.evidence.parity.tokens import measure_prompt_tokens
 from tasks.evidence.performance import held_bytes, measure_block, metrics, without_caches
 from tasks.evidence.prompts import Prompt, load_prompts, load_transcripts
+from tasks.evidence.tool_calls.judge import KIND as TOOL_CALLS
+from tasks.evidence.tool_calls.judge import calls_settled
+from tasks.evidence.tool_calls.measure import measure_tool_calls, tools_hidden
+from tasks.evidence.tool_calls.prompts import chosen_prompts, tool_looks
 from tasks.evidence.unmeasured import LAUNCH, summary
 from tasks.verdicts.noninferiority import decision_reached
 from tasks.verdicts.verdict import Verdict
@@ -38,6 +42,7 @@ from tasks.verdicts.verdict import Verdict
 FIRST_PROMPTS, FIRST_TOKENS = 3, 16  # of the first look
 FLOOR_SHARE = 12  # one prompt in so many also measures the engine's own noise
 FLOOR_TOKENS = 16
+REQUIRED_PROMPTS = 12  # asked with `tool_choice` required, where no model calls a tool by itself
 DYING_S = 5.0  # a dying engine closes its connections first
 # what an evaluation has whole needs no first look: one that was broken off before there was such a look has it
 WHOLE = {"parity.first_tokens": "parity.tokens", "parity.first_answers": "parity.answers", "smoke": "compatibility"}
@@ -143,8 +148,11 @@ def answers(trial: Trial, arm: Arm) -> None:
 
 
 def _prompts(trial: Trial) -> list[Prompt]:
-    own = load_transcripts(trial.model.transcripts) if trial.model.transcripts else []
-    return [*own, *load_prompts(trial.plan.measure.parity_prompts)]
+    return [*_own_prompts(trial), *load_prompts(trial.plan.measure.parity_prompts)]
+
+
+def _own_prompts(trial: Trial) -> list[Prompt]:
+    return load_transcripts(trial.model.transcripts) if trial.model.transcripts else []
 
 
 def compatibility(trial: Trial, arm: Arm) -> None:
@@ -155,6 +163,44 @@ def compatibility(trial: Trial, arm: Arm) -> None:
         "parity.parameters": lambda e: measure_ignored_parameters(e, progress=trial.say),
     }
     _gather_served(trial, arm, wanted)
+
+
+def tool_calls(trial: Trial) -> None:
+    """Both engines' calls to the prompts with tools, look by look until both numbers are settled.
+
+    Nothing more is asked where no tool reaches the incumbent's model; where neither engine calls one by itself, a few
+    prompts are asked again with the demand for a call.
+    """
+    prompts = chosen_prompts(_own_prompts(trial), trial.plan.measure.tool_prompts)
+    looks = tool_looks(len(prompts))
+    for number, (start, end) in enumerate(zip((0, *looks), looks, strict=False)):
+        # the engine that answered last goes on: only one may be up
+        for arm in ARMS[:: -1 if number % 2 else 1]:
+            _tool_batch(trial, arm, str(number), prompts[start:end], looks)
+            if any(batch["hidden"] for batch in tool_batches(trial)):
+                return
+        if calls_settled(tool_batches(trial), trial.plan.limits):
+            break
+    answers = [one for batch in tool_batches(trial) for arm in ARMS for one in batch[arm]]
+    if answers and not any(one["calls"] for one in answers):
+        in_need = [prompt for prompt in prompts if prompt.group != "none"]
+        for arm in ARMS:
+            _tool_batch(trial, arm, "required", in_need[:REQUIRED_PROMPTS], looks)
+
+
+def _tool_batch(trial: Trial, arm: Arm, batch: str, prompts: Sequence[Prompt], looks: Sequence[int]) -> None:
+    """One engine's answers to `prompts`; the incumbent answers twice, for its distance from itself."""
+    required, incumbent = batch == "required", arm == "incumbent"
+
+    def asked(endpoint: Endpoint) -> dict[str, Any]:
+        hidden = tools_hidden(endpoint) if incumbent and batch == "0" else None
+        found: dict[str, Any] = {"batch": batch, "looks": list(looks), "required": required, "hidden": hidden}
+        if hidden:
+            return found | {"answers": [], "again": []}
+        repeat = incumbent and not required
+        return found | measure_tool_calls(endpoint, prompts, required=required, repeat=repeat, progress=trial.say)
+
+    _gather_served(trial, arm, {TOOL_CALLS: asked}, key=batch)
 
 
 def calibration(trial: Trial) -> None:
@@ -227,6 +273,8 @@ def _gather_served(
     arm: Arm,
     measures: Mapping[str, Callable[[Endpoint], Any]],
     enough: Callable[[], bool] = lambda: False,
+    *,
+    key: str = "",
 ) -> None:
     """Several kinds of evidence from an engine that is up, until it is `enough`; none where the records have them all.
 
@@ -235,7 +283,7 @@ def _gather_served(
     missing = {
         kind: measure
         for kind, measure in measures.items()
-        if not (trial.has(arm, kind) or trial.has(arm, WHOLE.get(kind, kind)))
+        if not (trial.has(arm, kind, key) or trial.has(arm, WHOLE.get(kind, kind), key))
     }
     if not missing:
         return
@@ -250,7 +298,7 @@ def _gather_served(
             break
         try:
             _require_alive(served)
-            trial.gather(arm, kind, partial(_while_alive, served, measure), engines=(trial.untimed(arm),))
+            trial.gather(arm, kind, partial(_while_alive, served, measure), key=key, engines=(trial.untimed(arm),))
         except Exception as error:
             trial.broke(arm, kind, error)
             failed.append(error)

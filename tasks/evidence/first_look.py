@@ -32,6 +32,7 @@ CANNOT_PROVE = (
     "speed within a factor of 1.5 of the limits: 5 requests to one process of each engine, no restarts",
     "answers: 3 prompts show garbage, not a few per cent of other tokens",
     "the API: one behaviour of each group of those required",
+    "tool calls: how often a tool is called, and whether the arguments are valid, is not asked",
     "memory, stability and faults: nothing was soaked, killed or weighed",
 )
 Ask = Callable[[int], dict[str, Any]]  # the record of a request, by its number

@@ -49,6 +49,8 @@ FIGURES = (
     ("performance.e2e_p50_ratio", "Whole request (E2E), median"),
     ("memory.peak_ratio", "Peak memory"),
     ("parity.top1_agreement", "Same most likely token"),
+    ("parity.trigger_similarity", "Tools called on the same prompts (F1)"),
+    ("parity.schema_accuracy", "Calls valid under their schema"),
     ("compatibility.required_passed", "Required API behaviours"),
 )
 EFFECTS = {True: "has effect", False: "ignored", None: "unclear"}

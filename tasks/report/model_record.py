@@ -27,6 +27,8 @@ NEXT_STEPS = {
     "preflight": "Keep the incumbent, or choose a GGUF that the candidate loads and this machine holds.",
     "parity.prompt_tokens": "Keep the incumbent: the candidate reads other tokens. A tokenizer.json named in the plan, "
     "or a newer candidate, may fix it; then evaluate again.",
+    "parity.trigger_similarity": "Keep the incumbent: the candidate calls tools on other prompts; read which below.",
+    "parity.schema_accuracy": "Keep the incumbent: the candidate's calls break their schemas. Read the faults below.",
     "parity": "Read the answers that differ below. Keep the incumbent unless you can explain them.",
     "compatibility": "Keep the incumbent while your client needs what is missing; name in client.requires what it does "
     "use, and evaluate again.",
@@ -39,6 +41,8 @@ NEXT_STEPS = {
 UNPROVEN = {
     "performance": "Plan more blocks (measure.looks) or quiet the machine, and evaluate again.",
     "memory": "Plan more blocks or a longer soak, and evaluate again.",
+    "parity.trigger_similarity": "Plan more prompts with tools (measure.tool_prompts), and evaluate again.",
+    "parity.schema_accuracy": "Plan more prompts with tools (measure.tool_prompts), and evaluate again.",
     "parity": "Plan more prompts (measure.parity_prompts), and evaluate again.",
     "stability": "Soak for longer (measure.soak_s), and evaluate again.",
 }

@@ -9,6 +9,8 @@ from typing import Any
 
 from engines.units import NOT_MEASURED, duration, figure
 from tasks.evidence.performance import RATIOS, Workload, memory_metric, metrics
+from tasks.evidence.tool_calls.judge import KIND as TOOL_CALLS
+from tasks.evidence.tool_calls.judge import batches_of, tool_call_differences, tool_call_rows
 from tasks.report import plots
 from tasks.report.markup import DASH, TEMPLATES, Html, el, joined, number, row, verdict_mark
 from tasks.report.model_record import ModelRecord, by_area, decided_by, shortened
@@ -51,6 +53,7 @@ def model_section(model: ModelRecord) -> Html:
     for result in model.checks:
         if result.verdict is Verdict.INCONCLUSIVE:
             unproven.setdefault((result.why, result.required), []).append(result.check)
+    tool_calls = batches_of(*(model.all(arm, TOOL_CALLS) for arm in ARMS))
     drawn = (_ratio_plot(model), _memory_plot(model), _divergence_plot(model), _token_plot(model))
     page = TEMPLATES.get_template("model.html.jinja").render(
         model=model,
@@ -61,6 +64,8 @@ def model_section(model: ModelRecord) -> Html:
         seen=seen,
         known={**seen["candidate"], **seen["incumbent"]},
         tally=_tally(seen),
+        tool_calls=tool_call_rows(tool_calls),
+        tool_differences=tool_call_differences(tool_calls),
         answers=_answers(model),
         failures=_failures(model),
         unproven=unproven,

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Ratio = Annotated[float, Field(ge=1.0, le=100.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -33,8 +41,21 @@ class PlanPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Measure(PlanPart):
+class LaterKeys(PlanPart):
+    """A table to which keys were added: at their defaults they are left out of dumps, so that a plan keeps its hash."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
+        return {key: value for key, value in dump(self).items() if key not in unused}
+
+
+class Measure(LaterKeys):
     """How much is measured. More costs time; less leaves verdicts INCONCLUSIVE, never falsely PASS."""
+
+    later: ClassVar[tuple[str, ...]] = ("tool_prompts",)
 
     requests_per_block: int = Field(20, ge=1, le=1000, description="requests to each engine in one block; p95 needs 20")
     warmup_min: int = Field(3, ge=0, le=100, description="requests sent and discarded after each start")
@@ -53,6 +74,9 @@ class Measure(PlanPart):
     concurrency: Levels = Field((1,), description="requests in flight at a time; each value is measured for itself")
     parity_prompts: int = Field(60, ge=1, le=10_000, description="prompts both answer greedily; 50+ carry the limits")
     parity_tokens: int = Field(64, ge=1, le=4096, description="tokens compared for each of those prompts")
+    tool_prompts: int = Field(
+        60, ge=0, le=200, description="prompts with tools that both answer, at the most; 0 leaves tool calls out"
+    )
     top_logprobs: int = Field(20, ge=1, le=20, description="alternatives asked for at each token; OpenAI allows 20")
     every_behaviour: bool = Field(True, description="try the API behaviours that hold no gate as well")
     soak_s: float = Field(
@@ -70,8 +94,10 @@ class Measure(PlanPart):
         return self
 
 
-class Limits(PlanPart):
+class Limits(LaterKeys):
     """Where a difference stops being acceptable. Ratios are candidate over incumbent; 1.10 means 10 % slower."""
+
+    later: ClassVar[tuple[str, ...]] = ("trigger_similarity", "schema_accuracy")
 
     ttft_p50_ratio: Ratio = Field(1.10, description="median time to first token; 24 blocks mostly settle 10 %")
     ttft_p95_ratio: Ratio = Field(1.20, description="p95 of the time to first token; it is twice as noisy")
@@ -92,6 +118,12 @@ class Limits(PlanPart):
     mean_kld: Portion = Field(0.005, description="mean divergence, nats; Q5_K_M costs 0.0047, a wrong template > 0.02")
     p99_kld: float = Field(0.05, gt=0, le=10, description="divergence of the worst hundredth of tokens, in nats")
     tie_gap_nats: float = Field(0.5, ge=0, le=5, description="a tie: the incumbent's own top two tokens this close")
+    trigger_similarity: Share = Field(
+        0.9, description="F1 of 'called a tool', of what the incumbent reaches against itself; 95 % lower bound"
+    )
+    schema_accuracy: Share = Field(
+        0.9, description="share of calls valid under their schema, of what the incumbent reaches; 95 % lower bound"
+    )
     failure_rate_margin: Portion = Field(
         0.01, description="failed share above the incumbent's, 95 % upper bound; 299 clean requests prove 1 %"
     )

@@ -56,7 +56,7 @@ def test_what_is_not_known_is_a_span(least: float, most: float, words: str) -> N
 
 def test_the_first_look_corrects_the_estimate(tmp_path: Path) -> None:
     """The speeds are those of a real run of this plan, which took 6 min 38 s more; its blocks were settled at once."""
-    model = ModelPlan(id="m", gguf=write_gguf(tmp_path / "m.gguf"))
+    model = ModelPlan(id="m", gguf=write_gguf(tmp_path / "m.gguf", template="{{ messages }}"))
     plan = plan_for([model], measure=Measure(soak_s=30))
     one = {"ttft_ms": 120.0, "tpot_ms": 9.5}
     unanswered = dict.fromkeys(one)
@@ -89,3 +89,18 @@ def test_what_is_left_of_a_migration_counts_each_phase_once(tmp_path: Path) -> N
     assert left_out == "takes under a minute"
     assert rehearsal_s(plan, models[0]) < drills_s(plan, models[0])
     assert canary_most_s(plan.canary, 0.25) == 2 * 7200
+
+
+def test_tool_prompts_take_time_where_the_template_shows_tools(tmp_path: Path) -> None:
+    """And none where it shows none, or where the plan leaves them out."""
+    shows = write_gguf(tmp_path / "shows.gguf", template="{% if tools %}{{ tools }}{% endif %}{{ messages }}")
+    hides = write_gguf(tmp_path / "hides.gguf", template="{{ messages }}")
+    one = {"ttft_ms": 500.0, "tpot_ms": 100.0}
+
+    def left(gguf: Path, n: int) -> str:
+        model = ModelPlan(id="m", gguf=gguf)
+        plan = plan_for([model], measure=Measure(soak_s=1, tool_prompts=n))
+        return still_takes(plan, model, [{"incumbent": one, "candidate": one}])
+
+    assert left(hides, 200) == left(hides, 0) == left(shows, 0)
+    assert left(shows, 200) != left(shows, 0)

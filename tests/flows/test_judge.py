@@ -166,3 +166,42 @@ def test_a_resumed_run_looks_at_nothing_first_that_it_has_whole(tmp_path: Path, 
         measure.smoke(trial, arm)
     measure.pairs(trial)
     assert not any("first" in kind or kind == "smoke" for _, kind, _ in trial._recorded)
+
+
+def test_models_that_call_no_tool_are_asked_a_third_and_then_required(tmp_path: Path, records: Records) -> None:
+    """Nothing is asked again in a resumed run, and the same verdicts come from the records."""
+    run = bench(tmp_path, records)
+    trial: Any = Trial(run, run.plan.models[0])
+    asked: list[str] = []
+    with stub("needs no key") as base_url:
+        alive: Any = SimpleNamespace(pid=1, poll=lambda: None)
+        endpoint = Endpoint(base_url=base_url, model_id=MODEL, engine="stub")
+        served = SimpleNamespace(process=alive, endpoint=endpoint)
+        trial.running = SimpleNamespace(get=lambda arm: asked.append(arm) or served)
+        measure.tool_calls(trial)
+        measure.tool_calls(trial)
+    assert asked == ["incumbent", "candidate", "incumbent", "candidate"]
+    batches = {one["batch"]: one for one in trial.payloads("incumbent", "parity.tool_calls")}
+    assert {key: (len(one["answers"]), len(one["again"])) for key, one in batches.items()} == {
+        "0": (20, 20),
+        "required": (12, 0),
+    }
+    found = {one.check: one for one in judged(Trial(run, run.plan.models[0]))}
+    trigger, schema = found["parity.trigger_similarity"], found["parity.schema_accuracy"]
+    assert (trigger.verdict, trigger.required) == (Verdict.INCONCLUSIVE, False)
+    assert trigger.why.startswith("0 calls by both engines on 20 prompts")
+    assert schema.why.startswith("with tool_choice required, 12 prompts")
+    assert not schema.required
+
+
+def test_a_template_without_tools_ends_the_asking(tmp_path: Path, records: Records) -> None:
+    run = bench(tmp_path, records)
+    trial: Any = Trial(run, run.plan.models[0])
+    with stub("needs no key", "drops tools") as base_url:
+        alive: Any = SimpleNamespace(pid=1, poll=lambda: None)
+        endpoint = Endpoint(base_url=base_url, model_id=MODEL, engine="stub")
+        trial.running = SimpleNamespace(get=lambda _: SimpleNamespace(process=alive, endpoint=endpoint))
+        measure.tool_calls(trial)
+    assert not trial.payloads("candidate", "parity.tool_calls")
+    found = {one.check: one for one in judged(trial)}
+    assert found["parity.trigger_similarity"].why.endswith("the chat template shows no tools to the model")

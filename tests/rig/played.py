@@ -20,6 +20,7 @@ calibration_blocks = 0
 max_tokens = 4
 parity_prompts = 2
 parity_tokens = 4
+tool_prompts = 3
 soak_s = 1
 every_behaviour = false
 [client]

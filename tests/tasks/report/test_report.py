@@ -165,6 +165,11 @@ def put_model(records: Records, run_id: str, *, blocks: int = 4) -> list[CheckRe
         seen = {"outcome": "passed", "observed": EVIL, "claim": "it answers", "group": "chat"}
         behaviours = {"chat": seen, "api_key": seen}
         records.put_evidence(run_id, name, arm, "compatibility", {"behaviours": behaviours}, environment=own)
+        call = {"name": "get_weather", "arguments": EVIL, "fault": EVIL if arm == "candidate" else ""}
+        called = {"id": "tool-one-01", "group": "one", "prompt": EVIL, "calls": [call], "text": "", "leaked": False}
+        batch = {"batch": "0", "looks": [3], "required": False, "hidden": None, "again": []}
+        batch |= {"answers": [called | {"cut": False, "error": None}]}
+        records.put_evidence(run_id, name, arm, "parity.tool_calls", batch, key="0", environment=own)
         failure = {"at_s": 4.0, "type": "crash", "error": EVIL}
         soak = {"exposure_s": 30.0, "requests": 7, "failures": [failure] if arm == "candidate" else []}
         records.put_evidence(run_id, name, arm, "soak", soak, key="00000", environment=own)
@@ -301,6 +306,13 @@ def test_answers_that_differ_stand_side_by_side(records: Records, tmp_path: Path
     text = Page(full_page(records, tmp_path / "r.html")).text
     assert "one two three" in text
     assert "same text" not in text
+
+
+def test_tool_calls_are_counted_and_those_that_differ_are_shown(records: Records, tmp_path: Path) -> None:
+    page = full_page(records, tmp_path / "r.html")
+    assert Page(page).text.count("not valid: ") == 1
+    cells = dict(re.findall(r'data-label="([^"]+)"[^>]*>([^<]*)', page.partition("<h3>Tool calls</h3>")[2]))
+    assert cells | {"prompts": "1", "both call": "1", "F1": "1.000", "valid, candidate": "0 of 1"} == cells
 
 
 @pytest.mark.parametrize(("value", "offered"), [(1.15, True), (1.3, False), (9.0, False), (0.2, False)])
