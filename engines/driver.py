@@ -132,8 +132,8 @@ class Driver(Protocol):
     def served_name(self, installation: Installation, model_id: str) -> str:
         """The model's name that this engine answers to."""
 
-    def paths(self, installation: Installation) -> Paths:
-        """What it answers beside GET."""
+    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
+        """What it answers beside GET, started with `own`."""
 
     def public(self, own: EngineArgs) -> Public:
         """What it shows to clients without a key and to pages of other origins, started with `own`."""

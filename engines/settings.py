@@ -76,6 +76,7 @@ class Serve(BaseModel):
     request_defaults: dict[str, Any] = Field({}, description="fields of a request that does not set them itself")
     url: str = Field("", description="where an attached engine answers, without /v1")
     name_there: str = Field("", description="the model's name at that engine, where it is another")
+    slots: Path | None = Field(None, exclude=True, description="folder in which the engine saves its slots")
 
     @property
     def base_url(self) -> str:

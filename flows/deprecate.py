@@ -24,6 +24,7 @@ from engines.errors import BadInput
 from engines.home import home
 from engines.registry import driver
 from engines.yard.client import YardClient
+from engines.yard.engine.slot_store import SlotStore
 from engines.yard.state import StateFile, YardState
 from flows.orchestrator.run import run_journal
 from flows.orchestrator.step import take
@@ -146,6 +147,7 @@ class Deprecation:
             self.say(self.client.order("retire", self.say, engine=self.engine, who=who, why=why, archive=archive))
         else:
             self._file.save(self._file.read().retire(self.engine, at=time.time(), who=who, why=why, archive=archive))
+            SlotStore(self.home / "yard" / "slots", lambda: self.plan.yard.prompt_cache_mib).drop(engines={self.engine})
 
     def _guide(self) -> dict[str, Any]:
         written = write_guide(self.records, self.plan, self.home)

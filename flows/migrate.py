@@ -37,8 +37,9 @@ from flows.reconcile import reconcile
 from flows.rollout.approval import Asks, Question, asks, in_prefect, nobody
 from flows.rollout.orders import Orders
 from flows.rollout.phase_one import PhaseOne, engines_here, phase_one
-from flows.subprocess_phase import to_subprocess
+from flows.subprocess_phase import next_turn, to_subprocess
 from migrations.plan import ModelPlan, Plan
+from tasks.evidence.next_turn import judge_next_turn
 from tasks.evidence.rehearsal import route_of
 from tasks.evidence.unmeasured import models_to_retry
 from tasks.records.journal import RunJournal
@@ -63,6 +64,7 @@ class Phases:
     native: Callable[[Plan, Path, Orders], Json]
     deprecate: Callable[[Plan, str, str], Json]
     found: Callable[[Plan], Sequence[Installation]]  # as `engines_here`: verdicts on other engines do not count
+    next_turn: Callable[[Plan, Path, str], Json] = lambda *_: {}  # what a model's move costs its conversations
 
 
 REAL = Phases(  # as plain functions of the one flow: a subflow cannot be suspended for an answer
@@ -71,6 +73,7 @@ REAL = Phases(  # as plain functions of the one flow: a subflow cannot be suspen
     native=to_native,
     deprecate=deprecate,
     found=engines_here,
+    next_turn=next_turn,
 )
 
 
@@ -277,7 +280,18 @@ class WholeMigration:
             checks=tuple(shut) + tuple(check for check in checks if check not in shut),
             report=self.run.records.find_run(known.run_id).report_path if known and known.run_id else None,
             wait_s=self.plan.migrate.wait_hours * 3600,
+            costs=lambda: self._costs(phase, model_id),
         )
+
+    def _costs(self, phase: str, model_id: str) -> list[str]:
+        """What the move costs the next turn of a conversation, measured once a run beside what serves."""
+        if phase != "subprocess":
+            return []
+        step = self.run.step(model_id, "next turn")
+        seen = step.detail if step else self.phases.next_turn(self.plan, self.path, model_id)
+        if step is None:
+            self.run.put_step(model_id, "next turn", "done", **seen)
+        return [judge_next_turn(seen).why] if seen else []
 
     def _decision(self, model_id: str, phase: str) -> Decision | None:
         made = reversed(self.run.decisions(model_id))

@@ -11,14 +11,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
+from engines.errors import SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
+from engines.yard.client import YardClient
 from flows.orchestrator.artifacts import check_rows, put_table
 from flows.orchestrator.ending import VERSION
 from flows.orchestrator.step import take
@@ -27,10 +30,12 @@ from flows.rollout.model_move import MovePhase
 from flows.rollout.orders import Orders
 from flows.rollout.steps import SUBPROCESS, migrate
 from flows.rollout.yard_config import canary_limits
-from flows.rollout.yards import Yards
+from flows.rollout.yards import Yards, stage
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.evidence.canary import judge_canary
+from tasks.evidence.next_turn import measure_next_turn
+from tasks.evidence.rehearsal import engine_of, room, route_of
 from tasks.records.store import open_records
 
 
@@ -50,6 +55,26 @@ def to_subprocess(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]
     folder = home()
     end_orphans(folder)
     return carried_out(SUBPROCESS, plan, Yards(plan, folder, plan_path), orders)
+
+
+def next_turn(plan: Plan, plan_path: Path, model_id: str) -> dict[str, Any]:
+    """What the move of a model costs the next turn of a conversation, on a yard of its own beside what serves."""
+    yards, say = Yards(plan, home(), plan_path), progress.get().say
+    incumbent, candidate = plan.incumbent.name, plan.candidate.name
+    try:
+        specs, held = yards.model(model_id).specs, [None, None]
+        with contextlib.suppress(SwitchyardError):  # no yard runs
+            route = route_of(YardClient(yards.home), model_id)
+            held = [engine_of(route, route["serving"])[name] for name in ("memory_bytes", "vram_bytes")]
+        if {incumbent, candidate} - set(specs):
+            return {"failed": "; ".join(yards.model(model_id).missing.values())}
+        form, why = room(specs, *held)
+        if not form:
+            return {"failed": f"what the move costs the next turn of a conversation is not measured: {why}"}
+        with stage(yards, model_id, None, incumbent=incumbent, candidate=candidate, say=say) as opened:
+            return measure_next_turn(opened, form=form, say=say)
+    except SwitchyardError as error:
+        return {"failed": str(error).splitlines()[0]}
 
 
 def carried_out(phase: MovePhase, plan: Plan, yards: Yards, orders: Orders) -> dict[str, Any]:

@@ -112,8 +112,10 @@ class Attached:
     def served_name(self, installation: Installation, model_id: str) -> str:
         return self._like.served_name(_as_binary(installation), model_id) if self._like else model_id
 
-    def paths(self, installation: Installation) -> Paths:
-        return self._like.paths(_as_binary(installation)) if self._like else self._server.paths
+    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
+        if self._like is None:
+            return self._server.paths
+        return replace(self._like.paths(_as_binary(installation), own), slots=None)  # others keep its prompts
 
     def public(self, own: EngineArgs) -> Public:
         return self._like.public(own) if self._like else Public()

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from engines.driver import (
@@ -27,7 +28,8 @@ from engines.driver import (
 from engines.errors import EngineNotFound
 from engines.llama_cpp import memory, support
 from engines.llama_cpp.flags import OWN_ARGS
-from engines.llama_cpp.paths import PATHS
+from engines.llama_cpp.paths import PATHS, SLOTS_BY_CLIENT
+from engines.llama_cpp.slots import NOT_IN_FILE, SAVE_PATH, LlamaSlots
 from engines.openai.dialect import Dialect
 from engines.openai.paths import Paths
 from engines.openai.public import ALL, Public
@@ -114,6 +116,8 @@ class LlamaCpp:
             argv += ["--load-mode", "mmap+mlock"] if installation.knows("--load-mode") else ["--mlock"]
         if installation.knows("--offline"):
             argv.append("--offline")
+        if serve.slots is not None:
+            argv += [SAVE_PATH, str(serve.slots)]
         # the user's own last: of two that say the same the last one counts
         return [
             *argv,
@@ -173,8 +177,14 @@ class LlamaCpp:
         """Any: llama-server answers to every name."""
         return model_id
 
-    def paths(self, installation: Installation) -> Paths:
-        return PATHS
+    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
+        """With slot actions where the plan's own arguments have a folder for them: the client does it then."""
+        flags = OWN_ARGS.flags(own)
+        if SAVE_PATH in flags:
+            return SLOTS_BY_CLIENT
+        can_save = installation.knows(SAVE_PATH) and OWN_ARGS.other_server(own) is None
+        can_save = can_save and not any(name.startswith(NOT_IN_FILE) for name in flags)
+        return replace(PATHS, slots=LlamaSlots()) if can_save else PATHS
 
     def public(self, own: EngineArgs) -> Public:
         """Any origin unless `--cors-origins` says otherwise (tools/server/server-http.cpp)."""

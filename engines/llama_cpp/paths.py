@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engines.openai.paths import COUNTS_TOKENS, SHORT, Paths
 
 _SLOTS = "the yard saves and restores the slots itself, around a move"
@@ -58,4 +60,9 @@ PATHS = Paths(
     cancels=frozenset({"/v1/stream"}),
     keyless=True,
     kept=("x-conversation-id", "/v1/stream?conv_id="),
+)
+SLOTS_BY_CLIENT = replace(
+    PATHS,
+    reads=PATHS.reads | {"/slots/"},
+    changes={path: why for path, why in PATHS.changes.items() if path != "/slots/"},
 )

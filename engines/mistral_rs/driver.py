@@ -138,7 +138,7 @@ class MistralRs:
         """The binary answers to its own id or `default` only."""
         return "default" if installation.form == "binary" else model_id
 
-    def paths(self, installation: Installation) -> Paths:
+    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
         return BINARY_PATHS if installation.form == "binary" else HOST_PATHS
 
     def public(self, own: EngineArgs) -> Public:

@@ -100,15 +100,15 @@ def reported_prefill_rate(answer: bytes) -> float | None:
     return float(rate[1]) * n_read / n_prompt or None if rate and n_read >= LEAST_TOKENS else None
 
 
-def reported_cached_share(answer: bytes) -> float | None:
-    """Share of the prompt that lay in the engine's cache, out of the end of its answer; None where it does not say."""
+def reported_cached(answer: bytes) -> tuple[int, int] | None:
+    """Tokens of the prompt that lay in the engine's cache, and all of them, out of the end of its answer."""
     cached = CACHED_TOKENS.search(answer)
     computed, whole = COMPUTED_TOKENS.search(answer), PROMPT_TOKENS.search(answer)
     if cached is None or (computed is None and whole is None):
         return None
     n_cached = int(cached[1])
     n_prompt = n_cached + int(computed[1]) if computed is not None else int(whole[1]) if whole is not None else 0
-    return min(n_cached / n_prompt, 1.0) if n_prompt else None
+    return (min(n_cached, n_prompt), n_prompt) if n_prompt else None
 
 
 def parse(path: str, raw: bytes, content_type: str = "") -> Call:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import quote
 
+from engines.openai.slots import SlotFiles
+
 Kind = Literal["generates", "reads", "changes", "unlisted"]
 
 CHAT = "/v1/chat/completions"
@@ -35,10 +37,11 @@ class Paths:
     """What one engine takes beside GET.
 
     `generates` are answered in a slot, `reads` beside the requests in flight. `changes` alter the engine, and are
-    refused with the reason; one that ends with a slash stands for all below it. `same` are other spellings of a path,
-    `pages` what a person opens, `polled` what the engine must not be asked for often, `cancels` what a client deletes
-    to end its own request. `keyless`: the engine knows itself which of its pages need no key. `kept`: a header in lower
-    case that makes the engine finish a stream whose client has left, and where the stream is read by its value.
+    refused with the reason. Of these two one that ends with a slash stands for all below it. `same` are other spellings
+    of a path, `pages` what a person opens, `polled` what the engine must not be asked for often, `cancels` what a
+    client deletes to end its own request. `keyless`: the engine knows itself which of its pages need no key. `kept`: a
+    header in lower case that makes the engine finish a stream whose client has left, and where the stream is read by
+    its value. `slots`: how its slots are saved to files; None where it cannot, or others do it.
     """
 
     generates: frozenset[str] = frozenset(ENDS) & {CHAT, "/v1/completions"}
@@ -50,6 +53,7 @@ class Paths:
     cancels: frozenset[str] = frozenset()
     keyless: bool = False
     kept: tuple[str, str] | None = None
+    slots: SlotFiles | None = None
 
     def spelled(self, path: str) -> str:
         return self.same.get(path, path)
@@ -67,7 +71,7 @@ class Paths:
         path = self.spelled(path)
         if path in self.generates:
             return "generates"
-        if path in self.reads:
+        if path in self.reads or any(start.endswith("/") and path.startswith(start) for start in self.reads):
             return "reads"
         return "changes" if self.change(path) else "unlisted"
 

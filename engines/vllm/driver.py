@@ -188,7 +188,7 @@ class Vllm:
     def served_name(self, installation: Installation, model_id: str) -> str:
         return model_id
 
-    def paths(self, installation: Installation) -> Paths:
+    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
         return PATHS
 
     def public(self, own: EngineArgs) -> Public:

@@ -19,6 +19,7 @@ from engines.model.free_memory import free_memory
 from engines.yard.client import Say
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
+from engines.yard.engine.prompt_cache import RestoreBroke
 from engines.yard.engine.unit import Unit
 from engines.yard.memory_budget import MemoryBudget, estimate_of, memory_back
 from engines.yard.orders import (
@@ -152,6 +153,7 @@ class Moves:
         for route in [route for route in self._yard.routes.values() if route.model_id not in kept]:
             del self._yard.routes[route.model_id]
             await self._end(route.units.values(), lambda _: None)
+            await asyncio.to_thread(self._yard.slots.drop, models={route.model_id})
             changes.append(f"{route.model_id} is gone")
         return "plan reloaded: " + ("; ".join(filter(None, changes)) or "limits and names only")
 
@@ -190,6 +192,7 @@ class Moves:
         for route in self._yard.routes.values():
             if (unit := route.units.pop(engine, None)) is not None:
                 await unit.stop()
+        await asyncio.to_thread(self._yard.slots.drop, engines={engine})
         self._yard.events.note("move", "-", f"retired by {order.who}: {order.why}", engine=engine)
         return f"{engine} is retired: nothing starts it until `switchyard restore {engine}`"
 
@@ -241,13 +244,20 @@ class Moves:
     async def _side_by_side(self, route: Route, old: Unit, target: Unit, report: Say, undo: str | None) -> None:
         ran_before = target.state.serves
         await self._bring_up(route, target, report)
+        held = route.holding
+        carries = old.state.serves and target.prompts.key == old.prompts.key != "" and not target.prompts.used
+        route.holding = held or (carries and not old.in_flight)
         try:
             self._settle(route, target, undo=undo)
         except SwitchyardError:  # a full disk: nothing was moved
+            route.holding = held
+            route.hand_over()
             if not ran_before:
                 await target.stop()
             raise
         report(f"new requests go to {target.engine}; {old.engine} finishes {len(old.in_flight)}")
+        if carries:
+            await self._carry_prompts(route, old, target, held=held)
         await self._end([unit for unit in {*route.units.values(), old} if unit is not target], report)
 
     async def _one_at_a_time(self, route: Route, old: Unit, target: Unit, report: Say, undo: str | None) -> None:
@@ -285,6 +295,19 @@ class Moves:
             route.holding = False
             route.hand_over()
         report(f"new requests go to {target.engine}")
+
+    async def _carry_prompts(self, route: Route, old: Unit, target: Unit, *, held: bool) -> None:
+        """Move what the old engine has cached, once its requests are done, while no other request is under way."""
+        try:
+            await old.idle()
+            if not target.prompts.used:
+                route.holding = True
+                await old.prompts.save(old.connection)
+                with contextlib.suppress(RestoreBroke):  # the target is started again by its supervisor
+                    await target.prompts.restore(target.connection)
+        finally:
+            route.holding = held
+            route.hand_over()
 
     def _settle(self, route: Route, target: Unit, *, undo: str | None) -> None:
         """The commit: from here on the target serves, after a crash as well."""

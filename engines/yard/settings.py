@@ -20,7 +20,8 @@ from pydantic import (
 from engines.environment import is_loopback, plain_host
 
 Load = Literal["start", "demand"]  # when a model comes into memory: with the yard, or with its first request
-LATER = ("client_stall_s", "failed_requests", "allowed_hosts")  # left out where unused: older plans keep their hashes
+# left out where unused: older plans keep their hashes
+LATER = ("client_stall_s", "failed_requests", "allowed_hosts", "prompt_cache_mib")
 
 
 class YardSettings(BaseModel):
@@ -55,6 +56,9 @@ class YardSettings(BaseModel):
     )
     unload_after_s: float | None = Field(None, gt=0, description="an unpinned model unused for so long is unloaded")
     memory_back_s: float = Field(30, gt=0, description="how long a stopped engine's memory may take to come back")
+    prompt_cache_mib: int = Field(
+        4096, ge=0, description="disk for the prompts that an engine had cached when it was stopped; 0 saves none"
+    )
     move_s: float = Field(600, gt=0, description="how long a candidate may take to come up before the move is undone")
     canary_judge_s: float = Field(5, gt=0, description="seconds between judgements of a canary; FAIL rolls it back")
     shadow_share: float = Field(0, ge=0, le=1, description="share of chat requests copied to a candidate that is up")

@@ -37,6 +37,7 @@ from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.connection import EngineConnection, FrameConnection, HttpConnection
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.launch_spec import LaunchSpec, relocated
+from engines.yard.engine.slot_store import SlotStore
 from engines.yard.engine.unit import Unit
 from engines.yard.event_log import EventLog
 from engines.yard.metrics import LiveSample, Metrics
@@ -79,6 +80,7 @@ class Yard:
         self._driver: Callable[[str], Driver] = drivers.__getitem__ if drivers else driver
         self.public = self._public_of(config)
         self.usage = Usage(home)
+        self.slots = SlotStore(self.folder / "slots", lambda: self.settings.prompt_cache_mib)
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
 
     # --- from start to stop
@@ -118,6 +120,7 @@ class Yard:
             self._file.save(named)
             self.state = named
         self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self.slots.drop, engines=self.state.retired)
         self.capture = self._open_capture()
         for model in self.config.models:
             await self.add(model)
@@ -137,9 +140,10 @@ class Yard:
             route.unservable = "Switchyard is stopping"
             route.hand_over()
         units = [unit for route in self.routes.values() for unit in route.units.values()]
+        until = time.monotonic() + self.settings.stop_s
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(unit.idle() for unit in units)), self.settings.stop_s)
-        await asyncio.gather(*(unit.stop() for unit in units))
+        await asyncio.gather(*(unit.stop(save_s=until - time.monotonic()) for unit in units))
         await self.http.close()
         await self.kept.close()
         await asyncio.to_thread(self.capture.close)
@@ -221,6 +225,8 @@ class Yard:
             home=self.home,
             key=self._engine_key,
             connect=self._connection,
+            store=self.slots,
+            note=lambda kind, what: note(kind, what=what),
             changed=reconsider,
             transition=lambda _, new: note("state", what=f"{new.state}: {new.why}"),
             incident=lambda _, why: note("incident", what=why),
@@ -296,7 +302,7 @@ class Yard:
             return
         route.fallback = other
         self.events.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)
-        route.units[other].want()
+        route.units[other].want(restores=False)
 
     def save(self, everything: YardState) -> None:
         """Change routes, on the disk first. Raises SwitchyardError and changes nothing when it cannot be written."""
@@ -397,6 +403,7 @@ class Yard:
         )
         self.samples[route.model_id].append(sample)
         self.metrics.served(route.model_id, sample, running, arrived, client_error=client_error)
+        unit.prompts.served(call, running)
 
     def note_loss(self, route: Route, unit: Unit, why: str, *, retried: bool) -> None:
         """Count a request that an engine's end took with it, before anything of its answer had reached the client."""

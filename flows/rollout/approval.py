@@ -30,7 +30,10 @@ Answer = Annotated[
 
 @dataclass(frozen=True)
 class Question:
-    """May this phase begin for this model? `verdict` and `checks` are what is known."""
+    """May this phase begin for this model? `verdict` and `checks` are what is known.
+
+    `costs` measures what else to know, one line each, once the question is shown to someone.
+    """
 
     phase: str
     model: str
@@ -39,6 +42,7 @@ class Question:
     checks: Sequence[CheckResult] = ()
     report: str | None = None
     wait_s: float = 72 * 3600.0
+    costs: Callable[[], Sequence[str]] = tuple
 
     @property
     def key(self) -> str:
@@ -59,6 +63,7 @@ class Question:
         """The question behind its verdicts, as the form shows it: a narrow box, which would cut a table."""
         lines = [f"**{self.model}: {self.verdict}**", ""]
         lines += [f"- **{verdict}** {what[:300]}" for verdict, what in self.findings()]
+        lines += [f"- {cost}" for cost in self.costs()]
         if self.report:
             lines += ["", f"Report: `{self.report}`"]
         lines += ["", "Unanswered, everything stays as it is. Name and reason are recorded.", "", f"## {self.what}?"]
@@ -86,10 +91,12 @@ def on_terminal(question: Question) -> Approval | None:
     """Asked on standard error; None where that is no terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
-    out = Console(stderr=True)
+    out, costs = Console(stderr=True), question.costs()
     out.print(f"\n{question.model}: {question.verdict}", highlight=False)
     for verdict, what in question.findings():
         out.print(f"  {verdict:<12} {what}", highlight=False, markup=False, soft_wrap=True)
+    for cost in costs:
+        out.print(f"  {'':<12} {cost}", highlight=False, markup=False, soft_wrap=True)
     if question.report:
         out.print(f"  report: {question.report}", highlight=False, markup=False, soft_wrap=True)
     if not yes_or_no(f"{question.what}?", out):

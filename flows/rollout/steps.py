@@ -22,7 +22,8 @@ from flows.rollout.orders import Orders
 from flows.rollout.phase_one import phase_one
 from flows.rollout.yards import Yards, start_detached
 from migrations.plan import Plan
-from tasks.evidence.rehearsal import engine_of, judge_rehearsal, measure_rehearsal, one_token
+from tasks.evidence.next_turn import judge_next_turn, measure_next_turn
+from tasks.evidence.rehearsal import Stage, engine_of, judge_rehearsal, measure_rehearsal, one_token
 from tasks.records.journal import RunJournal
 from tasks.records.store import Records
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured, worst
@@ -203,7 +204,11 @@ def rehearse(move: ModelMove) -> None:
         move.record(not_measured("rehearsal", f"left out by {decided}", required=False))
         move.put("rehearsal", "done", left_out=decided)
         return
-    judge = functools.partial(judge_rehearsal, kill_detect_s=limits.kill_detect_s, recover_s=limits.recover_s)
+
+    def judge(seen: dict[str, Any]) -> list[CheckResult]:
+        drills = judge_rehearsal(seen, kill_detect_s=limits.kill_detect_s, recover_s=limits.recover_s)
+        return drills + ([judge_next_turn(seen["next_turn"])] if "next_turn" in seen else [])
+
     move.drill("rehearsal", "both", lambda: _rehearsed(move), judge, versions=versions)
 
 
@@ -220,7 +225,18 @@ def _rehearsed(move: ModelMove) -> dict[str, Any]:
         advice = "free some memory, or add --without-rehearsal --who NAME --reason TEXT"
         return {"not_rehearsed": f"{why}; {advice}"}
     attached = bool(yards.model(move.id).specs[move.candidate].url)
-    seen = measure_rehearsal(move.stage(), candidate=move.candidate, form=form, is_attached=attached, say=move.say)
+
+    def next_turn(stage: Stage) -> dict[str, Any]:
+        return {"next_turn": measure_next_turn(stage, form=form, say=move.say)}
+
+    seen = measure_rehearsal(
+        move.stage(),
+        candidate=move.candidate,
+        form=form,
+        is_attached=attached,
+        before_kills=next_turn,
+        say=move.say,
+    )
     return {**seen, "room": why}
 
 

@@ -146,6 +146,7 @@ def stage(
         )
     finally:
         child.stop(grace_s=STOP_S)
+        shutil.rmtree(home / "yard" / "slots", ignore_errors=True)
 
 
 def _environment(home: Path) -> dict[str, str]:

@@ -141,11 +141,17 @@ def _twice(free: FreeMemory, held_bytes: int | None, held_vram_bytes: int | None
 
 
 def measure_rehearsal(
-    open_stage: OpenStage, *, candidate: str, form: str, is_attached: bool = False, say: Say = lambda _: None
+    open_stage: OpenStage,
+    *,
+    candidate: str,
+    form: str,
+    is_attached: bool = False,
+    before_kills: Callable[[Stage], dict[str, Any]] = lambda _: {},
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """What each drill showed. One that cannot be carried out is evidence as well: `{"failed": reason}`.
 
-    An attached candidate is never killed: `{"not_possible": reason}`.
+    An attached candidate is never killed: `{"not_possible": reason}`. `before_kills` is what else is measured there.
     """
     say("starting a yard without the candidate")
     try:
@@ -163,6 +169,7 @@ def measure_rehearsal(
     say("starting a yard with both engines")
     try:
         with open_stage(None) as stage:
+            evidence |= before_kills(stage)
             return evidence | _killed(stage, form, say, incumbent_s=hidden.get("took_s"))
     except SwitchyardError as error:
         failed = {"failed": str(error).splitlines()[0]}

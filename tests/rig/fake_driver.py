@@ -1,5 +1,6 @@
 """A driver for the fake engine: the seam at which process and serving tests plug it in."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from engines.driver import Installation, Installer
 from engines.llama_cpp.driver import LlamaCpp
 from engines.llama_cpp.paths import PATHS
+from engines.llama_cpp.slots import SAVE_PATH, LlamaSlots
 from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part, exactly
@@ -38,7 +40,8 @@ class FakeDriver:
         return Installation(self.name, "binary", (sys.executable, str(FAKE_ENGINE)), "1")
 
     def argv(self, installation: Installation, serve: Serve) -> list[str]:
-        return [*installation.program, "--port", str(serve.port), "--model-id", serve.model_id, *self.habits]
+        slots = [SAVE_PATH, str(serve.slots)] if serve.slots else []
+        return [*installation.program, "--port", str(serve.port), "--model-id", serve.model_id, *slots, *self.habits]
 
     def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
         return dict(base)
@@ -65,9 +68,11 @@ class FakeDriver:
         return {}
 
     def progress(self, answer: bytes) -> tuple[int, ...]:
-        return tuple(json.loads(answer))
+        return LlamaCpp().progress(answer) if "--keeps-slots" in self.habits else tuple(json.loads(answer))
 
-    def paths(self, installation: Installation) -> Paths:
+    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
+        if "--keeps-slots" in self.habits:
+            return dataclasses.replace(PATHS, slots=LlamaSlots())
         return FEW if "--few-paths" in self.habits else PATHS
 
     def public(self, own: EngineArgs) -> Public:

@@ -12,10 +12,23 @@ from engines.process.serving import free_port
 from engines.yard.client import YardClient
 
 LOCAL = {"trust_env": False, "verify": False}  # certificates would take longer to load than the answer
+HOSTED = 'engine = "mistral.rs"\nform = "hosted"'
 HELLO = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"}]  # its own system prompt is long
 
 
-def plan_text(port, *, parallel=2, context=2048, settings="", model="", models="", yard="", incumbent="", head=""):
+def plan_text(
+    port,
+    *,
+    parallel=2,
+    context=2048,
+    settings="",
+    model="",
+    models="",
+    yard="",
+    incumbent="",
+    head="",
+    candidate=HOSTED,
+):
     return f"""
 name = "serve"
 accepted_unsupported = ["seed", "prefix cache", "prefill_assistant", "parallel"]
@@ -25,8 +38,7 @@ engine = "llama.cpp"
 form = "binary"
 {incumbent}
 [candidate]
-engine = "mistral.rs"
-form = "hosted"
+{candidate}
 [settings]
 context_tokens = {context}
 parallel = {parallel}
@@ -49,11 +61,20 @@ class Yard:
         self.plan = folder / "plan.toml"
         self.plan.write_text(plan_text(self.port, **options))
         self.log = folder / "serve.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command("serve", self.plan), env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
-            )
         self.orders = YardClient(home)
+        self.start(environment)
+
+    def start(self, environment):
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command("serve", self.plan),
+                env=environment,
+                cwd=self.plan.parent,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
 
     def ready(self):
         until(lambda: self.process.poll() is not None or self.health() == 200, "the yard to serve", deadline_s=60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from engines.openai.call import reported_cached_share, reported_prefill_rate
+from engines.openai.call import reported_cached, reported_prefill_rate
 from engines.process.process import ManagedProcess
 
 
@@ -31,7 +31,7 @@ class InFlight:
         self.first: float | None = None  # first chunk with content
         self.chunks = 0  # chunks with content, and those after the first of them
         self.prefill_rate: float | None = None  # tokens/s, where the engine's answer reports it
-        self.cached_share: float | None = None  # of the prompt, likewise
+        self.cached: tuple[int, int] | None = None  # tokens of the prompt, and all of it, likewise
         self._held_at = 0.0
         self._gap = gap
 
@@ -48,7 +48,12 @@ class InFlight:
 
     def reported(self, end: bytes) -> None:
         """Take from the end of an answer what the engine says of its prompt."""
-        self.prefill_rate, self.cached_share = reported_prefill_rate(end), reported_cached_share(end)
+        self.prefill_rate, self.cached = reported_prefill_rate(end), reported_cached(end)
+
+    @property
+    def cached_share(self) -> float | None:
+        """Share of the prompt that lay in the engine's cache."""
+        return None if self.cached is None else self.cached[0] / self.cached[1]
 
     @property
     def ttft_ms(self) -> float | None:

@@ -31,7 +31,9 @@ from engines.yard.engine.health import Health, RestartBudget, Transition
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.liveness import Liveness
+from engines.yard.engine.prompt_cache import SAVE_S, PromptCache, RestoreBroke
 from engines.yard.engine.silence import TICK_S
+from engines.yard.engine.slot_store import SlotStore
 from engines.yard.engine.stats import EngineStats
 from engines.yard.settings import YardSettings
 
@@ -53,6 +55,8 @@ class Unit:
         home: Path,
         key: SecretStr | None,
         connect: Callable[[LaunchSpec, Serve], EngineConnection],
+        store: SlotStore | None = None,
+        note: Callable[[str, str], None] = lambda _, __: None,
         changed: Callable[[Unit], None] = lambda _: None,
         transition: Callable[[Unit, Transition], None] = lambda _, __: None,
         incident: Callable[[Unit, str], None] = lambda _, __: None,
@@ -60,7 +64,7 @@ class Unit:
         self.spec = spec
         self.driver = driver
         self.engine = spec.engine
-        self.paths = driver.paths(spec.installation)
+        self.paths = driver.paths(spec.installation, spec.own)
         self.slots = spec.settings.sequences  # requests it takes at a time
         self.state = Health.STOPPED
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
@@ -73,12 +77,14 @@ class Unit:
         self.budget = RestartBudget(settings.restarts, settings.restart_window_s)
         self.stats = EngineStats()
         self.gap: Callable[[float], None] | None = None
+        self.prompts = PromptCache(spec, self.paths.slots, store, note)
         self._settings = settings
         self._home, self._key, self._connect = home, key, connect
         self._changed, self._transition, self._incident = changed, transition, incident
         self._connection: EngineConnection | None = None
         self._liveness: Liveness | None = None
-        self._wanted = self._process_runs = False
+        self._wanted = self._process_runs = self._leaves = False
+        self._restores = True
         self._wake = asyncio.Event()
         self._moved = asyncio.Event()  # replaced at each change of state: whoever waits holds the current one
         self._owner: asyncio.Task[None] | None = None
@@ -108,10 +114,13 @@ class Unit:
         if self._liveness is not None:
             self._liveness.settings = settings
 
-    def want(self) -> None:
-        """Have it up from now on; returns at once. A spent restart budget is given back."""
+    def want(self, *, restores: bool = True) -> None:
+        """Have it up from now on; returns at once. A spent restart budget is given back.
+
+        Without `restores` it starts with an empty cache: nothing delays it.
+        """
         self.budget.reset()
-        self._wanted = True
+        self._wanted, self._leaves, self._restores = True, False, restores
         self._wake.set()
         if self._owner is None:
             self._owner = asyncio.create_task(self._supervise(), name=f"{self.spec.model_id} on {self.engine}")
@@ -136,9 +145,14 @@ class Unit:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), left)
 
-    async def stop(self) -> None:
-        """End it and return when its process is gone; safe twice."""
-        self._wanted = False
+    async def stop(self, *, save_s: float = SAVE_S) -> None:
+        """End it and return when its process is gone; safe twice. Its prompts are saved before, for so long at most."""
+        if self.accepts and save_s > 0:
+            self._leaves = True
+            await self.prompts.save(self.connection, save_s)
+            if not self._leaves:  # wanted again
+                return
+        self._wanted = self._leaves = False
         self._wake.set()
         child = self.child
         if self.state is Health.LOADING and child is not None:
@@ -176,7 +190,7 @@ class Unit:
     @property
     def accepts(self) -> bool:
         """True when it serves, and nobody has asked it to stop."""
-        return self.state.serves and self._wanted
+        return self.state.serves and self._wanted and not self._leaves
 
     @property
     def has_room(self) -> bool:
@@ -193,6 +207,7 @@ class Unit:
         self.in_flight.add(running)
         if light:
             return running
+        self.prompts.taken()
         if self._liveness is not None:
             self._liveness.request_taken()
         if self.state is Health.READY:
@@ -264,6 +279,7 @@ class Unit:
     async def _note_end(self, state: Health, why: str, *, quoted: bool = False) -> None:
         """Note how its process ends; the incident has its last lines, where `why` does not quote them already."""
         self._ends += 1
+        self._restores = False  # its clients wait
         child = self.child
         if child is not None:
             child.ended_because = why.partition("\n")[0]
@@ -291,7 +307,7 @@ class Unit:
             raise EngineRefuses(f"{_held_by_kernel(self.given_up)}; none is started beside it", engine=self.engine)
         where = self.spec.url
         self._change(Health.LOADING, f"{'asking' if where else 'starting'} {self.engine} {where or self.spec.version}")
-        serve, found = self.spec.serve(free_port(), self._key), self.spec.installation
+        serve, found = self.prompts.prepare(self.spec.serve(free_port(), self._key)), self.spec.installation
         log = self._home / "logs" / f"yard-{self.engine}-{self.spec.model_id}.log"
         began = time.monotonic()
         try:
@@ -334,6 +350,13 @@ class Unit:
             wake=self._wake.set,
             trusted=self._announce,
         )
+        if self._restores:
+            try:
+                if await self.prompts.restore(self._connection):
+                    self._liveness.request_taken()  # no probe may take their place
+            except RestoreBroke:
+                await self._end(0)
+                return await self._start()
         if not self._wanted:
             return None
         who = where or f"pid {child.pid}"

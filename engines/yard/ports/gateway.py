@@ -140,7 +140,7 @@ class Gateway:
 
     async def _served(self, request: web.Request, path: str, kind: Kind) -> web.StreamResponse:
         began = time.monotonic()
-        body = await body_of(request, self._yard.settings.max_body_mib * 2**20)
+        body = await body_of(request, self._yard.settings.max_body_mib * 2**20) or b"{}" * (kind == "reads")
         call = parse(path, body, request.headers.get("Content-Type", ""))
         route = self._yard.route_for(call.model or request.query.get("model"))
         reply = ClientReply(request, call, self._unread)
@@ -155,7 +155,7 @@ class Gateway:
                 unit, running = await self._turn(route, place, reply, began)
                 running.generates, kept_at = kind == "generates", ""
                 try:
-                    if unit.paths.kind(path) == "unlisted":
+                    if unit.paths.kind(path) in ("unlisted", "changes"):
                         raise _lacks(unit, path)
                     await self._exchange(route, unit, running, reply, *to)
                 except Unanswered as gone:

@@ -120,6 +120,7 @@ class Status:
             "in_flight": len(unit.in_flight),
             "load_s": unit.load_s,
             "restarts": unit.restarts,
+            "prompts": unit.prompts.status(),
             "context_tokens": unit.context_tokens,
             "ignored_fields": self._yard.usage.ignored(unit.ignores),
         }

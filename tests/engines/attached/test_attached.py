@@ -27,7 +27,7 @@ from engines.openai.call import parse
 from engines.process.attached import AttachedEngine
 from engines.process.serving import serving
 from engines.registry import driver
-from engines.settings import NO_FILE, Endpoint, Serve, Settings
+from engines.settings import NO_FILE, Endpoint, EngineArgs, Serve, Settings
 from migrations.plan import EngineChoice
 from tasks.evidence.behaviours.caller import Caller
 
@@ -223,7 +223,7 @@ def test_one_that_has_a_driver_speaks_as_that_says() -> None:
     mistral, llama = installation("http://127.0.0.1:1", "mistral.rs"), installation("http://127.0.0.1:1", "llama.cpp")
     assert driver(mistral.kind).served_name(mistral, "m") == "default"
     assert driver(llama.kind).progress_path == "/slots"
-    assert driver(llama.kind).paths(llama) == driver("llama.cpp").paths(llama)
+    assert driver(llama.kind).paths(llama, EngineArgs()) == driver("llama.cpp").paths(llama, EngineArgs())
 
 
 def test_a_dialect_that_nobody_knows_is_refused() -> None:

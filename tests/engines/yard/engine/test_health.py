@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines.openai.call import reported_cached_share, reported_prefill_rate
+from engines.openai.call import reported_cached, reported_prefill_rate
 from engines.yard.engine.health import BACK_OFF_S, PATIENCE, Rate, RestartBudget, stall_limit_s, token_limit_s
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.stats import EngineStats
@@ -86,8 +86,8 @@ def test_the_prefill_rate_is_what_the_engine_tells_of_the_tokens_it_really_read(
 
 def test_how_much_of_a_prompt_lay_in_the_cache():
     """llama.cpp's timings leave out what was cached, OpenAI's usage counts it."""
-    assert reported_cached_share(b'"timings":{"cache_n":30,"prompt_n":10,"prompt_ms":700.0}') == 0.75
+    assert reported_cached(b'"timings":{"cache_n":30,"prompt_n":10,"prompt_ms":700.0}') == (30, 40)
     usage = b'"usage":{"prompt_tokens":40,"prompt_tokens_details":{"cached_tokens":10}}'
-    assert reported_cached_share(usage) == 0.25
-    assert reported_cached_share(b'"usage":{"prompt_tokens":40}') is None
-    assert reported_cached_share(b"data: [DONE]") is None
+    assert reported_cached(usage) == (10, 40)
+    assert reported_cached(b'"usage":{"prompt_tokens":40}') is None
+    assert reported_cached(b"data: [DONE]") is None
