@@ -253,7 +253,7 @@ class KnownTruth:
     def progress(self, answer: bytes) -> tuple[int, ...]:
         return ()
 
-    def paths(self, installation: Installation) -> Paths:
+    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
         return Paths()
 
     def public(self, own: EngineArgs) -> Public:

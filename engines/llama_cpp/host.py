@@ -61,6 +61,7 @@ def parser() -> Parser:
     parser.add_argument("-s", "--seed", type=int, help="seed of the sampler; -1 = random")
     parser.add_argument("-lm", "--load-mode", choices=LOAD_MODES)
     parser.add_argument("--chat-template-file", type=Path, help="a Jinja file instead of the model's own template")
+    parser.add_argument("--slot-save-path", type=Path, help="folder in which slots are saved")
     parser.add_argument("--sse-ping-interval", type=int, help="seconds between pings of a silent stream; -1 = none")
     parser.add_argument("--offline", action="store_true", help="never use the network")
     parser.add_argument("-lv", "--verbosity", type=int, help="log level, 0 to 5")
@@ -89,6 +90,7 @@ def settings_of(arguments: argparse.Namespace, key: str | None) -> dict[str, Any
         "endpoint_metrics": arguments.metrics or None,
         "sampling.seed": None if arguments.seed is None else arguments.seed % 2**32,
         "chat_template": arguments.chat_template_file.read_text() if arguments.chat_template_file else None,
+        "slot_save_path": f"{arguments.slot_save_path}{os.sep}" if arguments.slot_save_path else None,
         "sse_ping_interval": arguments.sse_ping_interval,
         "offline": arguments.offline or None,
         "verbosity": arguments.verbosity,

@@ -68,10 +68,15 @@ class Box:
             self._move(NATIVE),
             self._deprecate,
             lambda _: [Installation(NEW, "binary", ("x",), "1")],
+            self._next_turn,
         )
         given = Orders.model_validate(orders)
         path = self.home / "p.toml"
         return migrate_all(self.plan, path, self.home, self.records, orders=given, ask=ask, phases=phases)
+
+    def _next_turn(self, _: Plan, __: Path, model: str) -> dict[str, Any]:
+        self._note(f"next turn of {model}")
+        return {"failed": "it was not answered"}
 
     def serving(self, model: str) -> str:
         found = self.file.read().models.get(model)
@@ -178,6 +183,17 @@ def test_what_broke_off_is_resumed_and_nothing_is_retired_before(box: Box, recor
     assert (again["run_id"], results(again)["good"]) == (outcome["run_id"], "migrated")
     assert [(question.model, question.phase) for question in box.asked] == [("good", "subprocess"), ("good", "native")]
     assert records.find_run(outcome["run_id"]).status == "done"
+
+
+def test_the_question_shows_what_the_move_costs_a_conversation(box: Box) -> None:
+    """Measured once, beside what serves, for a question that someone reads."""
+    box.parts["migrate"] = {"approve": "ask"}
+    for _ in range(2):
+        box.run()
+        assert box.asked[-1].costs() == ["it was not answered"]
+    assert box.done.count("next turn of good") == 1
+    box.run(GO, GO)
+    assert [question.costs() for question in box.asked[2:]] == [["it was not answered"], []]
 
 
 @pytest.mark.parametrize("to", [NEW, NATIVE])

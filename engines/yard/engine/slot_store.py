@@ -133,16 +133,16 @@ class SlotStore:
     def sweep(self) -> None:
         """Remove files without a record, and the oldest records until the rest is within the budget."""
         with self._one:
-            left, kept = self.budget_mib() * MIB, set(self._open)
+            left, kept = self.budget_mib() * MIB, set[str]()
             found = [(_read(record), record) for record in self.folder.glob("*.json")]
             for saved, record in sorted(found, key=lambda one: -one[0].at if one[0] else 0):
                 left -= sum(one.n_bytes for one in saved.slots) if saved else 0
                 if saved and left >= 0:
-                    kept.add(record.stem)
+                    kept |= {one.file for one in saved.slots}
                 else:
                     record.unlink(missing_ok=True)
             for file in self.folder.glob("*.slot"):
-                if file.stem.rpartition("-")[0] not in kept:
+                if file.name not in kept and file.stem.rpartition("-")[0] not in self._open:
                     file.unlink(missing_ok=True)
 
     def _close(self, key: str) -> None:

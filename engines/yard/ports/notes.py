@@ -42,6 +42,9 @@ def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         shown.append(("news", f"Shadow: {shadow['engine']} gets copies of {shadow['share']:.0%}{_verdict(shadow)}"))
     if last := model.get("last_canary"):
         shown.append(("muted", f"Last canary{_verdict(last)}"))
+    for engine in model.get("engines", ()):
+        if engine["engine"] == model["serving"] and (prompts := engine.get("prompts")):
+            shown.append(("muted", f"Prompts over a restart: {prompts}"))
     usual = [f"{model['waiting']} waiting"]
     usual += [f"way back: {model['undo']}"] if model["undo"] else []
     usual += [f"engine chosen by hand: {model['selected']}"] if model["selected"] != "auto" else []
