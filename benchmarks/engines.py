@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,16 +104,23 @@ def add(kept: Json, records: Records) -> None:
 
 
 def _put(row: Json, results: Mapping[str, Json], source: Json) -> None:
-    """Store results that are worth no less than those that are there."""
+    """Store results worth no less than those that are there; of parity and moves one for each other engine."""
+    kept = row["results"]
     for column, result in results.items():
-        if _worth(result) >= _worth(row["results"].get(column, {"missing": ""})):
-            row["results"][column] = {**result, **source}
+        pair = f"{column} {result.get('as', '')} {result['with']}" if "with" in result else column
+        if "missing" in result and any(name.split()[0] == column for name in kept):
+            continue
+        if _worth(result) >= _worth(kept.get(pair, {})):
+            kept[pair] = {**result, **source}
+            if pair != column:
+                kept.pop(column, None)
 
 
-def _worth(result: Json) -> int:
-    """How much a result says: of more behaviours, of a move with all its steps; nothing where it is missing."""
-    steps = sum(bool(result.get(step)) for step in ("rehearsal", "canary", "rolled_back"))
-    return 0 if "missing" in result else 1 + int(result.get("tried", 0)) + steps
+def _worth(result: Json) -> float:
+    """How much a result says: of more behaviours, more figures, the quickest start, a move with all its steps."""
+    told = sum(bool(result.get(name)) for name in ("rehearsal", "canary", "rolled_back"))
+    start = 1 / (1 + result["load_s"]) if result.get("load_s") else 0.0  # the machine was quietest
+    return start + told + int(result.get("tried", 0)) + len(result.get("figures", ()))
 
 
 def _key(engine: Engine) -> Json:
@@ -234,7 +241,7 @@ def tables(kept: Json) -> str:
     parts += ["", "Not run here:", ""] + [f"- {one['engine']}: {one['why']}" for one in kept["not_run"]]
     for kind in dict.fromkeys(row["engine"] for row in kept["rows"]):
         forms = [row for row in kept["rows"] if row["engine"].partition(":")[0] == kind and row["form"] != "attached"]
-        if len({row["form"] for row in forms}) > 1 and any("verdict" in row["results"]["parity"] for row in forms):
+        if len({row["form"] for row in forms}) > 1 and any(map(_figures, forms)):
             parts += ["", f"### {kind}: its forms beside each other", "", *_forms(forms)]
     return "\n".join(parts) + "\n"
 
@@ -245,29 +252,30 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _row(row: Json, notes: list[str], builds: Mapping[str, str]) -> list[str]:
-    results = row["results"]
-    results = {name: one | {"with": builds.get(one.get("with"), one.get("with"))} for name, one in results.items()}
-
-    def cell(column: str, text: str) -> str:
-        if "missing" in (result := results.get(column, {"missing": "no run recorded it"})):
-            return f"not run here, because {_numbered(notes, result['missing'])}"
-        return text
-
-    started, found = results["started"], FORMS[row["form"]]
     is_ours = row["form"] != "attached"
-    ran = "failed" not in started and "missing" not in started
-    version = ": ".join(filter(None, (row["build"], row["version"])))
-    load = f"{figure(started['load_s'])} s" if ran and started["load_s"] is not None else "yes"
+
+    def cell(column: str, text: Callable[[Json], str]) -> str:
+        found = [one for name, one in row["results"].items() if name.split()[0] == column]
+        found = [one | {"with": builds.get(one["with"], one["with"])} if "with" in one else one for one in found]
+        missing = [one["missing"] for one in found if "missing" in one]
+        return f"not run here, because {_numbered(notes, missing[0])}" if missing else "; ".join(map(text, found))
+
+    def started(result: Json) -> str:
+        return f"no: {result['failed']}" if "failed" in result else "yes" if is_ours else "by others"
+
+    def ready(result: Json) -> str:
+        return "no" if "failed" in result else f"{figure(result['load_s'])} s" if result["load_s"] else "yes"
+
     return [
         row["engine"].partition(":native")[0],
-        version,
-        found,
-        cell("started", ("yes" if is_ours else "by others") if ran else f"no: {started.get('failed', '')}"),
-        cell("started", load if ran else "no"),
-        cell("behaviours", _behaviours_text(results["behaviours"])),
-        cell("parity", _parity_text(results["parity"])),
-        cell("faults", _faults_text(results["faults"])),
-        cell("moved", _moved_text(results["moved"])),
+        ": ".join(filter(None, (row["build"], row["version"]))),
+        FORMS[row["form"]],
+        cell("started", started),
+        cell("started", ready),
+        cell("behaviours", _behaviours_text),
+        cell("parity", _parity_text),
+        cell("faults", _faults_text),
+        cell("moved", _moved_text),
     ]
 
 
@@ -279,18 +287,14 @@ def _numbered(notes: list[str], note: str) -> str:
 
 
 def _behaviours_text(result: Json) -> str:
-    if "missing" in result:
-        return ""
     tried = "" if result["tried"] == result["of"] else f" tried, {result['of']} are required"
     lacks = f"; lacks {', '.join(result['lacks'])}" if result["lacks"] else ""
     beside = result["tried"] - result["passed"] - len(result["lacks"])
-    apart = f"; {beside} do not apply to this model" if beside else ""
+    apart = f"; {beside} not applicable to this model" if beside else ""
     return f"{result['passed']} of {result['tried']}{tried}{lacks}{apart}"
 
 
 def _parity_text(result: Json) -> str:
-    if "missing" in result:
-        return ""
     figures = result["figures"]
     parts = [f"{result['verdict']} with {result['with']}"]
     if (agreement := figures.get("parity.top1_agreement")) is not None:
@@ -302,15 +306,11 @@ def _parity_text(result: Json) -> str:
 
 
 def _faults_text(result: Json) -> str:
-    if "missing" in result:
-        return ""
     wrong = [f"{kind} {verdict}" for kind, verdict in result["drills"].items() if verdict != Verdict.PASS]
     return f"{result['passed']} of {len(result['drills'])}" + (f"; {', '.join(wrong)}" if wrong else "")
 
 
 def _moved_text(result: Json) -> str:
-    if "missing" in result:
-        return ""
     way = f"from {result['with']}" if result["as"] == "candidate" else f"to {result['with']}"
     left_out = [name for name in ("rehearsal", "canary") if not result[name]]
     more = f", without {' and '.join(left_out)}" if left_out else ""
@@ -318,10 +318,17 @@ def _moved_text(result: Json) -> str:
     return f"{way}{more}{gated}; {'rolled back' if result['rolled_back'] else 'not rolled back'}"
 
 
+def _figures(row: Json) -> Json:
+    """The figures of the latest comparison of an engine with another kind of engine."""
+    found = [one for name, one in row["results"].items() if name.startswith("parity ") and one.get("figures")]
+    found = [one for one in found if not one["with"].startswith(f"{row['engine']} ")]
+    return max(found, key=lambda one: str(one["run"]))["figures"] if found else {}
+
+
 def _forms(rows: Sequence[Json]) -> list[str]:
     """Figures of the forms of one engine, and the behaviours (required or not) that one of them does not pass."""
     names = [f"{FORMS[row['form']]}, {row['version']}" for row in rows]
-    figures = [row["results"]["parity"].get("figures", {}) for row in rows]
+    figures = list(map(_figures, rows))
     lines = [
         [title, *(figure(one[check]) if check in one else "-" for one in figures)]
         for check, title in FIGURES.items()

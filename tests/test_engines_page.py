@@ -14,12 +14,30 @@ from tasks.evidence.behaviours.battery import DEFAULT_REQUIRED
 from tasks.records.store import Records, open_records
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
+ENGINES = {
+    ("llama.cpp", "binary"),
+    ("mistral.rs", "binary"),
+    ("mistral.rs", "hosted"),
+    ("ollama", "binary"),
+    ("vllm", "binary"),
+}
+ELSEWHERE = ("LocalAI", "TabbyAPI", "LM Studio")
+COLUMNS = {"started", "behaviours", "parity", "faults", "moved"}
 OLD, NEW = ("llama.cpp", "old", "b1"), ("mistral.rs", "mistral.rs", "0.8.1")
 
 
 def test_the_page_is_what_the_command_makes() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert written(page, json.loads(RESULTS.read_text(encoding="utf-8"))) == page
+
+
+def test_every_engine_has_a_row_or_a_reason() -> None:
+    kept = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert {(row["engine"], row["form"]) for row in kept["rows"]} >= ENGINES
+    assert all(any(one["engine"].startswith(name) and one["why"] for one in kept["not_run"]) for name in ELSEWHERE)
+    for row in kept["rows"]:
+        assert {name.split()[0] for name in row["results"]} == COLUMNS, row["engine"]
+        assert all(one["run"] and one.get("missing", "said") for one in row["results"].values())
 
 
 @pytest.fixture
