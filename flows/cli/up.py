@@ -38,18 +38,20 @@ def up(
         prepared_home()
         ends_with_us = not YardClient(folder).runs()  # before it is ours, one that runs already is left alone
         try:
-            with _prefect(folder, prefect_port) as server, declared_up(folder, server.api_url):
+            with _prefect(folder, prefect_port) as server:
                 yard = YardProcess(loaded, path, folder)
-                yard.start()
+                yard.start()  # beside Prefect, which takes 10 s, and which no model waits for
                 ends_with_us = True
+                server.ready()
                 deployments = DeploymentsProcess(folder, path, server.api_url, schedules)
-                try:
-                    deployments.start()
-                    _print_start(folder, server, schedules, bool(loaded.upgrade.watch))
-                    keep_up(yard, server, deployments)
-                finally:
-                    errors.print("stopping the deployments")
-                    deployments.stop(STOP_S)
+                with declared_up(folder, server.api_url):
+                    try:
+                        deployments.start()
+                        _print_start(folder, server, schedules, bool(loaded.upgrade.watch))
+                        keep_up(yard, server, deployments)
+                    finally:
+                        errors.print("stopping the deployments")
+                        deployments.stop(STOP_S)
         except GaveUp:
             ends_with_us = False
             raise
@@ -74,13 +76,13 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _prefect(folder: Path, port: int) -> Iterator[PrefectServer]:
+    """Prefect's server, starting; stopped when the block ends."""
     prepare_process(folder)
     os.environ.pop("PREFECT_API_URL", None)
     server = PrefectServer(folder, port=port, services=True, ui=True)
     server.start()
+    os.environ["PREFECT_API_URL"] = server.api_url
     try:
-        server.ready()
-        os.environ["PREFECT_API_URL"] = server.api_url
         yield server
     finally:
         server.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -38,11 +39,28 @@ class PlayedUp(Up):
         return [run for run in json_of(self.run("history", "--json"))["runs"] if run["kind"] == "evaluate"]
 
 
+@contextlib.contextmanager
+def played_up(folder: Any, prefect: Any, **parts: Any) -> Iterator[PlayedUp]:
+    """One with a plan of these parts, to be started; it has ended when the block ends."""
+    up = PlayedUp(folder, **parts)
+    prefect.put_database(up.home)
+    try:
+        yield up
+    finally:
+        up.end()
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory, prefect_of_all) -> Iterator[PlayedUp]:
+    with played_up(tmp_path_factory.mktemp("up"), prefect_of_all) as up:
+        yield up
+
+
 @pytest.fixture
-def up(tmp_path) -> Iterator[PlayedUp]:
-    up = PlayedUp(tmp_path)
-    yield up
-    up.end()
+def make_up(tmp_path, prefect_of_all) -> Iterator[Any]:
+    """Makes one with a plan of its own."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **parts: stack.enter_context(played_up(tmp_path, prefect_of_all, **parts))
 
 
 def test_a_scheduled_evaluation_has_no_soak_and_takes_an_earlier_one(up):
@@ -75,25 +93,22 @@ def soaks(up: PlayedUp) -> int:
         return sum(len(records.list_evidence(run["run_id"], kind="soak")) for run in up.evaluations())
 
 
-def test_it_is_skipped_where_its_engines_do_not_fit_beside_what_serves(tmp_path):
+def test_it_is_skipped_where_its_engines_do_not_fit_beside_what_serves(make_up):
     """Cancelled with one line on how much is missing; by hand it is measured, with a warning."""
-    up = PlayedUp(tmp_path, head="settings = { context_tokens = 2000000000 }")
-    try:
-        up.ensure()
-        asked = {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}]}
-        answer = httpx.post(f"http://127.0.0.1:{up.port}/v1/chat/completions", json=asked, timeout=60, **LOCAL)
-        assert answer.status_code == 200, answer.text
-        state = up.ended(up.begin("evaluate"))
-        assert state["type"] == "CANCELLED", state
-        assert "TiB is missing" in state["message"]
-        assert state["message"].startswith("skipped: m on ")
-        assert "\n" not in state["message"]
-        assert up.evaluations() == []
-        by_hand = up.run("evaluate", up.plan, "--json")
-        assert "warning: memory is short" in by_hand.stderr
-        assert json_of(by_hand)["models"]
-    finally:
-        up.end()
+    up = make_up(head="settings = { context_tokens = 2000000000 }")
+    up.ensure()
+    asked = {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}]}
+    answer = httpx.post(f"http://127.0.0.1:{up.port}/v1/chat/completions", json=asked, timeout=60, **LOCAL)
+    assert answer.status_code == 200, answer.text
+    state = up.ended(up.begin("evaluate"))
+    assert state["type"] == "CANCELLED", state
+    assert "TiB is missing" in state["message"]
+    assert state["message"].startswith("skipped: m on ")
+    assert "\n" not in state["message"]
+    assert up.evaluations() == []
+    by_hand = up.run("evaluate", up.plan, "--json")
+    assert "warning: memory is short" in by_hand.stderr
+    assert json_of(by_hand)["models"]
 
 
 def test_up_says_what_runs_by_itself_and_how_to_turn_it_off(up):
@@ -107,30 +122,27 @@ def test_up_says_what_runs_by_itself_and_how_to_turn_it_off(up):
     assert "no soak" in said
 
 
-def test_a_watched_build_is_compared_at_night_once_and_nothing_moves(tmp_path):
+def test_a_watched_build_is_compared_at_night_once_and_nothing_moves(make_up, tmp_path):
     """Where the plan says what to watch: the verdict is on record, and the plan of the upgrade lies beside the plan."""
     new = played(tmp_path / "new", "llama-server")
     new.with_name("build").write_text("2 (abcdef1)")
     new.with_name("libllama.so").write_text("another")
-    up = PlayedUp(tmp_path)
+    up = make_up()
     up.plan.write_text(f'{up.plan.read_text()}\n[upgrade]\nwatch = "{new}"\n')
-    try:
-        up.ensure()
-        assert "upgrade-check: every night at 05:00" in up.said()
-        state = up.ended(up.begin("upgrade-check"))
-        (run,) = up.evaluations()
-        assert run["plan"].endswith("-upgrade")
-        assert state["name"] == run["verdict"], state
-        assert soaks(up) == 0
-        (file,) = up.plan.parent.glob("plan.upgrade-*.toml")
-        assert load_plan(file).candidate.name == "llama.cpp@abcdef1"
-        assert [route["committed"] for route in up.yard.status()["models"]] == ["llama.cpp"]
-        state = up.ended(up.begin("upgrade-check"))
-        assert (state["type"], state["name"]) == ("COMPLETED", "no new build"), state
-        assert "llama.cpp@abcdef1 is compared already" in state["message"]
-        assert len(up.evaluations()) == 1
-    finally:
-        up.end()
+    up.ensure()
+    assert "upgrade-check: every night at 05:00" in up.said()
+    state = up.ended(up.begin("upgrade-check"))
+    (run,) = up.evaluations()
+    assert run["plan"].endswith("-upgrade")
+    assert state["name"] == run["verdict"], state
+    assert soaks(up) == 0
+    (file,) = up.plan.parent.glob("plan.upgrade-*.toml")
+    assert load_plan(file).candidate.name == "llama.cpp@abcdef1"
+    assert [route["committed"] for route in up.yard.status()["models"]] == ["llama.cpp"]
+    state = up.ended(up.begin("upgrade-check"))
+    assert (state["type"], state["name"]) == ("COMPLETED", "no new build"), state
+    assert "llama.cpp@abcdef1 is compared already" in state["message"]
+    assert len(up.evaluations()) == 1
 
 
 @pytest.mark.parametrize(

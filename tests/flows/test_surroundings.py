@@ -106,6 +106,7 @@ def test_a_search_path_that_begins_with_the_callers_folder_is_not_followed(run, 
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("prefect_database")
 @pytest.mark.parametrize("proxies", PROXIES.values(), ids=PROXIES)
 def test_no_proxy_stands_between_us_and_loopback(run, folder, proxies):
     """Prefect's server of one command, and the flow that reports to it; the folder's own settings are another's."""
@@ -206,6 +207,7 @@ def _asked(port, key):
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("prefect_database")
 def test_an_evaluation_from_there(environment, folder, home):
     """Both engines hosted in Python, the measuring client's self-test, Prefect: all of it, and no engine sees a key."""
     installed.require(*installed.BOTH)
@@ -260,6 +262,7 @@ foreign_cpu = 1.0
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("prefect_database")
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
 def test_up_from_there(environment, folder, home, deployment):
     """Prefect's server, its runner, the flow runs that the runner spawns and the yard: all of them are ours."""

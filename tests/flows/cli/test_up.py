@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import installed
@@ -33,9 +35,10 @@ DECIDED = {"who": "Ada", "reason": "a test"}
 
 
 @pytest.fixture(scope="module")
-def home_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def home_of_all(tmp_path_factory: pytest.TempPathFactory, prefect_of_all: Any) -> Iterator[Up]:
     installed.require(*installed.BOTH)
     up = Up(tmp_path_factory.mktemp("up"))
+    prefect_of_all.put_database(up.home)
     yield up
     up.end()
 
@@ -277,6 +280,32 @@ def test_three_starts_in_ten_minutes_are_enough() -> None:
     assert len(started) == RESTARTS + 1
     Kept("it", lambda: None, start).look()
     assert len(started) == RESTARTS + 1
+
+
+def test_no_model_waits_for_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The yard starts while Prefect's server does, and what reports to that server comes last."""
+    module, order = importlib.import_module("flows.cli.up"), list[str]()
+
+    def part(name: str) -> Any:
+        def noted(step: str) -> Any:
+            return lambda *_: order.append(f"{name} {step}")
+
+        return SimpleNamespace(
+            api_url="http://127.0.0.1:1/api", **{step: noted(step) for step in ("start", "ready", "stop")}
+        )
+
+    parts = {name: part(name) for name in ("PrefectServer", "YardProcess", "DeploymentsProcess")}
+    for name in parts:
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: parts[name])
+    for name in ("prepare_process", "_print_start", "keep_up", "stop_yard"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    plan = tmp_path / "plan.toml"
+    engines = '[incumbent]\nengine = "llama.cpp"\n[candidate]\nengine = "mistral.rs"\n'
+    plan.write_text(f'{engines}[[models]]\nid = "m"\ngguf = "{write_gguf(tmp_path / "m.gguf")}"\n')
+    module.up(plan, prefect_port=free_port(), schedules=False)
+    assert order[:4] == ["PrefectServer start", "YardProcess start", "PrefectServer ready", "DeploymentsProcess start"]
 
 
 def test_a_yard_that_was_stopped_stays_so(tmp_path: Path) -> None:
