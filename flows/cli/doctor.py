@@ -27,7 +27,8 @@ from flows.orchestrator.server import PrefectServer, prepare_environment
 from migrations.demo import GEMMA3, INSTALL, SMOLLM2
 from tasks.records.store import open_records
 
-PINS = {"prefect": ("3.8.8", "3.8.9"), "fastapi": ("0.139", "0.151"), "sqlalchemy": ("2.0", "2.1")}
+PINS = {"prefect": ("3.8.8", "3.10"), "fastapi": ("0.139", "0.151"), "sqlalchemy": ("2.0", "2.2")}
+PREFECT_3_8 = {"sqlalchemy": ("2.0", "2.1")}  # narrower: on 2.1 its scheduler dies
 FREE_DISK = 2 * 2**30
 SCHEDULED_S = 90.0  # the scheduler looks every 5 s for new deployments and every 60 s for all
 
@@ -73,15 +74,19 @@ def examine(*, prefect: bool) -> list[Finding]:
 
 def _packages() -> Iterator[Finding]:
     yield Finding("Python", "ok" if sys.version_info >= (3, 11) else "broken", sys.version.split()[0])
-    for package, (low, high) in PINS.items():
+    prefect = ""
+    for package, pin in PINS.items():
+        low, high = PREFECT_3_8.get(package, pin) if prefect.startswith("3.8.") else pin
+        install = f"pip install '{package}>={low},<{high}'"
         try:
             found = version(package)
         except PackageNotFoundError:
-            yield Finding(package, "broken", "not installed", f"pip install '{package}>={low},<{high}'")
+            yield Finding(package, "broken", "not installed", install)
             continue
+        prefect = found if package == "prefect" else prefect
         fits = _numbers(low) <= _numbers(found) < _numbers(high)
-        fix = "" if fits else f"Prefect 3.8.8 breaks outside {low} to {high}: pip install '{package}>={low},<{high}'"
-        yield Finding(package, "ok" if fits else "broken", found, fix)
+        why = "untested" if package == "prefect" else f"Prefect {prefect} does not work with it"
+        yield Finding(package, "ok" if fits else "broken", found, "" if fits else f"{why}: {install}")
 
 
 def _engines() -> Iterator[Finding]:
@@ -141,7 +146,7 @@ def _prefect() -> Iterator[Finding]:
 
 def _schedule(api_url: str) -> Finding:
     """A deployment with an interval schedule, until its first run is planned; both are deleted again."""
-    what, fix = "Prefect's schedules", "see the packages above: SQLAlchemy 2.1 stops every schedule"
+    what, fix = "Prefect's schedules", "see the packages above: SQLAlchemy 2.1 stops every schedule of Prefect 3.8"
     every_minute = {"active": True, "schedule": {"interval": 60.0}}
     try:
         with httpx.Client(base_url=api_url, timeout=10, trust_env=False) as api:

@@ -1,5 +1,6 @@
 """The command line: one clear line and the right exit code for everything a user can get wrong."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -233,6 +234,28 @@ def test_domain_code_does_not_import_prefect():
 
 def test_json_output_is_nothing_but_json(switchyard):
     json.loads(switchyard("doctor", "--json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("installed", "broken"),
+    [
+        ({}, ""),
+        ({"prefect": "3.8.8", "sqlalchemy": "2.0.58"}, ""),
+        ({"prefect": "3.8.8"}, "sqlalchemy"),
+        ({"prefect": "3.8.7", "sqlalchemy": "2.0.58"}, "prefect"),
+        ({"prefect": "3.10.0"}, "prefect"),
+        ({"fastapi": "0.151.0"}, "fastapi"),
+        ({"sqlalchemy": "2.2.0"}, "sqlalchemy"),
+    ],
+)
+def test_doctor_knows_which_packages_prefect_works_with(monkeypatch, installed, broken):
+    """Its server does not start on a newer FastAPI; 3.8 fires no schedule on SQLAlchemy 2.1, and 3.9 does."""
+    doctor = importlib.import_module("flows.cli.doctor")
+    versions = {"prefect": "3.9.1", "fastapi": "0.150.0", "sqlalchemy": "2.1.9", **installed}
+    monkeypatch.setattr(doctor, "version", versions.__getitem__)
+    wrong = [finding for finding in doctor._packages() if finding.state != "ok"]
+    assert [finding.what for finding in wrong] == ([broken] if broken else [])
+    assert all(f"pip install '{broken}>=" in finding.fix for finding in wrong)
 
 
 @pytest.mark.engine
