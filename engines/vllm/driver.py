@@ -40,6 +40,7 @@ FROM_GGUF = frozenset((
 ))
 # fmt: on
 MOVING = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:{[^}]*})? ([0-9.e+]+)$", re.MULTILINE)
+TOOLS = "--enable-auto-tool-choice"
 CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 FLOAT_BYTES = 2  # of a weight: what `switchyard convert` writes
 _YARD = "clients talk to the yard, not to the engine"
@@ -176,6 +177,8 @@ class Vllm:
             found.append("jinja: the model's Jinja template is always used")
         if settings.tokenizer_json is not None:
             found.append("tokenizer_json: the tokenizer of the directory is used")
+        if TOOLS not in self.own_args.flags(serve.own):
+            found.append(f"tools: a request with tools is refused; args need {TOOLS} and --tool-call-parser NAME")
         return found
 
     def cache_budget(self, settings: Settings) -> str:

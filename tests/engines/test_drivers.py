@@ -375,7 +375,7 @@ def test_losses_are_one_line_with_a_name_in_front(installation: Installation) ->
         assert colon
         assert rest
         assert "\n" not in loss
-        assert name in ("served name", "prefix cache", "logprobs") or name in Settings.model_fields
+        assert name in ("served name", "prefix cache", "logprobs", "tools") or name in Settings.model_fields
 
 
 def test_both_drivers_are_listed_by_name() -> None:

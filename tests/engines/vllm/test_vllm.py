@@ -20,7 +20,7 @@ from engines.openai.call import parse
 from engines.process.serving import free_port, serving
 from engines.process.telemetry import process_tree
 from engines.registry import driver
-from engines.settings import Serve, Settings
+from engines.settings import EngineArgs, Serve, Settings
 from engines.vllm.convert import convert
 from migrations.pairs import pair_of
 from migrations.plan import content_hash
@@ -85,6 +85,14 @@ def test_its_command_and_its_environment() -> None:
         "OMP_NUM_THREADS": "3",
         "VLLM_API_KEY": "sesame",
     }
+
+
+def test_a_plan_without_its_tool_flags_is_told_so() -> None:
+    """It answers 400 to any request with tools, which a client of llama.cpp sends without asking."""
+    bare = Serve(model_id="m", gguf=Path("/hf/m"), port=8080)
+    own = EngineArgs(args=("--enable-auto-tool-choice", "--tool-call-parser", "hermes"))
+    told = [driver("vllm").unsupported(FOUND, one) for one in (bare, bare.model_copy(update={"own": own}))]
+    assert [any(line.startswith("tools: ") for line in lines) for lines in told] == [True, False]
 
 
 def test_its_tokens_are_its_progress() -> None:

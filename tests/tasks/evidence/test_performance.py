@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,11 @@ def with_weights(blocks: list[dict[str, Any]], incumbent: int | None, candidate:
             block[name][MAPPED] = None if mib is None else mib * 2**20
             block[name]["memory_steady_bytes"] = 300 * 2**20
     return blocks
+
+
+def test_an_engine_of_directories_maps_no_weights(tmp_path: Path) -> None:
+    """None would leave the incumbent's mapped file out of the comparison: vLLM came out as 45 times as large."""
+    assert mapped_weights(dataclasses.replace(engine(tmp_path, "candidate"), gguf=tmp_path), []) == 0
 
 
 def test_mapped_weights_count_once_for_each_engine() -> None:
