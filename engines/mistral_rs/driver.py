@@ -204,6 +204,8 @@ def _binary_argv(installation: Installation, serve: Serve) -> list[str]:
     if settings.batch_tokens is not None and installation.knows("--max-num-batched-tokens"):
         argv += ["--max-num-batched-tokens", str(settings.batch_tokens)]
     argv += flags_of(("--seed", settings.seed), ("-t", settings.tokenizer_json), ("-j", settings.chat_template))
+    if _has_tokenizer_folder(installation, settings) and settings.tokenizer_json is not None:
+        argv += ["--tok-model-id", str(settings.tokenizer_json.parent)]  # 0.8.1 has `-t`, and no use for it with a GGUF
     if installation.knows("--token-source"):
         argv += ["--token-source", "none"]  # else it reads the user's own Hugging Face token
     if installation.knows("--no-ui"):
@@ -215,6 +217,12 @@ def _has_logprobs(installation: Installation) -> bool:
     """False for a build whose log-probabilities have base 10 and are raw logits at temperature 0."""
     version = parse_version(installation.version)
     return version is None or version >= LN_LOGPROBS
+
+
+def _has_tokenizer_folder(installation: Installation, settings: Settings) -> bool:
+    """True where the tokenizer is given as the folder of a file that has the usual name."""
+    named = settings.tokenizer_json is not None and settings.tokenizer_json.name == "tokenizer.json"
+    return named and installation.knows("--tok-model-id")
 
 
 def _pages_in_f8(installation: Installation, settings: Settings) -> bool:
@@ -271,6 +279,8 @@ def _unsupported_by_binary(installation: Installation, settings: Settings) -> li
     if settings.kv_type == "f8e4m3" and not _pages_in_f8(installation, settings):
         found.append("kv_type: an f8e4m3 KV cache needs paged attention, which needs a GPU; f16 is used")
     if not _has_logprobs(installation):
+        if settings.tokenizer_json is not None and not _has_tokenizer_folder(installation, settings):
+            found.append("tokenizer_json: this build reads one beside a GGUF only if its name is tokenizer.json")
         found.append("logprobs: at temperature 0 of the chosen token alone; this build has no others' there")
     found.append("served name: mistralrs answers to its own id or 'default' only")
     return found

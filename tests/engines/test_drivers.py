@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -290,6 +291,16 @@ def test_flags_that_a_build_does_not_list_are_not_passed() -> None:
     older, later = argv(MISTRAL_07, serve(TWELVE)), argv(MISTRAL_LATER, serve(TWELVE))
     assert not {"--no-ui", "--max-num-batched-tokens"} & set(older)
     assert not {"--pa-context-len", "--max-num-batched-tokens"} & set(later)
+
+
+def test_a_tokenizer_of_its_own_is_given_as_a_folder() -> None:
+    """0.8.1 ignores `-t` beside a GGUF; of a folder it reads tokenizer.json."""
+    build = replace(MISTRAL_07, flags=MISTRAL_07.flags | {"--tok-model-id"})
+    asked, other = (serve(tokenizer_json=Path("/models", name)) for name in ("tokenizer.json", "other.json"))
+    assert argv(build, asked)[-4:] == ["-t", "/models/tokenizer.json", "--tok-model-id", "/models"]
+    assert "tokenizer_json" not in lost(build, asked)
+    assert "--tok-model-id" not in argv(build, other)
+    assert "tokenizer_json" in lost(build, other)
 
 
 def test_on_the_cpu_there_is_no_paging() -> None:

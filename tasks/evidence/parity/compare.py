@@ -206,7 +206,7 @@ def _diverged(walk: _Walk, incumbent: Evidence, candidate: Evidence, at: tuple[i
     if _hides(ours[i]) or _hides(theirs[j]):
         shown = [] if _hides(theirs[j]) else _parts(theirs, j)
         shown = shown if _hides(ours[i]) else _parts(ours, i)
-        gap = min(map(_tie_gap, shown), default=None)
+        gap = min((_tie_gap(one) for one in shown if len(one[3]) > 1), default=None)
         return replace(walk, diverged=at, unseen=True, gap=gap, choice_gap=gap)
     walk.klds.append(_kld_at(match, ours[i], theirs[j]))
     top = match.top(ours[i])
@@ -234,9 +234,9 @@ def _parts(positions: list[list[Any]], start: int) -> list[list[Any]]:
 
 
 def _tie_gap(position: list[Any]) -> float:
-    """Nats between the two best tokens; infinite where fewer are listed."""
+    """Nats between the two best tokens listed."""
     best = sorted((token[1] for token in position[3]), reverse=True)
-    return best[0] - best[1] if len(best) > 1 else math.inf
+    return float(best[0] - best[1])
 
 
 def _nats(larger: float, smaller: float) -> float:
