@@ -275,6 +275,9 @@ def test_a_difference_within_a_joined_character_is_explained_by_the_engine_that_
     comparison = compare_answers(answers(answer("p", *words(3), joined)), answers(answer("p", *words(3), shown)))
     assert comparison["divergences"][0]["explained"] is True
     assert (comparison["positions"], comparison["mean_kld"], comparison["top1_agreement"]) == (3, 0.0, 0.75)
+    alone = position(token("\ufffd", 0.41, 11))  # and where it lists no other token, nothing is explained or refuted
+    comparison = compare_answers(answers(answer("p", *words(3), joined)), answers(answer("p", *words(3), alone)))
+    assert comparison["divergences"][0]["explained"] is None
 
 
 def test_no_logprobs_are_inconclusive() -> None:
