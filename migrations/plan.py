@@ -175,6 +175,20 @@ class EngineChoice(PlanPart):
         return found
 
 
+class OverflowPlan(PlanPart):
+    """A second engine, which takes new conversations while too many requests wait for the one that serves."""
+
+    engine: str = Field(description="which of the plan's engines, by its name")
+    waiting: int = Field(ge=0, description="requests that may wait for the engine that serves before it takes some")
+    parallel: int | None = Field(
+        None, ge=1, description="sequences that it serves at the same time, each with the context of one; else parallel"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value is not None}
+
+
 class ModelPlan(PlanPart):
     """One model: a GGUF file and the name by which clients ask for it.
 
@@ -196,12 +210,13 @@ class ModelPlan(PlanPart):
     engines: dict[str, EngineArgs] = Field({}, description="args and env of this model only, by the engine's name")
     sources: dict[str, Path] = Field({}, description="the same weights as an engine takes them, by the engine's name")
     names: dict[str, str] = Field({}, description="its name at an attached engine, by the engine's name")
+    overflow: OverflowPlan | None = Field(None, description="a second engine for what is too much for the first")
 
     _no_key = field_validator("settings")(_keyless)
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = {key for key in ("engines", "sources", "names") if not getattr(self, key)}
+        unused = {key for key in ("engines", "sources", "names", "overflow") if not getattr(self, key)}
         unused |= {"gguf"} if self.gguf == NO_FILE else set()
         return {key: value for key, value in dump(self).items() if key not in unused}
 
@@ -397,6 +412,20 @@ class Plan(PlanPart):
                 raise ValueError(f"models.sources.{min(unknown)} of {model.id}: no engine that takes a directory")
         return self
 
+    @model_validator(mode="after")
+    def _second_engines(self, info: ValidationInfo) -> Plan:
+        arms = [self.incumbent.name, self.candidate.name]
+        for model in self.models if not (info.context or {}).get(RECORDED, False) else ():
+            if model.overflow is None:
+                continue
+            engine = self.named(model.overflow.engine)
+            if engine not in arms or arms[0] == arms[1]:
+                known = " and ".join(dict.fromkeys(arms))
+                raise ValueError(f"models.overflow.engine of {model.id}: '{engine}' is not one of two engines: {known}")
+            if self.named(model.engine) == engine:
+                raise ValueError(f"models.overflow.engine of {model.id}: {engine} serves it already; name the other one")
+        return self
+
     def given(self, model_id: str, engine: str) -> Path:
         """What an engine of the plan is given of a model: its file, or the directory in its place."""
         model = self.model(model_id)
@@ -442,6 +471,14 @@ class Plan(PlanPart):
         own = self.model(model_id).settings
         set_here = {name: value for name in own.model_fields_set if (value := getattr(own, name)) is not None}
         return self.settings.model_copy(update=set_here | ({"api_key": api_key} if api_key is not None else {}))
+
+    def settings_on(self, model_id: str, engine: str) -> Settings:
+        """`settings_for` on one engine: as an overflow it may serve more sequences, each with as much context."""
+        settings, over = self.settings_for(model_id), self.model(model_id).overflow
+        if over is None or over.parallel is None or self.named(over.engine) != engine:
+            return settings
+        context = settings.context_tokens and settings.context_tokens // settings.sequences * over.parallel
+        return settings.model_copy(update={"parallel": over.parallel, "context_tokens": context})
 
     def model_post_init(self, _: Any) -> None:
         """Have the clients' key kept from engines, whichever way this process starts them."""

@@ -145,6 +145,8 @@ def plan_to_toml(plan: Plan, *, header_comment: str = "", unsupported: Sequence[
                     blocks += [_table(f"[{header}]", own), _variables(f"{header}.env", own.env)]
                 for table in ("names", "sources"):
                     blocks.append(_variables(f"models.{table}", getattr(model, table), quoted=True))
+                if model.overflow is not None:
+                    blocks.append(_table("[models.overflow]", model.overflow))
                 if _fields(model.settings, only_set=True):
                     blocks.append(_table("[models.settings]", model.settings, only_set=True))
     return "\n\n".join(block for block in blocks if block) + "\n"

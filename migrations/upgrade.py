@@ -71,7 +71,8 @@ def _subject(name: str, kind: str) -> str:
 def _model(plan: Plan, model: ModelPlan, old: str, new: str) -> ModelPlan:
     """The model with what it gives the old build for both; which engine serves it is what the upgrade decides."""
     own = [args for who, args in model.engines.items() if plan.named(who) == old]
-    return model.model_copy(update={"engine": "auto", "engines": {who: args for args in own for who in (old, new)}})
+    engines = {who: args for args in own for who in (old, new)}
+    return model.model_copy(update={"engine": "auto", "engines": engines, "overflow": None})
 
 
 def upgrade_file(plan_file: Path, day: date) -> Iterator[Path]:

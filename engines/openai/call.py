@@ -20,6 +20,7 @@ PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 COMPUTED_TOKENS = re.compile(rb'"prompt_n":\s*(\d+)')  # llama.cpp's timings, without what lay in its cache
 CACHED_TOKENS = re.compile(rb'"(?:cache_n|cached_tokens)":\s*(\d+)')
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+NO_CONVERSATION = "null"  # of a request without messages and prompt
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 

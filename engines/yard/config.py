@@ -18,6 +18,14 @@ JudgeCanary = Callable[[Sequence[Mapping[str, Any]], str, str], Mapping[str, Any
 JudgeShadow = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]  # the same of pairs of answers
 
 
+@dataclass(frozen=True)
+class OverflowConfig:
+    """The engine that takes new conversations of a model while more than `waiting` requests wait for the first."""
+
+    engine: str
+    waiting: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One model: the engines that may serve it, as found on this machine, and why one was not."""
@@ -32,6 +40,7 @@ class ModelConfig:
     engine: str = "auto"
     load: Load = "start"
     pin: bool = False
+    overflow: OverflowConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

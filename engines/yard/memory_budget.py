@@ -2,7 +2,8 @@
 
 A model whose plan says `load = "demand"` is started by its first request, which waits for it. Past the memory budget
 the model that was used longest ago goes first: it takes no new request, finishes those it has, and its process ends, so
-that its memory is back for certain. A pinned model stays. An engine that is moved, or has a canary, is left alone.
+that its memory is back for certain. A pinned model stays. An engine that is moved, or has a canary, is left alone. An
+overflow engine starts only where there is room beside what is loaded, and goes before any model does.
 """
 
 from __future__ import annotations
@@ -78,20 +79,49 @@ class MemoryBudget:
         async with self._one:
             return await self._unload(route, "ordered")
 
+    async def start_overflow(self, route: Route, unit: Unit) -> str:
+        """Start an overflow engine beside the one that serves, where there is room for it; else why not."""
+        async with self._one:
+            if not await fits_beside(unit, route.serving):
+                return f"{unit.engine} does not fit beside {route.serving.engine}: see `switchyard preflight`"
+            budget_mib, held = self._yard.settings.memory_budget_mib, self._held_bytes()
+            _, need = await asyncio.to_thread(needed_bytes, unit, _with_file(unit.spec, route.serving.spec))
+            if budget_mib is not None and need + held > budget_mib * 2**20:
+                return f"{unit.engine} needs {size(need)}, and {size(held)} of yard.memory_budget_mib are taken"
+            unit.want()
+        return ""
+
+    async def _end_overflow(self, why: str) -> bool:
+        """End one overflow engine, once its requests are done; False where there is none."""
+        for route in self._yard.routes.values():
+            unit = route.overflow
+            if unit is not None and unit.child is not None and not unit.spec.url and not route.moving:
+                route.overflow_refused = f"its memory was needed: {why}"
+                self._yard.events.note("yard", route.model_id, route.overflow_refused, engine=unit.engine)
+                await unit.idle()
+                await unit.stop()
+                return True
+        return False
+
     async def run(self) -> None:
         """Unload what was not used for `unload_after_s`, and what turned out larger than estimated; until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             async with self._one:
+                settings, held = self._yard.settings, self._held_bytes()
+                is_over = settings.memory_budget_mib is not None and held > settings.memory_budget_mib * 2**20
+                why = f"{size(held)} are held, more than was estimated"
+                if is_over and await self._end_overflow(why):
+                    continue
                 found = [route for route in self._yard.routes.values() if self._may_go(route) and _is_quiet(route)]
                 if not found:
                     continue
-                oldest, settings = min(found, key=lambda route: route.used_at), self._yard.settings
-                unused_s, budget = time.monotonic() - oldest.used_at, settings.memory_budget_mib
+                oldest = min(found, key=lambda route: route.used_at)
+                unused_s = time.monotonic() - oldest.used_at
                 if settings.unload_after_s is not None and unused_s > settings.unload_after_s:
                     await self._unload(oldest, f"not used for {unused_s:.0f} s")
-                elif budget is not None and self._held_bytes() > budget * 2**20:
-                    await self._unload(oldest, f"{size(self._held_bytes())} are held, more than was estimated")
+                elif is_over:
+                    await self._unload(oldest, why)
 
     # --- how
 
@@ -126,6 +156,8 @@ class MemoryBudget:
         least, need = await asyncio.to_thread(needed_bytes, route.serving)
         budget = budget_mib * 2**20
         while need + self._held_bytes() > budget:
+            if await self._end_overflow(f"{route.model_id} is loaded"):
+                continue
             victim = await self._victim(route) if evict and least <= budget else None
             if victim is None and evict and least + self._held_bytes() <= budget:
                 return  # it may fit: it is tried, and from then on its own measure counts
@@ -190,17 +222,40 @@ def estimate_of(spec: LaunchSpec) -> Fit | None:
         return None
 
 
-def needed_bytes(unit: Unit) -> tuple[int, int]:
+async def fits_beside(unit: Unit, serving: Unit) -> bool:
+    """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
+    if unit.spec.url:
+        return True
+    fit = await asyncio.to_thread(estimate_of, _with_file(unit.spec, serving.spec))
+    if fit is not None and fit.verdict != "unknown":
+        return fit.verdict == "fits"
+    free, held = await asyncio.to_thread(free_memory), serving.stats
+    return _holds(free.ram_bytes, held.memory_bytes) and (
+        held.vram_bytes is None or _holds(free.vram_bytes, held.vram_bytes)
+    )
+
+
+def _holds(free: int | None, held: int | None) -> bool:
+    return free is not None and held is not None and free > 2 * held
+
+
+def _with_file(spec: LaunchSpec, other: LaunchSpec) -> LaunchSpec:
+    """The spec with the other one's file in place of a directory with the same weights, which has no header."""
+    return spec.model_copy(update={"gguf": other.gguf}) if spec.gguf.is_dir() else spec
+
+
+def needed_bytes(unit: Unit, spec: LaunchSpec | None = None) -> tuple[int, int]:
     """What an engine holds, at least and expected: as measured, else as estimated, else the size of its file.
 
-    The weights that it serves from the mapped file count in each case; what is measured is private.
+    `spec` is the one to estimate by, where that is not its own. The weights that it serves from the mapped file count
+    in each case; what is measured is private.
     """
     if unit.spec.url:  # others run it: what it holds is not ours to give
         return 0, 0
     if unit.stats.held_bytes is not None:
         held = unit.stats.held_bytes + _mapped_bytes(unit.spec.model_dump_json())
         return held, held
-    if (fit := estimate_of(unit.spec)) is not None and fit.needs:
+    if (fit := estimate_of(spec or unit.spec)) is not None and fit.needs:
         return sum(need.low for need in fit.needs), sum(need.expected for need in fit.needs)
     given = unit.spec.gguf
     n_bytes = sum(file.stat().st_size for file in (given.iterdir() if given.is_dir() else (given,)))

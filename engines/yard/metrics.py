@@ -53,13 +53,15 @@ class Metrics:
         self.not_passed = counter("not_passed", "Requests to paths that are not passed on, by kind.", ["kind"])
         self.clients_cut = counter("clients_cut", "Clients that took nothing of their answer, or held up others.")
         self._restarts = counter("engine_restarts", "Restarts of an engine since the yard began.", by_engine)
-        self._restarts_seen: WeakKeyDictionary[Unit, int] = WeakKeyDictionary()
+        self._overflowed = counter("overflow_conversations", "Conversations the overflow engine took.", ["model"])
+        self._seen: WeakKeyDictionary[Unit | Route, int] = WeakKeyDictionary()  # what a counter has of it already
         self.left = counter("disconnects", "Clients that left before the end of their answer.", ["model"])
         self._state = gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
         self._memory = gauge("engine_memory_bytes", "Private memory of the engine, swap included.", by_engine)
         self._vram = gauge("engine_vram_bytes", "GPU memory of the engine's processes.", by_engine)
         self._in_flight = gauge("engine_in_flight", "Requests on the engine now.", by_engine)
         self._weight = gauge("route_weight", "Share of conversations the engine gets.", by_engine)
+        self._overflow = gauge("overflow", "1 while a second engine takes conversations of the model.", by_engine)
         self._waiting = gauge("waiting", "Requests that wait for their turn.", ["model"])
         self._fallback = gauge("fallback", "1 while the committed engine is out of order.", ["model"])
         self.incidents = counter("incidents", "Incidents since the yard began.")
@@ -87,11 +89,15 @@ class Metrics:
 
     def text(self, routes: Iterable[Route]) -> bytes:
         by_unit = (self._state, self._memory, self._vram, self._in_flight, self._weight)
-        for gauge in (*by_unit, self._waiting, self._fallback):
+        for gauge in (*by_unit, self._waiting, self._fallback, self._overflow):
             gauge.clear()  # what is gone, or not measured, is absent: neither 0 nor its last value
         for route in routes:
             self._waiting.labels(route.model_id).set(route.waiting)
             self._fallback.labels(route.model_id).set(route.fallback is not None)
+            if route.overflow is not None:
+                takes = route.open_overflow is not None
+                self._overflow.labels(route.model_id, route.overflow.engine).set(takes)
+                self._overflowed.labels(route.model_id).inc(self._news(route, route.overflowed))
             canary = route.state.canary
             for unit in route.units.values():
                 labels = (route.model_id, unit.engine)
@@ -99,8 +105,7 @@ class Metrics:
                 rest = 1.0 - (canary.weight if canary else 0.0)
                 self._weight.labels(*labels).set(rest if unit is route.serving else of_canary)
                 self._in_flight.labels(*labels).set(len(unit.in_flight))
-                self._restarts.labels(*labels).inc(unit.restarts - self._restarts_seen.get(unit, 0))
-                self._restarts_seen[unit] = unit.restarts
+                self._restarts.labels(*labels).inc(self._news(unit, unit.restarts))
                 for state in Health:
                     self._state.labels(*labels, str(state)).set(state is unit.state)
                 if unit.stats.memory_bytes is not None:
@@ -108,3 +113,8 @@ class Metrics:
                 if unit.stats.vram_bytes is not None:
                     self._vram.labels(*labels).set(unit.stats.vram_bytes)
         return generate_latest(self._registry)
+
+    def _news(self, counted: Unit | Route, now: int) -> int:
+        """By how much a count has grown since it was asked for last."""
+        before, self._seen[counted] = self._seen.get(counted, 0), now
+        return now - before

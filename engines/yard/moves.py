@@ -18,10 +18,9 @@ from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.model.free_memory import free_memory
 from engines.yard.client import Say
 from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.prompt_cache import RestoreBroke
 from engines.yard.engine.unit import Unit
-from engines.yard.memory_budget import MemoryBudget, estimate_of, memory_back
+from engines.yard.memory_budget import MemoryBudget, fits_beside, memory_back
 from engines.yard.orders import (
     CanaryOrder,
     DrainOrder,
@@ -100,7 +99,7 @@ class Moves:
             if weight == 0:
                 self._yard.commit(route, canary=None)
                 report(f"canary out; {target.engine} finishes {len(target.in_flight)} request(s)")
-                if target is not route.serving:  # the fallback stays up
+                if not route.needs(target):  # the fallback stays up
                     await target.idle()
                     await target.stop()
                 return f"{route.model_id}: no canary any more; {route.state.serving} serves all of it"
@@ -116,7 +115,7 @@ class Moves:
         self._shadow.set_share(route, target.engine, share)
         async with self._moving(route, f"shadow on {target.engine} {share:g}", say) as report:
             if share == 0:
-                if route.state.canary is None or route.state.canary.engine != target.engine:
+                if not (route.needs(target) or (route.state.canary and route.state.canary.engine == target.engine)):
                     await self._end([target], report)
                 return f"{route.model_id}: nothing is copied any more"
             await self._bring_up_beside(route, target, report)
@@ -169,11 +168,16 @@ class Moves:
             if known or engine in self._yard.state.retired:
                 continue
             unit = self._yard.unit(spec)
-            if engine in route.units and route.units[engine].child is not None:
+            before, runs = route.units.get(engine), route.units.get(engine) and route.units[engine].child is not None
+            if runs and before is route.serving:
                 async with self._moving(route, f"{engine} with its new settings", lambda _: None) as report:
                     await self._move(route, unit, report, "auto", undo=route.state.undo)
             else:
                 route.units[engine] = unit
+                if before is not None and runs:  # a canary, or an overflow engine
+                    await self._end([before], lambda _: None)
+                    if route.state.canary is not None and route.state.canary.engine == engine:
+                        unit.want()
             changed.append(f"{model.id}: {engine} has new settings")
         state = route.state
         needed = {*model.specs, *model.missing, state.serving, state.undo, state.canary and state.canary.engine}
@@ -216,8 +220,9 @@ class Moves:
             yield f"it is {route.model_id}'s fallback, in force now"
         if route.moving is not None:
             yield f"{route.model_id} is being moved ({route.moving})"
-        shadow = self._shadow.status(route)
-        if shadow and shadow["engine"] == engine and shadow["share"] > 0:
+        if route.overflow is not None and route.overflow.engine == engine:
+            yield f"it takes {route.model_id}'s overflow; `switchyard overflow --off` ends that"
+        if self._shadow.goes_to(route, engine):
             yield f"it gets copies of {route.model_id}'s requests"
 
     # --- how
@@ -232,7 +237,7 @@ class Moves:
         self._yard.commit(route)  # both specs on the disk before anything changes
         report(f"way back saved: {old.engine} {old.spec.version}")
         if form == "auto":
-            beside = target.state.serves or await _fits(target.spec, old)
+            beside = target.state.serves or await fits_beside(target, old)
             form = "side-by-side" if beside else "one-at-a-time"
         report(f"moving {form.replace('-', ' ')}")
         if form == "side-by-side":
@@ -258,7 +263,7 @@ class Moves:
         report(f"new requests go to {target.engine}; {old.engine} finishes {len(old.in_flight)}")
         if carries:
             await self._carry_prompts(route, old, target, held=held)
-        await self._end([unit for unit in {*route.units.values(), old} if unit is not target], report)
+        await self._end([unit for unit in {*route.units.values(), old} if not route.needs(unit)], report)
 
     async def _one_at_a_time(self, route: Route, old: Unit, target: Unit, report: Say, undo: str | None) -> None:
         # those who wait are given up after wait_s: by then the new engine serves, or the old one does again
@@ -346,7 +351,7 @@ class Moves:
     async def _bring_up_beside(self, route: Route, target: Unit, report: Say) -> None:
         if target.state.serves:
             return
-        if not await _fits(target.spec, route.serving):
+        if not await fits_beside(target, route.serving):
             raise MoveFailed(
                 f"a canary runs both engines at once, and {target.engine} does not fit beside the one that serves; "
                 "`promote` moves one at a time"
@@ -390,20 +395,3 @@ class Moves:
         finally:
             route.moving = None
             self._yard.reconsider(route)
-
-
-async def _fits(spec: LaunchSpec, beside: Unit) -> bool:
-    """Room for both: by the estimate, or for twice what the serving engine holds where there is no estimate."""
-    if spec.url:
-        return True
-    fit = await asyncio.to_thread(estimate_of, spec)
-    if fit is not None and fit.verdict != "unknown":
-        return fit.verdict == "fits"
-    free, held = await asyncio.to_thread(free_memory), beside.stats
-    return _holds(free.ram_bytes, held.memory_bytes) and (
-        held.vram_bytes is None or _holds(free.vram_bytes, held.vram_bytes)
-    )
-
-
-def _holds(free: int | None, held: int | None) -> bool:
-    return free is not None and held is not None and free > 2 * held

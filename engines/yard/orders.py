@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.errors import BadInput
 
-FIRST, VERSION = 1, 2
-SINCE: dict[str, int] = {"reload.plan": 2}
+FIRST, VERSION = 1, 3
+SINCE: dict[str, int] = {"reload.plan": 2, "overflow": 3}
 MoveForm = Literal["auto", "side-by-side", "one-at-a-time"]
 
 
@@ -58,6 +58,10 @@ class DrainOrder(Order):
     on: bool = True
 
 
+class OverflowOrder(Order):
+    on: bool = True
+
+
 class RestoreOrder(_Fields):
     engine: str
 
@@ -81,6 +85,7 @@ ORDERS: dict[str, type[BaseModel]] = {
     "shadow": ShadowOrder,
     "use": UseOrder,
     "drain": DrainOrder,
+    "overflow": OverflowOrder,
     "retire": RetireOrder,
     "restore": RestoreOrder,
     "load": Order,

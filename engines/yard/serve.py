@@ -26,6 +26,7 @@ from engines.yard.client import socket_path
 from engines.yard.config import YardConfig
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.moves import Moves
+from engines.yard.overflow import Overflow
 from engines.yard.ports.control import Control, listening
 from engines.yard.ports.gateway import Gateway
 from engines.yard.ports.reply import Runner
@@ -63,7 +64,8 @@ def run(
 async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Callable[[Yard], None]) -> None:
     stop = asyncio.Event()
     shadow, memory_budget = Shadow(yard), MemoryBudget(yard)
-    moves, status = Moves(yard, shadow, memory_budget), Status(yard, shadow)
+    moves, overflow = Moves(yard, shadow, memory_budget), Overflow(yard, shadow, memory_budget)
+    status = Status(yard, shadow, overflow)
     reloads: set[asyncio.Task[object]] = set()
     background: list[asyncio.Task[None]] = []
 
@@ -111,7 +113,8 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
         auto_decompress=False,  # `body_of` does it: the library's own accepts what ends early and closes the connection
     )
     control = web.AppRunner(
-        Control(yard, moves, memory_budget, status, stop=stop.set, reload=reload).application(), access_log=None
+        Control(yard, moves, memory_budget, overflow, status, stop=stop.set, reload=reload).application(),
+        access_log=None,
     )
     try:
         await public.setup()
@@ -128,7 +131,7 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
         opened(yard)  # what engines do not support is reported before one is launched
         for route in yard.routes.values():
             memory_budget.admit(route)
-        for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run, yard.keep_usage):
+        for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run, overflow.run, yard.keep_usage):
             background.append(asyncio.create_task(loop_of()))
         background.append(asyncio.create_task(gateway.watch_clients(lambda: public.server)))
         await stop.wait()

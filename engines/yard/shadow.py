@@ -130,6 +130,11 @@ class Shadow:
             raise BadInput(f"share {share} must lie between 0 and 1")
         self._tallies[route.model_id] = Tally(share, to)
 
+    def goes_to(self, route: Route, engine: str) -> bool:
+        """Whether the engine gets copies of the route's requests."""
+        tally = self._tally(route)
+        return tally.share > 0 and (tally.to or route.candidate) == engine
+
     def status(self, route: Route) -> dict[str, Any] | None:
         """Share, counts and verdict; None where nothing is or was copied."""
         tally = self._tally(route)

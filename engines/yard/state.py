@@ -12,8 +12,9 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from engines.errors import BadInput, SwitchyardError
 from engines.yard.engine.launch_spec import LaunchSpec
@@ -41,6 +42,12 @@ class ModelState(_Stored):
     selected: str = "auto"
     specs: dict[str, LaunchSpec] = Field({}, alias="recipes")
     moved_at: float | None = None
+    overflow: bool = True  # False: ordered off, whatever the plan says
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # an older version reads a state without it
+        return {key: value for key, value in dump(self).items() if key != "overflow" or not value}
 
 
 class Retired(_Stored):

@@ -46,6 +46,7 @@ COMMANDS = {
     "shadow": "Copy a share of a model's chat requests to another engine while nobody waits, to compare answers.",
     "use": "Choose a model's engine by hand; `auto` leaves the choice to promote and rollback.",
     "drain": "Hold a model's new requests and return when none is in flight; `--off` lets them through again.",
+    "overflow": "Let the plan's second engine take new conversations while too many requests wait; `--off` ends it.",
     "load": "Load a model now, unloading others if the memory budget requires it; a request would do the same.",
     "unload": "Stop a model's engine once its requests are done; the next request loads it again.",
     "stop": "Stop the yard after finishing the requests in flight.",

@@ -38,13 +38,14 @@ def preflight(
 
     Example: `switchyard preflight model.gguf --context 32768`
 
-    Exit code 3: the candidate does not load a model; 4: that is unknown.
+    Exit code 3: the candidate does not load a model, or an overflow engine does not fit beside; 4: that is unknown.
     """
     report = examine(targets, context=context, load=load)
     print_result(report, json_, lambda _: out.print(_table(report), soft_wrap=False))
     # files alone have no candidate: the one that plans are written for
     candidate = report["models"][0]["engines"][-1]["engine"] if targets[0].suffix == ".toml" else CANDIDATE.engine
     loads = {e["loads"] for model in report["models"] for e in model["engines"] if e["engine"] == candidate}
+    loads |= {"no" for model in report["models"] if "overflow" in model and model["side_by_side"]["fits"] is False}
     raise typer.Exit(EXIT_CODES["FAIL" if "no" in loads else "INCONCLUSIVE" if "unknown" in loads else "PASS"])
 
 
@@ -79,6 +80,11 @@ def examine(targets: Sequence[Path], *, context: int | None, load: bool = False)
             settings_by_model={model.id: plan.settings_for(model.id) for model in plan.models},
             own_args={(model.id, name): plan.own_args(model.id, name) for model in plan.models for name in arms},
             engines={name: one.engine for name, one in arms.items()},
+            overflow={
+                model.id: (name, plan.settings_on(model.id, name))
+                for model in plan.models
+                if model.overflow is not None and (name := plan.named(model.overflow.engine))
+            },
             context=context,
             versions=_versions(arms),
         )
@@ -132,6 +138,10 @@ def _table(report: Mapping[str, Any]) -> Group:
                 table.add_row("", Text("note", style="yellow"), warning)
         parts.append(table)
         parts.append(Padding(_memory_line(model["memory"]), (0, 0, 0, 2)))
+        if "overflow" in model:
+            beside = model["side_by_side"]
+            fits = {True: "fits", False: "does not fit", None: "may fit"}[beside["fits"]]
+            parts.append(Padding(f"overflow: {model['overflow']} {fits} beside it: {beside['why']}", (0, 0, 0, 2)))
         parts += [Padding(Text(f"instead: {option}", style="cyan"), (0, 0, 0, 2)) for option in model["alternatives"]]
     if left_out := report.get("not_models"):
         parts.append(Text("\nnot examined, no models that can be read:", style="yellow"))

@@ -10,10 +10,10 @@ from dataclasses import replace
 from engines.driver import Installation, native_of
 from engines.errors import BadInput, EngineNotFound
 from engines.registry import native_driver
-from engines.yard.config import ModelConfig, YardConfig
+from engines.yard.config import ModelConfig, OverflowConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from migrations import carried
-from migrations.plan import Plan
+from migrations.plan import ModelPlan, Plan
 from tasks.evidence.canary import canary_judge, shadow_judge
 from tasks.verdicts.limits import CanaryLimits
 
@@ -52,7 +52,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
                     installation,
                     model.id,
                     plan.given(model.id, engine),
-                    plan.settings_for(model.id),
+                    plan.settings_on(model.id, engine),
                     own=plan.own_args(model.id, engine),
                     name_there=plan.name_there(model.id, engine),
                     request_defaults=carried.request_defaults(plan, model.id, installation),
@@ -66,6 +66,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
             engine=plan.named(model.engine),
             load=model.load,
             pin=model.pin,
+            overflow=_overflow(plan, model),
         )
         for model in plan.models
     )
@@ -77,6 +78,11 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
         judge_canary=canary_judge(canary_limits(plan)),
         judge_shadow=shadow_judge(),
     )
+
+
+def _overflow(plan: Plan, model: ModelPlan) -> OverflowConfig | None:
+    over = model.overflow
+    return None if over is None else OverflowConfig(plan.named(over.engine), over.waiting)
 
 
 def canary_limits(plan: Plan) -> CanaryLimits:

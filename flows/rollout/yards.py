@@ -68,7 +68,8 @@ class Yards:
     def rehearsing(self, home: Path, model_id: str, port: int, hidden: str | None) -> Sequence[str]:
         """The command of a yard of one model, quick to give up on an engine; `hidden` is one that it must not find."""
         settings = YardSettings.model_validate({**self.plan.yard.model_dump(), **QUICK, "port": port})
-        part = self.plan.model_copy(update={"models": (self.plan.model(model_id),), "yard": settings})
+        model = self.plan.model(model_id).model_copy(update={"overflow": None})  # it is a fallback that is rehearsed
+        part = self.plan.model_copy(update={"models": (model,), "yard": settings})
         path = home / "plan.json"
         path.write_text(part.model_dump_json(), encoding="utf-8")
         argv = [sys.executable, "-m", "flows.rollout.rehearsal_yard", str(path), str(home)]

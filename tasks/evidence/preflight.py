@@ -37,6 +37,7 @@ def preflight(
     settings_by_model: Mapping[str, Settings] | None = None,
     own_args: Mapping[tuple[str, str], EngineArgs] | None = None,
     engines: Mapping[str, str] | None = None,
+    overflow: Mapping[str, tuple[str, Settings]] | None = None,
     context: int | None = None,
     versions: Mapping[str, str | None] | None = None,
     memory: FreeMemory | None = None,
@@ -47,8 +48,9 @@ def preflight(
 
     `engines` are the incumbent and the candidate, the kind of each by its name (default: all); `context` (tokens, all
     sequences together) overrides each model's setting; `own_args` maps (model, engine) to what the engine is given
-    beside it; `versions` maps an engine to its version; `corrections` maps (model, engine) to a measured ratio. Raises
-    BadInput that names the first model it cannot read.
+    beside it; `overflow` has a model's second engine, if it has one, with its settings there; `versions` maps an engine
+    to its version; `corrections` maps (model, engine) to a measured ratio. Raises BadInput that names the first model
+    it cannot read.
     """
     engines, free = engines or {kind: kind for kind in DRIVERS}, memory or free_memory()
     known_architectures()  # imports gguf and numpy once, a fifth of a second that is no model's own
@@ -62,7 +64,10 @@ def preflight(
             raise BadInput(f"model {model!r}: {error}") from error
         settings = (settings_by_model or {}).get(model, Settings())
         own = {engine: (own_args or {}).get((model, engine), EngineArgs()) for engine in engines}
-        report = _report(model, header, settings, engines, own, context, versions or {}, free, corrections or {})
+        second = (overflow or {}).get(model)
+        on = {engine: second[1] if second and engine == second[0] else settings for engine in engines}
+        report = _report(model, header, on, engines, own, context, versions or {}, free, corrections or {})
+        report |= {"overflow": second[0]} if second else {}
         reports.append({**report, "elapsed_ms": round((time.perf_counter() - started) * 1000, 1)})
     return {"models": reports, "free": {"ram_bytes": free.ram_bytes, "vram_bytes": free.vram_bytes}}
 
@@ -70,7 +75,7 @@ def preflight(
 def _report(
     model: str,
     header: Header,
-    settings: Settings,
+    settings_on: Mapping[str, Settings],
     kinds: Mapping[str, str],
     own: Mapping[str, EngineArgs],
     context: int | None,
@@ -79,6 +84,7 @@ def _report(
     corrections: Mapping[tuple[str, str], float],
 ) -> dict[str, Any]:
     engines = list(kinds)
+    settings = settings_on[engines[0]]
     given = settings.tokenizer_json is not None
     answers = {
         engine: loads(kind, header, version=versions.get(engine), own_tokenizer=given) for engine, kind in kinds.items()
@@ -86,7 +92,7 @@ def _report(
     fits = {
         engine: estimate(
             header,
-            settings,
+            settings_on[engine],
             kind,
             context,
             own=own[engine],

@@ -13,6 +13,7 @@ from engines.llama_cpp.slots import SAVE_PATH, LlamaSlots
 from engines.model.header import Header
 from engines.model.loads import Loads
 from engines.model.memory import MemoryCase, Part, exactly
+from engines.openai.call import Refusal
 from engines.openai.dialect import Dialect
 from engines.openai.paths import COUNTS_TOKENS, Paths
 from engines.openai.public import Public
@@ -20,7 +21,17 @@ from engines.own_args import OwnArgs
 from engines.settings import EngineArgs, Serve, Settings
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
+
 FEW = Paths(reads=frozenset({COUNTS_TOKENS, "/tokenize"}))
+
+
+class NoGrammar(Dialect):
+    """Refuses what others answer, as dialects of engines do that lack a field."""
+
+    def request(self) -> bytes:
+        if "grammar" in self.call.body:
+            raise Refusal(400, "grammar: this engine does not know it")
+        return super().request()
 
 
 class FakeDriver:
@@ -79,7 +90,7 @@ class FakeDriver:
         return Public() if "--few-paths" in self.habits else LlamaCpp().public(own)
 
     def dialect(self, installation: Installation) -> type[Dialect]:
-        return Dialect
+        return NoGrammar if "--few-paths" in self.habits else Dialect
 
     def served_name(self, installation: Installation, model_id: str) -> str:
         return model_id

@@ -17,7 +17,7 @@ from engines.driver import Driver, Installation, native_of
 from engines.errors import EngineNotFound, SwitchyardError
 from engines.registry import driver
 from engines.settings import Settings
-from engines.yard.config import ModelConfig, YardConfig
+from engines.yard.config import ModelConfig, OverflowConfig, YardConfig
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.serve import log_to_terminal, run
 from engines.yard.settings import YardSettings
@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--old-binary", type=Path)
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--new-parallel", type=int, help="slots of `new`, where they are others")
+    parser.add_argument("--overflow", type=Path, help="a file with how many may wait before `new` takes conversations")
     parser.add_argument("--models", default="m")
     parser.add_argument("--load", default="start", help="when models are loaded")
     parser.add_argument("--pin", default="", help="models that stay loaded, by comma")
@@ -62,7 +64,11 @@ def main() -> None:
         if name == options.missing:
             engine.find = not_here
 
+    def slots(name: str) -> int:
+        return (name == "new" and options.new_parallel) or options.parallel
+
     def config() -> YardConfig:
+        waiting = options.overflow.read_text() if options.overflow else ""
         found = {name: engine.find(*how.get(name, ())) for name, engine in drivers.items() if name != options.missing}
         models = tuple(
             ModelConfig(
@@ -72,13 +78,14 @@ def main() -> None:
                 aliases=(f"{model}-alias", *filter(None, [options.alias])),
                 load=options.load,
                 pin=model in options.pin.split(","),
+                overflow=OverflowConfig("new", int(waiting)) if waiting else None,
                 missing={options.missing: f"{options.missing} was not found"} if options.missing else {},
                 specs={
                     name: LaunchSpec.of(
                         installation,
                         model,
                         options.gguf,
-                        Settings(parallel=options.parallel, context_tokens=4096, threads=1),
+                        Settings(parallel=slots(name), context_tokens=4096, threads=1),
                     ).model_copy(update={"engine": name, "kind": name})
                     for name, installation in found.items()
                 },

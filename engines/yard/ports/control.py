@@ -21,6 +21,7 @@ from engines.yard.client import Say, short_name
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.moves import Moves
 from engines.yard.orders import FIRST, VERSION, order_of, too_old
+from engines.yard.overflow import Overflow
 from engines.yard.ports.status import Status
 from engines.yard.yard import Yard
 
@@ -33,6 +34,7 @@ class Control:
         yard: Yard,
         moves: Moves,
         memory_budget: MemoryBudget,
+        overflow: Overflow,
         status: Status,
         *,
         stop: Callable[[], None],
@@ -54,6 +56,7 @@ class Control:
             "shadow": moves.shadow,
             "use": moves.use,
             "drain": moves.drain,
+            "overflow": overflow.order,
             "retire": moves.retire,
             "restore": moves.restore,
             "load": memory_budget.load,

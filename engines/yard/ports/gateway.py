@@ -150,7 +150,8 @@ class Gateway:
         to = wire_path(request, path), sent_on(request, read_here=True, content_type=call.content_type)
         try:
             for attempt in range(1, TRIES + 1):
-                conversation = call.conversation() if route.state.canary else ""
+                # one that an engine has lost is retried on the engine that serves
+                conversation = call.conversation() if route.splits and attempt == 1 else ""
                 place = route.enter(conversation, path, call.prompt_tokens, light=kind == "reads")
                 unit, running = await self._turn(route, place, reply, began)
                 running.generates, kept_at = kind == "generates", ""
@@ -160,6 +161,10 @@ class Gateway:
                     await self._exchange(route, unit, running, reply, *to)
                 except Unanswered as gone:
                     self._yard.note_loss(route, unit, str(gone), retried=attempt < TRIES)
+                    continue
+                except Refusal:
+                    if not place.over or attempt == TRIES:
+                        raise  # what only the overflow engine refuses, the one that serves may take
                     continue
                 except (ClientLeft, asyncio.CancelledError):
                     if reply.ended:  # it has all of the answer, and does not wait for the end of the connection

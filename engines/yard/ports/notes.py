@@ -40,6 +40,8 @@ def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         shown.append(("news", f"Canary: {share}{_verdict(canary)}"))
     if shadow := model.get("shadow"):
         shown.append(("news", f"Shadow: {shadow['engine']} gets copies of {shadow['share']:.0%}{_verdict(shadow)}"))
+    if over := model.get("overflow"):
+        shown.append(_overflow(over))
     if last := model.get("last_canary"):
         shown.append(("muted", f"Last canary{_verdict(last)}"))
     for engine in model.get("engines", ()):
@@ -49,6 +51,13 @@ def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     usual += [f"way back: {model['undo']}"] if model["undo"] else []
     usual += [f"engine chosen by hand: {model['selected']}"] if model["selected"] != "auto" else []
     return [*shown, ("muted", " · ".join(usual))]
+
+
+def _overflow(over: Mapping[str, Any]) -> tuple[str, str]:
+    more = f"new conversations while more than {over['waiting']} requests wait"
+    if over["takes"]:
+        return "news", f"Overflow: {over['engine']} takes {more}; {over['conversations']:,} so far"
+    return "muted", f"Overflow: {over['engine']} would take {more}: {over['why']}"
 
 
 def _verdict(judged: Mapping[str, Any]) -> str:

@@ -8,15 +8,17 @@ from typing import Any
 from engines.redaction import redacted, redacted_text
 from engines.settings import safe_id
 from engines.yard.engine.unit import Unit
+from engines.yard.overflow import Overflow
 from engines.yard.route import Route
 from engines.yard.shadow import Shadow
 from engines.yard.yard import Yard
 
 
 class Status:
-    def __init__(self, yard: Yard, shadow: Shadow) -> None:
+    def __init__(self, yard: Yard, shadow: Shadow, overflow: Overflow) -> None:
         self._yard = yard
         self._shadow = shadow
+        self._overflow = overflow
 
     def explain(self, route: Route) -> str:
         """Why a request would not be served now, in one line."""
@@ -87,6 +89,7 @@ class Status:
             "canary": {**canary.model_dump(), **judged} if canary else None,
             "last_canary": last if canary is None else None,
             "shadow": self._shadow.status(route),
+            "overflow": self._overflow.status(route),
             "waiting": route.waiting,
             "holding": route.holding,
             "moving": route.moving,

@@ -39,7 +39,8 @@ def route(engine="x", memory_bytes=5):
     stats = SimpleNamespace(memory_bytes=memory_bytes, vram_bytes=None)
     unit = Unit(engine=engine, in_flight=[], restarts=2, state=Health.READY, stats=stats)
     state = SimpleNamespace(canary=None)
-    return SimpleNamespace(model_id="m", waiting=1, fallback=None, state=state, units={engine: unit}, serving=unit)
+    of_model = {"model_id": "m", "waiting": 1, "fallback": None, "overflow": None}
+    return SimpleNamespace(**of_model, state=state, units={engine: unit}, serving=unit)
 
 
 def test_names_types_and_units_are_those_of_prometheus():

@@ -39,6 +39,15 @@ def test_a_folder_is_examined_and_what_is_no_model_is_named(switchyard, tmp_path
     assert done.returncode == switchyard("preflight", good).returncode
 
 
+def test_an_overflow_that_does_not_fit_beside_is_said_and_exit_3(switchyard, tmp_path):
+    plan = plan_of(tmp_path, "both-fine")
+    plan.write_text(plan.read_text() + '[models.overflow]\nengine = "mistral.rs"\nwaiting = 1\n')
+    assert switchyard("preflight", plan).returncode == 0
+    done = switchyard("preflight", plan, "--context", 10**13)
+    assert done.returncode == 3
+    assert "overflow: mistral.rs does not fit beside it: RAM:" in " ".join(done.stdout.split())
+
+
 def test_a_folder_without_a_model_is_one_line_and_exit_2(switchyard, tmp_path):
     (tmp_path / "notes.txt").write_text("no model\n")
     done = switchyard("preflight", tmp_path)

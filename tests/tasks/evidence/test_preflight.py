@@ -114,6 +114,24 @@ def test_two_engines_that_fit_alone_may_not_fit_together(tmp_path: Path) -> None
     assert gate(results) is Verdict.PASS
 
 
+def test_a_second_engine_is_sized_as_it_serves_the_overflow(tmp_path: Path) -> None:
+    """Its sequences are its own; what both take together is in the report."""
+    path = write_gguf(tmp_path / "m.gguf")
+    engines = {name: name for name in ("llama.cpp", "mistral.rs")}
+    plain = report(path, engines=engines, settings_by_model={"m": Settings(context_tokens=4096)})
+    more = Settings(context_tokens=16 * 4096, parallel=16)
+    entry = report(
+        path,
+        engines=engines,
+        settings_by_model={"m": Settings(context_tokens=4096)},
+        overflow={"m": ("mistral.rs", more)},
+    )
+    needs = [[one["fit"]["needs"][0]["expected"] for one in each["engines"]] for each in (plain, entry)]
+    assert needs[0][0] == needs[1][0]
+    assert needs[0][1] < needs[1][1]
+    assert (entry["overflow"], "overflow" in plain) == ("mistral.rs", False)
+
+
 def test_an_engine_that_was_not_looked_at_is_inconclusive(tmp_path: Path) -> None:
     """Absent is not a pass."""
     entry = report(write_gguf(tmp_path / "m.gguf"), engines={"llama.cpp": "llama.cpp"})
