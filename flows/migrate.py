@@ -22,6 +22,7 @@ from prefect.runtime import deployment
 from engines.driver import Installation, native_of
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
+from engines.notify import notify
 from engines.registry import native_driver
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
@@ -257,6 +258,7 @@ class WholeMigration:
         """None when a person approves the phase, now or before; else why it stays. Raises Waits without an answer."""
         if self._decision(model_id, phase) is not None:
             return None
+        self._tell(phase, model_id, what)
         answer = self.ask(self._question(phase, model_id, what, known))
         if answer is None:
             how = f"the same command with --yes --who NAME --reason TEXT approves it ({phase})"
@@ -268,6 +270,13 @@ class WholeMigration:
             return None
         why = f"{answer.who or 'the person asked'} said no{f': {answer.reason}' if answer.reason else ''}"
         return {"verdict": Verdict.INCONCLUSIVE.value, "result": "stays", "why": why}
+
+    def _tell(self, phase: str, model_id: str, what: str) -> None:
+        """Notify people of a question that waits in Prefect, once: the run begins anew when it is answered."""
+        asked = f"{phase}, asked"
+        if self.ask is in_prefect and self.plan.notify.is_used and self.run.step(model_id, asked) is None:
+            notify(self.plan.notify, "approval waiting", model_id, f"{what}? The form is in Prefect's UI")
+            self.run.put_step(model_id, asked, "done")
 
     def _question(self, phase: str, model_id: str, what: str, known: PhaseOne | None) -> Question:
         checks = tuple(result for result in (known.checks if known else ()) if result.required)

@@ -28,6 +28,7 @@ from engines.driver import native_of
 from engines.errors import SwitchyardError
 from engines.home import home as default_home
 from engines.home import host
+from engines.notify import notify
 from engines.units import duration
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
@@ -236,6 +237,7 @@ class SoakRun:
         name = f"{BREACH} {_next_index(run, target.model_id) - 1:05d}"
         detail = {"engine": target.engine, "version": target.version, "why": why, "at": time.time()}
         self.say(f"{target.model_id}: the soak is breached: {why}")
+        notify(self.plan.notify, "soak breach", target.model_id, why, target.engine)
         run.put_step(target.model_id, name, "intent", **detail)
         self._report(run.id, target, name, detail)
 

@@ -35,6 +35,7 @@ from engines.driver import Installation, build_digest, native_of
 from engines.environment import withhold
 from engines.errors import BadInput, EngineNotFound
 from engines.model.digest import directory_digest, model_digest
+from engines.notify import NotifySettings
 from engines.registry import ATTACHED, DIRECTORIES, PYTHONS, attached, driver, is_attached, known_engines, native_driver
 from engines.settings import NO_FILE, EngineArgs, Serve, Settings
 from engines.yard.settings import Load, YardSettings
@@ -317,12 +318,14 @@ class Plan(PlanPart):
     retire: Retire = Field(Retire(), description="phase 4: when the incumbent may be retired")
     yard: YardSettings = Field(YardSettings(), description="the public port: where it is and what it takes")
     upgrade: Upgrade = Field(Upgrade(), description="newer builds of the engine that serves")
+    notify: NotifySettings = Field(NotifySettings(), description="who is notified, and of what")
 
     _no_key = field_validator("settings")(_keyless)
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key != "upgrade" or self.upgrade.watch}
+        unused = {key for key, used in (("upgrade", self.upgrade.watch), ("notify", self.notify.is_used)) if not used}
+        return {key: value for key, value in dump(self).items() if key not in unused}
 
     @field_validator("models")
     @classmethod
@@ -423,7 +426,9 @@ class Plan(PlanPart):
                 known = " and ".join(dict.fromkeys(arms))
                 raise ValueError(f"models.overflow.engine of {model.id}: '{engine}' is not one of two engines: {known}")
             if self.named(model.engine) == engine:
-                raise ValueError(f"models.overflow.engine of {model.id}: {engine} serves it already; name the other one")
+                raise ValueError(
+                    f"models.overflow.engine of {model.id}: {engine} serves it already; name the other one"
+                )
         return self
 
     def given(self, model_id: str, engine: str) -> Path:
@@ -482,8 +487,8 @@ class Plan(PlanPart):
 
     def model_post_init(self, _: Any) -> None:
         """Have the clients' key kept from engines, whichever way this process starts them."""
-        if self.api_key_env is not None:
-            withhold(self.api_key_env)
+        for name in filter(None, (self.api_key_env, self.notify.url_env)):
+            withhold(name)
 
     def api_key(self, environment: Mapping[str, str]) -> SecretStr | None:
         """The first of the clients' keys, for requests of our own; otherwise as `api_keys`."""
@@ -510,7 +515,9 @@ def content_hash(plan: Plan) -> str:
     Engines that are found by search enter by name only: their version is recorded with every result.
     """
     elsewhere = {"incumbent", "candidate", "settings", "models"}  # below, by content
-    identity = plan.model_dump(mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard", "upgrade"})
+    identity = plan.model_dump(
+        mode="json", exclude=elsewhere | {"canary", "migrate", "retire", "yard", "upgrade", "notify"}
+    )
     identity["engines"] = [
         {"engine": one.engine, "form": one.form, "binary": model_digest(one.binary) if one.binary else None}
         | _own_identity(one.engine, one.own)

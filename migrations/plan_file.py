@@ -320,7 +320,7 @@ def _problem(detail: ErrorDetails) -> tuple[Location, str]:
     leaf = location[-1] if location else ""
     if leaf == "api_key":
         return location, API_KEY_FIX
-    if leaf == "api_key_env":  # somebody may have put the key itself there: do not echo it
+    if leaf in ("api_key_env", "url_env"):  # somebody may have put the secret itself there: do not echo it
         return location, "must be the NAME of an environment variable in capitals, such as SWITCHYARD_API_KEY"
     return location, _fix(detail)
 

@@ -72,7 +72,8 @@ class CanaryAnalysis:
         elif judged["verdict"] == "PASS" and not case.ready:
             case.ready = True
             what = f"canary is ready to promote at {case.canary.weight:.0%}: `switchyard promote {route.model_id}`"
-            self._yard.events.note("canary", route.model_id, what, engine=case.canary.engine)
+            engine = case.canary.engine
+            self._yard.events.note("canary", route.model_id, what, engine=engine, notify="candidate ready")
 
     def _case(self, route: Route) -> _Analysis | None:
         """The case of the canary that is on now; an order, of the same weight too, begins a new one."""
@@ -126,7 +127,8 @@ class CanaryAnalysis:
     def _take_out(self, route: Route, case: _Analysis, why: str) -> None:
         """Roll the canary back, beside the loop: its last requests may take a while to end."""
         engine = case.canary.engine
-        self._yard.events.note("incident", route.model_id, f"the canary failed and is taken out: {why}", engine=engine)
+        what = f"the canary failed and is taken out: {why}"
+        self._yard.events.note("incident", route.model_id, what, engine=engine, notify="rollback")
         task = asyncio.create_task(self._end(route, case))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)

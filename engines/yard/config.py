@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from engines.errors import BadInput
+from engines.notify import NotifySettings
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.settings import Load, YardSettings
 
@@ -51,6 +52,7 @@ class YardConfig:
     models: tuple[ModelConfig, ...]
     api_key: SecretStr | None = None
     accepted: frozenset[str] = frozenset()  # what an engine may lack, as in the plan's accepted_unsupported
+    notify: NotifySettings = field(default_factory=NotifySettings)
     judge_canary: JudgeCanary | None = None
     judge_shadow: JudgeShadow | None = None
 

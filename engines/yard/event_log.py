@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engines.notify import Event
 from engines.redaction import redacted, redacted_text
 
 FILE_BYTES = 4 * 1024 * 1024
@@ -21,20 +22,32 @@ REMEMBERED = 200
 class EventLog:
     """`events.jsonl` and its predecessor `events.jsonl.1`. A full disk loses lines, never the yard."""
 
-    def __init__(self, folder: Path, log: logging.Logger, incident: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        log: logging.Logger,
+        incident: Callable[[], None] = lambda: None,
+        notify: Callable[[Event, str, str, str], None] = lambda *_: None,
+    ) -> None:
         self._path = folder / "events.jsonl"
-        self._log, self._incident = log, incident
+        self._log, self._incident, self._notify = log, incident, notify
         self.recent: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
         self.incidents: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
-    def note(self, kind: str, model: str, what: str, **more: Any) -> None:
-        """Remember, write and log one event; `kind` is state, move, canary, incident or yard."""
+    def note(self, kind: str, model: str, what: str, *, notify: Event | None = None, **more: Any) -> None:
+        """Remember, write and log one event; `kind` is state, move, canary, incident or yard.
+
+        People are notified of incidents, and of what is to be known as `notify`.
+        """
         what, more = redacted_text(what), redacted(more)  # an engine's words are in it
         event = {"at": time.time(), "kind": kind, "model": model, "what": what, **more}
         self.recent.append(event)
         if kind == "incident":
             self.incidents.append(event)
             self._incident()
+            notify = notify or "incident"
+        if notify is not None:
+            self._notify(notify, model, what, str(more.get("engine", "")))
         engine = f" {more['engine']}" if "engine" in more else ""
         level = logging.WARNING if kind == "incident" else logging.INFO
         self._log.log(level, "%s%s: %s", model, engine, what)

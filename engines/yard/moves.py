@@ -74,7 +74,10 @@ class Moves:
             raise BadInput(f"nothing to roll back: {route.model_id} was not moved; {route.state.serving} serves it")
         _, target = self._target(order.model, route.state.undo)
         async with self._moving(route, f"roll back to {target.engine}", say) as report:
-            return await self._move(route, target, report, order.form, undo=None)
+            before, done = route.serving.engine, await self._move(route, target, report, order.form, undo=None)
+            what = f"rolled back from {before} to {target.engine}"
+            self._yard.events.note("move", route.model_id, what, engine=target.engine, notify="rollback")
+            return done
 
     async def use(self, order: UseOrder, say: Say) -> str:
         """Choose an engine by hand, or leave the choice to the moves again (`auto`)."""

@@ -25,6 +25,7 @@ from pydantic import SecretStr
 
 from engines.driver import Driver, native_of
 from engines.errors import BadInput
+from engines.notify import Event, Notifier
 from engines.openai.call import Call, Refusal
 from engines.openai.paths import Kind
 from engines.openai.public import Public
@@ -81,6 +82,7 @@ class Yard:
         self.public = self._public_of(config)
         self.usage = Usage(home)
         self.slots = SlotStore(self.folder / "slots", lambda: self.settings.prompt_cache_mib)
+        self._notifier = Notifier(config.notify, self.log)
         self._engine_key = SecretStr(secrets.token_hex(16))  # nobody reaches an engine but through the yard
 
     # --- from start to stop
@@ -104,7 +106,7 @@ class Yard:
 
     async def open(self) -> None:
         """Read the routes as last committed; no engine is started yet."""
-        self.events = EventLog(self.folder, self.log, incident=self.metrics.incidents.inc)
+        self.events = EventLog(self.folder, self.log, incident=self.metrics.incidents.inc, notify=self._notify)
         for ended in await asyncio.to_thread(end_orphans, self.home):
             self.events.note("yard", "-", f"ended a process left behind by a yard that was killed: {ended}")
         # a kept-alive connection that an engine closes while we send would look like its death: see the gateway
@@ -176,6 +178,9 @@ class Yard:
         spec = model.specs.get(model.incumbent)
         kind = model.kinds.get(model.incumbent, model.incumbent)
         return self._driver(kind).public(EngineArgs() if spec is None else spec.own)
+
+    def _notify(self, event: Event, model: str, what: str, engine: str) -> None:
+        self._notifier.note(event, model, what, engine)
 
     def note_problem(self, what: str) -> None:
         """Note an incident from a thread."""
@@ -301,7 +306,8 @@ class Yard:
             self._give_up(route, route.units[engine])
             return
         route.fallback = other
-        self.events.note("incident", route.model_id, f"fallback to {other}: {engine} {why}", engine=engine)
+        what = f"fallback to {other}: {engine} {why}"
+        self.events.note("incident", route.model_id, what, engine=engine, notify="fallback")
         route.units[other].want(restores=False)
 
     def save(self, everything: YardState) -> None:
@@ -362,6 +368,8 @@ class Yard:
     def rename(self, config: YardConfig) -> None:
         """Take over what changes without any engine: limits, names, the key."""
         before = self.settings.capture, self.settings.capture_mib
+        if config.notify != self.config.notify:
+            self._notifier = Notifier(config.notify, self.log)
         self.config, self.settings, self.public = config, config.settings, self._public_of(config)
         for route in self.routes.values():
             route.max_waiting = config.settings.max_waiting

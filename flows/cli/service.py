@@ -183,7 +183,8 @@ def _environment_file(environment: Mapping[str, str] = os.environ) -> Path:
 
 def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
     unit = unit_path()
-    starts, notes = _prepare_key(plan.api_key_env)
+    prepared = [_prepare_key(name) for name in (plan.api_key_env, plan.notify.url_env)]
+    starts, notes = all(known for known, _ in prepared), [note for _, notes in prepared for note in notes]
     there = _manager_answers()
     active = there and _word("is-active") == "active"
     changed = not unit.is_file() or unit.read_text() != text
@@ -223,7 +224,7 @@ def _prepare_key(name: str | None) -> tuple[bool, list[str]]:
     with _writing(file), contextlib.suppress(FileExistsError):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(opened, "w") as made:
-            made.write(f"# read by systemd for {UNIT}\n# {name}=the key that clients send\n")
+            made.write(f"# read by systemd for {UNIT}\n# {name}=...\n")
     if file.stat().st_mode & 0o077:
         notes.append(f"others can read {file}: `chmod 600` it")
     known = re.search(rf"^{name}=.*\S", file.read_text(), re.MULTILINE) is not None

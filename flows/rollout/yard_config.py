@@ -74,6 +74,7 @@ def yard_config(plan: Plan, environment: Mapping[str, str] = os.environ) -> Yard
         settings=plan.yard,
         models=models,
         api_key=plan.api_keys(environment),
+        notify=plan.notify,
         accepted=frozenset(plan.accepted_unsupported),
         judge_canary=canary_judge(canary_limits(plan)),
         judge_shadow=shadow_judge(),

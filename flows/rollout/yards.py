@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.environment import of_child
+from engines.notify import NotifySettings
 from engines.process import process
 from engines.process.serving import free_port
 from engines.yard.client import YardClient, wait_until_serving
@@ -69,7 +70,7 @@ class Yards:
         """The command of a yard of one model, quick to give up on an engine; `hidden` is one that it must not find."""
         settings = YardSettings.model_validate({**self.plan.yard.model_dump(), **QUICK, "port": port})
         model = self.plan.model(model_id).model_copy(update={"overflow": None})  # it is a fallback that is rehearsed
-        part = self.plan.model_copy(update={"models": (model,), "yard": settings})
+        part = self.plan.model_copy(update={"models": (model,), "yard": settings, "notify": NotifySettings()})
         path = home / "plan.json"
         path.write_text(part.model_dump_json(), encoding="utf-8")
         argv = [sys.executable, "-m", "flows.rollout.rehearsal_yard", str(path), str(home)]

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from engines.driver import Driver, Installation, native_of
 from engines.errors import EngineNotFound, SwitchyardError
+from engines.notify import NotifySettings
 from engines.registry import driver
 from engines.settings import Settings
 from engines.yard.config import ModelConfig, OverflowConfig, YardConfig
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--pin", default="", help="models that stay loaded, by comma")
     parser.add_argument("--missing", default=None, help="an engine that is not on this machine")
     parser.add_argument("--settings", type=json.loads, default={}, help="YardSettings as JSON, or @file")
+    parser.add_argument("--notify", type=NotifySettings.model_validate_json, default=NotifySettings(), help="as JSON")
     parser.add_argument("--accepted", default="", help="what the plan accepts as missing, by comma")
     parser.add_argument("--alias", help="one more name of the model")
     parser.add_argument("--api-key", default=None)
@@ -97,6 +99,7 @@ def main() -> None:
             settings=settings,
             models=models,
             api_key=options.api_key and SecretStr(options.api_key),
+            notify=options.notify,
             accepted=frozenset(options.accepted.split(",")),
             judge_canary=canary_judge(CanaryLimits(**options.canary_limits)),
             judge_shadow=shadow_judge(),
