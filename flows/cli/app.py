@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": "Phase 1: measure both engines on every model and judge whether the candidate may take over.",
     "upgrade": "Compare another build of the engine that serves with it, and move to it where its gate opens.",
     "status": "Show what runs now (the yard, its routes and engines, evaluations) and how the last run ended.",
+    "incident": "Show what was kept of an engine before it was killed (log, threads, stacks), or list such incidents.",
     "history": "List the runs so far, newest first.",
     "report": "Write a run's HTML report again from its records, every verdict recomputed from the raw evidence.",
     "serve": "Serve every model of the plan on one public port and supervise its engines, in the foreground.",

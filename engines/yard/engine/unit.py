@@ -29,6 +29,7 @@ from engines.settings import Serve
 from engines.yard.engine.connection import EngineConnection
 from engines.yard.engine.health import Health, RestartBudget, Transition
 from engines.yard.engine.in_flight import InFlight
+from engines.yard.engine.incident import keep_evidence
 from engines.yard.engine.launch_spec import LaunchSpec
 from engines.yard.engine.liveness import Liveness
 from engines.yard.engine.prompt_cache import SAVE_S, PromptCache, RestoreBroke
@@ -277,15 +278,22 @@ class Unit:
         return hopeless
 
     async def _note_end(self, state: Health, why: str, *, quoted: bool = False) -> None:
-        """Note how its process ends; the incident has its last lines, where `why` does not quote them already."""
+        """Note how its process ends; the incident has its last lines, where `why` does not quote them already.
+
+        Of one that is to be killed the evidence is kept first.
+        """
         self._ends += 1
         self._restores = False  # its clients wait
-        child = self.child
+        child, kept = self.child, ""
+        if child is not None and state in (Health.WEDGED, Health.FAILING) and not self.spec.url:
+            about = self.spec, self.driver, child, self.connection, self.in_flight, self.stats
+            if incident := await keep_evidence(self._home, *about, why):
+                kept = f" (evidence: `switchyard incident {incident}`)"
         if child is not None:
             child.ended_because = why.partition("\n")[0]
         self._change(state, why)
         lines = "" if quoted or child is None else await in_thread(lambda: last_lines(child), name="last lines")
-        self._incident(self, why + lines)
+        self._incident(self, why + kept + lines)
 
     async def _end(self, grace_s: float) -> None:
         child = self.child

@@ -12,6 +12,8 @@ import psutil
 import pytest
 from waiting import until
 
+from engines.yard.engine.incident import evidence, incidents
+
 KILLS = int(os.environ.get("SWITCHYARD_TEST_KILLS", "4"))  # 100 for the whole proof
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
 
@@ -101,6 +103,13 @@ def test_a_hang_with_a_green_health_is_wedged_and_replaced(start_yard):
     (wedged,) = [i for i in yard.orders.status()["incidents"] if "no token, no prompt progress" in i["what"]]
     assert wedged["engine"] == "old"
     assert Asked(yard).done().status == 200
+    (kept,) = incidents(yard.home)
+    assert f"`switchyard incident {kept['id']}`" in wedged["what"]
+    assert [(0 < one["chunks"] <= 20, one["silent_s"] > 1) for one in kept["requests"]] == [(True, True)]
+    folder, files = evidence(yard.home, kept["id"])
+    assert {"incident.json", "log.txt", "progress.txt", "threads.txt", "stacks.txt"} <= files.keys()
+    assert f"{kept['pid']} {kept['pid']} " in files["threads.txt"]
+    assert {oct(path.stat().st_mode)[-3:] for path in folder.iterdir()} == {"600"}
 
 
 def test_an_engine_that_is_stopped_amid_an_answer_is_replaced(start_yard):
