@@ -38,6 +38,8 @@ GUARD = Path(__file__).with_name("guard.py")
 LOG_BYTES = 4 * 1024 * 1024
 TAIL_LINES = 40
 KEPT_LOGS = 5  # of earlier processes
+BUFFERS = "model buffer size"  # in lines that are kept beside the last ones: see `device`
+KEPT_LINES = 64
 KILLED_S = 5.0
 GIVEN_UP = "given_up"  # in a register entry: SIGKILL did not end it
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -80,6 +82,7 @@ class RotatingLog:
         self.max_bytes = max_bytes
         self.bytes_seen = 0
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.buffer_lines: deque[str] = deque(maxlen=KEPT_LINES)
         with contextlib.suppress(OSError):
             if path.exists() and path.stat().st_size > 0:  # the end of an earlier log shows why its process ended
                 for number in range(KEPT_LOGS, 1, -1):
@@ -95,6 +98,8 @@ class RotatingLog:
         text = redacted_text(ANSI.sub("", line.decode("utf-8", "replace")).rstrip())
         if text:
             self._tail.append(text)
+            if BUFFERS in text:
+                self.buffer_lines.append(text)
         with contextlib.suppress(OSError):
             if self._file.tell() + len(line) > self.max_bytes:
                 self._file.close()
@@ -142,6 +147,11 @@ class ManagedProcess:
     def wait(self) -> int:
         """Its exit status, once it has ended by whatever cause."""
         return self._popen.wait()
+
+    @property
+    def buffer_lines(self) -> tuple[str, ...]:
+        """What it has printed of its buffers of weights."""
+        return tuple(self.log.buffer_lines)
 
     @property
     def bytes_logged(self) -> int:

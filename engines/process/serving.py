@@ -19,6 +19,7 @@ from engines.errors import EngineNotEnded, PortTaken
 from engines.openai.dialect import Dialect
 from engines.process import process
 from engines.process.attached import AttachedEngine
+from engines.process.device import Device, weights_on
 from engines.process.process import ManagedProcess
 from engines.process.readiness import listener_on, wait_ready
 from engines.settings import Endpoint, Serve
@@ -31,6 +32,7 @@ class Served:
     endpoint: Endpoint
     process: ManagedProcess
     load_s: float
+    device: Device | None = None  # where its weights are; None where nobody asked
 
 
 def free_port() -> int:
@@ -75,7 +77,9 @@ def serving(
             request_defaults=serve.request_defaults,
             speaks=None if dialect is Dialect else partial(dialect, context_tokens=context),
         )
-        yield Served(endpoint, child, load_s)
+        yield Served(
+            endpoint, child, load_s, weights_on(child) if serve.settings.gpu_layers and not serve.url else None
+        )
     finally:
         with _signals_held():
             ended = child.stop() is not None

@@ -59,6 +59,7 @@ class Metrics:
         self._state = gauge("engine_state", "1 for the state the engine is in.", [*by_engine, "state"])
         self._memory = gauge("engine_memory_bytes", "Private memory of the engine, swap included.", by_engine)
         self._vram = gauge("engine_vram_bytes", "GPU memory of the engine's processes.", by_engine)
+        self._gpu = gauge("engine_on_gpu", "1 for weights on a GPU, 0 on the CPU; absent where unknown.", by_engine)
         self._in_flight = gauge("engine_in_flight", "Requests on the engine now.", by_engine)
         self._weight = gauge("route_weight", "Share of conversations the engine gets.", by_engine)
         self._overflow = gauge("overflow", "1 while a second engine takes conversations of the model.", by_engine)
@@ -88,7 +89,7 @@ class Metrics:
             self._engine_ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
 
     def text(self, routes: Iterable[Route]) -> bytes:
-        by_unit = (self._state, self._memory, self._vram, self._in_flight, self._weight)
+        by_unit = (self._state, self._memory, self._vram, self._gpu, self._in_flight, self._weight)
         for gauge in (*by_unit, self._waiting, self._fallback, self._overflow):
             gauge.clear()  # what is gone, or not measured, is absent: neither 0 nor its last value
         for route in routes:
@@ -108,6 +109,8 @@ class Metrics:
                 self._restarts.labels(*labels).inc(self._news(unit, unit.restarts))
                 for state in Health:
                     self._state.labels(*labels, str(state)).set(state is unit.state)
+                if unit.device.where != "unknown":
+                    self._gpu.labels(*labels).set(unit.device.where == "gpu")
                 if unit.stats.memory_bytes is not None:
                     self._memory.labels(*labels).set(unit.stats.memory_bytes)
                 if unit.stats.vram_bytes is not None:

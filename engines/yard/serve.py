@@ -32,6 +32,7 @@ from engines.yard.ports.gateway import Gateway
 from engines.yard.ports.reply import Runner
 from engines.yard.ports.status import Status
 from engines.yard.shadow import Shadow
+from engines.yard.systemd import Systemd
 from engines.yard.yard import Yard
 
 try:
@@ -66,6 +67,7 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
     shadow, memory_budget = Shadow(yard), MemoryBudget(yard)
     moves, overflow = Moves(yard, shadow, memory_budget), Overflow(yard, shadow, memory_budget)
     status = Status(yard, shadow, overflow)
+    systemd, reporting = Systemd(), None
     reloads: set[asyncio.Task[object]] = set()
     background: list[asyncio.Task[None]] = []
 
@@ -128,6 +130,8 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
             why = f"port {port} is taken by {holder}: stop it first (the yard takes its place)"
             raise PortTaken(f"{why}, or set yard.port in the plan") from error
         await web.SockSite(control, listening(socket_path(yard.home)), shutdown_timeout=CLOSE_S).start()
+        systemd.tell("READY=1")
+        reporting = asyncio.create_task(systemd.run(yard.routes.values()))
         opened(yard)  # what engines do not support is reported before one is launched
         for route in yard.routes.values():
             memory_budget.admit(route)
@@ -136,6 +140,7 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
         background.append(asyncio.create_task(gateway.watch_clients(lambda: public.server)))
         await stop.wait()
     finally:
+        systemd.tell("STOPPING=1")
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
@@ -146,6 +151,8 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
         await control.cleanup()
         with contextlib.suppress(OSError):
             socket_path(yard.home).unlink()
+        if reporting is not None:  # to the end: a watchdog counts while the last requests are served
+            reporting.cancel()
 
 
 def _http_log() -> logging.Logger:

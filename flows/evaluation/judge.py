@@ -13,6 +13,7 @@ from flows.evaluation.trial import ARMS, BOTH, Trial
 from migrations.plan import Plan
 from tasks.evidence import compatibility, faults, performance, preflight, quants
 from tasks.evidence.behaviours.battery import DEFAULT_REQUIRED
+from tasks.evidence.device import judge_device
 from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.first_look import judge_pairs
 from tasks.evidence.parity.asking import Evidence
@@ -29,7 +30,7 @@ NOT_MEASURED = "not measured"
 
 def judged(trial: Trial) -> list[CheckResult]:
     """Every check for which there is evidence, and a line on what was not measured and why."""
-    results = [*_launches(trial), *_preflight(trial)]
+    results = [*_launches(trial), *_devices(trial), *_preflight(trial)]
     apart = (LAUNCH, "preflight", SOAK_LEFT_OUT)  # these stand with their area
     results += [judge_unmeasured(arm, what, record) for arm, what, record in trial.unmeasured() if what not in apart]
     for area, judge in (
@@ -80,6 +81,16 @@ def required_behaviours(plan: Plan) -> Collection[str]:
 
 def _launches(trial: Trial) -> list[CheckResult]:
     return [judge_unmeasured(arm, what, record) for arm, what, record in trial.unmeasured() if what == LAUNCH]
+
+
+def _devices(trial: Trial) -> list[CheckResult]:
+    checks: dict[Arm, str] = {"candidate": "launch.device", "incumbent": "launch.device.incumbent"}
+    seen = [(arm, trial.engines[arm], trial.payload(arm, "device")) for arm in checks]
+    return [
+        judge_device(checks[arm], engine.name, engine.settings.gpu_layers or 0, device)
+        for arm, engine, device in seen
+        if device is not None
+    ]
 
 
 def _preflight(trial: Trial) -> list[CheckResult]:

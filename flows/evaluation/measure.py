@@ -292,6 +292,8 @@ def _gather_served(
     except Exception as error:
         trial.broke(arm, LAUNCH, error)
         raise Unmeasured(summary(error)) from error
+    if trial.engines[arm].settings.gpu_layers and (device := served.device) is not None:
+        trial.gather(arm, "device", lambda: vars(device))
     failed: list[Exception] = []
     for kind, measure in missing.items():
         if enough():

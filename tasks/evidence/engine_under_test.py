@@ -18,6 +18,7 @@ from engines import environment
 from engines.driver import Driver, Installation
 from engines.environment import key_in
 from engines.process import process
+from engines.process.device import Device
 from engines.process.serving import Served, free_port, serving
 from engines.settings import Endpoint, EngineArgs, Serve, Settings
 from engines.yard.client import YardClient, wait_until_serving
@@ -171,7 +172,7 @@ class EngineBehindYard(EngineUnderTest):
                 version=self.installation.version,
                 context_tokens=engine["context_tokens"],
             )
-            yield Served(endpoint, child, engine["load_s"])
+            yield Served(endpoint, child, engine["load_s"], Device(**engine["device"]))
         finally:
             child.stop()
 

@@ -22,6 +22,7 @@ from engines.errors import EngineError, EngineRefuses
 from engines.mistral_rs.native.frames import in_frames
 from engines.openai.call import GENERATING, Call
 from engines.openai.dialect import Dialect
+from engines.process.device import Device, weights_on
 from engines.process.process import KILLED_S, ManagedProcess
 from engines.process.readiness import PROOFS, exit_reason, last_lines, wait_ready
 from engines.process.serving import free_port, launch
@@ -74,6 +75,7 @@ class Unit:
         self.context_tokens: int | None = None
         self.load_s: float | None = None
         self.loading = ""  # how far the start is
+        self.device = Device("unknown", "it has not served yet")
         self.restarts = 0
         self.budget = RestartBudget(settings.restarts, settings.restart_window_s)
         self.stats = EngineStats()
@@ -369,6 +371,10 @@ class Unit:
             return None
         who = where or f"pid {child.pid}"
         self._change(Health.READY, f"{PROOFS[str(seen['first_token_path'])]} after {self.load_s:.1f} s ({who})")
+        if not where:
+            self.device = await in_thread(lambda: weights_on(child), name=f"device of {self.engine}")
+            if (layers := serve.settings.gpu_layers) and self.device.where == "cpu":
+                self._incident(self, f"gpu_layers is {layers}, but it computes on the CPU: {self.device.why}")
         return self._liveness
 
     async def _watch(self, liveness: Liveness) -> tuple[Health, str]:

@@ -122,6 +122,7 @@ class Status:
             "tokens_per_s": unit.stats.tokens_per_s,
             "in_flight": len(unit.in_flight),
             "load_s": unit.load_s,
+            "device": vars(unit.device),
             "restarts": unit.restarts,
             "prompts": unit.prompts.status(),
             "context_tokens": unit.context_tokens,

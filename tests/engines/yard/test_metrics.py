@@ -37,7 +37,8 @@ def used():
 
 def route(engine="x", memory_bytes=5):
     stats = SimpleNamespace(memory_bytes=memory_bytes, vram_bytes=None)
-    unit = Unit(engine=engine, in_flight=[], restarts=2, state=Health.READY, stats=stats)
+    device = SimpleNamespace(where="cpu")
+    unit = Unit(engine=engine, in_flight=[], restarts=2, state=Health.READY, stats=stats, device=device)
     state = SimpleNamespace(canary=None)
     of_model = {"model_id": "m", "waiting": 1, "fallback": None, "overflow": None}
     return SimpleNamespace(**of_model, state=state, units={engine: unit}, serving=unit)
