@@ -38,7 +38,13 @@ from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.judge import judge_answers
 from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits
 from tasks.verdicts.noninferiority import ALPHA, Metric, MetricOutcome, judge, look_bounds
-from tasks.verdicts.statistics import clopper_pearson_lower, clopper_pearson_upper, newcombe_upper, normal_quantile
+from tasks.verdicts.statistics import (
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    newcombe_upper,
+    normal_quantile,
+    wilson,
+)
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, decided, gate, not_measured
 
 LiveSample = Mapping[str, Any]
@@ -78,13 +84,14 @@ class _Share:
 
         Were both equally prone, each hit would fall on the candidate by its share of what was asked: the exact
         conditional test of the soak. Where the incumbent was hardly asked, the candidate's own share must exceed
-        HOPELESS.
+        HOPELESS, and what the incumbent's few answers leave possible.
         """
         if self.hits < FEWEST or self.excess <= margin:
             return False
         by_chance = self.asked / (self.asked + self.incumbent_asked)
         falls_here = clopper_pearson_lower(self.hits, self.hits + self.incumbent_hits, SURE)
-        return falls_here > by_chance or clopper_pearson_lower(self.hits, self.asked, SURE) > HOPELESS
+        theirs = wilson(self.incumbent_hits, self.incumbent_asked, 0.90)[1] if self.incumbent_asked else 0.0
+        return falls_here > by_chance or clopper_pearson_lower(self.hits, self.asked, SURE) > max(HOPELESS, theirs)
 
     @property
     def least_excess(self) -> float:

@@ -45,6 +45,7 @@ COVARIATE_MIN_BLOCKS = 12
 COVARIATE_CONFIDENCE = 0.99
 MIN_BLOCKS = 3
 HOPELESS_BLOCKS = 1000
+FASTEST = 500.0  # times as fast as the incumbent: beyond that a unit is likelier than an engine
 _SIMPSON = np.array([1.0, *(4.0, 2.0) * 299, 4.0, 1.0])  # weights of the 601 points over which a density is summed
 
 
@@ -181,6 +182,9 @@ def judge(
     says += _discard_note(discarded) + ("; adjusted for foreign CPU load" if estimate.adjusted else "")
     if client_error is not None and metric.margin * level_a < CLIENT_ERROR_FACTOR * client_error:
         why = f"{_too_fine(metric, level_a, client_error)}; seen: {says}"
+        return _undecided(facts, why, final=reached is not None, **numbers)
+    if estimate.mean < -math.log(FASTEST):
+        why = f"{says}: more than {FASTEST:g} times better is no engine's; look for a time in another unit"
         return _undecided(facts, why, final=reached is not None, **numbers)
     limit = f"limit {_limit(metric)}"
     if reached is None:

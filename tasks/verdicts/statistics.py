@@ -207,6 +207,8 @@ def bucket_medians(times: Sequence[float], values: Sequence[float], width: float
         raise BadInput(f"the width of a bucket must be positive, not {width}")
     if not len(times):
         raise NoMeasurement("no samples to put into buckets")
+    if any(math.isnan(number) for number in (*times, *values)):
+        raise BadInput("a sample is NaN: leave out what was not measured")
     start = min(times)
     buckets: defaultdict[int, list[float]] = defaultdict(list)
     for time, value in zip(times, values, strict=True):

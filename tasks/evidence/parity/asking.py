@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpx
 
+from engines.errors import BadInput
 from engines.settings import Endpoint
 from tasks.evidence.behaviours.caller import Caller, Malformed, Refused
 from tasks.evidence.prompts import Prompt
@@ -29,6 +30,16 @@ def post(caller: Caller, path: str, body: Evidence) -> tuple[Evidence | None, st
         return None, f"{type(error).__name__}: {error}"
     except (Refused, Malformed) as error:
         return None, str(error)
+
+
+def by_id(answers: Iterable[Evidence]) -> dict[str, Evidence]:
+    """The answers by their prompt; BadInput where one is answered twice, as it would count twice."""
+    found: dict[str, Evidence] = {}
+    for answer in answers:
+        if answer["id"] in found:
+            raise BadInput(f"two answers to prompt {answer['id']}: each is counted once")
+        found[answer["id"]] = answer
+    return found
 
 
 def origin(endpoint: Endpoint) -> Evidence:

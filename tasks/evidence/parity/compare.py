@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evidence.parity.asking import Evidence
+from engines.errors import BadInput
+from tasks.evidence.parity.asking import Evidence, by_id
 from tasks.evidence.parity.degenerate import degenerate_answer
 from tasks.verdicts.limits import MIN_PROMPTS
 from tasks.verdicts.statistics import percentile, wilson
@@ -29,8 +30,8 @@ def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: f
     second-best token is at least as near, its top two are then a near tie. `explained` is None where neither engine
     shows the logprobs at the difference.
     """
-    theirs = {answer["id"]: answer for answer in candidate["answers"]}
-    pairs = [(answer, theirs[answer["id"]]) for answer in incumbent["answers"] if answer["id"] in theirs]
+    ours, theirs = by_id(incumbent["answers"]), by_id(candidate["answers"])
+    pairs = [(answer, theirs[name]) for name, answer in ours.items() if name in theirs]
     sound = [(ours, other) for ours, other in pairs if not ours["error"] and not other["error"]]
     failed = [(ours, other) for ours, other in pairs if ours["error"] or other["error"]]
     aligned = [pair for pair in sound if pair[0]["prompt_tokens"] == pair[1]["prompt_tokens"]]
@@ -133,6 +134,8 @@ class _Match:
         shown: dict[Any, float] = {}
         listed = any(self.key(token) == self.key(position) for token in position[3])
         for token in position[3] if listed else [position, *position[3]]:
+            if math.isnan(token[1]):
+                raise BadInput(f"the log-probability of {token[0]!r} is NaN: the engine computes no distribution")
             shown[self.key(token)] = shown.get(self.key(token), 0.0) + math.exp(min(0.0, token[1]))
         return shown
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engines.errors import BadInput
 from engines.units import duration, figure, quantity
 from tasks.verdicts.counts import BY_CHANCE, chance_of, no_more_than_incumbent
 from tasks.verdicts.statistics import Slope, bucket_medians, poisson_lower_rate, poisson_upper_rate, theil_sen
@@ -15,6 +16,7 @@ from tasks.verdicts.verdict import CheckResult, Verdict, decided, not_measured
 DAY_S = 86_400
 WARM_SHARE = 0.1  # of the soak, and 6 h at most, before memory is judged: caches fill first
 BUCKETS = 12
+LONGEST = 2.0  # times as long as was planned: more is no soak, but another unit
 FEWEST = 3  # failures; two can fall together by chance on any engine
 LEAK = "memory.leak_bytes_per_day"
 LEAK_UNIT = "bytes/day"
@@ -32,6 +34,8 @@ def judge_stability(
     if not candidate:
         return [not_measured("stability.failures", "the candidate was not soaked")]
     ours, theirs = _totals(candidate), _totals(incumbent)
+    if ours["exposure_s"] > LONGEST * soak_s:
+        raise BadInput(f"{duration(ours['exposure_s'])} under load in a soak of {duration(soak_s)}: another unit?")
     return [
         _judge_failures(ours, theirs, failures_per_day),
         _judge_rate(ours, theirs, soak_s, failures_per_day),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines.units import quantity
-from tasks.evidence.parity.asking import Evidence
+from tasks.evidence.parity.asking import Evidence, by_id
 from tasks.evidence.tool_calls.prompts import NEEDED
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.noninferiority import look_bounds
@@ -191,8 +191,8 @@ def _joined(batches: Sequence[Evidence], key: str) -> list[Evidence]:
 
 
 def _pairs(ours: Answers, theirs: Answers) -> list[tuple[Evidence, Evidence]]:
-    others = {one["id"]: one for one in theirs}
-    pairs = [(one, others[one["id"]]) for one in ours if one["id"] in others]
+    others = by_id(theirs)
+    pairs = [(one, others[name]) for name, one in by_id(ours).items() if name in others]
     return [(one, other) for one, other in pairs if not (one["error"] or _is_open(one) or _is_open(other))]
 
 
