@@ -43,7 +43,7 @@ HEAD = (
     "Moved, and back",
 )
 FORMS = {"binary": "program", "hosted": "wheel, hosted", "native": "wheel, native", "attached": "attached"}
-MOVES = ("migrate", "migrate-native")
+MOVES = ("migrate", "migrate-native", "rollback")
 SPEED = tuple(f"performance.{name}_ratio" for name in ("ttft_p50", "tpot_p50", "e2e_p50"))
 FIGURES = {
     "parity.prompt_tokens": "prompts read as the same tokens, share",
@@ -108,7 +108,7 @@ def _put(row: Json, results: Mapping[str, Json], source: Json) -> None:
     kept = row["results"]
     for column, result in results.items():
         pair = f"{column} {result.get('as', '')} {result['with']}" if "with" in result else column
-        if "missing" in result and any(name.split()[0] == column for name in kept):
+        if "missing" in result and any(name.split()[0] == column and "missing" not in kept[name] for name in kept):
             continue
         if _worth(result) >= _worth(kept.get(pair, {})):
             kept[pair] = {**result, **source}
@@ -201,9 +201,15 @@ def _why(model: ModelRecord, check: str) -> str:
 
 
 def _moves(records: Records, run: Run) -> Iterator[tuple[str, Json]]:
-    """(name of an engine, what it took part in) of a migration that promoted a model."""
+    """(name of an engine, what it took part in) of a migration that promoted a model, or of a rollback."""
     for model_id in {step.model_id for step in records.steps(run.id)}:
         steps = {step.step: step for step in records.steps(run.id, model_id)}
+        if run.kind == "rollback" and run.verdict == Verdict.PASS:  # of a move by hand, where no migration is recorded
+            new, old = str(steps["rollback"].detail["from"]), str(steps["rollback"].detail["serving"])
+            parts = {"rehearsal": False, "canary": False, "rolled_back": run.id, "override": None}
+            yield new, {"as": "candidate", "with": old, **parts}
+            yield old, {"as": "incumbent", "with": new, **parts}
+            continue
         promoted = steps.get("promote")
         if promoted is None or promoted.state != "done":
             continue
