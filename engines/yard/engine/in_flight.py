@@ -27,6 +27,7 @@ class InFlight:
         self.held_s = 0.0
         self.generates = False  # its outcome shows whether the engine still completes anything
         self.failure = ""  # how the engine failed it, the client's own faults apart
+        self.lost = False  # its connection broke
         self.sent = self.moved = time.monotonic()
         self.first: float | None = None  # first chunk with content
         self.chunks = 0  # chunks with content, and those after the first of them

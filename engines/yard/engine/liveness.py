@@ -84,7 +84,9 @@ class Liveness:
                 self._failures.clear()
             return
         self._failures.append(running.failure)
-        if len(self._failures) >= self.settings.failed_requests and not self.doubted:
+        # no process shows the end of an attached engine: what it lost is not retried there before a probe has decided
+        enough = 1 if running.lost and self._spec.url else self.settings.failed_requests
+        if len(self._failures) >= enough and not self.doubted:
             self.doubted = True
             self._wake()
 

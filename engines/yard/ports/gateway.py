@@ -285,7 +285,7 @@ class Gateway:
         except Gone as gone:
             ended = await unit.end_of(running)
             if not ended:
-                running.failure = str(gone)
+                running.failure, running.lost = str(gone), True
             if not reply.begun_with_content:
                 await reply.close_comment()
                 raise Unanswered(ended or str(gone)) from gone
