@@ -52,6 +52,8 @@ def alone(yard):
         argv = list(next(e for e in yard.orders.status()["models"][0]["engines"] if e["engine"] == engine)["argv"])
         port = str(free_port())
         argv[argv.index("--port") + 1] = port
+        if "--slot-save-path" in argv:  # the yard's, who saves the slots itself
+            del argv[(at := argv.index("--slot-save-path")) : at + 2]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         started.append(subprocess.Popen(argv, **quiet))
         url = f"http://127.0.0.1:{port}"
