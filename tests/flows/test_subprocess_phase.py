@@ -540,7 +540,9 @@ port = {port}
         done = switchyard("migrate", path, *orders)
         assert done.returncode == 0, done.stdout + done.stderr
         (model,) = json_of(done)["models"]
-        assert {c["check"] for c in model["checks"] if c["verdict"] != "PASS"} == {"phase_1.gate", "canary"}
+        known = {c["check"] for c in model["checks"] if c["verdict"] != "PASS"}
+        # what the next turn costs is a time, reported only: on a busy machine it is over its limit
+        assert known - {"rehearsal.next_turn"} == {"phase_1.gate", "canary"}
         route = YardClient(home).status()["models"][0]
         assert (route["serving"], route["undo"]) == (NEW, OLD)
         answer = httpx.post(
