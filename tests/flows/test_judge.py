@@ -169,7 +169,7 @@ def test_a_resumed_run_looks_at_nothing_first_that_it_has_whole(tmp_path: Path, 
 
 
 def test_models_that_call_no_tool_are_asked_a_third_and_then_required(tmp_path: Path, records: Records) -> None:
-    """Nothing is asked again in a resumed run, and the same verdicts come from the records."""
+    """A resumed run measures nothing twice, and the same verdicts come from the records."""
     run = bench(tmp_path, records)
     trial: Any = Trial(run, run.plan.models[0])
     asked: list[str] = []

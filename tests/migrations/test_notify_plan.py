@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from engines.errors import BadInput
 from migrations.plan import content_hash
 from migrations.plan_file import load_plan, plan_to_toml
 
+Write = Callable[[str], Path]
 PLAN = """
 [incumbent]
 engine = "llama.cpp"
@@ -22,23 +24,16 @@ gguf = "small.gguf"
 """
 
 
-def plan_file(folder: Path, text: str) -> Path:
-    (folder / "small.gguf").write_bytes(b"GGUF small")
-    path = folder / "plan.toml"
-    path.write_text(text)
-    return path
-
-
-def test_it_comes_back_as_it_was_written_enters_no_hash_and_its_url_reaches_no_engine(tmp_path: Path) -> None:
-    without = content_hash(load_plan(plan_file(tmp_path, PLAN)))
+def test_it_comes_back_as_it_was_written_enters_no_hash_and_its_url_reaches_no_engine(write: Write) -> None:
+    without = content_hash(load_plan(write(PLAN)))
     text = '[notify]\nurl_env = "HOOK"\ncommand = ["/bin/notify", "-x"]\nevents = ["rollback"]\nevery_s = 5.0\n'
-    plan = load_plan(plan_file(tmp_path, PLAN + text))
+    plan = load_plan(write(PLAN + text))
     assert (plan.notify.url_env, plan.notify.command, plan.notify.events) == (
         "HOOK",
         ("/bin/notify", "-x"),
         ("rollback",),
     )
-    assert load_plan(plan_file(tmp_path, plan_to_toml(plan))) == plan
+    assert load_plan(write(plan_to_toml(plan))) == plan
     assert content_hash(plan) == without
     assert of_engine({"HOOK": "https://hooks.example/T0/B0"}) == {}
 
@@ -55,10 +50,10 @@ def test_it_comes_back_as_it_was_written_enters_no_hash_and_its_url_reaches_no_e
         ("every = 5", "notify.every (line 10): unknown key"),
     ],
 )
-def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+def test_what_is_wrong_is_one_line(write: Write, text: str, said: str) -> None:
     """A URL in the place of a variable's name is not echoed."""
     with pytest.raises(BadInput) as refused:
-        load_plan(plan_file(tmp_path, f"{PLAN}[notify]\n{text}\n"))
+        load_plan(write(f"{PLAN}[notify]\n{text}\n"))
     assert said in str(refused.value)
     assert "hooks.example" not in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -38,19 +38,6 @@ gguf = "small.gguf"
 Write = Callable[[str], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a plan.toml beside a model file called small.gguf."""
-    (tmp_path / "small.gguf").write_bytes(b"GGUF small")
-
-    def _write(text: str, name: str = "plan.toml") -> Path:
-        path = tmp_path / name
-        path.write_text(text)
-        return path
-
-    return _write
-
-
 def refusal(path: Path) -> str:
     """The one line with which a plan is refused, its directory cut off."""
     with pytest.raises(BadInput) as caught:
