@@ -166,7 +166,13 @@ class EngineChoice(PlanPart):
             there = attached(self.engine).attach(self.url, self.api_key_env or "")
             there = replace(there, engine=self.name, version=self.version or there.version)
             return self._checked(attached(self.engine).reached(there)) if ask else there
-        found = driver(self.engine).find("auto" if self.form == "native" else self.form, self.binary or self.python)
+        named = self.binary or self.python
+        try:
+            found = driver(self.engine).find("auto" if self.form == "native" else self.form, named)
+        except BadInput as error:
+            if named:
+                raise
+            raise EngineNotFound(str(error), engine=self.name) from error  # a search met it: half installed, say
         return self._checked(replace(found, engine=self.name, build=build_digest(found)))
 
     def _checked(self, found: Installation) -> Installation:

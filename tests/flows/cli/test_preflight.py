@@ -39,6 +39,16 @@ def test_a_folder_is_examined_and_what_is_no_model_is_named(switchyard, tmp_path
     assert done.returncode == switchyard("preflight", good).returncode
 
 
+def test_an_engine_that_is_half_installed_stops_no_preflight(switchyard, environment, tmp_path):
+    """Nobody named it: it was found where engines lie, and is not what its folder is called."""
+    python = tmp_path / "switchyard" / "engines" / "vllm-0.32.0" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    environment["XDG_DATA_HOME"] = str(tmp_path)
+    done = switchyard("preflight", write_gguf(tmp_path / "good.gguf"), "--json")
+    assert ("good", "vllm") in answers(done), done.stderr
+
+
 def test_an_overflow_that_does_not_fit_beside_is_said_and_exit_3(switchyard, tmp_path):
     plan = plan_of(tmp_path, "both-fine")
     plan.write_text(plan.read_text() + '[models.overflow]\nengine = "mistral.rs"\nwaiting = 1\n')
