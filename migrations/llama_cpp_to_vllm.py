@@ -25,7 +25,8 @@ PAIR = Pair(
             risk="it takes several times the memory",
             likelihood="high",
             impact="medium",
-            mitigation="a higher limits.memory_peak_ratio with a reason, or a smaller cache",
+            # no limit suits every model: torch and a pool dwarf a small one, and a quant of a large one becomes floats
+            mitigation="set limits.memory_peak_ratio to what the machine has room for, or make its cache smaller",
             evidence=("memory.*",),
         ),
         Risk(

@@ -104,7 +104,12 @@ def _preflight(trial: Trial) -> list[CheckResult]:
     if report is None:
         return [not_measured("preflight.loads", "not measured")]
     incumbent, candidate = (trial.engines[arm].name for arm in ARMS)
-    return _readable("preflight", lambda: preflight.judge_preflight(report, incumbent, candidate))
+    results = _readable("preflight", lambda: preflight.judge_preflight(report, incumbent, candidate))
+    if any(map(trial.is_attached, ARMS)) or trial.payloads(BOTH, "performance"):  # what is measured counts
+        return results
+    limit = trial.plan.limits.memory_peak_ratio
+    found = preflight.judge_memory_estimate
+    return results + _readable("memory", lambda: found(report, incumbent, candidate, limit))
 
 
 def _compatibility(trial: Trial) -> list[CheckResult]:

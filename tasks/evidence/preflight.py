@@ -200,6 +200,26 @@ def judge_preflight(report: Mapping[str, Any], incumbent: str, candidate: str) -
     ]
 
 
+def judge_memory_estimate(report: Mapping[str, Any], incumbent: str, candidate: str, limit: float) -> list[CheckResult]:
+    """A FAIL where even the least RAM of the candidate is beyond `limit` times the most of the incumbent; else nothing.
+
+    What it rests on are estimates: where they leave it open, `memory.peak_ratio` measures it.
+    """
+    fits = {entry["engine"]: entry["fit"]["needs"] for entry in report["engines"]}
+    least, most = (
+        sum(need[level] for need in fits.get(engine, ()) if need["device"] == "ram")
+        for engine, level in ((candidate, "low"), (incumbent, "high"))
+    )
+    if not most or least <= limit * most:
+        return []
+    ratio = least / most
+    why = (
+        f"{candidate} takes {size(least)} of RAM or more, {incumbent} {size(most)} at most, by estimate: {ratio:.1f} "
+        f"times as much; limits.memory_peak_ratio is {limit:g}: set what you accept, and evaluate again"
+    )
+    return [CheckResult(check="memory.estimate", verdict=Verdict.FAIL, value=ratio, limit=limit, unit="ratio", why=why)]
+
+
 def _judge_engine(report: Mapping[str, Any], engine: str, prefix: str, *, required: bool) -> list[CheckResult]:
     entry = next((entry for entry in report["engines"] if entry["engine"] == engine), None)
     if entry is None:

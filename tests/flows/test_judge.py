@@ -102,6 +102,24 @@ def test_a_slow_candidate_fails_for_the_quant_it_was_measured_on(tmp_path: Path,
     assert f"`switchyard requantize {trial.model.gguf} --to F16`" in model["another_quant"]
 
 
+def test_more_memory_than_the_limit_allows_settles_it_before_anything_starts(tmp_path: Path, records: Records) -> None:
+    """By the estimates alone."""
+    run = bench(tmp_path, records)
+    trial = Trial(run, run.plan.models[0])
+    (report,) = preflight(
+        [("m", trial.model.gguf)],
+        engines={name: name for name in NAMES.values()},
+        memory=FreeMemory(ram_bytes=512 * GIB),
+    )["models"]
+    for entry in report["engines"]:
+        if entry["engine"] == NAMES["candidate"]:
+            entry["fit"]["needs"][0]["low"] = 100 * GIB
+    trial.put(BOTH, "preflight", report)
+    assert settled(trial)
+    found = {result.check: result for result in judged(trial)}
+    assert found["memory.estimate"].verdict is Verdict.FAIL
+
+
 def test_evidence_is_read_once_and_what_is_stored_is_added(
     tmp_path: Path, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from engines.model.free_memory import FreeMemory
 from engines.model.memory import GIB
 from engines.registry import DRIVERS
 from engines.settings import Settings
-from tasks.evidence.preflight import judge_preflight, preflight
+from tasks.evidence.preflight import judge_memory_estimate, judge_preflight, preflight
 from tasks.verdicts.verdict import Verdict, gate
 
 PLENTY = FreeMemory(ram_bytes=512 * GIB)
@@ -66,6 +66,19 @@ def test_a_bad_file_among_good_ones_is_named(tmp_path: Path) -> None:
 def test_a_loadable_model_that_fits_passes(tmp_path: Path) -> None:
     """All checks pass."""
     assert set(verdicts(write_gguf(tmp_path / "m.gguf")).values()) == {Verdict.PASS}
+
+
+def test_memory_that_cannot_be_within_the_limit_fails_at_once(tmp_path: Path) -> None:
+    """vLLM with torch in three processes beside a small model; a limit that allows it, or one open, says nothing."""
+    engines = {"llama.cpp": "llama.cpp", "vllm": "vllm"}
+    settings = {"m": Settings(context_tokens=2048, host_cache_mib=0)}
+    found = report(write_gguf(tmp_path / "m.gguf"), engines=engines, settings_by_model=settings)
+    (result,) = judge_memory_estimate(found, "llama.cpp", "vllm", 1.1)
+    assert (result.check, result.verdict, result.limit) == ("memory.estimate", Verdict.FAIL, 1.1)
+    assert "limits.memory_peak_ratio is 1.1: set what you accept" in result.why
+    assert result.value is not None
+    assert judge_memory_estimate(found, "llama.cpp", "vllm", result.value + 0.1) == []
+    assert judge_memory_estimate(found, "vllm", "llama.cpp", 1.1) == []
 
 
 def test_nemotron_fails_to_load_and_gets_alternatives(tmp_path: Path) -> None:
