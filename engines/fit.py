@@ -6,19 +6,24 @@ Every figure is low / expected / high with its reason. What cannot be sized is `
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from engines.errors import BadInput
 from engines.model.free_memory import Device, FreeMemory, free_memory
 from engines.model.header import Header
-from engines.model.memory import MemoryCase, Part, why_unsized
+from engines.model.memory import CELL_PADDING, MemoryCase, Part, why_unsized
 from engines.registry import driver, is_attached
-from engines.settings import EngineArgs, Settings
+from engines.settings import EngineArgs, KvType, Settings
 from engines.units import size
 
 FitVerdict = Literal["fits", "tight", "unknown", "does not fit"]
 WORSE: tuple[FitVerdict, ...] = ("fits", "tight", "unknown", "does not fit")
+SEQUENCES = (1, 4)  # of the table of largest contexts, beside the plan's own number
+KV_TYPES: tuple[KvType, ...] = ("f16", "q8_0")  # likewise
+UNTRAINED_CONTEXT = 1 << 20  # where the header does not say how long a context the model was trained for
 
 
 @dataclass(frozen=True)
@@ -127,3 +132,109 @@ def _needs(parts: tuple[Part, ...], free: FreeMemory, correction: float | None) 
             mapped = sum(part.expected for part in here if part.kind == "mapped")
             needs.append(Need(device, low, expected, high, free.of(device), mapped))
     return needs
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest contexts, in tokens of all sequences together, in which a model fits under an engine.
+
+    At `fits_tokens` the upper figure is within the free memory, at `tight_tokens` the expected one; None: the smallest
+    context is too large already. `needs` are those at `fits_tokens`, else at the smallest context.
+    """
+
+    parallel: int
+    kv_types: tuple[str, str]  # of K and V
+    gpu_layers: int | None
+    fits_tokens: int | None
+    tight_tokens: int | None
+    trained_tokens: int | None  # more is of no use
+    needs: tuple[Need, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kv_types": list(self.kv_types), "needs": [asdict(need) for need in self.needs]}
+
+
+def largest_contexts(
+    header: Header,
+    settings: Settings,
+    engine: str,
+    *,
+    own: EngineArgs | None = None,
+    memory: FreeMemory | None = None,
+    correction: float | None = None,
+) -> list[Largest]:
+    """The largest contexts with `settings`, then with other numbers of sequences and types of the KV cache.
+
+    Beside a GPU that does not hold every layer at the context of `settings`, also with as many layers as it does.
+    What the engine refuses, and what makes no difference to it, is left out. Empty where memory cannot be sized.
+    """
+    own, free = own or EngineArgs(), memory or free_memory()
+
+    def sized(settings: Settings) -> Fit:
+        return estimate(header, settings, engine, own=own, memory=free, correction=correction)
+
+    if is_attached(engine) or sized(_with(settings, context_tokens=1)).verdict == "unknown":
+        return []
+    has_gpu, found = free.vram_bytes is not None, list[Largest]()
+    for parallel in dict.fromkeys((settings.parallel, *SEQUENCES)):
+        for kv_type in dict.fromkeys((KV_TYPES[0], settings.kv_type or KV_TYPES[0], *KV_TYPES)):
+            asked = _with(settings, parallel=parallel, kv_type=kv_type)
+            if driver(engine).clashes(asked, own):
+                continue
+            for one in _by_layers(header, asked, sized) if has_gpu else [asked]:
+                largest = _largest(header, one, sized, kv_types(engine, one, own), has_gpu=has_gpu)
+                if not any(_same_but_for_kv_type(largest, other) for other in found):
+                    found.append(largest)
+    return found
+
+
+def kv_types(engine: str, settings: Settings, own: EngineArgs) -> tuple[str, str]:
+    """Types of K and V; apart where the engine's own flags say so (only llama.cpp has such)."""
+    flags, neutral = driver(engine).own_args.flags(own), settings.kv_type
+    apart = [flags[name].values[0] if name in flags else None for name in ("--cache-type-k", "--cache-type-v")]
+    default = "f16" if any(apart) else neutral or "f16"
+    return apart[0] or default, apart[1] or default
+
+
+def _by_layers(header: Header, settings: Settings, sized: Callable[[Settings], Fit]) -> Iterator[Settings]:
+    """`settings` and, where they do not fit, the same with the most layers on the GPU that do."""
+    yield settings
+    asked = _with(settings, context_tokens=settings.context_tokens or header.context_length or UNTRAINED_CONTEXT)
+    most = header.n_layers + 1 if settings.gpu_layers is None else min(settings.gpu_layers, header.n_layers + 1)
+    for layers in range(most, -1, -1):
+        if sized(_with(asked, gpu_layers=layers)).verdict == "fits":
+            if layers < most:
+                yield _with(settings, gpu_layers=layers)
+            return
+
+
+def _largest(
+    header: Header, settings: Settings, sized: Callable[[Settings], Fit], kv: tuple[str, str], *, has_gpu: bool
+) -> Largest:
+    trained = header.context_length * settings.sequences if header.context_length else None
+    step, most = CELL_PADDING * settings.sequences, trained or UNTRAINED_CONTEXT
+    contexts = [*range(step, most, step), most]
+
+    def at(context: int) -> Fit:
+        # set, since some engines take all the memory where no context is
+        return sized(_with(settings, context_tokens=context))
+
+    n_fits = bisect_left(contexts, True, key=lambda context: at(context).verdict != "fits")
+    n_tight = bisect_left(contexts, True, key=lambda context: at(context).verdict == "does not fit")
+    return Largest(
+        parallel=settings.parallel,
+        kv_types=kv,
+        gpu_layers=settings.gpu_layers if has_gpu else None,
+        fits_tokens=contexts[n_fits - 1] if n_fits else None,
+        tight_tokens=contexts[n_tight - 1] if n_tight else None,
+        trained_tokens=trained,
+        needs=at(contexts[max(n_fits, 1) - 1]).needs,
+    )
+
+
+def _with(settings: Settings, **changed: object) -> Settings:
+    return settings.model_copy(update=changed)
+
+
+def _same_but_for_kv_type(one: Largest, other: Largest) -> bool:
+    return replace(one, kv_types=other.kv_types) == other

@@ -32,27 +32,44 @@ def preflight(
     targets: Annotated[list[Path], typer.Argument(help="A plan (.toml), or GGUF files and folders.")],
     context: Annotated[int | None, typer.Option(min=1, help="Context in tokens, not the plan's or model's.")] = None,
     load: Annotated[bool, typer.Option("--load", help="Load each model in each engine, for one token.")] = False,
+    fit: Annotated[bool, typer.Option("--fit", help="Find the largest context that fits under each engine.")] = False,
     json_: Json = False,
 ) -> None:
     """Check from file headers, in milliseconds, whether each engine loads a model and memory suffices.
 
     Example: `switchyard preflight model.gguf --context 32768`
 
-    Exit code 3: the candidate does not load a model, or an overflow engine does not fit beside; 4: that is unknown.
+    With `--fit`, for the plan's number of sequences, for 1 and 4, and for a KV cache of f16 and q8_0: the context up to
+    which the model *fits* (the upper figure is within the free memory) and is *tight* (only the expected figure is).
+
+    Exit code 3: the candidate does not load a model, no context fits under it (with `--fit`), or an overflow engine
+    does not fit beside; 4: that is unknown.
     """
-    report = examine(targets, context=context, load=load)
+    if fit and (load or context is not None):
+        raise BadInput(f"--fit looks for the context: {'--load' if load else '--context'} cannot be combined with it")
+    report = examine(targets, context=context, load=load, fit=fit)
     print_result(report, json_, lambda _: out.print(_table(report), soft_wrap=False))
     # files alone have no candidate: the one that plans are written for
     candidate = report["models"][0]["engines"][-1]["engine"] if targets[0].suffix == ".toml" else CANDIDATE.engine
     loads = {e["loads"] for model in report["models"] for e in model["engines"] if e["engine"] == candidate}
+    loads |= {
+        "no" for model in report["models"] for e in model["engines"] if e["engine"] == candidate and _no_context(e)
+    }
     loads |= {"no" for model in report["models"] if "overflow" in model and model["side_by_side"]["fits"] is False}
     raise typer.Exit(EXIT_CODES["FAIL" if "no" in loads else "INCONCLUSIVE" if "unknown" in loads else "PASS"])
 
 
-def examine(targets: Sequence[Path], *, context: int | None, load: bool = False) -> dict[str, Any]:
+def _no_context(entry: Mapping[str, Any]) -> bool:
+    """Whether no context was found that is at least tight."""
+    ways = entry.get("largest", ())
+    return bool(ways) and not any(way["tight_tokens"] for way in ways)
+
+
+def examine(targets: Sequence[Path], *, context: int | None, load: bool = False, fit: bool = False) -> dict[str, Any]:
     """What loads and fits, of the plan's models or of the files named; BadInput names the first that cannot be read.
 
-    Of a folder, files that are no models are named as `not_models`. With `load`, each engine is asked by a real load.
+    Of a folder, files that are no models are named as `not_models`. With `load`, each engine is asked by a real load;
+    with `fit`, the largest contexts that fit are added.
     """
     plans = [target for target in targets if target.suffix == ".toml"]
     if plans and len(targets) > 1:
@@ -65,6 +82,7 @@ def examine(targets: Sequence[Path], *, context: int | None, load: bool = False)
         report = headers.preflight(
             list(files.items()),
             context=context,
+            largest=fit,
             versions=_versions({kind: EngineChoice(engine=kind) for kind in DRIVERS}),
         )
         report["not_models"] = not_models
@@ -86,6 +104,7 @@ def examine(targets: Sequence[Path], *, context: int | None, load: bool = False)
                 if model.overflow is not None and (name := plan.named(model.overflow.engine))
             },
             context=context,
+            largest=fit,
             versions=_versions(arms),
         )
         loads = loads_of_plan(plan, context)
@@ -138,6 +157,8 @@ def _table(report: Mapping[str, Any]) -> Group:
                 table.add_row("", Text("note", style="yellow"), warning)
         parts.append(table)
         parts.append(Padding(_memory_line(model["memory"]), (0, 0, 0, 2)))
+        if "largest" in model["engines"][0]:
+            parts.append(_largest_table(model["engines"], report["free"]))
         if "overflow" in model:
             beside = model["side_by_side"]
             fits = {True: "fits", False: "does not fit", None: "may fit"}[beside["fits"]]
@@ -147,6 +168,34 @@ def _table(report: Mapping[str, Any]) -> Group:
         parts.append(Text("\nnot examined, no models that can be read:", style="yellow"))
         parts += [Padding(Text(f"{other['why']}"), (0, 0, 0, 2)) for other in left_out]
     return Group(*parts)
+
+
+def _largest_table(engines: Sequence[Mapping[str, Any]], free: Mapping[str, int | None]) -> Group:
+    """One row for each engine, number of sequences, KV type and, beside a GPU, number of layers on it."""
+    devices = [device for device in ("ram", "vram") if free[f"{device}_bytes"] is not None]
+    has_gpu = "vram" in devices
+    table = Table(box=None, padding=(0, 0, 0, 2))
+    table.add_column("engine", no_wrap=True)
+    for column in ("parallel", "KV", *["layers"] * has_gpu, "fits to", "tight to"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for device in devices:
+        for column in (device.upper(), "up to"):
+            table.add_column(column, justify="right", no_wrap=True)
+    for entry in engines:
+        if not entry["largest"]:
+            table.add_row(entry["engine"], "not known", style="yellow")
+        for way in entry["largest"]:
+            kv, needs = "/".join(dict.fromkeys(way["kv_types"])), {need["device"]: need for need in way["needs"]}
+            layers = ["all" if way["gpu_layers"] is None else str(way["gpu_layers"])] * has_gpu
+            tokens = [_tokens(way[key], way["trained_tokens"]) for key in ("fits_tokens", "tight_tokens")]
+            found = [size(needs[one][key]) if one in needs else "" for one in devices for key in ("expected", "high")]
+            table.add_row(entry["engine"], str(way["parallel"] or "auto"), kv, *layers, *tokens, *found)
+    total = " and ".join(f"{size(free[f'{device}_bytes'])} of {device.upper()}" for device in devices)
+    return Group(Padding(f"largest context in {total} (*: all that it was trained for)", (0, 0, 0, 2)), table)
+
+
+def _tokens(tokens: int | None, trained: int | None) -> str:
+    return "none" if tokens is None else f"{tokens:,}{'*' * (tokens == trained)}"
 
 
 def _memory_line(memory: Mapping[str, Any]) -> Text:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import BadInput
-from engines.fit import Fit, estimate
+from engines.fit import Fit, estimate, kv_types, largest_contexts
 from engines.model.free_memory import FreeMemory, free_memory
 from engines.model.header import Header, read_header
 from engines.model.loads import known_architectures
 from engines.model.memory import DEFAULT_UBATCH, kv_bytes, kv_bytes_per_token, state_bytes_per_sequence, why_unsized
-from engines.registry import DRIVERS, driver
+from engines.registry import DRIVERS
 from engines.settings import EngineArgs, Settings
 from engines.support import alternatives, loads
 from engines.units import size
@@ -42,6 +42,7 @@ def preflight(
     versions: Mapping[str, str | None] | None = None,
     memory: FreeMemory | None = None,
     corrections: Mapping[tuple[str, str], float] | None = None,
+    largest: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """`{"models": [...]}`, one plain dict per model: what loads it, what it takes, what else could be done.
@@ -49,8 +50,8 @@ def preflight(
     `engines` are the incumbent and the candidate, the kind of each by its name (default: all); `context` (tokens, all
     sequences together) overrides each model's setting; `own_args` maps (model, engine) to what the engine is given
     beside it; `overflow` has a model's second engine, if it has one, with its settings there; `versions` maps an engine
-    to its version; `corrections` maps (model, engine) to a measured ratio. Raises BadInput that names the first model
-    it cannot read.
+    to its version; `corrections` maps (model, engine) to a measured ratio; `largest` adds the largest contexts that fit
+    under each engine. Raises BadInput that names the first model it cannot read.
     """
     engines, free = engines or {kind: kind for kind in DRIVERS}, memory or free_memory()
     known_architectures()  # imports gguf and numpy once, a fifth of a second that is no model's own
@@ -66,7 +67,7 @@ def preflight(
         own = {engine: (own_args or {}).get((model, engine), EngineArgs()) for engine in engines}
         second = (overflow or {}).get(model)
         on = {engine: second[1] if second and engine == second[0] else settings for engine in engines}
-        report = _report(model, header, on, engines, own, context, versions or {}, free, corrections or {})
+        report = _report(model, header, on, engines, own, context, versions or {}, free, corrections or {}, largest)
         report |= {"overflow": second[0]} if second else {}
         reports.append({**report, "elapsed_ms": round((time.perf_counter() - started) * 1000, 1)})
     return {"models": reports, "free": {"ram_bytes": free.ram_bytes, "vram_bytes": free.vram_bytes}}
@@ -82,6 +83,7 @@ def _report(
     versions: Mapping[str, str | None],
     free: FreeMemory,
     corrections: Mapping[tuple[str, str], float],
+    largest: bool,
 ) -> dict[str, Any]:
     engines = list(kinds)
     settings = settings_on[engines[0]]
@@ -89,18 +91,18 @@ def _report(
     answers = {
         engine: loads(kind, header, version=versions.get(engine), own_tokenizer=given) for engine, kind in kinds.items()
     }
-    fits = {
-        engine: estimate(
-            header,
-            settings_on[engine],
-            kind,
-            context,
-            own=own[engine],
-            memory=free,
-            correction=corrections.get((model, engine)),
-        )
-        for engine, kind in kinds.items()
+    known: dict[str, dict[str, Any]] = {
+        engine: {"own": own[engine], "memory": free, "correction": corrections.get((model, engine))}
+        for engine in engines
     }
+    fits = {
+        engine: estimate(header, settings_on[engine], kind, context, **known[engine]) for engine, kind in kinds.items()
+    }
+
+    def contexts(engine: str) -> list[dict[str, Any]]:
+        found = largest_contexts(header, settings_on[engine], kinds[engine], **known[engine])
+        return [one.as_dict() for one in found]
+
     return {
         "model": model,
         "architecture": header.architecture,
@@ -112,24 +114,17 @@ def _report(
                 "warnings": [*answers[engine].warnings, *map(str, answers[engine].slow)],
                 "slow": [{**asdict(slow), "times": list(slow.times)} for slow in answers[engine].slow],
                 "fit": fits[engine].as_dict(),
+                **({"largest": contexts(engine)} if largest else {}),
             }
             for engine in engines
         ],
-        "memory": _memory_report(header, settings, context, _kv_types(kinds[engines[0]], settings, own[engines[0]])),
+        "memory": _memory_report(header, settings, context, kv_types(kinds[engines[0]], settings, own[engines[0]])),
         "side_by_side": _side_by_side(fits, free),
         "header": _header_report(header),
         "alternatives": alternatives(
             answers, incumbent=engines[0], fits=all(fit.verdict != "does not fit" for fit in fits.values())
         ),
     }
-
-
-def _kv_types(engine: str, settings: Settings, own: EngineArgs) -> tuple[str, str]:
-    """Types of K and V; where the incumbent keeps them apart, as its own flags say (only llama.cpp has such)."""
-    flags, neutral = driver(engine).own_args.flags(own), settings.kv_type
-    apart = [flags[name].values[0] if name in flags else None for name in ("--cache-type-k", "--cache-type-v")]
-    default = "f16" if any(apart) else neutral or "f16"
-    return apart[0] or default, apart[1] or default
 
 
 def _memory_report(

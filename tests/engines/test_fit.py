@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from gguf_files import LLAMA, nemotron_keys, write_gguf
 
 from engines.errors import BadInput
-from engines.fit import estimate
+from engines.fit import Largest, estimate, largest_contexts
 from engines.model.free_memory import FreeMemory, _cgroup_free, free_memory
 from engines.model.header import Header, read_header
 from engines.model.memory import (
@@ -228,6 +229,71 @@ def test_a_ratio_that_is_none_is_bad_input(nemotron: Header, correction: float) 
     """Zero would make every model fit."""
     with pytest.raises(BadInput, match="correction"):
         estimate(nemotron, Settings(), "llama.cpp", 4096, memory=PLENTY, correction=correction)
+
+
+def gives(
+    header: Header, found: Largest, engine: str, context: int, free: FreeMemory, own: EngineArgs, **more: Any
+) -> str:
+    """What the estimate says of a context, with the rest as it was found."""
+    k_type = found.kv_types[0]
+    asked = {"parallel": found.parallel, "kv_type": k_type, "gpu_layers": found.gpu_layers, "context_tokens": context}
+    return estimate(header, Settings(**{**more, **asked}), engine, memory=free, own=own).verdict
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "mistral.rs", "ollama", "vllm"])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_context_fits_and_one_step_more_does_not(nemotron: Header, engine: str, seed: int) -> None:
+    """Or it is all that the model was trained for; the same of what is tight."""
+    chance = random.Random(seed)
+    vram = chance.choice([None, 2 * GIB, 24 * GIB])
+    free = FreeMemory(chance.randint(1, 40) * GIB, vram_bytes=vram, n_gpus=0 if vram is None else 1)
+    more = {"flash_attention": chance.choice([None, True]), "host_cache_mib": chance.choice([None, 0])}
+    found = largest_contexts(nemotron, Settings(**more, parallel=chance.choice([0, 1, 3])), engine, memory=free)
+    assert {1, 4} <= {way.parallel for way in found}
+    for way in found:
+        step = 256 * (way.parallel or 4)
+        for most, enough in ((way.fits_tokens, ("fits",)), (way.tight_tokens, ("fits", "tight"))):
+            if most is not None:
+                assert gives(nemotron, way, engine, most, free, EngineArgs(), **more) in enough
+            if most != way.trained_tokens:
+                assert gives(nemotron, way, engine, (most or 0) + step, free, EngineArgs(), **more) not in enough
+        assert (way.fits_tokens or 0) <= (way.tight_tokens or 0) <= (way.trained_tokens or 0)
+
+
+def test_a_kv_type_that_makes_no_difference_has_no_row(tmp_path: Path) -> None:
+    """mistral.rs keeps f16 on a CPU; llama.cpp refuses a quantised V cache without flash attention; flags fix it."""
+    header = model(tmp_path)
+
+    def types(engine: str, args: str = "", **settings: Any) -> list[tuple[str, str]]:
+        own = EngineArgs(args=tuple(args.split()))
+        return [way.kv_types for way in largest_contexts(header, Settings(**settings), engine, own=own, memory=PLENTY)]
+
+    assert types("llama.cpp") == [("f16", "f16"), ("q8_0", "q8_0")] * 2
+    assert types("llama.cpp", kv_type="q4_0") == [("f16", "f16"), ("q4_0", "q4_0"), ("q8_0", "q8_0")] * 2
+    assert types("llama.cpp", flash_attention=False) == [("f16", "f16")] * 2
+    assert types("llama.cpp", "-ctk q8_0") == [("q8_0", "f16")] * 2
+    assert types("mistral.rs", kv_type="q8_0") == [("f16", "f16")] * 2
+
+
+def test_layers_on_the_gpu_are_as_many_as_hold_the_context(nemotron: Header) -> None:
+    """Beside all of them, where all do not; with a GPU that holds the whole there is nothing to look for."""
+
+    def layers(vram: int) -> list[int | None]:
+        free = FreeMemory(64 * GIB, vram_bytes=vram, n_gpus=1)
+        asked = Settings(context_tokens=512 << 10, ubatch_tokens=128)
+        return [way.gpu_layers for way in largest_contexts(nemotron, asked, "llama.cpp", memory=free)[:2]]
+
+    assert layers(24 * GIB) == [None, None]
+    whole, some = layers(4 * GIB)
+    assert whole is None
+    assert some is not None
+    assert 0 < some < 53
+
+
+def test_what_cannot_be_sized_has_no_largest_context(tmp_path: Path) -> None:
+    """Nor has an engine that others run."""
+    for engine in ("llama.cpp", "openai"):
+        assert largest_contexts(model(tmp_path, "quetzal"), Settings(), engine, memory=PLENTY) == []
 
 
 def test_this_machine_has_some_memory_free() -> None:

@@ -12,12 +12,15 @@ from gguf_files import changed_copy, write_gguf
 from installed import BOTH, smollm2
 from played import plan_of, played
 from switchyard_command import json_of
+from typer.testing import CliRunner
 
 from engines.errors import PortTaken
 from engines.model.free_memory import FreeMemory
 from engines.settings import Settings
+from flows.cli.app import app
 from flows.evaluation import load as loads
 from migrations.plan import EngineChoice
+from tasks.evidence import preflight as headers
 
 
 def answers(done: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], str]:
@@ -56,6 +59,37 @@ def test_an_overflow_that_does_not_fit_beside_is_said_and_exit_3(switchyard, tmp
     done = switchyard("preflight", plan, "--context", 10**13)
     assert done.returncode == 3
     assert "overflow: mistral.rs does not fit beside it: RAM:" in " ".join(done.stdout.split())
+
+
+def test_fit_finds_the_largest_context_that_preflight_calls_fitting(switchyard, tmp_path):
+    """Of the plan's engines, as its settings ask for them; the table has the same rows."""
+    plan = plan_of(tmp_path, "both-fine")
+    done = switchyard("preflight", plan, "--fit", "--json")
+    assert done.returncode == 0, done.stderr
+    engines = json_of(done)["models"][0]["engines"]
+    (first, *_) = engines[0]["largest"]
+    assert (first["fits_tokens"], first["trained_tokens"], first["kv_types"]) == (4096, 4096, ["f16", "f16"])
+    shown = switchyard("preflight", plan, "--context", first["fits_tokens"], "--json")
+    assert json_of(shown)["models"][0]["engines"][0]["fit"]["verdict"] == "fits"
+    table = switchyard("preflight", plan, "--fit").stdout
+    rows = [line.split() for line in table.split("largest context in")[1].splitlines()[2:]]
+    assert len(rows) == sum(len(entry["largest"]) for entry in engines)
+    assert rows[0][:5] == ["llama.cpp", "1", "f16", "4,096*", "4,096*"]
+
+
+@pytest.mark.parametrize("more", [("--context", "4096"), ("--load",)])
+def test_fit_beside_what_contradicts_it_is_one_line_and_exit_2(switchyard, tmp_path, more):
+    done = switchyard("preflight", write_gguf(tmp_path / "m.gguf"), "--fit", *more)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"{more[0]} cannot be combined" in done.stderr
+
+
+def test_a_model_that_fits_with_no_context_is_exit_3(monkeypatch, tmp_path):
+    """The candidate's own answer; without `--fit` memory alone closes nothing."""
+    monkeypatch.setattr(headers, "free_memory", lambda: FreeMemory(ram_bytes=1 << 20))
+    gguf = write_gguf(tmp_path / "m.gguf")
+    for fit, code in ((["--fit"], 3), ([], 0)):
+        assert CliRunner().invoke(app, ["preflight", str(gguf), *fit]).exit_code == code
 
 
 def test_a_folder_without_a_model_is_one_line_and_exit_2(switchyard, tmp_path):
