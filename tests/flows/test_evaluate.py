@@ -103,7 +103,8 @@ def evidence(home, model="%"):
 def test_the_same_engine_as_both_opens_the_gate(switchyard, plan, home):
     done = switchyard("evaluate", plan, "--json")
     outcome = json_of(done)
-    assert (done.returncode, outcome["verdict"]) == (0, "PASS"), outcome["models"][0]["closed_by"]
+    whys = [f"{c['check']}: {c['why']}" for c in outcome["models"][0]["checks"] if c["verdict"] != "PASS"]
+    assert (done.returncode, outcome["verdict"]) == (0, "PASS"), whys
     assert of_home(home) == []
     assert Path(outcome["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 

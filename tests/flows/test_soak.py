@@ -227,6 +227,9 @@ def test_a_window_is_evidence_and_the_next_one_joins_the_run(box: Box, notes: li
         assert life["memory_bytes"] > 0
         assert life["life"].startswith(f"{box.engine()['pid']}@")
         assert window["yard_memory_bytes"] > 0
+    sent = box.client.status()["usage"]["fields"]
+    assert sent["max_tokens"] > 3
+    assert "seed" not in sent, "the soak's own seeds count as a field that the user's programs need"
     (model,) = second["models"]
     assert model["windows"] == 2
     assert model["exposure_s"] == pytest.approx(sum(w["exposure_s"] for w in windows.values()))

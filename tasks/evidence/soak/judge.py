@@ -18,6 +18,7 @@ WARM_SHARE = 0.1  # of the soak, and 6 h at most, before memory is judged: cache
 BUCKETS = 12
 LONGEST = 2.0  # times as long as was planned: more is no soak, but another unit
 FEWEST = 3  # failures; two can fall together by chance on any engine
+FIRST_CHARS = 120  # of the first error, as a reason quotes it
 LEAK = "memory.leak_bytes_per_day"
 LEAK_UNIT = "bytes/day"
 
@@ -162,5 +163,8 @@ def _judge_retention(segments: Sequence[Mapping[str, Any]], limit: float) -> Che
 
 
 def _kinds(failures: Sequence[Mapping[str, Any]]) -> str:
+    """How many of each type, and the start of the first error."""
     counted = Counter(str(failure["type"]) for failure in failures)
-    return ", ".join(f"{number} {kind}" for kind, number in counted.items()) or "none"
+    kinds = ", ".join(f"{number} {kind}" for kind, number in counted.items()) or "none"
+    first = next((" ".join(str(failure["error"]).split()) for failure in failures if failure.get("error")), "")
+    return f"{kinds}; first: {first[:FIRST_CHARS]}" if first else kinds

@@ -30,7 +30,11 @@ ASKS = (
 
 
 class Agent:
-    """The conversation so far, and what the agent does next."""
+    """The conversation so far, and what the agent does next: the same for the same seed and answers.
+
+    Each turn has a seed of its own, so that one build of an engine gives the same answers again. A sampled answer may
+    meet a bug of the engine (llama-server's "output that does not match the expected format" on tool turns, say).
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -47,7 +51,8 @@ class Agent:
         """(kind of turn, request body, chunks after which the client leaves, pause before it in seconds)."""
         self._turn += 1
         self.messages.append({"role": "user", "content": self._random.choice(ASKS)})
-        body: dict[str, Any] = {"messages": list(self.messages), "max_tokens": ANSWER_TOKENS, "temperature": 0.7}
+        sampling = {"temperature": 0.7, "seed": self._random.getrandbits(31)}
+        body: dict[str, Any] = {"messages": list(self.messages), "max_tokens": ANSWER_TOKENS, **sampling}
         if self._turn % 7 == 0:
             return "cancelled", body, 3, 0.0
         if self._turn % 5 == 0:

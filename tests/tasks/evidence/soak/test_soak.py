@@ -15,6 +15,7 @@ from engines.process.process import registered
 from engines.settings import Settings
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.evidence.soak.judge import DAY_S, judge_leak, judge_stability
+from tasks.evidence.soak.prompts import Agent
 from tasks.evidence.soak.soak import RESTARTS_ALLOWED, soak
 from tasks.verdicts.verdict import CheckResult, Verdict
 
@@ -69,6 +70,13 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Soaked:
     soaked = Soaked(home, soak_s=2.5, segment_s=1.0)
     assert registered(home) == []
     return soaked
+
+
+def test_a_soak_can_be_repeated() -> None:
+    """Turns have seeds: without one, an answer that an engine cannot parse came to one side of a comparison alone."""
+    first, second, other = ([agent.next() for _ in range(20)] for agent in (Agent(1), Agent(1), Agent(2)))
+    assert first == second != other
+    assert len({body["seed"] for _, body, _, _ in first}) == 20
 
 
 def test_segments_are_saved_in_turn_and_add_up(clean: Soaked) -> None:
@@ -211,6 +219,15 @@ def test_failures_are_compared_by_the_exact_conditional_test(theirs: int, ours: 
     """Equal exposure: a fair coin decides on whose side each failure falls."""
     result = named(judge([segment(theirs)], [segment(ours)]))["failures"]
     assert (result.verdict, result.value) == (expected, ours)
+
+
+def test_a_failure_is_quoted() -> None:
+    """The first of them, in one line that is not long."""
+    broke = {"at_s": 1.0, "type": "error_event", "error": "the output does not match\nthe format" + 200 * "."}
+    ours = segment(failures=[broke, {**broke, "type": "crash", "error": None}])
+    why = named(judge([segment()], [ours]))["failures"].why
+    assert why.startswith("2 failures (1 error_event, 1 crash; first: the output does not match the format...")
+    assert len(why) < 280
 
 
 def test_a_shorter_exposure_makes_the_same_failures_weigh_more() -> None:
