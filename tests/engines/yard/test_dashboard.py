@@ -63,7 +63,7 @@ def test_prometheus_evaluates_each_expression(start_yard, tmp_path):
 
             def up():
                 try:
-                    return bool(found("switchyard_waiting"))
+                    return http.get("/-/ready").status_code == 200 and bool(found("switchyard_waiting"))
                 except httpx.HTTPError:
                     return False
 
