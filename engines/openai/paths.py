@@ -13,11 +13,11 @@ from engines.openai.slots import SlotFiles
 Kind = Literal["generates", "reads", "changes", "unlisted"]
 
 CHAT = "/v1/chat/completions"
-_DONE = re.compile(rb"^data: ?\[DONE\]\r?$", re.MULTILINE)
+_DONE = re.compile(rb"data(?<=^data): ?\[DONE\]\r?$", re.MULTILINE)  # begins with text: `^` first takes 5 us a chunk
 _STOP = re.compile(rb'"stop":\s*true')
 _RESPONSE = re.compile(rb'"response\.(?:completed|incomplete|failed)"')
 # paths that answer with text, and what the last event of a stream of theirs holds; text in it has its quotes and line
-# ends escaped. One search takes 0.15 us of the 89 us a chunk costs.
+# ends escaped. Each is searched in every chunk.
 ENDS: Mapping[str, re.Pattern[bytes]] = {
     CHAT: _DONE,
     "/v1/completions": _DONE,
