@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from engines.yard.engine.health import Health
 from engines.yard.engine.in_flight import InFlight
@@ -33,6 +38,30 @@ class LiveSample:
     ttft_ms: float | None
     tpot_ms: float | None
     cached_share: float | None = None  # of the prompt, where the engine reports it
+
+
+class Gaps(Collector):
+    """The histogram of gaps between chunks: each chunk counts, which takes the library's own 1.6 us, this 0.1."""
+
+    def __init__(self) -> None:
+        self._counted: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+
+    def of(self, model: str, engine: str) -> Callable[[float], None]:
+        counts, total_s = self._counted.setdefault((model, engine), ([0] * (len(GAP_S) + 1), [0.0]))
+
+        def count(gap_s: float) -> None:
+            counts[bisect_left(GAP_S, gap_s)] += 1
+            total_s[0] += gap_s
+
+        return count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        about = "switchyard_itl_seconds", "Gap between content chunks."
+        family = HistogramMetricFamily(*about, labels=["model", "engine"])
+        for labels, (counts, total_s) in self._counted.items():
+            up_to = zip((*map(floatToGoString, GAP_S), "+Inf"), accumulate(counts), strict=True)
+            family.add_metric(labels, [*up_to], sum_value=total_s[0])
+        yield family
 
 
 class Metrics:
@@ -70,11 +99,11 @@ class Metrics:
         self._engine_ttft = histogram("engine_ttft_seconds", "The engine's part of it.", by_engine, buckets=TTFT_S)
         self._queue = histogram("queue_seconds", "Arrival to the turn on an engine.", ["model"], buckets=TTFT_S)
         self._whole = histogram("request_seconds", "Arrival to the end of the answer.", by_engine, buckets=TTFT_S)
-        self._gap = histogram("itl_seconds", "Gap between content chunks.", by_engine, buckets=GAP_S)
+        self._gaps = Gaps()
+        self._registry.register(self._gaps)
 
     def gap(self, model: str, engine: str) -> Callable[[float], None]:
-        observe: Callable[[float], None] = self._gap.labels(model, engine).observe
-        return observe
+        return self._gaps.of(model, engine)
 
     def served(self, model: str, sample: LiveSample, running: InFlight, arrived: float, *, client_error: bool) -> None:
         """Count an answered request that arrived at `arrived` (monotonic)."""
