@@ -68,8 +68,8 @@ AFTER_INTERRUPT = {
     "evaluate": "; resume with [bold]switchyard evaluate --resume latest[/bold]",
     "demo": "; rerun this command to resume",
     "up": "; all is down",
-    "upgrade": "; the yard still serves; rerun this command to resume",
-    "migrate": "; the yard still serves; rerun this command to resume",
+    "upgrade": "; a yard that runs keeps serving; rerun this command to resume",
+    "migrate": "; a yard that runs keeps serving; rerun this command to resume",
 }
 
 
