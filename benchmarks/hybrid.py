@@ -77,6 +77,7 @@ class Seen:
     conversations: int = 0
     ttft_ms: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    load: float = 0.0  # the machine's load average when it ended: what else ran is in the figures
 
 
 def main() -> int:
@@ -93,18 +94,33 @@ def main() -> int:
         except EngineNotFound as error:
             out.print(f"not measured: {error}", highlight=False)
             return 2
-    table = Table("served by", "conversations/min", "first token ms, p50", "p95", "failed", "answers by engine")
+    table = Table("served by", "conversations/min", "first token ms, p50", "p95", "failed", "load", "answers by engine")
     for way, seen, by in rows:
-        percent = statistics.quantiles(seen.ttft_ms, n=20, method="inclusive")
-        rate = seen.conversations * 60 / options.seconds
-        shares = ", ".join(f"{engine} {count}" for engine, count in sorted(by.items()))
-        table.add_row(way, f"{rate:.1f}", f"{percent[9]:,.0f}", f"{percent[18]:,.0f}", str(len(seen.failed)), shares)
+        table.add_row(*cells(way, seen, by, options.seconds))
     out.print(table)
     out.print(
         f"{os.cpu_count()} CPUs ({platform.machine()}); {options.users} users, {TURNS} turns, "
         f"{PROMPT_WORDS} words in and {TOKENS} tokens out each; {options.seconds:g} s a way; waiting {options.waiting}"
     )
     return 1 if any(seen.failed for _, seen, _ in rows) else 0
+
+
+def cells(way: str, seen: Seen, by: Counter[str], seconds: float) -> list[str]:
+    """A row of the table; a dash where fewer than two answers ended in the window."""
+    low, high = "-", "-"
+    if len(seen.ttft_ms) > 1:
+        percent = statistics.quantiles(seen.ttft_ms, n=20, method="inclusive")
+        low, high = f"{percent[9]:,.0f}", f"{percent[18]:,.0f}"
+    shares = ", ".join(f"{engine} {count}" for engine, count in sorted(by.items()))
+    return [
+        way,
+        f"{seen.conversations * 60 / seconds:.1f}",
+        low,
+        high,
+        str(len(seen.failed)),
+        f"{seen.load:.0f}",
+        shares,
+    ]
 
 
 def _measured(
@@ -164,6 +180,7 @@ async def _crowd(address: str, users: int, seconds: float) -> Seen:
     ends = begins + seconds
     async with client_session() as session, asyncio.timeout(SETTLE_S + seconds + UP_S):
         await asyncio.gather(*(_user(session, address, number, begins, ends, seen) for number in range(users)))
+    seen.load = os.getloadavg()[0]
     return seen
 
 
