@@ -78,7 +78,9 @@ def try_model(trial: Trial, *, with_soak: bool = True) -> None:
         if trial.bench.quick or settled(trial):
             return
         pairs = trial.payload(BOTH, "first_look") or ()
-        if not resumed and (left := still_takes(trial.plan, trial.model, pairs, with_soak=with_soak)):
+        starts_s = trial.running.starts_s
+        left = still_takes(trial.plan, trial.model, pairs, starts_s=starts_s, with_soak=with_soak)
+        if left and not resumed:
             progress.get().note(f"{trial.model.id}: {left}")
         for arm in ARMS:
             attempt(trial, arm, "prompt tokens", partial(measure.prompt_tokens, trial, arm))

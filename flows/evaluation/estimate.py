@@ -65,17 +65,34 @@ def estimate(plan: Plan, *, with_soak: bool = True, quick: bool = False) -> str:
     return takes(*_evaluation_s(plan, with_soak=with_soak))
 
 
-def still_takes(plan: Plan, model: ModelPlan, pairs: Sequence[Mapping[str, Any]], *, with_soak: bool = True) -> str:
-    """`by the speeds just measured 6 to 12 min more`, soak and all; "" where the first look's `pairs` have no speed."""
+def still_takes(
+    plan: Plan,
+    model: ModelPlan,
+    pairs: Sequence[Mapping[str, Any]],
+    *,
+    starts_s: Mapping[str, float] | None = None,
+    with_soak: bool = True,
+) -> str:
+    """`by the speeds just measured 6 to 12 min more`, soak and all; "" where the first look's `pairs` have no speed.
+
+    `starts_s` are the seconds that the incumbent and the candidate took to start, where both were seen to.
+    """
     timed = [one for pair in pairs for one in pair.values() if one["ttft_ms"] and one["tpot_ms"]]
     sized = _size(plan, model)
     if not timed or sized is None:
         return ""
     first_s, token_s = (statistics.fmean(one[key] for one in timed) / 1e3 for key in ("ttft_ms", "tpot_ms"))
-    paces = [Pace(_load_s(sized.weights_bytes, bound), first_s, token_s) for bound in (0, 1)]
-    soak_s = _soak_s(plan, sized.side_by_side) * with_soak
+    more_s = 0.0
+    if starts_s:
+        start_s = statistics.fmean(starts_s.values())
+        paces = [Pace(start_s, first_s, token_s)] * 2
+        # blocks of calibration start the incumbent alone, drills the candidate
+        more_s = (FAULT_DRILLS - 2 * plan.measure.calibration_blocks) * (starts_s["candidate"] - start_s)
+    else:
+        paces = [Pace(_load_s(sized.weights_bytes, bound), first_s, token_s) for bound in (0, 1)]
+    more_s += _soak_s(plan, sized.side_by_side) * with_soak
     measuring_s = [_measuring_s(plan, sized, pace, bound) for bound, pace in enumerate(paces)]
-    return f"by the speeds just measured {Span(*measuring_s).plus(soak_s, soak_s)} more"
+    return f"by the speeds just measured {Span(*measuring_s).plus(more_s, more_s)} more"
 
 
 def takes(whole: Span | float, soak_s: float = 0.0, canary_s: float = 0.0) -> str:

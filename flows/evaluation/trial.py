@@ -71,6 +71,7 @@ class Running:
     def __init__(self, start: Callable[[Arm], AbstractContextManager[Served]], together: Callable[[], bool]) -> None:
         self._start, self._together = start, together
         self._up: dict[Arm, tuple[contextlib.ExitStack, Served]] = {}
+        self._loads_s: dict[str, float] = {}
 
     def get(self, arm: Arm) -> Served:
         """The engine that is up; started where none is, or where it has died."""
@@ -80,7 +81,13 @@ class Running:
         with contextlib.ExitStack() as launched:
             served = launched.enter_context(self._start(arm))
             self._up[arm] = (launched.pop_all(), served)
+            self._loads_s[arm] = served.load_s
         return served
+
+    @property
+    def starts_s(self) -> dict[str, float]:
+        """Seconds of the latest start of both engines; empty where one was not started."""
+        return self._loads_s if len(self._loads_s) == len(ARMS) else {}
 
     def end(self, *arms: Arm) -> None:
         """End these engines, by default all."""

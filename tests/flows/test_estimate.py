@@ -63,6 +63,8 @@ def test_the_first_look_corrects_the_estimate(tmp_path: Path) -> None:
     pairs = [{"incumbent": one, "candidate": one}, {"incumbent": one, "candidate": unanswered}]
     assert still_takes(plan, model, pairs) == "by the speeds just measured 6 to 15 min more"
     assert still_takes(plan, model, [{"incumbent": unanswered, "candidate": unanswered}]) == ""
+    slow = {"incumbent": 1.0, "candidate": 240.0}  # 11 to 29 starts of the candidate
+    assert still_takes(plan, model, pairs, starts_s=slow) == "by the speeds just measured 51 min to 2 h 10 min more"
 
 
 def test_the_soak_of_each_model_counts_and_one_that_cannot_be_read_does_not(tmp_path: Path) -> None:
