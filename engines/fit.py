@@ -80,11 +80,13 @@ def estimate(
     own: EngineArgs | None = None,
     memory: FreeMemory | None = None,
     correction: float | None = None,
+    hosted: bool = False,
 ) -> Fit:
     """Whether the model fits under `engine` with `settings` and its `own` flags, against `memory` (default: free now).
 
     `context_tokens` is for all sequences together; without it the setting counts, then the trained context.
     `correction` is a stored ratio of measured to expected bytes: it moves the expected figure, and widens the range.
+    `hosted`: the engine is a wheel in a Python process of ours.
     """
     if is_attached(engine):
         return Fit(engine, "fits", "attached: it takes nothing of this machine that others did not give it", None)
@@ -104,7 +106,7 @@ def estimate(
     # an engine takes the whole GPU when no number of layers is set; one more than the model has: the output too
     wanted = header.n_layers + 1 if settings.gpu_layers is None else settings.gpu_layers
     gpu_layers = 0 if free.vram_bytes is None else min(wanted, header.n_layers + 1)
-    case = MemoryCase(header, settings, context, gpu_layers, free, own or EngineArgs())
+    case = MemoryCase(header, settings, context, gpu_layers, free, own or EngineArgs(), hosted)
     parts = tuple(part for part in asked.memory_parts(case) if part.high)
     needs = tuple(_needs(parts, free, correction))
     verdict: FitVerdict = max((need.verdict for need in needs), key=WORSE.index, default="unknown")
@@ -162,6 +164,7 @@ def largest_contexts(
     own: EngineArgs | None = None,
     memory: FreeMemory | None = None,
     correction: float | None = None,
+    hosted: bool = False,
 ) -> list[Largest]:
     """The largest contexts with `settings`, then with other numbers of sequences and types of the KV cache.
 
@@ -171,7 +174,7 @@ def largest_contexts(
     own, free = own or EngineArgs(), memory or free_memory()
 
     def sized(settings: Settings) -> Fit:
-        return estimate(header, settings, engine, own=own, memory=free, correction=correction)
+        return estimate(header, settings, engine, own=own, memory=free, correction=correction, hosted=hosted)
 
     if is_attached(engine) or sized(_with(settings, context_tokens=1)).verdict == "unknown":
         return []

@@ -40,6 +40,8 @@ from engines.own_args import Flag
 
 DEFAULT_HOST_CACHE_MIB = 8192
 CONTEXT_CHECKPOINTS = 32  # --ctx-checkpoints, per slot
+# of a prompt that fills a slot: near its end and at its end, and one each so many tokens (b10434 logs them)
+PROMPT_CHECKPOINTS, CHECKPOINT_SPACING = 2, 8192
 DRAFT_TOKENS = 3  # --spec-draft-n-max
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"  # LLM_FFN_EXPS_REGEX
 NO_FLASH_ATTENTION = frozenset({"grok"})  # llama.cpp switches it off
@@ -49,6 +51,8 @@ PERHAPS_REPACKED = REPACKED | {"Q2_K", "Q5_K", "Q6_K", "Q8_0", "MXFP4"}
 COPIES = ("none", "mlock", "dio")  # --load-mode without a mapping
 ADAPTERS = ("--lora", "--lora-scaled", "--control-vector", "--control-vector-scaled")
 PROJECTOR_WORK = 512 * MIB
+HOST = (8 * MIB, 15 * MIB, 40 * MIB)  # xllamacpp 2026.10.11549 beside the binary b10434, Python 3.11
+F16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,10 @@ def memory_parts(case: MemoryCase) -> list[Part]:
         *_by_layer_share(case, asked, "recurrent state", states, f"f32, {settings.sequences} sequence(s)"),
         *_drafting(case, asked),
         _compute(case, asked),
+        _converted_scores(case, asked),
         _projector(case, asked),
         Part("process", "ram", *process, "libraries and vocabulary tables"),
+        *([Part("host", "ram", *HOST, "the Python process around the wheel")] if case.hosted else []),
         _host_cache(case),
         *(gpu_overhead() if case.gpu_layers else []),
         _checkpoints(case, asked),
@@ -228,9 +234,12 @@ def _by_layer_share(case: MemoryCase, asked: Asked, name: str, sizes: tuple[int,
     return [on_cpu, Part(name, "vram", low, expected, high, why)]
 
 
+def _is_flash(case: MemoryCase) -> bool:
+    return case.settings.flash_attention is not False and case.header.architecture not in NO_FLASH_ATTENTION
+
+
 def _compute(case: MemoryCase, asked: Asked) -> Part:
-    header, cells = case.header, _cells(case, asked)
-    flash = case.settings.flash_attention is not False and header.architecture not in NO_FLASH_ATTENTION
+    header, cells, flash = case.header, _cells(case, asked), _is_flash(case)
     all_logits = asked.switch("--embedding", False) or asked.switch("--rerank", False)
     ubatch = min(case.ubatch, cells.full)
 
@@ -242,6 +251,17 @@ def _compute(case: MemoryCase, asked: Asked) -> Part:
     how = "with flash attention" if flash else "without flash attention"
     why = f"logits, attention and activations at ubatch {ubatch}, {how}"
     return Part("compute buffers", "vram" if case.gpu_layers else "ram", low, expected, high, why)
+
+
+def _converted_scores(case: MemoryCase, asked: Asked) -> Part:
+    """Without flash attention the CPU multiplies V by the scores as f16: a copy of them in its work buffer.
+
+    ggml/src/ggml-cpu/ggml-cpu.c, `ggml_graph_plan`; it is no buffer that llama-server prints.
+    """
+    header, cells = case.header, _cells(case, asked)
+    scores = max((header.head_count[layer] * cells.of(header, layer) for layer in kv_layers(header)), default=0)
+    n_bytes = 0 if _is_flash(case) or case.gpu_layers else scores * min(case.ubatch, cells.full) * F16_BYTES
+    return Part("attention scores as f16", "ram", 0, n_bytes, n_bytes, "a copy for the CPU, without flash attention")
 
 
 def _drafting(case: MemoryCase, asked: Asked) -> list[Part]:
@@ -306,8 +326,10 @@ def _checkpoints(case: MemoryCase, asked: Asked) -> Part:
         sum(layer_kv_bytes(header, layer, *types) * window for layer in sliding)
     )
     kept = asked.number("--ctx-checkpoints", CONTEXT_CHECKPOINTS)
-    why = f"up to {kept} copies of recurrent states and sliding windows per slot"
-    return Part("context checkpoints", "ram", 0, 0, one * kept * case.settings.sequences, why)
+    expected = min(kept, PROMPT_CHECKPOINTS + case.context // case.settings.sequences // CHECKPOINT_SPACING)
+    low, usual, high = (one * n_copies * case.settings.sequences for n_copies in (0, expected, kept))
+    why = f"{expected} to {kept} copies of recurrent states and sliding windows per slot"
+    return Part("context checkpoints", "ram", low, usual, high, why)
 
 
 def memory_notes(case: MemoryCase) -> list[str]:

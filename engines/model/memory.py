@@ -88,6 +88,7 @@ class MemoryCase:
     gpu_layers: int
     free: FreeMemory
     own: EngineArgs = field(default_factory=EngineArgs)
+    hosted: bool = False  # a wheel behind a server of ours, in a Python process
 
     @property
     def ubatch(self) -> int:
@@ -295,8 +296,9 @@ def compute_bytes(
     high = whole + max(attention, ubatch * masks * F32_BYTES) + 2 * activations
     if all_logits:  # only the larger one of the two is needed at a time
         return max(whole, attention), max(whole, attention + activations), high
-    low, expected = (logits + attention + share for share in (activations // 3, activations))
-    return low, expected, high
+    # without flash attention the scores are the peak: a part of the activations is freed before them
+    expected = activations if flash else activations // 2
+    return logits + attention + activations // 3, logits + attention + expected, high
 
 
 def exactly(name: str, device: Device, n_bytes: int, why: str) -> Part:

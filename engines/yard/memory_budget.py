@@ -217,7 +217,10 @@ class MemoryBudget:
 def estimate_of(spec: LaunchSpec) -> Fit | None:
     """Whether an engine fits into the memory that is free now; None where its file cannot be read. Blocks."""
     try:
-        return estimate(read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free_memory())
+        hosted = spec.form == "hosted"
+        return estimate(
+            read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free_memory(), hosted=hosted
+        )
     except SwitchyardError:
         return None
 

@@ -83,7 +83,7 @@ def examine(targets: Sequence[Path], *, context: int | None, load: bool = False,
             list(files.items()),
             context=context,
             largest=fit,
-            versions=_versions({kind: EngineChoice(engine=kind) for kind in DRIVERS}),
+            **_installed({kind: EngineChoice(engine=kind) for kind in DRIVERS}),
         )
         report["not_models"] = not_models
         loads = loads_of_files(report, files, context)
@@ -105,7 +105,7 @@ def examine(targets: Sequence[Path], *, context: int | None, load: bool = False,
             },
             context=context,
             largest=fit,
-            versions=_versions(arms),
+            **_installed(arms),
         )
         loads = loads_of_plan(plan, context)
     return judged_by_load(report, loads, prepared_home(), print_step) if load else report
@@ -136,13 +136,16 @@ def _models_of(targets: Sequence[Path]) -> tuple[list[Path], list[dict[str, str]
     return models, others
 
 
-def _versions(engines: Mapping[str, EngineChoice]) -> dict[str, str]:
-    """The version of each engine installed here: the architectures it loads may depend on it."""
-    versions = {}
+def _installed(engines: Mapping[str, EngineChoice]) -> dict[str, Any]:
+    """What the answer may depend on of each engine installed here: its version, and whether it is a hosted wheel."""
+    found = {}
     for name, engine in engines.items():
         with contextlib.suppress(EngineError):
-            versions[name] = engine.find().version
-    return versions
+            found[name] = engine.find()
+    return {
+        "versions": {name: one.version for name, one in found.items()},
+        "hosted": {name for name, one in found.items() if one.form == "hosted"},
+    }
 
 
 def _table(report: Mapping[str, Any]) -> Group:

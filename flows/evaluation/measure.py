@@ -82,6 +82,7 @@ def _preflight_report(trial: Trial) -> Any:
         own_args={(trial.model.id, engine.name): engine.own for engine in trial.engines.values()},
         engines=kinds,
         versions={engine.name: engine.installation.version for engine in trial.engines.values()},
+        hosted={engine.name for engine in trial.engines.values() if engine.installation.form == "hosted"},
         corrections={(trial.model.id, name): found.ratio for name, found in learned.items() if found is not None},
     )
     return report["models"][0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def preflight(
     overflow: Mapping[str, tuple[str, Settings]] | None = None,
     context: int | None = None,
     versions: Mapping[str, str | None] | None = None,
+    hosted: Collection[str] = (),
     memory: FreeMemory | None = None,
     corrections: Mapping[tuple[str, str], float] | None = None,
     largest: bool = False,
@@ -50,8 +51,9 @@ def preflight(
     `engines` are the incumbent and the candidate, the kind of each by its name (default: all); `context` (tokens, all
     sequences together) overrides each model's setting; `own_args` maps (model, engine) to what the engine is given
     beside it; `overflow` has a model's second engine, if it has one, with its settings there; `versions` maps an engine
-    to its version; `corrections` maps (model, engine) to a measured ratio; `largest` adds the largest contexts that fit
-    under each engine. Raises BadInput that names the first model it cannot read.
+    to its version; `hosted` are those that are a wheel in a Python process of ours; `corrections` maps (model, engine)
+    to a measured ratio; `largest` adds the largest contexts that fit under each engine. Raises BadInput that names the
+    first model it cannot read.
     """
     engines, free = engines or {kind: kind for kind in DRIVERS}, memory or free_memory()
     known_architectures()  # imports gguf and numpy once, a fifth of a second that is no model's own
@@ -67,7 +69,9 @@ def preflight(
         own = {engine: (own_args or {}).get((model, engine), EngineArgs()) for engine in engines}
         second = (overflow or {}).get(model)
         on = {engine: second[1] if second and engine == second[0] else settings for engine in engines}
-        report = _report(model, header, on, engines, own, context, versions or {}, free, corrections or {}, largest)
+        report = _report(
+            model, header, on, engines, own, context, versions or {}, hosted, free, corrections or {}, largest
+        )
         report |= {"overflow": second[0]} if second else {}
         reports.append({**report, "elapsed_ms": round((time.perf_counter() - started) * 1000, 1)})
     return {"models": reports, "free": {"ram_bytes": free.ram_bytes, "vram_bytes": free.vram_bytes}}
@@ -81,6 +85,7 @@ def _report(
     own: Mapping[str, EngineArgs],
     context: int | None,
     versions: Mapping[str, str | None],
+    hosted: Collection[str],
     free: FreeMemory,
     corrections: Mapping[tuple[str, str], float],
     largest: bool,

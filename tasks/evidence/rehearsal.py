@@ -122,7 +122,8 @@ def room(specs: Mapping[str, LaunchSpec], held_bytes: int | None, held_vram_byte
         if spec.gguf.is_dir():
             fit = Fit(spec.kind, "unknown", "a directory of weights has no header that is read", None)
         else:
-            fit = estimate(read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free)
+            hosted = spec.form == "hosted"
+            fit = estimate(read_header(spec.gguf), spec.settings, spec.kind, own=spec.own, memory=free, hosted=hosted)
         if fit.verdict == "does not fit":
             return "", f"{engine} does not fit beside the engine that serves: {fit.why}"
         if fit.verdict == "unknown" and not _twice(free, held_bytes, held_vram_bytes):

@@ -119,6 +119,25 @@ def test_compute_buffer_of_smollm2(
     assert abs(found.expected - printed * MIB) < 0.1 * printed * MIB + 8 * MIB
 
 
+def test_scores_are_copied_as_f16_without_flash_attention(header: Any) -> None:
+    """SmolLM2, 1,024 tokens: 9 MiB beside the buffers that it prints; none on a GPU."""
+    model, name = header("llama", SMOLLM2), ("attention scores as f16", "ram")
+    settings = {"context_tokens": 1024, "flash_attention": False}
+    assert parts(model, **settings)[name].expected == 9 * MIB
+    assert name not in parts(model, context_tokens=1024)
+    assert name not in parts(model, "", GPU, **settings)
+
+
+def test_the_wheel_has_a_python_process_around_it(header: Any) -> None:
+    """15 MiB more than the binary."""
+    model = header("llama", SMOLLM2)
+    binary, hosted = (
+        estimate(model, Settings(), "llama.cpp", memory=RAM, hosted=hosted).needs[0].expected
+        for hosted in (False, True)
+    )
+    assert hosted - binary == 15 * MIB
+
+
 @pytest.mark.parametrize(
     ("settings", "args", "printed"),
     [
@@ -161,6 +180,8 @@ def test_context_checkpoints_of_a_sliding_window_model(header: Any) -> None:
     assert parts(gemma, parallel=0)[name].high == 4 * 32 * 7.5 * MIB
     assert parts(gemma, "--swa-checkpoints 8")[name].high == 8 * 7.5 * MIB
     assert parts(gemma, context_tokens=256)[name].high == 32 * 3.75 * MIB
+    assert parts(gemma, context_tokens=2048)[name].expected == 2 * 7.5 * MIB  # as it logs them for 2,001 tokens
+    assert parts(gemma, "-ctxcp 1", context_tokens=2048, parallel=2)[name].expected == 2 * 7.5 * MIB
     for args in ("--swa-full", "-ctxcp 0"):
         assert name not in parts(gemma, args)
     assert name not in parts(header("llama", SMOLLM2))
