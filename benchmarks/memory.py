@@ -1,0 +1,347 @@
+"""Memory as preflight predicts it, against what engines take: models, quants, contexts, sequences, KV types.
+
+    python -m benchmarks.memory [--cells N] [--only ENGINE ...] [--file FILE.json]
+
+Each cell is one start of an engine on the CPU, and a prompt that fills a sequence's context with real tokens. From
+its start to the end of the answer its processes are sampled: the peak of private memory (anonymous, swapped), and what
+it has resident of the mapped model file. Cells come in random order. Those that are measured are kept, and the same
+command measures the rest; predictions are made anew each time. Writes the page and the picture of docs/memory.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import statistics
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from engines.client.client import client_session, stream_chat
+from engines.driver import Installation
+from engines.errors import SwitchyardError
+from engines.fit import estimate
+from engines.home import home
+from engines.model.free_memory import FreeMemory
+from engines.model.header import Header, read_header
+from engines.model.memory import GIB, MIB
+from engines.model.requantize import requantize
+from engines.process.serving import Served, free_port, serving
+from engines.process.telemetry import mapped_bytes, process_tree
+from engines.registry import driver
+from engines.settings import KvType, Serve, Settings
+from migrations.demo import OLD_BUILD, gemma3, smollm2
+from migrations.plan import ModelPlan
+from tasks.report.markup import Html, el
+from tasks.report.plots import Scale
+
+QUANTS = ("Q4_0", "Q4_1", "Q8_0", "F16")
+GEMMA = "gemma3-270m Q4_K_M"
+# called, driver, form, binary
+ENGINES: dict[str, tuple[str, Any, Path | None]] = {
+    "llama.cpp": ("llama.cpp", "binary", None),
+    "llama.cpp@old": ("llama.cpp", "binary", OLD_BUILD),
+    "xllamacpp": ("llama.cpp", "hosted", None),
+    "mistral.rs": ("mistral.rs", "hosted", None),
+}
+RESULTS = Path(__file__).parents[1] / "docs" / "memory.json"
+BEGIN, END = "<!-- made by python -m benchmarks.memory -->", "<!-- end -->"
+HEAD = (
+    "Engine", "Model", "Context", "Parallel", "KV", "Flash attention", "Private MiB", "predicted", "Mapped MiB",
+    "predicted", "Error", "Interval",
+)  # fmt: skip
+SVG, PANEL = "http://www.w3.org/2000/svg", (380, 260)  # width and height
+STYLE = """
+text { font: 11px sans-serif; fill: #555 }
+.name { font-weight: bold } .left { text-anchor: end } .below { text-anchor: middle }
+.grid { stroke: #8884 } .one { stroke: #888 } .span { stroke: #4a90d9; stroke-opacity: 0.6 } .out { stroke: #d33 }
+circle { fill: #1c5fa8 }
+@media (prefers-color-scheme: dark) { text { fill: #bbb } circle { fill: #8cc0ff } }
+"""
+CONTEXTS = {"llama.cpp": (512, 1024, 2048, 4096, 8192), "mistral.rs": (128, 256, 512, 1024, 2048)}
+SLOW = ("Q4_0", "Q4_1", "Q4_K_M")  # mistral.rs reads a prompt longer than 512 tokens in minutes
+WORDS = ("river", "lamp", "stone", "garden", "letter", "bridge", "apple", "window", "music", "forest")
+TOKENS, TEMPLATE_TOKENS = 8, 48
+LONGEST = 2048  # tokens of a sequence: a longer prompt takes a small machine minutes
+EVERY_S, STALL_S = 0.02, 1800.0
+PLENTY = FreeMemory(ram_bytes=1024 * GIB)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One start of an engine; None for what it has no setting for."""
+
+    engine: str
+    model: str
+    context: int
+    parallel: int
+    kv_type: KvType | None
+    flash: bool | None
+
+    def settings(self, plan: ModelPlan) -> Settings:
+        # without llama.cpp's host cache: its 8 GiB would cover every error
+        same = {"threads": 1, "gpu_layers": 0, "host_cache_mib": 0}
+        asked = {"context_tokens": self.context, "parallel": self.parallel, "kv_type": self.kv_type}
+        return plan.settings.model_copy(update={**same, **asked, "flash_attention": self.flash})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell as it was measured and as it was predicted, in bytes of RAM."""
+
+    cell: Cell
+    version: str
+    prompt_tokens: int
+    private: int
+    resident: int  # of the mapped file
+    low: int
+    expected: int
+    high: int
+    expected_mapped: int
+
+    @property
+    def mapped(self) -> int:
+        """As the gate counts it: pages that an engine mapped to copy them are no second set of weights."""
+        return min(self.resident, self.expected_mapped)
+
+    @property
+    def total(self) -> int:
+        return self.private + self.mapped
+
+    @property
+    def error(self) -> float:
+        return self.expected / self.total - 1
+
+    @property
+    def is_covered(self) -> bool:
+        return self.low <= self.total <= self.high
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=RESULTS, help="cells that are measured")
+    parser.add_argument("--cells", type=int, default=20, help="of each engine, measured before and now")
+    parser.add_argument("--only", choices=ENGINES, nargs="*", default=list(ENGINES), help="measure these engines")
+    options = parser.parse_args()
+    models = dict(files(home() / "models"))
+    headers = {name: read_header(plan.gguf) for name, plan in models.items()}
+    kept = read(options.file) if options.file.exists() else []
+    left = chosen(options.cells, {row.cell for row in kept}, options.only)
+    kept = [predicted(row, models[row.cell.model], headers[row.cell.model]) for row in kept]
+    for number, cell in enumerate(left, 1):
+        try:
+            row = predicted(measured(cell, models[cell.model]), models[cell.model], headers[cell.model])
+        except SwitchyardError as error:
+            print(f"{number} of {len(left)}: {cell}: {error}", flush=True)
+            continue
+        kept.append(row)
+        write(options.file, kept)
+        print(f"{number} of {len(left)}: {' '.join(cells_of(row))}", flush=True)
+    write(options.file, kept)
+    page = options.file.with_suffix(".md")
+    if page.exists():
+        page.write_text(written(page.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    options.file.with_suffix(".svg").write_text(picture(kept), encoding="utf-8")
+    print("\n".join(["", *tables(kept)]))
+    return 0
+
+
+def read(file: Path) -> list[Row]:
+    return [Row(**{**one, "cell": Cell(**one["cell"])}) for one in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def write(file: Path, rows: Sequence[Row]) -> None:
+    partial = file.with_suffix(".part")
+    lines = ",\n".join(json.dumps(asdict(row)) for row in sorted(rows, key=lambda row: str(row.cell)))
+    partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def files(folder: Path) -> Iterator[tuple[str, ModelPlan]]:
+    """The models by their name in a cell; written once into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packaged = smollm2()
+    for quant in QUANTS:
+        path = packaged.gguf if quant in packaged.gguf.name else folder / f"smollm2-135m-{quant}.gguf"
+        if not path.exists():
+            requantize(packaged.gguf, path, quant)
+        yield f"smollm2-135m {quant}", packaged.model_copy(update={"gguf": path})
+    yield GEMMA, gemma3(folder.parent)
+
+
+def chosen(each: int, done: set[Cell], only: Sequence[str]) -> list[Cell]:
+    """So many cells of each engine, without those that are done, in random order; the same ones every time."""
+    dice, found = random.Random(7), list[Cell]()
+    for engine, (kind, _, _) in ENGINES.items():
+        cells = list(grid(engine, kind))
+        found += dice.sample(cells, min(each, len(cells)))
+    dice.shuffle(found)
+    return [cell for cell in found if cell not in done and cell.engine in only]
+
+
+def grid(engine: str, kind: str) -> Iterator[Cell]:
+    kv: Sequence[tuple[KvType | None, bool | None]] = [("f16", True), ("f16", False), ("q8_0", True)]
+    for model in (*(f"smollm2-135m {quant}" for quant in QUANTS), GEMMA):
+        for context in CONTEXTS[kind]:
+            if kind == "mistral.rs":  # on the CPU one sequence at a time, f16
+                if context <= 512 or not model.endswith(SLOW):
+                    yield Cell(engine, model, context, 1, None, None)
+                continue
+            for parallel in (1, 2, 4):
+                if 256 <= context // parallel <= LONGEST:
+                    yield from (Cell(engine, model, context, parallel, *one) for one in kv)
+
+
+def measured(cell: Cell, plan: ModelPlan) -> Row:
+    """One start, not predicted yet; raises SwitchyardError where the engine does not start or answer."""
+    kind, form, binary = ENGINES[cell.engine]
+    one = driver(kind)
+    found: Installation = one.find(form, binary)
+    serve = Serve(model_id="m", gguf=plan.gguf, port=free_port(), settings=cell.settings(plan))
+    with (
+        tempfile.TemporaryDirectory(prefix="memory-") as folder,
+        Peak(Path(folder)) as peak,
+        serving(one, found, serve, state_dir=Path(folder), log_path=Path(folder) / "log") as served,
+    ):
+        n_tokens = asyncio.run(fill(served, cell))
+        resident = mapped_bytes(process_tree(served.process.pid), [plan.gguf]) or 0
+    return Row(cell, found.version, n_tokens, peak.bytes, resident, 0, 0, 0, 0)
+
+
+def predicted(row: Row, plan: ModelPlan, header: Header) -> Row:
+    settings, (kind, form, _) = row.cell.settings(plan), ENGINES[row.cell.engine]
+    (need,) = estimate(header, settings, kind, memory=PLENTY, hosted=form == "hosted").needs
+    return replace(row, low=need.low, expected=need.expected, high=need.high, expected_mapped=need.mapped)
+
+
+class Peak:
+    """The most private memory that the engine registered in `folder` took with its children, while the block runs.
+
+    Pages that a child shares with its parent since it was forked are counted once (`Pss_Anon`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.bytes = 0
+        self._folder = folder
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(EVERY_S):
+            for register in self._folder.glob("processes/*.json"):
+                with contextlib.suppress(OSError, ValueError):
+                    pid = json.loads(register.read_text())["process"]["pid"]
+                    self.bytes = max(self.bytes, sum(map(private, process_tree(pid))))
+
+
+def private(pid: int) -> int:
+    """Bytes of anonymous memory, resident and swapped; 0 of a process that has ended."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "SwapPss:")))
+    return 0
+
+
+async def fill(served: Served, cell: Cell) -> int:
+    """Tokens of the last prompt; a model with a sliding window gets one for each sequence, which keeps copies of it."""
+    async with client_session() as session:
+        for seed in range(cell.parallel if cell.model == GEMMA else 1):
+            n_tokens = await _filled(session, served, cell, random.Random(seed))
+    return n_tokens
+
+
+async def _filled(session: aiohttp.ClientSession, served: Served, cell: Cell, dice: random.Random) -> int:
+    """Tokens of a prompt that was read; words are left out until they are few enough for one sequence."""
+    words = cell.context // cell.parallel - TOKENS - TEMPLATE_TOKENS
+    while True:
+        prompt = " ".join(dice.choices(WORDS, k=words))
+        body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": TOKENS, "temperature": 0}
+        record = await stream_chat(session, served.endpoint, {**body, "ignore_eos": True}, stall_s=STALL_S)
+        if not record.error:
+            return record.prompt_tokens or 0
+        if record.error_type != "http_4xx" or words < 16:
+            raise SwitchyardError(f"{cell.engine}: {record.error}")
+        words = words * 2 // 3  # a tokenizer that needs more than one token a word
+
+
+# --- the page
+
+
+def written(page: str, rows: Sequence[Row]) -> str:
+    """`page` with the tables of `rows` between its two marks."""
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return "\n".join([f"{head}{BEGIN}", "", *tables(rows), f"{END}{tail}"])
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """Markdown: the engines, then every cell."""
+    found = ["| Engine | Cells | Error, median | p95 | worst | In the interval |", "|---|---|---|---|---|---|"]
+    for engine in ENGINES:
+        ours = [row for row in rows if row.cell.engine == engine]
+        if len(ours) > 1:
+            off = sorted(abs(row.error) for row in ours)
+            figures = (statistics.median(off), statistics.quantiles(off, n=20, method="inclusive")[18], off[-1])
+            covered = f"{sum(row.is_covered for row in ours)} of {len(ours)}"
+            shown = " | ".join(f"{100 * figure:.1f} %" for figure in figures)
+            versions = ", ".join(dict.fromkeys(row.version for row in ours))
+            found.append(f"| {engine} ({versions}) | {len(ours)} | {shown} | {covered} |")
+    found += ["", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    found += [f"| {' | '.join(cells_of(row))} |" for row in sorted(rows, key=lambda row: str(row.cell))]
+    return [*found, ""]
+
+
+def cells_of(row: Row) -> list[str]:
+    cell, error = row.cell, f"{100 * row.error:+.1f} %"
+    attention = {True: "on", False: "off", None: ""}[cell.flash]
+    sizes = (row.private, row.expected - row.expected_mapped, row.resident, row.expected_mapped)
+    span = f"{row.low / MIB:.0f} to {row.high / MIB:.0f}"
+    asked = [cell.engine, cell.model, str(cell.context), str(cell.parallel), cell.kv_type or "", attention]
+    return [*asked, *(f"{size / MIB:.1f}" for size in sizes), error, span if row.is_covered else f"**{span}**"]
+
+
+def picture(rows: Sequence[Row]) -> str:
+    """An SVG: per engine the interval and the expected figure of each cell, over what was measured."""
+    ratio = Scale(0.4, 5.0, log=True, start=PANEL[1] - 30.0, end=26.0)
+    memory = Scale(50.0, 1600.0, log=True, start=44.0, end=PANEL[0] - 14.0)
+    panels = []
+    for number, engine in enumerate(ENGINES):
+        drawn = [el("text", engine, x=44, y=16, class_="name")]
+        for tick in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0):
+            y = ratio.at(tick)
+            drawn.append(el("line", x1=44, x2=PANEL[0] - 14, y1=y, y2=y, class_="one" if tick == 1 else "grid"))
+            drawn.append(el("text", f"{tick:g}×", x=38, y=y + 4, class_="left"))
+        for tick in (50, 100, 200, 400, 800, 1600):
+            drawn.append(el("text", f"{tick}", x=memory.at(tick), y=PANEL[1] - 12, class_="below"))
+        for row in (row for row in rows if row.cell.engine == engine):
+            x, shares = memory.at(row.total / MIB), (row.low, row.expected, row.high)
+            low, expected, high = (ratio.at(share / row.total) for share in shares)
+            drawn.append(el("line", x1=x, x2=x, y1=low, y2=high, class_="span" if row.is_covered else "span out"))
+            drawn.append(el("circle", cx=x, cy=expected, r=3))
+        at = f"translate({number % 2 * PANEL[0]} {number // 2 * PANEL[1]})"
+        panels.append(el("g", *drawn, transform=at))
+    title = "Predicted memory over measured memory, by measured MiB: expected (dots), low to high (lines)"
+    size = f"0 0 {2 * PANEL[0]} {2 * PANEL[1]}"
+    svg = el("svg", el("title", title), el("style", Html(STYLE)), *panels, xmlns=SVG, viewBox=size, role="img")
+    return f"{svg}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

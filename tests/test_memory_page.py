@@ -1,0 +1,44 @@
+"""docs/memory.md is what its command makes of measured cells, and the estimate still predicts them."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import installed
+
+from benchmarks.memory import ENGINES, RESULTS, Row, picture, predicted, read, written
+from engines.model.header import read_header
+from migrations.plan import ModelPlan
+
+CELLS = read(RESULTS)
+
+
+def errors(rows: list[Row]) -> list[float]:
+    return sorted(abs(row.error) for row in rows)
+
+
+def test_the_page_and_its_picture_are_what_the_command_makes() -> None:
+    page = RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert written(page, CELLS) == page
+    assert RESULTS.with_suffix(".svg").read_text(encoding="utf-8") == picture(CELLS)
+
+
+def test_sixty_cells_are_within_5_percent_in_the_median_and_15_at_p95() -> None:
+    """Of each engine; at least 95 % of all lie in their interval."""
+    assert len(CELLS) >= 60
+    for engine in ENGINES:
+        off = errors([row for row in CELLS if row.cell.engine == engine])
+        assert statistics.median(off) <= 0.05, engine
+        assert statistics.quantiles(off, n=20, method="inclusive")[18] <= 0.15, engine
+    assert sum(row.is_covered for row in CELLS) >= 0.95 * len(CELLS)
+
+
+def test_the_estimate_is_the_one_of_the_page() -> None:
+    """Of the model that is installed; a changed estimate needs `python -m benchmarks.memory` again."""
+    plan = ModelPlan(id="m", gguf=installed.smollm2())
+    header = read_header(plan.gguf)
+    ours = [row for row in CELLS if row.cell.model == "smollm2-135m Q4_1"]
+    assert ours
+    for row in ours:
+        assert predicted(replace(row, low=0, expected=0, high=0, expected_mapped=0), plan, header) == row
