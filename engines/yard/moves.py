@@ -334,7 +334,7 @@ class Moves:
     async def _bring_up(self, route: Route, target: Unit, report: Say, within_s: float | None = None) -> None:
         if target.state.serves:
             return
-        report(f"starting {target.engine} {target.spec.version}")
+        report(f"{'asking' if target.spec.url else 'starting'} {target.engine} {target.spec.version}")
         try:
             await target.ready(self._yard.settings.move_s if within_s is None else within_s, first_try=True)
         except EngineError as error:
@@ -349,7 +349,8 @@ class Moves:
             await unit.idle()
             await unit.stop()
             if running:
-                report(f"{unit.engine} stopped")
+                what = "runs on, without requests from here" if unit.spec.url else "stopped"  # others run that one
+                report(f"{unit.engine} {what}")
 
     async def _bring_up_beside(self, route: Route, target: Unit, report: Say) -> None:
         if target.state.serves:

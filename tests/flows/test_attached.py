@@ -120,7 +120,10 @@ def test_they_are_promoted_and_rolled_back_and_left_alone(
     assert {engine["pid"] for engine in route()["engines"]} == {None}
     assert switchyard("canary", "m", "--weight", "0.5", "--yes").returncode == 0
     assert route()["canary"]["engine"] == "two"
-    assert switchyard("promote", "m", "--yes").returncode == 0
+    promoted = switchyard("promote", "m", "--yes")
+    assert promoted.returncode == 0
+    assert "one runs on, without requests from here" in promoted.stdout + promoted.stderr
+    assert "stopped" not in promoted.stdout + promoted.stderr
     assert answered_by() == "two"
     assert switchyard("rollback", "m").returncode == 0
     assert answered_by() == "one"
