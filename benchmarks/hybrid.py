@@ -153,7 +153,7 @@ def _measured(
             say(yard.order(order, say, model=MODEL, **fields))
             _settled(yard, overflows=fields.get("on", False))
             before = time.time()
-            seen = asyncio.run(_crowd(f"http://127.0.0.1:{port}", options.users, options.seconds))
+            seen = asyncio.run(_crowd(f"http://127.0.0.1:{port}", way, options.users, options.seconds))
             by = Counter(one["engine"] for one in yard.samples(MODEL) if one["at"] >= before)
             rows.append((way, seen, by))
             say(f"{way}: {seen.conversations} conversations; failed: {seen.failed[:1]}")
@@ -173,24 +173,26 @@ def _settled(yard: YardClient, *, overflows: bool) -> None:
         time.sleep(POLL_S)
 
 
-async def _crowd(address: str, users: int, seconds: float) -> Seen:
+async def _crowd(address: str, way: str, users: int, seconds: float) -> Seen:
     """So many users at once; what ends in the window that begins SETTLE_S later counts."""
     seen = Seen()
     begins = time.monotonic() + SETTLE_S
     ends = begins + seconds
     async with client_session() as session, asyncio.timeout(SETTLE_S + seconds + UP_S):
-        await asyncio.gather(*(_user(session, address, number, begins, ends, seen) for number in range(users)))
+        await asyncio.gather(
+            *(_user(session, address, f"{way}, {number}", begins, ends, seen) for number in range(users))
+        )
     seen.load = os.getloadavg()[0]
     return seen
 
 
 async def _user(
-    session: aiohttp.ClientSession, address: str, number: int, begins: float, ends: float, seen: Seen
+    session: aiohttp.ClientSession, address: str, user: str, begins: float, ends: float, seen: Seen
 ) -> None:
-    dice = random.Random(number)
+    dice = random.Random(user)  # a conversation of an earlier way would stay where it was
     endpoint = Endpoint(base_url=address, model_id=MODEL, engine="yard")
     while time.monotonic() < ends:
-        messages = [{"role": "system", "content": f"You talk with user {number}: {dice.random()}"}]
+        messages = [{"role": "system", "content": f"You talk with user {user}: {dice.random()}"}]
         for _ in range(TURNS):
             messages.append({"role": "user", "content": " ".join(dice.choices(WORDS, k=PROMPT_WORDS))})
             body = {"messages": messages, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
