@@ -12,8 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from processes import HOME
-from switchyard_command import command
+from switchyard_command import command, environment_of
 from waiting import until
 
 from engines.yard.client import YardClient
@@ -29,9 +28,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(home: Path) -> dict[str, str]:
-    """The environment of a user who has set nothing but SWITCHYARD_HOME."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-    return {**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}
+    return environment_of(home)
 
 
 @dataclass(frozen=True)

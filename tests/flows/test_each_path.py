@@ -1,15 +1,14 @@
 """Each path with each method, asked of the engine itself and through the yard: what differs is listed."""
 
 import json
-import os
 import re
 import subprocess
 
 import httpx
 import installed
 import pytest
-from processes import HOME
 from real_yard import LOCAL, Yard
+from switchyard_command import environment_of
 from waiting import until
 
 from engines.process.serving import free_port
@@ -37,8 +36,7 @@ MISTRAL_RS = """
 def yard(tmp_path):
     """Of its own for each test: paths that were used are remembered, and keep an engine without them from serving."""
     folder, home = tmp_path, tmp_path / "home"
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-    yard = Yard({**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}, home, folder)
+    yard = Yard(environment_of(home), home, folder)
     yield yard.ready()
     yard.end()
 

@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import shutil
 import subprocess
 import threading
@@ -12,8 +11,8 @@ from pathlib import Path
 import httpx
 import installed
 import pytest
-from processes import HOME
 from real_yard import HELLO, LOCAL, Yard
+from switchyard_command import environment_of
 from waiting import until
 
 from engines.process.serving import free_port
@@ -45,8 +44,7 @@ async url => {
 
 def started(folder, **options):
     home = folder / "home"
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-    return Yard({**kept, "SWITCHYARD_HOME": str(home), HOME: str(home), "COLUMNS": "200"}, home, folder, **options)
+    return Yard(environment_of(home), home, folder, **options)
 
 
 @pytest.fixture(scope="module")

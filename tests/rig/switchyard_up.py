@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -16,9 +15,9 @@ from typing import Any
 
 import httpx
 import psutil
-from processes import HOME, of_home
+from processes import of_home
 from real_yard import HELLO, LOCAL, plan_text
-from switchyard_command import command
+from switchyard_command import command, environment_of
 from traffic import traffic
 from waiting import until
 
@@ -47,8 +46,7 @@ class Up:
         self.port, self.prefect = free_port(), free_port()
         self.plan = folder / "plan.toml"
         self.plan.write_text(plan_text(self.port, context=512, models=parts))
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SWITCHYARD_"))}
-        self.environment = {**kept, "SWITCHYARD_HOME": str(self.home), HOME: str(self.home), "COLUMNS": "200"}
+        self.environment = environment_of(self.home)
         self.yard = YardClient(self.home)
         self.lost: list[str] = []  # requests of clients without a whole answer: when, which, why
         self.process: subprocess.Popen[bytes] | None = None
