@@ -42,7 +42,8 @@ def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         shown.append(("news", f"Shadow: {shadow['engine']} gets copies of {shadow['share']:.0%}{_verdict(shadow)}"))
     if over := model.get("overflow"):
         shown.append(_overflow(over))
-    if last := model.get("last_canary"):
+    # of one that was promoted the records have the verdict: the yard judged it a moment earlier
+    if (last := model.get("last_canary")) and last.get("engine") != model["committed"]:
         shown.append(("muted", f"Last canary{_verdict(last)}"))
     for engine in model.get("engines", ()):
         if engine["engine"] == model["serving"] and (prompts := engine.get("prompts")):

@@ -135,6 +135,14 @@ def test_everything_that_comes_from_outside_is_escaped():
     assert html.count("&lt;script&gt;") >= 14
 
 
+@pytest.mark.parametrize(("committed", "shown"), [("old", True), ("new", False)])
+def test_the_last_canary_is_shown_until_its_engine_serves(committed, shown):
+    """The yard judged one that was promoted a moment before the flow did, which has the verdict."""
+    last = {"engine": "new", "verdict": "INCONCLUSIVE", "why": "21 more answers"}
+    html = page(status(engine(), committed=committed, last_canary=last))
+    assert ("21 more answers" in html) is shown
+
+
 def test_what_was_not_measured_is_not_a_number():
     html = page(status(engine(state="ready", pid=7)))
     assert "not measured" in html
