@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from engines.deadline import in_thread
 from engines.driver import Driver
 from engines.process.cpu_wait import is_stopped
 from engines.process.readiness import CHAT, is_proof, refusal_words, smallest_request
 from engines.yard.engine.connection import EngineConnection, Gone
+from engines.yard.engine.drift import Drift
 from engines.yard.engine.health import PATIENCE, Health, stall_limit_s, token_limit_s
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.launch_spec import LaunchSpec
@@ -34,7 +36,8 @@ DEFAULT_BATCH_TOKENS = 2048
 class Liveness:
     """The evidence on one process; `seen` is what its readiness showed. `wake` asks for a verdict at once.
 
-    `trusted` is called when an engine that failed requests has proved that it still works.
+    `trusted` is called when an engine that failed requests has proved that it still works, `drifted` with an incident's
+    words when its answers changed.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Liveness:
         stats: EngineStats,
         seen: Mapping[str, Any],
         *,
+        drift: Drift,
+        drifted: Callable[[str], None],
         wake: Callable[[], None],
         trusted: Callable[[], None],
     ) -> None:
@@ -56,6 +61,7 @@ class Liveness:
         self._pid, self._spec, self._driver, self._connection = pid, spec, driver, connection
         self._in_flight, self._stats = in_flight, stats
         self._wake, self._trusted = wake, trusted
+        self.drift, self._drifted = drift, drifted
         self._served_name = spec.served_name(driver)
         self._silence = Silence(pid)
         self._counters: tuple[int, ...] = ()
@@ -127,6 +133,8 @@ class Liveness:
                 return None
             self._asked = now
             return asyncio.create_task(self._ask_progress())
+        if self.drift.is_due and self._is_neutral():
+            return asyncio.create_task(self._ask_drift())
         every = self.settings.probe_every_s if not self._missed else min(self.settings.probe_every_s, ASK_TIMEOUT_S)
         if now - max(self._progressed, self._probed) < every:
             return None
@@ -162,13 +170,35 @@ class Liveness:
                 self._step_s, self._counters, self._progressed = now - self._progressed, counters, now
 
     async def _ask_idle(self) -> None:
-        # a completion would push the client's prompt out of an engine with a single slot, or queue behind a request
-        # whose client takes nothing: its own loop answers instead
-        neutral = not self._slots_taken() and (self._driver.probe_is_neutral or not self._cached)
+        neutral = self._is_neutral()  # else its own loop answers
         alive = not await self._one_token() if neutral else await self._progress() is not None
         if not self._working():  # a client that came meanwhile is the better evidence
             self._missed = 0 if alive else self._missed + 1
             self._wake()
+        if alive and neutral and self._is_neutral():
+            await self._ask_drift()
+
+    def _is_neutral(self) -> bool:
+        """Whether a completion of ours is in nobody's way.
+
+        It would push the client's prompt out of an engine with a single slot, or queue behind a request whose client
+        takes nothing.
+        """
+        return not self._slots_taken() and (self._driver.probe_is_neutral or not self._cached)
+
+    async def _ask_drift(self) -> None:
+        if not self.drift.is_possible:
+            return
+
+        async def ask() -> tuple[int, bytes]:
+            path, body = await in_thread(self.drift.request, name="header of a model")
+            async with self._connection.ask("POST", path, body) as answer:
+                return answer.status, await answer.read()
+
+        with contextlib.suppress(Gone):  # whether it works is for others to find out
+            answer = await in_time(self._pid, ask(), max(self.settings.wedged_after_s, PATIENCE * self._token_s))
+            if incident := self.drift.take(*(answer or (0, b""))):
+                self._drifted(incident)
 
     async def _ask_after_failures(self) -> None:
         """Find out whether the engine or the requests are at fault, a client's cached prompt or not."""

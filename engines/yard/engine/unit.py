@@ -28,6 +28,7 @@ from engines.process.readiness import PROOFS, exit_reason, last_lines, wait_read
 from engines.process.serving import free_port, launch
 from engines.settings import Serve
 from engines.yard.engine.connection import EngineConnection
+from engines.yard.engine.drift import Drift
 from engines.yard.engine.health import Health, RestartBudget, Transition
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.incident import keep_evidence
@@ -230,6 +231,11 @@ class Unit:
         else:
             self._announce()
 
+    @property
+    def drift(self) -> str:
+        """Whether its process answers as earlier ones did, in words; '' while none serves."""
+        return "" if self._liveness is None else self._liveness.drift.words
+
     # --- the owner
 
     async def _supervise(self) -> None:
@@ -357,6 +363,8 @@ class Unit:
             self.in_flight,
             self.stats,
             seen,
+            drift=Drift(self.spec, self._home, self.spec.served_name(self.driver)),
+            drifted=partial(self._incident, self),
             wake=self._wake.set,
             trusted=self._announce,
         )

@@ -125,6 +125,7 @@ class Status:
             "device": vars(unit.device),
             "restarts": unit.restarts,
             "prompts": unit.prompts.status(),
+            "drift": unit.drift,
             "context_tokens": unit.context_tokens,
             "ignored_fields": self._yard.usage.ignored(unit.ignores),
         }

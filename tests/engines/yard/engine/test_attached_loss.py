@@ -16,7 +16,8 @@ from engines.yard.settings import YardSettings
 def liveness(url: str) -> Liveness:
     spec: Any = SimpleNamespace(url=url, settings=Settings(), served_name=lambda _: "m")
     parts: Any = (None, YardSettings(), None, set(), None)
-    return Liveness(0, spec, *parts, {}, wake=lambda: None, trusted=lambda: None)
+    drift: Any = None
+    return Liveness(0, spec, *parts, {}, drift=drift, drifted=print, wake=lambda: None, trusted=lambda: None)
 
 
 @pytest.mark.parametrize(
