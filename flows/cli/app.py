@@ -42,6 +42,7 @@ COMMANDS = {
     "incident": "Show what was kept of an engine before it was killed (log, threads, stacks), or list such incidents.",
     "history": "List the runs so far, newest first.",
     "report": "Write a run's HTML report again from its records, every verdict recomputed from the raw evidence.",
+    "bench": "Measure what the yard adds on this machine: to the first token, to a call, and in CPU a chunk.",
     "serve": "Serve every model of the plan on one public port and supervise its engines, in the foreground.",
     "promote": "Move a model to another engine without failing a request; the way back is saved first.",
     "rollback": "Move a model back to its last good route, proven by a real token; a canary is removed first.",
