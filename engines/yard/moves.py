@@ -312,7 +312,7 @@ class Moves:
                 route.holding = True
                 await old.prompts.save(old.connection)
                 with contextlib.suppress(RestoreBroke):  # the target is started again by its supervisor
-                    await target.prompts.restore(target.connection)
+                    await target.restore_prompts()
         finally:
             route.holding = held
             route.hand_over()

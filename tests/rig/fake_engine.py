@@ -199,6 +199,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def timings(self, body: dict) -> dict:
         """A token for each character of the prompt; what begins as what lies in the slot is found there."""
+        if body.get("max_tokens") == 1:  # a probe: its driver says that those are neutral
+            return {}
         prompt = json.dumps(body.get("messages"))
         alike = (a == b for a, b in zip(prompt, SLOT["found"], strict=False))
         cached = sum(itertools.takewhile(bool, alike))

@@ -36,7 +36,7 @@ DEFAULT_BATCH_TOKENS = 2048
 class Liveness:
     """The evidence on one process; `seen` is what its readiness showed. `wake` asks for a verdict at once.
 
-    `trusted` is called when an engine that failed requests has proved that it still works, `drifted` with an incident's
+    `free` is called when it may be given requests again that had to wait, `drifted` with an incident's
     words when its answers changed.
     """
 
@@ -54,13 +54,14 @@ class Liveness:
         drift: Drift,
         drifted: Callable[[str], None],
         wake: Callable[[], None],
-        trusted: Callable[[], None],
+        free: Callable[[], None],
     ) -> None:
         self.settings = settings
+        self.probes_slot = False  # by a request of ours: clients wait for a moment
         self.doubted = False  # too many requests failed: it gets none until a probe has decided
         self._pid, self._spec, self._driver, self._connection = pid, spec, driver, connection
         self._in_flight, self._stats = in_flight, stats
-        self._wake, self._trusted = wake, trusted
+        self._wake, self._free = wake, free
         self.drift, self._drifted = drift, drifted
         self._served_name = spec.served_name(driver)
         self._silence = Silence(pid)
@@ -189,16 +190,25 @@ class Liveness:
     async def _ask_drift(self) -> None:
         if not self.drift.is_possible:
             return
+        path, body = await in_thread(self.drift.request, name="header of a model")
+        if not self._is_neutral():  # a client came meanwhile
+            return
 
         async def ask() -> tuple[int, bytes]:
-            path, body = await in_thread(self.drift.request, name="header of a model")
             async with self._connection.ask("POST", path, body) as answer:
                 return answer.status, await answer.read()
 
-        with contextlib.suppress(Gone):  # whether it works is for others to find out
+        # a client's prompt that is read before ours would lose its place to it
+        self.probes_slot = not self._driver.probe_is_neutral
+        try:
             answer = await in_time(self._pid, ask(), max(self.settings.wedged_after_s, PATIENCE * self._token_s))
             if incident := self.drift.take(*(answer or (0, b""))):
                 self._drifted(incident)
+        except Gone:
+            pass  # whether it works is for others to find out
+        finally:
+            self.probes_slot = False
+            self._free()
 
     async def _ask_after_failures(self) -> None:
         """Find out whether the engine or the requests are at fault, a client's cached prompt or not."""
@@ -209,7 +219,7 @@ class Liveness:
         else:
             self.doubted, self._missed = False, 0
             self._failures.clear()
-            self._trusted()
+            self._free()
         self._wake()
 
     async def _progress(self) -> bytes | None:

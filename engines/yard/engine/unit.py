@@ -164,6 +164,11 @@ class Unit:
         while self._process_runs and not self._wanted:
             await self._moved.wait()
 
+    async def restore_prompts(self) -> None:
+        """Bring saved prompts into its slots, where no probe takes their place. Raises RestoreBroke."""
+        if await self.prompts.restore(self.connection) and self._liveness is not None:
+            self._liveness.request_taken()
+
     async def idle(self) -> None:
         while self.in_flight:
             await self._moved.wait()
@@ -198,8 +203,9 @@ class Unit:
 
     @property
     def has_room(self) -> bool:
-        doubted = self._liveness is not None and self._liveness.doubted
-        return self.accepts and not doubted and self.slots_taken < self.slots
+        liveness = self._liveness
+        waits = liveness is not None and (liveness.doubted or liveness.probes_slot)
+        return self.accepts and not waits and self.slots_taken < self.slots
 
     @property
     def slots_taken(self) -> int:
@@ -366,12 +372,11 @@ class Unit:
             drift=Drift(self.spec, self._home, self.spec.served_name(self.driver)),
             drifted=partial(self._incident, self),
             wake=self._wake.set,
-            trusted=self._announce,
+            free=self._announce,
         )
         if self._restores:
             try:
-                if await self.prompts.restore(self._connection):
-                    self._liveness.request_taken()  # no probe may take their place
+                await self.restore_prompts()
             except RestoreBroke:
                 await self._end(0)
                 return await self._start()
