@@ -24,6 +24,7 @@ from engines.errors import BadInput
 from engines.model.header import read_header
 from engines.openai.paths import CHAT
 from engines.process.readiness import TEXT, smallest_request
+from engines.units import figure
 from engines.yard.engine.launch_spec import LaunchSpec
 
 ALTERNATIVES = 10
@@ -106,8 +107,8 @@ class Drift:
         if baseline is None:
             return ""
         return (
-            f"it answers differently than on {_day(baseline)}: likely next tokens differ by {min(moved):.2g} nats "
-            f"(limit {_limit(baseline):.2g}). Check whether its model file, chat template or program was replaced, "
+            f"it answers differently than on {_day(baseline)}: likely next tokens differ by {figure(min(moved))} nats "
+            f"(limit {figure(_limit(baseline))}). Check whether its model file, chat template or program was replaced, "
             "and evaluate it again; later answers are compared with the present ones"
         )
 
