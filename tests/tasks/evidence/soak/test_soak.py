@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fake_driver import FakeDriver
 
+from engines.errors import BadInput
 from engines.process.process import registered
 from engines.settings import Settings
 from tasks.evidence.engine_under_test import EngineUnderTest
@@ -179,6 +180,13 @@ def test_no_failure_bounds_the_rate_at_three_over_the_time(days: float, upper: f
     """-ln(0.05) / T, 95 % confidence."""
     rate = named(judge([segment()], [segment(days=days)], days * DAY_S))["failure_rate_upper95"]
     assert rate.value == pytest.approx(upper, rel=1e-3)
+
+
+def test_a_last_turn_that_overruns_a_short_soak_is_no_other_unit() -> None:
+    """On a starved machine a turn may take twenty times the two seconds of a soak; a thousand times is an error."""
+    assert named(judge([segment()], [segment(exposure_s=40.0)], soak_s=2.0))["failures"].verdict is Verdict.PASS
+    with pytest.raises(BadInput, match="another unit"):
+        judge([segment()], [segment(exposure_s=2000.0)], soak_s=2.0)
 
 
 def test_three_clean_days_prove_less_than_one_failure_a_day() -> None:
