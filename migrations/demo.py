@@ -109,7 +109,8 @@ def demo_blocks(home: Path, *, soak_s: float | None = None) -> Iterator[Block]:
             name=f"{DEMO_NAME}: weights",
             measure=measure,
             settings=SETTINGS,
-            limits=Limits(**dict.fromkeys(SPEED, SLOWER_ENGINE)),
+            # it multiplies F16 weights as f32: twice the memory
+            limits=Limits(**dict.fromkeys(SPEED, SLOWER_ENGINE), memory_peak_ratio=SLOWER_ENGINE),
         ),
         quick=True,
     )
