@@ -56,7 +56,7 @@ def really(engine: str, installation: Installation, path: Path) -> tuple[bool, s
     """Whether it gives a token, and why not; a port that another process took first says nothing of the model."""
     log = path.with_name(f"{engine}.log")
     while True:
-        serve = Serve(model_id="m", gguf=path, port=free_port(), settings=Settings(context_tokens=512, threads=2))
+        serve = Serve(model_id="m", gguf=path, port=free_port(), settings=Settings(context_tokens=512, threads=1))
         try:
             with serving(driver(engine), installation, serve, state_dir=path.parent, log_path=log, stall_s=60):
                 return True, ""

@@ -129,6 +129,6 @@ def test_both_engines_load_it(tmp_path: Path, kind: str, engine: str) -> None:
     done = requantize(installed.smollm2(*installed.BOTH), tmp_path / "m.gguf", kind)
     one = driver(engine)
     found = one.find("binary" if engine == "llama.cpp" else "hosted")
-    serve = Serve(model_id="m", gguf=done.path, port=free_port(), settings=Settings(context_tokens=512, threads=2))
+    serve = Serve(model_id="m", gguf=done.path, port=free_port(), settings=Settings(context_tokens=512, threads=1))
     with serving(one, found, serve, state_dir=tmp_path, log_path=tmp_path / "log") as served:
         assert served.endpoint.model_id
