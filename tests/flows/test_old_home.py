@@ -57,10 +57,10 @@ def environment(home):
     return {**kept, "SWITCHYARD_HOME": str(home.path), "SWITCHYARD_HOST": HOST, "COLUMNS": "300"}
 
 
-def switchyard(home, *arguments):
+def switchyard(home, *arguments, **more):
     return subprocess.run(
         command(*arguments),
-        env=environment(home),
+        env={**environment(home), **more},
         cwd=home.user,
         text=True,
         capture_output=True,
@@ -90,6 +90,12 @@ def yard(home, argv=None, cwd=None, env=None):
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+
+
+@pytest.fixture
+def prefect(prefect_of_all):
+    """The home has nothing of Prefect's: a server that runs is as good as one of the command's own."""
+    return {"PREFECT_API_URL": prefect_of_all.url}
 
 
 def health(home):
@@ -175,12 +181,12 @@ def test_the_report_of_a_finished_run_has_the_verdicts_that_were_stored(used):
 
 
 @pytest.mark.engine
-def test_a_broken_off_evaluation_is_resumed_and_keeps_what_it_has(used):
+def test_a_broken_off_evaluation_is_resumed_and_keeps_what_it_has(used, prefect):
     run_id = used.run_id("running")
     query = "select arm, kind, key, recorded_at from evidence where run_id = ? and model_id = 'smollm2'"
     before = set(used.rows(query, run_id))
     assert {("both", "preflight"), ("both", "performance")} <= {(arm, kind) for arm, kind, *_ in before}
-    done = switchyard(used, "evaluate", used.plan, "--resume", "latest", "--json")
+    done = switchyard(used, "evaluate", used.plan, "--resume", "latest", "--json", **prefect)
     outcome = json_of(done)
     (model,) = outcome["models"]
     open_ = [c["check"] + ": " + c["why"] for c in model["checks"] if c["required"] and c["verdict"] != "PASS"]
@@ -189,12 +195,12 @@ def test_a_broken_off_evaluation_is_resumed_and_keeps_what_it_has(used):
 
 
 @pytest.mark.engine
-def test_a_finished_evaluation_still_opens_the_gate_of_a_migration(used):
+def test_a_finished_evaluation_still_opens_the_gate_of_a_migration(used, prefect):
     """On a yard that has moved nothing yet."""
     shutil.rmtree(used.path / "yard")
     decided = ("--without-canary", "--without-rehearsal", "--who", "Ada", "--reason", "only the gate is asked here")
     try:
-        done = switchyard(used, "migrate", used.plan, "--phase", "subprocess", *decided, "--json")
+        done = switchyard(used, "migrate", used.plan, "--phase", "subprocess", *decided, "--json", **prefect)
         (model,) = json_of(done)["models"]
         gate = next(check for check in model["checks"] if check["check"] == "phase_1.gate")
         assert (gate["verdict"], gate["why"]) == ("PASS", f"run {used.run_id('done')} opened it")
@@ -208,13 +214,13 @@ def test_a_finished_evaluation_still_opens_the_gate_of_a_migration(used):
 
 
 @pytest.mark.engine
-def test_the_yard_serves_the_promoted_engine_soaks_on_and_rolls_back(used):
+def test_the_yard_serves_the_promoted_engine_soaks_on_and_rolls_back(used, prefect):
     windows = "select key, recorded_at from evidence where kind = 'soak' and arm = 'candidate' and run_id = ?"
     run_id = used.run_id("interrupted", "soak")
     before = set(used.rows(windows, run_id))
     with yard(used) as client:
         assert serving(client) == NEW
-        soak = json_of(switchyard(used, "soak", "--window", "4", "--json"))
+        soak = json_of(switchyard(used, "soak", "--window", "4", "--json", **prefect))
         assert soak["models"][0]["windows"] == 3, soak
         assert soak["run_id"] == run_id
         assert before < set(used.rows(windows, run_id))
