@@ -27,6 +27,7 @@ from engines.errors import (
 from engines.process.attached import NO_PID
 from engines.process.cpu_wait import CpuWait, is_stopped
 from engines.process.process import ManagedProcess
+from engines.process.telemetry import process_tree
 from engines.settings import Serve
 
 POLL_S = 0.05
@@ -70,7 +71,7 @@ class _LoadClock:
         self._logged = -1
         self._loaded: tuple[int, int] = (-1, -1)
         self._moved_at = self._loaded_at = time.monotonic()
-        self._waits = CpuWait(lambda: [member.pid for member in child.tree()])
+        self._waits = CpuWait(lambda: process_tree(child.pid))
         self._marked = False
 
     def stalled_s(self) -> float:
@@ -88,8 +89,9 @@ class _LoadClock:
 
     def _look(self) -> None:
         resident = read = 0
-        for member in self._child.tree():
+        for pid in process_tree(self._child.pid):
             with contextlib.suppress(psutil.Error, AttributeError):
+                member = psutil.Process(pid)
                 resident += member.memory_info().rss
                 read += member.io_counters().read_bytes
         # in steps of 1 MiB: a few pages of bookkeeping are not progress

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from engines.deadline import in_thread
 from engines.process.process import ManagedProcess
-from engines.process.telemetry import private_bytes, vram_bytes
+from engines.process.telemetry import private_bytes, process_tree, vram_bytes
 from engines.yard.engine.health import Rate
 from engines.yard.engine.in_flight import InFlight
 
@@ -49,7 +49,7 @@ class EngineStats:
         self.sampled_at, self._tokens_then = now, tokens
 
         def measured() -> tuple[int | None, int | None]:
-            pids = [member.pid for member in child.tree()]
+            pids = process_tree(child.pid)
             return private_bytes(pids), vram_bytes(pids)
 
         self.memory_bytes, self.vram_bytes = await in_thread(measured, name="memory of an engine")
