@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import select
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -55,7 +56,22 @@ class Stub(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         self.last_prompt = ""
         self.running = 0
+        self.connections: set[Any] = set()
         self.upset = False
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """Close what clients keep open, as the end of a process does: its threads would answer on."""
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
@@ -69,6 +85,7 @@ def stub(*habits: str) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+        server.hang_up()
         thread.join()
 
 

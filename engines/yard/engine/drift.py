@@ -56,12 +56,12 @@ class Drift:
         self._path = ""
         self._baseline: Baseline | None = None  # once an answer came
         self._answers: list[Tops] = []  # that make the baseline, or lie beyond it
-        self._looked = self._off = False
+        self._asked = self._looked = self._off = False
 
     @property
     def is_due(self) -> bool:
-        """True until this process is known to answer as it did before, or is found not to say."""
-        return not self._off and (not self._looked or bool(self._answers))
+        """True until this process has been asked, and while its answers leave it open."""
+        return not self._off and (not self._asked or bool(self._answers))
 
     @property
     def is_possible(self) -> bool:
@@ -88,7 +88,7 @@ class Drift:
 
     def take(self, status: int, answer: bytes) -> str:
         """The words of an incident, where this answer proves a change; else ''."""
-        tops = _tops(answer) if status == 200 else {}
+        self._asked, tops = True, _tops(answer) if status == 200 else {}
         if len(tops) < 2:
             self._off = True  # this engine does not list alternatives
             return ""
@@ -111,6 +111,11 @@ class Drift:
             f"(limit {figure(_limit(baseline))}). Check whether its model file, chat template or program was replaced, "
             "and evaluate it again; later answers are compared with the present ones"
         )
+
+    def no_answer(self) -> None:
+        """Wait for the next liveness probe: nothing may keep one from finding out what is wrong."""
+        self._asked = True
+        self._answers.clear()
 
     def _known(self) -> dict[str, Baseline]:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # pydantic's error is a ValueError

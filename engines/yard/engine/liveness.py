@@ -205,7 +205,7 @@ class Liveness:
             if incident := self.drift.take(*(answer or (0, b""))):
                 self._drifted(incident)
         except Gone:
-            pass  # whether it works is for others to find out
+            self.drift.no_answer()
         finally:
             self.probes_slot = False
             self._free()

@@ -117,6 +117,18 @@ def test_an_engine_without_alternatives_is_asked_once(tmp_path, status, answer):
     assert not drift.is_possible
 
 
+def test_an_engine_that_does_not_answer_is_left_to_the_liveness_probes(tmp_path):
+    """Asked over and over, it would keep them from finding out that it is gone."""
+    drift = Drift(spec(tmp_path), tmp_path, "m")
+    drift.no_answer()
+    assert not drift.is_due
+    assert drift.is_possible, "asked again once a liveness probe succeeded"
+    drift.take(200, chat(TOPS))
+    assert drift.is_due
+    drift.no_answer()
+    assert not drift.is_due
+
+
 @pytest.mark.parametrize("stored", [b"", b"[1]", b'{"x": 1}', b'{"x": {"tops": "no"}}', b"\xff"])
 def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path, stored):
     file = tmp_path / "yard" / "drift.json"
