@@ -29,7 +29,7 @@ from engines.home import host
 from engines.process.process import LAUNCHER
 from engines.redaction import redacted
 
-Event = Literal["incident", "fallback", "rollback", "soak breach", "approval waiting", "candidate ready"]
+Event = Literal["incident", "fallback", "rollback", "soak breach", "approval waiting", "candidate ready", "drift"]
 VARIABLE = r"^[A-Z_][A-Z0-9_]*$"
 LIMIT_S = 10.0  # of one webhook, or one command
 POLL_S = 0.05

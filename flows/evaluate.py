@@ -14,6 +14,7 @@ from prefect.artifacts import create_image_artifact
 from flows.evaluation import measure
 from flows.evaluation.estimate import estimate, still_takes
 from flows.evaluation.judge import settled
+from flows.evaluation.nights import look_at_nights
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.run import opened
 from flows.evaluation.soak import leave_soak_out, soak
@@ -64,6 +65,8 @@ def evaluate(
             try_model(trial, with_soak=with_soak)
         progress.get().note(engine_share(bench.clock.seconds, time.monotonic() - began))
         outcome = judge(bench, trials)
+        if not quick:
+            outcome["drift"] = look_at_nights(bench, trials)
         run.finish("done", verdict=Verdict(outcome["verdict"]))
         outcome = report(bench.records, bench.home, outcome)
         publish(bench.records, bench.home, outcome)

@@ -139,6 +139,14 @@ def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def print_drift(changes: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line a change for the worse over the nights, and where its plot is."""
+    for one in changes:
+        out.print(f"drift: {one['what']}", style="yellow", markup=False, highlight=False)
+    if changes:
+        out.print(f"  plots: switchyard report {changes[0]['run_id']}", markup=False)
+
+
 def run_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """One row a run, newest first; a narrow terminal cuts the host and the plan's name, never what people type."""
     table = Table(box=None, padding=(0, 1, 0, 0))

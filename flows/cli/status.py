@@ -24,8 +24,9 @@ from engines.yard.client import YardClient
 from engines.yard.ports.notes import notes, one_line, retired
 from flows.cli.history import run_row
 from flows.cli.options import Json
-from flows.cli.output import next_command, out, prepared_home, print_json, run_table
+from flows.cli.output import next_command, out, prepared_home, print_drift, print_json, run_table
 from migrations.demo import WHOLE_DEMO_NAME
+from tasks.evidence.nights import known_drift
 from tasks.records.store import DATABASE, LOCKED_S, READ_S, open_records
 
 STATES = {
@@ -87,6 +88,7 @@ def _print_evaluations(state: Mapping[str, Any], of_yard: set[int | None]) -> No
             out.print(f"  {engine['name']} (pid {engine['pid']}), {size(engine['memory_bytes'])}")
     for ended in state["ended"]:
         out.print(f"  ended a process left behind by a killed run: {ended}")
+    print_drift(state["drift"])
     if last := state["last"]:
         out.print(run_table([last]), soft_wrap=False)
         if last["error"] and last["status"] != "done":
@@ -113,21 +115,26 @@ def current(home: Path) -> dict[str, Any]:
     `records` is None, or one line that says why no run is shown: they are locked, unreadable or out of reach.
     """
 
-    def read() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    def read() -> tuple[list[dict[str, Any]], dict[str, Any] | None, list[dict[str, Any]]]:
         with open_records(wait_s=LOCKED_S) as records:
             runs = records.history(50)
-            return [
-                {**run_row(run), "pid": run.owner_pid, "evidence": len(records.list_evidence(run.id))}
-                for run in runs
-                if run.shown_status == "running"
-            ], next((run_row(run) for run in runs if run.owner_host == host()), None)
+            return (
+                [
+                    {**run_row(run), "pid": run.owner_pid, "evidence": len(records.list_evidence(run.id))}
+                    for run in runs
+                    if run.shown_status == "running"
+                ],
+                next((run_row(run) for run in runs if run.owner_host == host()), None),
+                known_drift(records, host()),
+            )
 
     reading = Background(DATABASE, read)
     ended = end_orphans(home)
     running: list[dict[str, Any]] = []
+    drift: list[dict[str, Any]] = []
     last = problem = None
     try:
-        running, last = reading.result(READ_S)
+        running, last, drift = reading.result(READ_S)
     except SwitchyardError as error:
         problem = str(error)
     return {
@@ -138,6 +145,7 @@ def current(home: Path) -> dict[str, Any]:
         ],
         "ended": ended,
         "last": last,
+        "drift": drift,
     }
 
 

@@ -276,6 +276,20 @@ class Records(_Database):
         with self.read() as session:
             return list(session.scalars(query))
 
+    def evidence_of_runs(
+        self, kind: str, *, run_kind: str, name: str, host: str, until: datetime
+    ) -> list[tuple[datetime, str, Evidence]]:
+        """A kind of evidence of all runs of a plan on a host that began by `until`: begin, plan hash and evidence."""
+        query = (
+            select(col(Run.started_at), col(Run.plan_hash), Evidence)
+            .join(Run, col(Evidence.run_id) == col(Run.id))
+            .where(col(Run.kind) == run_kind, col(Run.name) == name, col(Run.owner_host) == host)
+            .where(col(Run.started_at) <= until, col(Evidence.kind) == kind)
+            .order_by(col(Run.started_at), col(Evidence.id))
+        )
+        with self.read() as session:
+            return [(began, plan, evidence) for began, plan, evidence in session.execute(query)]
+
     def drop_evidence(self, run_id: str, model_id: str, arm: Arm, kind: str, *, key: str = "") -> None:
         """Delete one piece of evidence, so that a resumed run measures it; none is no error."""
         query = delete(Evidence).filter_by(run_id=run_id, model_id=model_id, arm=arm, kind=kind, key=key)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.units import NOT_MEASURED, duration, figure
+from tasks.evidence.nights import FAILURES, NightSeries
 from tasks.evidence.performance import RATIOS, Workload, memory_metric, metrics
 from tasks.evidence.tool_calls.judge import KIND as TOOL_CALLS
 from tasks.evidence.tool_calls.judge import batches_of, tool_call_differences, tool_call_rows
@@ -22,6 +23,7 @@ from tasks.verdicts.verdict import CheckResult, Verdict
 
 ANSWER_CHARS = 4000
 MAX_ANSWERS = 80
+NIGHTS_SHOWN = 3
 LATENCIES = (
     ("ttft_ms", "Time to first token (TTFT)"),
     ("tpot_ms", "Time per output token (TPOT)"),
@@ -43,8 +45,8 @@ AREAS = {
 # --- the section -----------------------------------------------------------------------------------------------------
 
 
-def model_section(model: ModelRecord) -> Html:
-    """All about one model."""
+def model_section(model: ModelRecord, nights: Sequence[NightSeries] = ()) -> Html:
+    """All about one model; `nights` are its series over the evaluations of its plan."""
     required = [result for result in model.checks if result.required]
     # dozens of behaviours that pass, without a number, would bury the rest
     quiet = [r for r in required if r.verdict is Verdict.PASS and r.value is None and r.check.startswith("compat")]
@@ -58,6 +60,7 @@ def model_section(model: ModelRecord) -> Html:
     page = TEMPLATES.get_template("model.html.jinja").render(
         model=model,
         plots=[*_latency_plots(model), *drawn],
+        nights=night_plots(nights),
         figures=_figures(model),
         quiet=quiet,
         shown=[result for result in required if result not in quiet],
@@ -181,6 +184,19 @@ def _token_plot(model: ModelRecord) -> Html:
         ]
         pairs = [(a, b) for a, b in counts if a is not None and b is not None]
     return plots.token_counts(title, pairs) if pairs else _absent(title, model, "parity.prompt_tokens")
+
+
+def night_plots(series: Sequence[NightSeries]) -> list[Html]:
+    """One plot a metric, of both engines; none of what has few nights, or of failures where there are none."""
+    by_metric: dict[str, dict[str, NightSeries]] = {}
+    for one in series:
+        is_quiet = one.metric.endswith(FAILURES) and not any(night.value for night in one.nights)
+        if len(one.nights) >= NIGHTS_SHOWN and not is_quiet:
+            by_metric.setdefault(one.label, {})[one.arm] = one
+    return [
+        plots.nights(label[0].upper() + label[1:], {arm: arms[arm] for arm in ARMS if arm in arms})
+        for label, arms in by_metric.items()
+    ]
 
 
 def _absent(title: str, model: ModelRecord, *prefixes: str) -> Html:

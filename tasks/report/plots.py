@@ -15,9 +15,12 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.units import duration, figure, size
+from engines.units import duration, figure, quantity, size
+from tasks.evidence.nights import NightSeries, day_of
+from tasks.evidence.soak.judge import DAY_S
 from tasks.records.series import Series
 from tasks.report.markup import Html, el, joined
+from tasks.verdicts.drift import Change
 from tasks.verdicts.statistics import percentile
 
 WIDTH = 400
@@ -187,6 +190,39 @@ def token_counts(title: str, pairs: Sequence[tuple[int, int]]) -> Html:
     return _plot(title, summary, joined(*drawn), 246, summary)
 
 
+def nights(title: str, shown: Mapping[str, NightSeries]) -> Html:
+    """One figure of both engines over the nights, what was found in it, and when another build or plan came."""
+    unit = next(iter(shown.values())).unit
+    points = {arm: [(night.at, night.value) for night in one.nights] for arm, one in shown.items()}
+    times, values = zip(*(point for found in points.values() for point in found), strict=True)
+    low, high = min(values), max(values)
+    room = max(0.08 * (high - low), 0.02 * high, 1e-9)
+    x = Scale(min(times), max(max(times), min(times) + DAY_S))
+    y = Scale(max(low - room, 0.0), high + room, 194.0, 64.0)
+    days = Scale(0.0, (x.high - x.low) / DAY_S, x.start, x.end)
+    drawn = [
+        _x_axis(days, 194.0, f"days since {day_of(x.low)}"),
+        *_y_grid(y),
+        _text(8, 50, "first nights = 1" if unit == "ratio" else unit),
+    ]
+    summary = []
+    for number, (arm, one) in enumerate(shown.items()):
+        words = f"{quantity(one.nights[-1].value, unit)} in the latest of {len(one.nights)} nights"
+        summary.append(f"{arm} {one.engine}: {words}")
+        drawn += [
+            _mark(arm, 14, 12.0 + 18 * number, 4),
+            _text(24, 16.0 + 18 * number, f"{arm}: {words}", class_=f"label {arm}"),
+        ]
+        drawn += [_mark(arm, x.at(at), y.at(value), 2.2) for at, value in points[arm]]
+        drawn += [_line(x.at(at), 64.0, x.at(at), 194.0, class_="equal") for at, _ in one.begun_anew()]
+        drawn += [line for change in one.changes for line in _change(one, change, x, y)]
+    anew = sorted({(at, what) for one in shown.values() for at, what in one.begun_anew()})
+    lines = "; ".join(f"{what} from {day_of(at)}" for at, what in anew)
+    found = "; ".join(one.words(change) for one in shown.values() for change in one.changes)
+    read = "One mark per evaluation." + f" Upright lines: {lines}." * bool(lines) + f" Dashed: {found}." * bool(found)
+    return _plot(title, "; ".join([*summary, *filter(None, [found])]), joined(*drawn), 226, read)
+
+
 def thinned(series: Series, limit: int = MAX_POINTS) -> list[list[tuple[float, float]]]:
     """(seconds since the first sample, value) in unbroken runs: at most `limit` points, minima and maxima among them.
 
@@ -313,6 +349,23 @@ def _time_axis(x: Scale, y: float) -> Html:
 def _path(points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> str:
     places = [f"{x.at(t):.1f} {y.at(value):.1f}" for t, value in points]
     return "M" + "L".join(places) + ("h.1" if len(places) == 1 else "")
+
+
+# --- nights ---------------------------------------------------------------------------------------------------------
+
+
+def _change(series: NightSeries, change: Change, x: Scale, y: Scale) -> list[Html]:
+    """The levels before and since a step, or the line of a ramp; of failures, which have no level, when they began."""
+    began = next(number for number, night in enumerate(series.nights) if night.at == change.since)
+    first, since, last = (
+        x.at(at) for at in (series.nights[began - change.nights_before].at, change.since, change.found)
+    )
+    if change.shape == "failures":
+        return [_line(since, 64.0, since, 194.0, class_="limit")]
+    before, now = y.at(change.before), y.at(change.now)
+    if change.shape == "ramp":
+        return [_line(since, before, last, now, class_="limit")]
+    return [_line(first, before, since, before, class_="limit"), _line(since, now, last, now, class_="limit")]
 
 
 # --- divergences -----------------------------------------------------------------------------------------------------

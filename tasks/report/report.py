@@ -18,12 +18,14 @@ from typing import Any
 
 from engines.errors import BadInput
 from engines.units import NOT_MEASURED, duration, size
+from tasks.evidence.nights import ALL_MODELS, NightSeries, nights_until
 from tasks.records.store import Records
 from tasks.records.tables import Run
 from tasks.report.markup import TEMPLATES, joined, named, page_template
 from tasks.report.model_record import ModelRecord
-from tasks.report.model_section import LATENCIES, latency_figure, model_section
+from tasks.report.model_section import LATENCIES, latency_figure, model_section, night_plots
 from tasks.report.plots import ARMS
+from tasks.verdicts.drift import Change
 
 SAYS = {
     "PASS": "The gate is open: every required check passed.",
@@ -78,6 +80,7 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
     models = [ModelRecord.read(records, run, model) for model in outcome.get("models", [])]
     plan = run.plan if isinstance(run.plan, Mapping) else {}
     self_test = records.get_evidence(run.id, "-", "-", "self_test")
+    nights = nights_until(records, run)
     engines: dict[str, Mapping[str, Any]] = {}
     for model in models:
         engines = {**model.engines, **engines}
@@ -95,7 +98,9 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
         accepted=plan.get("accepted_unsupported") or (),
         command=_command(run, outcome),
         plan_json=json.dumps(run.plan, indent=2, ensure_ascii=False),
-        model_section=model_section,
+        model_section=lambda model: model_section(model, [one for one in nights if one.model_id == model.name]),
+        drift=[one.words(change) for one in nights for change in one.changes if _is_warned(one, change)],
+        all_models=night_plots([one for one in nights if one.model_id == ALL_MODELS]),
         duration=duration,
         quote=shlex.quote,
         command_line=shlex.join,
@@ -105,6 +110,10 @@ def render(records: Records, run_id: str, outcome: Mapping[str, Any]) -> str:
     )
     title = joined(f"{run.name}: {outcome.get('verdict', NOT_MEASURED)} · Switchyard report {run.id}")
     return page_template().substitute(title=title, body=body)
+
+
+def _is_warned(series: NightSeries, change: Change) -> bool:
+    return series.is_worse(change) and series.is_current(change)
 
 
 def _command(run: Run, outcome: Mapping[str, Any]) -> str:

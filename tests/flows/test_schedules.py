@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import json
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from played import plan_of, played
 from real_yard import LOCAL
+from stored_nights import store_nights
 from switchyard_command import command, json_of
 from switchyard_up import Up
 
@@ -19,6 +24,7 @@ from flows.schedules import schedule_lines
 from flows.upgrade import compared_at_night
 from migrations.plan import Upgrade
 from migrations.plan_file import load_plan
+from tasks.evidence.nights import NIGHT
 
 
 class PlayedUp(Up):
@@ -143,6 +149,38 @@ def test_a_watched_build_is_compared_at_night_once_and_nothing_moves(make_up, tm
     assert (state["type"], state["name"]) == ("COMPLETED", "no new build"), state
     assert "llama.cpp@abcdef1 is compared already" in state["message"]
     assert len(up.evaluations()) == 1
+
+
+def test_what_drifts_over_the_nights_is_notified_once(make_up, tmp_path):
+    """By the night that shows it; every later one, `status`, `history` and the report have it on record."""
+    up = make_up()
+    program, told = tmp_path / "tell.py", tmp_path / "told"
+    program.write_text("import sys\nopen(sys.argv[1], 'a').write(sys.stdin.read() + '\\n')\n")
+    teller = json.dumps([sys.executable, "-I", str(program), str(told)])
+    more = f'[notify]\nevents = ["drift"]\ncommand = {teller}\n[limits]\nforeign_cpu = 1.0'  # however busy it is here
+    up.plan.write_text(f"{up.plan.read_text()}\n{more}\n")
+    up.ensure()
+    up.ended(up.begin("evaluate"))
+    with up.records() as records:
+        first = records.find_run(up.evaluations()[0]["run_id"])
+        (night,) = records.list_evidence(first.id, kind=NIGHT)
+        now = {arm: figures["ttft_ms"] for arm, figures in night.payload.items()}
+        # a hundred times as fast until two nights ago
+        values = {arm: [{"ttft_ms": ms / 100}] * 40 + [{"ttft_ms": ms}] * 2 for arm, ms in now.items()}
+        store_nights(records, first.plan, values, environment=night.environment, until=first.started_at)
+    assert not told.exists()
+    for _ in range(2):
+        up.ended(up.begin("evaluate"))
+    (said,) = [json.loads(line) for line in told.read_text().splitlines()]
+    assert (said["event"], said["model"]) == ("drift", "m")
+    assert said["what"].count("TTFT, median, up ") == 2
+    changes = json_of(up.run("status", "--json"))["drift"]
+    assert [one["what"] for one in changes if one["metric"] == "ttft_ms"] == said["what"].split("; ")
+    assert changes == json_of(up.run("history", "--json"))["drift"]
+    for shows in ("status", "history"):
+        assert f"drift: {changes[0]['what']}" in up.run(shows).stdout
+    report = json_of(up.run("report", changes[0]["run_id"], "--json"))["report"]
+    assert changes[0]["what"] in html.unescape(Path(report).read_text())
 
 
 @pytest.mark.parametrize(

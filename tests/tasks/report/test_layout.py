@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -15,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.evidence.nights import NightSeries
 from tasks.records.series import Series
 from tasks.records.store import open_records
 from tasks.report import plots
 from tasks.report.report import write_report
+from tasks.verdicts.drift import Change, Night, Shape
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 CHAR, ABOVE, BELOW = 6.6, 9.0, 3.0  # of a text at 12 px: the width of a character, about, and its height over the line
@@ -120,6 +123,40 @@ def test_words_over_divergences_are_clear(places: list[tuple[int, float]], tie_g
 def test_words_over_token_counts_are_clear(pairs: list[tuple[int, int]]) -> None:
     """Of prompts from one token to a whole context."""
     assert_clear(plots.token_counts("Tokens", pairs))
+
+
+@given(
+    st.lists(st.floats(0.05, 50_000), min_size=3, max_size=40),
+    st.lists(st.integers(1, 39), max_size=4),
+    st.integers(2, 30),
+    st.sampled_from(["ttft_ms", "load_s", "speed", "failures", "throughput_c4_tok_s"]),
+)
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_words_over_nights_are_clear(values: list[float], builds: list[int], since: int, metric: str) -> None:
+    """Builds that come, steps and ramps are lines below the legend."""
+    at = [1.79e9 + number * 86_400 for number in range(len(values))]
+    nights = [
+        Night(when, value, build=f"mistral.rs 0.{sum(number >= one for one in builds)}")
+        for number, (when, value) in enumerate(zip(at, values, strict=True))
+    ]
+    n = min(since, len(values) - 1)
+    shapes: tuple[Shape, ...] = ("failures",) if metric == "failures" else ("step", "ramp")
+    changes = [
+        Change(
+            shape=shape,
+            since=at[-n],
+            found=at[-1],
+            before=values[0],
+            now=values[-1],
+            nights=n,
+            nights_before=len(values) - n,
+            z=5.0,
+            limit=4.0,
+        )
+        for shape in shapes
+    ]
+    one = NightSeries("m", "candidate", "mistral.rs 0.1", metric, tuple(nights), tuple(changes))
+    assert_clear(plots.nights("Nights", {"incumbent": replace(one, changes=()), "candidate": one}))
 
 
 # --- the page, in a browser

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from stored_nights import store_nights
 from stored_series import append_samples
 
 from engines.errors import BadInput
@@ -251,6 +252,37 @@ def test_a_model_name_is_a_link_that_arrives(records: Records, tmp_path: Path) -
     page = Page(full_page(records, tmp_path / "r.html"))
     targets = {value for key, value in page.attributes if key == "id"}
     assert {value[1:] for key, value in page.attributes if key == "href"} <= targets
+
+
+# over the nights
+
+
+def test_what_drifts_over_the_nights_is_said_and_drawn(records: Records, tmp_path: Path) -> None:
+    """At its head in words, at its model as a plot; a failure that never came is no plot."""
+    noise = np.exp(0.02 * np.random.default_rng(1).standard_normal((40, 4)))
+    noise[34:, 2] *= 1.3
+    figures = {
+        arm: [{"ttft_ms": 50 * a, "tpot_ms": 10 * b, "failures": 0} for a, b in noise[:, columns].tolist()]
+        for arm, columns in (("incumbent", [0, 1]), ("candidate", [2, 3]))
+    }
+    versions = {"incumbent": ["b1"] * 20 + ["b2"] * 20, "candidate": ["0.9.5"] * 40}
+    store_nights(records, PLAN, figures, versions=versions)
+    run_id = started(records)
+    page = write_report(records, run_id, outcome(run_id, put_model(records, run_id)), tmp_path / "r.html").read_text()
+    head, _, _ = Page(page).text.partition("Verdicts that hold the gate")
+    assert "Drift over the nights" in head
+    assert re.search(r"m, mistral\.rs 0\.9\.5: TTFT, median, up 3\d\.\d% since \d{4}-\d\d-\d\d \(at once\)", head)
+    drawn = {
+        title: part for part in re.findall(r"<figure.*?</figure>", page) for title in re.findall("<h4>(.*?)<", part)
+    }
+    assert drawn["TTFT, median"].count('class="mark') == 2 * 40 + 2
+    assert "llama.cpp b2 from" in drawn["TTFT, median"]
+    assert "TTFT and TPOT together" in drawn
+    assert "Failed requests" not in drawn
+
+
+def test_a_first_evaluation_has_no_nights(records: Records, tmp_path: Path) -> None:
+    assert "nights" not in Page(full_page(records, tmp_path / "r.html")).text
 
 
 # agreement with the records
