@@ -11,16 +11,10 @@ from pydantic import TypeAdapter
 from real_yard import HOSTED, LOCAL, Yard
 from switchyard_command import environment_of
 
+from tasks.evidence.soak.prompts import TOOL
+
 pytestmark = pytest.mark.engine
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "read_file",
-        "description": "Read a file",
-        "parameters": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
-    },
-}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ASKED = {"messages": [{"role": "user", "content": "Name a river."}], "max_tokens": 12, "temperature": 0}
 CHATS = {
