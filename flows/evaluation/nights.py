@@ -15,7 +15,9 @@ def look_at_nights(bench: Bench, trials: Sequence[Trial]) -> list[dict[str, Any]
     """What has drifted in the nights up to this one, as plain JSON; what this night shows first is said, once."""
     for trial in trials:
         if blocks := trial.payloads(BOTH, "performance"):
-            trial.put(BOTH, NIGHT, night_of(blocks))
+            night = night_of(blocks)
+            if night != trial.payload(BOTH, NIGHT):  # a resumed run may have measured more blocks, or none
+                trial.put(BOTH, NIGHT, night)
     run = bench.records.find_run(bench.run_id)
     found = drift_found(bench.records, run, nights_until(bench.records, run))
     if not bench.records.has_evidence(run.id, "-", "-", DRIFT):
