@@ -106,7 +106,8 @@ class _Match:
 
     By text, the end of the answer is one token whatever its name: llama.cpp shows it as an empty text, mistral.rs as
     `<|im_end|>`; tokens that share a text (parts of characters do) are one outcome. Ollama cuts such a part off the end
-    of a text, others show U+FFFD there: it does not count, so that a part alone is one outcome with the end.
+    of a text, others show U+FFFD there: it does not count, so that a part alone is one outcome with the end. vLLM shows
+    no text at all for a token that ends in a part: where one engine does so, all of them are that outcome.
     """
 
     def __init__(self, pairs: Sequence[tuple[Evidence, Evidence]]) -> None:
@@ -122,12 +123,31 @@ class _Match:
             and answer["positions"]
             and not answer["text"].endswith(answer["positions"][-1][0])
         }
+        self.parts_vanish = False
+        self.parts_vanish = self.by == "text" and self._parts_vanish(pairs)
 
     def key(self, token: list[Any]) -> Any:
         """What two tokens have in common when they are the same."""
         if self.by == "id":
             return token[2]
-        return "" if token[0] in self.ends else token[0].replace("\ufffd", "")
+        if token[0] in self.ends or (self.parts_vanish and "\ufffd" in token[0]):
+            return ""
+        return token[0].replace("\ufffd", "")
+
+    def _parts_vanish(self, pairs: Sequence[tuple[Evidence, Evidence]]) -> bool:
+        """Whether one engine lists as many more empty texts as the other lists texts before a part of a character."""
+        empty, before = [0, 0], [0, 0]
+        for pair in pairs:
+            for both in zip(*(answer["positions"] for answer in pair), strict=False):
+                if not self.same(*both):
+                    break  # behind it other tokens are listed
+                if _one_joins(*both):
+                    continue
+                for side, position in enumerate(both):
+                    empty[side] += sum(not self.key(token) for token in position[3])
+                    before[side] += sum(bool(self.key(token)) and "\ufffd" in token[0] for token in position[3])
+        (ours, theirs), more = empty, before[0] - before[1]
+        return abs(ours - theirs + more) < abs(ours - theirs)
 
     def top(self, position: list[Any]) -> dict[Any, float]:
         """Probability by key of the tokens shown at one position, the generated one among them."""
@@ -184,9 +204,8 @@ def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
                 return _diverged(_Walk(klds, hidden), incumbent, candidate, (i, j), match)
             hidden += passed[0] - i + passed[1] - j
             i, j = passed
-        one_joins = _hides(ours[i]) != _hides(theirs[j]) and "\ufffd" not in ours[i][0] + theirs[j][0]
-        if match.by == "text" and one_joins:
-            hidden += 1  # beside it that one lists parts of characters, and the other one whole characters
+        if match.by == "text" and _one_joins(ours[i], theirs[j]):
+            hidden += 1
         else:
             klds.append(_kld_at(match, ours[i], theirs[j]))
         i, j = i + 1, j + 1
@@ -226,6 +245,11 @@ def _hides(position: list[Any]) -> bool:
     if token_id is None or "\ufffd" in text:
         return False
     return any(token[2] == token_id and "\ufffd" in token[0] for token in listed)
+
+
+def _one_joins(ours: list[Any], theirs: list[Any]) -> bool:
+    """Beside the same whole character one engine lists parts of characters, and the other one whole characters."""
+    return _hides(ours) != _hides(theirs) and "\ufffd" not in ours[0] + theirs[0]
 
 
 def _parts(positions: list[list[Any]], start: int) -> list[list[Any]]:

@@ -256,6 +256,16 @@ def test_a_part_of_a_character_that_one_engine_cuts_off_is_no_difference() -> No
     assert (comparison["positions"], comparison["max_kld"]) == (1, 0)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_token_that_ends_in_a_part_of_a_character_is_no_difference_where_it_shows_as_nothing(turned: bool) -> None:
+    """vLLM lists '' where llama-server lists ' ' or a letter before U+FFFD, beside a ' ' of its own."""
+    shown = position(token("の", 0.5), token(" \ufffd", 0.2), token(" ", 0.1), token("o\ufffd", 0.1))
+    vanished = position(token("の", 0.5), token("", 0.2), token(" ", 0.1), token("", 0.1))
+    found = [answers(answer("a", one)) for one in (shown, vanished)]
+    comparison = compare_answers(*(reversed(found) if turned else found))
+    assert (comparison["positions"], comparison["max_kld"]) == (1, pytest.approx(0, abs=1e-9))
+
+
 def test_a_character_shown_whole_by_one_and_in_parts_by_the_other_is_no_divergence() -> None:
     """llama.cpp joins the parts of a character into the entry of the last part; the walk continues behind it."""
     part, last = token("\ufffd", 0.8, 7365), token("\ufffd", 0.8, 247)
