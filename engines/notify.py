@@ -1,4 +1,4 @@
-"""Notifications: what happened to a model, posted to a webhook or given to a command. Nothing waits for them.
+"""Notifications: what happened to a model, sent to a webhook, a command or Prefect. Nothing waits for them.
 
 Events of one kind about one model are sent `every_s` at most: of those between, the latest is sent, with their number.
 """
@@ -17,7 +17,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,11 +26,13 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from engines.errors import BadInput
-from engines.home import host
+from engines.home import home, host
 from engines.process.process import LAUNCHER
 from engines.redaction import redacted
+from engines.up import running_up
 
 Event = Literal["incident", "fallback", "rollback", "soak breach", "approval waiting", "candidate ready", "drift"]
+NOTIFICATION = "switchyard.notification"  # the event in Prefect
 VARIABLE = r"^[A-Z_][A-Z0-9_]*$"
 LIMIT_S = 10.0  # of one webhook, or one command
 POLL_S = 0.05
@@ -49,6 +52,11 @@ class NotifySettings(BaseModel):
     command: tuple[str, ...] = Field(
         (), description="a program by its absolute path, and its arguments; it gets the event as JSON on standard input"
     )
+    prefect_block: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9-]+/[a-z0-9-]+$",
+        description="TYPE/NAME of a notification block in the Prefect of `switchyard up`, whose automation sends to it",
+    )
     events: tuple[Event, ...] = Field(get_args(Event), description="what is sent")
     every_s: float = Field(60, ge=0, description="seconds between two of one kind about one model, the latest of them")
 
@@ -61,7 +69,7 @@ class NotifySettings(BaseModel):
 
     @property
     def is_used(self) -> bool:
-        return bool(self.url_env or self.command)
+        return bool(self.url_env or self.command or self.prefect_block)
 
     def url(self, environment: Mapping[str, str] = os.environ) -> str:
         """The webhook's URL; "" where the plan names none. Raises BadInput, without the URL."""
@@ -81,7 +89,14 @@ class Notifier:
     def __init__(self, settings: NotifySettings, log: logging.Logger) -> None:
         """Raises BadInput where the plan names a variable that holds no URL."""
         self.settings = settings
-        self._url, self._log = settings.url(), log
+        self._log = log
+        self._ways: dict[str, Callable[[dict[str, Any]], None]] = {}
+        if url := settings.url():
+            self._ways["webhook"] = lambda message: _post(url, message)
+        if settings.command:
+            self._ways["command"] = lambda message: _give(settings.command, message)
+        if settings.prefect_block:
+            self._ways["Prefect server"] = _emit
         self._changed = threading.Condition()
         self._held: dict[tuple[str, str], dict[str, Any]] = {}
         self._sent: dict[tuple[str, str], float] = {}
@@ -117,11 +132,9 @@ class Notifier:
     def _run(self) -> None:
         while True:
             message = self._next()
-            data = json.dumps(message, ensure_ascii=False).encode()
-            for way, use in (("webhook", self._url), ("command", self.settings.command)):
+            for way, send in self._ways.items():
                 try:
-                    if use:
-                        self._post(data) if way == "webhook" else self._give(data)
+                    send(message)
                 except Exception as error:  # the text of an HTTP error would quote the URL
                     why = str(error) if isinstance(error, _NotTaken) else type(error).__name__
                     self._log.warning("a notification (%s) was not taken by the %s: %s", message["event"], way, why)
@@ -141,45 +154,61 @@ class Notifier:
                     return self._held.pop(first)
                 self._changed.wait(None if first is None else due[first] - now)
 
-    def _post(self, data: bytes) -> None:
-        headers = {"Content-Type": "application/json", "User-Agent": "switchyard"}
-        asked = urllib.request.Request(self._url, data, headers)  # httpx would log the URL
-        try:
-            urllib.request.build_opener(_NoRedirects).open(asked, timeout=LIMIT_S).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise _NotTaken(f"it answered HTTP {error.code}") from None
 
-    def _give(self, data: bytes) -> None:
-        """Run the command in a group of its own, with nothing of our environment; what is left of it then is killed."""
-        argv = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *self.settings.command]
-        child = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**BARE, "HOME": str(Path.home())},
-            cwd="/",
-        )
-        deadline = time.monotonic() + LIMIT_S
-        try:
-            assert child.stdin is not None
-            with contextlib.suppress(BrokenPipeError), child.stdin:  # one that reads nothing
-                child.stdin.write(data)  # shorter than a pipe holds
-            # as long as it is not waited for, no other process can have its number
-            while not (ended := os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)):
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(POLL_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
-            code = child.wait()
-        if not ended:
-            raise _NotTaken(f"it did not end within {LIMIT_S:g} s and was killed")
-        if code:
-            raise _NotTaken(f"it ended with status {code}")
+def _post(url: str, message: Any, *handlers: urllib.request.BaseHandler) -> None:
+    headers = {"Content-Type": "application/json", "User-Agent": "switchyard"}
+    asked = urllib.request.Request(url, _bytes(message), headers)  # httpx would log the URL
+    try:
+        urllib.request.build_opener(_NoRedirects, *handlers).open(asked, timeout=LIMIT_S).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _NotTaken(f"it answered HTTP {error.code}") from None
+
+
+def _emit(message: dict[str, Any]) -> None:
+    """Give it to Prefect as an event, which the automation of `up` answers."""
+    if (up := running_up(home())) is None:
+        raise _NotTaken("`switchyard up` does not run")
+    resource = {"prefect.resource.id": f"switchyard.model.{message['model']}", "switchyard.host": message["host"]}
+    event = {"id": str(uuid.uuid4()), "occurred": message["at"], "event": NOTIFICATION}
+    event |= {"resource": resource, "payload": message}
+    _post(f"{up.api_url}/events", [event], urllib.request.ProxyHandler({}))  # it is on loopback
+
+
+def _give(command: Sequence[str], message: Any) -> None:
+    """Run the command in a group of its own, with nothing of our environment; what is left of it then is killed."""
+    argv = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *command]
+    child = subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**BARE, "HOME": str(Path.home())},
+        cwd="/",
+    )
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # one that reads nothing
+            child.stdin.write(_bytes(message))  # shorter than a pipe holds
+        # as long as it is not waited for, no other process can have its number
+        while not (ended := os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        code = child.wait()
+    if not ended:
+        raise _NotTaken(f"it did not end within {LIMIT_S:g} s and was killed")
+    if code:
+        raise _NotTaken(f"it ended with status {code}")
+
+
+def _bytes(message: Any) -> bytes:
+    return json.dumps(message, ensure_ascii=False).encode()
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

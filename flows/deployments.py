@@ -43,6 +43,7 @@ from flows.evaluation.beside import DoesNotFit, lacking
 from flows.evaluation.rejudge import rejudge
 from flows.migrate import migrated
 from flows.orchestrator.ending import NOTHING_MOVED, VERSION, concluding
+from flows.orchestrator.notifications import put_notifications
 from flows.progress import progress
 from flows.reconcile import reconcile
 from flows.rollback import Wish, movable, roll_back
@@ -57,6 +58,7 @@ from tasks.records.store import open_records
 BREACH = "switchyard.soak.breached"
 CONCURRENT = 4  # an experiment, and beside it a rollback, a report and the upkeep
 SERVED = "deployments are served"
+WARNING = "warning: "  # before a line that `switchyard up` shows
 
 
 @flow(name="evaluate", flow_run_name=lambda: _name("evaluate"), version=VERSION, persist_result=False)
@@ -326,10 +328,12 @@ def main() -> None:
 async def serve(plan: Path, *, schedules: bool) -> None:
     """Register the deployments and run their flows until SIGTERM, which ends running flows cleanly."""
     runner = Runner(name="switchyard", limit=CONCURRENT, pause_on_shutdown=False, query_seconds=5)
-    watches = bool(load_plan(plan).upgrade.watch)
-    made = await deployments(plan, zone=time_zone(), schedules=schedules, watches=watches)
+    loaded = load_plan(plan)
+    made = await deployments(plan, zone=time_zone(), schedules=schedules, watches=bool(loaded.upgrade.watch))
     ids = [await runner.aadd_deployment(one) for one in made]
     await _mark_orphans(ids)
+    if (why := await put_notifications(loaded.notify.prefect_block)) is not None:
+        print(f"{WARNING}{why}", flush=True)
     print(SERVED, flush=True)
     await runner.start()
 

@@ -4,11 +4,11 @@ import time
 from engines.errors import SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
+from engines.up import running_up
 from engines.yard.client import YardClient
 from flows.cli.options import Json
 from flows.cli.order import DOWN_S, stop_yard
 from flows.cli.output import print_done
-from flows.orchestrator.server import running_up
 
 
 def down(json_: Json = False) -> None:

@@ -34,7 +34,7 @@ from migrations.plan_file import remember_plan
 LOOK_S = 1.0
 SERVE_S = 120.0
 ALWAYS_THERE = "reconcile"  # a deployment
-SERVED = "deployments are served"  # as flows.deployments.serve prints
+SERVED, WARNING = "deployments are served", "warning: "  # as flows.deployments.serve prints them
 STOP_S = 12.0  # an interrupted command has 20 s in all, and the yard is told to stop after the deployments
 RESTARTS = 3
 RESTART_WINDOW_S = 600.0
@@ -108,6 +108,9 @@ class DeploymentsProcess(ServerProcess):
             SERVE_S,
             "the deployments could not be served",
         )
+        for line in self._child.log_tail():
+            if line.startswith(WARNING):
+                errors.print(line, markup=False)
 
     def forgotten(self) -> bool:
         """Whether Prefect does not know them any more: its database was removed."""

@@ -11,12 +11,13 @@ import typer
 
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home, host
+from engines.up import declared_up, running_up
 from engines.yard.client import YardClient, public_address
 from flows.cli.keep_up import STOP_S, DeploymentsProcess, GaveUp, YardProcess, keep_up
 from flows.cli.options import PlanFile
 from flows.cli.order import stop_yard
 from flows.cli.output import errors, prepared_home, print_step
-from flows.orchestrator.server import PrefectServer, declared_up, prepare_process, running_up
+from flows.orchestrator.server import PrefectServer, prepare_process
 from flows.schedules import schedule_lines
 from migrations.plan_file import load_plan, plan_path
 from tasks.records.store import open_records

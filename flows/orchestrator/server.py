@@ -8,35 +8,31 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import pkgutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 from rich.console import Console
 
 from engines.environment import is_loopback, without_proxies
 from engines.errors import BadInput, SwitchyardError
 from engines.home import database_url
 from engines.process import process
-from engines.process.process import Identity
 from engines.process.readiness import exit_reason
 from engines.process.serving import free_port
+from engines.up import running_up
 from flows.progress import ConsoleProgress, progress
 
 LoadedFlow = Callable[..., dict[str, Any]]
 
 START_S = 120.0
-UP_FILE = "up.json"
 OFFLINE = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -98,38 +94,6 @@ def with_prefect(home: Path, flow: str) -> LoadedFlow:
             server.ready()
     command: LoadedFlow = by_command(loaded)
     return command
-
-
-@dataclass(frozen=True)
-class Up:
-    """The one `switchyard up` of a home: its process, and where its Prefect answers."""
-
-    pid: int
-    create_time: float
-    api_url: str
-
-    def process(self) -> psutil.Process | None:
-        """That very process; None once it has ended."""
-        return Identity(self.pid, self.create_time).process()
-
-
-def running_up(home: Path) -> Up | None:
-    """The `switchyard up` of this home; None when none runs."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        up = Up(**json.loads((home / UP_FILE).read_text()))
-        return up if up.process() is not None else None
-    return None
-
-
-@contextlib.contextmanager
-def declared_up(home: Path, api_url: str) -> Iterator[None]:
-    """While the block runs other commands of this home find this process, and report to its Prefect."""
-    me, file = Identity.of(os.getpid()), home / UP_FILE
-    file.write_text(json.dumps(asdict(Up(me.pid, me.create_time, api_url))))
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
 
 
 class ServerProcess:

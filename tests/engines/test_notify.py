@@ -6,16 +6,15 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from waiting import until
+from webhook import webhook
 
 from engines import notify as notifications
 from engines.errors import BadInput
@@ -24,27 +23,12 @@ from engines.notify import Notifier, NotifySettings, notify
 LOG = logging.getLogger("switchyard.test")
 
 
-@pytest.fixture
-def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What a webhook has got; its path, a secret, is in HOOK_URL. At /moved it redirects, at /full it refuses."""
-    taken: list[dict[str, Any]] = []
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response({"/moved": 307, "/full": 500}.get(self.path, 204))
-            self.send_header("Location", "/s3cret")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HOOK_URL", f"http://127.0.0.1:{server.server_port}/s3cret")
-    yield taken
-    server.shutdown()
-    server.server_close()
+@pytest.fixture(name="webhook")
+def _webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What a webhook has got; its path, a secret, is in HOOK_URL."""
+    with webhook() as (url, taken):
+        monkeypatch.setenv("HOOK_URL", f"{url}/s3cret")
+        yield taken
 
 
 def command(tmp_path: Path, text: str) -> NotifySettings:
@@ -148,3 +132,10 @@ def test_a_variable_without_a_url_is_one_line(value: str | None, said: str, monk
     with pytest.raises(BadInput, match=said) as refused:
         Notifier(NotifySettings(url_env="HOOK_URL"), LOG)
     assert "s3cret" not in str(refused.value)
+
+
+def test_prefect_takes_none_where_up_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setenv("SWITCHYARD_HOME", str(tmp_path))
+    notify(NotifySettings(prefect_block="slack-webhook/team"), "incident", "m", "it died")
+    (line,) = caplog.messages
+    assert line == "a notification (incident) was not taken by the Prefect server: `switchyard up` does not run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import html
 import json
@@ -12,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from played import plan_of, played
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from real_yard import LOCAL
 from stored_nights import store_nights
 from switchyard_command import command, json_of
-from switchyard_up import Up
+from switchyard_up import LONG_S, Up
+from waiting import until
+from webhook import webhook
 
 from engines.errors import BadInput
+from engines.home import host
+from flows.orchestrator.notifications import put_notifications
 from flows.schedules import schedule_lines
 from flows.upgrade import compared_at_night
 from migrations.plan import Upgrade
@@ -36,6 +43,12 @@ class PlayedUp(Up):
 
     def argv(self) -> list[str]:
         return command("up", self.plan, "--prefect-port", self.prefect)
+
+    def serve(self) -> None:
+        """One answer, for which its engine is started."""
+        asked = {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}]}
+        answer = httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=asked, timeout=60, **LOCAL)
+        assert answer.status_code == 200, answer.text
 
     def checks(self, run: str = "latest") -> dict[str, dict[str, Any]]:
         (model,) = json_of(self.run("report", run, "--json"))["models"]
@@ -103,9 +116,7 @@ def test_it_is_skipped_where_its_engines_do_not_fit_beside_what_serves(make_up):
     """Cancelled with one line on how much is missing; by hand it is measured, with a warning."""
     up = make_up(head="settings = { context_tokens = 2000000000 }")
     up.ensure()
-    asked = {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}]}
-    answer = httpx.post(f"http://127.0.0.1:{up.port}/v1/chat/completions", json=asked, timeout=60, **LOCAL)
-    assert answer.status_code == 200, answer.text
+    up.serve()
     state = up.ended(up.begin("evaluate"))
     assert state["type"] == "CANCELLED", state
     assert "TiB is missing" in state["message"]
@@ -181,6 +192,36 @@ def test_what_drifts_over_the_nights_is_notified_once(make_up, tmp_path):
         assert f"drift: {changes[0]['what']}" in up.run(shows).stdout
     report = json_of(up.run("report", changes[0]["run_id"], "--json"))["report"]
     assert changes[0]["what"] in html.unescape(Path(report).read_text())
+
+
+def test_what_happens_is_sent_by_a_block_of_prefect(make_up):
+    """`up` says what to do where there is no such block; one that is there is told of an engine that was killed."""
+    up, named = make_up(), {"automations": {"name": {"any_": [f"switchyard: notifications of {host()}"]}}}
+    up.plan.write_text(f'{up.plan.read_text()}\n[notify]\nprefect_block = "custom-webhook/team"\n')
+    up.ensure()
+    assert "warning: notify.prefect_block: Prefect has no block custom-webhook/team" in up.said()
+    assert up.api("automations/filter", named) == []
+    with webhook() as (url, taken):
+        kind = up.api("block_types/slug/custom-webhook")["id"]
+        (schema, *_) = up.api("block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind]}}})
+        data = {"name": "team", "url": url, "json_data": {"title": "{{subject}}", "text": "{{body}}"}}
+        block = {"name": "team", "data": data, "block_type_id": kind, "block_schema_id": schema["id"]}
+        up.api("block_documents/", block)
+        up.end()
+
+        up.ensure()
+        assert "warning:" not in up.said()
+        (made,) = up.api("automations/filter", named)
+        assert made["enabled"]
+        up.serve()
+        psutil.Process(up.route()["engines"][0]["pid"]).kill()
+        until(lambda: taken, "the notification", LONG_S)
+    assert taken[0]["title"] == "Switchyard: incident"
+    assert taken[0]["text"].startswith(f"Switchyard on {host()}: m (llama.cpp): incident: ")
+    assert up.events("prefect.automation.action.failed") == []
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{up.prefect}/api"}):
+        assert asyncio.run(put_notifications(None)) is None
+    assert up.api("automations/filter", named) == []
 
 
 @pytest.mark.parametrize(
