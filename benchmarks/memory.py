@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,14 +178,16 @@ def files(folder: Path) -> Iterator[tuple[str, ModelPlan]]:
     yield GEMMA, gemma3(folder.parent)
 
 
-def chosen(each: int, done: set[Cell], only: Sequence[str]) -> list[Cell]:
-    """So many cells of each engine, without those that are done, in random order; the same ones every time."""
+def chosen(each: int, done: Collection[Cell], only: Collection[str]) -> list[Cell]:
+    """What is missing of so many cells of each engine, in random order: a run that was broken off measures the rest."""
     dice, found = random.Random(7), list[Cell]()
     for engine, (kind, _, _) in ENGINES.items():
         cells = list(grid(engine, kind))
-        found += dice.sample(cells, min(each, len(cells)))
+        dice.shuffle(cells)
+        left = [cell for cell in cells if cell not in done]
+        found += left[: max(each - (len(cells) - len(left)), 0)] if engine in only else []
     dice.shuffle(found)
-    return [cell for cell in found if cell not in done and cell.engine in only]
+    return found
 
 
 def grid(engine: str, kind: str) -> Iterator[Cell]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import installed
 
-from benchmarks.memory import ENGINES, RESULTS, Row, picture, predicted, read, written
+from benchmarks.memory import ENGINES, RESULTS, Row, chosen, picture, predicted, read, written
 from engines.model.header import read_header
 from migrations.plan import ModelPlan
 
@@ -42,3 +42,13 @@ def test_the_estimate_is_the_one_of_the_page() -> None:
     assert ours
     for row in ours:
         assert predicted(replace(row, low=0, expected=0, high=0, expected_mapped=0), plan, header) == row
+
+
+def test_a_run_that_was_broken_off_measures_the_rest() -> None:
+    """So many cells of each engine in all, those before it among them, and none twice."""
+    whole = chosen(10, set(), ENGINES)
+    assert len(whole) == len(set(whole)) == 10 * len(ENGINES)
+    rest = chosen(10, set(whole[:7]), ENGINES)
+    assert {*whole[:7], *rest} == set(whole)
+    assert len(rest) == len(whole) - 7
+    assert {cell.engine for cell in chosen(10, set(), ["mistral.rs"])} == {"mistral.rs"}
