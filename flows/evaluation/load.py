@@ -31,7 +31,6 @@ from migrations import carried
 from migrations.plan import EngineChoice, Plan
 from tasks.evidence.engine_under_test import EngineBehindYard, EngineUnderTest
 
-PORTS = 3
 CONTEXT_OF_FILES = 512  # tokens: enough for one, and little memory
 # how engines begin the line that names the cause; the last of the most telling kind counts
 _CAUSES = (r"error loading model: *(.*)", r"panicked at .*", r"^ *error: *(.*)", r".*(?:error|failed).*")
@@ -94,8 +93,8 @@ def judged_by_load(
     return report
 
 
-def _tried(load: Load, home: Path, ports: int = PORTS) -> tuple[str, str, float | None]:
-    """(yes, no or unknown; the reason; seconds to the first token), on the first of so many `ports` that is free."""
+def _tried(load: Load, home: Path) -> tuple[str, str, float | None]:
+    """Yes, no or unknown; the reason; seconds to the first token."""
     try:
         installation = load.engine.find()
     except EngineNotFound as error:
@@ -122,8 +121,6 @@ def _tried(load: Load, home: Path, ports: int = PORTS) -> tuple[str, str, float 
     except EngineNotEnded:
         raise
     except (PortTaken, WrongListener) as error:  # another process was quicker: no word on the model
-        if ports > 1:
-            return _tried(load, home, ports - 1)
         return "unknown", f"{_named(installation)}: {str(error).splitlines()[0]}", None
     except EngineExited as error:
         if -error.returncode == signal.SIGKILL:

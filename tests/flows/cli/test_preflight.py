@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from gguf_files import changed_copy, write_gguf
+from gguf_files import LLAMA, changed_copy, write_gguf
 from installed import BOTH, smollm2
 from played import plan_of, played
 from switchyard_command import json_of
+from taken_ports import first_ports_taken
 from typer.testing import CliRunner
 
-from engines.errors import PortTaken
 from engines.model.free_memory import FreeMemory
 from engines.settings import Settings
 from flows.cli.app import app
@@ -147,19 +146,11 @@ def test_what_does_not_fit_is_not_loaded(tmp_path, monkeypatch, header):
 
 @pytest.mark.parametrize(("taken", "answer"), [(1, "yes"), (2, "yes"), (3, "unknown")])
 def test_a_port_that_another_process_takes_is_no_word_on_the_model(tmp_path, monkeypatch, taken, answer):
-    starts = []
-
-    def up(_):
-        starts.append(1)
-        if len(starts) <= taken:
-            raise PortTaken("port 1 was taken when llama.cpp wanted it")
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr(loads.EngineUnderTest, "up", up)
-    gguf = write_gguf(tmp_path / "m.gguf")
+    gguf = write_gguf(tmp_path / "m.gguf", keys=LLAMA)
     engine = EngineChoice(engine="llama.cpp", binary=played(tmp_path, "llama-server"))
     load = loads.Load("m", gguf, engine, Settings(context_tokens=512))
-    assert loads._tried(load, tmp_path)[0] == answer
+    with first_ports_taken(monkeypatch, taken):
+        assert loads._tried(load, tmp_path)[0] == answer
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fake_driver import FakeDriver
+from taken_ports import first_ports_taken
 
 from engines.errors import BadInput
 from engines.process.process import registered
@@ -71,6 +72,14 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Soaked:
     soaked = Soaked(home, soak_s=2.5, segment_s=1.0)
     assert registered(home) == []
     return soaked
+
+
+def test_a_port_that_another_process_took_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is started on another one."""
+    with first_ports_taken(monkeypatch, 2):
+        soaked = Soaked(tmp_path, soak_s=0.5, segment_s=0.5)
+    assert soaked.failures() == []
+    assert soaked.total("requests") > 0
 
 
 def test_a_soak_can_be_repeated() -> None:
