@@ -239,6 +239,7 @@ def _judge_engine(report: Mapping[str, Any], engine: str, prefix: str, *, requir
 def _judge_fit(fit: Mapping[str, Any], check: str, engine: str, *, required: bool) -> CheckResult:
     """The device that is fullest at the expected figure gives the value and the limit, in bytes."""
     measured = [need for need in fit["needs"] if need["free"] is not None]
+    unknown = "unknown: " if fit["verdict"] == "unknown" else ""  # each other reason names its verdict
     fullest = max(measured, key=lambda need: need["expected"] - need["free"], default=None)
     return CheckResult(
         check=check,
@@ -246,7 +247,7 @@ def _judge_fit(fit: Mapping[str, Any], check: str, engine: str, *, required: boo
         value=fullest["expected"] if fullest else None,
         limit=fullest["free"] if fullest else None,
         unit="bytes",
-        why=f"{engine}: {fit['verdict']}: {fit['why']}",
+        why=f"{engine}: {unknown}{fit['why']}",
         required=required,
     )
 

@@ -167,7 +167,7 @@ class ModelRecord:
             for verdict, word in SAYS.items()
             if (found := [result for result in required if result.verdict is verdict])
         )
-        return f"Of {len(required)} required checks {counts}."
+        return f"{counts} of {len(required)} required checks."
 
     @property
     def why(self) -> str:

@@ -59,7 +59,7 @@ def judge_leak(
     # a candidate that died early has samples in its warm-up alone
     times, medians = bucket_medians([t for t, _ in kept], [v for _, v in kept], width_s) if kept else ([], [])
     if len(medians) < 4:
-        why = f"{len(medians)} medians of memory after the warm-up; at least 4 are needed for a slope"
+        why = f"a slope of memory needs 4 medians after the warm-up, not {len(medians)}"
         why = why if points else "no memory was sampled during the soak"
         return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=soak_s >= DAY_S)
     return judge_slope(theil_sen(times, medians), soak_s=soak_s, limit_bytes_per_day=limit_bytes_per_day)

@@ -192,8 +192,8 @@ def _judge_processes(
     n_points = sum(len(times) for times, _ in usable)
     if n_points < MEDIANS_FOR_SLOPE:
         why = (
-            f"{n_points} medians of memory in {len(processes)} processes of {whose} after the warm-up of each; at "
-            f"least {MEDIANS_FOR_SLOPE} are needed for a slope"
+            f"a slope of memory needs {MEDIANS_FOR_SLOPE} medians after the warm-up of each process; {n_points} "
+            f"in {len(processes)} processes of {whose}"
         )
         return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
     # the first hours of a long soak prove no more than a short soak

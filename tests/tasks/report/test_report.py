@@ -370,7 +370,7 @@ def test_the_head_says_why_the_gate_is_shut_or_open(records: Records, tmp_path: 
     run_id = started(records)
     checks = put_model(records, run_id)
     closed = read_model(records, run_id, checks)
-    assert closed.why.startswith("Of 6 required checks 1 failed (memory), 1 unproven (stability). Worst: memory.peak")
+    assert closed.why.startswith("1 failed (memory), 1 unproven (stability) of 6 required checks. Worst: memory.peak")
     assert "memory" in closed.next_step
     unproven = read_model(records, run_id, [check for check in checks if check.verdict is not Verdict.FAIL])
     assert "Soak for longer" in unproven.next_step
