@@ -14,14 +14,21 @@ from engines.process import process
 from engines.units import size
 from engines.vllm.driver import FLOAT_BYTES, FROM_GGUF, n_parameters
 
-# run there: the folder and the name of the GGUF, where to, and the file of the chat template
+# splitting rules that read digits one by one (llama.cpp's llama-vocab.cpp); transformers knows none of them
+DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"})
+# run there: the folder and the name of the GGUF, where to, the file of the chat template, and whether such a rule holds
 SCRIPT = """
 import sys
 from pathlib import Path
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, name, target, template = sys.argv[1:]
+folder, name, target, template, digits = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+if digits == "True":
+    one_by_one = pre_tokenizers.Digits(individual_digits=True)
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([one_by_one, rest])
 tokenizer.chat_template = Path(template).read_text(encoding="utf-8") or None
 try:  # transformers 5 may keep the weights packed, and writes none that came out of a GGUF
     from transformers import GgufConfig
@@ -59,9 +66,11 @@ def convert(found: Installation, gguf: Path, target: Path, home: Path) -> None:
     partial.mkdir(parents=True)
     template = partial / "template.jinja"
     template.write_text(header.chat_template or "", encoding="utf-8")
+    digits = header.tokenizer_model == "gpt2" and header.tokenizer_pre in DIGITS
+    given = (gguf.absolute().parent, gguf.name, partial, template, digits)
     child = process.start(
         f"convert {gguf.name}",
-        [found.program[0], "-c", SCRIPT, str(gguf.absolute().parent), gguf.name, str(partial), str(template)],
+        [found.program[0], "-c", SCRIPT, *map(str, given)],
         state_dir=home,
         log_path=home / "logs" / "convert.log",
         env={

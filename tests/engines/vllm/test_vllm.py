@@ -193,17 +193,34 @@ def test_a_directory_is_cut_short_in_a_copy(tmp_path: Path) -> None:
     assert (cut / "config.json").read_text() == "{}"
 
 
-@pytest.mark.engine
-def test_it_serves_what_was_converted_and_leaves_nothing(tmp_path: Path) -> None:
-    """A GGUF becomes a directory, gives a token, and no process of it outlives the death of its parent."""
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Installation, Path]:
+    """The vLLM that is here, and SmolLM2 as it converts it."""
     import installed
 
     try:
         found = driver("vllm").find()
     except EngineNotFound as error:
         pytest.skip(str(error))
-    convert(found, installed.smollm2(), tmp_path / "hf", tmp_path)
-    serve = Serve(model_id="m", gguf=tmp_path / "hf", port=free_port(), settings=Settings(context_tokens=512))
+    folder = tmp_path_factory.mktemp("converted")
+    convert(found, installed.smollm2(), folder / "hf", folder)
+    return found, folder / "hf"
+
+
+@pytest.mark.engine
+def test_a_tokenizer_that_is_converted_reads_digits_one_by_one(converted: tuple[Installation, Path]) -> None:
+    """SmolLM2's splitting rule, which the GGUF names `smollm`, and of which transformers makes GPT-2's."""
+    splits = json.loads((converted[1] / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
+    assert [one["type"] for one in splits] == ["Digits", "ByteLevel"]
+    assert splits[0]["individual_digits"]
+    assert (splits[1]["add_prefix_space"], splits[1]["use_regex"]) == (False, True)
+
+
+@pytest.mark.engine
+def test_it_serves_what_was_converted_and_leaves_nothing(converted: tuple[Installation, Path], tmp_path: Path) -> None:
+    """It gives a token, and no process of it outlives the death of its parent."""
+    found, directory = converted
+    serve = Serve(model_id="m", gguf=directory, port=free_port(), settings=Settings(context_tokens=512))
     with serving(driver("vllm"), found, serve, state_dir=tmp_path, log_path=tmp_path / "log", stall_s=300) as served:
         tree = [psutil.Process(pid) for pid in process_tree(served.process.pid)]
         assert len(tree) >= 3
