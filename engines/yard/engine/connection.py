@@ -7,40 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import ssl
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
 
-import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import SecretStr
 from yarl import URL
 
 from engines.mistral_rs.native import frames
 from engines.openai.paths import ENDS
+from engines.yard.engine.http_answer import Broken, EngineAnswer, HttpAnswer, Wire
 
 CONNECT_S = 10.0
-OURS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # what the HTTP library would add by itself
+KEPT_S = 2.0  # llama-server closes a kept connection after 5
 JSON = CIMultiDictProxy(CIMultiDict({"Content-Type": "application/json"}))
-BROKEN = (aiohttp.ClientError, ConnectionError, TimeoutError)
+BROKEN = (ConnectionError, TimeoutError)
 
 
 class Gone(ConnectionError):
     """The engine, or the connection to it, went away."""
-
-
-class EngineAnswer(Protocol):
-    """An answer that has begun."""
-
-    status: int
-    headers: CIMultiDictProxy[str]
-
-    async def read(self) -> bytes:
-        """All of it."""
-
-    def pieces(self) -> AsyncIterator[bytes]:
-        """Each piece as the engine sent it."""
 
 
 class EngineConnection(ABC):
@@ -73,7 +61,7 @@ class EngineConnection(ABC):
                 finally:
                     self._limits.discard(limit)
         except BROKEN as error:
-            raise Gone(f"{type(error).__name__} {str(error).partition(chr(10))[0]}".rstrip()) from error
+            raise Gone(str(error).partition("\n")[0] or type(error).__name__) from error
 
     def close(self) -> None:
         """Break off all requests: the engine has ended, or is being ended."""
@@ -92,65 +80,108 @@ class HttpConnection(EngineConnection):
     """To an engine that is a server.
 
     A kept connection saves 0.8 ms before the first token. An engine may close one just as it is used again: what
-    breaks there before a byte came is retried on a fresh one, which a dead engine does not take.
+    breaks there before an answer began is retried on a fresh one, which a dead engine does not take. `kept` are the
+    paths whose connections are kept, never more than an engine's slots, and given up soon: each one holds a thread of
+    llama-server.
     """
 
-    def __init__(
-        self, base_url: str, key: SecretStr | None, fresh: aiohttp.ClientSession, kept: aiohttp.ClientSession
-    ) -> None:
+    def __init__(self, base_url: str, key: SecretStr | None, kept: Container[str] = ENDS) -> None:
         super().__init__()
-        self._base_url = base_url
+        url = URL(base_url)
+        self._host, self._port, self._path = url.raw_host or "", url.port or 80, url.raw_path.rstrip("/")
+        self._host_header = url.host_port_subcomponent
+        self._tls = _tls() if url.scheme == "https" else None
         self._key = {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}
-        self._fresh, self._kept = fresh, kept
+        self._kept = kept
+        self._unused: list[Wire] = []
+
+    def close(self) -> None:
+        super().close()
+        while self._unused:
+            self._give_up(self._unused[-1])
 
     @contextlib.asynccontextmanager
     async def _send(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], keyless: bool
     ) -> AsyncIterator[EngineAnswer]:
-        sent = headers if keyless else {**headers, **self._key}
-        async with await self._request(method, path, body, sent) as answer:
-            yield HttpAnswer(answer)
-
-    async def _request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
-        sessions = (self._kept, self._fresh) if path in ENDS else (self._fresh,)
-        for session in sessions:
+        sent = dict(headers) if keyless else {**headers, **self._key}
+        wire, keeps = None, path in self._kept
+        if keeps and (wire := self._take()) is not None:
             try:
-                return await session.request(
-                    method,
-                    URL(self._base_url + path, encoded=True),
-                    data=body or None,
-                    headers=headers,
-                    timeout=timeout,
-                    allow_redirects=False,
-                    skip_auto_headers=OURS,
-                )
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as broken:
-                if session is sessions[-1] or isinstance(broken, aiohttp.ClientConnectorError):
-                    raise
-        raise AssertionError("there is a session")
+                answer = await self._begun(wire, method, path, body, sent, keeps=True)
+            except Broken:
+                wire, keeps = None, False
+        if wire is None:
+            wire = await self._opened()
+            answer = await self._begun(wire, method, path, body, sent, keeps=keeps)
+        try:
+            yield answer
+        finally:
+            if wire.release():
+                wire.unused = asyncio.get_running_loop().call_later(KEPT_S, self._give_up, wire)
+                self._unused.append(wire)
+
+    def _head(self, method: str, path: str, length: int, headers: Mapping[str, str], *, keeps: bool) -> bytes:
+        lines = [f"{method} {self._path}{path} HTTP/1.1", f"Host: {self._host_header}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if length or method not in ("GET", "HEAD", "OPTIONS"):
+            lines.append(f"Content-Length: {length}")
+        if not keeps:
+            lines.append("Connection: close")
+        if any("\r" in line or "\n" in line for line in lines):
+            raise ValueError("a line end within a header")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape")
+
+    async def _begun(
+        self, wire: Wire, method: str, path: str, body: bytes, headers: Mapping[str, str], *, keeps: bool
+    ) -> HttpAnswer:
+        try:
+            head = self._head(method, path, len(body), headers, keeps=keeps)
+            return await wire.ask(head, body, without_body=method == "HEAD")
+        except BaseException:  # cancelled: the engine is left
+            wire.release()
+            raise
+
+    async def _opened(self) -> Wire:
+        loop, where = asyncio.get_running_loop(), f"{self._host}:{self._port}"
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, wire = await loop.create_connection(Wire, self._host, self._port, ssl=self._tls)
+        except OSError as error:  # TimeoutError is one
+            raise Broken(f"no connection to {where}: {error or 'it does not answer'}") from error
+        return wire
+
+    def _take(self) -> Wire | None:
+        """A connection that was kept; None where there is none of use."""
+        while self._unused:
+            wire = self._unused.pop()
+            if wire.unused is not None:
+                wire.unused.cancel()
+            if not wire.is_closing:
+                return wire
+        return None
+
+    def _give_up(self, wire: Wire) -> None:
+        self._unused.remove(wire)
+        if wire.unused is not None:
+            wire.unused.cancel()
+        wire.release()
 
 
-class HttpAnswer:
-    def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        self.status, self.headers = answer.status, answer.headers
-        self.read = answer.read
-        self._answer = answer
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        if self._answer.content.at_eof():  # HEAD, 304: the library's one stream without anything never ends twice
-            return
-        async for chunk, _ in self._answer.content.iter_chunks():
-            if chunk:
-                yield chunk
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
 
 
-class FrameAnswer:
+class FrameAnswer(EngineAnswer):
     headers = JSON
 
     def __init__(self, answer: frames.FrameResponse) -> None:
         self.status = answer.status
-        self.read, self.pieces = answer.read, answer.pieces
+        self._answer = answer
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        return self._answer.pieces()
 
 
 class FrameConnection(EngineConnection):

@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import re
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from engines.openai.call import GENERATING, Call, Refusal, parse
-from engines.openai.dialect import Dialect
-from engines.openai.paths import ENDS, Kind
-from engines.process.readiness import NOT_SUPPORTED
-from engines.yard.engine.connection import EngineAnswer, Gone
+from engines.openai.call import Call, Refusal, parse
+from engines.openai.paths import Kind
+from engines.yard.engine.connection import Gone
 from engines.yard.engine.in_flight import InFlight
-from engines.yard.engine.liveness import failure_words
 from engines.yard.engine.unit import Unit
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.ports.guard import CHALLENGE, Guard, is_for_people
@@ -33,18 +27,15 @@ from engines.yard.ports.passing import Polled, body_of, pass_through, refuse_upg
 from engines.yard.ports.props import props
 from engines.yard.ports.reply import JSON_TYPE, UNREAD_POLL_S, ClientLeft, ClientReply, answer_expect, error_response
 from engines.yard.ports.status import Status
-from engines.yard.ports.unread import Comments, StalledClients, Unread
+from engines.yard.ports.stream import CONTENT, PassedStream, failure
+from engines.yard.ports.unread import StalledClients, Unread
 from engines.yard.route import Route, Waiting
 from engines.yard.shadow import Shadow
 from engines.yard.yard import Yard
 
 TRIES = 2
-CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments|delta|thinking|partial_json)"\s*:\s*"[^"]')
 SHOWN_REPORTS = 5
-ERRORS = (b'data: {"error"', b"event: error", b"error:")  # how an event that is an error begins
-OUR_FAULTS = frozenset({401, 403, 404})  # the key, the path and the model's name are the yard's own
 END_BYTES = 2048  # of an answer, where its usage and timings stand
-LONGEST_END = 64  # bytes that end a stream; they may come in pieces
 
 
 class Unanswered(Exception):
@@ -274,13 +265,15 @@ class Gateway:
         try:
             async with unit.connection.ask("POST", target, dialect.request(), headers=headers) as answer:
                 if call.stream and answer.status == 200:
-                    await self._stream(route, answer, running, dialect, reply)
+                    stream = PassedStream(running, dialect, reply)
+                    while not await stream.pass_on(answer):
+                        await self._hold_back(route, running, reply)
                     return
                 data = await answer.read()
                 running.chunk(content=True)
                 running.reported(data[-END_BYTES:])
                 status, data = dialect.whole(answer.status, data)
-                running.failure = _failure(call, status, data)
+                running.failure = failure(call, status, data)
                 await reply.whole(status, data, answer.headers.get("Content-Type", JSON_TYPE))
         except Gone as gone:
             ended = await unit.end_of(running)
@@ -290,41 +283,6 @@ class Gateway:
                 await reply.close_comment()
                 raise Unanswered(ended or str(gone)) from gone
             await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
-
-    async def _stream(
-        self, route: Route, answer: EngineAnswer, running: InFlight, dialect: Dialect, reply: ClientReply
-    ) -> None:
-        last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, the end
-        comments, is_end, tail = Comments(), ENDS[reply.call.path].search, b""
-        async for chunk in answer.pieces():
-            last.append(chunk)
-            if not comments.only(chunk):  # an engine's own keep-alive is no progress
-                running.chunk(content=running.first is None and CONTENT.search(chunk) is not None)
-            if not dialect.changes_streams and chunk.startswith(ERRORS):
-                dialect.error = "the engine reported an error in its stream"
-                running.failure = _failure_in_stream(chunk)
-            data = dialect.event(chunk) if dialect.changes_streams else chunk
-            if dialect.early_error is not None:
-                running.failure = _failure(reply.call, *dialect.early_error)
-                await reply.whole(*dialect.early_error)
-                return
-            if data:
-                await reply.pass_on(data)
-                reply.ended = reply.ended or is_end(tail + data) is not None
-                tail = (tail + data)[-LONGEST_END:]
-                if reply.is_full:
-                    await self._hold_back(route, running, reply)
-        end = b"".join(last)
-        running.reported(end)
-        if not reply.ended and is_end(end) is None and not (dialect.error and reply.call.path not in GENERATING):
-            raise Gone("the stream ended without its end")
-        if rest := dialect.rest():
-            await reply.pass_on(rest)
-        reply.ended, reply.error = True, dialect.error
-        if dialect.changes_streams and dialect.error:
-            running.failure = dialect.error
-        elif running.first is None and not running.failure:
-            running.failure = "an answer without content"
 
     async def _hold_back(self, route: Route, running: InFlight, reply: ClientReply) -> None:
         """Stop reading the engine until the client takes some; for `client_stall_s` at most while others wait."""
@@ -414,22 +372,3 @@ def _no_key() -> Refusal:
 def _lacks(unit: Unit, path: str) -> Refusal:
     why = f"{unit.engine}, which serves {unit.spec.model_id}, has no {path}"
     return Refusal(501, why, kind="not_supported_error", code="not_supported")
-
-
-def _failure(call: Call, status: int, data: bytes) -> str:
-    """How the engine failed the request; '' when it did not, or the request was at fault."""
-    if (status in OUR_FAULTS and call.path in GENERATING) or (status >= 500 and status != NOT_SUPPORTED):
-        return failure_words(status, data)
-    if status == 200 and call.generates_text and CONTENT.search(data) is None:
-        return "an answer without content"
-    return ""
-
-
-def _failure_in_stream(chunk: bytes) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        error = json.loads(chunk.partition(b"\n")[0].removeprefix(b"data: "))["error"]
-        code = error.get("code")
-        if isinstance(code, int) and 400 <= code < 500:
-            return ""
-        return f"an error in its stream: {error['message']}".replace("\n", " ")[:300]
-    return "an error in its stream"

@@ -13,7 +13,8 @@ from urllib.parse import quote
 from aiohttp import web
 
 from engines.openai.call import Refusal
-from engines.yard.engine.connection import EngineAnswer, Gone
+from engines.yard.engine.connection import Gone
+from engines.yard.engine.http_answer import EngineAnswer
 from engines.yard.engine.unit import Unit
 from engines.yard.ports.reply import ClientLeft
 

@@ -32,6 +32,7 @@ class ClientReply:
         self._unread = unread
         self._response: web.StreamResponse | None = None
         self._whole: web.Response | None = None
+        self._is_chunked = False
         self._comments = Comments()
         self.begun_with_content = False
         self.ended = False  # all of its answer has been passed on
@@ -77,11 +78,30 @@ class ClientReply:
             await self._write(b"\n\n")
 
     async def pass_on(self, chunk: bytes) -> None:
+        self._note(chunk)
+        await self._write(chunk)
+
+    @property
+    def begun(self) -> bool:
+        """True once something of a stream has been sent."""
+        return self._response is not None
+
+    def pass_on_now(self, chunk: bytes) -> bool:
+        """As `pass_on`, in a stream that has begun, without the HTTP library: `is_full` of it then."""
+        self._note(chunk)
+        transport = self._transport()
+        transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._is_chunked else chunk)
+        size = transport.get_write_buffer_size()
+        if size <= SOME_BYTES:
+            return False
+        self._unread.count(self, size)
+        return self.is_full
+
+    def _note(self, chunk: bytes) -> None:
         if not self.begun_with_content:
             self.begun_with_content = not self._comments.only(chunk)
         if self.recorded is not None:
             self.recorded.add(chunk)
-        await self._write(chunk)
 
     async def cut(self, refusal: Refusal) -> None:
         """End a stream that had begun: an error event, and a proper end."""
@@ -145,6 +165,7 @@ class ClientReply:
         if self._response is None:
             self._response = web.StreamResponse(headers=SSE)
             await self._response.prepare(self._request)
+            self._is_chunked = self._request.version >= HttpVersion11
             if self._request.transport is not None:
                 self._request.transport.set_write_buffer_limits(high=NEVER_FULL)  # `is_full` decides, not the transport
         return self._response
