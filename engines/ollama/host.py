@@ -29,6 +29,7 @@ from engines.model.digest import shards
 from engines.model.header import Header, read_header
 from engines.process.process import LAUNCHER
 from engines.units import size
+from engines.whole_file import write_whole
 
 SPARE_BYTES = 512 * 1024 * 1024  # of the disk, after a copy
 START_S = 60.0
@@ -78,7 +79,7 @@ class Store:
         """The layer of a small blob with this JSON."""
         data = json.dumps(content).encode()
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-        write(self._blobs / digest.replace(":", "-"), data)
+        write_whole(self._blobs / digest.replace(":", "-"), data)
         return {"digest": digest, "size": len(data)}
 
     def models(self, key: str) -> Path:
@@ -129,15 +130,8 @@ class Store:
         log(f"reading {file.name} for its digest")
         with file.open("rb") as opened:
             digest = f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
-        write(entry, digest.encode())
+        write_whole(entry, digest.encode())
         return digest
-
-
-def write(path: Path, data: bytes) -> None:
-    """The whole file or none of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def log(text: str) -> None:
@@ -170,7 +164,7 @@ def write_manifest(
         "layers": layers,
     }
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    write(manifest, json.dumps(whole).encode())
+    write_whole(manifest, json.dumps(whole).encode())
 
 
 @contextlib.contextmanager

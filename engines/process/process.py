@@ -32,6 +32,7 @@ import psutil
 
 from engines import environment
 from engines.redaction import redacted_text
+from engines.whole_file import write_whole
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 GUARD = Path(__file__).with_name("guard.py")
@@ -450,14 +451,8 @@ def _register(state_dir: Path, name: str, pid: int) -> Path:
         "started_at": time.time(),
     }
     entry = directory / f"{pid}-{time.time_ns()}.json"
-    _write_entry(entry, record)
+    write_whole(entry, json.dumps(record))
     return entry
-
-
-def _write_entry(entry: Path, record: Mapping[str, Any]) -> None:
-    partial = entry.with_suffix(".part")
-    partial.write_text(json.dumps(record))
-    os.replace(partial, entry)
 
 
 def _read_entry(entry: Path) -> dict[str, Any] | None:
@@ -474,7 +469,7 @@ def _mark_given_up(entry: Path) -> None:
     record = _read_entry(entry)
     if record is not None:
         with contextlib.suppress(OSError):
-            _write_entry(entry, {**record, GIVEN_UP: True})
+            write_whole(entry, json.dumps({**record, GIVEN_UP: True}))
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from engines.whole_file import write_whole
 
 MOST_PATHS = 64
 MOST_FIELDS = 256
@@ -46,11 +47,9 @@ class Usage:
         if not self._changed:
             return
         self._changed = False
-        partial = self._file.with_suffix(".part")
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial.write_text(json.dumps({"paths": self.paths, "fields": self.fields}), encoding="utf-8")
-            os.replace(partial, self._file)
+            write_whole(self._file, json.dumps({"paths": self.paths, "fields": self.fields}))
 
     def ignored(self, fields: Collection[str]) -> dict[str, int]:
         """Those of `fields` that clients send, the most frequent first."""

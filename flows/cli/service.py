@@ -22,6 +22,7 @@ from jinja2 import Template
 import flows
 from engines.errors import BadInput, SwitchyardError
 from engines.home import home
+from engines.whole_file import write_whole
 from engines.yard.client import YardClient
 from flows.cli.options import Json, PlanFile
 from flows.cli.output import print_lines
@@ -189,10 +190,8 @@ def _install(plan: Plan, text: str, folder: Path) -> dict[str, Any]:
     active = there and _word("is-active") == "active"
     changed = not unit.is_file() or unit.read_text() != text
     if changed:
-        partial = unit.with_suffix(".part")
         with _writing(unit):
-            partial.write_text(text)
-            os.replace(partial, unit)
+            write_whole(unit, text, 0o644)
     if not active and YardClient(folder).runs():
         starts = False
         notes.append(

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from engines.model.header import read_header
 from engines.openai.paths import CHAT
 from engines.process.readiness import TEXT, smallest_request
 from engines.units import figure
+from engines.whole_file import write_whole
 from engines.yard.engine.launch_spec import LaunchSpec
 
 ALTERNATIVES = 10
@@ -127,11 +127,9 @@ class Drift:
         self._baseline, known = baseline, self._known()
         known.pop(self._key, None)
         newest = {**dict(list(known.items())[1 - KEPT :]), self._key: baseline}
-        partial = self._file.with_suffix(".part")
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial.write_text(json.dumps({key: one.model_dump() for key, one in newest.items()}), encoding="utf-8")
-            os.replace(partial, self._file)
+            write_whole(self._file, json.dumps({key: one.model_dump() for key, one in newest.items()}))
 
 
 def distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:

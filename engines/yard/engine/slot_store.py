@@ -19,6 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.errors import SwitchyardError
+from engines.whole_file import write_whole
 
 LEAST_TOKENS = 64  # a shorter prompt is read again as fast
 MIB = 2**20
@@ -102,7 +103,7 @@ class SlotStore:
                 kept.append(SavedSlot(slot=slot, file=file.name, tokens=n_tokens, n_bytes=n_bytes))
         if kept:
             saved = SavedSlots(at=time.time(), model=model, engine=engine, slots=tuple(kept), turns=turns)
-            self._write(f"{key}.json", saved.model_dump_json())
+            write_whole(self.folder / f"{key}.json", saved.model_dump_json())
         self._close(key)
         return sum(one.tokens for one in kept) if (self.folder / f"{key}.json").exists() else 0
 
@@ -163,7 +164,9 @@ class SlotStore:
             del known[oldest]
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._write("proofs", json.dumps({name: one.model_dump() for name, one in self._known().items()}))
+            write_whole(
+                self.folder / "proofs", json.dumps({name: one.model_dump() for name, one in self._known().items()})
+            )
 
     def _known(self) -> dict[str, Proof]:
         if self._proofs is None:
@@ -172,12 +175,6 @@ class SlotStore:
                 stored = json.loads((self.folder / "proofs").read_bytes())
                 self._proofs = {key: Proof.model_validate(one) for key, one in stored.items()}
         return self._proofs
-
-    def _write(self, name: str, text: str) -> None:
-        partial = self.folder / f"{name}.part"
-        with open(os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, self.folder / name)
 
 
 def _read(record: Path) -> SavedSlots | None:
