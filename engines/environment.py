@@ -6,6 +6,7 @@ them (`serving.launch`, `driver.probe` and `scrubbed` apply it): no caller has t
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import re
@@ -76,6 +77,7 @@ def apply_to_this_process() -> None:
     os.environ.update(of_child(os.environ))
 
 
+@functools.lru_cache(maxsize=64)  # each request's Host is looked at: reading an address takes 20 us
 def is_loopback(host: str) -> bool:
     """Whether only this machine answers at `host`, a name or an address."""
     try:
@@ -84,6 +86,7 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+@functools.lru_cache(maxsize=64)
 def plain_host(text: str) -> str:
     """A host as it is compared: lower case, no brackets, no dot at its end, an address in its shortest form."""
     name = text.strip("[]").rstrip(".").lower()

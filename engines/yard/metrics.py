@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
@@ -99,6 +100,7 @@ class Metrics:
         self._engine_ttft = histogram("engine_ttft_seconds", "The engine's part of it.", by_engine, buckets=TTFT_S)
         self._queue = histogram("queue_seconds", "Arrival to the turn on an engine.", ["model"], buckets=TTFT_S)
         self._whole = histogram("request_seconds", "Arrival to the end of the answer.", by_engine, buckets=TTFT_S)
+        self._child = functools.cache(lambda family, *labels: family.labels(*labels))  # the library's own takes 2 us
         self._gaps = Gaps()
         self._registry.register(self._gaps)
 
@@ -109,13 +111,14 @@ class Metrics:
         """Count an answered request that arrived at `arrived` (monotonic)."""
         failed = "client_error" if client_error else "error"
         outcome = failed if not sample.ok else "empty" if sample.empty else "ok"
-        self._requests.labels(model, sample.engine, outcome).inc()
-        self._chunks.labels(model, sample.engine).inc(running.chunks)
-        self._queue.labels(model).observe(running.sent - arrived)
-        self._whole.labels(model, sample.engine).observe(time.monotonic() - arrived)
+        child = self._child
+        child(self._requests, model, sample.engine, outcome).inc()
+        child(self._chunks, model, sample.engine).inc(running.chunks)
+        child(self._queue, model).observe(running.sent - arrived)
+        child(self._whole, model, sample.engine).observe(time.monotonic() - arrived)
         if sample.ttft_ms is not None and running.first is not None:
-            self._ttft.labels(model, sample.engine).observe(running.first - arrived)
-            self._engine_ttft.labels(model, sample.engine).observe(sample.ttft_ms / 1000)
+            child(self._ttft, model, sample.engine).observe(running.first - arrived)
+            child(self._engine_ttft, model, sample.engine).observe(sample.ttft_ms / 1000)
 
     def text(self, routes: Iterable[Route]) -> bytes:
         by_unit = (self._state, self._memory, self._vram, self._gpu, self._in_flight, self._weight)

@@ -16,6 +16,7 @@ import httptools
 from multidict import CIMultiDict
 
 READ_AHEAD_BYTES = 64 * 1024
+JOINED_BYTES = 64 * 1024  # of a request's body
 HEAD_BYTES = 128 * 1024  # of status and headers
 
 
@@ -184,8 +185,10 @@ class Wire(asyncio.Protocol):
     async def ask(self, head: bytes, body: bytes, *, without_body: bool) -> HttpAnswer:
         """The answer, once it begins. Raises Broken."""
         self._answer = answer = HttpAnswer(self._transport, without_body=without_body)
-        self._transport.write(head)
-        if body:
+        if len(body) <= JOINED_BYTES:  # in one write: the engine is woken once
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
             self._transport.write(body)
         await answer.begun
         return answer

@@ -67,7 +67,8 @@ class Unit:
         self.spec = spec
         self.driver = driver
         self.engine = spec.engine
-        self.paths = driver.paths(spec.installation, spec.own)
+        found = spec.installation
+        self.paths = driver.paths(found, spec.own)
         self.slots = spec.settings.sequences  # requests it takes at a time
         self.state = Health.STOPPED
         self.transitions: deque[Transition] = deque(maxlen=REMEMBERED)
@@ -82,6 +83,7 @@ class Unit:
         self.stats = EngineStats()
         self.gap: Callable[[float], None] | None = None
         self.prompts = PromptCache(spec, self.paths.slots, store, note)
+        self._dialect, self._served_name = driver.dialect(found), spec.served_name(driver)
         self._settings = settings
         self._home, self._key, self._connect = home, key, connect
         self._changed, self._transition, self._incident = changed, transition, incident
@@ -186,15 +188,13 @@ class Unit:
     @property
     def ignores(self) -> frozenset[str]:
         """Fields of requests that this engine does not act on."""
-        return self.driver.dialect(self.spec.installation).ignores
+        return self._dialect.ignores
 
     def dialect(self, call: Call) -> Dialect:
         """What brings `call` and its answer to the shapes that clients expect."""
-        found, model_id = self.spec.installation, self.spec.model_id
         if self.spec.request_defaults and call.path in GENERATING:
             call = call.with_defaults(self.spec.request_defaults)
-        name, context = self.spec.served_name(self.driver), self.context_tokens
-        return self.driver.dialect(found)(call, name, model_id, context_tokens=context)
+        return self._dialect(call, self._served_name, self.spec.model_id, context_tokens=self.context_tokens)
 
     @property
     def accepts(self) -> bool:
