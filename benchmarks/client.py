@@ -173,7 +173,7 @@ def mark(reached: bool, what: str) -> None:
 def foreign(rows: list[dict[str, Any]]) -> str:
     """The machine's foreign CPU share in `rows`: median and largest; 'not measured' where there is nothing."""
     known = [share for row in rows if (share := row["machine"]["foreign_cpu_fraction"]) is not None]
-    return f"median {100 * statistics.median(known):.0f} %, most {100 * max(known):.0f} %" if known else "not measured"
+    return f"median {100 * statistics.median(known):.0f}%, most {100 * max(known):.0f}%" if known else "not measured"
 
 
 def main() -> None:

@@ -304,7 +304,7 @@ def _parity_text(result: Json) -> str:
     figures = result["figures"]
     parts = [f"{result['verdict']} with {result['with']}"]
     if (agreement := figures.get("parity.top1_agreement")) is not None:
-        parts.append(f"same token {agreement:.2%}".replace("%", " %"))
+        parts.append(f"same token {agreement:.2%}")
     if (kld := figures.get("parity.mean_kld")) is not None:
         parts.append(f"KLD {figure(kld)} nats")
     by = f" ({', '.join(name.removeprefix('parity.') for name in result['by'])})" if result["by"] else ""

@@ -1,14 +1,14 @@
-"""How often the gate is right: candidates promoted at true slow-downs of 0 to 20 %, ours beside three usual judges.
+"""How often the gate is right: candidates promoted at true slow-downs of 0 to 20%, ours beside three usual judges.
 
     python -m benchmarks.gate                          simulated noise of three machines
     python -m benchmarks.gate --recorded blocks.json   the same on blocks recorded with one engine as both arms (A/A)
 
-Ideal is 100 % at 0 (an equal engine is let through) and at most 5 % at 10 %, which is the margin. The usual judges see
+Ideal is 100% at 0 (an equal engine is let through) and at most 5% at 10%, which is the margin. The usual judges see
 one start of each engine, all of the incumbent's requests and then all of the candidate's; ours sees blocks of fresh
-starts. Row 4 is the gate as it ships: the order of the arms drawn by coin, bounds that spend 5 % at 6, 12 and 24
+starts. Row 4 is the gate as it ships: the order of the arms drawn by coin, bounds that spend 5% at 6, 12 and 24
 blocks. Row 4b alternates the order, AB BA AB, and takes the bounds tabulated for evenly spaced looks.
 
-Log latency = offset of the start + drift (AR(1), coefficient 0.95 a request) + noise, and 5 % of the requests
+Log latency = offset of the start + drift (AR(1), coefficient 0.95 a request) + noise, and 5% of the requests
 take twice as long: the noise of a 2-core virtual machine in its measured sizes, the shape fitted by eye.
 """
 
@@ -151,7 +151,7 @@ def welch(incumbent: np.ndarray, candidate: np.ndarray) -> np.ndarray:
 def kayenta_like(incumbent: np.ndarray, candidate: np.ndarray, allowed_increase: float = 1.0) -> np.ndarray:
     """Promoted unless "High" as Kayenta's NetflixACAJudge has it.
 
-    High: the lower end of Mann-Whitney's 98 % interval of the shift is over 0.25 times the shift, and the ratio of the
+    High: the lower end of Mann-Whitney's 98% interval of the shift is over 0.25 times the shift, and the ratio of the
     means is at least `allowed_increase` (Kayenta's default is 1.0).
     """
     n, m = incumbent.shape[1], candidate.shape[1]
@@ -308,7 +308,7 @@ def show(console: Console, rows: Sequence[Row], noise_title: str) -> None:
     table = Table(title="Candidates promoted, %, by true slow-down", title_justify="left")
     for title in (noise_title, "judge"):
         table.add_column(title, no_wrap=True)
-    for title in (*(f"{100 * slow:g} %" for slow in SLOWDOWNS), "A/A shut", "wrong, 10 %", "wrong, 20 %"):
+    for title in (*(f"{100 * slow:g}%" for slow in SLOWDOWNS), "A/A shut", "wrong, 10%", "wrong, 20%"):
         table.add_column(title, justify="right")
     for title in ("A/A FAIL", "blocks", "runs"):
         table.add_column(title, justify="right")
@@ -341,11 +341,11 @@ def reach(console: Console, row: Row) -> bool:
     claims = (
         ("equal engine promoted", row.promoted[0], ">=", 94.0),
         ("equal engine called FAIL", row.failed[0], "<=", 1.0),
-        ("10 % slower promoted", row.promoted[2], "<=", 5.0),
-        ("20 % slower promoted", row.promoted[3], "<=", 0.5),
+        ("10% slower promoted", row.promoted[2], "<=", 5.0),
+        ("20% slower promoted", row.promoted[3], "<=", 0.5),
     )
     table = Table(title=f"To reach on noise like {row.noise!r}: {row.judge}", title_justify="left")
-    for title in ("what", "reach", "measured (95 % interval of the simulation)", ""):
+    for title in ("what", "reach", "measured (95% interval of the simulation)", ""):
         table.add_column(title)
     all_reached = True
     for what, count, sign, limit in claims:
@@ -355,7 +355,7 @@ def reach(console: Console, row: Row) -> bool:
         within = high >= limit if sign == ">=" else low <= limit
         all_reached &= within
         answer = "reached" if reached else "reached within the simulation's error" if within else "NOT reached"
-        table.add_row(what, f"{sign} {limit:g} %", _with_interval(count, row.runs, decimals=2), answer)
+        table.add_row(what, f"{sign} {limit:g}%", _with_interval(count, row.runs, decimals=2), answer)
     console.print(table)
     return all_reached
 
@@ -385,7 +385,7 @@ def main() -> int:
     if options.recorded:
         return 0
     spent = [100 * spent_alpha(DEFAULT_LOOKS, bounds) for bounds in (look_bounds(DEFAULT_LOOKS), TABULATED_BOUNDS)]
-    console.print(f"Error spent by the looks on independent blocks: {spent[0]:.2f} % in row 4, {spent[1]:.2f} % in 4b.")
+    console.print(f"Error spent by the looks on independent blocks: {spent[0]:.2f}% in row 4, {spent[1]:.2f}% in 4b.")
     ours, variant = (row for row in rows if row.noise == "this VM" and row.judge.startswith("4"))
     all_reached = reach(console, ours)
     reach(console, variant)

@@ -1,6 +1,6 @@
 """The gate on real runs: one engine as both arms, the candidate's slowed down for real, beside three usual judges.
 
-    python -m benchmarks.gate_real                        0, 10 and 30 % slower, 6 blocks each, some 6 minutes
+    python -m benchmarks.gate_real                        0, 10 and 30% slower, 6 blocks each, some 6 minutes
     python -m benchmarks.gate_real --record blocks.json   also writes the equal pair's blocks, for gate.py --recorded
 
 The slow-down is a duty cycle: the candidate's process is stopped and continued every 20 ms, so that it is on the CPU
@@ -123,7 +123,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
     table = Table(
-        title="Real runs of llama.cpp against itself, margin 10 %, median time of a request", title_justify="left"
+        title="Real runs of llama.cpp against itself, margin 10%, median time of a request", title_justify="left"
     )
     for column in ("asked", "measured", "our gate", "single run, mean <= 1.10", "Welch t-test", "Kayenta-like", "why"):
         table.add_column(column)

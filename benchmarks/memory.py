@@ -302,7 +302,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
             off = sorted(abs(row.error) for row in ours)
             figures = (statistics.median(off), statistics.quantiles(off, n=20, method="inclusive")[18], off[-1])
             covered = f"{sum(row.is_covered for row in ours)} of {len(ours)}"
-            shown = " | ".join(f"{100 * figure:.1f} %" for figure in figures)
+            shown = " | ".join(f"{100 * figure:.1f}%" for figure in figures)
             versions = ", ".join(dict.fromkeys(row.version for row in ours))
             found.append(f"| {engine} ({versions}) | {len(ours)} | {shown} | {covered} |")
     found += ["", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
@@ -311,7 +311,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 
 def cells_of(row: Row) -> list[str]:
-    cell, error = row.cell, f"{100 * row.error:+.1f} %"
+    cell, error = row.cell, f"{100 * row.error:+.1f}%"
     attention = {True: "on", False: "off", None: ""}[cell.flash]
     sizes = (row.private, row.expected - row.expected_mapped, row.resident, row.expected_mapped)
     span = f"{row.low / MIB:.0f} to {row.high / MIB:.0f}"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.nights [--plans 120]
 
-A plan has 36 series (two engines, three models, six figures) of a nightly standard deviation of 3.5 %. One of its
-series drifts by 1 % a week: how often is that found within six weeks, after so many nights of one build and plan? And
+A plan has 36 series (two engines, three models, six figures) of a nightly standard deviation of 3.5%. One of its
+series drifts by 1% a week: how often is that found within six weeks, after so many nights of one build and plan? And
 how many alarms does a year without any drift have, over all 36? The judge is that of `tasks/verdicts/drift.py`; it was
 tuned on the first noise alone.
 """
@@ -35,7 +35,7 @@ NOISES: dict[str, tuple[tuple[float, ...], str, int]] = {
     "independent": ((0.0,), "normal", 0),
     "AR(1) 0.3": ((0.3,), "normal", 0),
     "Student's t, 3 df": ((0.0,), "t", 0),
-    "5 % outliers, 4 x": ((0.0,), "outliers", 0),
+    "5% outliers, 4 x": ((0.0,), "outliers", 0),
     "every 7th night missing": ((0.0,), "normal", 7),
     "AR(1) 0, 0.3 and 0.6": ((0.0, 0.3, 0.6), "normal", 0),
 }
@@ -115,7 +115,7 @@ def pooled_row(rng: np.random.Generator, plans: int, common: float, nights: int,
 
 
 def new_builds(rng: np.random.Generator, plans: int, limit: float) -> tuple[int, int]:
-    """Alarms of plans whose series jump by 20 % with another build every 60 nights, and plan-years; by the judge."""
+    """Alarms of plans whose series jump by 20% with another build every 60 nights, and plan-years; by the judge."""
     alarms = 0
     for logs in noise(rng, "independent", plans, YEAR):
         logs += 0.2 * (np.arange(YEAR) // 60)
@@ -156,7 +156,7 @@ def _rate(alarms: int, years: float) -> str:
 
 
 def show(console: Console, rows: Sequence[Row], at: int) -> None:
-    """Every noise at the limit in use (number `at`), with 95 % intervals of the simulation."""
+    """Every noise at the limit in use (number `at`), with 95% intervals of the simulation."""
     table = Table(
         title=f"A drift of {DRIFT:.0%} a week, found within 6 weeks, %, by nights before it", title_justify="left"
     )
@@ -185,7 +185,7 @@ def reach(console: Console, one: Row, at: int) -> bool:
     few = poisson_lower_rate(alarms, years, 0.975) <= FALSE
     often = wilson(found, one.drifting)[1] >= FOUND
     console.print(f"{one.noise}: at most {FALSE:g} false alarm a year: {_rate(alarms, years)}, {_word(few)}")
-    console.print(f"{one.noise}: {FOUND:.0%} found after 56 nights: {_share(found, one.drifting)} %, {_word(often)}")
+    console.print(f"{one.noise}: {FOUND:.0%} found after 56 nights: {_share(found, one.drifting)}%, {_word(often)}")
     return few and often
 
 
@@ -214,9 +214,9 @@ def main() -> int:
     rng = np.random.default_rng([options.seed, len(NOISES)])
     for common in (0.0, 0.25, 0.5):
         shares = (_share(*pooled_row(rng, 10 * options.plans, common, weeks * WEEK, limit)) for weeks in (3, 4, 6))
-        said = ", ".join(f"within {weeks} weeks {share} %" for weeks, share in zip((3, 4, 6), shares, strict=True))
+        said = ", ".join(f"within {weeks} weeks {share}%" for weeks, share in zip((3, 4, 6), shares, strict=True))
         console.print(f"all of an engine drifts, AR(1) 0.3, {common:.0%} of the noise common to all: {said}")
-    console.print("another build every 60 nights, 20 % slower each: alarms a year", _rate(*new_builds(rng, 8, limit)))
+    console.print("another build every 60 nights, 20% slower each: alarms a year", _rate(*new_builds(rng, 8, limit)))
     all_reached = reach(console, rows[0], at)
     console.print(f"limit {limit:.2f} for {SERIES} series; {time.monotonic() - began:.0f} s")
     return 0 if all_reached else 1

@@ -53,10 +53,10 @@ def watch(pid: int) -> None:
     sampled = sampled_share(pid, seconds=8)
     for what, value in {"from single samples": sample_s, "of a sampler running 8 s": sampled}.items():
         mark = "reached    " if value < REACH else "not reached"
-        print(f"{mark}  share of one core at 1 Hz, {what}: {100 * value:.3f} % (reach < {100 * REACH:g} %)")
+        print(f"{mark}  share of one core at 1 Hz, {what}: {100 * value:.3f}% (reach < {100 * REACH:g}%)")
     machine = interval(first, telemetry.snapshot())
     foreign = machine["foreign_cpu_fraction"]
-    load = "not measured" if foreign is None else f"{100 * foreign:.0f} %"
+    load = "not measured" if foreign is None else f"{100 * foreign:.0f}%"
     print(f"machine: {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.2f}, CPU taken by others: {load}")
 
 

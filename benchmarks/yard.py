@@ -505,8 +505,8 @@ def print_reach(found: Findings) -> None:
     mark(cpu < CPU_US, f"CPU per chunk at {most} streams: {cpu:.1f} us (reach < {CPU_US:g} us)")
     merged = max(-found.added("yard", "arrivals", streams) for streams in STREAMS)
     held = max(found.added("yard", "held", streams) for streams in STREAMS)
-    why = f"{100 * merged:.2f} % merged, {100 * held:.2f} % later than half a token gap, more than direct"
-    mark(max(merged, held) < HELD if calm else None, f"no chunk held back: {why} (reach < {100 * HELD:g} %)")
+    why = f"{100 * merged:.2f}% merged, {100 * held:.2f}% later than half a token gap, more than direct"
+    mark(max(merged, held) < HELD if calm else None, f"no chunk held back: {why} (reach < {100 * HELD:g}%)")
     failed = sum(row["failed"] for row in found.rows if row["way"] == "yard" and "failed" in row)
     mark(failed == 0, f"streams failed: {failed:g} (reach 0)")
     for mine, bare in zip(found.of("yard", "streams", most), found.of("direct", "streams", most), strict=True):
@@ -550,7 +550,7 @@ def mark(reached: bool | None, what: str) -> None:
 def foreign(rows: list[dict[str, Any]]) -> str:
     """The machine's foreign CPU share in `rows`: median and largest; 'not measured' where there is nothing."""
     known = _foreign(rows)
-    return f"median {100 * statistics.median(known):.0f} %, most {100 * max(known):.0f} %" if known else "not measured"
+    return f"median {100 * statistics.median(known):.0f}%, most {100 * max(known):.0f}%" if known else "not measured"
 
 
 def foreign_share(rows: list[dict[str, Any]]) -> float | None:

@@ -8,7 +8,7 @@ import time
 
 NOT_MEASURED = "not measured"
 _COUNTED = frozenset(("answers", "failures", "findings", "parameters", "requests", "unexplained divergences"))
-_SHOWN_AS = {"bytes/day": (1e-6, " MB/day"), "share": (100.0, " %"), "ratio": (1.0, "×")}
+_SHOWN_AS = {"bytes/day": (1e-6, " MB/day"), "share": (100.0, "%"), "%": (1.0, "%"), "ratio": (1.0, "×")}
 SMALLEST = 6  # digits after the point; what is smaller is said to be under that
 _SIZES = (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2), ("TiB", 2))
 

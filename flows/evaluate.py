@@ -105,8 +105,8 @@ def try_model(trial: Trial, *, with_soak: bool = True) -> None:
 
 
 def engine_share(engines_s: float, whole_s: float) -> str:
-    """`engines were up for 412 s of 440 s (94 %)`: the rest is what Switchyard itself took."""
-    return f"engines were up for {engines_s:.0f} s of {whole_s:.0f} s ({engines_s / whole_s:.0%})".replace("%", " %")
+    """`engines were up for 412 s of 440 s (94%)`: the rest is what Switchyard itself took."""
+    return f"engines were up for {engines_s:.0f} s of {whole_s:.0f} s ({engines_s / whole_s:.0%})"
 
 
 def first_look(trial: Trial) -> None:

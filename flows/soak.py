@@ -359,9 +359,9 @@ def summed(segments: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def progress_line(model: Mapping[str, Any]) -> str:
-    """`m: 12 % of 3 days in 52 windows of mistral.rs 0.9.5, INCONCLUSIVE`."""
+    """`m: 12% of 3 days in 52 windows of mistral.rs 0.9.5, INCONCLUSIVE`."""
     line = (
-        f"{model['model']}: {_percent(model):g} % of {duration(model['soak_s'])} in {model['windows']} windows of "
+        f"{model['model']}: {_percent(model):g}% of {duration(model['soak_s'])} in {model['windows']} windows of "
         f"{model['engine']} {model['version']}, {model['verdict']}"
     )
     return f"{line} ({model['ended']})" if model["ended"] else line

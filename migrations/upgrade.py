@@ -98,7 +98,7 @@ def cannot_prove(plan: Plan) -> tuple[str, ...]:
         return ()
     soak, rate = duration(soak_s), figure(3 * 86_400 / soak_s)
     return (
-        f"failures per day: {soak} without one bound the rate at about {rate} a day (95 %); 3 clean days bound it at 1",
+        f"failures per day: {soak} without one bound the rate at about {rate} a day (95%); 3 clean days bound it at 1",
         f"leaks: a slope in bytes per day needs 48 hours; {soak} show only growth that a crash would show as well",
         "rare requests: images, tools and long contexts count as far as the plan's own transcripts have them",
     )

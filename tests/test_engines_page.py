@@ -92,6 +92,6 @@ def test_a_row_is_what_was_recorded(records: Records) -> None:
     assert old[:6] == ["llama.cpp", "B1: b1", "program", "yes", "0.5 s", f"{of} of {of}"]
     assert old[8] == "to mistral.rs 0.8.1, without rehearsal, its shut gate overridden by hand; rolled back"
     assert new[5] == f"{of - 1} of {of}; lacks usage_in_stream"
-    assert new[6] == "INCONCLUSIVE with llama.cpp B1 (top1_agreement): same token 98.00 %"
+    assert new[6] == "INCONCLUSIVE with llama.cpp B1 (top1_agreement): same token 98.00%"
     assert (new[7], new[8][:17]) == ("not run here, because (3)", "from llama.cpp B1")
     assert "3. not measured: parity.top1_agreement failed first" in tables(kept)

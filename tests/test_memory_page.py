@@ -25,7 +25,7 @@ def test_the_page_and_its_picture_are_what_the_command_makes() -> None:
 
 
 def test_sixty_cells_are_within_5_percent_in_the_median_and_15_at_p95() -> None:
-    """Of each engine; at least 95 % of all lie in their interval."""
+    """Of each engine; at least 95% of all lie in their interval."""
     assert len(CELLS) >= 60
     for engine in ENGINES:
         off = errors([row for row in CELLS if row.cell.engine == engine])

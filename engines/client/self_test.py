@@ -101,7 +101,7 @@ def self_test(
     """The client's error budget on this machine; takes 2-3 s with the defaults.
 
     `streams` requests at a time, `rounds` times, after one round of warm-up. The `max_*` are its tolerances: 3 ms of
-    lateness are a third of a 10 % margin on a TTFT of 90 ms; past half a core the client disturbs the engine.
+    lateness are a third of a 10% margin on a TTFT of 90 ms; past half a core the client disturbs the engine.
     """
     body = {"messages": [{"role": "user", "content": "time"}]}
     with reference_server(ttft_ms=ttft_ms, itl_ms=itl_ms, tokens=tokens) as endpoint:

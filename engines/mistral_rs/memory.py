@@ -99,7 +99,7 @@ def _kv_cache(case: MemoryCase, where: Device) -> Part:
             return exactly("KV cache", where, int(_number(name, given[name]) * unit), f"a pool as {name} sets it")
     if case.settings.context_tokens is not None:
         return exactly("KV cache", where, full, why)
-    why += "; with no context_tokens set its pool takes 90 % of free VRAM"
+    why += "; with no context_tokens set its pool takes 90% of free VRAM"
     return Part("KV cache", where, full, full, max(full, int(FREE_VRAM_SHARE * vram)), why)
 
 

@@ -151,7 +151,7 @@ class Vllm:
         ]
 
     def memory_notes(self, case: MemoryCase) -> list[str]:
-        return ["on a GPU it takes 90 % of the memory for its cache, unless --gpu-memory-utilization says otherwise"]
+        return ["on a GPU it takes 90% of the memory for its cache, unless --gpu-memory-utilization says otherwise"]
 
     def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
         settings, found = serve.settings, []

@@ -88,7 +88,7 @@ def _yard_before(engine: Endpoint, home: Path) -> Iterator[tuple[str, int]]:
 
 def _show(found: Mapping[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("ms", "direct", "yard", "added", "95 %", "CPU of the yard"):
+    for column in ("ms", "direct", "yard", "added", "95%", "CPU of the yard"):
         table.add_column(column, justify="left" if column == "ms" else "right", no_wrap=True)
     streams = found["streams"].items()
     rows = [(f"first token, {what} stream{'s' * (what != '1')}", "chunk", one) for what, one in streams]

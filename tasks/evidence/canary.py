@@ -11,7 +11,7 @@ First tokens are compared where the candidate's prompts lie in its cache as ofte
 that is a finding of its own, which the plan may accept.
 
 What this cannot prove, and phase 1 can: every block is of the same start of both engines, and starts differ by 9 to
-14 % on a small machine; the candidate answers only its share, so it was not seen under the whole load; conversations
+14% on a small machine; the candidate answers only its share, so it was not seen under the whole load; conversations
 are dealt to engines, not requests, so a few odd conversations look like an engine; one that moves to the candidate
 comes without its cached prompt, once; a client that leaves makes no sample, and times are per content chunk: an engine
 that sends several tokens in one looks slower than it is.
@@ -48,7 +48,7 @@ from tasks.verdicts.statistics import (
 from tasks.verdicts.verdict import CheckResult, Verdict, at_least, decided, gate, not_measured
 
 LiveSample = Mapping[str, Any]
-SURE = 0.9999  # judged all the time: simulated over 4000 requests, equal engines fail in under 1 % of canaries
+SURE = 0.9999  # judged all the time: simulated over 4000 requests, equal engines fail in under 1% of canaries
 LEAST_RATIO = 1.01  # non-inferiority needs a margin, however small
 FEWEST = 3  # failures; two can fall together by chance on any engine
 HOPELESS = 0.05  # surely failing more often than this needs no incumbent's figures
@@ -60,7 +60,7 @@ MOST_PAIRED = 100  # requests of an engine in one block whose pairs are looked a
 WARM = 0.5  # of its prompt in the cache: a request that was answered from it
 FEWER_WARM = 0.2  # the share of requests by which the candidate may be behind before first tokens cannot be compared
 FURTHER_LOOKS = 8  # after the plan's last one: 256 times its blocks
-FURTHER_ALPHA = 0.01  # of the 5 %: kept for the further looks, halved from one to the next
+FURTHER_ALPHA = 0.01  # of the 5%: kept for the further looks, halved from one to the next
 CLIENTS_FAULT = re.compile(r"HTTP 4\d\d$")
 
 
@@ -101,7 +101,7 @@ class _Share:
         return -newcombe_upper(self.incumbent_hits, self.incumbent_asked, self.hits, self.asked, SURE)
 
     def upper(self, more: int = 0) -> float:
-        """The 95 % upper bound of the excess, after `more` clean ones."""
+        """The 95% upper bound of the excess, after `more` clean ones."""
         return newcombe_upper(self.hits, self.asked + more, self.incumbent_hits, self.incumbent_asked)
 
     def more_needed(self, margin: float) -> int | None:
@@ -219,13 +219,13 @@ def _judge_share(check: str, share: _Share, margin: float, what: str) -> CheckRe
     elif not share.incumbent_asked:
         why += ": nothing to compare with"
     elif (upper := share.upper()) <= margin:
-        verdict, why = Verdict.PASS, f"{why}, with 95 % confidence at most {upper:.2%} above"
+        verdict, why = Verdict.PASS, f"{why}, with 95% confidence at most {upper:.2%} above"
     else:
         more = share.more_needed(margin)
         settle = (
             "no number of clean answers would settle it" if more is None else f"{more} more clean answers are needed"
         )
-        why += f", with 95 % confidence at most {upper:.2%} above; {settle} for {margin:.1%}"
+        why += f", with 95% confidence at most {upper:.2%} above; {settle} for {margin:.1%}"
     return CheckResult(check=check, verdict=verdict, value=share.excess, limit=margin, unit="share", why=why)
 
 
@@ -339,8 +339,8 @@ def _first_decision(metric: Metric, blocks: Sequence[Mapping[str, Any]], looks: 
 def _schedule(looks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The plan's looks and those that follow while traffic does, with the z bound of each.
 
-    By the union bound a candidate at the limit passes in under 5 %: the plan's looks spend 4 % between them, as O'Brien
-    and Fleming would, the further ones 0.5 %, 0.25 % and so on.
+    By the union bound a candidate at the limit passes in under 5%: the plan's looks spend 4% between them, as O'Brien
+    and Fleming would, the further ones 0.5%, 0.25% and so on.
     """
     steps = range(1, FURTHER_LOOKS + 1)
     bounds = [normal_quantile(1 - FURTHER_ALPHA / 2**step) for step in steps]
@@ -400,14 +400,14 @@ def _comparison(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _judge_copies(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
-    """Copies that the candidate failed on, of requests that the incumbent answered; 59 clean ones bound them at 5 %."""
+    """Copies that the candidate failed on, of requests that the incumbent answered; 59 clean ones bound them at 5%."""
     check = "shadow.failed"
     if not pairs:
         return not_measured(check, "no request was copied yet", limit=COPIES_FAILED, unit="share")
     failed = [pair["candidate"]["error"] for pair in pairs if pair["candidate"]["error"]]
     upper = clopper_pearson_upper(len(failed), len(pairs))
     why = f"{len(failed)} of {len(pairs)} copies failed" + (f" ({failed[0][:80]})" if failed else "")
-    why += f", with 95 % confidence at most {upper:.1%}, limit {quantity(COPIES_FAILED, 'share')}"
+    why += f", with 95% confidence at most {upper:.1%}, limit {quantity(COPIES_FAILED, 'share')}"
     surely = len(failed) >= FEWEST and clopper_pearson_lower(len(failed), len(pairs)) > COPIES_FAILED
     verdict = decided(fails=surely, passes=upper <= COPIES_FAILED)
     return CheckResult(check=check, verdict=verdict, value=upper, limit=COPIES_FAILED, unit="share", why=why)

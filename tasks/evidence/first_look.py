@@ -25,7 +25,7 @@ CHECK = "performance.first_look"
 PAIRS = 5
 TOKENS = 8
 CONFIDENCE = 0.999
-# a process keeps its speed for as long as it lives: restarts of one engine differed by up to 30 % on a busy machine
+# a process keeps its speed for as long as it lives: restarts of one engine differed by up to 30% on a busy machine
 RESTARTS = 1.5
 METRICS = (("ttft_ms", "ttft_p50_ratio"), ("tpot_ms", "tpot_p50_ratio"), ("e2e_ms", "e2e_p50_ratio"))
 CANNOT_PROVE = (

@@ -90,7 +90,7 @@ def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) 
     slope = theil_sen([number for number, _ in kept], [float(value) for _, value in kept])
     verdict = decided(fails=slope.low > limit, passes=slope.high < limit)
     why = (
-        f"memory of the {part} moved by {slope.estimate / 1e3:.0f} kB a cycle (95 % between {slope.low / 1e3:.0f} and "
+        f"memory of the {part} moved by {slope.estimate / 1e3:.0f} kB a cycle (95% between {slope.low / 1e3:.0f} and "
         f"{slope.high / 1e3:.0f}) over {len(kept)} cycles"
     )
     if verdict is Verdict.INCONCLUSIVE:

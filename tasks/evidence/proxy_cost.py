@@ -45,7 +45,7 @@ def measure_proxy_cost(
     """`streams` by their number and `calls`, each with both ways' medians over all rounds and the difference.
 
     `ways` are `direct` and `through`. They take turns in random order within a round; a difference is that of one
-    round's medians, with 95 % bounds on their mean. Raises EngineError where a request fails.
+    round's medians, with 95% bounds on their mean. Raises EngineError where a request fails.
     """
     dice = random.Random(seed)
     found: dict[str, dict[str, list[Taken]]] = {str(what): {way: [] for way in ways} for what in (*STREAMS, CALL)}
@@ -110,7 +110,7 @@ def _body(**more: object) -> dict[str, Any]:
 
 
 def compared(taken: Mapping[str, Sequence[Taken]]) -> dict[str, Any]:
-    """Medians of both ways over the rounds, and the mean of what a round's differ by, with its 95 % bounds."""
+    """Medians of both ways over the rounds, and the mean of what a round's differ by, with its 95% bounds."""
     added = [there.ms - here.ms for here, there in zip(taken["direct"], taken["through"], strict=True)]
     spread = t_quantile(0.975, len(added) - 1) * statistics.stdev(added) / len(added) ** 0.5
     mean = statistics.fmean(added)

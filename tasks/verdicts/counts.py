@@ -18,7 +18,7 @@ def no_more_than_incumbent(
 ) -> CheckResult:
     """(how many, of how many) on the candidate against the incumbent: PASS where its share is no larger.
 
-    FAIL where that many would fall on it in under 5 % of cases by chance, INCONCLUSIVE between.
+    FAIL where that many would fall on it in under 5% of cases by chance, INCONCLUSIVE between.
     """
     (k, n), (k_theirs, n_theirs) = ours, theirs
     if not n:

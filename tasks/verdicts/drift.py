@@ -78,7 +78,7 @@ class Change:
 
     @property
     def per_week(self) -> float:
-        """The change of a ramp in seven nights, as a share: 0.01 is 1 % up."""
+        """The change of a ramp in seven nights, as a share: 0.01 is 1% up."""
         return math.expm1(math.log(self.now / self.before) * 7 / self.nights)
 
 

@@ -59,7 +59,7 @@ class Measure(LaterKeys):
 
     requests_per_block: int = Field(20, ge=1, le=1000, description="requests to each engine in one block; p95 needs 20")
     warmup_min: int = Field(3, ge=0, le=100, description="requests sent and discarded after each start")
-    warmup_max: int = Field(10, ge=0, le=100, description="most of them; fewer once two in a row differ < 10 %")
+    warmup_max: int = Field(10, ge=0, le=100, description="most of them; fewer once two in a row differ < 10%")
     looks: Looks = Field((6, 12, 24), description="blocks after which a verdict is tried; the last ends it")
     max_discarded_blocks: Annotated[int, Field(ge=0, le=500)] = Field(
         12,
@@ -95,40 +95,40 @@ class Measure(LaterKeys):
 
 
 class Limits(LaterKeys):
-    """Where a difference stops being acceptable. Ratios are candidate over incumbent; 1.10 means 10 % slower."""
+    """Where a difference stops being acceptable. Ratios are candidate over incumbent; 1.10 means 10% slower."""
 
     later: ClassVar[tuple[str, ...]] = ("trigger_similarity", "schema_accuracy")
 
-    ttft_p50_ratio: Ratio = Field(1.10, description="median time to first token; 24 blocks mostly settle 10 %")
+    ttft_p50_ratio: Ratio = Field(1.10, description="median time to first token; 24 blocks mostly settle 10%")
     ttft_p95_ratio: Ratio = Field(1.20, description="p95 of the time to first token; it is twice as noisy")
     tpot_p50_ratio: Ratio = Field(1.10, description="median time per output token; the reading speed of a stream")
     e2e_p50_ratio: Ratio = Field(1.10, description="median time of a whole request; what an agent's step costs")
     throughput_ratio: Ratio = Field(1.10, description="incumbent's tokens/s over candidate's, at each concurrency > 1")
     memory_peak_ratio: Ratio = Field(
-        1.10, description="peak memory, mapped weights included; 10 %, since a box sized for the incumbent has no more"
+        1.10, description="peak memory, mapped weights included; 10%, since a box sized for the incumbent has no more"
     )
     top1_agreement: Share = Field(
-        0.97, description="share of greedy tokens that agree; two engines reach 97.65 % on equal weights, Q3_K_M 90 %"
+        0.97, description="share of greedy tokens that agree; two engines reach 97.65% on equal weights, Q3_K_M 90%"
     )
     top1_lower_bound: Share = Field(
         0.95,
         validation_alias=either("limits", "top1_lower_bound"),
-        description="95 % lower bound of that share: few prompts cannot pass by luck",
+        description="95% lower bound of that share: few prompts cannot pass by luck",
     )
     mean_kld: Portion = Field(0.005, description="mean divergence, nats; Q5_K_M costs 0.0047, a wrong template > 0.02")
     p99_kld: float = Field(0.05, gt=0, le=10, description="divergence of the worst hundredth of tokens, in nats")
     tie_gap_nats: float = Field(0.5, ge=0, le=5, description="a tie: the incumbent's own top two tokens this close")
     trigger_similarity: Share = Field(
-        0.9, description="F1 of 'called a tool', of what the incumbent reaches against itself; 95 % lower bound"
+        0.9, description="F1 of 'called a tool', of what the incumbent reaches against itself; 95% lower bound"
     )
     schema_accuracy: Share = Field(
-        0.9, description="share of calls valid under their schema, of what the incumbent reaches; 95 % lower bound"
+        0.9, description="share of calls valid under their schema, of what the incumbent reaches; 95% lower bound"
     )
     failure_rate_margin: Portion = Field(
-        0.01, description="failed share above the incumbent's, 95 % upper bound; 299 clean requests prove 1 %"
+        0.01, description="failed share above the incumbent's, 95% upper bound; 299 clean requests prove 1%"
     )
     failures_per_day: float = Field(
-        1.0, gt=0, le=1000, description="crashes, hangs, restarts a day, 95 % upper bound; one a day is why people move"
+        1.0, gt=0, le=1000, description="crashes, hangs, restarts a day, 95% upper bound; one a day is why people move"
     )
     throughput_retention: Share = Field(
         0.9, description="tokens/s at the end of the soak over the beginning; a slow decay shows only over hours"
@@ -173,8 +173,8 @@ UNEXPLAINED_DIVERGENCES = 0  # one that is no near tie wants a person to look
 EXCESS_DEGENERATE = 0  # garbage is a broken kernel or template, however rare
 MIN_POSITIONS = 100  # a 99th percentile of fewer is only their maximum
 MIN_PROMPTS = 10  # fewer are no sample of prompts
-LENGTH_MARGIN = 0.10  # length drives latency and cost; 10 % either way is noticed
-LENGTH_REQUIRED_FROM = 200  # prompts from which the length ratio gates; its interval is wider than 10 % before
+LENGTH_MARGIN = 0.10  # length drives latency and cost; 10% either way is noticed
+LENGTH_REQUIRED_FROM = 200  # prompts from which the length ratio gates; its interval is wider than 10% before
 
 
 class CanaryLimits(Limits):

@@ -67,7 +67,7 @@ class Metric:
         if not 0.0 < self.quantile < 1.0:
             raise BadInput(f"{self.name}: quantile {self.quantile} is outside 0 to 1: write p95 as 0.95")
         if not (self.margin > 0.0 and math.isfinite(self.margin)):
-            raise BadInput(f"{self.name}: margin {self.margin} must be positive: write 10 % as 0.10")
+            raise BadInput(f"{self.name}: margin {self.margin} must be positive: write 10% as 0.10")
 
     @property
     def key(self) -> str:
@@ -85,7 +85,7 @@ class MetricOutcome:
     """What the gate says about one metric, with the numbers it rests on.
 
     `ratio` is above 1 where the candidate is worse, whichever direction is better. `ci_low` and `ci_high` are one-sided
-    95 % bounds of it each, at this look. `blocks_needed` counts the further blocks that would probably turn
+    95% bounds of it each, at this look. `blocks_needed` counts the further blocks that would probably turn
     INCONCLUSIVE into PASS; None where none are needed or none would help. `final` is True where the metric cannot be
     judged however many blocks follow.
     """
@@ -243,7 +243,7 @@ def judge_calibration(
     """Per metric, whether this machine can judge at all: `blocks` hold the incumbent as both arms (A/A), 6 or more.
 
     `calibration.<name>` compares the block standard deviation of the log ratio with the largest that gives an equal
-    engine a 90 % chance to pass at the last look. FAIL: one of two equal arms was found more than the margin slower,
+    engine a 90% chance to pass at the last look. FAIL: one of two equal arms was found more than the margin slower,
     so the bench is biased. INCONCLUSIVE: the noise is too large, the blocks too few, or the client too coarse.
     """
     errors = client_errors or {}
@@ -273,7 +273,7 @@ def look_bounds(looks: tuple[int, ...], alpha: float = ALPHA) -> tuple[float, ..
     """The one-sided z bound of each look: O'Brien-Fleming, C * sqrt(last / look), with the C that spends `alpha`.
 
     (6, 12, 24) gets 3.358, 2.374, 1.679 and a single look 1.645. The tabulated 2.961, 2.094, 1.710 (Jennison and
-    Turnbull 2000, table 2.3) are for evenly spaced looks and would spend 5.3 % here. The schedule belongs to the plan:
+    Turnbull 2000, table 2.3) are for evenly spaced looks and would spend 5.3% here. The schedule belongs to the plan:
     a run that ends early is judged with the looks it was planned with, never with a schedule chosen afterwards.
     """
     if not looks or any(look != int(look) or look < MIN_BLOCKS for look in looks):
@@ -357,13 +357,13 @@ def _calibrate(
     if away > 1 + metric.margin:
         why = (
             f"the incumbent differs from itself by {max(outcome.ratio, 1 / outcome.ratio):.2f}x "
-            f"(at least {away:.2f}x, 95 % sure) over {seen}: the bench favours one arm; "
+            f"(at least {away:.2f}x, 95% sure) over {seen}: the bench favours one arm; "
             "look for what else runs, and at the order of the arms"
         )
         return CheckResult(**facts, verdict=Verdict.FAIL, why=why)
     if outcome.final:
         return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=outcome.why)
-    percent = f"{100 * (math.exp(outcome.sd) - 1):.1f} %"
+    percent = f"{100 * (math.exp(outcome.sd) - 1):.1f}%"
     if outcome.sd > largest:
         needed = blocks_for_power(outcome.sd, metric.margin, alpha=alpha)
         # the chance depends on ln(1 + margin) / sd only, so one solution scales to every sd
@@ -371,14 +371,14 @@ def _calibrate(
         reachable = math.ceil(100 * math.expm1(per_sd * outcome.sd))
         why = (
             f"the incumbent against itself varies by {percent} from block to block: an equal engine needs {needed} "
-            f"blocks for a 90 % chance to pass a {100 * metric.margin:g} % margin, the plan has {looks[-1]}; quiet the "
+            f"blocks for a 90% chance to pass a {100 * metric.margin:g}% margin, the plan has {looks[-1]}; quiet the "
             "machine, or plan more blocks"
         )
-        why += f", or allow {reachable} %" if is_near(1 + reachable / 100, 1 + metric.margin) else ""
+        why += f", or allow {reachable}%" if is_near(1 + reachable / 100, 1 + metric.margin) else ""
         return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=why)
     why = (
         f"the incumbent against itself varies by {percent} from block to block over {seen}: quiet "
-        f"enough to judge a {100 * metric.margin:g} % margin within {looks[-1]} blocks"
+        f"enough to judge a {100 * metric.margin:g}% margin within {looks[-1]} blocks"
     )
     return CheckResult(**facts, verdict=Verdict.PASS, why=why)
 
@@ -451,8 +451,8 @@ def _adjusted(log_ratios: Sequence[float], foreign: Sequence[float]) -> _Estimat
 
     Centred at x = 0, where both arms meet the same load, not at the mean of x: the centred form leaves the mean of d
     as it was and only shrinks its error, so another process that hit one arm would be taken for that arm's own speed.
-    Used only from 12 blocks on, where load slows (theta above 0, one-sided 99 %), taking it out leaves less variance,
-    and load did not follow the candidate (mean x above 0, 97.5 %): it may be the candidate's own. Load that
+    Used only from 12 blocks on, where load slows (theta above 0, one-sided 99%), taking it out leaves less variance,
+    and load did not follow the candidate (mean x above 0, 97.5%): it may be the candidate's own. Load that
     followed the incumbent is taken out, since it flatters the candidate.
     """
     n = len(log_ratios)
@@ -472,7 +472,7 @@ def _adjusted(log_ratios: Sequence[float], foreign: Sequence[float]) -> _Estimat
 
 
 def _blocks_needed(metric: Metric, estimate: _Estimate, n_valid: int, looks_left: Sequence[int]) -> int | None:
-    """Further blocks for a 90 % chance to pass if the ratio stays as it is; None where it is at or over the limit.
+    """Further blocks for a 90% chance to pass if the ratio stays as it is; None where it is at or over the limit.
 
     J = ((1.645 + 1.282) * s / (ln(1 + margin) - d))^2 in all, and never fewer than the next look asks for.
     """
@@ -500,7 +500,7 @@ def _says(metric: Metric, estimate: _Estimate, low: float, high: float, level_a:
         pair = f"incumbent {ratio:.2f}x the candidate ({figure(level_a)} against {quantity(level_b, metric.unit)})"
     else:
         pair = f"candidate {ratio:.2f}x the incumbent ({figure(level_b)} against {quantity(level_a, metric.unit)})"
-    return f"{pair}, {_times(low)} to {_times(high)} with 95 % confidence on each side"
+    return f"{pair}, {_times(low)} to {_times(high)} with 95% confidence on each side"
 
 
 def _limit(metric: Metric) -> str:
@@ -514,7 +514,7 @@ def _times(log_ratio: float) -> str:
 
 def _too_fine(metric: Metric, level: float, client_error: float) -> str:
     return (
-        f"a margin of {100 * metric.margin:g} % of {quantity(level, metric.unit)} is under {CLIENT_ERROR_FACTOR:g} "
+        f"a margin of {100 * metric.margin:g}% of {quantity(level, metric.unit)} is under {CLIENT_ERROR_FACTOR:g} "
         f"times the measuring client's own error ({quantity(client_error, metric.unit)}, p99): measure longer work"
     )
 

@@ -110,7 +110,7 @@ def poisson_lower_rate(failures: int, exposure: float, confidence: float = 0.95)
 def clopper_pearson_upper(hits: int, trials: int, confidence: float = 0.95) -> float:
     """One-sided upper bound of a proportion, exact binomial (Clopper and Pearson 1934); 1.0 when every trial hit.
 
-    The upper end of a two-sided 95 % interval is `confidence=0.975`. Raises NoMeasurement on no trials.
+    The upper end of a two-sided 95% interval is `confidence=0.975`. Raises NoMeasurement on no trials.
     """
     _proportion(hits, trials)
     _inside(confidence, "confidence")
@@ -136,7 +136,7 @@ def newcombe_upper(
     """One-sided upper bound of (candidate's proportion - incumbent's), -1 to 1.
 
     Newcombe 1998, method 10: each proportion's Wilson bound on the side that hurts, combined in squares. The upper end
-    of a two-sided 95 % interval is `confidence=0.975`. Raises NoMeasurement when either has no trials.
+    of a two-sided 95% interval is `confidence=0.975`. Raises NoMeasurement when either has no trials.
     """
     z = normal_quantile(confidence)
     candidate_high = _wilson(candidate_hits, candidate_trials, z)[1]
@@ -159,7 +159,7 @@ def theil_sen(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) 
     """The median of all pairwise slopes, and Sen's two-sided interval from Kendall's variance (Sen 1968).
 
     The interval's ranks are rounded outwards, and it is infinite on both sides where the points are too few to bound
-    the slope (under 5 at 95 %). The points must be near independent: give it `bucket_medians`, not raw samples, whose
+    the slope (under 5 at 95%). The points must be near independent: give it `bucket_medians`, not raw samples, whose
     autocorrelation makes it sure of slopes that are not there. Raises NoMeasurement on fewer than two distinct x.
     """
     return slope_within([(x, y)], confidence)

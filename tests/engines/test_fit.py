@@ -182,7 +182,7 @@ def test_host_cache_as_set_replaces_the_default(nemotron: Header) -> None:
 
 
 def test_mistral_rs_takes_the_free_vram_unless_told(nemotron: Header) -> None:
-    """90 % of it goes to the KV pool when no context is set."""
+    """90% of it goes to the KV pool when no context is set."""
     gpu = FreeMemory(ram_bytes=64 * GIB, vram_bytes=24 * GIB, n_gpus=1)
 
     def kv_part(settings: Settings) -> int:

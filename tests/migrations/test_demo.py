@@ -17,7 +17,7 @@ def test_demo_is_smaller_and_says_what_it_cannot_prove() -> None:
     assert DEMO.looks[-1] * DEMO.requests_per_block < Measure().looks[0] * Measure().requests_per_block
     assert DEMO.soak_s < Measure().soak_s
     said = " ".join(CANNOT_PROVE)
-    assert all(word in said for word in ("p95", "10 %", "leaks", "failures per day"))
+    assert all(word in said for word in ("p95", "10%", "leaks", "failures per day"))
 
 
 def test_a_users_plan_called_demo_has_no_caveats() -> None:

@@ -277,7 +277,7 @@ CASES: dict[str, Change] = {
     "template that raises without tools": template("{% if not tools %}{{ raise_exception('tools!') }}{% endif %}"),
     "template that raises for a system message": template(each(RAISES.format("m.role == 'system'"))),
     "template that raises unless they alternate": template(
-        each(RAISES.format("(m.role == 'user') != (loop.index0 % 2 == 0)"))
+        each(RAISES.format("(m.role == 'user') != (loop.index0% 2 == 0)"))
     ),
     "template that raises for an answer": template(each(RAISES.format("m.role == 'assistant'"))),
     "template a number": put("tokenizer.chat_template", 3, U32),

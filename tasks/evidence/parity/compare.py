@@ -60,7 +60,7 @@ def compare_answers(incumbent: Evidence, candidate: Evidence, *, tie_gap_nats: f
 
 
 def _position_numbers(by_prompt: list[list[float]], hidden: int, seen: int, diverged: int) -> Evidence:
-    """Agreement and KLD (nats) over all compared positions, with one-sided 95 % bounds; None without any.
+    """Agreement and KLD (nats) over all compared positions, with one-sided 95% bounds; None without any.
 
     `hidden` tokens agree (their text does) but have no KLD; of the `diverged` positions `seen` have one.
     """
@@ -72,7 +72,7 @@ def _position_numbers(by_prompt: list[list[float]], hidden: int, seen: int, dive
         return {"positions": 0, "same_top1": 0, **dict.fromkeys(names)}
     same = len(klds) - seen + hidden
     trials = same + diverged
-    low, high = wilson(same, trials, 0.90)  # both ends of the two-sided 90 %: one-sided 95 % each
+    low, high = wilson(same, trials, 0.90)  # both ends of the two-sided 90%: one-sided 95% each
     return {
         "positions": len(klds),
         "same_top1": same,
@@ -87,7 +87,7 @@ def _position_numbers(by_prompt: list[list[float]], hidden: int, seen: int, dive
 
 
 def _bounds(by_prompt: list[list[float]]) -> Evidence:
-    """One-sided 95 % bounds of the mean and the 99th percentile: both over prompts drawn again, with replacement.
+    """One-sided 95% bounds of the mean and the 99th percentile: both over prompts drawn again, with replacement.
 
     Positions of one prompt belong together; of few prompts, positions are drawn.
     """
@@ -377,7 +377,7 @@ def _text_numbers(pairs: Sequence[tuple[Evidence, Evidence]]) -> Evidence:
 
 
 def _length_ratio(lengths: list[tuple[int | None, int | None]]) -> Evidence:
-    """Candidate's mean tokens over the incumbent's with a 95 % bootstrap interval over prompts (fixed seed)."""
+    """Candidate's mean tokens over the incumbent's with a 95% bootstrap interval over prompts (fixed seed)."""
     known = [(a, b) for a, b in lengths if a and b is not None]
     if len(known) < 2:
         return {"prompts": len(known), "ratio": None, "low": None, "high": None}

@@ -81,7 +81,7 @@ def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:
         why = f"no logprobs to compare: {_basis(comparison)}"
         return not_measured(check, why, limit=limits.top1_agreement, unit="share")
     low, high = comparison["top1_low"], comparison["top1_high"]
-    why = f"{share:.2%} on {_basis(comparison)}, 95 % bounds {low:.2%} and {high:.2%}"
+    why = f"{share:.2%} on {_basis(comparison)}, 95% bounds {low:.2%} and {high:.2%}"
     enough = share >= limits.top1_agreement and low >= limits.top1_lower_bound
     sampled = comparison["positions"] >= MIN_POSITIONS or comparison["prompts_compared"] >= MIN_PROMPTS
     fails = sampled and high < limits.top1_agreement
@@ -104,7 +104,7 @@ def _judge_kld(comparison: Evidence, floors: Sequence[Evidence], limits: Limits)
         why = f"{_basis(comparison)}; own noise {f'{figure(own)} nats' if floors else 'not measured'}"
         enough = comparison["positions"] >= MIN_POSITIONS
         if value is not None:
-            why += f"; {quantity(value, 'nats', limit)}, 95 % bounds {figure(low)} and {figure(high)}"
+            why += f"; {quantity(value, 'nats', limit)}, 95% bounds {figure(low)} and {figure(high)}"
             why += f", limit {quantity(limit, 'nats')}{alone * (comparison['candidate_lists'] == 1)}"
         if not enough:
             why += f"; {MIN_POSITIONS} positions are needed"
@@ -189,7 +189,7 @@ def _judge_length(comparison: Evidence, limits: Limits) -> CheckResult:
         return not_measured(check, why, limit=inside[1], unit="ratio", required=False)
     low, high = length["low"], length["high"]
     verdict = decided(fails=high < inside[0] or low > inside[1], passes=inside[0] <= low and high <= inside[1])
-    why = f"{length['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f} over {length['prompts']} prompts"
+    why = f"{length['ratio']:.3f}, 95% interval {low:.3f} to {high:.3f} over {length['prompts']} prompts"
     return CheckResult(
         check=check, verdict=verdict, value=length["ratio"], limit=inside[1], unit="ratio", why=why, required=required
     )

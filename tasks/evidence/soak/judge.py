@@ -48,7 +48,7 @@ def judge_stability(
 def judge_leak(
     times_s: Sequence[float], memory_bytes: Sequence[float | None], *, soak_s: float, limit_bytes_per_day: float
 ) -> CheckResult:
-    """The slope of memory (Theil-Sen on bucket medians, after a warm-up) with its 95 % bounds, in bytes a day.
+    """The slope of memory (Theil-Sen on bucket medians, after a warm-up) with its 95% bounds, in bytes a day.
 
     FAIL iff the lower bound is over the limit; PASS iff the upper bound is under it. Slopes of a soak shorter than a
     day are reported and not required: a cache that fills looks like a leak for hours.
@@ -77,7 +77,7 @@ def judge_slope(slope: Slope, *, soak_s: float, limit_bytes_per_day: float) -> C
     fails, passes = low > limit_bytes_per_day, high < limit_bytes_per_day
     verdict = decided(fails=required and fails, passes=required and passes)
     why = (
-        f"memory moved by {quantity(per_day, LEAK_UNIT, limit_bytes_per_day)} (95 % between {figure(low / 1e6)} and "
+        f"memory moved by {quantity(per_day, LEAK_UNIT, limit_bytes_per_day)} (95% between {figure(low / 1e6)} and "
         f"{figure(high / 1e6)}), limit {quantity(limit_bytes_per_day, LEAK_UNIT)}"
     )
     if not required:
@@ -120,14 +120,14 @@ def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any], failures
 def _judge_rate(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], soak_s: float, failures_per_day: float
 ) -> CheckResult:
-    """The 95 % upper bound of the failure rate. Required where the planned soak is long enough to prove the limit."""
+    """The 95% upper bound of the failure rate. Required where the planned soak is long enough to prove the limit."""
     check, unit = "stability.failure_rate_upper95", "failures/day"
     can_prove = poisson_upper_rate(0, soak_s / DAY_S) <= failures_per_day * 1.001
     if not ours["exposure_s"]:
         return not_measured(check, "no exposure", limit=failures_per_day, unit=unit, required=can_prove)
     upper = poisson_upper_rate(len(ours["failures"]), ours["exposure_s"] / DAY_S)
     per_request = poisson_upper_rate(len(ours["failures"]), ours["requests"]) if ours["requests"] else None
-    why = f"with 95 % confidence under {figure(upper)} failures a day"
+    why = f"with 95% confidence under {figure(upper)} failures a day"
     why += f" and under {per_request:.2%} of requests" if per_request is not None else ""
     if theirs["exposure_s"]:
         upper_theirs = poisson_upper_rate(len(theirs["failures"]), theirs["exposure_s"] / DAY_S)

@@ -21,7 +21,7 @@ from tasks.verdicts.statistics import (
 from tasks.verdicts.verdict import CheckResult, Verdict, decided, not_measured
 
 MEDIANS_FOR_SLOPE = 4
-# looked at after every window: at 95 % one look in forty would be a false alarm, and an alarm moves traffic
+# looked at after every window: at 95% one look in forty would be a false alarm, and an alarm moves traffic
 LOOK_CONFIDENCE = 0.999
 END_CONFIDENCE = 0.95
 SERVED = "stability.served"
@@ -52,7 +52,7 @@ def judge_windows(
 ) -> list[CheckResult]:
     """Every check on the windows of one model, in order of time; `incumbent` are segments of an evaluation's soak.
 
-    Before the soak `is_over` they are preliminary, and a drift is held to 99.9 %, as it is looked at again and again.
+    Before the soak `is_over` they are preliminary, and a drift is held to 99.9%, as it is looked at again and again.
     """
     stability = judge_stability(
         incumbent,
@@ -91,7 +91,7 @@ def judge_silent_empty(
 ) -> CheckResult:
     """The share of answers without a token, over the incumbent's: the two were not asked equally long.
 
-    PASS without any, or when the 95 % upper bound of the difference is within `margin`; FAIL when the lower bound is
+    PASS without any, or when the 95% upper bound of the difference is within `margin`; FAIL when the lower bound is
     beyond it.
     """
     (k, n), (k_theirs, n_theirs) = _empties(windows), _empties(incumbent)

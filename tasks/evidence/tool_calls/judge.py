@@ -135,7 +135,7 @@ def _judge_trigger(ours: Answers, theirs: Answers, again: Answers, share: float,
     most = _f1(_interval(counts.either, counts.either, z)[0])
     why = (
         f"{counts.asked} prompts: both call a tool on {counts.both}, the incumbent alone on {counts.incumbent_only}, "
-        f"the candidate alone on {counts.candidate_only}; F1 {counts.f1:.3f}, 95 % bounds {low:.3f} and {high:.3f}"
+        f"the candidate alone on {counts.candidate_only}; F1 {counts.f1:.3f}, 95% bounds {low:.3f} and {high:.3f}"
     )
     why += "" if own is None else f"; the incumbent against itself {own:.3f}"
     return _judged(TRIGGER, "F1", counts.f1, (low, high), limit, most, f"{why}{_notes(ours, theirs)}")
@@ -153,7 +153,7 @@ def _judge_schema(ours: Answers, theirs: Answers, forced: Sequence[Answers], sha
     low, high = _interval(valid_theirs, n_theirs, z)
     most = _interval(n_theirs, n_theirs, z)[0]
     why = f"{asked}calls valid under their schemas in {valid_theirs} of the candidate's {n_theirs} answers with calls, "
-    why += f"95 % bounds {low:.1%} and {high:.1%}; in {valid} of the incumbent's {n}"
+    why += f"95% bounds {low:.1%} and {high:.1%}; in {valid} of the incumbent's {n}"
     if fault := next(filter(None, (call["fault"] for one in arms[1] for call in one["calls"])), ""):
         why += f"; such as {fault}"
     found = _judged(SCHEMA, "share", valid_theirs / n_theirs, (low, high), limit, most, why)

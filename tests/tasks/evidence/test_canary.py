@@ -56,7 +56,7 @@ def live_traffic(
     silent: float = 0.0,
     larger_prompts: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Requests of 400 conversations of very different length, on a machine whose load drifts; 20 % noise in each."""
+    """Requests of 400 conversations of very different length, on a machine whose load drifts; 20% noise in each."""
     rng = random.Random(seed)
     load, samples = 0.0, []
     talks = [(f"c{n}", rng.random() < weight, math.exp(rng.gauss(6.5, 0.8))) for n in range(400)]
@@ -116,7 +116,7 @@ def test_five_percent_silent_answers_fail() -> None:
 
 
 def test_equal_failures_do_not_fail_however_often_one_looks() -> None:
-    """Both engines lose 2 %, and the judge is asked after every hundred requests."""
+    """Both engines lose 2%, and the judge is asked after every hundred requests."""
     for seed in range(8):
         samples = live_traffic(seed, failing=(0.02, 0.02))
         for seen in range(100, len(samples) + 1, 100):

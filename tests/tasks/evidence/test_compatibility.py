@@ -278,7 +278,7 @@ def test_the_summary_is_the_share_of_required_behaviours_that_pass() -> None:
     new = shown(seed="passed", stop_string="failed", top_k="failed")
     summary = judge_compatibility(old, new, ["seed", "stop_string"])[-1]
     assert (summary.check, summary.value, summary.verdict) == ("compatibility.required_passed", 0.5, Verdict.FAIL)
-    assert summary.why == "1 of 2 required behaviours pass; not: stop_string; 50 %, limit 100 %"
+    assert summary.why == "1 of 2 required behaviours pass; not: stop_string; 50%, limit 100%"
 
 
 def test_nothing_measured_is_inconclusive() -> None:

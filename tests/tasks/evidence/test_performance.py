@@ -280,7 +280,7 @@ def test_a_metric_without_samples_is_not_passed() -> None:
 
 
 def test_a_margin_below_the_clients_own_error_is_not_judged() -> None:
-    """10 % of 20 ms is 2 ms; a client that errs by 1 ms cannot see that."""
+    """10% of 20 ms is 2 ms; a client that errs by 1 ms cannot see that."""
     results = judged(made_up(6, 1.0), client_error_ms={"ttft_ms": 1.0})
     assert results["performance.ttft_p50_ratio"].verdict is Verdict.INCONCLUSIVE
     assert results["performance.e2e_p50_ratio"].verdict is Verdict.PASS

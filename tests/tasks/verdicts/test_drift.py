@@ -40,7 +40,7 @@ def noise(n: int, seed: int = 0, sd: float = 0.035) -> np.ndarray:
 
 
 def test_a_ramp_is_found_with_its_slope():
-    """2 % a week from night 60 on: said as a ramp of about that, before six weeks are over."""
+    """2% a week from night 60 on: said as a ramp of about that, before six weeks are over."""
     logs = noise(102)
     logs[60:] += 0.02 / 7 * np.arange(1, 43)
     ((change, *_),) = changes([nights(logs)], LIMIT)

@@ -53,7 +53,7 @@ def test_bounds_of_even_looks_are_the_published_ones(looks: int, constant: float
 
 
 def test_default_bounds_spend_five_percent_where_the_tabulated_ones_spend_more() -> None:
-    """2.961, 2.094, 1.710 are for even looks: 5 % there, 5.3 % at 6, 12 and 24 blocks."""
+    """2.961, 2.094, 1.710 are for even looks: 5% there, 5.3% at 6, 12 and 24 blocks."""
     tabulated = (2.961, 2.094, 1.710)
     assert spent_alpha((1, 2, 3), tabulated) == pytest.approx(0.0500, abs=1e-4)
     assert spent_alpha(DEFAULT_LOOKS, tabulated) == pytest.approx(0.0530, abs=1e-4)
@@ -72,7 +72,7 @@ def test_impossible_looks_are_refused(looks: tuple[int, ...]) -> None:
     ("margin", "expected"), [(0.05, [4, 11, 38, 83, 146]), (0.10, [3, 5, 11, 23, 40]), (0.20, [3, 3, 5, 8, 12])]
 )
 def test_blocks_for_power_reproduce_the_planning_table(margin: float, expected: list[int]) -> None:
-    """Blocks for a 90 % chance to pass an equal engine, at block sd 0.02 to 0.20 (noncentral t)."""
+    """Blocks for a 90% chance to pass an equal engine, at block sd 0.02 to 0.20 (noncentral t)."""
     assert [blocks_for_power(sd, margin) for sd in (0.02, 0.05, 0.10, 0.15, 0.20)] == expected
 
 
@@ -96,7 +96,7 @@ def test_a_much_slower_engine_fails_with_its_ratio_as_the_value() -> None:
 
 
 def test_noise_is_inconclusive_and_says_how_many_blocks_are_missing() -> None:
-    """An equal engine under 15 % noise is not passed at 6 blocks; at least the next look is asked for."""
+    """An equal engine under 15% noise is not passed at 6 blocks; at least the next look is asked for."""
     outcome = judge(TTFT, make_blocks(6, sd=0.15))
     assert outcome.verdict is Verdict.INCONCLUSIVE
     assert outcome.blocks_needed is not None
@@ -140,10 +140,10 @@ def test_too_few_blocks_are_never_a_pass() -> None:
 
 def test_discarded_blocks_are_left_out_and_counted() -> None:
     """A discarded block changes no number, and the reason line counts it."""
-    blocks = [*make_blocks(6), make_block(6, [1.0], [900.0], void="foreign CPU 31 %")]
+    blocks = [*make_blocks(6), make_block(6, [1.0], [900.0], void="foreign CPU 31%")]
     outcome = judge(TTFT, blocks)
     assert (outcome.verdict, outcome.n_void, outcome.n_blocks) == (Verdict.PASS, 1, 6)
-    assert "1 discarded and not counted, the last because foreign CPU 31 %" in outcome.why
+    assert "1 discarded and not counted, the last because foreign CPU 31%" in outcome.why
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0, None])
@@ -171,7 +171,7 @@ def test_the_same_block_twice_is_refused() -> None:
 
 
 def test_a_margin_under_three_client_errors_is_not_judged() -> None:
-    """10 % of 100 ms is 10 ms: a client wrong by 4 ms cannot tell, one wrong by 3 ms can."""
+    """10% of 100 ms is 10 ms: a client wrong by 4 ms cannot tell, one wrong by 3 ms can."""
     refused = judge(TTFT, make_blocks(6), client_error=4.0)
     assert (refused.verdict, refused.final) == (Verdict.INCONCLUSIVE, True)
     assert "client's own error" in refused.why
@@ -188,7 +188,7 @@ def test_a_further_slow_down_never_improves_the_verdict(seed: int) -> None:
 
 
 def test_candidates_at_the_margin_are_promoted_about_one_time_in_twenty() -> None:
-    """300 migrations to a truly 10 % slower engine: wrong promotions are compatible with the 5.3 % that is spent."""
+    """300 migrations to a truly 10% slower engine: wrong promotions are compatible with the 5.3% that is spent."""
     promoted = 0
     for run in range(300):
         blocks = make_blocks(24, slower=1.10, sd=0.10, seed=1000 + run)

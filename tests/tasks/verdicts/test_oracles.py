@@ -140,7 +140,7 @@ def test_the_chance_to_pass_is_a_noncentral_ts(sd: float, n: int) -> None:
     assert pass_chance(sd, 0.1, n) == pytest.approx(stats.nct.sf(stats.t.ppf(0.95, df), df, shift), abs=1e-4)
 
 
-# --- looked at again and again, by simulation: the 99 % upper bound of the share of wrong alarms
+# --- looked at again and again, by simulation: the 99% upper bound of the share of wrong alarms
 
 
 def wrong_share(alarms: Sequence[bool]) -> float:

@@ -120,12 +120,12 @@ def test_wilson_agrees_with_newcombe(hits: int, trials: int, low: float, high: f
     [(56, 70, 48, 80, 0.3339), (9, 10, 3, 10, 0.8090), (5, 56, 0, 29, 0.1926), (10, 10, 0, 10, 1.0)],
 )
 def test_newcombe_upper_agrees_with_its_author(b: int, n_b: int, a: int, n_a: int, high: float) -> None:
-    """Newcombe 1998, Statistics in Medicine 17:873, table II, method 10, upper ends of 95 % intervals."""
+    """Newcombe 1998, Statistics in Medicine 17:873, table II, method 10, upper ends of 95% intervals."""
     assert newcombe_upper(b, n_b, a, n_a, 0.975) == pytest.approx(high, abs=6e-5)
 
 
 def test_a_proportion_without_trials_is_no_measurement() -> None:
-    """0 of 0 is not 0 %."""
+    """0 of 0 is not 0%."""
     for bound in (lambda: wilson(0, 0), lambda: clopper_pearson_upper(0, 0), lambda: newcombe_upper(0, 0, 1, 2)):
         with pytest.raises(NoMeasurement):
             bound()
@@ -138,7 +138,7 @@ def test_more_hits_than_trials_are_refused() -> None:
 
 
 def test_theil_sen_agrees_with_sen() -> None:
-    """Sen 1968, JASA 63:1379, its worked example: slope 4, 93 % interval 26/7 to 35/8."""
+    """Sen 1968, JASA 63:1379, its worked example: slope 4, 93% interval 26/7 to 35/8."""
     slope = theil_sen([1, 2, 3, 4, 10, 12, 18], [9, 15, 19, 20, 45, 55, 78], confidence=0.93)
     assert (slope.estimate, slope.low, slope.high) == pytest.approx((4.0, 26 / 7, 35 / 8))
 
@@ -183,5 +183,5 @@ def test_binomial_tail_is_the_sum_of_its_terms(hits: int, trials: int, share: fl
 
 
 def test_binomial_tail_takes_thousands_of_trials() -> None:
-    """Of 10 000 fair trials half or more: a little over one half (half of P(X = 5000), which is 0.79788 % )."""
+    """Of 10 000 fair trials half or more: a little over one half (half of P(X = 5000), which is 0.79788% )."""
     assert binomial_tail(5000, 10_000, 0.5) == pytest.approx(0.5 + 0.0079788 / 2, abs=1e-6)

@@ -80,7 +80,7 @@ def test_a_result_says_why_with_its_numbers() -> None:
     assert at_most("c", 2.0, limit=1.0, unit="ms").why == "2 ms, limit 1 ms"
     assert at_least("c", 2.0, limit=1.0, unit="ms").why == "2 ms, limit 1 ms"
     assert at_most("c", 2.0, limit=1.0, unit="ms", why="p95").why == "p95; 2 ms, limit 1 ms"
-    assert at_least("c", 0.5, limit=0.97, unit="share", why="half, limit 97 %").why == "half, limit 97 %"
+    assert at_least("c", 0.5, limit=0.97, unit="share", why="half, limit 97%").why == "half, limit 97%"
     assert CheckResult(check="c", verdict=Verdict.PASS, value=2.0, unit="ms", why="seen").why == "seen"
     again = at_most("c", 11400.0, limit=1.0, unit="ms", why="p95")
     assert CheckResult.model_validate(again.model_dump()).why == again.why == "p95; 11,400 ms, limit 1 ms"

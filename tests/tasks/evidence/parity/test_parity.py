@@ -585,7 +585,7 @@ def test_kld_over_64_positions_is_inconclusive_either_way(p: float, n: int, expe
     theirs = answers(*(answer(str(i), *shifted(n // 4, p, start=100 * i)) for i in range(4)))
     results = judge_answers(compare_answers(ours, theirs))
     assert {one(results, f"parity.{name}").verdict for name in ("mean_kld", "p99_kld")} == {Verdict(expected)}
-    assert all("nats, 95 % bounds" in one(results, f"parity.{name}").why for name in ("mean_kld", "p99_kld"))
+    assert all("nats, 95% bounds" in one(results, f"parity.{name}").why for name in ("mean_kld", "p99_kld"))
 
 
 def test_a_kld_fails_only_where_its_bounds_lie_beyond_the_limit() -> None:

@@ -186,7 +186,7 @@ def named(results: Sequence[CheckResult]) -> dict[str, CheckResult]:
 
 @pytest.mark.parametrize(("days", "upper"), [(1.0, 2.996), (3.0, 0.9986), (30.0, 0.09986)])
 def test_no_failure_bounds_the_rate_at_three_over_the_time(days: float, upper: float) -> None:
-    """-ln(0.05) / T, 95 % confidence."""
+    """-ln(0.05) / T, 95% confidence."""
     rate = named(judge([segment()], [segment(days=days)], days * DAY_S))["failure_rate_upper95"]
     assert rate.value == pytest.approx(upper, rel=1e-3)
 
@@ -336,7 +336,7 @@ def test_a_leak_is_given_in_bytes_a_day() -> None:
     """With its bounds in the reason."""
     result = leak(100 * MB)
     assert result.value == pytest.approx(100 * MB, rel=0.05)
-    assert "95 % between" in result.why
+    assert "95% between" in result.why
 
 
 def test_a_filling_cache_is_no_leak() -> None:

@@ -199,7 +199,7 @@ def test_the_pooled_slope_of_one_part_is_theil_sens() -> None:
 
 
 def test_a_slow_decay_over_the_days_fails_and_ends_the_soak() -> None:
-    """A fifth slower in three days; 5 % is within the limit."""
+    """A fifth slower in three days; 5% is within the limit."""
     shaken = noise(0.2)
     slower = windows(decode=lambda hour: 50 * (1 - 0.2 * hour / 72) + shaken(hour))
     assert [r.check for r in ending(list(judged(slower, over=False).values()))] == [DECODE_DRIFT]
