@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ TAIL_LINES = 40
 KEPT_LOGS = 5  # of earlier processes
 BUFFERS = "model buffer size"  # in lines that are kept beside the last ones: see `device`
 KEPT_LINES = 64
-KILLED_S = 5.0
+KILLED_S, POLL_S = 5.0, 0.01
 GIVEN_UP = "given_up"  # in a register entry: SIGKILL did not end it
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -207,8 +207,7 @@ class ManagedProcess:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             ended = self._wait(KILLED_S)
-            _, alive = psutil.wait_procs(self._known.values(), timeout=KILLED_S if ended else 0)
-            if not ended or any(_runs(process) for process in alive):
+            if not ended or _running_after(KILLED_S, self._known.values()):
                 self._give_up()
                 return None
             self._forget()
@@ -336,11 +335,11 @@ def end_tree(identity: Identity, *, grace_s: float = 3.0) -> bool:
     for process in members:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    _, alive = psutil.wait_procs(members, timeout=grace_s)
+    alive = _running_after(grace_s, members)
     for process in alive:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=grace_s)
+    _running_after(grace_s, alive)
     return True
 
 
@@ -479,6 +478,15 @@ def _runs(process: psutil.Process) -> bool:
             return False
         return process.status() != psutil.STATUS_ZOMBIE or len(os.listdir(f"/proc/{process.pid}/task")) > 1
     return False
+
+
+def _running_after(seconds: float, processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run after `seconds`; returns at once when none does, reaped by its parent or not."""
+    running, deadline = [process for process in processes if _runs(process)], time.monotonic() + seconds
+    while running and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        running = [process for process in running if _runs(process)]
+    return running
 
 
 def _session_members(session: int) -> list[psutil.Process]:
