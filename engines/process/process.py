@@ -42,6 +42,7 @@ KEPT_LOGS = 5  # of earlier processes
 BUFFERS = "model buffer size"  # in lines that are kept beside the last ones: see `device`
 KEPT_LINES = 64
 KILLED_S, POLL_S = 5.0, 0.01
+LEAVING = threading.Event()  # this process is about to end, and its engines before it: their end says nothing of them
 GIVEN_UP = "given_up"  # in a register entry: SIGKILL did not end it
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 

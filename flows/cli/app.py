@@ -197,8 +197,9 @@ def _terminated_like_ctrl_c(interrupted: threading.Event) -> Iterator[None]:
 
 
 def _leave_at_once() -> None:
-    from engines.process.process import stop_all  # `--help` need not load it
+    from engines.process.process import LEAVING, stop_all  # `--help` need not load it
 
+    LEAVING.set()
     ending = threading.Thread(target=stop_all, daemon=True)
     ending.start()
     ending.join(INTERRUPT_S)  # what it does not get done, the kernel does when we are gone

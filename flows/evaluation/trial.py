@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from engines.driver import Installation
 from engines.errors import SwitchyardError
+from engines.process import process
 from engines.process.serving import Served
 from engines.registry import driver
 from migrations import carried
@@ -230,6 +231,8 @@ class Trial:
         """Record that `error` ended a check; raises it where it ends the whole run."""
         if ends_the_run(error):
             raise error
+        if process.LEAVING.is_set():
+            raise KeyboardInterrupt from error
         key = self.bench.api_key
         self.put_unmeasured(arm, what, broken(arm, error, secrets=[key.get_secret_value()] if key else []))
 

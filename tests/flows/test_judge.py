@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ from gguf_files import LLAMA, write_gguf
 from openai_stub import MODEL, stub
 
 from engines.driver import Installation
+from engines.errors import EngineExited
 from engines.model.free_memory import FreeMemory
 from engines.model.memory import GIB
+from engines.process import process
 from engines.settings import Endpoint
 from flows.evaluation import measure
 from flows.evaluation.judge import judged, settled
@@ -169,6 +172,24 @@ def test_no_answers_are_asked_of_an_engine_that_reads_other_tokens(
     found = {result.check: result.verdict for result in judged(trial)}
     assert found["parity.prompt_tokens"] is Verdict.FAIL, found
     assert asked == [NAMES["incumbent"]]
+
+
+def test_an_engine_that_ends_because_we_leave_is_no_finding(
+    tmp_path: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C that a library swallowed ends the engines under the work: that is no FAIL, which a resume would keep."""
+    run = bench(tmp_path, records)
+    trial = Trial(run, run.plan.models[0])
+    leaving = threading.Event()
+    monkeypatch.setattr(process, "LEAVING", leaving, raising=False)
+    died = EngineExited("it ended with signal SIGKILL", returncode=-9)
+    leaving.set()
+    with pytest.raises(KeyboardInterrupt):
+        trial.broke("candidate", "smoke", died)
+    assert trial.unmeasured() == []
+    leaving.clear()
+    trial.broke("candidate", "smoke", died)
+    assert [record["verdict"] for _, _, record in trial.unmeasured()] == ["FAIL"]
 
 
 def test_a_resumed_run_looks_at_nothing_first_that_it_has_whole(tmp_path: Path, records: Records) -> None:
