@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from engines.driver import Driver
 from engines.errors import PortTaken, SwitchyardError
@@ -29,7 +28,6 @@ from engines.yard.moves import Moves
 from engines.yard.overflow import Overflow
 from engines.yard.ports.control import Control, listening
 from engines.yard.ports.gateway import Gateway
-from engines.yard.ports.reply import Runner
 from engines.yard.ports.status import Status
 from engines.yard.shadow import Shadow
 from engines.yard.systemd import Systemd
@@ -102,29 +100,18 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    limit = yard.settings.max_header_kib * 1024
     gateway = Gateway(yard, shadow, memory_budget, status)
-    public = Runner(
-        gateway.application(),
-        handler_cancellation=True,
-        access_log=None,
-        logger=_http_log(),
-        shutdown_timeout=CLOSE_S,
-        max_line_size=limit,
-        max_field_size=limit,
-        auto_decompress=False,  # `body_of` does it: the library's own accepts what ends early and closes the connection
-    )
+    public = gateway.server(logging.getLogger("switchyard.yard.http"))
     control = web.AppRunner(
         Control(yard, moves, memory_budget, overflow, status, stop=stop.set, reload=reload).application(),
         access_log=None,
     )
     try:
-        await public.setup()
         await control.setup()
         await yard.open()
         host, port = yard.settings.host, yard.settings.port
         try:
-            await web.TCPSite(public, host, port, shutdown_timeout=CLOSE_S).start()
+            await public.listen(host, port)
         except OSError as error:
             holder = listener_on(port) or "another process"
             why = f"port {port} is taken by {holder}: stop it first (the yard takes its place)"
@@ -137,7 +124,7 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
             memory_budget.admit(route)
         for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run, overflow.run, yard.keep_usage):
             background.append(asyncio.create_task(loop_of()))
-        background.append(asyncio.create_task(gateway.watch_clients(lambda: public.server)))
+        background.append(asyncio.create_task(gateway.watch_clients(public)))
         await stop.wait()
     finally:
         systemd.tell("STOPPING=1")
@@ -147,27 +134,12 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
         began = loop.time()
         await yard.stop()
         await gateway.deliver(yard.settings.stop_s - (loop.time() - began))
-        await public.cleanup()
+        await public.close(CLOSE_S)
         await control.cleanup()
         with contextlib.suppress(OSError):
             socket_path(yard.home).unlink()
         if reporting is not None:  # to the end: a watchdog counts while the last requests are served
             reporting.cancel()
-
-
-def _http_log() -> logging.Logger:
-    """The HTTP library's own log, where bytes that are no HTTP are one line without what was sent."""
-
-    def shortened(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
-            record.msg, record.args, record.exc_info = "not HTTP: %s", (type(error).__name__,), None
-            record.levelno, record.levelname = logging.INFO, "INFO"
-        return True
-
-    log = logging.getLogger("switchyard.yard.http")
-    log.addFilter(shortened)
-    return log
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from aiohttp import web
+from multidict import CIMultiDict
 
 from engines.openai.call import Call, Refusal, parse
 from engines.openai.paths import Kind
@@ -22,10 +24,20 @@ from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.unit import Unit
 from engines.yard.memory_budget import MemoryBudget
 from engines.yard.ports.guard import CHALLENGE, Guard, is_for_people
+from engines.yard.ports.http_request import (
+    BodyTooLarge,
+    ClientLeft,
+    Request,
+    Response,
+    UnreadableBody,
+    error_response,
+    json_response,
+)
+from engines.yard.ports.http_server import Server
 from engines.yard.ports.page import page
 from engines.yard.ports.passing import Polled, body_of, pass_through, refuse_upgrade, sent_on, wire_path
 from engines.yard.ports.props import props
-from engines.yard.ports.reply import JSON_TYPE, UNREAD_POLL_S, ClientLeft, ClientReply, answer_expect, error_response
+from engines.yard.ports.reply import JSON_TYPE, UNREAD_POLL_S, ClientReply
 from engines.yard.ports.status import Status
 from engines.yard.ports.stream import CONTENT, PassedStream, failure
 from engines.yard.ports.unread import StalledClients, Unread
@@ -35,6 +47,7 @@ from engines.yard.yard import Yard
 
 TRIES = 2
 SHOWN_REPORTS = 5
+REPORT = re.compile(r"/yard/reports/[0-9a-z-]+\.html")
 END_BYTES = 2048  # of an answer, where its usage and timings stand
 
 
@@ -53,67 +66,61 @@ class Gateway:
         self._polled = Polled()
         self._followed: set[asyncio.Task[None]] = set()
 
-    def application(self) -> web.Application:
-        """Its routes. Every error, the router's own too, is an OpenAI error object."""
-        app = web.Application(
-            middlewares=[self._guarded], client_max_size=self._yard.settings.max_body_mib * 2**20, logger=self._yard.log
-        )
-        for path, handler in {
-            "/props": self._props,
-            "/v1/models": self._models,
-            "/models": self._models,
-            "/v1/models/{model:.+}": self._model,
-            "/health": self._health,
-            "/v1/health": self._health,
-            "/metrics": self._metrics,
-            "/yard": self._page,
-            r"/yard/reports/{name:[0-9a-z-]+\.html}": self._report,
-        }.items():
-            app.router.add_get(path, handler, expect_handler=answer_expect)
-        app.router.add_route("*", "/{path:.*}", self._passed, expect_handler=answer_expect)
-        app.on_response_prepare.append(self._guard.add_cors)
-        return app
+    def server(self, log: logging.Logger) -> Server:
+        """What listens on the port."""
+        limit = self._yard.settings.max_header_kib * 1024
+        return Server(self._guarded, extra_headers=self._guard.cors, field_limit=limit, log=log)
 
     # --- what guards every request
 
-    @web.middleware
-    async def _guarded(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def _guarded(self, request: Request) -> Response | None:
+        """Every error, one of a path that nobody has too, is an OpenAI error object."""
         try:
             self._guard.check_host(request)
             if (preflight := self._guard.preflight(request)) is not None:
                 return preflight
-            if handler != self._passed and not self._guard.may_pass(request):
+            handler = self._own(request.path) if request.method in ("GET", "HEAD") else None
+            if handler is None:
+                return await self._passed(request)
+            if not self._guard.may_pass(request):
                 raise _no_key()
             return await handler(request)
         except Refusal as refusal:
             self._yard.metrics.refused.labels(str(refusal.status)).inc()
             challenge = refusal.status == 401 and is_for_people(request.path)
             return error_response(refusal, CHALLENGE if challenge else None)
-        except web.RequestPayloadError as error:
+        except UnreadableBody as error:
             return error_response(Refusal(400, f"the request body cannot be read: {error}"))
-        except ClientLeft:
-            return web.Response(status=499)
-        except web.HTTPRequestEntityTooLarge:
+        except BodyTooLarge:
             limit = self._yard.settings.max_body_mib
             return error_response(Refusal(413, f"the request body is larger than {limit} MiB", code="body_too_large"))
-        except web.HTTPNotFound:
-            return error_response(Refusal(404, f"there is no {request.path} here", code="not_found"))
-        except web.HTTPMethodNotAllowed as error:
-            allowed = ", ".join(sorted(error.allowed_methods))
-            return error_response(Refusal(405, f"{request.path} takes {allowed}, not {request.method}"))
+
+    def _own(self, path: str) -> Callable[[Request], Awaitable[Response | None]] | None:
+        """What answers a GET that is not for an engine."""
+        if path.startswith("/v1/models/"):
+            return self._model
+        if REPORT.fullmatch(path):
+            return self._report
+        return {
+            "/props": self._props,
+            "/v1/models": self._models,
+            "/models": self._models,
+            "/health": self._health,
+            "/v1/health": self._health,
+            "/metrics": self._metrics,
+            "/yard": self._page,
+        }.get(path)
 
     # --- requests that an engine answers
 
-    async def _passed(self, request: web.Request) -> web.StreamResponse:
+    async def _passed(self, request: Request) -> Response | None:
         """Every path that is not the yard's own: what the engine answers there is the client's."""
         has_key, looks = self._guard.has_key(request), self._yard.only_looks(request.method, request.path)
         kind, path = self._yard.kind_of(request.path)
         if is_for_people(request.path):
             if not has_key:
                 raise _no_key()
-            raise web.HTTPNotFound
+            raise _nothing_at(request)
         if not has_key and not (looks and kind == "unlisted"):
             raise _no_key()
         refuse_upgrade(request)
@@ -129,7 +136,7 @@ class Gateway:
             raise Refusal(403, f"{what}: {why}", kind="permission_error", code="not_passed_on")
         raise Refusal(501, f"{what}: no engine here lists it", kind="not_supported_error", code="not_supported")
 
-    async def _served(self, request: web.Request, path: str, kind: Kind) -> web.StreamResponse:
+    async def _served(self, request: Request, path: str, kind: Kind) -> Response | None:
         began = time.monotonic()
         body = await body_of(request, self._yard.settings.max_body_mib * 2**20) or b"{}" * (kind == "reads")
         call = parse(path, body, request.headers.get("Content-Type", ""))
@@ -178,11 +185,9 @@ class Gateway:
         except Refusal as refusal:
             self._yard.metrics.refused.labels(str(refusal.status)).inc()
             return await reply.refuse(refusal)
-        except (ClientLeft, asyncio.CancelledError) as left:
+        except (ClientLeft, asyncio.CancelledError):
             if not reply.ended:
                 self._yard.metrics.left.labels(route.model_id).inc()
-            if isinstance(left, ClientLeft):
-                return reply.response
             raise
         finally:
             self._unread.forget(reply)
@@ -204,7 +209,7 @@ class Gateway:
         self._followed.add(task)
         task.add_done_callback(self._followed.discard)
 
-    async def _looked_up(self, request: web.Request, *, keyless: bool) -> web.StreamResponse:
+    async def _looked_up(self, request: Request, *, keyless: bool) -> Response | None:
         """A GET that an engine answers; it takes no slot, loads no model but for a page, and judges no engine."""
         began, route = time.monotonic(), self._yard.route_for(request.query.get("model"))
         if route.unloaded:
@@ -218,14 +223,16 @@ class Gateway:
             if keyless and (request.path in unit.paths.polled or not unit.paths.keyless):
                 raise _no_key()
             if request.path in unit.paths.polled:
-                answer: web.StreamResponse = await self._polled.ask(unit, request.path, target)
+                shown = await self._polled.ask(unit, request.path, target)
+                status = shown.status
             else:
-                headers = sent_on(request, read_here=False)
-                async with unit.connection.ask(request.method, target, headers=headers, keyless=keyless) as read:
-                    answer = await pass_through(request, read)
-            if answer.status < 400:
+                headers, shown = sent_on(request, read_here=False), None
+                async with unit.connection.ask(request.method, target, headers=headers, keyless=keyless) as answer:
+                    status = answer.status
+                    await pass_through(request, answer)
+            if status < 400:
                 self._yard.usage.note(request.path)
-            return answer
+            return shown
         except Gone as gone:
             raise Refusal(
                 502, f"{unit.engine} went away: {await unit.end_of(running) or gone}", code="engine_died"
@@ -244,7 +251,7 @@ class Gateway:
                     raise Refusal(503, waited, code="wait_timeout", retry_after_s=10)
                 await asyncio.wait([place.turn], timeout=min(left, self._yard.settings.keepalive_s))
                 if not place.turn.done():
-                    await reply.keep_alive()
+                    reply.keep_alive()
             return place.turn.result()
         except BaseException:  # the client left, or waited too long: its turn goes to the next one
             route.leave(place)
@@ -274,15 +281,15 @@ class Gateway:
                 running.reported(data[-END_BYTES:])
                 status, data = dialect.whole(answer.status, data)
                 running.failure = failure(call, status, data)
-                await reply.whole(status, data, answer.headers.get("Content-Type", JSON_TYPE))
+                reply.whole(status, data, answer.headers.get("Content-Type", JSON_TYPE))
         except Gone as gone:
             ended = await unit.end_of(running)
             if not ended:
                 running.failure, running.lost = str(gone), True
             if not reply.begun_with_content:
-                await reply.close_comment()
+                reply.close_comment()
                 raise Unanswered(ended or str(gone)) from gone
-            await reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
+            reply.cut(Refusal(502, f"{unit.engine} went away: {ended or gone}", code="engine_died"))
 
     async def _hold_back(self, route: Route, running: InFlight, reply: ClientReply) -> None:
         """Stop reading the engine until the client takes some; for `client_stall_s` at most while others wait."""
@@ -303,13 +310,14 @@ class Gateway:
         while self._unread.any and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110  a transport has no event for it
             await asyncio.sleep(min(left, UNREAD_POLL_S))
 
-    async def watch_clients(self, server: Callable[[], web.Server | None]) -> None:
-        """Cut each client that takes nothing of its answer for `client_stall_s`; until cancelled."""
+    async def watch_clients(self, server: Server) -> None:
+        """Cut each client that takes nothing of its answer for `client_stall_s`, or sends nothing; until cancelled."""
         watch = StalledClients()
         while True:
             limit_s = self._yard.settings.client_stall_s
             await asyncio.sleep(min(limit_s / 8, 1.0))
-            for peer in watch.cut(list(running.connections) if (running := server()) else [], limit_s):
+            server.close_late()
+            for peer in watch.cut(list(server.connections), limit_s):
                 self._note_cut(peer, f"took nothing of its answer for {limit_s:g} s")
 
     def _note_cut(self, peer: str, why: str) -> None:
@@ -318,51 +326,59 @@ class Gateway:
 
     # --- what the yard answers itself
 
-    async def _health(self, request: web.Request) -> web.Response:
+    async def _health(self, request: Request) -> Response:
         """200 only when a request would be served now."""
         route = self._yard.route_for(request.query.get("model"))
         detail = self._status.health_of(route)
         served = route.serving.state.serves and not route.holding and route.unservable is None
         if served or route.unloaded:  # the next request would load it
-            return web.json_response({"status": "ok", **detail})
+            return json_response({"status": "ok", **detail})
         return error_response(self._not_served(route), **detail)
 
     def _not_served(self, route: Route) -> Refusal:
         return Refusal(503, self._status.explain(route), kind="unavailable_error", code="503", retry_after_s=2)
 
-    async def _models(self, _: web.Request) -> web.Response:
+    async def _models(self, _: Request) -> Response:
         found = self._status.models()
         like_ollama = [{"name": one["id"], "model": one["id"], "type": "model"} for one in found]  # llama.cpp has both
-        return web.json_response({"models": like_ollama, "object": "list", "data": found})
+        return json_response({"models": like_ollama, "object": "list", "data": found})
 
-    async def _model(self, request: web.Request) -> web.Response:
-        name = request.match_info["model"]
+    async def _model(self, request: Request) -> Response:
+        name = request.path.removeprefix("/v1/models/")
         for entry in self._status.models():
             if entry["id"] == name:
-                return web.json_response(entry)
+                return json_response(entry)
         raise Refusal(404, f"the model '{name}' does not exist", code="model_not_found")
 
-    async def _props(self, request: web.Request) -> web.Response:
+    async def _props(self, request: Request) -> Response:
         route = self._yard.route_for(request.query.get("model"))
         if not (route.serving.state.serves or route.unloaded):
             raise self._not_served(route)
-        return web.json_response(await props(route.serving))
+        return json_response(await props(route.serving))
 
-    async def _metrics(self, _: web.Request) -> web.Response:
+    async def _metrics(self, _: Request) -> Response:
         text = self._yard.metrics.text(self._yard.routes.values())
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return Response(body=text, headers=CIMultiDict({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}))
 
-    async def _page(self, _: web.Request) -> web.Response:
+    async def _page(self, _: Request) -> Response:
         reports = self._yard.home / "reports"
         newest = sorted((path.name for path in reports.glob("*.html")), reverse=True)  # their names are times
         text = page(self._status.status(), newest[:SHOWN_REPORTS])
-        return web.Response(text=text, content_type="text/html", charset="utf-8")
+        return _html(text.encode())
 
-    async def _report(self, request: web.Request) -> web.StreamResponse:
-        path = self._yard.home / "reports" / request.match_info["name"]
+    async def _report(self, request: Request) -> Response:
+        path = self._yard.home / "reports" / request.path.rpartition("/")[2]
         if not path.is_file():
-            raise web.HTTPNotFound
-        return web.FileResponse(path)
+            raise _nothing_at(request)
+        return _html(await asyncio.to_thread(path.read_bytes))
+
+
+def _html(text: bytes) -> Response:
+    return Response(body=text, headers=CIMultiDict({"Content-Type": "text/html; charset=utf-8"}))
+
+
+def _nothing_at(request: Request) -> Refusal:
+    return Refusal(404, f"there is no {request.path} here", code="not_found")
 
 
 def _no_key() -> Refusal:

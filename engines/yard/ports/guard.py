@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+from collections.abc import Mapping
 
-from aiohttp import web
+from multidict import CIMultiDict
 
 from engines.environment import is_loopback, plain_host
 from engines.openai.call import Refusal
+from engines.yard.ports.http_request import Request, Response
 from engines.yard.yard import Yard
 
 ALWAYS_OPEN = frozenset({"/health", "/v1/health"})
@@ -31,7 +33,7 @@ class Guard:
     def __init__(self, yard: Yard) -> None:
         self._yard = yard
 
-    def check_host(self, request: web.Request) -> None:
+    def check_host(self, request: Request) -> None:
         """Raise Refusal 403 for a name that is not ours: a page may have its own name point to this machine."""
         settings, hosts = self._yard.settings, request.headers.getall("Host", [])
         if not settings.on_loopback and not settings.allowed_hosts:
@@ -47,7 +49,7 @@ class Guard:
         name = plain_host(name if name and (port.isdigit() or not port) else host)
         return is_loopback(name) or name in allowed or ANY_HOST in allowed
 
-    def has_key(self, request: web.Request) -> bool:
+    def has_key(self, request: Request) -> bool:
         """True when it brings one of the keys, or none is needed."""
         if not (keys := self._yard.config.keys):
             return True
@@ -59,23 +61,23 @@ class Guard:
         sent = offered.encode("utf-8", "surrogateescape")
         return any([hmac.compare_digest(sent, key) for key in keys])
 
-    def may_pass(self, request: web.Request) -> bool:
+    def may_pass(self, request: Request) -> bool:
         """True for a request with a key, and for one to a path that the incumbent shows everybody."""
         if self.has_key(request) or request.path in ALWAYS_OPEN:
             return True
         return request.method in ("GET", "HEAD") and request.path in self._yard.public.open
 
-    async def add_cors(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Let a page of another origin read the answer where the incumbent lets it."""
-        if is_of_an_engine(request.path):
-            response.headers.update(self._yard.public.cors(request.headers.get("Origin")))
+    def cors(self, request: Request) -> Mapping[str, str]:
+        """The headers that let a page of another origin read the answer where the incumbent lets it."""
+        return self._yard.public.cors(request.headers.get("Origin")) if is_of_an_engine(request.path) else {}
 
-    def preflight(self, request: web.Request) -> web.Response | None:
+    def preflight(self, request: Request) -> Response | None:
         """The answer to a browser that asks what it may send; None for any other request."""
         if request.method != "OPTIONS" or not is_of_an_engine(request.path):
             return None
         headers = self._yard.public.cors(request.headers.get("Origin"), preflight=True)
-        return web.Response(headers=headers, content_type="text/html") if headers else None
+        kind = {"Content-Type": "text/html; charset=utf-8"}
+        return Response(headers=CIMultiDict({**kind, **headers})) if headers else None
 
 
 def _password(token: str) -> str:

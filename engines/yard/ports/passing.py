@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import quote
 
-from aiohttp import web
+from multidict import CIMultiDict
 
 from engines.openai.call import Refusal
 from engines.yard.engine.connection import Gone
 from engines.yard.engine.http_answer import EngineAnswer
 from engines.yard.engine.unit import Unit
-from engines.yard.ports.reply import ClientLeft
+from engines.yard.ports.http_request import BodyTooLarge, ClientLeft, Request, Response
 
 # of one connection alone (RFC 9110, 7.6.1)
 # fmt: off
@@ -35,14 +34,13 @@ UNPACKED = {"gzip": 31, "x-gzip": 31, "deflate": zlib.MAX_WBITS}  # encodings, a
 POLLED_S = 1.5  # polled every second or faster, llama-server does not see that clients left
 
 
-def wire_path(request: web.Request, path: str) -> str:
+def wire_path(request: Request, path: str) -> str:
     """`path`, or what the client wrote for it, with its query as it was written."""
-    raw = request.raw_path if request.raw_path.startswith("/") else str(request.rel_url)
-    written, mark, query = raw.partition("?")
-    return quote((written if path == request.path else path) + mark + query, safe=PRINTABLE)
+    written, mark, query = request.target.partition("?")
+    return quote((written if path == request.path else path) + mark + query, safe=PRINTABLE, errors="surrogateescape")
 
 
-def sent_on(request: web.Request, *, read_here: bool, content_type: str = "") -> dict[str, str]:
+def sent_on(request: Request, *, read_here: bool, content_type: str = "") -> dict[str, str]:
     """The headers for the engine. `read_here`: the yard reads the answer, so it must not be packed."""
     named = {name.strip().lower() for name in request.headers.get("Connection", "").split(",")}
     headers = {
@@ -59,13 +57,13 @@ def sent_on(request: web.Request, *, read_here: bool, content_type: str = "") ->
     return headers
 
 
-async def body_of(request: web.Request, limit: int) -> bytes:
+async def body_of(request: Request, limit: int) -> bytes:
     """The request's body, unpacked; strictly, since a body that ends early could still be JSON.
 
     Raises Refusal 400 for one that is not what its Content-Encoding says, 415 for an encoding that is not unpacked
-    here, and HTTPRequestEntityTooLarge beyond `limit` bytes, packed or not.
+    here, and BodyTooLarge beyond `limit` bytes, packed or not.
     """
-    data = await request.read()
+    data = await request.read(limit)
     encodings = [name.strip().lower() for name in request.headers.get("Content-Encoding", "").split(",")]
     for name in reversed(encodings):
         if name in ("", "identity"):
@@ -86,7 +84,7 @@ def _unpacked(data: bytes, name: str, limit: int) -> bytes:
         one = zlib.decompressobj(-zlib.MAX_WBITS if is_raw else UNPACKED[name])
         whole += one.decompress(data, limit + 1 - len(whole))
         if len(whole) > limit:
-            raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=len(whole))
+            raise BodyTooLarge
         if not one.eof:
             raise zlib.error("it ends early")
         data = one.unused_data
@@ -107,23 +105,17 @@ def returned(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-async def pass_through(request: web.Request, answer: EngineAnswer) -> web.StreamResponse:
+async def pass_through(request: Request, answer: EngineAnswer) -> None:
     """Hand an engine's answer on as it is. Raises ClientLeft, and Gone while nothing was handed on."""
-    response = web.StreamResponse(status=answer.status)
-    for name, value in returned(answer.headers):
-        response.headers.add(name, value)
+    request.begin(answer.status, CIMultiDict(returned(answer.headers)))
     try:
-        await response.prepare(request)
         async for piece in answer.pieces():
-            await response.write(piece)
-        await response.write_eof()
+            request.write(piece)
+            await request.drain()
     except Gone:
-        if request.transport is not None:
-            request.transport.abort()  # the client must not take half of it for all
+        request.transport.abort()  # the client must not take half of it for all
         raise ClientLeft from None
-    except ConnectionError as error:
-        raise ClientLeft from error
-    return response
+    request.end()
 
 
 class _Seen(NamedTuple):
@@ -139,7 +131,7 @@ class Polled:
         self._asking: dict[tuple[int, str], asyncio.Lock] = {}
         self._seen: dict[tuple[int, str], tuple[float, str, _Seen]] = {}
 
-    async def ask(self, unit: Unit, path: str, target: str) -> web.Response:
+    async def ask(self, unit: Unit, path: str, target: str) -> Response:
         key = id(unit), path
         async with self._asking.setdefault(key, asyncio.Lock()):
             at, seen_target, seen = self._seen.get(key, (0.0, "", None))
@@ -150,15 +142,11 @@ class Polled:
                 async with unit.connection.ask("GET", target, headers={}, timeout_s=10) as answer:
                     seen = _Seen(answer.status, returned(answer.headers), await answer.read())
                 self._seen[key] = time.monotonic(), target, seen
-        response = web.Response(status=seen.status, body=seen.body)
-        for name, value in seen.headers:
-            with contextlib.suppress(ValueError):
-                if name.lower() != "content-length":
-                    response.headers[name] = value
-        return response
+        headers = ((name, value) for name, value in seen.headers if name.lower() != "content-length")
+        return Response(seen.status, seen.body, CIMultiDict(headers))
 
 
-def refuse_upgrade(request: web.Request) -> None:
+def refuse_upgrade(request: Request) -> None:
     """Raise Refusal 501 for a request that asks for another protocol; HTTP/2 over plain text is just not taken up."""
     asked = request.headers.get("Upgrade", "").lower()
     if asked and not asked.startswith("h2c"):

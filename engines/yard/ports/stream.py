@@ -32,7 +32,6 @@ class PassedStream:
         self._last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, the end
         self._comments = Comments()
         self._is_end, self._tail = ENDS[reply.call.path].search, b""
-        self._waiting = b""  # what `take` could not pass on yet: the client's answer had not begun
 
     async def pass_on(self, answer: EngineAnswer) -> bool:
         """Pass the answer on until it ends (True), or until the client is so far behind that it must be held back.
@@ -43,15 +42,11 @@ class PassedStream:
         while not await answer.pass_to(self.take):
             if dialect.early_error is not None:
                 self._running.failure = failure(reply.call, *dialect.early_error)
-                await reply.whole(*dialect.early_error)
+                reply.whole(*dialect.early_error)
                 return True
-            if waiting := self._waiting:
-                self._waiting = b""
-                await reply.pass_on(waiting)
-                self._note_end(waiting)
             if reply.is_full:
                 return False
-        await self._end()
+        self._end()
         return True
 
     def take(self, chunk: bytes) -> bool:
@@ -71,10 +66,7 @@ class PassedStream:
             if chunk.startswith(ERRORS):
                 dialect.error = "the engine reported an error in its stream"
                 running.failure = _failure_in_stream(chunk)
-        if not self._reply.begun:
-            self._waiting = data
-            return True
-        is_full = self._reply.pass_on_now(data)
+        is_full = self._reply.pass_on(data)
         self._note_end(data)
         return is_full
 
@@ -84,7 +76,7 @@ class PassedStream:
             self._reply.ended = True
         self._tail = b"" if seen.endswith(b"\n\n") else seen[-LONGEST_END:]  # an end is within one event
 
-    async def _end(self) -> None:
+    def _end(self) -> None:
         running, dialect, reply = self._running, self._dialect, self._reply
         end = b"".join(self._last)
         running.reported(end)
@@ -92,7 +84,7 @@ class PassedStream:
         if unfinished and not (dialect.error and reply.call.path not in GENERATING):
             raise Gone("the stream ended without its end")
         if rest := dialect.rest():
-            await reply.pass_on(rest)
+            reply.pass_on(rest)
         reply.ended, reply.error = True, dialect.error
         if dialect.changes_streams and dialect.error:
             running.failure = dialect.error

@@ -7,14 +7,14 @@ import os
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import uvloop
 from waiting import until
 
-from engines.yard.ports.gateway import ClientLeft, ClientReply
+from engines.yard.ports.http_request import ClientLeft, Request
+from engines.yard.ports.reply import ClientReply
 from engines.yard.ports.unread import StalledClients, Unread
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -122,7 +122,7 @@ def test_a_client_that_is_being_cut_is_not_cut_once_more():
             while not connections:  # noqa: ASYNC110  its callback has no event
                 await asyncio.sleep(0.01)
             transport = connections[0].transport
-            reply = ClientReply(SimpleNamespace(transport=transport), None, Unread())
+            reply = ClientReply(Request(transport, None, None), None, Unread())
             transport.write(bytes(20_000_000))
             watch = StalledClients()
             watch.cut([connections[0]], limit_s=0)
