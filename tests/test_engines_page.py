@@ -16,8 +16,10 @@ from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
 ENGINES = {
     ("llama.cpp", "binary"),
+    ("llama.cpp", "hosted"),
     ("mistral.rs", "binary"),
     ("mistral.rs", "hosted"),
+    ("mistral.rs-native", "native"),
     ("ollama", "binary"),
     ("vllm", "binary"),
 }
@@ -95,3 +97,21 @@ def test_a_row_is_what_was_recorded(records: Records) -> None:
     assert new[6] == "INCONCLUSIVE with llama.cpp B1 (top1_agreement): same token 98.00%"
     assert (new[7], new[8][:17]) == ("not run here, because (3)", "from llama.cpp B1")
     assert "3. not measured: parity.top1_agreement failed first" in tables(kept)
+
+
+def test_forms_stand_beside_each_other_where_two_were_compared_with_another_engine() -> None:
+    """A native form is one of its engine's; a build that was compared with its own kind alone has no figures."""
+
+    def row(engine: str, form: str, other: str) -> dict[str, Any]:
+        parity = {"with": f"{other} b1", "verdict": "PASS", "by": [], "figures": {"parity.mean_kld": 0.0}, "run": "r"}
+        behaviours = {"tried": 1, "passed": 1, "of": 1, "lacks": [], "not_passed": {}, "run": "r"}
+        results = {f"parity  {other} b1": parity, "behaviours": behaviours}
+        return {"engine": engine, "form": form, "version": "1", "build": "", "results": results}
+
+    rows = [row("llama.cpp", "binary", "llama.cpp"), row("llama.cpp", "hosted", "llama.cpp")]
+    rows += [row("mistral.rs", "hosted", "llama.cpp"), row("mistral.rs-native", "native", "llama.cpp")]
+    page = tables({"rows": rows, "not_run": [], "machine": "m"})
+    assert "### llama.cpp" not in page
+    assert "### mistral.rs: its forms" in page
+    assert "|  | wheel, hosted, 1 | wheel, native, 1 |" in page
+    assert "| mistral.rs | 1 | wheel, native |" in page
