@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import ssl
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -93,12 +94,13 @@ class HttpConnection(EngineConnection):
         self._tls = _tls() if url.scheme == "https" else None
         self._key = {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}
         self._kept = kept
-        self._unused: list[Wire] = []
+        self._unused: list[Wire] = []  # the one that has waited longest first
+        self._timer: asyncio.TimerHandle | None = None  # one for all: to set and cancel one takes 15 us under uvloop
 
     def close(self) -> None:
         super().close()
         while self._unused:
-            self._give_up(self._unused[-1])
+            self._unused.pop().release()
 
     @contextlib.asynccontextmanager
     async def _send(
@@ -118,8 +120,10 @@ class HttpConnection(EngineConnection):
             yield answer
         finally:
             if wire.release():
-                wire.unused = asyncio.get_running_loop().call_later(KEPT_S, self._give_up, wire)
+                wire.unused_since = time.monotonic()
                 self._unused.append(wire)
+                if self._timer is None:
+                    self._timer = asyncio.get_running_loop().call_later(KEPT_S, self._give_up)
 
     def _head(self, method: str, path: str, length: int, headers: Mapping[str, str], *, keeps: bool) -> bytes:
         lines = [f"{method} {self._path}{path} HTTP/1.1", f"Host: {self._host_header}"]
@@ -155,17 +159,17 @@ class HttpConnection(EngineConnection):
         """A connection that was kept; None where there is none of use."""
         while self._unused:
             wire = self._unused.pop()
-            if wire.unused is not None:
-                wire.unused.cancel()
             if not wire.is_closing:
                 return wire
         return None
 
-    def _give_up(self, wire: Wire) -> None:
-        self._unused.remove(wire)
-        if wire.unused is not None:
-            wire.unused.cancel()
-        wire.release()
+    def _give_up(self) -> None:
+        """Close the connections that nobody has used for KEPT_S."""
+        self._timer, left_s = None, 0.0
+        while self._unused and (left_s := self._unused[0].unused_since + KEPT_S - time.monotonic()) <= 0:
+            self._unused.pop(0).release()
+        if self._unused:
+            self._timer = asyncio.get_running_loop().call_later(max(left_s, 0.001), self._give_up)
 
 
 @functools.cache

@@ -179,7 +179,7 @@ class Wire(asyncio.Protocol):
     """A connection, which carries one answer at a time."""
 
     def __init__(self) -> None:
-        self.unused: asyncio.TimerHandle | None = None  # while it is kept for another request: what gives it up
+        self.unused_since = 0.0  # monotonic seconds; while it is kept for another request
         self._answer: HttpAnswer | None = None
 
     async def ask(self, head: bytes, body: bytes, *, without_body: bool) -> HttpAnswer:

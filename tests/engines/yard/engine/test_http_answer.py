@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engines.yard.engine import connection
 from engines.yard.engine.connection import Gone, HttpConnection
 from engines.yard.engine.http_answer import READ_AHEAD_BYTES, HttpAnswer
 
@@ -214,5 +215,22 @@ def test_requests_under_way_are_broken_off():
             with pytest.raises(Gone):
                 await broken_off()
             await engine.left.wait()
+
+    run(asked)
+
+
+def test_a_kept_connection_is_given_up_when_it_was_not_used_for_long(monkeypatch):
+    """Twice: the one timer of all of them is set anew."""
+    monkeypatch.setattr(connection, "KEPT_S", 0.1)
+
+    async def asked():
+        async with Engine(*[LENGTH] * 6) as engine:
+            for n in (1, 2):
+                await asyncio.gather(engine.ask(), engine.ask())
+                await engine.ask()
+                assert engine.connections == 2 * n, "the third request uses one that is kept"
+                while engine.connection._unused:  # noqa: ASYNC110  the engine sees the end, which has no event for both
+                    await asyncio.sleep(0.01)
+                await engine.left.wait()
 
     run(asked)
