@@ -117,7 +117,7 @@ def parse(path: str, raw: bytes, content_type: str = "") -> Call:
     if content_type.lower().startswith("multipart/"):
         return Call(path, raw, {}, content_type)
     try:
-        body = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_number)
+        body = STRICT_JSON.decode(raw.decode("utf-8-sig"))
         if SURROGATE.search(raw):
             json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no character
         if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deeper(body, DEEPEST):
@@ -157,3 +157,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
         return "a surrogate without its other half"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=_no_number, parse_float=_number)

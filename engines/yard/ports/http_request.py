@@ -174,7 +174,9 @@ class Request:
 
     def write(self, data: bytes) -> int:
         """Send a piece of the answer; how many bytes wait for the client then. Raises ClientLeft."""
-        transport = self.transport
+        transport = self._transport
+        if transport.is_closing():
+            raise ClientLeft
         if self._is_chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head:
