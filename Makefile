@@ -15,7 +15,7 @@ GOT     := $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/switchyard/engines
 # a command would compile this program anew each time: 0.1 to 0.4 s, and the tests start some hundreds
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo install test clients check proofs clean engines $(ENGINES:%=engine-%)
+.PHONY: demo install test clients check proofs matrix clean engines $(ENGINES:%=engine-%)
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/switchyard evaluate demo; status=$$?; \
@@ -70,6 +70,11 @@ $(GOT)/vllm-0.32.0/got.stamp:
 # the long proofs: every phase killed, 100 kills of the yard, 64 streams, 200 moves, 500 native requests, 25 loads
 proofs: $(VENV)/test.stamp
 	$(BIN)/python tests/proofs.py
+
+# other Pythons, oldest and newest dependencies, both ends of Prefect, wheel and sdist: an hour
+matrix: $(VENV)/test.stamp
+	$(PIP) uv
+	$(BIN)/python tests/matrix.py
 
 # what else must hold: style, types, the direction of imports
 check: $(VENV)/test.stamp
