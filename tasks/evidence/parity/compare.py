@@ -141,7 +141,7 @@ class _Match:
             for both in zip(*(answer["positions"] for answer in pair), strict=False):
                 if not self.same(*both):
                     break  # behind it other tokens are listed
-                if _one_joins(*both):
+                if _joins(*both):
                     continue
                 for side, position in enumerate(both):
                     empty[side] += sum(not self.key(token) for token in position[3])
@@ -204,7 +204,7 @@ def _walk(incumbent: Evidence, candidate: Evidence, match: _Match) -> _Walk:
                 return _diverged(_Walk(klds, hidden), incumbent, candidate, (i, j), match)
             hidden += passed[0] - i + passed[1] - j
             i, j = passed
-        if match.by == "text" and _one_joins(ours[i], theirs[j]):
+        if match.by == "text" and _joins(ours[i], theirs[j]):
             hidden += 1
         else:
             klds.append(_kld_at(match, ours[i], theirs[j]))
@@ -240,16 +240,20 @@ def _diverged(walk: _Walk, incumbent: Evidence, candidate: Evidence, at: tuple[i
 
 
 def _hides(position: list[Any]) -> bool:
-    """The entry shows a whole character, but its token is only the last part of it (llama.cpp joins the parts)."""
-    text, _, token_id, listed = position
-    if token_id is None or "\ufffd" in text:
+    """The entry shows a whole character, but its token is only the last part of it (llama.cpp joins the parts).
+
+    Where tokens have no ids (Ollama), it is the part that is listed as just as likely.
+    """
+    text, logprob, token_id, listed = position
+    if "\ufffd" in text or (token_id is None and any(token[0] == text for token in listed)):
         return False
-    return any(token[2] == token_id and "\ufffd" in token[0] for token in listed)
+    same, place = (logprob, 1) if token_id is None else (token_id, 2)
+    return any(token[place] == same and "\ufffd" in token[0] for token in listed)
 
 
-def _one_joins(ours: list[Any], theirs: list[Any]) -> bool:
-    """Beside the same whole character one engine lists parts of characters, and the other one whole characters."""
-    return _hides(ours) != _hides(theirs) and "\ufffd" not in ours[0] + theirs[0]
+def _joins(ours: list[Any], theirs: list[Any]) -> bool:
+    """Beside the same whole character an engine lists parts of characters, which have no text to be compared by."""
+    return (_hides(ours) or _hides(theirs)) and "\ufffd" not in ours[0] + theirs[0]
 
 
 def _parts(positions: list[list[Any]], start: int) -> list[list[Any]]:

@@ -290,6 +290,18 @@ def test_a_difference_within_a_joined_character_is_explained_by_the_engine_that_
     assert comparison["divergences"][0]["explained"] is None
 
 
+def test_a_difference_within_a_character_that_no_engine_shows_is_neither_explained_nor_refuted() -> None:
+    """llama.cpp and Ollama list the last parts of two emojis; they part at an earlier one. Ollama's have no ids."""
+    joined = position(token("\ufffd", 0.9, 117), token("\ufffd", 0.04, 111), shown="🌧")
+    other = position(token("\ufffd", 0.9), token("\ufffd", 0.04), shown="🏃")
+    comparison = compare_answers(answers(answer("p", *words(3), joined)), answers(answer("p", *words(3), other)))
+    (divergence,) = comparison["divergences"]
+    assert (divergence["explained"], comparison["positions"]) == (None, 3)
+    alike = position(token("\ufffd", 0.9), token("\ufffd", 0.04), shown="🌧")
+    comparison = compare_answers(answers(answer("p", *words(3), joined)), answers(answer("p", *words(3), alike)))
+    assert (comparison["divergences"], comparison["hidden_positions"]) == ([], 1)
+
+
 def test_no_logprobs_are_inconclusive() -> None:
     """An engine that returns none has shown nothing."""
     bare = answers(answer("p", text="hello there"))
