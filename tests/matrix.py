@@ -75,7 +75,7 @@ def tested(name: str, row: Row) -> tuple[str, bool]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     environment, where = folder / "env", ROOT
-    run("uv", "venv", "--quiet", "--python", row.python, environment)
+    run("uv", "venv", "--quiet", "--python", python_of(row.python), environment)
     what = f"{ROOT}[test]"
     if row.installed == "checkout":
         what = f"-e{what}"
@@ -100,6 +100,12 @@ def tested(name: str, row: Row) -> tuple[str, bool]:
     return f"{counted[-1].strip('= ') if counted else 'no test passed'}; {versions}", done.returncode == 0 and bool(
         counted
     )
+
+
+def python_of(version: str) -> Path | str:
+    """A Python of this version that pyenv has, else the version: uv knows where others are."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser() / "versions"
+    return next(iter(sorted(pyenv.glob(f"{version}.*/bin/python"), reverse=True)), version)
 
 
 def run(*argv: object) -> None:

@@ -27,8 +27,8 @@ from flows.orchestrator.server import PrefectServer, prepare_environment
 from migrations.demo import GEMMA3, INSTALL, SMOLLM2
 from tasks.records.store import open_records
 
-PINS = {"prefect": ("3.8.8", "3.10"), "fastapi": ("0.139", "0.151"), "sqlalchemy": ("2.0", "2.2")}
-PREFECT_3_8 = {"sqlalchemy": ("2.0", "2.1")}  # narrower: on 2.1 its scheduler dies
+PINS = {"prefect": ("3.8.8", "3.10"), "fastapi": ("0.139", "0.151"), "sqlalchemy": ("2.0.22", "2.2")}
+PREFECT_3_8 = {"sqlalchemy": ("2.0.22", "2.1")}  # narrower: on 2.1 its scheduler dies
 FREE_DISK = 2 * 2**30
 SCHEDULED_S = 90.0  # the scheduler looks every 5 s for new deployments and every 60 s for all
 
@@ -85,7 +85,8 @@ def _packages() -> Iterator[Finding]:
             continue
         prefect = found if package == "prefect" else prefect
         fits = _numbers(low) <= _numbers(found) < _numbers(high)
-        why = "untested" if package == "prefect" else f"Prefect {prefect} does not work with it"
+        why = "too old" if _numbers(found) < _numbers(low) else f"Prefect {prefect} does not work with it"
+        why = "untested" if package == "prefect" else why
         yield Finding(package, "ok" if fits else "broken", found, "" if fits else f"{why}: {install}")
 
 

@@ -246,6 +246,7 @@ def test_json_output_is_nothing_but_json(switchyard):
         ({"prefect": "3.10.0"}, "prefect"),
         ({"fastapi": "0.151.0"}, "fastapi"),
         ({"sqlalchemy": "2.2.0"}, "sqlalchemy"),
+        ({"sqlalchemy": "2.0.21"}, "sqlalchemy"),
     ],
 )
 def test_doctor_knows_which_packages_prefect_works_with(monkeypatch, installed, broken):
