@@ -127,6 +127,8 @@ REWORDED = (  # as that commit stored it, and what the same numbers read today
     ("MB a day (95", "MB/day (95"),
     ("limit 50;", "limit 50 MB/day;"),
     (" ratio", "×"),
+    (" %", "%"),
+    ("fits: RAM fits", "RAM fits"),
 )
 
 

@@ -30,15 +30,19 @@ def judge_stability(
     soak_s: float,
     failures_per_day: float,
     throughput_retention: float,
+    confidence: float = 1 - BY_CHANCE,
 ) -> list[CheckResult]:
-    """Failures against the incumbent's and the limit, silent-empty answers, throughput at the end."""
+    """Failures against the incumbent's and the limit, silent-empty answers, throughput at the end.
+
+    More failures than the incumbent's are a FAIL with this `confidence`: looks again and again need more of it.
+    """
     if not candidate:
         return [not_measured("stability.failures", "the candidate was not soaked")]
     ours, theirs = _totals(candidate), _totals(incumbent)
     if ours["exposure_s"] > LONGEST * soak_s + LAST_TURN_S:
         raise BadInput(f"{duration(ours['exposure_s'])} under load in a soak of {duration(soak_s)}: another unit?")
     return [
-        _judge_failures(ours, theirs, failures_per_day),
+        _judge_failures(ours, theirs, failures_per_day, confidence),
         _judge_rate(ours, theirs, soak_s, failures_per_day),
         _judge_silent_empty(ours, theirs),
         _judge_retention(candidate, throughput_retention),
@@ -94,7 +98,9 @@ def _totals(segments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**sums, "failures": [failure for segment in segments for failure in segment["failures"]]}
 
 
-def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any], failures_per_day: float) -> CheckResult:
+def _judge_failures(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], failures_per_day: float, confidence: float
+) -> CheckResult:
     """The exact conditional test against the incumbent; where that never failed, the rate against the limit as well."""
     k, k_theirs = len(ours["failures"]), len(theirs["failures"])
     exposure = (
@@ -111,7 +117,7 @@ def _judge_failures(ours: Mapping[str, Any], theirs: Mapping[str, Any], failures
         chance = chance_of(k, ours["exposure_s"], k_theirs, theirs["exposure_s"])
         least = poisson_lower_rate(k, ours["exposure_s"] / DAY_S)
         too_many = k_theirs == 0 and k >= FEWEST and least > failures_per_day
-        verdict = Verdict.FAIL if chance < BY_CHANCE or too_many else Verdict.INCONCLUSIVE
+        verdict = Verdict.FAIL if chance < 1 - confidence or too_many else Verdict.INCONCLUSIVE
         why = f"{k} failures ({_kinds(ours['failures'])}) in {exposure}; by chance alone {chance:.0%}"
         why += f"; surely over {figure(least)} a day, limit {failures_per_day:g} a day" if too_many else ""
     return CheckResult(check="stability.failures", verdict=verdict, value=k, limit=0, unit="failures", why=why)

@@ -52,16 +52,18 @@ def judge_windows(
 ) -> list[CheckResult]:
     """Every check on the windows of one model, in order of time; `incumbent` are segments of an evaluation's soak.
 
-    Before the soak `is_over` they are preliminary, and a drift is held to 99.9%, as it is looked at again and again.
+    Before the soak `is_over` they are preliminary, and a drift and failures above the incumbent's are held to 99.9%,
+    as they are looked at again and again.
     """
+    confidence = END_CONFIDENCE if is_over else LOOK_CONFIDENCE
     stability = judge_stability(
         incumbent,
         windows,
         soak_s=soak_s,
         failures_per_day=limits.failures_per_day,
         throughput_retention=limits.throughput_retention,
+        confidence=confidence,
     )
-    confidence = END_CONFIDENCE if is_over else LOOK_CONFIDENCE
     return [
         judge_served(windows),
         *(result for result in stability if result.check not in JUDGED_OTHERWISE),

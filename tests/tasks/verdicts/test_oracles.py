@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.evidence.canary import _Share
+from tasks.evidence.soak.judge import DAY_S, judge_stability
+from tasks.evidence.soak.judge_windows import LOOK_CONFIDENCE
 from tasks.verdicts.limits import CanaryLimits
 from tasks.verdicts.noninferiority import look_bounds, pass_chance, spent_alpha
 from tasks.verdicts.statistics import (
@@ -30,6 +32,7 @@ from tasks.verdicts.statistics import (
     theil_sen,
     wilson,
 )
+from tasks.verdicts.verdict import Verdict
 
 stats = pytest.importorskip("scipy.stats", reason="pip install -e '.[test]'")
 proportion = pytest.importorskip("statsmodels.stats.proportion", reason="pip install -e '.[test]'")
@@ -161,3 +164,32 @@ def canary_alarm(seed: int, *, share: float, weight: float, requests: int = 1000
 @pytest.mark.parametrize(("share", "weight"), [(0.02, 0.05), (0.02, 0.5), (0.2, 0.2)])
 def test_a_canary_of_equal_engines_fails_in_under_two_percent(share: float, weight: float) -> None:
     assert wrong_share([canary_alarm(seed, share=share, weight=weight) for seed in range(300)]) < 0.02
+
+
+def soak_alarm(seed: int, *, per_day: float, incumbent_s: float) -> bool:
+    """Whether failures that come as often on either engine, half as often as they may, ever end a soak of 30 hours."""
+    drawn = np.random.default_rng(seed)
+    soaked = {"requests": 1000, "silent_empty": 0, "decode_tok_s": []}
+    failure = {"type": "http", "error": "HTTP 500"}
+    theirs = {**soaked, "exposure_s": incumbent_s, "failures": [failure] * drawn.poisson(per_day * incumbent_s / DAY_S)}
+    at = np.sort(drawn.random(drawn.poisson(per_day * 1.25))) * 1.25 * DAY_S
+    looks = ({**soaked, "exposure_s": s, "failures": [failure] * k} for k, s in enumerate(at.tolist(), 1))
+    return any(
+        judge_stability(
+            [theirs],
+            [ours],
+            soak_s=3 * DAY_S,
+            failures_per_day=2 * per_day,
+            throughput_retention=0.9,
+            confidence=LOOK_CONFIDENCE,
+        )[0].verdict
+        is Verdict.FAIL
+        for ours in looks
+    )
+
+
+@pytest.mark.parametrize(("per_day", "hours"), [(1, 3), (10, 72), (40, 3), (40, 72)])
+def test_a_soak_of_equal_engines_is_ended_by_its_failures_in_under_five_percent(per_day: float, hours: float) -> None:
+    """Looked at after each failure; with 95% at each look it was up to 32%."""
+    alarms = [soak_alarm(seed, per_day=per_day, incumbent_s=hours * 3600) for seed in range(300)]
+    assert wrong_share(alarms) < 0.05
