@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "switchyard-matrix"
 # every layer, the yard over fake engines, Prefect with its endings, and the command over played engines
 TESTS = (
-    *("tests/migrations", "tests/tasks", "tests/engines/openai", "tests/engines/process", "tests/engines/yard/ports"),
-    *("tests/flows/test_endings.py", "tests/flows/test_evaluation_run.py", "tests/flows/test_promote.py"),
+    *("tests/migrations", "tests/tasks/records", "tests/tasks/report", "tests/tasks/verdicts", "tests/engines/openai"),
+    *("tests/engines/yard/ports", "tests/flows/test_endings.py", "tests/flows/test_unmeasured.py"),
 )
 
 
