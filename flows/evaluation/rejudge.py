@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.deadline import Background
-from engines.errors import BadInput
+from engines.driver import Installation
+from engines.errors import BadInput, EngineNotFound
 from flows.evaluation.outcome import judge, report
 from flows.evaluation.trial import ARMS, QUICK, Bench, Trial
-from migrations.plan import Plan
+from migrations.plan import EngineChoice, Plan
 from migrations.plan_file import build_plan, recorded_plan
 from tasks.evidence.unmeasured import models_to_retry
 from tasks.records.store import DATABASE, LOCKED_S, READ_S, Records, open_records
-from tasks.records.tables import Run
+from tasks.records.tables import Evidence, Run
 
 ANY_BUILD = {"form": "auto", "binary": None, "version": None}  # nothing is started
 
@@ -42,12 +44,31 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
             records=records,
             run_id=run.id,
             home=home,
-            installations={arm: getattr(plan, arm).model_copy(update=ANY_BUILD).find(ask=False) for arm in ARMS},
+            installations={arm: _described(getattr(plan, arm), records.list_evidence(run.id), arm) for arm in ARMS},
             error_budget=budget.payload,
             quick=run.kind == QUICK,
         )
         trials = [Trial(bench, model) for model in plan.models]
         return report(records, home, judge(bench, trials), output)
+
+
+def _described(choice: EngineChoice, recorded: Sequence[Evidence], arm: str) -> Installation:
+    """The engine as it is here, else as the run recorded it: it may be retired by now. Raises EngineNotFound."""
+    try:
+        return choice.model_copy(update=ANY_BUILD).find(ask=False)
+    except EngineNotFound:
+        for seen in (engine for one in recorded for engine in (one.environment or {}).get("engines", ())):
+            if seen["arm"] == arm:
+                return Installation(
+                    engine=choice.name,
+                    kind=choice.engine,
+                    form=seen["form"],
+                    program=(seen["where"],),
+                    version=seen["version"],
+                    where=seen["where"],
+                    build=seen.get("build") or "",
+                )
+        raise
 
 
 def _evaluation(records: Records, reference: str) -> Run:

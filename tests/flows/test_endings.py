@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import flows
 from engines.home import program_version
 from flows.evaluation.outcome import model_outcome, only_lacks_its_soak
 from flows.orchestrator.artifacts import check_rows, worst_first
@@ -19,7 +18,7 @@ from flows.orchestrator.ending import NOTHING_MOVED, state_of
 from tasks.evidence.unmeasured import SOAK_LEFT_OUT, judge_unmeasured, left_out
 from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
 
-ROOT = Path(flows.__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -15,19 +15,20 @@ from gguf_files import LLAMA, write_gguf
 from openai_stub import MODEL, stub
 
 from engines.driver import Installation
-from engines.errors import EngineExited
+from engines.errors import EngineExited, EngineNotFound
 from engines.model.free_memory import FreeMemory
 from engines.model.memory import GIB
 from engines.process import process
 from engines.settings import Endpoint
-from flows.evaluation import measure
+from flows.evaluation import measure, rejudge
 from flows.evaluation.judge import judged, settled
 from flows.evaluation.outcome import judge
 from flows.evaluation.trial import ARMS, BOTH, Bench, Trial
 from migrations.llama_cpp_to_mistral_rs import plan_for
-from migrations.plan import ModelPlan
+from migrations.plan import EngineChoice, ModelPlan
 from tasks.evidence.preflight import preflight
 from tasks.records.store import Records, open_records
+from tasks.records.tables import Evidence
 from tasks.verdicts.verdict import Verdict
 
 NAMES = {"incumbent": "llama.cpp", "candidate": "mistral.rs"}
@@ -244,3 +245,19 @@ def test_a_template_without_tools_ends_the_asking(tmp_path: Path, records: Recor
     assert not trial.payloads("candidate", "parity.tool_calls")
     found = {one.check: one for one in judged(trial)}
     assert found["parity.trigger_similarity"].why.endswith("the chat template shows no tools to the model")
+
+
+def test_a_report_needs_no_engine_that_is_retired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is described as the run recorded it; without a record there is nothing to describe."""
+
+    def gone(*_: object, **__: object) -> Installation:
+        raise EngineNotFound("llama.cpp was not found", engine="llama.cpp")
+
+    monkeypatch.setattr(EngineChoice, "find", gone)
+    choice = EngineChoice(engine="llama.cpp", name="old")
+    engine = {"arm": "incumbent", "form": "binary", "version": "b1", "where": "/opt/llama-server", "build": "d1"}
+    recorded = [Evidence(environment=None), Evidence(environment={"engines": [engine]})]
+    found = rejudge._described(choice, recorded, "incumbent")
+    assert (found.engine, found.kind, found.version, found.where) == ("old", "llama.cpp", "b1", "/opt/llama-server")
+    with pytest.raises(EngineNotFound):
+        rejudge._described(choice, recorded, "candidate")
