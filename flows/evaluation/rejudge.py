@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
             records=records,
             run_id=run.id,
             home=home,
-            installations={arm: _described(getattr(plan, arm), records.list_evidence(run.id), arm) for arm in ARMS},
+            installations={
+                arm: _described(getattr(plan, arm), partial(records.list_evidence, run.id), arm) for arm in ARMS
+            },
             error_budget=budget.payload,
             quick=run.kind == QUICK,
         )
@@ -52,12 +55,12 @@ def rejudge(home: Path, reference: str, output: Path | None) -> dict[str, Any]:
         return report(records, home, judge(bench, trials), output)
 
 
-def _described(choice: EngineChoice, recorded: Sequence[Evidence], arm: str) -> Installation:
+def _described(choice: EngineChoice, recorded: Callable[[], Sequence[Evidence]], arm: str) -> Installation:
     """The engine as it is here, else as the run recorded it: it may be retired by now. Raises EngineNotFound."""
     try:
         return choice.model_copy(update=ANY_BUILD).find(ask=False)
     except EngineNotFound:
-        for seen in (engine for one in recorded for engine in (one.environment or {}).get("engines", ())):
+        for seen in (engine for one in recorded() for engine in (one.environment or {}).get("engines", ())):
             if seen["arm"] == arm:
                 return Installation(
                     engine=choice.name,

@@ -257,7 +257,7 @@ def test_a_report_needs_no_engine_that_is_retired(monkeypatch: pytest.MonkeyPatc
     choice = EngineChoice(engine="llama.cpp", name="old")
     engine = {"arm": "incumbent", "form": "binary", "version": "b1", "where": "/opt/llama-server", "build": "d1"}
     recorded = [Evidence(environment=None), Evidence(environment={"engines": [engine]})]
-    found = rejudge._described(choice, recorded, "incumbent")
+    found = rejudge._described(choice, lambda: recorded, "incumbent")
     assert (found.engine, found.kind, found.version, found.where) == ("old", "llama.cpp", "b1", "/opt/llama-server")
     with pytest.raises(EngineNotFound):
-        rejudge._described(choice, recorded, "candidate")
+        rejudge._described(choice, lambda: recorded, "candidate")
