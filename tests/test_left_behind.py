@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cgroups import ROOT
+from processes import runs
 from waiting import until
 
 RIG = Path(__file__).parent / "rig"
@@ -51,7 +52,7 @@ def test_a_killed_run_leaves_no_process_behind_that_it_held(monkeypatch):
         held = psutil.Process(int(line))
         (group,) = FREEZER.glob(f"switchyard-test-{run.pid}-*")
         run.kill()
-        until(lambda: not held.is_running() and not group.exists(), "the end of what the run held")
+        until(lambda: not runs(held) and not group.exists(), "the end of what the run held")
 
 
 def test_a_killed_run_leaves_no_process_behind(monkeypatch):
@@ -63,4 +64,4 @@ def test_a_killed_run_leaves_no_process_behind(monkeypatch):
         started = psutil.Process(int(run.stdout.readline()))
         (worker,) = (child for child in psutil.Process(run.pid).children() if child.cmdline()[1] == "-c")
         run.kill()
-        until(lambda: not started.is_running() and not worker.is_running(), "the end of what the run started")
+        until(lambda: not runs(started) and not runs(worker), "the end of what the run started")

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_driver import FakeDriver
+from processes import runs
 from waiting import until
 
 from engines import crates
@@ -109,7 +110,7 @@ def test_an_interrupted_build_leaves_no_process(tools: Path, how: signal.Signals
         until(lambda: (tools / "said.json").exists() and said(tools), "the build to run")
         cargo = psutil.Process(int(str(said(tools)["pid"])))
         ours.send_signal(how)
-    until(lambda: not cargo.is_running(), "the build to end")
+    until(lambda: not runs(cargo), "the build to end")
 
 
 @pytest.mark.parametrize(

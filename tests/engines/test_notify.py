@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import runs
 from waiting import until
 from webhook import webhook
 
@@ -117,8 +118,8 @@ def test_one_that_hangs_is_killed_with_its_children_and_holds_nobody_up(
         notifier.note("incident", "m", "it died " * 1000)
     assert time.monotonic() - began < 5, "a thousand events are noted while the first one hangs"
     until((tmp_path / "out").is_file, "the command to run")
-    pids = [int(pid) for pid in (tmp_path / "out").read_text().split()]
-    until(lambda: not any(map(psutil.pid_exists, pids)), "both to be gone")
+    both = [psutil.Process(int(pid)) for pid in (tmp_path / "out").read_text().split()]
+    until(lambda: not any(map(runs, both)), "both to be gone")
     until(lambda: "did not end within 1 s and was killed" in caplog.text, "a line about it")
 
 

@@ -10,8 +10,16 @@ def of_home(home, variable=HOME):
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(variable) == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(variable) == str(home) and runs(process):
                 found.append(process)
         except psutil.Error:
             continue
     return found
+
+
+def runs(process):
+    """True until it has ended. A zombie has: it waits for its parent, which may be an init that never looks."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

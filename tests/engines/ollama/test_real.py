@@ -16,6 +16,7 @@ from pathlib import Path
 import installed
 import psutil
 import pytest
+from processes import runs
 from waiting import until
 
 from engines.errors import EngineNotFound
@@ -75,7 +76,7 @@ def test_nothing_is_left_when_whoever_started_it_is_killed(owner) -> None:
     assert len(tree) == 2
     assert sum(resident) > 90 * 1024 * 1024
     process.send_signal(signal.SIGKILL)
-    until(lambda: not any(one.is_running() for one in tree), "Ollama and its child to end", deadline_s=30)
+    until(lambda: not any(map(runs, tree)), "Ollama and its child to end", deadline_s=30)
 
 
 def test_an_ollama_that_is_killed_leaves_no_child(owner) -> None:
@@ -83,4 +84,4 @@ def test_an_ollama_that_is_killed_leaves_no_child(owner) -> None:
     process, tree, _ = owner
     tree[0].kill()
     process.send_signal(signal.SIGINT)
-    until(lambda: not any(one.is_running() for one in tree), "Ollama and its child to end", deadline_s=30)
+    until(lambda: not any(map(runs, tree)), "Ollama and its child to end", deadline_s=30)

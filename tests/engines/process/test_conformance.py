@@ -14,6 +14,7 @@ import installed
 import psutil
 import pytest
 from fake_driver import FakeDriver
+from processes import runs
 from waiting import until
 
 from engines.driver import Driver, Form, Installation
@@ -149,7 +150,7 @@ def test_it_ends_while_a_client_waits(ended: Ended) -> None:
 
 def test_nothing_is_left_of_it(engine: Engine, ended: Ended) -> None:
     """Neither the process nor a child, nor a line in the register."""
-    until(lambda: not any(alive(process) for process in ended.tree), "the whole tree to be gone")
+    until(lambda: not any(map(runs, ended.tree)), "the whole tree to be gone")
     assert registered(engine.home) == []
     assert list((engine.home / "processes").iterdir()) == []
 
@@ -174,7 +175,7 @@ def test_a_kill_from_outside_is_noticed(engine: Engine) -> None:
         served.process.send_signal(signal.SIGKILL)
         until(lambda: served.process.poll() is not None, "the death to be noticed")
         assert exit_reason(served.process) == "signal SIGKILL"
-    until(lambda: not any(alive(process) for process in tree), "the whole tree to be gone")
+    until(lambda: not any(map(runs, tree)), "the whole tree to be gone")
     assert registered(engine.home) == []
 
 
@@ -190,11 +191,3 @@ def test_a_truncated_model_is_refused_with_a_reason(engine: Engine, tmp_path: Pa
     assert "error" in spoken
     assert caught.value.log_tail[-1] in str(caught.value)
     assert registered(engine.home) == []
-
-
-def alive(process: psutil.Process) -> bool:
-    """True while it runs; a zombie does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

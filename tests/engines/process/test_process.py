@@ -9,7 +9,7 @@ import textwrap
 import time
 from dataclasses import asdict
 
-import psutil
+from processes import runs
 from waiting import until
 
 from engines.process import guard, process
@@ -36,7 +36,7 @@ def test_stop_ends_the_process_and_its_descendants_and_is_safe_twice(tmp_path):
     tree = child.tree()
     child.stop()
     child.stop()
-    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in tree)
+    assert not any(map(runs, tree))
     assert registered(tmp_path) == []
 
 

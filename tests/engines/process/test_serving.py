@@ -9,6 +9,7 @@ import sys
 import httpx
 import pytest
 from fake_driver import FAKE_ENGINE, FakeDriver
+from processes import runs
 from waiting import until
 
 from engines.errors import EngineExited, EngineStalled, PortTaken, WrongListener
@@ -122,7 +123,7 @@ def test_a_port_taken_at_the_last_moment_is_no_failure_of_the_engine(serve, tmp_
 def test_bad_habits_do_not_survive_the_block(serve, tmp_path, habit):
     with serving_fake(serve, tmp_path, habit) as served:
         tree = served.process.tree()
-    until(lambda: not any(member.is_running() for member in tree), "every process to be gone")
+    until(lambda: not any(map(runs, tree)), "every process to be gone")
 
 
 def test_an_exception_in_the_block_still_ends_the_engine(serve, tmp_path):

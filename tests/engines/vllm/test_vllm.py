@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from gguf_files import LLAMA, write_gguf
+from processes import runs
 from waiting import until
 
 from engines.driver import Installation
@@ -226,4 +227,4 @@ def test_it_serves_what_was_converted_and_leaves_nothing(converted: tuple[Instal
         assert len(tree) >= 3
         os.kill(served.process.pid, signal.SIGKILL)
         until(lambda: served.process.poll() is not None, "its end")
-    assert [process for process in tree if process.is_running()] == []
+    assert [process for process in tree if runs(process)] == []
