@@ -274,7 +274,10 @@ def _bisect(rising: Callable[[float], float], target: float, low: float, high: f
 
 def _t_tail(t: float, df: float) -> float:
     """P(T > t) for t >= 0."""
-    return 0.5 * _beta_lower(df / (df + t * t), df / 2.0, 0.5)
+    square = t * t
+    if square * (df + 2.0) < 3.0 * df:  # 1 - df / (df + t*t) would have lost the digits of a small t
+        return 0.5 - 0.5 * _beta_lower(square / (df + square), 0.5, df / 2.0)
+    return 0.5 * _beta_lower(df / (df + square), df / 2.0, 0.5)
 
 
 def _beta_lower(x: float, a: float, b: float) -> float:

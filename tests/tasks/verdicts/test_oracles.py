@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks.evidence.canary import _Share
@@ -52,6 +52,7 @@ def test_percentiles_are_numpys(samples: list[float], q: float) -> None:
 
 @grid
 @given(probabilities, freedoms, st.floats(-50, 50))
+@example(0.5, 92, 1e-05)
 def test_students_t_is_scipys(p: float, df: float, t: float) -> None:
     assert t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-8, abs=1e-9)
     assert t_cdf(t, df) == pytest.approx(stats.t.cdf(t, df), abs=1e-10)
