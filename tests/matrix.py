@@ -22,6 +22,7 @@ FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sw
 TESTS = (
     *("tests/migrations", "tests/tasks/records", "tests/tasks/report", "tests/tasks/verdicts", "tests/engines/openai"),
     *("tests/engines/yard/ports", "tests/flows/test_endings.py", "tests/flows/test_unmeasured.py"),
+    "tests/flows/cli/test_app.py::test_help_teaches_every_command",
 )
 
 
