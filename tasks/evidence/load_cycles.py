@@ -6,11 +6,12 @@ hang          the engine's process is stopped (SIGSTOP) and asked: found wedged,
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engines.errors import SwitchyardError
+from engines.errors import BadInput, SwitchyardError
 from engines.process.telemetry import private_bytes, process_tree
 from tasks.evidence.rehearsal import OpenStage, Stage, engine_of, signal_candidate
 from tasks.verdicts.statistics import theil_sen
@@ -54,12 +55,14 @@ def judge_load_cycles(evidence: Mapping[str, Any], *, limit: float = LIMIT_BYTES
     if broken := evidence.get("failed"):
         return [CheckResult(check=CYCLES, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")]
     cycles: Sequence[Mapping[str, Any]] = evidence["cycles"]
-    answered = sum(cycle["answered"] for cycle in cycles)
+    answered, asked = sum(cycle["answered"] for cycle in cycles), evidence["asked"]
+    if len(cycles) > asked:
+        raise BadInput(f"{len(cycles)} load cycles of {asked}: each is counted once")
     first = next((str(cycle["error"]) for cycle in cycles if not cycle["answered"]), "")
     loads = sorted(cycle["load_s"] for cycle in cycles if cycle["load_s"] is not None)
     middle = f"; a load takes {loads[len(loads) // 2]:.1f} s" if loads else ""
-    why = f"{answered} of {evidence['asked']} times loaded and answered{middle}{': ' + first if first else ''}"
-    verdict = Verdict.PASS if answered == evidence["asked"] else Verdict.FAIL
+    why = f"{answered} of {asked} times loaded and answered{middle}{': ' + first if first else ''}"
+    verdict = decided(fails=answered < len(cycles), passes=answered == asked > 0)
     return [
         CheckResult(check=CYCLES, verdict=verdict, why=why),
         *(_judge_growth(cycles, part, limit) for part in ("yard", "engine")),
@@ -72,8 +75,11 @@ def judge_hang(evidence: Mapping[str, Any]) -> CheckResult:
         return not_measured(HANG, why)
     if broken := evidence.get("failed"):
         return CheckResult(check=HANG, verdict=Verdict.ERROR, why=f"the drill failed: {broken}")
-    found, answered = evidence["detect_s"] is not None, evidence["answered"]
-    detected = f"found wedged after {evidence['detect_s']:.1f} s" if found else "not found wedged"
+    detect_s, answered = evidence["detect_s"], evidence["answered"]
+    if not all(math.isfinite(seconds) for seconds in (detect_s, evidence["recover_s"]) if seconds is not None):
+        raise BadInput("a time of the hang is not a finite number")
+    found = detect_s is not None
+    detected = f"found wedged after {detect_s:.1f} s" if found else "not found wedged"
     after = f"answered by {evidence['by']} {evidence['recover_s']:.1f} s after that" if answered else evidence["error"]
     verdict = Verdict.PASS if found and answered else Verdict.FAIL
     return CheckResult(check=HANG, verdict=verdict, why=f"{detected}; the request: {after}")

@@ -6,11 +6,12 @@ are saved and restored around a planned stop, the way back, and the way there on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from engines.client.load import measure
-from engines.errors import SwitchyardError
+from engines.errors import BadInput, SwitchyardError
 from engines.settings import Endpoint
 from engines.units import quantity
 from tasks.evidence.rehearsal import Stage, engine_of
@@ -98,10 +99,18 @@ def judge_next_turn(seen: Mapping[str, Any]) -> CheckResult:
     if why := seen.get("failed"):
         return not_measured(CHECK, str(why), required=False)
     why = cost_of(seen)
-    saved = [turn for name in ("back", "again") if (turn := seen.get(name)) and _found_again(turn)]
+    like = {"back": "before", "again": "moved"}  # who gave the turn that the saved prompt is of
+    saved = [
+        turn
+        for name, first in like.items()
+        if (turn := seen.get(name)) and _found_again(turn) and turn["by"] == seen[first]["by"]
+    ]
     if not saved:
         return not_measured(CHECK, f"{why}; no engine here keeps it over a stop", required=False)
-    ratio = max(turn["ttft_ms"] for turn in saved) / seen["before"]["ttft_ms"]
+    ratios = [turn["ttft_ms"] / seen["before"]["ttft_ms"] for turn in saved]
+    if not all(map(math.isfinite, ratios)):  # `max` would hide a NaN
+        raise BadInput("the time of a turn is not a finite number")
+    ratio = max(ratios)
     why = f"{why}; {quantity(ratio, 'ratio')} with saved prompts"
     check = at_most(CHECK, ratio, limit=LIMIT, unit="ratio", why=why)
     return check.model_copy(update={"required": False})
@@ -123,4 +132,5 @@ def _time(ms: float) -> str:
 
 
 def _found_again(turn: Mapping[str, Any]) -> bool:
-    return 2 * (turn["cached_tokens"] or 0) >= (turn["prompt_tokens"] or 1)
+    cached, prompt = turn["cached_tokens"], turn["prompt_tokens"]
+    return bool(cached and prompt and 2 * cached >= prompt)

@@ -122,6 +122,8 @@ def judge_unmeasured(arm: str, what: str, record: Mapping[str, Any]) -> CheckRes
     why = f"{record['why']}: {' | '.join(lines)}" if lines else str(record["why"])
     why = why if len(why) <= WHY_CHARS else f"{why[: WHY_CHARS - 4]} ..."
     verdict, required = Verdict(record["verdict"]), what not in _OPTIONAL
+    if verdict is Verdict.PASS:
+        raise BadInput(f"{what}: a check that was not carried out cannot pass")
     # `launch.candidate`, `parity.answers.incumbent`, `performance.measured`
     check = _IN_PLACE_OF.get((arm, what), f"{_AREAS.get(what, what)}.{'measured' if arm == 'both' else arm}")
     return CheckResult(check=check, verdict=verdict, why=why, required=required)

@@ -111,7 +111,9 @@ def judge_fields(used: Evidence, incumbent: Evidence | None, candidate: Evidence
     `used` has what clients send and what an engine is known to leave alone; the engines' parameters add what a probe
     found without effect. It holds no gate: whether an answer needs the field only its client knows.
     """
-    counts, known = used["used"], used["ignored"]
+    check, counts, known = "compatibility.fields_in_use", used["used"], used["ignored"]
+    if not counts:
+        return not_measured(check, "no field that clients send was counted", limit=0, unit="fields", required=False)
     ignored = set(known["candidate"]) - set(known["incumbent"])
     ours, theirs = (({} if found is None else found["parameters"]) for found in (incumbent, candidate))
     silent = {name for name, found in ours.items() if found["effect"] and theirs.get(name, {}).get("effect") is False}
@@ -119,7 +121,7 @@ def judge_fields(used: Evidence, incumbent: Evidence | None, candidate: Evidence
     why = f"clients send {requests({name: counts[name] for name in ignored})}: the candidate does not act on it"
     if not ignored:
         why = f"none of the {len(counts)} fields that clients send is known to be ignored"
-    result = at_most("compatibility.fields_in_use", len(ignored), limit=0, unit="fields", why=why)
+    result = at_most(check, len(ignored), limit=0, unit="fields", why=why)
     return result.model_copy(update={"required": False})
 
 
@@ -134,12 +136,17 @@ def judge_ignored_parameters(
     """`parity.ignored_parameters`: those that the incumbent honours and the candidate does not.
 
     Gates only on `required_parameters`, the ones that the user's requests rely on; one of these that the incumbent
-    does not honour either is no regression.
+    does not honour either is no regression; one that was not probed on the candidate leaves it open.
     """
     check, ours, theirs = "parity.ignored_parameters", incumbent["parameters"], candidate["parameters"]
     if wanted := [name for name in required_parameters if name not in ours]:
-        why = f"no probe for {', '.join(wanted)}; known: {', '.join(ours)}"
+        why = f"no probe for {', '.join(wanted)}; known: {', '.join(ours) or 'none'}"
         return [not_measured(check, why, limit=0, unit="parameters")]
+    if absent := [name for name in required_parameters or ours if name not in theirs]:
+        why = f"not probed on the candidate: {', '.join(absent)}"
+        return [not_measured(check, why, limit=0, unit="parameters", required=bool(required_parameters))]
+    if not ours:
+        return [not_measured(check, "no parameter was probed", limit=0, unit="parameters", required=False)]
     lost = [name for name, found in ours.items() if found["effect"] and not theirs.get(name, {}).get("effect")]
     gating = [name for name in lost if name in required_parameters]
     words = "; ".join(f"{name}: {theirs.get(name, {}).get('observed', 'not probed')}"[:100] for name in lost)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engines.errors import BadInput
 from engines.units import duration
 from tasks.evidence.soak.judge import BUCKETS, DAY_S, LEAK, LEAK_UNIT, judge_slope, judge_stability, warm_up_s
 from tasks.verdicts.limits import Limits
@@ -55,6 +56,8 @@ def judge_windows(
     Before the soak `is_over` they are preliminary, and a drift and failures above the incumbent's are held to 99.9%,
     as they are looked at again and again.
     """
+    if len({window["started_at"] for window in windows}) < len(windows):
+        raise BadInput("a window of the soak occurs twice: each is counted once")
     confidence = END_CONFIDENCE if is_over else LOOK_CONFIDENCE
     stability = judge_stability(
         incumbent,
@@ -138,7 +141,7 @@ def _judge_drift(
     least: float = 0.0,
 ) -> CheckResult:
     limit = most if least == 0.0 else least
-    known = [(_middle(one), math.log(one[name][0])) for one in windows if one[name] and one[name][0] > 0]
+    known = [(_middle(one), math.log(one[name][0])) for one in windows if one[name] and one[name][0] != 0]
     span_s = known[-1][0] - known[0][0] if known else 0.0
     if span_s < DAY_S:
         why = f"{duration(span_s)} of windows so far; a day is needed to separate drift from daily traffic"

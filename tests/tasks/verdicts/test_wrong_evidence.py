@@ -10,182 +10,54 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sound_evidence import DAY_S, JUDGES
 
-from tasks.evidence.canary import judge_canary, judge_shadow
-from tasks.evidence.compatibility import judge_compatibility
-from tasks.evidence.faults import judge_faults
-from tasks.evidence.first_look import judge_pairs
-from tasks.evidence.parity.compare import compare_answers
-from tasks.evidence.parity.judge import judge_answers
-from tasks.evidence.parity.tokens import judge_prompt_tokens
-from tasks.evidence.performance import Workload, judge_memory, judge_performance
-from tasks.evidence.soak.judge import judge_leak, judge_stability
-from tasks.evidence.tool_calls.judge import judge_tool_calls
-from tasks.verdicts.limits import DEFAULT_LIMITS, CanaryLimits
-from tasks.verdicts.verdict import Verdict, gate
+from engines.yard.state import ModelState
+from tasks.verdicts.retirement import Standing
+from tasks.verdicts.risks import RiskVerdict
+from tasks.verdicts.verdict import CheckResult, Verdict, worst
 
+ROOT = Path(__file__).parents[3]
 NAN = math.nan
-DAY_S = 86_400.0
 PASS, INCONCLUSIVE, ERROR, FAIL = "PASS", "INCONCLUSIVE", "ERROR", "FAIL"
-
-
-# --- sound evidence, and who judges it
-
-
-def arm(factor: float, index: int) -> dict[str, Any]:
-    shaken = [factor * (1 + 0.01 * math.sin(7 * index + request)) for request in range(20)]
-    times = {
-        name: [value * base for value in shaken] for name, base in (("ttft_ms", 80), ("tpot_ms", 9), ("e2e_ms", 360))
-    }
-    memory = {"memory_peak_mib": [500 * shaken[0]], "memory_steady_bytes": 5e8, "mapped_weights_bytes": 10**8}
-    return {**times, **memory, "errors": [], "records": [{}] * 20, "load_s": 1.0, "reconciled": [], "machine": {}}
-
-
-def blocks() -> list[dict[str, Any]]:
-    """A candidate in half of the time and memory."""
-    both = [{"incumbent": arm(1.0, index), "candidate": arm(0.5, index)} for index in range(6)]
-    return [one | {"index": index, "order": "AB", "foreign_cpu": {}, "void": None} for index, one in enumerate(both)]
-
-
-def performance(found: list[dict[str, Any]]) -> Any:
-    work = Workload(requests=20, max_tokens=32)
-    return judge_performance(found, DEFAULT_LIMITS, work, (6, 12, 24), client_error_ms={})
-
-
-def pairs() -> list[dict[str, Any]]:
-    one = {"ttft_ms": 80.0, "tpot_ms": 9.0, "e2e_ms": 360.0}
-    return [
-        {name: {key: value + n for key, value in one.items()} for name in ("incumbent", "candidate")} for n in range(5)
-    ]
-
-
-def answers() -> dict[str, Any]:
-    """Two engines that say the same with nearly the same probabilities, over 20 prompts of 10 tokens."""
-
-    def said(shift: float) -> list[dict[str, Any]]:
-        top = [[f" w{n}", -0.3 - shift, 2 * n] for n in range(10)]
-        places = [[*one, [one, [" x", -1.5 + shift, 2 * n + 1]]] for n, one in enumerate(top)]
-        text = "".join(one[0] for one in top)
-        same = {"prompt": "Say something.", "text": text, "reasoning": "", "tool_calls": [], "finish_reason": "length"}
-        same |= {"prompt_tokens": 9, "completion_tokens": 10, "error": None}
-        return [same | {"id": f"p{n}", "positions": copy.deepcopy(places)} for n in range(20)]
-
-    return {"incumbent": said(0.0), "candidate": said(0.001)}
-
-
-def parity(found: dict[str, Any]) -> Any:
-    return judge_answers(compare_answers(*({"answers": found[name]} for name in ("incumbent", "candidate"))))
-
-
-def tokens() -> dict[str, Any]:
-    counted = {f"p{n}": {"tokens": 9 + n, "error": None, "tools_shown": None, "preview": "p"} for n in range(20)}
-    raw = [{"text": "a", "tokens": 1, "error": None, "ids": None}]
-    return {name: {"prompts": copy.deepcopy(counted), "raw": raw} for name in ("incumbent", "candidate")}
-
-
-def behaviours() -> dict[str, Any]:
-    names = ("chat_answer", "stop_string", "seed")
-    seen = {n: {"outcome": "passed", "observed": "yes", "claim": "", "group": "chat", "elapsed_ms": 1} for n in names}
-    return {name: {"behaviours": copy.deepcopy(seen)} for name in ("incumbent", "candidate")}
-
-
-def soaked() -> dict[str, Any]:
-    hour = {"exposure_s": 3600.0, "requests": 1000, "silent_empty": 0, "failures": [], "decode_tok_s": [50.0]}
-    return {name: [copy.deepcopy(hour) for _ in range(72)] for name in ("incumbent", "candidate")}
-
-
-def stability(found: dict[str, Any]) -> Any:
-    arms = (found["incumbent"], found["candidate"])
-    return judge_stability(*arms, soak_s=3 * DAY_S, failures_per_day=1.0, throughput_retention=0.9)
-
-
-def memory() -> dict[str, Any]:
-    times = [600.0 * n for n in range(432)]
-    return {"t": times, "v": [5e8 + 2e5 * math.sin(n) for n in range(432)]}
-
-
-def leak(found: dict[str, Any]) -> Any:
-    return [judge_leak(found["t"], found["v"], soak_s=3 * DAY_S, limit_bytes_per_day=50e6)]
-
-
-def drills() -> dict[str, Any]:
-    seen = {"load_s": 1.0, "no_progress_s": 2.0, "evidence": "e", "detect_s": 0.1, "recover_s": 1.1, "client_saw": "x"}
-    refused = {"classified": "refused", "evidence": "e", "detect_s": 0.1}
-    interrupted = {
-        "sigkill": seen | {"classified": "dead"},
-        "sigstop": seen | {"classified": "wedged", "detect_s": 2.1},
-    }
-    return interrupted | {"truncated_gguf": refused, "port_taken": refused}
-
-
-def faults(found: dict[str, Any]) -> Any:
-    return judge_faults(found, kill_detect_s=1.0, hang_detect_s=2.0, recover_s=1.0)
-
-
-def live() -> list[dict[str, Any]]:
-    """600 answers of each engine, the candidate's in half of the time."""
-    found = []
-    for at in range(1200):
-        new = at % 2
-        about = {"at": float(at), "engine": "new" if new else "old", "conversation": f"{new} {at % 14}", "ok": True}
-        pace = (0.5 if new else 1.0) * (1 + 0.05 * math.sin(at))
-        found.append(about | {"prompt_tokens": 100, "error": None, "empty": False, "cached_share": 0.9})
-        found[-1] |= {"ttft_ms": 50 * pace, "tpot_ms": 10 * pace}
-    return found
-
-
-def canary(found: list[dict[str, Any]]) -> Any:
-    return judge_canary(found, "old", "new", CanaryLimits())
-
-
-def copies() -> list[dict[str, Any]]:
-    arms = answers()
-    every = [(one, other) for _ in range(4) for one, other in zip(arms["incumbent"], arms["candidate"], strict=True)]
-    return [{"sampled": False, "incumbent": copy.deepcopy(a), "candidate": copy.deepcopy(b)} for a, b in every]
-
-
-def called() -> list[dict[str, Any]]:
-    call = [{"name": "f", "arguments": "{}", "fault": ""}]
-    one = {"group": "one", "prompt": "p", "calls": call, "text": "", "leaked": False, "cut": False, "error": None}
-    made = [one | {"id": f"p{n}", "calls": copy.deepcopy(call) if n % 5 else []} for n in range(60)]
-    batch = {"batch": "0", "looks": [60], "required": False, "hidden": None, "again": made}
-    return [batch | {"incumbent": made, "candidate": copy.deepcopy(made)}]
-
-
-JUDGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "performance": (blocks, performance),
-    "first look": (pairs, lambda found: [judge_pairs(found, DEFAULT_LIMITS)]),
-    "memory": (blocks, lambda found: [judge_memory(found, DEFAULT_LIMITS, (6, 12, 24))]),
-    "answers": (answers, parity),
-    "tokens": (tokens, lambda found: judge_prompt_tokens(found["incumbent"], found["candidate"])),
-    "compatibility": (
-        behaviours,
-        lambda found: judge_compatibility(found["incumbent"], found["candidate"], ["chat_answer", "stop_string"]),
-    ),
-    "stability": (soaked, stability),
-    "leak": (memory, leak),
-    "faults": (drills, faults),
-    "canary": (live, canary),
-    "shadow": (copies, judge_shadow),
-    "tool calls": (called, lambda found: judge_tool_calls(found, DEFAULT_LIMITS)),
+PARTS = {  # judges that have no evidence of their own, and whose they are
+    "behaviour": "compatibility: one of its rows",
+    "parity": "prompt tokens, answers and ignored parameters, one after the other",
+    "calibration": "noise: with the plan's metrics",
+    "slope": "leak, and windows: of a slope they found",
+    **dict.fromkeys(("served", "silent_empty", "drift", "process_leak", "yard_leak"), "windows: a check of them"),
+}
+NO_PASS = {  # sound evidence that opens nothing, and why
+    "pairs": "blocks decide",
+    "memory estimate": "it refuses what cannot fit the limit; memory measures the rest",
+    "unmeasured": "nothing was measured",
 }
 
 
+def checks_on(judge: str, evidence: Any) -> list[CheckResult | RiskVerdict]:
+    found = JUDGES[judge][1](evidence)
+    return list(found) if isinstance(found, list) else [found]
+
+
 def verdict_on(judge: str, evidence: Any) -> str:
+    """The worst required verdict, or the worst of a judge that holds no gate."""
     try:
-        return gate(JUDGES[judge][1](evidence)).value
+        checks = checks_on(judge, evidence)
     except Exception:
         return ERROR
+    held = [check for check in checks if isinstance(check, RiskVerdict) or check.required]
+    return worst(check.verdict for check in held or checks).value
 
 
-@pytest.mark.parametrize("judge", [name for name in JUDGES if name != "first look"])
+@pytest.mark.parametrize("judge", JUDGES)
 def test_sound_evidence_passes(judge: str) -> None:
-    """A first look passes nothing."""
-    assert verdict_on(judge, JUDGES[judge][0]()) == PASS
+    assert verdict_on(judge, JUDGES[judge][0]()) == (INCONCLUSIVE if judge in NO_PASS else PASS)
 
 
 # --- small wrongs
@@ -223,6 +95,11 @@ def each_logprob(found: dict[str, Any], arm: str, change: Callable[[float], floa
             place[3] = [[text, change(p), number] for text, p, number in place[3]]
 
 
+def moved_at(found: dict[str, Any], at: float | None) -> None:
+    route = ModelState(serving="new", undo="old").model_copy(update={"moved_at": at})
+    found["models"][0] = Standing("m", route)
+
+
 WRONGS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("performance", "one sample lost", lambda e: e[2]["candidate"]["ttft_ms"].pop(), PASS),
     ("performance", "one block lost", lambda e: e.pop(), INCONCLUSIVE),
@@ -237,10 +114,10 @@ WRONGS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("performance", "no blocks", lambda e: e.clear(), INCONCLUSIVE),
     ("performance", "a duplicate block", lambda e: e.append(copy.deepcopy(e[0])), ERROR),
     ("performance", "a failed request", lambda e: e[0]["candidate"]["errors"].extend(["HTTP 500"] * 20), FAIL),
-    ("first look", "eleven times as slow", lambda e: [one["candidate"].update(ttft_ms=900.0) for one in e], FAIL),
-    ("first look", "arms swapped", swap_all, INCONCLUSIVE),
-    ("first look", "a NaN", lambda e: e[0]["candidate"].update(ttft_ms=NAN), ERROR),
-    ("first look", "no pairs", lambda e: e.clear(), INCONCLUSIVE),
+    ("pairs", "eleven times as slow", lambda e: [one["candidate"].update(ttft_ms=900.0) for one in e], FAIL),
+    ("pairs", "arms swapped", swap_all, INCONCLUSIVE),
+    ("pairs", "a NaN", lambda e: e[0]["candidate"].update(ttft_ms=NAN), ERROR),
+    ("pairs", "no pairs", lambda e: e.clear(), INCONCLUSIVE),
     ("memory", "one block lost", lambda e: e.pop(), INCONCLUSIVE),
     ("memory", "arms swapped", swap_all, FAIL),
     ("memory", "candidate's peak in KiB", lambda e: scale(e, "candidate", "memory_peak_mib", 1000), FAIL),
@@ -253,16 +130,16 @@ WRONGS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("answers", "candidate's in base 10", lambda e: each_logprob(e, "candidate", lambda p: p / math.log(10)), FAIL),
     ("answers", "a NaN", lambda e: each_logprob(e, "candidate", lambda _: NAN), ERROR),
     ("answers", "one NaN", lambda e: e["candidate"][0]["positions"][4][3][0].__setitem__(1, NAN), ERROR),
-    ("answers", "no logprobs", lambda e: [one.update(positions=[]) for one in e["candidate"]], INCONCLUSIVE),
+    ("answers", "logprobs lost", lambda e: [one.update(positions=[]) for one in e["candidate"]], INCONCLUSIVE),
     ("answers", "no answers", lambda e: e["candidate"].clear(), INCONCLUSIVE),
     ("answers", "a duplicate answer", lambda e: e["incumbent"].append(copy.deepcopy(e["incumbent"][0])), ERROR),
     ("answers", "answers of other prompts", lambda e: e["candidate"].reverse(), PASS),  # matched by prompt
     ("answers", "empty texts", lambda e: [one.update(text="") for one in e["candidate"]], FAIL),
-    ("tokens", "a prompt of another length", lambda e: e["candidate"]["prompts"]["p3"].update(tokens=13), FAIL),
-    ("tokens", "a prompt lost", lambda e: e["candidate"]["prompts"].pop("p3"), PASS),
-    ("tokens", "a prompt refused", lambda e: e["candidate"]["prompts"]["p3"].update(tokens=None, error="400"), FAIL),
-    ("tokens", "a NaN", lambda e: e["candidate"]["prompts"]["p3"].update(tokens=NAN), FAIL),
-    ("tokens", "no prompts", lambda e: e["candidate"]["prompts"].clear(), INCONCLUSIVE),
+    ("prompt tokens", "a prompt of another length", lambda e: e["candidate"]["prompts"]["p3"].update(tokens=13), FAIL),
+    ("prompt tokens", "a prompt lost", lambda e: e["candidate"]["prompts"].pop("p3"), PASS),
+    ("prompt tokens", "a prompt refused", lambda e: e["candidate"]["prompts"]["p3"].update(tokens=None, error="400"), FAIL),
+    ("prompt tokens", "a NaN", lambda e: e["candidate"]["prompts"]["p3"].update(tokens=NAN), FAIL),
+    ("prompt tokens", "no prompts", lambda e: e["candidate"]["prompts"].clear(), INCONCLUSIVE),
     ("compatibility", "one lost", lambda e: e["candidate"]["behaviours"].pop("stop_string"), INCONCLUSIVE),
     ("compatibility", "none", lambda e: e["candidate"]["behaviours"].clear(), INCONCLUSIVE),
     ("compatibility", "one failed", lambda e: e["candidate"]["behaviours"]["seed"].update(outcome="failed"), PASS),
@@ -319,6 +196,108 @@ WRONGS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("tool calls", "a duplicate answer", lambda e: e[0]["candidate"].append(copy.deepcopy(e[0]["candidate"][1])), ERROR),
     ("tool calls", "no answers", lambda e: e[0]["candidate"].clear(), INCONCLUSIVE),
     ("tool calls", "no batches", lambda e: e.clear(), INCONCLUSIVE),
+    ("tool calls", "arms swapped", swap_all, PASS),
+    ("preflight", "arms swapped", lambda e: [one.update(engine=name) for one, name in zip(e["engines"], ("new", "old"), strict=True)], PASS),
+    ("preflight", "a candidate that does not load", lambda e: e["engines"][1].update(loads="no"), FAIL),
+    ("preflight", "an incumbent that does not load", lambda e: e["engines"][0].update(loads="no"), PASS),
+    ("preflight", "a NaN", lambda e: e["engines"][1]["fit"]["needs"][0].update(free=NAN), ERROR),
+    ("preflight", "an unknown word", lambda e: e["engines"][1].update(loads="?"), ERROR),
+    ("preflight", "an engine lost", lambda e: e["engines"].pop(), INCONCLUSIVE),
+    ("preflight", "no engines", lambda e: e.update(engines=[], side_by_side={"fits": None, "why": ""}), INCONCLUSIVE),
+    ("memory estimate", "candidate's in KiB", lambda e: e["engines"][1]["fit"]["needs"][0].update(low=1e12), FAIL),
+    ("memory estimate", "a NaN", lambda e: e["engines"][1]["fit"]["needs"][0].update(low=NAN), ERROR),
+    ("memory estimate", "incumbent's a NaN", lambda e: e["engines"][0]["fit"]["needs"][0].update(high=NAN), ERROR),
+    ("memory estimate", "no engines", lambda e: e["engines"].clear(), INCONCLUSIVE),
+    ("fields", "candidate's lost", lambda e: e["candidate"]["parameters"].clear(), PASS),
+    ("fields", "one without effect", lambda e: e["candidate"]["parameters"]["min_p"].update(effect=False), FAIL),
+    ("fields", "arms swapped", swap, PASS),
+    ("fields", "no fields sent", lambda e: e["used"]["used"].clear(), INCONCLUSIVE),
+    ("ignored parameters", "one of no use to the user", lambda e: e["candidate"]["parameters"]["seed"].update(effect=False), PASS),
+    ("ignored parameters", "one relied on", lambda e: e["candidate"]["parameters"]["min_p"].update(effect=False), FAIL),
+    ("ignored parameters", "one refused", lambda e: e["candidate"]["parameters"]["min_p"].update(effect=None), FAIL),
+    ("ignored parameters", "one lost", lambda e: e["candidate"]["parameters"].pop("min_p"), INCONCLUSIVE),
+    ("ignored parameters", "incumbent's lost", lambda e: e["incumbent"]["parameters"].pop("min_p"), INCONCLUSIVE),
+    ("ignored parameters", "arms swapped", swap, PASS),
+    ("ignored parameters", "no parameters", lambda e: [one["parameters"].clear() for one in e.values()], INCONCLUSIVE),
+    ("client", "percent", lambda e: e.update(client_cpu_share=10.0), INCONCLUSIVE),
+    ("client", "a NaN", lambda e: e.update(client_cpu_share=NAN), ERROR),
+    ("client", "no figure", lambda e: e.update(client_cpu_share=None), INCONCLUSIVE),
+    ("noise", "one block lost", lambda e: e.pop(), INCONCLUSIVE),
+    ("noise", "arms swapped", swap_all, PASS),
+    ("noise", "one arm's TTFT in us", lambda e: scale(e, "candidate", "ttft_ms", 1000), FAIL),
+    ("noise", "one arm's TTFT in s", lambda e: scale(e, "candidate", "ttft_ms", 1e-3), FAIL),
+    ("noise", "a NaN", lambda e: e[1]["candidate"]["e2e_ms"].append(NAN), ERROR),
+    ("noise", "a duplicate block", lambda e: e.append(copy.deepcopy(e[0])), ERROR),
+    ("noise", "no blocks", lambda e: e.clear(), INCONCLUSIVE),
+    ("windows", "one of 72 lost", lambda e: e["windows"].pop(), INCONCLUSIVE),
+    ("windows", "a duplicate window", lambda e: e["windows"].append(copy.deepcopy(e["windows"][-1])), ERROR),
+    ("windows", "one in place of another", lambda e: e["windows"].__setitem__(9, copy.deepcopy(e["windows"][8])), ERROR),
+    ("windows", "a NaN exposure", lambda e: e["windows"][3].update(exposure_s=NAN), ERROR),
+    ("windows", "a NaN of memory", lambda e: e["windows"][30]["lives"][0].update(memory_bytes=NAN), ERROR),
+    ("windows", "a NaN TTFT", lambda e: e["windows"][30].update(ttft_ms=[NAN]), ERROR),
+    ("windows", "seconds in ms", lambda e: [one.update(exposure_s=3.6) for one in e["windows"]], INCONCLUSIVE),
+    ("windows", "one TTFT in s", lambda e: e["windows"][30].update(ttft_ms=[0.02]), PASS),
+    ("windows", "the last day's TTFT in us", lambda e: [one.update(ttft_ms=[2e4]) for one in e["windows"][-36:]], INCONCLUSIVE),
+    ("windows", "an outage", lambda e: e["windows"][5].update(outage="it does not start"), FAIL),
+    ("windows", "fifty empty answers", lambda e: e["windows"][5].update(silent_empty=50), PASS),
+    ("windows", "a tenth of them", lambda e: [one.update(silent_empty=100) for one in e["windows"]], FAIL),
+    ("windows", "five failures", lambda e: [one["failures"].append({"type": "x"}) for one in e["windows"][:5]], INCONCLUSIVE),
+    ("windows", "twelve failures", lambda e: [one["failures"].append({"type": "x"}) for one in e["windows"][:12]], FAIL),
+    ("windows", "memory lost", lambda e: [one.update(lives=[]) for one in e["windows"]], INCONCLUSIVE),
+    ("windows", "no windows", lambda e: e["windows"].clear(), INCONCLUSIVE),
+    ("rehearsal", "a drill lost", lambda e: e.pop("fallback"), ERROR),
+    ("rehearsal", "drills swapped, each with who is right", lambda e: e.update(fallback=e["killed_candidate"], killed_candidate=e["fallback"]), PASS),
+    ("rehearsal", "the other engine", lambda e: e["fallback"].update(by="new"), FAIL),
+    ("rehearsal", "nobody named", lambda e: e["hidden_candidate"].update(by=None, fallback=None), FAIL),
+    ("rehearsal", "a NaN", lambda e: e["fallback"].update(detect_s=NAN), ERROR),
+    ("rehearsal", "a load of NaN", lambda e: e["fallback"].update(load_s=NAN), ERROR),
+    ("rehearsal", "seconds in ms", lambda e: e["killed_candidate"].update(recover_s=2900.0), FAIL),
+    ("rehearsal", "not noticed", lambda e: e["killed_candidate"].update(detect_s=None), INCONCLUSIVE),
+    ("rehearsal", "no drills", lambda e: e.clear(), ERROR),
+    ("next turn", "a turn lost", lambda e: e.pop("again"), PASS),
+    ("next turn", "no turns", lambda e: e.clear(), ERROR),
+    ("next turn", "a NaN", lambda e: e["again"].update(ttft_ms=NAN), ERROR),
+    ("next turn", "the first a NaN", lambda e: e["before"].update(ttft_ms=NAN), ERROR),
+    ("next turn", "before and after swapped", lambda e: e.update(before=e["moved"], moved=e["before"]), INCONCLUSIVE),
+    ("next turn", "in us", lambda e: e["back"].update(ttft_ms=99e3), FAIL),
+    ("next turn", "no prompt sizes", lambda e: [one.update(prompt_tokens=None) for one in e.values()], INCONCLUSIVE),
+    ("load cycles", "one cycle lost", lambda e: e["cycles"].pop(), INCONCLUSIVE),
+    ("load cycles", "a duplicate cycle", lambda e: e["cycles"].append(e["cycles"][0]), ERROR),
+    ("load cycles", "one not answered", lambda e: e["cycles"][-1].update(answered=False, error="HTTP 503"), FAIL),
+    ("load cycles", "a NaN", lambda e: e["cycles"][20].update(engine_bytes=NAN), ERROR),
+    ("load cycles", "the last in another unit", lambda e: [one.update(yard_bytes=one["yard_bytes"] * 1000) for one in e["cycles"][30:]], FAIL),
+    ("load cycles", "memory lost", lambda e: [one.update(engine_bytes=None) for one in e["cycles"]], INCONCLUSIVE),
+    ("load cycles", "no cycles", lambda e: e.update(asked=0, cycles=[]), INCONCLUSIVE),
+    ("hang", "not found", lambda e: e.update(detect_s=None), FAIL),
+    ("hang", "a NaN", lambda e: e.update(detect_s=NAN), ERROR),
+    ("hang", "a recovery of NaN", lambda e: e.update(recover_s=NAN), ERROR),
+    ("hang", "nobody answered", lambda e: e.update(answered=False, by=None, error="HTTP 503"), FAIL),
+    ("hang", "nothing", lambda e: e.clear(), ERROR),
+    ("device", "the other device", lambda e: e.update(where="cpu"), FAIL),
+    ("device", "not seen", lambda e: e.update(where="unknown"), INCONCLUSIVE),
+    ("device", "an unknown word", lambda e: e.update(where="tpu"), ERROR),
+    ("device", "nothing", lambda e: e.clear(), ERROR),
+    ("risks", "a check lost", lambda e: e.pop(), INCONCLUSIVE),
+    ("risks", "a duplicate check", lambda e: e.append(e[0]), PASS),
+    ("risks", "another area's", lambda e: e.__setitem__(0, e[0].model_copy(update={"check": "parity.a"})), INCONCLUSIVE),
+    ("risks", "one failed", lambda e: e.append(e[0].model_copy(update={"verdict": Verdict.FAIL})), FAIL),
+    ("risks", "one broken", lambda e: e.append(e[0].model_copy(update={"verdict": Verdict.ERROR})), ERROR),
+    ("risks", "no checks", lambda e: e.clear(), INCONCLUSIVE),
+    ("retirement", "engines swapped", lambda e: e.update(engine="new"), FAIL),
+    ("retirement", "a model never moved", lambda e: e["models"].append(Standing("o", None)), FAIL),
+    ("retirement", "now in ms", lambda e: e.update(now=e["now"] * 1000), PASS),  # longer ago than any window
+    ("retirement", "now in ks", lambda e: e.update(now=e["now"] / 1000), INCONCLUSIVE),
+    ("retirement", "a window in ms", lambda e: e.update(window_s=e["window_s"] * 1000), INCONCLUSIVE),
+    ("retirement", "a NaN", lambda e: e.update(now=NAN), ERROR),
+    ("retirement", "moved at a NaN", lambda e: moved_at(e, NAN), ERROR),
+    ("retirement", "moved at an unknown time", lambda e: moved_at(e, None), INCONCLUSIVE),
+    ("retirement", "a duplicate model", lambda e: e["models"].append(e["models"][0]), PASS),
+    ("retirement", "no models", lambda e: e["models"].clear(), INCONCLUSIVE),
+    ("unmeasured", "as if it were measured", lambda e: e.update(verdict="PASS"), ERROR),
+    ("unmeasured", "an unknown verdict", lambda e: e.update(verdict="?"), ERROR),
+    ("unmeasured", "broken", lambda e: e.update(verdict="ERROR"), ERROR),
+    ("unmeasured", "failed", lambda e: e.update(verdict="FAIL"), FAIL),
+    ("unmeasured", "nothing", lambda e: e.clear(), ERROR),
 ]  # fmt: skip
 
 
@@ -329,6 +308,28 @@ def test_a_small_wrong_turns_the_verdict(judge: str, wrong: str, change: Callabl
     assert verdict_on(judge, evidence) == verdict, wrong
 
 
+NOTHING = [one for one in WRONGS if one[1] in ("none", "nothing") or one[1].startswith("no ")]
+
+
+@pytest.mark.parametrize(("judge", "wrong", "change", "_"), NOTHING, ids=[f"{one[0]}: {one[1]}" for one in NOTHING])
+def test_no_check_passes_on_nothing(judge: str, wrong: str, change: Callable[[Any], Any], _: str) -> None:
+    """Not even one that holds no gate, or one of several."""
+    evidence = JUDGES[judge][0]()
+    change(evidence)
+    if verdict_on(judge, evidence) != ERROR:
+        assert [check for check in checks_on(judge, evidence) if check.verdict is Verdict.PASS] == [], wrong
+
+
+def judges() -> set[str]:
+    """The names of all functions `judge_...`, without it."""
+    sources = [file for folder in ("engines", "tasks", "migrations", "flows") for file in (ROOT / folder).rglob("*.py")]
+    return {name for file in sources for name in re.findall(r"^def judge_(\w+)", file.read_text(), re.MULTILINE)}
+
+
 def test_each_judge_has_its_wrongs() -> None:
+    """A new judge comes with a row in JUDGES and its wrongs, or is a part of one that has."""
+    named = {name.replace(" ", "_") for name in JUDGES}
+    assert judges() == named | set(PARTS)
+    assert named.isdisjoint(PARTS)
     assert {one[0] for one in WRONGS} == set(JUDGES)
     assert {Verdict(one[3]) for one in WRONGS} == set(Verdict)
