@@ -43,7 +43,7 @@ ROWS = {
     "python-3.13": Row("3.13", needs=DEFAULT),
     "oldest": Row(resolution="lowest-direct"),
     "newest": Row(python="3.13"),
-    "prefect-oldest": Row(needs=(*DEFAULT, "prefect==3.8.8")),
+    "prefect-oldest": Row(needs=("prefect==3.8.8", "sqlalchemy<2.1")),
     "prefect-newest": Row(needs=("prefect>=3.9.1",)),
     "wheel": Row(needs=DEFAULT, installed="wheel"),
     "sdist": Row(needs=DEFAULT, installed="sdist"),
