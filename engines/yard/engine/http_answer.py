@@ -18,6 +18,20 @@ from multidict import CIMultiDict
 READ_AHEAD_BYTES = 64 * 1024
 JOINED_BYTES = 64 * 1024  # of a request's body
 HEAD_BYTES = 128 * 1024  # of status and headers
+LONGEST_SPLICED = 4096
+
+
+def _sizes() -> list[bytes]:
+    """The line before the content of a chunk (RFC 9112, 7.1), by the length of the whole chunk; b"" for no length."""
+    lines = [b""] * LONGEST_SPLICED
+    for size in range(1, LONGEST_SPLICED):
+        line = b"%x\r\n" % size
+        if (whole := len(line) + size + 2) < LONGEST_SPLICED:
+            lines[whole] = line
+    return lines
+
+
+SIZES = _sizes()
 
 
 class Broken(ConnectionError):
@@ -39,10 +53,13 @@ class EngineAnswer(ABC):
         """All of it."""
         return b"".join([piece async for piece in self.pieces()])
 
-    async def pass_to(self, take: Callable[[bytes], object]) -> bool:
+    async def pass_to(
+        self, take: Callable[[bytes], object], splice: Callable[[bytes, int], bool] | None = None
+    ) -> bool:
         """Call `take` with each piece: True at the end of the answer, False once `take` has returned what is true.
 
-        Then the next call continues with the piece after that.
+        Then the next call continues with the piece after that. Where an answer comes in chunks, a whole one may go to
+        `splice` as it is on the wire, with the index at which its content begins: false where `take` must have it.
         """
         self._under_way = self._under_way or self.pieces()
         async for piece in self._under_way:
@@ -67,6 +84,8 @@ class HttpAnswer(EngineAnswer):
         self._kept: deque[bytes] = deque()  # what nobody has taken yet
         self._kept_bytes, self._paused = 0, False
         self._take: Callable[[bytes], object] | None = None
+        self._splice: Callable[[bytes, int], bool] | None = None
+        self._is_between = self._chunk_ended = False  # the parser is between two chunks
         self._taken: asyncio.Future[bool] | None = None
         self._broken: Exception | None = None
 
@@ -85,7 +104,9 @@ class HttpAnswer(EngineAnswer):
             if piece:
                 yield piece[0]
 
-    async def pass_to(self, take: Callable[[bytes], object]) -> bool:
+    async def pass_to(
+        self, take: Callable[[bytes], object], splice: Callable[[bytes, int], bool] | None = None
+    ) -> bool:
         while self._kept:
             piece = self._kept.popleft()
             self._kept_bytes -= len(piece)
@@ -96,6 +117,8 @@ class HttpAnswer(EngineAnswer):
         if self._broken is not None:
             raise self._broken
         self._take, self._taken = take, asyncio.get_running_loop().create_future()
+        if splice is not None:
+            self._splice, self.feed = splice, self._feed_chunks
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
@@ -111,6 +134,16 @@ class HttpAnswer(EngineAnswer):
         self._head_bytes += len(data)
         if not self._has_begun and self._head_bytes > HEAD_BYTES:
             raise httptools.HttpParserError("headers without end")
+
+    def _feed_chunks(self, data: bytes) -> None:
+        """One whole chunk, which is what an engine writes for a token, needs no parser to be told from others."""
+        size = len(data)
+        if self._is_between and self._take is not None and size < LONGEST_SPLICED:
+            line = SIZES[size]
+            if line and data.startswith(line) and data.endswith(b"\r\n") and self._splice(data, len(line)):  # type: ignore[misc]
+                return
+        self.parser.feed_data(data)
+        self._is_between = self._chunk_ended and data.endswith(b"\r\n")
 
     def lose(self, why: Exception | None) -> None:
         """The connection has ended, cleanly where there is no `why`; an answer of unknown length ends with it."""
@@ -150,6 +183,12 @@ class HttpAnswer(EngineAnswer):
             self.begun.set_result(None)
         if self._without_body:
             self._end(keeps=False)
+
+    def on_chunk_header(self) -> None:
+        self._chunk_ended = False
+
+    def on_chunk_complete(self) -> None:
+        self._chunk_ended = True
 
     def on_body(self, data: bytes) -> None:
         if self._take is None or self._taken is None or self._taken.done():

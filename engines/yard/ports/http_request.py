@@ -98,6 +98,11 @@ class Request:
             raise ClientLeft
         return self._transport
 
+    @property
+    def chunked_to(self) -> asyncio.Transport | None:
+        """The connection, while an answer in chunks is under way on it."""
+        return self._transport if self._is_chunked and not self._head else None
+
     # --- its body
 
     async def read(self, limit: int) -> bytes:

@@ -65,6 +65,10 @@ class ClientReply:
             self.recorded.add(chunk)
         return self._write(chunk)
 
+    def direct(self) -> asyncio.Transport | None:
+        """Where the chunks of a stream may be written as they come; None while each must be looked at."""
+        return self._request.chunked_to if self.begun_with_content and self.recorded is None else None
+
     def cut(self, refusal: Refusal) -> None:
         """End a stream that had begun: an error event, and a proper end."""
         self.error = str(refusal)

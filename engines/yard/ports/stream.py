@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -9,16 +10,17 @@ from collections import deque
 
 from engines.openai.call import GENERATING, Call
 from engines.openai.dialect import Dialect
-from engines.openai.paths import ENDS
+from engines.openai.paths import CHAT, ENDS
 from engines.process.readiness import NOT_SUPPORTED
 from engines.yard.engine.connection import Gone
 from engines.yard.engine.http_answer import EngineAnswer
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.liveness import failure_words
 from engines.yard.ports.reply import ClientReply
-from engines.yard.ports.unread import Comments
+from engines.yard.ports.unread import SOME_BYTES, Comments
 
 CONTENT = re.compile(rb'"(?:content|reasoning_content|text|name|arguments|delta|thinking|partial_json)"\s*:\s*"[^"]')
+EVENT = b'data: {"'
 ERRORS = (b'data: {"error"', b"event: error", b"error:")  # how an event that is an error begins
 OUR_FAULTS = frozenset({401, 403, 404})  # the key, the path and the model's name are the yard's own
 LONGEST_END = 64  # bytes that end a stream; they may come in pieces
@@ -32,6 +34,9 @@ class PassedStream:
         self._last: deque[bytes] = deque(maxlen=3)  # the finish, the usage with the engine's timings, the end
         self._comments = Comments()
         self._is_end, self._tail = ENDS[reply.call.path].search, b""
+        # chunks may pass as they are: the end of the stream is an event of its own, and nothing is to be changed
+        self._splices = ENDS[reply.call.path] is ENDS[CHAT] and not dialect.changes_streams
+        self._client: asyncio.Transport | None = None  # where they pass to, once the answer has begun
 
     async def pass_on(self, answer: EngineAnswer) -> bool:
         """Pass the answer on until it ends (True), or until the client is so far behind that it must be held back.
@@ -39,7 +44,7 @@ class PassedStream:
         Raises Gone where it ends without its end, and ClientLeft.
         """
         reply, dialect = self._reply, self._dialect
-        while not await answer.pass_to(self.take):
+        while not await answer.pass_to(self.take, self._splice if self._splices else None):
             if dialect.early_error is not None:
                 self._running.failure = failure(reply.call, *dialect.early_error)
                 reply.whole(*dialect.early_error)
@@ -68,7 +73,27 @@ class PassedStream:
                 running.failure = _failure_in_stream(chunk)
         is_full = self._reply.pass_on(data)
         self._note_end(data)
+        if self._splices and self._client is None and running.first is not None:
+            self._client = self._reply.direct()
         return is_full
+
+    def _splice(self, chunk: bytes, at: int) -> bool:
+        """Pass one chunk on as it came where that is all there is to do: an event, no error, a client that keeps up."""
+        client = self._client
+        if (
+            client is None
+            or self._tail
+            or not chunk.startswith(EVENT, at)
+            or chunk.startswith(ERRORS, at)
+            or not chunk.endswith(b"\n\n\r\n")
+            or client.is_closing()
+            or client.get_write_buffer_size() > SOME_BYTES
+        ):
+            return False
+        client.write(chunk)
+        self._last.append(chunk[at:-2])
+        self._running.chunk(content=False)
+        return True
 
     def _note_end(self, data: bytes) -> None:
         seen = self._tail + data if self._tail else data
