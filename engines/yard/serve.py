@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import Callable, Mapping
@@ -125,6 +126,7 @@ async def _serve(yard: Yard, read_config: Callable[..., YardConfig], opened: Cal
         for loop_of in (CanaryAnalysis(yard, moves).run, shadow.run, memory_budget.run, overflow.run, yard.keep_usage):
             background.append(asyncio.create_task(loop_of()))
         background.append(asyncio.create_task(gateway.watch_clients(public)))
+        gc.freeze()
         await stop.wait()
     finally:
         systemd.tell("STOPPING=1")
