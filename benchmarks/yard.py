@@ -1,74 +1,59 @@
-"""The yard beside nginx, LiteLLM's proxy and no proxy at all: added latency, CPU per chunk, calls per second, memory.
+"""The yard beside other proxies and no proxy at all: added latency, CPU per chunk, calls per second, memory.
 
-    python -m benchmarks.yard [--litellm PATH]
+    python -m benchmarks.yard [--peers nginx haproxy caddy vllm-router llama-swap litellm]
 
-All ways lead to one engine whose token times are known: the content of each chunk is the time it was sent. They take
-turns in one run; the load comes from our measuring client, in a process of its own. nginx comes with Debian
-(`apt-get install nginx-light`), LiteLLM from PyPI into an environment of its own (`pip install 'litellm[proxy]'`); what
-is not installed is left out.
+All ways (`benchmarks.yard_peers`) lead to one engine whose token times are known: the content of each chunk is the time
+it was sent. They take turns in one run; the load comes from our measuring client, in a process of its own. Engine and
+client are Python too: where they, not the proxy, were the limit is said.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
+import itertools
 import json
+import math
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
 import psutil
 import uvloop
+from pydantic import SecretStr
 
+from benchmarks.yard_peers import ITL_MS, KEY, MODEL, PEERS, ROOT, Way, all_ways, serve_yard
 from engines.client.load import measure
 from engines.client.record import StreamRecord
 from engines.client.self_test import lateness_ms
-from engines.driver import Driver, Form, Installation, Installer
 from engines.errors import EngineError
-from engines.model.header import Header
-from engines.model.loads import Loads
-from engines.model.memory import MemoryCase, Part
-from engines.openai.dialect import Dialect
-from engines.openai.paths import Paths
-from engines.openai.public import Public
-from engines.own_args import OwnArgs
-from engines.process.process import ManagedProcess, start
-from engines.process.serving import free_port
 from engines.process.telemetry import Telemetry, interval, private_bytes
-from engines.settings import Endpoint, EngineArgs, Serve, Settings
-from engines.yard.client import YardClient
-from engines.yard.config import ModelConfig, YardConfig
-from engines.yard.engine.launch_spec import LaunchSpec
-from engines.yard.serve import run
-from engines.yard.settings import YardSettings
+from engines.settings import Endpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("nginx", "litellm")
-MODEL = "reference-server"
-TTFT_MS, ITL_MS = 50, 20
 TOKENS = (48, 80)  # least and most of a reply: streams of one length would begin and end together
-STREAMS = (1, 8, 32)
-REQUESTS = {1: 12, 8: 48, 32: 192}
-CALLS, CALLERS = 1000, 8
+STREAMS = (1, 32, 256)
+REQUESTS = {1: 12, 32: 192, 256: 768}
+CALLS, CALLERS = 20_000, 8
+FRONTIER = (1, 2, 4, 8, 16, 32, 64)  # callers
+FRONTIER_S = 2.0
+FRONTIER_MS = (1, 5, 10, 50)
 LOAD_S = 900.0  # one load may last no longer
-UP_S = 120.0  # LiteLLM imports for 15 s on two idle CPUs
 
-TTFT_P50_MS, TTFT_P99_MS, CPU_US = 1.0, 5.0, 80.0  # design's reach for the yard, at 32 streams
-AHEAD_OF_LITELLM, BEHIND_NGINX = 5.0, 3.0
+# design's reach for the yard: ms that it adds to TTFT's median at 1 and 32 streams, CPU at 32, calls
+ADDED_MS = {1: 0.3, 32: 0.4}
+CPU_US, TO_NGINX = 20.0, 1.3
+CALLS_PER_S, OF_NGINX = 12_000, 0.43
+GROWN_MIB = 2.0
+SUSTAINED = 256
 CALM = 0.3  # foreign share of all CPUs beyond which waiting for a CPU hides what a way adds
-HELD = 0.005  # share of chunks that a pause of a shared machine may delay past half a token gap
+LIMITED = 0.8  # share of the direct way's calls from which on engine and client are the limit
 
 Numbers = dict[str, float]
 
@@ -83,7 +68,7 @@ def run_streams(base_url: str, streams: int, pids: Sequence[int]) -> Numbers:
     a token gap: a chunk that waits for the next one is a whole gap late. The first streams begin all at once: they are
     left out of TTFT.
     """
-    endpoint = Endpoint(base_url=base_url, model_id=MODEL, engine=MODEL)
+    endpoint = Endpoint(base_url=base_url, model_id=MODEL, engine=MODEL, api_key=SecretStr(KEY))
     dice = random.Random(streams)
     bodies = [_body(stream=True, max_tokens=dice.randint(*TOKENS)) for _ in range(REQUESTS[streams])]
     measure(endpoint, [_body(stream=True, max_tokens=4)] * streams, concurrency=streams)
@@ -107,14 +92,32 @@ def run_streams(base_url: str, streams: int, pids: Sequence[int]) -> Numbers:
     }
 
 
-def run_calls(base_url: str, calls: int, pids: Sequence[int]) -> Numbers:
-    """Calls per second, their latency in ms and the CPU of `pids` in us per call: no stream, one token, closed loop."""
+def run_calls(base_url: str, calls: int, pids: Sequence[int], callers: int = CALLERS) -> Numbers:
+    """Calls per second, their latency in ms and the CPU of `pids` in us per call: no stream, one token, closed loop.
+
+    It ends after `calls`, and after LOAD_S / 30 with fewer.
+    """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_closed_loop(base_url, CALLERS * 5))
+        runner.run(_closed_loop(base_url, callers * 5, callers))
         cpu_s, wall_s = cpu_seconds(pids), time.monotonic()
-        times_ms = runner.run(_closed_loop(base_url, calls))
+        times_ms = runner.run(_closed_loop(base_url, calls, callers, within_s=LOAD_S / 30))
         cpu_s, wall_s = cpu_seconds(pids) - cpu_s, time.monotonic() - wall_s
-    return {**_percentiles("call", times_ms), "rps": calls / wall_s, "cpu_us": cpu_s * 1e6 / calls}
+    made = len(times_ms)
+    return {**_percentiles("call", times_ms), "rps": made / wall_s, "cpu_us": cpu_s * 1e6 / made}
+
+
+def run_frontier(base_url: str) -> dict[str, float]:
+    """Calls per second at most while 99% of them take no longer than each of FRONTIER_MS, over FRONTIER callers."""
+    best = {f"{limit} ms": 0.0 for limit in FRONTIER_MS}
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for callers in FRONTIER:
+            began = time.monotonic()
+            times_ms = runner.run(_closed_loop(base_url, sys.maxsize, callers, within_s=FRONTIER_S))
+            rps, p99 = len(times_ms) / (time.monotonic() - began), _percentiles("call", times_ms)["call_p99"]
+            for limit in FRONTIER_MS:
+                if p99 <= limit:
+                    best[f"{limit} ms"] = max(best[f"{limit} ms"], rps)
+    return best
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
@@ -163,17 +166,19 @@ class _Caller(asyncio.Protocol):
             self._transport.write(self._request)
 
 
-async def _closed_loop(base_url: str, calls: int) -> list[float]:
+async def _closed_loop(base_url: str, calls: int, callers: int, within_s: float = LOAD_S) -> list[float]:
     host, port = base_url.removeprefix("http://").split(":")
     body = json.dumps(_body(max_tokens=1)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {KEY}\r\n"
     request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    left, loop = iter(range(calls)), asyncio.get_running_loop()
+    until = time.monotonic() + within_s
+    left, loop = itertools.takewhile(lambda _: time.monotonic() < until, range(calls)), asyncio.get_running_loop()
     times_ms: list[float] = []
-    callers = [_Caller(request, left, times_ms) for _ in range(CALLERS)]
-    for caller in callers:
+    all_callers = [_Caller(request, left, times_ms) for _ in range(callers)]
+    for caller in all_callers:
         await loop.create_connection(lambda caller=caller: caller, host, int(port))  # type: ignore[misc]
-    await asyncio.gather(*(caller.done for caller in callers))
+    await asyncio.gather(*(caller.done for caller in all_callers))
     return times_ms
 
 
@@ -197,228 +202,40 @@ def _percentiles(name: str, values: list[float]) -> Numbers:
     return {f"{name}_p50": percent[49], f"{name}_p99": percent[98]}
 
 
-# --- the ways to the engine ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Way:
-    """One way to the engine: where it answers, and the processes that are its own."""
-
-    name: str
-    base_url: str
-    pids: list[int]
-
-
-class KnownTruth:
-    """The driver of the engine with known token times: what the yard starts in the place of a real one."""
-
-    name = MODEL
-    installer = Installer(pip=())
-    progress_path = "/health"
-    sees_prompt_progress = False
-    probe_is_neutral = True
-    own_args = OwnArgs()
-
-    def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
-        return Installation(self.name, "binary", (sys.executable, "-m", "engines.client.reference_server"), "1")
-
-    def argv(self, installation: Installation, serve: Serve) -> list[str]:
-        times = ["--ttft-ms", str(TTFT_MS), "--itl-ms", str(ITL_MS)]
-        return [*installation.program, "--forever", "--port", str(serve.port), *times]
-
-    def environment(self, installation: Installation, serve: Serve, base: Mapping[str, str]) -> dict[str, str]:
-        return dict(base)
-
-    def loads(self, header: Header, version: str | None = None) -> Loads:
-        return Loads("yes", "")
-
-    def clashes(self, settings: Settings, own: EngineArgs) -> list[str]:
-        return []
-
-    def memory_parts(self, case: MemoryCase) -> list[Part]:
-        return []
-
-    def memory_notes(self, case: MemoryCase) -> list[str]:
-        return []
-
-    def unsupported(self, installation: Installation, serve: Serve) -> list[str]:
-        return []
-
-    def cache_budget(self, settings: Settings) -> str:
-        return "none"
-
-    def neutral_body(self) -> dict[str, object]:
-        return {}
-
-    def progress(self, answer: bytes) -> tuple[int, ...]:
-        return ()
-
-    def paths(self, installation: Installation, own: EngineArgs) -> Paths:
-        return Paths()
-
-    def public(self, own: EngineArgs) -> Public:
-        return Public()
-
-    def dialect(self, installation: Installation) -> type[Dialect]:
-        return Dialect
-
-    def served_name(self, installation: Installation, model_id: str) -> str:
-        return model_id
-
-
-def serve_yard(home: Path, port: int) -> None:
-    """The real yard over the reference server, until it is stopped."""
-    driver: Driver = KnownTruth()
-    spec = LaunchSpec.of(driver.find(), MODEL, home / "no.gguf", Settings(parallel=64))
-    model = ModelConfig(id=MODEL, incumbent=MODEL, candidate=MODEL, specs={MODEL: spec})
-    config = YardConfig(settings=YardSettings(port=port), models=(model,))
-    run(lambda: config, home=home, drivers={MODEL: driver})
-
-
-@contextlib.contextmanager
-def the_yard(home: Path) -> Iterator[tuple[Way, Way]]:
-    """The way through the yard, and the one straight to the engine that it has started."""
-    port = free_port()
-    argv = [sys.executable, "-m", "benchmarks.yard", "--serve", str(port), "--home", str(home)]
-    with _running("yard", argv, home, f"http://127.0.0.1:{port}") as (child, base_url):
-        engine = YardClient(home).status()["models"][0]["engines"][0]
-        engine_port = engine["argv"][engine["argv"].index("--port") + 1]
-        pids = [member.pid for member in child.tree() if member.pid != engine["pid"]]
-        yield Way("yard", base_url, pids), Way("direct", f"http://127.0.0.1:{engine_port}", [])
-
-
-NGINX = """
-master_process off;
-pid {home}/nginx.pid;
-error_log stderr;
-events {{ worker_connections 1024; }}
-http {{
-    access_log off;
-    client_body_temp_path {home}/body;
-    proxy_temp_path {home}/proxy;
-    fastcgi_temp_path {home}/fastcgi;
-    uwsgi_temp_path {home}/uwsgi;
-    scgi_temp_path {home}/scgi;
-    upstream engine {{ server {engine}; keepalive 64; }}
-    server {{
-        listen 127.0.0.1:{port};
-        keepalive_requests 1000000;
-        location / {{
-            proxy_pass http://engine;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_buffering off;
-        }}
-    }}
-}}
-"""
-
-
-@contextlib.contextmanager
-def nginx(program: str, home: Path, engine: str) -> Iterator[Way]:
-    """The way through one nginx worker that buffers nothing and keeps its connections to the engine."""
-    port, plan = free_port(), home / "nginx.conf"
-    plan.write_text(NGINX.format(home=home, port=port, engine=engine.removeprefix("http://")))
-    argv = [program, "-p", str(home), "-c", str(plan), "-g", "daemon off;"]
-    with _running("nginx", argv, home, f"http://127.0.0.1:{port}") as (child, base_url):
-        yield Way("nginx", base_url, [member.pid for member in child.tree()])
-
-
-@contextlib.contextmanager
-def litellm(program: str, home: Path, engine: str) -> Iterator[Way]:
-    """The way through LiteLLM's proxy, one worker, without database, key, price list from the network or telemetry."""
-    port, plan = free_port(), home / "litellm.yaml"
-    backend = {"model": f"openai/{MODEL}", "api_base": f"{engine}/v1", "api_key": "none"}
-    config = {
-        "model_list": [{"model_name": MODEL, "litellm_params": backend}],
-        "litellm_settings": {"telemetry": False},
-    }
-    plan.write_text(json.dumps(config))  # JSON is YAML
-    argv = [program, "--config", str(plan), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
-    env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "HOME": str(home)}
-    with _running("litellm", argv, home, f"http://127.0.0.1:{port}", "/health/liveliness", env) as (child, base_url):
-        yield Way("litellm", base_url, [member.pid for member in child.tree()])
-
-
-@contextlib.contextmanager
-def _running(
-    name: str, argv: list[str], home: Path, base_url: str, path: str = "/health", env: Mapping[str, str] | None = None
-) -> Iterator[tuple[ManagedProcess, str]]:
-    child = start(name, argv, state_dir=home / "started", log_path=home / f"{name}.log", env=env, cwd=ROOT)
-    try:
-        deadline = time.monotonic() + UP_S
-        while not _answers(base_url + path):
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise EngineError(f"{name} does not answer; its last lines:\n" + "\n".join(child.log_tail()))
-            time.sleep(0.1)
-        yield child, base_url
-    finally:
-        child.stop()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-@contextlib.contextmanager
-def all_ways(names: Sequence[str], litellm_path: str | None) -> Iterator[list[Way]]:
-    """The chosen ways that are installed here, all up at once: they idle while it is another one's turn."""
-    with contextlib.ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yard-benchmark-")))
-        through, direct = stack.enter_context(the_yard(home))
-        ways = [direct, through]
-        programs: list[tuple[str, str | None, Callable[..., contextlib.AbstractContextManager[Way]]]] = [
-            ("nginx", shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin"), nginx),
-            ("litellm", shutil.which(litellm_path or "litellm"), litellm),
-        ]
-        for name, program, way in programs:
-            if name not in names:
-                continue
-            if program is None:
-                print(f"{name}: not installed, left out")
-                continue
-            print(f"{name}: {_version(program)}")
-            ways.append(stack.enter_context(way(program, home, direct.base_url)))
-        yield ways
-
-
-def _version(program: str) -> str:
-    done = subprocess.run([program, "-v"], capture_output=True, text=True, check=False, timeout=UP_S)
-    return " ".join((done.stdout + done.stderr).split())
-
-
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
 def in_child(way: Way, what: str, number: int) -> dict[str, Any]:
-    """What `run_streams` or `run_calls` found in a process of its own, with the machine's load meanwhile."""
+    """What `run_streams`, `run_calls` or `run_frontier` found in a process of its own, with the machine's load then."""
     telemetry = Telemetry(os.getpid())
     before = telemetry.snapshot()
     argv = [sys.executable, "-m", "benchmarks.yard", f"--{what}", str(number), "--url", way.base_url]
     argv += ["--pids", *map(str, way.pids)]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, timeout=LOAD_S, cwd=ROOT)
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False, timeout=LOAD_S, cwd=ROOT)
     machine = interval(before, telemetry.snapshot())
-    return {**json.loads(done.stdout), "way": way.name, what: number, "machine": machine}
+    if done.returncode:  # its own words are on the terminal
+        print(f"{way.name} failed under --{what} {number}")
+        return {"way": way.name, "load": (what, number), "machine": machine, "broke": True}
+    return {**json.loads(done.stdout), "way": way.name, "load": (what, number), "machine": machine}
 
 
 def collect(ways: list[Way], rounds: int) -> list[dict[str, Any]]:
-    """Every way at every number of streams and with short calls, `rounds` times, in alternating order."""
+    """Every way under every load, `rounds` times, in alternating order."""
     found = []
     for turn in range(rounds):
-        for what, number in [*(("streams", streams) for streams in STREAMS), ("calls", CALLS)]:
+        for load in [*(("streams", streams) for streams in STREAMS), ("calls", CALLS), ("frontier", len(FRONTIER))]:
             for way in ways if turn % 2 == 0 else reversed(ways):
-                found.append(in_child(way, what, number))
+                found.append(in_child(way, *load))
+                print(".", end="", file=sys.stderr, flush=True)
     return found
 
 
 def remember(ways: list[Way], requests: int) -> dict[str, tuple[float, float]]:
-    """Private memory of each way's processes in MiB, before and after `requests` short calls."""
+    """Private memory of each way's processes in MiB: after the first 1,000 short calls, and after `requests` more."""
     found = {}
     for way in ways:
         if way.pids:
+            in_child(way, "calls", 1000)
             before = private_bytes(way.pids)
             in_child(way, "calls", requests)
             after = private_bytes(way.pids)
@@ -437,112 +254,103 @@ class Findings:
         self.rows = rows
         self.ways = list(dict.fromkeys(row["way"] for row in rows))
 
-    def of(self, way: str, what: str, number: int) -> list[dict[str, Any]]:
-        """The rounds of one way under one load."""
-        return [row for row in self.rows if row["way"] == way and row.get(what) == number]
+    def of(self, way: str, *load: object) -> list[dict[str, Any]]:
+        """The rounds of one way under one load that it stood."""
+        return [row for row in self.rows if row["way"] == way and row["load"] == load and "broke" not in row]
 
-    def at(self, way: str, name: str, streams: int) -> float:
-        """A number at so many streams."""
-        return float(statistics.median(row[name] for row in self.of(way, "streams", streams)))
+    def at(self, way: str, name: str, *load: object) -> float:
+        """The median of a number under a load; NaN where the way broke each time."""
+        values = [row[name] for row in self.of(way, *load)]
+        return float(statistics.median(values)) if values else math.nan
 
-    def added(self, way: str, name: str, streams: int) -> float:
+    def added(self, way: str, name: str, *load: object) -> float:
         """The same, less the direct way's."""
-        return self.at(way, name, streams) - self.at("direct", name, streams)
-
-    def call(self, way: str, name: str) -> float:
-        """A number of short calls."""
-        return float(statistics.median(row[name] for row in self.of(way, "calls", CALLS)))
+        return self.at(way, name, *load) - self.at("direct", name, *load)
 
 
 def report(found: Findings, memory: dict[str, tuple[float, float]], requests: int) -> None:
     """Prints the tables, then what was reached."""
-    print(f"\nuvloop {version('uvloop')}; replies of {TOKENS[0]} to {TOKENS[1]} tokens, {ITL_MS} ms apart; medians")
-    print("of rounds; the direct way's own numbers, and what the others add to them\n")
-    names = ("ttft_p50", "ttft_p99", "late_p50", "late_p99", "itl_p50", "itl_p99")
+    print(f"\n\nuvloop {version('uvloop')}; replies of {TOKENS[0]} to {TOKENS[1]} tokens, {ITL_MS} ms apart; medians")
+    print("of rounds; the direct way's own numbers, and what the others add to them; `late`: than it was sent\n")
+    names = ("ttft_p50", "ttft_p99", "late_p50", "late_p99")
     head = "".join(f"{name.replace('_', ' '):>10}" for name in names)
-    print(f"{'streams':>7}  {'way':<8}{head}{'CPU us/chunk':>14}{'arrivals':>10}{'held %':>8}{'failed':>8}")
+    print(f"{'streams':>7}  {'way':<11}{head}{'CPU us/chunk':>14}{'arrivals':>10}{'held %':>8}{'failed':>8}")
     for streams in STREAMS:
+        load = ("streams", streams)
         for way in found.ways:
             value = found.at if way == "direct" else found.added
-            cells = "".join(f"{value(way, name, streams):>10.3f}" for name in names)
-            cpu = f"{found.at(way, 'cpu_us', streams):>14.1f}" if way != "direct" else f"{'':>14}"
-            held = f"{100 * found.at(way, 'held', streams):>8.2f}{found.at(way, 'failed', streams):>8g}"
-            print(f"{streams:>7}  {way:<8}{cells}{cpu}{found.at(way, 'arrivals', streams):>10.3f}{held}")
+            cells = "".join(f"{value(way, name, *load):>10.2f}" for name in names)
+            cpu = f"{found.at(way, 'cpu_us', *load):>14.1f}" if way != "direct" else f"{'':>14}"
+            held = f"{100 * found.at(way, 'held', *load):>8.2f}{found.at(way, 'failed', *load):>8g}"
+            print(f"{streams:>7}  {way:<11}{cells}{cpu}{found.at(way, 'arrivals', *load):>10.3f}{held}")
     print_calls(found, memory, requests)
     print()
-    print_reach(found)
-    print_peers(found, memory)
+    print_reach(found, memory)
     print(f"machine: {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.2f}")
     print(f"CPU taken by others, whole run: {foreign(found.rows)}")
 
 
 def print_calls(found: Findings, memory: dict[str, tuple[float, float]], requests: int) -> None:
-    """The table of short calls, and of memory."""
-    grown = f"MiB before, after {requests}"
-    print(f"\n{'calls':>7}  {'way':<8}{'per s':>10}{'p50 ms':>10}{'p99 ms':>10}{'CPU us/call':>14}{grown:>26}")
+    """The tables of short calls and of memory, and of the most calls within a latency."""
+    load, grown = ("calls", CALLS), f"MiB after 1000, {requests} more"
+    print(f"\n{'calls':>7}  {'way':<11}{'per s':>10}{'p50 ms':>10}{'p99 ms':>10}{'CPU us/call':>14}{grown:>30}")
     for way in found.ways:
-        cells = "".join(f"{found.call(way, name):>10.2f}" for name in ("rps", "call_p50", "call_p99"))
-        cpu = f"{found.call(way, 'cpu_us'):>14.0f}" if way != "direct" else f"{'':>14}"
-        size = f"{memory[way][0]:>17.1f}{memory[way][1]:>9.1f}" if way in memory else ""
-        print(f"{CALLERS:>7}  {way:<8}{cells}{cpu}{size}")
+        cells = "".join(f"{found.at(way, name, *load):>10.2f}" for name in ("rps", "call_p50", "call_p99"))
+        cpu = f"{found.at(way, 'cpu_us', *load):>14.0f}" if way != "direct" else f"{'':>14}"
+        size = f"{memory[way][0]:>20.1f}{memory[way][1]:>10.1f}" if way in memory else ""
+        print(f"{CALLERS:>7}  {way:<11}{cells}{cpu}{size}{limited(found, way)}")
+    limits = "".join(f"{f'p99 <= {limit} ms':>15}" for limit in FRONTIER_MS)
+    print(f"\ncalls a second at most, with {FRONTIER[0]} to {FRONTIER[-1]} callers\n{'':>9}{'way':<11}{limits}")
+    for way in found.ways:
+        most = [found.at(way, f"{limit} ms", "frontier", len(FRONTIER)) for limit in FRONTIER_MS]
+        print(f"{'':>9}{way:<11}{''.join(f'{rps:>15,.0f}' if rps else f'{chr(45):>15}' for rps in most)}")
 
 
-def print_reach(found: Findings) -> None:
+def limited(found: Findings, way: str) -> str:
+    """Whether engine and client, not the way, limit its calls."""
+    share = found.at(way, "rps", "calls", CALLS) / found.at("direct", "rps", "calls", CALLS)
+    return "  limited by engine and client" if way == "direct" or share > LIMITED else ""
+
+
+def print_reach(found: Findings, memory: dict[str, tuple[float, float]]) -> None:
     """What the yard was to reach, whether it did, and each round by itself."""
-    most = max(STREAMS)
-    ttft_p50, ttft_p99 = (found.added("yard", f"ttft_{p}", most) for p in ("p50", "p99"))
-    cpu = found.at("yard", "cpu_us", most)
-    rows = [row for way in ("yard", "direct") for row in found.of(way, "streams", most)]
-    calm = (busy := foreign_share(rows)) is not None and busy <= CALM
+    for streams, reach_ms in ADDED_MS.items():
+        load = ("streams", streams)
+        rows = [row for way in ("yard", "direct") for row in found.of(way, *load)]
+        calm = (busy := foreign_share(rows)) is not None and busy <= CALM
+        ttft_ms = found.added("yard", "ttft_p50", *load)
+        mark(
+            ttft_ms < reach_ms if calm else None,
+            f"TTFT added p50, streams: {streams}: {ttft_ms:.2f} ms (reach < {reach_ms:g} ms)",
+        )
+        for mine, bare in zip(found.of("yard", *load), found.of("direct", *load), strict=False):
+            added = ", ".join(f"{p} {mine[f'ttft_{p}'] - bare[f'ttft_{p}']:.2f} ms" for p in ("p50", "p99"))
+            print(f"             one round: {added}, CPU {mine['cpu_us']:.1f} us, others took {foreign([mine, bare])}")
+    load = ("streams", max(ADDED_MS))
+    cpu_us, theirs_us = (found.at(way, "cpu_us", *load) for way in ("yard", "nginx"))
+    mark(cpu_us < CPU_US, f"CPU per chunk, streams: {load[1]}: {cpu_us:.1f} us (reach < {CPU_US:g} us)")
     mark(
-        ttft_p50 < TTFT_P50_MS if calm else None,
-        f"TTFT added p50 at {most} streams: {ttft_p50:.2f} ms (reach < {TTFT_P50_MS:g} ms)",
+        None if math.isnan(theirs_us) else cpu_us <= TO_NGINX * theirs_us,
+        f"the same against nginx: {cpu_us / theirs_us:.2f} times (reach {TO_NGINX:g} times)",
     )
+    load = ("streams", SUSTAINED)
+    arrivals, held = found.at("yard", "arrivals", *load), found.added("yard", "held", *load)
     mark(
-        ttft_p99 < TTFT_P99_MS if calm else None,
-        f"TTFT added p99 at {most} streams: {ttft_p99:.2f} ms (reach < {TTFT_P99_MS:g} ms)",
+        found.at("yard", "failed", *load) == 0 and held <= 0,
+        f"{SUSTAINED} streams: {arrivals:.3f} reads a chunk, {100 * held:+.2f} points of chunks later than half a gap",
     )
-    mark(cpu < CPU_US, f"CPU per chunk at {most} streams: {cpu:.1f} us (reach < {CPU_US:g} us)")
-    merged = max(-found.added("yard", "arrivals", streams) for streams in STREAMS)
-    held = max(found.added("yard", "held", streams) for streams in STREAMS)
-    why = f"{100 * merged:.2f}% merged, {100 * held:.2f}% later than half a token gap, more than direct"
-    mark(max(merged, held) < HELD if calm else None, f"no chunk held back: {why} (reach < {100 * HELD:g}%)")
-    failed = sum(row["failed"] for row in found.rows if row["way"] == "yard" and "failed" in row)
-    mark(failed == 0, f"streams failed: {failed:g} (reach 0)")
-    for mine, bare in zip(found.of("yard", "streams", most), found.of("direct", "streams", most), strict=True):
-        added = ", ".join(f"{p} {mine[f'ttft_{p}'] - bare[f'ttft_{p}']:.2f} ms" for p in ("p50", "p99"))
-        print(f"one round: TTFT added {added}, CPU {mine['cpu_us']:.1f} us, others took {foreign([mine, bare])}")
-
-
-def print_peers(found: Findings, memory: dict[str, tuple[float, float]]) -> None:
-    """How far LiteLLM is behind the yard, and where nginx is far ahead of it."""
-    if "litellm" in found.ways:
-        for name, ratio in compared(found, memory, "litellm", "yard").items():
-            mark(ratio >= AHEAD_OF_LITELLM, f"{name}: LiteLLM {ratio:.1f} x the yard (reach {AHEAD_OF_LITELLM:g} x)")
-    if "nginx" in found.ways:
-        for name, ratio in compared(found, memory, "yard", "nginx").items():
-            mark(ratio <= BEHIND_NGINX, f"{name}: the yard {ratio:.1f} x nginx (reach {BEHIND_NGINX:g} x, or say why)")
-
-
-def compared(found: Findings, memory: dict[str, tuple[float, float]], more: str, less: str) -> dict[str, float]:
-    """Each cost of `more` as a multiple of that of `less`."""
-    most = max(STREAMS)
-    pairs = {
-        f"CPU per chunk at {most} streams": [found.at(way, "cpu_us", most) for way in (more, less)],
-        "CPU per call": [found.call(way, "cpu_us") for way in (more, less)],
-        "calls per second": [found.call(way, "rps") for way in (less, more)],
-    }
-    for streams in STREAMS:
-        for name, what in {"ttft_p50": "TTFT", "late_p50": "lateness"}.items():
-            pairs[f"{what} added p50 at {streams} streams"] = [found.added(way, name, streams) for way in (more, less)]
-    if {more, less} <= memory.keys():
-        pairs["memory after the calls"] = [memory[way][1] for way in (more, less)]
-    # an addition that drowns in the noise makes no ratio
-    return {name: over / under for name, (over, under) in pairs.items() if under > 0}
+    rps, theirs = (found.at(way, "rps", "calls", CALLS) for way in ("yard", "nginx"))
+    mark(
+        rps >= CALLS_PER_S or rps >= OF_NGINX * theirs,
+        f"short calls: {rps:,.0f} a second, {rps / theirs:.2f} times nginx (reach {CALLS_PER_S:,} or {OF_NGINX:g})",
+    )
+    if "yard" in memory:
+        grown = memory["yard"][1] - memory["yard"][0]
+        mark(grown <= GROWN_MIB, f"memory grown: {grown:.1f} MiB (reach {GROWN_MIB:g})")
 
 
 def mark(reached: bool | None, what: str) -> None:
-    """Prints one number with whether it was reached; None where the machine was too busy to say."""
+    """Prints one number with whether it was reached; None where nothing can be said."""
     words = {True: "reached", False: "not reached", None: "not judged"}
     print(f"{words[reached]:<11}  {what}")
 
@@ -569,8 +377,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=10_000, help="short calls before memory is read again")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="besides the yard and no proxy")
-    parser.add_argument("--litellm", metavar="PATH", help="LiteLLM's executable; found on PATH by default")
-    for name in ("--streams", "--calls", "--serve"):
+    for name in ("--streams", "--calls", "--frontier", "--serve"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
@@ -582,8 +389,10 @@ def main() -> None:
         print(json.dumps(run_streams(chosen.url, chosen.streams, chosen.pids)))
     elif chosen.calls:
         print(json.dumps(run_calls(chosen.url, chosen.calls, chosen.pids)))
+    elif chosen.frontier:
+        print(json.dumps(run_frontier(chosen.url)))
     else:
-        with all_ways(chosen.peers, chosen.litellm) as ways:
+        with all_ways(chosen.peers) as ways:
             found = Findings(collect(ways, chosen.rounds))
             memory = remember(ways, chosen.requests)
         report(found, memory, chosen.requests)
