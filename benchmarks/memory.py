@@ -6,6 +6,7 @@ Each cell is one start of an engine on the CPU, and a prompt that fills a sequen
 its start to the end of the answer its processes are sampled: the peak of private memory (anonymous, swapped), and what
 it has resident of the mapped model file. Cells come in random order. Those that are measured are kept, and the same
 command measures the rest; predictions are made anew each time. Writes the page and the picture of docs/memory.md.
+`--cells 0` measures the held-out cells only: chosen when the estimate was done, and no reason to change it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from migrations.plan import ModelPlan
 from tasks.report.markup import Html, el
 from tasks.report.plots import Scale
 
-QUANTS = ("Q4_0", "Q4_1", "Q8_0", "F16")
+QUANTS, HELD_OUT_QUANTS = ("Q4_0", "Q4_1", "Q8_0", "F16"), ("Q5_0", "Q5_1", "BF16")
 GEMMA = "gemma3-270m Q4_K_M"
 # called, driver, form, binary
 ENGINES: dict[str, tuple[str, Any, Path | None]] = {
@@ -92,6 +93,27 @@ class Cell:
         same = {"threads": 1, "gpu_layers": 0, "host_cache_mib": 0}
         asked = {"context_tokens": self.context, "parallel": self.parallel, "kv_type": self.kv_type}
         return plan.settings.model_copy(update={**same, **asked, "flash_attention": self.flash})
+
+
+# the estimate was made without them; all but two are none of the grid
+HELD_OUT = (
+    Cell("llama.cpp", "smollm2-135m Q5_1", 3072, 2, "q5_1", True),
+    Cell("llama.cpp", "smollm2-135m BF16", 6144, 3, "f16", False),
+    Cell("llama.cpp", "smollm2-135m Q5_0", 16384, 8, "q8_0", True),
+    Cell("llama.cpp", GEMMA, 3072, 3, "q4_0", True),
+    Cell("llama.cpp@old", "smollm2-135m Q5_0", 768, 1, "q4_0", True),
+    Cell("llama.cpp@old", "smollm2-135m BF16", 1536, 2, "f16", True),
+    Cell("llama.cpp@old", GEMMA, 6144, 8, "f16", True),
+    Cell("xllamacpp", GEMMA, 8192, 4, "q8_0", True),
+    Cell("xllamacpp", "smollm2-135m F16", 2048, 2, "q8_0", True),
+    Cell("xllamacpp", "smollm2-135m Q5_1", 6144, 3, "f16", False),
+    Cell("xllamacpp", "smollm2-135m Q5_0", 1536, 1, "q4_0", True),
+    Cell("mistral.rs", "smollm2-135m BF16", 768, 1, None, None),
+    Cell("mistral.rs", "smollm2-135m Q8_0", 1536, 1, None, None),
+    Cell("mistral.rs", "smollm2-135m Q5_0", 384, 1, None, None),
+    Cell("mistral.rs", "smollm2-135m Q5_1", 192, 1, None, None),
+    Cell("mistral.rs", GEMMA, 384, 1, None, None),
+)
 
 
 @dataclass(frozen=True)
@@ -170,7 +192,7 @@ def files(folder: Path) -> Iterator[tuple[str, ModelPlan]]:
     """The models by their name in a cell; written once into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     packaged = smollm2()
-    for quant in QUANTS:
+    for quant in (*QUANTS, *HELD_OUT_QUANTS):
         path = packaged.gguf if quant in packaged.gguf.name else folder / f"smollm2-135m-{quant}.gguf"
         if not path.exists():
             requantize(packaged.gguf, path, quant)
@@ -179,11 +201,16 @@ def files(folder: Path) -> Iterator[tuple[str, ModelPlan]]:
 
 
 def chosen(each: int, done: Collection[Cell], only: Collection[str]) -> list[Cell]:
-    """What is missing of so many cells of each engine, in random order: a run that was broken off measures the rest."""
-    dice, found = random.Random(7), list[Cell]()
+    """What is missing of so many cells of each engine and of those held out, in random order.
+
+    A run that was broken off measures the rest.
+    """
+    dice = random.Random(7)
+    found = [cell for cell in HELD_OUT if cell.engine in only and cell not in done]
     for engine, (kind, _, _) in ENGINES.items():
         cells = list(grid(engine, kind))
         dice.shuffle(cells)
+        cells = [cell for cell in cells if cell not in HELD_OUT]
         left = [cell for cell in cells if cell not in done]
         found += left[: max(each - (len(cells) - len(left)), 0)] if engine in only else []
     dice.shuffle(found)
@@ -294,7 +321,13 @@ def written(page: str, rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """Markdown: the engines, then every cell."""
+    """Markdown: the engines, then every cell; those held out apart."""
+    held_out = [row for row in rows if row.cell in HELD_OUT]
+    found = _tables([row for row in rows if row.cell not in HELD_OUT])
+    return [*found, "### Held out", "", *_tables(held_out)] if held_out else found
+
+
+def _tables(rows: Sequence[Row]) -> list[str]:
     found = ["| Engine | Cells | Error, median | p95 | worst | In the interval |", "|---|---|---|---|---|---|"]
     for engine in ENGINES:
         ours = [row for row in rows if row.cell.engine == engine]
@@ -321,12 +354,12 @@ def cells_of(row: Row) -> list[str]:
 
 def picture(rows: Sequence[Row]) -> str:
     """An SVG: per engine the interval and the expected figure of each cell, over what was measured."""
-    ratio = Scale(0.4, 5.0, log=True, start=PANEL[1] - 30.0, end=26.0)
+    ratio = Scale(0.4, 6.5, log=True, start=PANEL[1] - 30.0, end=26.0)
     memory = Scale(50.0, 1600.0, log=True, start=44.0, end=PANEL[0] - 14.0)
     panels = []
     for number, engine in enumerate(ENGINES):
         drawn = [el("text", engine, x=44, y=16, class_="name")]
-        for tick in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0):
+        for tick in (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
             y = ratio.at(tick)
             drawn.append(el("line", x1=44, x2=PANEL[0] - 14, y1=y, y2=y, class_="one" if tick == 1 else "grid"))
             drawn.append(el("text", f"{tick:g}×", x=38, y=y + 4, class_="left"))
