@@ -12,6 +12,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from tasks.verdicts.retirement import Standing
 from tasks.verdicts.risks import RiskVerdict
 from tasks.verdicts.verdict import CheckResult, Verdict, worst
 
-ROOT = Path(__file__).parents[3]
 NAN = math.nan
 PASS, INCONCLUSIVE, ERROR, FAIL = "PASS", "INCONCLUSIVE", "ERROR", "FAIL"
 PARTS = {  # judges that have no evidence of their own, and whose they are
@@ -322,7 +322,9 @@ def test_no_check_passes_on_nothing(judge: str, wrong: str, change: Callable[[An
 
 def judges() -> set[str]:
     """The names of all functions `judge_...`, without it."""
-    sources = [file for folder in ("engines", "tasks", "migrations", "flows") for file in (ROOT / folder).rglob("*.py")]
+    packages = map(find_spec, ("engines", "tasks", "migrations", "flows"))  # in the checkout, or where it is installed
+    folders = [Path(folder) for found in packages if found for folder in found.submodule_search_locations or ()]
+    sources = [file for folder in folders for file in folder.rglob("*.py")]
     return {name for file in sources for name in re.findall(r"^def judge_(\w+)", file.read_text(), re.MULTILINE)}
 
 
