@@ -86,8 +86,9 @@ def tested(name: str, row: Row) -> tuple[str, bool]:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             where.mkdir(exist_ok=True)
             copy(ROOT / part, where / part)
-        run("uv", "build", "--quiet", f"--{row.installed}", "--out-dir", folder / "built", ROOT)
-        (built,) = [file for file in (folder / "built").iterdir() if file.suffix in (".whl", ".gz")]
+        # both, the wheel from the sdist: a wheel built in the checkout also holds what an earlier one left in build/
+        run("uv", "build", "--quiet", "--out-dir", folder / "built", ROOT)
+        (built,) = (folder / "built").glob({"wheel": "*.whl", "sdist": "*.tar.gz"}[row.installed])
         what = f"switchyard-llm[test] @ {built.as_uri()}"
     python = environment / "bin" / "python"
     run("uv", "pip", "install", "--quiet", "--python", python, "--resolution", row.resolution, what, *row.needs)
