@@ -122,9 +122,10 @@ class Ollama:
         return []
 
     def memory_parts(self, case: MemoryCase) -> list[Part]:
-        """llama.cpp's, which Ollama has copy the weights, and Ollama's own process beside it."""
-        copied = replace(case, own=EngineArgs(args=("--load-mode", "none")))
-        return [*memory.memory_parts(copied), Part("ollama", "ram", 30 * MIB, 60 * MIB, 120 * MIB, "its own process")]
+        """llama.cpp's, which Ollama has copy the weights, and Ollama's own process, which reads the vocabulary."""
+        copied, vocab = replace(case, own=EngineArgs(args=("--load-mode", "none"))), case.header.vocab_size or 0
+        own = (10 * MIB + 50 * vocab, 16 * MIB + 80 * vocab, 100 * MIB + 160 * vocab)
+        return [*memory.memory_parts(copied), Part("ollama", "ram", *own, "its own process")]
 
     def memory_notes(self, case: MemoryCase) -> list[str]:
         return memory.memory_notes(case)
