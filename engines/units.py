@@ -67,6 +67,14 @@ def size(n_bytes: float | None) -> str:
     return f"{n_bytes:,.{digits}f} {unit}"
 
 
+def number_of(n: int, noun: str) -> str:
+    """`1 window`, `2 windows`, `1,204 prompts`: how many there are of a thing, named in the singular."""
+    if n == 1:
+        return f"1 {noun}"
+    ending = "es" if noun.endswith(("s", "x")) else "s"
+    return f"{n:,} {noun.removesuffix('y')}ies" if noun.endswith(("ry", "py")) else f"{n:,} {noun}{ending}"
+
+
 def duration(seconds: float) -> str:
     """`12 s`, `2.5 min`, `3 h` or `3 days`."""
     for limit, length, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):

@@ -29,6 +29,7 @@ from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engines.errors import BadInput
+from engines.units import number_of
 from flows.deployments import Offer
 from flows.orchestrator.artifacts import put_table
 from flows.orchestrator.ending import NOTHING_MOVED, VERSION, concluding
@@ -372,7 +373,7 @@ def _concluded(run: RunJournal, rows: list[dict[str, Any]], verdict: Verdict, ai
     run.finish("done" if verdict is Verdict.PASS else "interrupted", verdict=verdict, error=why or None)
     done = sum(row["result"] == aim for row in rows)
     unmoved = sum(row["result"] == NOTHING_MOVED for row in rows)
-    parts = (f"{done} of {len(rows)} hosts {aim}", f"on {unmoved} {NOTHING_MOVED}" if unmoved else "", why)
+    parts = (f"{done} of {number_of(len(rows), 'host')} {aim}", f"on {unmoved} {NOTHING_MOVED}" if unmoved else "", why)
     summary = "; ".join(filter(None, parts))
     return {"run_id": run.id, "verdict": verdict.value, "why": summary, "hosts": rows}
 

@@ -29,7 +29,7 @@ from engines.errors import SwitchyardError
 from engines.home import home as default_home
 from engines.home import host
 from engines.notify import notify
-from engines.units import duration
+from engines.units import duration, number_of
 from engines.yard.client import YardClient
 from engines.yard.state import StateFile
 from flows.evaluation.estimate import spelled, takes
@@ -361,8 +361,8 @@ def summed(segments: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
 def progress_line(model: Mapping[str, Any]) -> str:
     """`m: 12% of 3 days in 52 windows of mistral.rs 0.9.5, INCONCLUSIVE`."""
     line = (
-        f"{model['model']}: {_percent(model):g}% of {duration(model['soak_s'])} in {model['windows']} windows of "
-        f"{model['engine']} {model['version']}, {model['verdict']}"
+        f"{model['model']}: {_percent(model):g}% of {duration(model['soak_s'])} in "
+        f"{number_of(model['windows'], 'window')} of {model['engine']} {model['version']}, {model['verdict']}"
     )
     return f"{line} ({model['ended']})" if model["ended"] else line
 

@@ -20,6 +20,7 @@ from engines.client.read_stream import ERROR_TEXT_CHARS, RecordReader, error_tex
 from engines.client.record import ErrorType, StreamRecord
 from engines.errors import BadInput
 from engines.settings import Endpoint
+from engines.units import number_of
 
 STALL_S = 300.0  # a CPU engine may prefill a long prompt for minutes without a word
 CONNECT_S = 10.0
@@ -87,7 +88,7 @@ async def capture_stream(
     except aiohttp.ClientConnectorError as problem:
         _fail(record, "connect", str(problem))
     except (aiohttp.ClientError, OSError) as problem:
-        when = "before a reply" if record.status is None else f"after {len(capture.chunks)} chunks"
+        when = "before a reply" if record.status is None else f"after {number_of(len(capture.chunks), 'chunk')}"
         _fail(record, "stream_truncated", f"connection lost {when}: {type(problem).__name__}: {problem}")
     finally:
         if capture.timer is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from engines.client.record import OUTPUT_KINDS, ErrorType, Event, Kind, StreamRecord, whole_number
 from engines.openai.sse import DONE_DATA, SseSplitter, read_event
 from engines.redaction import redacted_text
+from engines.units import number_of
 
 ERROR_TEXT_CHARS = 500
 
@@ -51,7 +52,7 @@ class RecordReader:
         if not (record.done or record.cancelled or record.error_type):
             record.error_type = "stream_truncated"
             unread = f", in the middle of {_head(rest)!r}" if rest.strip() else ""
-            record.error = f"the stream ended after {len(record.events)} events without [DONE]{unread}"
+            record.error = f"the stream ended after {number_of(len(record.events), 'event')} without [DONE]{unread}"
         if self._keep_text:
             record.text = "".join(self._content)
             record.reasoning = "".join(self._reasoning) or None

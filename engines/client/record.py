@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from engines.errors import NoMeasurement
-from engines.units import figure
+from engines.units import figure, number_of
 
 Kind = Literal["role", "content", "reasoning", "tool", "usage", "empty", "error"]
 ErrorType = Literal[
@@ -156,7 +156,7 @@ class StreamRecord:
     def _output(self, at_least: int = 1) -> list[Event]:
         output = self.output_events
         if len(output) < at_least:
-            why = f"{len(output)} events with output, {at_least} needed ({self.error_type or 'no error'})"
+            why = f"{number_of(len(output), 'event')} with output, {at_least} needed ({self.error_type or 'no error'})"
             raise NoMeasurement(why)
         return output
 
@@ -165,7 +165,9 @@ class StreamRecord:
         if tokens is None:
             raise NoMeasurement("no token count: the stream carried neither usage nor timings")
         if tokens < 2 or tokens <= self.first_chunk_tokens:
-            raise NoMeasurement(f"{tokens} tokens, {self.first_chunk_tokens} of them in the first event: no decode")
+            raise NoMeasurement(
+                f"{number_of(tokens, 'token')}, {self.first_chunk_tokens} of them in the first event: no decode"
+            )
         return tokens - self.first_chunk_tokens
 
 

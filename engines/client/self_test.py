@@ -19,7 +19,7 @@ from engines.client.reference_server import MODEL, STAMP_DIGITS
 from engines.environment import of_child
 from engines.errors import EngineExited, EngineStalled
 from engines.settings import Endpoint
-from engines.units import figure
+from engines.units import figure, number_of
 
 START_S = 20.0
 
@@ -135,7 +135,7 @@ def self_test(
 
 def _objections(budget: ErrorBudget, lateness_ms: float, tpot_percent: float, cpu_share: float) -> Iterator[str]:
     if budget["n_failed"]:
-        yield f"{budget['n_failed']} of {budget['n_requests']} streams failed"
+        yield f"{budget['n_failed']} of {number_of(budget['n_requests'], 'stream')} failed"
     limits = {
         "lateness p99": (budget["lateness_p99_ms"], lateness_ms, "ms"),
         "largest TPOT error": (budget["tpot_error_percent"], tpot_percent, "%"),

@@ -37,6 +37,7 @@ from engines.model.memory import (
     why_unsized,
 )
 from engines.own_args import Flag
+from engines.units import number_of
 
 DEFAULT_HOST_CACHE_MIB = 8192
 CONTEXT_CHECKPOINTS = 32  # --ctx-checkpoints, per slot
@@ -145,7 +146,7 @@ def memory_parts(case: MemoryCase) -> list[Part]:
     return [
         *_weights(case, asked),
         *_kv_cache(case, asked),
-        *_by_layer_share(case, asked, "recurrent state", states, f"f32, {settings.sequences} sequence(s)"),
+        *_by_layer_share(case, asked, "recurrent state", states, f"f32, {number_of(settings.sequences, 'sequence')}"),
         *_drafting(case, asked),
         _compute(case, asked),
         _converted_scores(case, asked),
@@ -275,7 +276,7 @@ def _drafting(case: MemoryCase, asked: Asked) -> list[Part]:
         own = math.ceil(sum(layer_kv_bytes(header, layer, *types) for layer in layers) * cells.full)
         # llama.cpp#28626: some builds and architectures keep a cache for every layer
         every = own + cells_bytes(header, cells, *types)
-        found.append(Part("KV cache of drafting", device, own, own, every, f"{header.nextn_layers} MTP layer(s)"))
+        found.append(Part("KV cache of drafting", device, own, own, every, number_of(header.nextn_layers, "MTP layer")))
     if draft := _header_of(asked.value("--spec-draft-model")):
         n_bytes = draft.tensor_bytes
         found.append(exactly("draft model", device, n_bytes, f"{draft.name}, for drafting"))

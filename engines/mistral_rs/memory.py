@@ -24,7 +24,7 @@ from engines.model.memory import (
     kv_bytes,
     kv_bytes_per_token,
 )
-from engines.units import size
+from engines.units import number_of, size
 
 WIDENED = frozenset({"F16", "BF16"})
 MASK_BYTES, MASK_MADE_BYTES = 4, 13  # of a token and a token: what stays, and the peak while it is made
@@ -53,7 +53,7 @@ def memory_parts(case: MemoryCase) -> list[Part]:
         Part("token embedding", where, elements * 2, elements * 4, elements * 4, "token_embd again, dequantized"),
         Part("process", "ram", *process, "libraries and tokenizer"),
         kv_cache,
-        exactly("recurrent state", where, case.state_bytes, f"f32, {parallel} sequence(s)"),
+        exactly("recurrent state", where, case.state_bytes, f"f32, {number_of(parallel, 'sequence')}"),
         Part("compute buffers", where, *compute, "mask and activations of a prompt; rough"),
         *(gpu_overhead() if case.gpu_layers else []),
     ]

@@ -18,6 +18,7 @@ from typing import Any
 
 from engines.errors import BadInput
 from engines.llama_cpp.units import read_unit
+from engines.units import number_of
 
 SERVICE_STORE = Path("/usr/share/ollama/.ollama/models")  # of the system service that its installer makes
 SERVICE = "ollama.service"
@@ -108,7 +109,7 @@ def _model(folder: Path, path: Path) -> StoredModel:
     if not files:
         raise Unreadable("it has no model file on this machine (a cloud model, or one of safetensors)")
     if len(files) > 1:
-        raise Unreadable(f"its model is split over {len(files)} files; merge them first")
+        raise Unreadable(f"its model is split over {number_of(len(files), 'file')}; merge them first")
     if _magic(files[0]) != MAGIC:
         raise Unreadable(f"{files[0]} is no GGUF file")
     texts = {kind: _blob(folder, layer) for kind, layer in by_kind if kind in ("template", "system", "params")}

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 
 from engines.errors import BadInput, EngineError, SwitchyardError
 from engines.model.free_memory import free_memory
+from engines.units import number_of
 from engines.yard.client import Say
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.prompt_cache import RestoreBroke
@@ -101,7 +102,7 @@ class Moves:
         async with self._moving(route, f"canary {target.engine} {weight:g}", say) as report:
             if weight == 0:
                 self._yard.commit(route, canary=None)
-                report(f"canary out; {target.engine} finishes {len(target.in_flight)} request(s)")
+                report(f"canary out; {target.engine} finishes {number_of(len(target.in_flight), 'request')}")
                 if not route.needs(target):  # the fallback stays up
                     await target.idle()
                     await target.stop()
@@ -279,8 +280,8 @@ class Moves:
                 await asyncio.wait_for(old.idle(), within_s)
             except TimeoutError:
                 raise MoveFailed(
-                    f"{route.model_id} stays on {old.engine}: {len(old.in_flight)} request(s) were not done within "
-                    f"{within_s:.0f} s, and no longer may others be held; try again when it is quieter"
+                    f"{route.model_id} stays on {old.engine}: {number_of(len(old.in_flight), 'request')} not done "
+                    f"within {within_s:.0f} s, and no longer may others be held; try again when it is quieter"
                 ) from None
             held, before = old.stats.vram_bytes, await asyncio.to_thread(free_memory)
             report(f"stopping {old.engine}")

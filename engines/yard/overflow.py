@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from engines.errors import BadInput, EngineError
+from engines.units import number_of
 from engines.yard.client import Say
 from engines.yard.engine.health import Health
 from engines.yard.engine.unit import Unit
@@ -45,7 +46,7 @@ class Overflow:
         self._yard.events.note("move", route.model_id, f"overflow {'on' if order.on else 'off'}", engine=config.engine)
         if not order.on:
             if (unit := route.units.get(config.engine)) is not None:
-                say(f"{unit.engine} finishes {len(unit.in_flight)} request(s)")
+                say(f"{unit.engine} finishes {number_of(len(unit.in_flight), 'request')}")
                 await self._end(route, unit)
             return f"{route.model_id}: {route.serving.engine} serves all of it"
         self._not_before.pop(route, None)
@@ -59,7 +60,8 @@ class Overflow:
                 await unit.ready(self._yard.settings.move_s, first_try=True)
             except EngineError as error:
                 return f"{route.model_id}: the overflow is on, but {error}"
-        return f"{route.model_id}: {unit.engine} takes new conversations while more than {config.waiting} requests wait"
+        waiting = number_of(config.waiting, "request")
+        return f"{route.model_id}: {unit.engine} takes new conversations while more than {waiting} wait"
 
     async def run(self) -> None:
         """Keep the second engines up, and end those that are none any more; until cancelled."""

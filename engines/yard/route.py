@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from engines.openai.call import NO_CONVERSATION, Refusal
+from engines.units import number_of
 from engines.yard.config import ModelConfig
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.unit import Unit
@@ -136,7 +137,7 @@ class Route:
         self.hand_over()
         if not place.turn.done() and self._queue(self.unit_for(place)) > self.max_waiting:
             self._waiting.remove(place)
-            why = f"{self.max_waiting} requests wait for {self.model_id} already; try again later"
+            why = f"{number_of(self.max_waiting, 'request')} wait for {self.model_id} already; try again later"
             raise Refusal(429, why, kind="rate_limit_error", retry_after_s=5)
         return place
 

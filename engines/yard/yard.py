@@ -32,6 +32,7 @@ from engines.process.process import end_orphans
 from engines.redaction import redacted_text
 from engines.registry import driver
 from engines.settings import EngineArgs, Serve
+from engines.units import number_of
 from engines.yard.capture import RequestCapture
 from engines.yard.config import ModelConfig, YardConfig
 from engines.yard.engine.connection import EngineConnection, FrameConnection, HttpConnection
@@ -149,7 +150,7 @@ class Yard:
         """Paths in use that the serving engine has and `target` lacks, without those that the plan accepts."""
         has, accepted = route.serving.paths.has, self.config.accepted
         return [
-            f"{path} ({n:,} requests)"
+            f"{path} ({number_of(n, 'request')})"
             for path, n in self.usage.paths.items()
             if has(path) and not target.paths.has(path) and f"path {path}" not in accepted
         ]

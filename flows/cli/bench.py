@@ -16,6 +16,7 @@ from engines.client.self_test import reference_server
 from engines.process import process
 from engines.process.serving import free_port
 from engines.settings import Endpoint
+from engines.units import number_of
 from engines.yard.client import YardClient, wait_until_serving
 from flows.cli.options import Json
 from flows.cli.output import out, print_result, print_step
@@ -100,4 +101,7 @@ def _show(found: Mapping[str, Any]) -> None:
     direct, through = (max(one[f"late_{way}"] for _, one in streams) for way in ("direct", "through"))
     out.print(f"gaps over twice the engine's: {direct:.2%} direct, {through:.2%} through the yard")
     load, cores = found["machine"]["load_average"], found["machine"]["cores"]
-    out.print(f"{found['rounds']} rounds, {cores} cores, load average {load:.1f} at the end (both ways and the client)")
+    out.print(
+        f"{number_of(found['rounds'], 'round')}, {number_of(cores, 'core')}, load average {load:.1f} at the end "
+        "(both ways and the client)"
+    )

@@ -14,6 +14,7 @@ from engines.errors import SwitchyardError
 from engines.home import home
 from engines.process.process import end_orphans
 from engines.redaction import redacted_text
+from engines.units import number_of
 from engines.yard.client import YardClient, public_address
 from flows.cli.migrate import show
 from flows.cli.options import Json
@@ -75,7 +76,7 @@ class Traffic:
     def summary(self) -> str:
         """Requests sent and failed so far."""
         failed = f"{len(self.failed)} failed ({self.failed[-1]})" if self.failed else "none failed"
-        return f"{self.sent:,} requests, {failed}"
+        return f"{number_of(self.sent, 'request')}, {failed}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Traffic]:

@@ -20,7 +20,7 @@ from engines.errors import SwitchyardError
 from engines.home import home
 from engines.model.free_memory import free_memory
 from engines.registry import DRIVERS
-from engines.units import size
+from engines.units import number_of, size
 from flows.cli.options import Json
 from flows.cli.output import EXIT_CODES, next_command, out, print_json
 from flows.orchestrator.server import PrefectServer, prepare_environment
@@ -112,7 +112,7 @@ def _records() -> Iterator[Finding]:
     try:
         with open_records() as records:
             n_runs = len(records.history(1000))
-        yield Finding("records", "ok", f"{home()}: {n_runs} runs, SQLite {sqlite3.sqlite_version}")
+        yield Finding("records", "ok", f"{home()}: {number_of(n_runs, 'run')}, SQLite {sqlite3.sqlite_version}")
     except SwitchyardError as error:
         yield Finding("records", "broken", str(error), "set SWITCHYARD_HOME to a folder that can be written")
 
@@ -163,7 +163,7 @@ def _schedule(api_url: str) -> Finding:
         return Finding(what, "broken", f"the server refused a deployment: {why}", fix)
     if not planned:
         return Finding(what, "broken", f"no run was planned within {SCHEDULED_S:.0f} s", fix)
-    return Finding(what, "ok", f"a schedule of one minute has {planned} runs planned")
+    return Finding(what, "ok", f"a schedule of one minute has {number_of(planned, 'run')} planned")
 
 
 def _created(api: httpx.Client, path: str, body: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from engines.llama_cpp.flags import OWN_ARGS
 from engines.model.header import read_header
 from engines.ollama.library import StoredModel, differences, read_store, stores
 from engines.settings import EngineArgs, Settings
+from engines.units import number_of
 from engines.yard.settings import YardSettings
 from flows.cli.options import Json
 from flows.cli.output import next_command, out, print_json
@@ -138,7 +139,7 @@ def _once(models: Sequence[StoredModel]) -> list[str]:
 
 def _named(names: Sequence[str], n_models: int) -> str:
     if len(names) == n_models > SHOWN_NAMES:
-        return f"all {n_models} models"
+        return f"all {number_of(n_models, 'model')}"
     more = len(names) - SHOWN_NAMES
     return ", ".join(names) if more <= 0 else f"{', '.join(names[:SHOWN_NAMES])} and {more} more"
 

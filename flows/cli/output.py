@@ -15,7 +15,7 @@ from rich.text import Text
 from engines.home import home
 from engines.process.process import end_orphans
 from engines.redaction import redacted
-from engines.units import duration
+from engines.units import duration, number_of
 
 EXIT_CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "ERROR": 5}
 STYLES = {"PASS": "green", "INCONCLUSIVE": "yellow", "ERROR": "magenta", "FAIL": "red"}
@@ -127,7 +127,9 @@ def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
         required = [c for c in checks if c["required"] and c["check"].startswith(area + ".")]
         closed = [check for check in required if check["verdict"] != "PASS"]
         if required and not closed:
-            table.add_row(area, verdict_text("PASS"), f"{len(required)} of {len(required)} required checks")
+            table.add_row(
+                area, verdict_text("PASS"), f"{len(required)} of {number_of(len(required), 'required check')}"
+            )
         for check in sorted(closed, key=lambda c: list(STYLES).index(c["verdict"]), reverse=True):
             if check["verdict"] == "INCONCLUSIVE" and check["why"].startswith(LEFT_OUT):
                 left_out.setdefault(check["why"].removeprefix(LEFT_OUT), []).append(area)

@@ -16,7 +16,7 @@ from engines.model.gguf import SHARD_NAME
 from engines.model.header import read_header
 from engines.registry import DRIVERS
 from engines.settings import NO_FILE
-from engines.units import size
+from engines.units import number_of, size
 from flows.cli.options import Json
 from flows.cli.output import EXIT_CODES, out, prepared_home, print_result, print_step
 from flows.evaluation.load import judged_by_load, loads_of_files, loads_of_plan
@@ -205,7 +205,7 @@ def _memory_line(memory: Mapping[str, Any]) -> Text:
     if memory["kv_bytes_per_token"] is None:
         return Text(f"weights {size(memory['weights_bytes'])}; KV cache unknown: {memory['why_unknown']}")
     text = f"weights {size(memory['weights_bytes'])}, KV {memory['kv_bytes_per_token']:,} B per token"
-    text += f" = {size(memory['kv_bytes'])} at {memory['context_tokens']:,} tokens"
+    text += f" = {size(memory['kv_bytes'])} at {number_of(memory['context_tokens'], 'token')}"
     if memory["state_bytes_per_sequence"]:
         text += f", state {size(memory['state_bytes_per_sequence'])} per sequence"
     return Text(text)

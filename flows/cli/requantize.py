@@ -7,7 +7,7 @@ import typer
 from rich.progress import Progress
 
 from engines.model import requantize as quants
-from engines.units import size
+from engines.units import number_of, size
 from flows.cli.options import Json
 from flows.cli.output import errors, print_lines
 
@@ -36,7 +36,10 @@ def requantize(
     lost = (
         f"weights differ by {done.error:.2%} (root mean square), those of {done.worst_tensor} by {done.worst_error:.2%}"
     )
-    lines = [f"{target} written: {size(done.n_bytes)}, {done.n_tensors} tensors as {to}", f"  lost: {lost}"]
+    lines = [
+        f"{target} written: {size(done.n_bytes)}, {number_of(done.n_tensors, 'tensor')} as {to}",
+        f"  lost: {lost}",
+    ]
     if done.was_quantised:
         lines.append(
             "  note: the source is quantised itself; what it lost before comes back from original weights only"

@@ -15,6 +15,7 @@ from engines.process.attached import NO_PID
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served
 from engines.settings import NO_FILE, Endpoint
+from engines.units import number_of
 from engines.yard.usage import Usage
 from flows.evaluation.judge import required_behaviours, settled, tool_batches
 from flows.evaluation.trial import ARMS, BOTH, Trial, Unmeasured
@@ -229,7 +230,9 @@ def performance(trial: Trial) -> None:
     else:
         n_discarded = sum(block["void"] is not None for block in blocks)
         fix = "quiet the machine, or raise measure.max_discarded_blocks"
-        progress.get().note(f"{trial.model.id}: {n_discarded} blocks were discarded, no more are repeated; {fix}")
+        progress.get().note(
+            f"{trial.model.id}: {number_of(n_discarded, 'block')} were discarded, no more are repeated; {fix}"
+        )
     # measured against estimated memory of each engine, for the next preflight
     report = trial.payload(BOTH, "preflight")
     for arm in ARMS if report is not None else ():

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.prompt import InvalidResponse, Prompt, PromptBase
 from rich.text import Text
 
+from engines.units import number_of
 from tasks.verdicts.verdict import CheckResult, Verdict, reasons
 
 # runs that wait since an older version are answered in its words
@@ -57,7 +58,7 @@ class Question:
         closed = {check.check.partition(".")[0] for check in shut}
         lines = [(check.verdict, f"{check.check}: {' '.join(check.why.split())}") for check in shut]
         passed = [(area, n) for area, n in areas.items() if area not in closed]
-        return lines + [(Verdict.PASS, f"{area}: {n} of {n} required checks") for area, n in passed]
+        return lines + [(Verdict.PASS, f"{area}: {n} of {number_of(n, 'required check')}") for area, n in passed]
 
     def markdown(self) -> str:
         """The question behind its verdicts, as the form shows it: a narrow box, which would cut a table."""

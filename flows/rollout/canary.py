@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.errors import SwitchyardError
+from engines.units import number_of
 from flows.evaluation.estimate import canary_most_s, spelled
 from flows.progress import progress
 from flows.rollout.model_move import Closed, ModelMove
@@ -93,7 +94,7 @@ class CanaryShare:
             fresh = [_anonymous(sample) for sample in move.client.samples(move.id) if sample["at"] > last]
             self.samples += fresh
             left_s = self.since + self.steps.max_minutes * 60 - time.time()
-            answers = f"{self._answered(self.samples):,} answers by {move.candidate}"
+            answers = f"{number_of(self._answered(self.samples), 'answer')} by {move.candidate}"
             still = f"; open: {', '.join(self.open)}" if self.open else ""
             move.say(f"{answers} ({self.steps.min_requests} at least), {left_s / 60:.0f} min left{still}")
             if trouble := self._trouble():
@@ -136,8 +137,8 @@ class CanaryShare:
         if gate(judged) is Verdict.FAIL or answered >= wanted:
             return judged
         why = (
-            f"{self.move.candidate} answered {answered or 'no'} requests within {self.steps.max_minutes:g} minutes, "
-            f"{wanted} are needed: use the model meanwhile, raise canary.max_minutes in the plan, or add "
+            f"{self.move.candidate} answered {number_of(answered, 'request')} within {self.steps.max_minutes:g} "
+            f"minutes, {wanted} are needed: use the model meanwhile, raise canary.max_minutes in the plan, or add "
             "--without-canary --who NAME --reason TEXT"
         )
         return [*judged, not_measured("canary.requests", why, limit=wanted, unit="requests")]

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BadInput
-from engines.units import quantity
+from engines.units import number_of, quantity
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.judge import judge_answers
 from tasks.verdicts.limits import PROMPT_TOKENS_SHARE, CanaryLimits
@@ -235,8 +235,8 @@ def _judge_refused(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], mar
     if not share.asked:
         return not_measured("canary.refused", "the candidate answered nothing yet", unit="share")
     why = (
-        f"{share.hits} of {share.asked} conversations met HTTP 4xx, on the incumbent {share.incumbent_hits} of "
-        f"{share.incumbent_asked}"
+        f"{share.hits} of {number_of(share.asked, 'conversation')} met HTTP 4xx, on the incumbent "
+        f"{share.incumbent_hits} of {share.incumbent_asked}"
     )
     verdict = Verdict.FAIL if share.is_clear(margin) else Verdict.PASS
     return CheckResult(check="canary.refused", verdict=verdict, value=share.excess, unit="share", why=why)
@@ -264,8 +264,8 @@ def _judge_cache(ours: Sequence[LiveSample], theirs: Sequence[LiveSample], limit
     cold = _share(known, incumbent, lambda sample: sample["cached_share"] < WARM)
     fails = cold.least_excess > FEWER_WARM
     why = (
-        f"{cold.asked - cold.hits} of {cold.asked} prompts lay in the candidate's cache for the most part, "
-        f"{cold.incumbent_asked - cold.incumbent_hits} of {cold.incumbent_asked} in the incumbent's"
+        f"{cold.asked - cold.hits} of {number_of(cold.asked, 'prompt')} lay in the candidate's cache for the most "
+        f"part, {cold.incumbent_asked - cold.incumbent_hits} of {cold.incumbent_asked} in the incumbent's"
     )
     if fails:
         why += "; a conversation waits for its whole prompt at every turn"
@@ -312,7 +312,8 @@ def _judge_speed(
     outcome = _first_decision(metric, _blocks(warm, incumbent, key, limits.block_requests), limits.looks)
     result = outcome.check_result().model_copy(update={"check": check})
     if fewest < limits.min_conversations:
-        why = f"{result.why}; from {fewest} conversation(s) on one engine, {limits.min_conversations} are needed"
+        seen = number_of(fewest, "conversation")
+        why = f"{result.why}; from {seen} on one engine, {limits.min_conversations} are needed"
         return result.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "why": why})
     if outcome.blocks_needed is not None and result.verdict is Verdict.INCONCLUSIVE:
         more = outcome.blocks_needed * limits.block_requests
@@ -406,7 +407,7 @@ def _judge_copies(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
         return not_measured(check, "no request was copied yet", limit=COPIES_FAILED, unit="share")
     failed = [pair["candidate"]["error"] for pair in pairs if pair["candidate"]["error"]]
     upper = clopper_pearson_upper(len(failed), len(pairs))
-    why = f"{len(failed)} of {len(pairs)} copies failed" + (f" ({failed[0][:80]})" if failed else "")
+    why = f"{len(failed)} of {number_of(len(pairs), 'copy')} failed" + (f" ({failed[0][:80]})" if failed else "")
     why += f", with 95% confidence at most {upper:.1%}, limit {quantity(COPIES_FAILED, 'share')}"
     surely = len(failed) >= FEWEST and clopper_pearson_lower(len(failed), len(pairs)) > COPIES_FAILED
     verdict = decided(fails=surely, passes=upper <= COPIES_FAILED)
@@ -422,5 +423,5 @@ def _judge_sizes(pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
         why = "no pair of answers with usage: clients did not ask for it"
         return not_measured("shadow.prompt_tokens", why, limit=limit, unit="share", required=False)
     equal = sum(ours == theirs for ours, theirs in known)
-    why = f"{equal} of {len(known)} prompts read as equally many tokens"
+    why = f"{equal} of {number_of(len(known), 'prompt')} read as equally many tokens"
     return at_least("shadow.prompt_tokens", equal / len(known), limit=limit, unit="share", why=why)

@@ -11,6 +11,7 @@ import httpx
 
 from engines.errors import BadInput
 from engines.settings import Endpoint
+from engines.units import number_of
 from tasks.evidence.behaviours.base import Asker, Behaviour, NotApplicable, Observation
 from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
 from tasks.evidence.behaviours.caller import READ_TIMEOUT_S, Malformed, Refused
@@ -128,7 +129,7 @@ def required_passed(checks: Collection[CheckResult]) -> CheckResult:
         return not_measured("compatibility.required_passed", "no required behaviour applies", limit=1.0, unit="share")
     bad = [result.check.partition(".")[2] for result in needed if result.verdict is not Verdict.PASS]
     share = (len(needed) - len(bad)) / len(needed)
-    why = f"{len(needed) - len(bad)} of {len(needed)} required behaviours pass"
+    why = f"{len(needed) - len(bad)} of {number_of(len(needed), 'required behaviour')} pass"
     why += f"; not: {', '.join(bad)}" if bad else ""
     check, verdict = "compatibility.required_passed", gate(needed)
     return CheckResult(check=check, verdict=verdict, value=share, limit=1.0, unit="share", why=why)

@@ -28,6 +28,7 @@ from engines.errors import EngineError, EngineExited, PortTaken
 from engines.openai.sse import DONE_DATA, payloads
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served, serving
+from engines.units import number_of
 from tasks.evidence.behaviours.caller import Caller
 from tasks.evidence.engine_under_test import EngineUnderTest, ends_within
 from tasks.evidence.unmeasured import error_lines
@@ -163,7 +164,9 @@ class _Stream:
         limit = time.monotonic() + deadline_s
         while len(self.arrivals) < chunks:
             if self.end.is_set() or time.monotonic() > limit:
-                raise EngineError(f"the stream gave {len(self.arrivals)} chunks before the fault: {self.outcome}")
+                raise EngineError(
+                    f"the stream gave {number_of(len(self.arrivals), 'chunk')} before the fault: {self.outcome}"
+                )
             time.sleep(POLL_S / 4)
 
     def _read(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from engines.client.load import measure
 from engines.settings import Endpoint
-from engines.units import figure
+from engines.units import figure, number_of
 from tasks.evidence.engine_under_test import Arm
 from tasks.evidence.performance import Workload, body, prompt
 from tasks.verdicts.limits import Limits
@@ -86,7 +86,7 @@ def judge_pairs(pairs: Sequence[Mapping[str, Any]], limits: Limits) -> CheckResu
         said.append(f"{what} (at least {figure(low)}x; limit {figure(limit)}x)" if beyond else what)
     if not said:
         return not_measured(CHECK, "too few of its requests were answered", required=False)
-    why = f"candidate against incumbent over {len(pairs)} pairs of requests: {', '.join(said)}"
+    why = f"candidate against incumbent over {number_of(len(pairs), 'pair')} of requests: {', '.join(said)}"
     if failed:
         return CheckResult(check=CHECK, verdict=Verdict.FAIL, why=f"{why}; more blocks would not change that")
     return CheckResult(check=CHECK, verdict=Verdict.INCONCLUSIVE, why=f"{why}; blocks decide", required=False)

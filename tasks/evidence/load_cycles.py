@@ -13,6 +13,7 @@ from typing import Any
 
 from engines.errors import BadInput, SwitchyardError
 from engines.process.telemetry import private_bytes, process_tree
+from engines.units import number_of
 from tasks.evidence.rehearsal import OpenStage, Stage, engine_of, signal_candidate
 from tasks.verdicts.statistics import theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, decided, not_measured
@@ -57,11 +58,11 @@ def judge_load_cycles(evidence: Mapping[str, Any], *, limit: float = LIMIT_BYTES
     cycles: Sequence[Mapping[str, Any]] = evidence["cycles"]
     answered, asked = sum(cycle["answered"] for cycle in cycles), evidence["asked"]
     if len(cycles) > asked:
-        raise BadInput(f"{len(cycles)} load cycles of {asked}: each is counted once")
+        raise BadInput(f"{number_of(len(cycles), 'load cycle')} of {asked}: each is counted once")
     first = next((str(cycle["error"]) for cycle in cycles if not cycle["answered"]), "")
     loads = sorted(cycle["load_s"] for cycle in cycles if cycle["load_s"] is not None)
     middle = f"; a load takes {loads[len(loads) // 2]:.1f} s" if loads else ""
-    why = f"{answered} of {asked} times loaded and answered{middle}{': ' + first if first else ''}"
+    why = f"{answered} of {number_of(asked, 'time')} loaded and answered{middle}{': ' + first if first else ''}"
     verdict = decided(fails=answered < len(cycles), passes=answered == asked > 0)
     return [
         CheckResult(check=CYCLES, verdict=verdict, why=why),
@@ -91,13 +92,15 @@ def _judge_growth(cycles: Sequence[Mapping[str, Any]], part: str, limit: float) 
     kept = kept[int(WARM_SHARE * len(kept)) :]
     if len(kept) < LEAST_CYCLES:
         return not_measured(
-            check, f"{len(kept)} cycles have a memory sample; a slope needs {LEAST_CYCLES}", unit="bytes/cycle"
+            check,
+            f"{number_of(len(kept), 'cycle')} have a memory sample; a slope needs {LEAST_CYCLES}",
+            unit="bytes/cycle",
         )
     slope = theil_sen([number for number, _ in kept], [float(value) for _, value in kept])
     verdict = decided(fails=slope.low > limit, passes=slope.high < limit)
     why = (
         f"memory of the {part} moved by {slope.estimate / 1e3:.0f} kB a cycle (95% between {slope.low / 1e3:.0f} and "
-        f"{slope.high / 1e3:.0f}) over {len(kept)} cycles"
+        f"{slope.high / 1e3:.0f}) over {number_of(len(kept), 'cycle')}"
     )
     if verdict is Verdict.INCONCLUSIVE:
         why += f"; it may be {limit / 1e3:.0f} at most: measure more cycles (measure.load_cycles)"

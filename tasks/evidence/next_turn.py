@@ -13,7 +13,7 @@ from typing import Any
 from engines.client.load import measure
 from engines.errors import BadInput, SwitchyardError
 from engines.settings import Endpoint
-from engines.units import quantity
+from engines.units import number_of, quantity
 from tasks.evidence.rehearsal import Stage, engine_of
 from tasks.verdicts.verdict import CheckResult, at_most, not_measured
 
@@ -119,7 +119,7 @@ def judge_next_turn(seen: Mapping[str, Any]) -> CheckResult:
 def cost_of(seen: Mapping[str, Any]) -> str:
     """In words: each time to the first token of the next turn, and the engine that gave it."""
     n_tokens = seen["before"]["prompt_tokens"] or 0
-    what = f"a conversation of {n_tokens:,} tokens, time to the first token of its next turn"
+    what = f"a conversation of {number_of(n_tokens, 'token')}, time to the first token of its next turn"
     said = {"before": "before the move", "moved": "after it", "back": "after the way back", "again": "there once more"}
     times = [
         f"{_time(seen[name]['ttft_ms'])} {words} ({seen[name]['by']})" for name, words in said.items() if name in seen

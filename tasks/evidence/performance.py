@@ -21,7 +21,7 @@ from engines.model.header import read_header
 from engines.process.serving import Served
 from engines.process.telemetry import MemorySampler, Telemetry, interval, mapped_bytes, private_bytes, process_tree
 from engines.settings import Endpoint
-from engines.units import figure, quantity, size
+from engines.units import figure, number_of, quantity, size
 from tasks.evidence.engine_under_test import EngineUnderTest
 from tasks.verdicts.counts import no_more_than_incumbent
 from tasks.verdicts.limits import Limits
@@ -373,7 +373,8 @@ def _reported(blocks: Sequence[Mapping[str, Any]]) -> list[CheckResult]:
     what = "TTFT of a repeated prompt over the first"
     results.append(_figure("performance.prefix_cache_ttft_ratio", saved, "ratio", what))
     ours, theirs = (sum(len(b[arm].get("reconciled", [])) for b in blocks) for arm in ("candidate", "incumbent"))
-    why = f"client, usage and engine timing disagree {ours} times on the candidate, {theirs} times on the incumbent"
+    disagree = (number_of(ours, "time"), number_of(theirs, "time"))
+    why = "client, usage and engine timing disagree {} on the candidate, {} on the incumbent".format(*disagree)
     verdict = Verdict.INCONCLUSIVE if ours else Verdict.PASS
     check, unit = "performance.accounting", "findings"
     results.append(CheckResult(check=check, verdict=verdict, value=ours, unit=unit, why=why, required=False))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
+from engines.units import number_of
 from tasks.evidence.first_look import whole_or_first
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.performance import with_mapped
@@ -161,13 +162,13 @@ class ModelRecord:
         if not required:
             return "No required check was measured."
         if not self.closed_by:
-            return f"All {len(required)} required checks passed."
+            return f"All {number_of(len(required), 'required check')} passed."
         counts = ", ".join(
             f"{len(found)} {word} ({', '.join(by_area(found))})"
             for verdict, word in SAYS.items()
             if (found := [result for result in required if result.verdict is verdict])
         )
-        return f"{counts} of {len(required)} required checks."
+        return f"{counts} of {number_of(len(required), 'required check')}."
 
     @property
     def why(self) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engines.units import NOT_MEASURED, duration, figure
+from engines.units import NOT_MEASURED, duration, figure, number_of
 from tasks.evidence.nights import FAILURES, NightSeries
 from tasks.evidence.performance import RATIOS, Workload, memory_metric, metrics
 from tasks.evidence.tool_calls.judge import KIND as TOOL_CALLS
@@ -170,7 +170,7 @@ def _divergence_plot(model: ModelRecord) -> Html:
     ]
     if found:
         return plots.divergences(title, found, model.tie_gap)
-    summary = f"No answer parts from the incumbent's within {comparison['positions']} compared positions."
+    summary = f"No answer parts from the incumbent's within {number_of(comparison['positions'], 'compared position')}."
     return el("div", el("b", title), f": {summary}", class_="absent")
 
 
@@ -309,7 +309,7 @@ def _answers(model: ModelRecord) -> dict[str, Any] | None:
         degenerate = [f"{arm} degenerate: {broken[arm][a['id']]}" for arm in ARMS if a["id"] in broken[arm]]
         words = "; ".join([*_parting(a, b, apart.get(a["id"])), *degenerate]) or "the texts differ"
         shown.append((a, b, words))
-    summary = f"{len(unlike)} of {len(pairs)} answers differ or are degenerate; {counts}."
+    summary = f"{len(unlike)} of {number_of(len(pairs), 'answer')} differ or are degenerate; {counts}."
     return {"summary": summary, "shown": shown, "left": len(unlike) - len(shown)}
 
 
@@ -320,7 +320,9 @@ def _parting(ours: Mapping[str, Any], theirs: Mapping[str, Any], apart: Mapping[
         return [f"another prompt to begin with ({ours['prompt_tokens']} and {theirs['prompt_tokens']} tokens)"]
     if apart is None:
         return []
-    tokens = f"{apart['incumbent_token']!r} or {apart['candidate_token']!r} after {apart['position']} tokens"
+    tokens = (
+        f"{apart['incumbent_token']!r} or {apart['candidate_token']!r} after {number_of(apart['position'], 'token')}"
+    )
     kind = {True: "near tie", False: "unexplained", None: "logprobs not shown there"}[apart["explained"]]
     gap = apart["choice_gap_nats"]
     return [f"{tokens}, {kind}" + (f" ({figure(gap)} nats)" if gap is not None else "")]

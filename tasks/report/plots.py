@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.units import duration, figure, quantity, size
+from engines.units import duration, figure, number_of, quantity, size
 from tasks.evidence.nights import NightSeries, day_of
 from tasks.evidence.soak.judge import DAY_S
 from tasks.records.series import Series
@@ -164,7 +164,7 @@ def divergences(title: str, found: Sequence[Divergence], tie_gap: float) -> Html
         drawn += _divergence(one, x, y)
     unexplained = sum(one.explained is False for one in found)
     unseen = sum(one.explained is None for one in found)
-    differ = "1 answer parts" if len(found) == 1 else f"{len(found)} answers part"
+    differ = "1 answer parts" if len(found) == 1 else f"{number_of(len(found), 'answer')} part"
     summary = f"{differ} from the incumbent's; {unexplained} unexplained (cross), {unseen} not visible (hollow)."
     read = (
         f"{summary} Height: nats by which the incumbent prefers its own token to the candidate's; bar: to its second."
@@ -186,7 +186,9 @@ def token_counts(title: str, pairs: Sequence[tuple[int, int]]) -> Html:
     for ours, theirs in pairs:
         at = x.at(ours), y.at(theirs)
         drawn.append(_cross(*at, "candidate") if ours != theirs else _mark("neutral", *at, 3.4))
-    summary = f"{len(pairs) - off} of {len(pairs)} prompts have equally many tokens; {off} differ (crosses)."
+    summary = (
+        f"{len(pairs) - off} of {number_of(len(pairs), 'prompt')} have equally many tokens; {off} differ (crosses)."
+    )
     return _plot(title, summary, joined(*drawn), 246, summary)
 
 
@@ -207,7 +209,7 @@ def nights(title: str, shown: Mapping[str, NightSeries]) -> Html:
     ]
     summary = []
     for number, (arm, one) in enumerate(shown.items()):
-        words = f"{quantity(one.nights[-1].value, unit)} in the latest of {len(one.nights)} nights"
+        words = f"{quantity(one.nights[-1].value, unit)} in the latest of {number_of(len(one.nights), 'night')}"
         summary.append(f"{arm} {one.engine}: {words}")
         drawn += [
             _mark(arm, 14, 12.0 + 18 * number, 4),

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from engines.errors import BadInput, NoMeasurement
-from engines.units import figure, quantity
+from engines.units import figure, number_of, quantity
 from tasks.verdicts.statistics import normal_cdf, normal_quantile, percentile, t_quantile
 from tasks.verdicts.verdict import CheckResult, Verdict, decided, is_near, worst
 
@@ -164,7 +164,8 @@ def judge(
         return _undecided(facts, f"not measured: {error}", final=True)
     if len(levels) < 2:
         needed = looks[0] - len(valid)
-        why = f"{_count(len(valid), 'valid block')} measured{_discard_note(discarded)}; the first look needs {looks[0]}"
+        seen = number_of(len(valid), "valid block")
+        why = f"{seen} measured{_discard_note(discarded)}; the first look needs {looks[0]}"
         return _undecided(facts, why, blocks_needed=needed)
     bound = bounds[list(looks).index(reached)] if reached else bounds[0]
     estimate = _estimate([_harm(metric, *level) for level in levels], [_foreign_difference(block) for block in used])
@@ -178,7 +179,7 @@ def judge(
         "adjusted": estimate.adjusted,
     }
     level_a, level_b = (statistics.median(arm) for arm in zip(*levels, strict=True))
-    says = _says(metric, estimate, low, high, level_a, level_b) + f", over {_count(len(used), 'block')}"
+    says = _says(metric, estimate, low, high, level_a, level_b) + f", over {number_of(len(used), 'block')}"
     says += _discard_note(discarded) + ("; adjusted for foreign CPU load" if estimate.adjusted else "")
     if client_error is not None and metric.margin * level_a < CLIENT_ERROR_FACTOR * client_error:
         why = f"{_too_fine(metric, level_a, client_error)}; seen: {says}"
@@ -189,7 +190,7 @@ def judge(
     limit = f"limit {_limit(metric)}"
     if reached is None:
         needed = looks[0] - len(valid)
-        why = f"{says}: too few to judge, the first look needs {looks[0]} blocks; {limit}"
+        why = f"{says}: too few to judge, the first look needs {number_of(looks[0], 'block')}; {limit}"
         return _undecided(facts, why, blocks_needed=needed, **numbers)
     verdict = decided(fails=low > metric.limit, passes=high <= metric.limit)
     if verdict is not Verdict.INCONCLUSIVE:
@@ -227,9 +228,9 @@ def decision_reached(
     elif unmeasurable:
         why = f"{', '.join(unmeasurable)} cannot be judged, and more blocks would not change that"
     elif following is None:
-        why = f"undecided after the last look, at {looks[-1]} blocks"
+        why = f"undecided after the last look, at {number_of(looks[-1], 'block')}"
     else:
-        stop, why = False, f"undecided after {_count(n_valid, 'valid block')}: on to the look at {following}"
+        stop, why = False, f"undecided after {number_of(n_valid, 'valid block')}: on to the look at {following}"
     return LookDecision(stop=stop, verdict=verdict, why=why, outcomes=outcomes)
 
 
@@ -344,7 +345,7 @@ def _calibrate(
     largest = _largest_sd(metric.margin, looks[-1], alpha)
     facts: dict[str, Any] = {"check": f"calibration.{metric.name}", "limit": largest, "unit": "ln ratio"}
     if len(valid) < CALIBRATION_BLOCKS:
-        seen = f"{_count(len(valid), 'valid block')}{_discard_note(discarded)}"
+        seen = f"{number_of(len(valid), 'valid block')}{_discard_note(discarded)}"
         why = f"{seen} of the incumbent against itself; {CALIBRATION_BLOCKS} are needed"
         return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=why)
     outcome = judge(metric, valid, (len(valid),), client_error=client_error)
@@ -353,7 +354,7 @@ def _calibrate(
     facts["value"] = outcome.sd
     # the arms are the same engine, so a bias may show on either side
     away = max(outcome.ci_low, 1.0 / outcome.ci_high)
-    seen = _count(outcome.n_blocks, "block") + _discard_note(discarded)
+    seen = number_of(outcome.n_blocks, "block") + _discard_note(discarded)
     if away > 1 + metric.margin:
         why = (
             f"the incumbent differs from itself by {max(outcome.ratio, 1 / outcome.ratio):.2f}x "
@@ -378,7 +379,7 @@ def _calibrate(
         return CheckResult(**facts, verdict=Verdict.INCONCLUSIVE, why=why)
     why = (
         f"the incumbent against itself varies by {percent} from block to block over {seen}: quiet "
-        f"enough to judge a {100 * metric.margin:g}% margin within {looks[-1]} blocks"
+        f"enough to judge a {100 * metric.margin:g}% margin within {number_of(looks[-1], 'block')}"
     )
     return CheckResult(**facts, verdict=Verdict.PASS, why=why)
 
@@ -490,7 +491,7 @@ def _what_would_settle(metric: Metric, further: int | None) -> str:
         return f"{limit}, and the candidate as measured is over it"
     if further > HOPELESS_BLOCKS:
         return f"{limit}, and the candidate as measured is too close to it to be settled by measuring more"
-    return f"{limit}; about {_count(further, 'more block')} would settle it if the ratio stays"
+    return f"{limit}; about {number_of(further, 'more block')} would settle it if the ratio stays"
 
 
 def _says(metric: Metric, estimate: _Estimate, low: float, high: float, level_a: float, level_b: float) -> str:
@@ -531,10 +532,6 @@ def _obrien_fleming(looks: Sequence[int], constant: float) -> tuple[float, ...]:
 def _finite_exp(log_ratio: float) -> float | None:
     """The ratio, None where it is too large for a float: two wild blocks bound nothing."""
     return math.exp(log_ratio) if log_ratio < 700 else None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _discard_note(reasons: Sequence[str]) -> str:

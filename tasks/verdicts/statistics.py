@@ -13,6 +13,7 @@ from functools import lru_cache
 from statistics import NormalDist, median
 
 from engines.errors import BadInput, NoMeasurement
+from engines.units import number_of
 
 _NORMAL = NormalDist()
 
@@ -181,7 +182,7 @@ def slope_within(parts: Sequence[tuple[Sequence[float], Sequence[float]]], confi
         slopes += [(y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(points) for x2, y2 in points[:i] if x2 != x1]
     n_points = sum(len(x) for x, _ in parts)
     if not slopes:
-        raise NoMeasurement(f"no slope from {n_points} points without two different x")
+        raise NoMeasurement(f"no slope from {number_of(n_points, 'point')} without two different x")
     slopes.sort()
     variance = sum(_kendall_variance(x) for x, _ in parts)
     spread = normal_quantile((1.0 + confidence) / 2.0) * math.sqrt(variance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.units import ago, duration, figure, quantity, size
+from engines.units import ago, duration, figure, number_of, quantity, size
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +85,44 @@ def test_no_text_is_made_with_an_exponent() -> None:
             if isinstance(spec, ast.JoinedStr)
         )
         found += [f"{file.relative_to(ROOT)}: {word}" for word in words if re.search(r"\.\d+[ge]$", word)]
-    assert found == []
+    assert not found, "\n".join(found)
+
+
+# what is counted in a user's text; a name before one of these may be a verb's (`mistral.rs answers`)
+COUNTED = "windows processes cycles conversations prompts requests failures blocks positions divergences texts fields "
+COUNTED += "parameters behaviours hosts models tokens pairs copies checks calls chunks pieces events connections"
+# a name before a verb, a measured number
+NO_COUNT = r"\.engine$|\['engine'\]$|model_id$|finishes$|^(figure|duration|number_of)\("
+NEVER_ONE = {
+    "needed": "blocks of a power, 3 or more",
+    "outcomes[0].look": "a look, at 3 blocks or more",
+    "ours[1]": "requests and starts",
+    "theirs['prompt_tokens']": "differs from another number in the same words, and may be None",
+}
+
+
+def test_one_is_not_many() -> None:
+    """`1 windows`: what is counted in a text goes through `number_of`, unless it is a constant."""
+    words = "|".join(COUNTED.split())
+    found = []
+    for folder in ("tasks", "flows", "engines/yard", "engines/client"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for text in (one for one in ast.walk(ast.parse(file.read_text())) if isinstance(one, ast.JoinedStr)):
+                for value, after in itertools.pairwise(text.values):
+                    if not isinstance(value, ast.FormattedValue) or not isinstance(after, ast.Constant):
+                        continue
+                    shown = ast.unparse(value.value)
+                    known = shown.isupper() or shown in NEVER_ONE or re.search(NO_COUNT, shown)
+                    if not known and re.match(rf" ((?!of\b|gets\b)[a-z]+ )?({words})\b", str(after.value)):
+                        found.append(f"{file.relative_to(ROOT)}:{value.lineno}: {shown}{after.value}")
+    assert not found, "\n".join(found)
+
+
+def test_numbers_of_things() -> None:
+    assert [number_of(n, "window") for n in (0, 1, 2, 1204)] == ["0 windows", "1 window", "2 windows", "1,204 windows"]
+    assert [number_of(2, noun) for noun in ("process", "copy", "entry", "key")] == [
+        "2 processes", "2 copies", "2 entries", "2 keys",
+    ]  # fmt: skip
 
 
 def test_figures_keep_their_size() -> None:

@@ -17,6 +17,7 @@ from engines.deadline import in_thread
 from engines.driver import Driver
 from engines.process.cpu_wait import is_stopped
 from engines.process.readiness import CHAT, is_proof, refusal_words, smallest_request
+from engines.units import number_of
 from engines.yard.engine.connection import EngineConnection, Gone
 from engines.yard.engine.drift import Drift
 from engines.yard.engine.health import PATIENCE, Health, stall_limit_s, token_limit_s
@@ -104,8 +105,8 @@ class Liveness:
             return Health.WEDGED, "its process is stopped (state T: SIGSTOP or job control)"
         if self.doubted and self._failures and self._missed >= self.settings.failed_probes:
             return Health.FAILING, (
-                f"{len(self._failures)} consecutive requests failed, and {self._missed} one-token probes after them "
-                f"({self._failures[-1]})"
+                f"{number_of(len(self._failures), 'consecutive request')} failed, and "
+                f"{number_of(self._missed, 'one-token probe')} after them ({self._failures[-1]})"
             )
         working = self._working()
         if not working:
@@ -118,7 +119,7 @@ class Liveness:
         if still <= limit:
             return None
         return Health.WEDGED, (
-            f"{len(working)} request(s) in flight and no token, no prompt progress for {still:.1f} s "
+            f"{number_of(len(working), 'request')} in flight and no token, no prompt progress for {still:.1f} s "
             f"(limit {limit:.1f} s{self._silence.excused()})"
         )
 

@@ -17,6 +17,7 @@ from engines.errors import BadInput
 from engines.openai.call import Call
 from engines.openai.slots import SlotFiles
 from engines.settings import Serve
+from engines.units import number_of
 from engines.yard.engine.connection import EngineConnection, Gone
 from engines.yard.engine.in_flight import InFlight
 from engines.yard.engine.launch_spec import LaunchSpec
@@ -92,7 +93,7 @@ class PromptCache:
                 name="record of saved prompts",
             )
         if n_tokens:
-            self._note("yard", f"prompts saved: {n_tokens:,} tokens")
+            self._note("yard", f"prompts saved: {number_of(n_tokens, 'token')}")
 
     async def restore(self, connection: EngineConnection) -> bool:
         """Restore what was saved for just this engine into a process that has had no request; True where it was.
@@ -117,7 +118,7 @@ class PromptCache:
                     if one.slot in here:
                         n_tokens = await self._act(connection, files.restore(one.slot), files.body(one.file))
                         if n_tokens != one.tokens:
-                            raise ValueError(f"{n_tokens} tokens came back of {one.tokens}")
+                            raise ValueError(f"{number_of(n_tokens, 'token')} came back of {one.tokens}")
         except (Gone, ValueError, TimeoutError) as error:
             why = str(error) or f"it took longer than {RESTORE_S:g} s"
             self._disprove(f"a restore failed: {why}")
@@ -128,7 +129,7 @@ class PromptCache:
             with contextlib.suppress(OSError):
                 await in_thread(lambda: store.forget(key), name="restored prompts")
         self.used, self._taken, self._restored = True, 0, saved.turns
-        self._note("yard", f"prompts restored: {sum(one.tokens for one in saved.slots):,} tokens")
+        self._note("yard", f"prompts restored: {number_of(sum(one.tokens for one in saved.slots), 'token')}")
         return True
 
     def taken(self) -> None:
@@ -150,7 +151,7 @@ class PromptCache:
             del self._turns[oldest]
         if (turn := restored.get(name)) is None or self._store is None or self._taken != 1:
             return  # what it found may be another request's
-        found = f"{cached:,} of {prompt:,} prompt tokens were in the cache after a restore"
+        found = f"{cached:,} of {number_of(prompt, 'prompt token')} were in the cache after a restore"
         is_in_a_slot = name == next(reversed(restored)) and turn.was_cached and prompt >= turn.prompt_tokens
         if _is_kept(cached, turn):
             if self._store.proof(self.key) is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engines.units import number_of
+
 
 def retired(status: Mapping[str, Any]) -> list[str]:
     return list(status.get("retired", {}).values())
@@ -55,7 +57,7 @@ def notes(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _overflow(over: Mapping[str, Any]) -> tuple[str, str]:
-    more = f"new conversations while more than {over['waiting']} requests wait"
+    more = f"new conversations while more than {number_of(over['waiting'], 'request')} wait"
     if over["takes"]:
         return "news", f"Overflow: {over['engine']} takes {more}; {over['conversations']:,} so far"
     return "muted", f"Overflow: {over['engine']} would take {more}: {over['why']}"

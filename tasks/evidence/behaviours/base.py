@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from engines.units import number_of
 from tasks.evidence.behaviours.caller import ApiReply, Caller, Json, Messages, Streamed, user
 
 Kind = Literal["passed", "failed", "not_applicable", "errored"]
@@ -130,7 +131,7 @@ class Asker(Caller):
     def ending(self) -> tuple[str, ApiReply]:
         """The first prompt whose greedy answer ends by itself within the limit, with that answer."""
         if self._ending is None:
-            raise NotApplicable(f"no answer to {len(ENDING)} prompts ended within {ENDING_TOKENS} tokens")
+            raise NotApplicable(f"no answer to {number_of(len(ENDING), 'prompt')} ended within {ENDING_TOKENS} tokens")
         return self._ending
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from engines.units import number_of
 from tasks.evidence.behaviours.base import COMMON, COMMON_TOKENS, Asker, Observation, behaviour, failed, holds, passed
 from tasks.evidence.behaviours.caller import Json, count, user
 
@@ -43,7 +44,9 @@ def message_reaches_prompt(ask: Asker, role: str) -> Observation:
     short, extra = "Be kind.", " Also be brief, honest, calm, clear, warm, and exact."
     sizes = [ask.prompt_tokens([{"role": role, "content": text}, user("Hi")]) for text in (short, short + extra)]
     grown = sizes[1] - sizes[0]
-    return holds(grown >= len(extra.split()), f"{len(extra.split())} more words: {grown} more prompt tokens")
+    return holds(
+        grown >= len(extra.split()), f"{number_of(len(extra.split()), 'more word')}: {grown} more prompt tokens"
+    )
 
 
 @behaviour("chat", "earlier turns of a conversation reach the model", required=True)
@@ -93,14 +96,14 @@ def keep_alive(ask: Asker) -> Observation:
             answer = http.request(method, path, json=body, extensions={"trace": trace})
             if answer.status_code != 200:
                 return failed(f"HTTP {answer.status_code} on a kept connection")
-    return holds(len(opened) == 1, f"3 answers over {len(opened)} connections")
+    return holds(len(opened) == 1, f"3 answers over {number_of(len(opened), 'connection')}")
 
 
 @behaviour("stream", "a streamed answer comes as server-sent events in several pieces of text", required=True)
 def stream_pieces(ask: Asker) -> Observation:
     stream = ask.bare_stream
     good = "text/event-stream" in stream.content_type and len(stream.arrivals_s) > 1
-    return holds(good, f"{len(stream.arrivals_s)} pieces with text, content type {stream.content_type!r}")
+    return holds(good, f"{number_of(len(stream.arrivals_s), 'piece')} with text, content type {stream.content_type!r}")
 
 
 @behaviour("stream", "every chunk is JSON with the shape that client libraries read", required=True)
@@ -111,7 +114,7 @@ def stream_shape(ask: Asker) -> Observation:
         odd = next((chunk for chunk in stream.chunks if not well_shaped(chunk)), None)
         if odd is not None:
             return failed(f"odd chunk {json.dumps(odd)[:200]}")
-    return passed(f"{len(ask.bare_stream.chunks)} and {len(ask.usage_stream.chunks)} chunks")
+    return passed(f"{len(ask.bare_stream.chunks)} and {number_of(len(ask.usage_stream.chunks), 'chunk')}")
 
 
 def well_shaped(chunk: Json) -> bool:
@@ -142,7 +145,9 @@ def stream_equals_plain(ask: Asker) -> Observation:
 @behaviour("stream", "a stream ends with [DONE] and nothing after it", required=True)
 def stream_done(ask: Asker) -> Observation:
     stream = ask.bare_stream
-    return holds(stream.done and not stream.after_done, f"[DONE] {stream.done}, {stream.after_done} events after it")
+    return holds(
+        stream.done and not stream.after_done, f"[DONE] {stream.done}, {number_of(stream.after_done, 'event')} after it"
+    )
 
 
 @behaviour("stream", "a stream names its finish reason once, after the last piece of text", required=True)
@@ -157,7 +162,10 @@ def stream_finish_once(ask: Asker) -> Observation:
 @behaviour("stream", "all chunks of one stream carry the same id")
 def stream_one_id(ask: Asker) -> Observation:
     ids = {chunk.get("id") for chunk in ask.bare_stream.chunks}
-    return holds(len(ids) == 1 and None not in ids, f"{len(ids)} ids in {len(ask.bare_stream.chunks)} chunks")
+    return holds(
+        len(ids) == 1 and None not in ids,
+        f"{number_of(len(ids), 'id')} in {number_of(len(ask.bare_stream.chunks), 'chunk')}",
+    )
 
 
 @behaviour("usage", "prompt and completion tokens add up to the total", required=True)
@@ -180,4 +188,4 @@ def usage_in_stream(ask: Asker) -> Observation:
 @behaviour("usage", "a stream that does not ask for usage gets none")
 def usage_only_when_asked(ask: Asker) -> Observation:
     carrying = len(ask.bare_stream.usages)
-    return holds(carrying == 0, f"{carrying} of {len(ask.bare_stream.chunks)} chunks carry usage unasked")
+    return holds(carrying == 0, f"{carrying} of {number_of(len(ask.bare_stream.chunks), 'chunk')} carry usage unasked")

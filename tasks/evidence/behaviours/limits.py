@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from engines.units import number_of
 from tasks.evidence.behaviours.base import (
     COMMON,
     COMMON_TOKENS,
@@ -72,7 +73,7 @@ def stop_in_stream(ask: Asker) -> Observation:
 def ends_by_itself(ask: Asker) -> Observation:
     _, reply = ask.ending
     good = reply.finish == "stop" and not MARKERS.search(reply.text)
-    return holds(good, f"{reply.text!r}, finish {reply.finish}, {reply.used('completion_tokens')} tokens")
+    return holds(good, f"{reply.text!r}, finish {reply.finish}, {number_of(reply.used('completion_tokens'), 'token')}")
 
 
 @behaviour("stop", "ignore_eos generates on past the model's own end")
@@ -81,7 +82,9 @@ def ignore_eos(ask: Asker) -> Observation:
     reply = ask.chat(prompt, max_tokens=ENDING_TOKENS, ignore_eos=True)
     tokens = reply.used("completion_tokens")
     good = tokens == ENDING_TOKENS and reply.finish == "length"
-    return holds(good, f"{before.used('completion_tokens')} tokens without, {tokens} with, finish {reply.finish}")
+    return holds(
+        good, f"{number_of(before.used('completion_tokens'), 'token')} without, {tokens} with, finish {reply.finish}"
+    )
 
 
 @behaviour("limits", "max_tokens is the number of tokens that come, with finish reason length", required=True)
@@ -89,7 +92,9 @@ def max_tokens(ask: Asker) -> Observation:
     reply = ask.chat(COMMON, max_tokens=5)
     tokens = reply.used("completion_tokens")
     shorter = len(reply.text) < len(ask.plain.text) and ask.plain.text.startswith(reply.text)
-    return holds(tokens == 5 and reply.finish == "length" and shorter, f"{tokens} tokens, finish {reply.finish}")
+    return holds(
+        tokens == 5 and reply.finish == "length" and shorter, f"{number_of(tokens, 'token')}, finish {reply.finish}"
+    )
 
 
 @behaviour("limits", "max_completion_tokens limits the answer as max_tokens does", required=True)
@@ -99,16 +104,20 @@ def max_completion_tokens(ask: Asker) -> Observation:
         COMMON, max_tokens=None, max_completion_tokens=5, stream_options={"include_usage": True}, leave_after=16
     ).served()
     if not stream.finishes:
-        return failed(f"still generating after {len(stream.arrivals_s)} pieces")
+        return failed(f"still generating after {number_of(len(stream.arrivals_s), 'piece')}")
     tokens = count(stream.usages[-1] if stream.usages else None, "completion_tokens")
-    return holds(tokens == 5 and stream.finishes == ["length"], f"{tokens} tokens, finish {stream.finishes}")
+    return holds(
+        tokens == 5 and stream.finishes == ["length"], f"{number_of(tokens, 'token')}, finish {stream.finishes}"
+    )
 
 
 @behaviour("limits", "max_tokens beyond the context is accepted", required=True)
 def max_tokens_beyond_context(ask: Asker) -> Observation:
     asked = 10 * (ask.context_tokens or 100_000)
     stream = ask.stream(COMMON, max_tokens=asked, leave_after=2).served()
-    return holds(bool(stream.arrivals_s), f"max_tokens {asked}: {len(stream.arrivals_s)} pieces read, then left")
+    return holds(
+        bool(stream.arrivals_s), f"max_tokens {asked}: {number_of(len(stream.arrivals_s), 'piece')} read, then left"
+    )
 
 
 LONG_PROMPT_WORDS = 128
@@ -125,7 +134,7 @@ def words(number: int) -> str:
 def long_prompt(ask: Asker) -> Observation:
     number = min(LONG_PROMPT_WORDS, (ask.context_tokens or 2048) // 3)
     tokens = ask.prompt_tokens(words(number))
-    return holds(tokens >= number, f"{number} words: {tokens} prompt tokens")
+    return holds(tokens >= number, f"{number_of(number, 'word')}: {number_of(tokens, 'prompt token')}")
 
 
 def too_long(ask: Asker) -> str:
@@ -139,7 +148,9 @@ def too_long(ask: Asker) -> str:
 def overflow(ask: Asker) -> Observation:
     reply = ask.chat(too_long(ask), max_tokens=1)
     if reply.status == 200:
-        return failed(f"too long for a context of {ask.context_tokens}: served {reply.used('prompt_tokens')} tokens")
+        return failed(
+            f"too long for a context of {ask.context_tokens}: served {number_of(reply.used('prompt_tokens'), 'token')}"
+        )
     return holds(reply.status == 400 and bool(reply.error.get("message")), refusal(reply))
 
 

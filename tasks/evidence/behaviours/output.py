@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from engines.units import number_of
 from tasks.evidence.behaviours.base import Asker, NotApplicable, Observation, behaviour, failed, holds, refusal
 from tasks.evidence.behaviours.caller import Json, user
 
@@ -69,7 +70,7 @@ def unicode_stream(ask: Asker) -> Observation:
         return failed(f"not UTF-8: {stream.undecodable[0]!r}")
     if not re.match(r'\s*\{\s*"code"', stream.text):
         raise NotApplicable(f"the engine could not be made to write them: {stream.text!r}")
-    return holds(follows(stream.text, [WIDE]), f"{stream.text!r} in {len(stream.arrivals_s)} pieces")
+    return holds(follows(stream.text, [WIDE]), f"{stream.text!r} in {number_of(len(stream.arrivals_s), 'piece')}")
 
 
 ECHO: list[Json] = [

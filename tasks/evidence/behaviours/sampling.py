@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from typing import Any
 
+from engines.units import number_of
 from tasks.evidence.behaviours.base import (
     COMMON,
     REPEATING,
@@ -30,7 +31,10 @@ def temperature_varies(ask: Asker) -> Observation:
     texts: list[str] = []
     while len(texts) < 4 and len(set(texts)) < 2:
         texts.append(ask.chat(COMMON, temperature=1.5).text)
-    return holds(len(set(texts)) > 1, f"{len(texts)} answers at temperature 1.5: {len(set(texts))} texts")
+    return holds(
+        len(set(texts)) > 1,
+        f"{number_of(len(texts), 'answer')} at temperature 1.5: {number_of(len(set(texts)), 'text')}",
+    )
 
 
 @behaviour("sampling", "the same seed repeats a sampled text, another seed changes it")
@@ -108,7 +112,7 @@ def penalised(ask: Asker, **penalty: float) -> Observation:
 def two_choices(ask: Asker) -> Observation:
     reply = ask.chat(COMMON, n=2, temperature=1.0).served()
     texts = [(choice.get("message") or {}).get("content") for choice in reply.body.get("choices") or []]
-    return holds(len(texts) == 2 and all(texts), f"{len(texts)} choices: {texts}")
+    return holds(len(texts) == 2 and all(texts), f"{number_of(len(texts), 'choice')}: {texts}")
 
 
 def logprob_entries(holder: Json) -> list[Json]:
@@ -137,7 +141,10 @@ def top_logprobs(ask: Asker) -> Observation:
     if not entries:
         return failed("no logprobs.content")
     odd = next((entry for entry in entries if not ranked(entry, 3)), None)
-    return holds(odd is None, f"{len(entries)} tokens, 3 alternatives each" if odd is None else json.dumps(odd)[:200])
+    return holds(
+        odd is None,
+        f"{number_of(len(entries), 'token')}, 3 alternatives each" if odd is None else json.dumps(odd)[:200],
+    )
 
 
 def ranked(entry: Json, number: int) -> bool:
@@ -154,4 +161,6 @@ def ranked(entry: Json, number: int) -> bool:
 def logprobs_in_stream(ask: Asker) -> Observation:
     stream = ask.stream(COMMON, logprobs=True).served()
     entries = [entry for choice in stream.choices for entry in logprob_entries(choice)]
-    return holds(bool(entries) and spells(entries, stream.text), f"{len(entries)} entries for {stream.text!r}")
+    return holds(
+        bool(entries) and spells(entries, stream.text), f"{number_of(len(entries), 'entry')} for {stream.text!r}"
+    )

@@ -10,6 +10,7 @@ from itertools import takewhile
 
 import httpx
 
+from engines.units import number_of
 from tasks.evidence.behaviours.base import (
     Asker,
     NotApplicable,
@@ -114,7 +115,7 @@ def cancel_stream(ask: Asker) -> Observation:
     idle_s, left_after = seconds_for_one_token(ask), 3
     stream = ask.stream(LEAVING, max_tokens=LEFT_TOKENS, ignore_eos=True, leave_after=left_after).served()
     if stream.finishes:
-        raise NotApplicable(f"the answer ended after {len(stream.arrivals_s)} pieces")
+        raise NotApplicable(f"the answer ended after {number_of(len(stream.arrivals_s), 'piece')}")
     return freed(ask, idle_s, (LEFT_TOKENS - left_after) * ask.chunk_gap_s)
 
 
@@ -162,7 +163,7 @@ def unmixed(ask: Asker, alone: Mapping[str, str]) -> Observation:
         if not text or nearest != prompt:
             return failed(f"{prompt!r} got {text!r}, alone {alone[prompt]!r}")
     equal = sum(alone[prompt] == text for prompt, text in together.items())
-    return passed(f"{len(together)} answers, {equal} of them the same as alone")
+    return passed(f"{number_of(len(together), 'answer')}, {equal} of them the same as alone")
 
 
 @behaviour("concurrency", "three requests at once all get their own answers", required=True)
@@ -203,7 +204,7 @@ def completions_route(ask: Asker) -> Observation:
 @behaviour("models", "/tokenize gives the token ids of a text")
 def tokenize_route(ask: Asker) -> Observation:
     once, twice = (len(tokenized(ask, text)) for text in ("one two", "one two one two"))
-    return holds(0 < once < twice, f"{once} and {twice} ids")
+    return holds(0 < once < twice, f"{once} and {number_of(twice, 'id')}")
 
 
 @behaviour("models", "/props reports the context of one sequence")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from engines.units import number_of
 from tasks.evidence.behaviours.base import (
     CALL_TOKENS,
     CLOCK,
@@ -42,7 +43,7 @@ def call_fault(calls: list[Json], name: str = "get_weather") -> str:
 @behaviour("tools", "tools that are offered are shown to the model", required=True)
 def tools_shown(ask: Asker) -> Observation:
     ask.require_tools()
-    return passed(f"one tool adds {ask.tool_growth} prompt tokens")
+    return passed(f"one tool adds {number_of(ask.tool_growth, 'prompt token')}")
 
 
 def no_call(text: str) -> Observation:
@@ -73,7 +74,7 @@ def tool_call_streamed(ask: Asker) -> Observation:
         return no_call(stream.text)
     fault = call_fault(joined_calls(stream.tool_pieces))
     good = not fault and stream.finishes == ["tool_calls"] and not stream.text.strip()
-    seen = f"{len(stream.tool_pieces)} pieces, finish {stream.finishes}, text beside it {stream.text!r}"
+    seen = f"{number_of(len(stream.tool_pieces), 'piece')}, finish {stream.finishes}, text beside it {stream.text!r}"
     return holds(good, f"{fault}; {seen}" if fault else seen)
 
 
@@ -112,7 +113,9 @@ def forced_call(ask: Asker, choice: str | Json, name: str, *, tools: list[Json])
 def tool_choice_none(ask: Asker) -> Observation:
     ask.require_tools()
     reply = ask.chat(ask.calling[0], tools=[WEATHER, CLOCK], tool_choice="none", max_tokens=16)
-    return holds(not reply.tool_calls and bool(reply.text), f"{len(reply.tool_calls)} calls, text {reply.text!r}")
+    return holds(
+        not reply.tool_calls and bool(reply.text), f"{number_of(len(reply.tool_calls), 'call')}, text {reply.text!r}"
+    )
 
 
 @behaviour("tools", "parallel_tool_calls false yields one call at most")
@@ -122,7 +125,7 @@ def one_call_at_a_time(ask: Asker) -> Observation:
     reply = ask.chat(ask.calling[0], tools=tools, parallel_tool_calls=False, max_tokens=2 * CALL_TOKENS)
     if not reply.tool_calls:
         raise NotApplicable(f"no call: {reply.text!r}")
-    return holds(len(reply.tool_calls) == 1, f"{len(reply.tool_calls)} calls")
+    return holds(len(reply.tool_calls) == 1, f"{number_of(len(reply.tool_calls), 'call')}")
 
 
 @behaviour("tools", "a tool's result is accepted and reaches the model", required=True)
@@ -133,7 +136,7 @@ def tool_round_trip(ask: Asker) -> Observation:
         for text in ("rain", long)
     ]
     grown, more = sizes[1] - sizes[0], len(long.split()) - 1
-    return holds(grown >= more, f"{more} more words in the result: {grown} more prompt tokens")
+    return holds(grown >= more, f"{number_of(more, 'more word')} in the result: {grown} more prompt tokens")
 
 
 @behaviour("tools", "an assistant turn with tool calls and null content is accepted", required=True)

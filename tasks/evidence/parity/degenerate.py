@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from engines.units import number_of
 from tasks.evidence.parity.asking import Evidence
 
 LOOP = "loop"
@@ -61,13 +62,13 @@ def _script(letter: str) -> str:
 def _loops(text: str, units: list[str]) -> str | None:
     run = max((len(found.group()) for found in re.finditer(r"(\S)\1*", text)), default=0)
     if run >= 24 and run >= 0.3 * len(text):
-        return f"{LOOP}: one character {run} times"
+        return f"{LOOP}: one character {number_of(run, 'time')}"
     for period in range(1, len(units) // 4 + 1):
         covered = period  # how many of the last units repeat with this period; a last, incomplete round counts
         while covered < len(units) and units[-covered - 1] == units[-covered - 1 + period]:
             covered += 1
         if covered >= max(12, 4 * period, len(units) // 2):
-            return f"{LOOP}: {' '.join(units[-period:])[:40]!r} {covered // period} times"
+            return f"{LOOP}: {' '.join(units[-period:])[:40]!r} {number_of(covered // period, 'time')}"
     if len(units) >= 24 and len(set(units)) < 0.15 * len(units):
-        return f"{LOOP}: {len(set(units))} different of {len(units)} tokens"
+        return f"{LOOP}: {len(set(units))} different of {number_of(len(units), 'token')}"
     return None

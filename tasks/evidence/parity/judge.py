@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engines.units import figure, quantity
+from engines.units import figure, number_of, quantity
 from tasks.evidence.parity.asking import Evidence
 from tasks.evidence.parity.compare import compare_answers
 from tasks.evidence.parity.degenerate import LOOP
@@ -70,9 +70,10 @@ def judge_answers(
 def _basis(comparison: Evidence) -> str:
     """How much was compared; what could not be compared comes first."""
     differ, errors = len(comparison["prompt_tokens_differ"]), len(comparison["errors"])
-    first = f"{differ} prompts read as other tokens and left out; " if differ else ""
-    first += f"{errors} prompts failed ({comparison['errors'][0][:80]}); " if errors else ""
-    return f"{first}{comparison['positions']:,} positions of {comparison['prompts_compared']:,} prompts"
+    first = f"{number_of(differ, 'prompt')} read as other tokens and left out; " if differ else ""
+    first += f"{number_of(errors, 'prompt')} failed ({comparison['errors'][0][:80]}); " if errors else ""
+    positions, prompts = comparison["positions"], comparison["prompts_compared"]
+    return f"{first}{number_of(positions, 'position')} of {number_of(prompts, 'prompt')}"
 
 
 def _judge_top1(comparison: Evidence, limits: Limits) -> CheckResult:
@@ -124,7 +125,7 @@ def _judge_divergences(comparison: Evidence, limits: Limits) -> CheckResult:
     found = comparison["divergences"]
     unexplained = [d for d in found if d["explained"] is False]
     unseen = [d for d in found if d["explained"] is None]
-    why = f"{len(found)} divergences, {len(found) - len(unexplained) - len(unseen)} on near ties"
+    why = f"{number_of(len(found), 'divergence')}, {len(found) - len(unexplained) - len(unseen)} on near ties"
     why += f", {len(unseen)} where the logprobs are not shown" if unseen else ""
     if unexplained:
         shown = "; ".join(
@@ -189,7 +190,7 @@ def _judge_length(comparison: Evidence, limits: Limits) -> CheckResult:
         return not_measured(check, why, limit=inside[1], unit="ratio", required=False)
     low, high = length["low"], length["high"]
     verdict = decided(fails=high < inside[0] or low > inside[1], passes=inside[0] <= low and high <= inside[1])
-    why = f"{length['ratio']:.3f}, 95% interval {low:.3f} to {high:.3f} over {length['prompts']} prompts"
+    why = f"{length['ratio']:.3f}, 95% interval {low:.3f} to {high:.3f} over {number_of(length['prompts'], 'prompt')}"
     return CheckResult(
         check=check, verdict=verdict, value=length["ratio"], limit=inside[1], unit="ratio", why=why, required=required
     )

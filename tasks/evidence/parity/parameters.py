@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from engines.settings import Endpoint
+from engines.units import number_of
 from tasks.evidence.behaviours.caller import Caller, Malformed, Refused
 from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, origin
 from tasks.verdicts.verdict import CheckResult, at_most, not_measured
@@ -120,14 +121,16 @@ def judge_fields(used: Evidence, incumbent: Evidence | None, candidate: Evidence
     ignored |= {name.partition(".")[0] for name in silent} & set(counts)
     why = f"clients send {requests({name: counts[name] for name in ignored})}: the candidate does not act on it"
     if not ignored:
-        why = f"none of the {len(counts)} fields that clients send is known to be ignored"
+        why = f"none of the {number_of(len(counts), 'field')} that clients send is known to be ignored"
     result = at_most(check, len(ignored), limit=0, unit="fields", why=why)
     return result.model_copy(update={"required": False})
 
 
 def requests(counts: Mapping[str, int]) -> str:
     """`mirostat (12 requests), n_probs (3 requests)`, the most frequent first."""
-    return ", ".join(f"{name} ({n:,} requests)" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+    return ", ".join(
+        f"{name} ({number_of(n, 'request')})" for name, n in sorted(counts.items(), key=lambda item: -item[1])
+    )
 
 
 def judge_ignored_parameters(

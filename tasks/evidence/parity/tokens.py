@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from engines.client.read_stream import read_usage
 from engines.settings import Endpoint
+from engines.units import number_of
 from tasks.evidence.behaviours.caller import Caller
 from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, chat_body, origin, post
 from tasks.evidence.prompts import Prompt
@@ -49,7 +50,7 @@ def measure_prompt_tokens(
             template = _template(caller, endpoint, prompt)
             counted[prompt.id] = _prompt_tokens(counter, endpoint, prompt) | {"template": template}
             if number % 10 == 0 or number == len(prompts):
-                progress(f"{endpoint.engine}: counted the tokens of {number}/{len(prompts)} prompts")
+                progress(f"{endpoint.engine}: counted the tokens of {number}/{number_of(len(prompts), 'prompt')}")
         raw = [_raw_tokens(caller, endpoint, text) for text in RAW_TEXTS]
     return origin(endpoint) | {"prompts": counted, "raw": raw, "seconds": time.monotonic() - started}
 
@@ -126,7 +127,11 @@ def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits
     asked = [key for key in ours if key in theirs]
     uncounted = [key for key in asked if theirs[key]["tokens"] is None and "usage" in (theirs[key]["error"] or "")]
     if not asked or uncounted:
-        why = f"{len(uncounted)} answers without usage.prompt_tokens" if uncounted else "no prompt counted by both"
+        why = (
+            f"{number_of(len(uncounted), 'answer')} without usage.prompt_tokens"
+            if uncounted
+            else "no prompt counted by both"
+        )
         return [not_measured(check, why, limit=limit, unit="share")]
     unequal = [key for key in asked if ours[key]["tokens"] != theirs[key]["tokens"]]
     refused = len(incumbent["prompts"]) - len(ours)
@@ -136,7 +141,7 @@ def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits
     else:
         dropped = sum(found["tools_shown"] is False for found in ours.values())
         note += f"; {dropped} with tools that the template does not show" if dropped else ""
-        why = f"{len(asked)} of {len(asked)} prompts equal{note}"
+        why = f"{len(asked)} of {number_of(len(asked), 'prompt')} equal{note}"
     share = 1.0 - len(unequal) / len(asked)
     return [at_least(check, share, limit=limit, unit="share", why=why), *_judge_templates(ours, theirs, asked)]
 
@@ -147,7 +152,7 @@ def _judge_templates(ours: Evidence, theirs: Evidence, asked: list[str]) -> list
     if not both:
         return []
     differ = [ours[key]["preview"] for key, equal in both.items() if not equal]
-    why = f"{len(both) - len(differ)} of {len(both)} prompts are rendered to the same text"
+    why = f"{len(both) - len(differ)} of {number_of(len(both), 'prompt')} are rendered to the same text"
     why += f"; not {differ[0]!r}" if differ else ""
     share = 1.0 - len(differ) / len(both)
     return [at_least("parity.templates", share, limit=PROMPT_TOKENS_SHARE, unit="share", why=why)]
@@ -160,10 +165,13 @@ def _examples(ours: Evidence, theirs: Evidence, unequal: list[str], asked: int) 
     parts = []
     if refused:
         words = theirs[refused[0]]["error"][:160]
-        parts.append(f"{len(refused)} of {asked} prompts refused by the candidate ({words})")
+        parts.append(f"{len(refused)} of {number_of(asked, 'prompt')} refused by the candidate ({words})")
     if counted:
-        shown = (f"{ours[k]['preview']!r}: {ours[k]['tokens']} vs {theirs[k]['tokens']} tokens" for k in counted[:3])
-        parts.append(f"{len(counted)} of {asked} prompts differ: {'; '.join(shown)}")
+        shown = (
+            f"{ours[k]['preview']!r}: {ours[k]['tokens']} vs {number_of(theirs[k]['tokens'], 'token')}"
+            for k in counted[:3]
+        )
+        parts.append(f"{len(counted)} of {number_of(asked, 'prompt')} differ: {'; '.join(shown)}")
     return "; ".join(parts)
 
 
@@ -175,11 +183,11 @@ def _cause(incumbent: Evidence, candidate: Evidence) -> str:
         return "cause unknown, tokenizer or template (raw texts were not counted by both engines)"
     differences = {theirs["tokens"] - ours["tokens"] for ours, theirs in counts}
     if differences == {0}:
-        return f"cause: chat template ({len(counts)} of {len(counts)} raw texts are read alike)"
+        return f"cause: chat template ({len(counts)} of {number_of(len(counts), 'raw text')} read alike)"
     if len(differences) == 1:
         return f"cause: start token ({differences.pop():+d} on every raw text, whatever its length)"
     ours, theirs = next((ours, theirs) for ours, theirs in counts if ours["tokens"] != theirs["tokens"])
     return (
-        f"cause: tokenizer, raw {ours['text']!r} is {ours['tokens']} vs {theirs['tokens']} tokens "
+        f"cause: tokenizer, raw {ours['text']!r} is {ours['tokens']} vs {number_of(theirs['tokens'], 'token')} "
         "(an explicit tokenizer.json for the candidate may fix it)"
     )

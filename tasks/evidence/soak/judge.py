@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.errors import BadInput
-from engines.units import duration, figure, quantity
+from engines.units import duration, figure, number_of, quantity
 from tasks.verdicts.counts import BY_CHANCE, chance_of, no_more_than_incumbent
 from tasks.verdicts.statistics import Slope, bucket_medians, poisson_lower_rate, poisson_upper_rate, theil_sen
 from tasks.verdicts.verdict import CheckResult, Verdict, decided, not_measured
@@ -104,7 +104,7 @@ def _judge_failures(
     """The exact conditional test against the incumbent; where that never failed, the rate against the limit as well."""
     k, k_theirs = len(ours["failures"]), len(theirs["failures"])
     exposure = (
-        f"{duration(ours['exposure_s'])} and {ours['requests']:,} requests (incumbent: {k_theirs} in "
+        f"{duration(ours['exposure_s'])} and {number_of(ours['requests'], 'request')} (incumbent: {k_theirs} in "
         f"{duration(theirs['exposure_s'])} and {theirs['requests']:,})"
     )
     if not ours["requests"] and not k:
@@ -118,7 +118,7 @@ def _judge_failures(
         least = poisson_lower_rate(k, ours["exposure_s"] / DAY_S)
         too_many = k_theirs == 0 and k >= FEWEST and least > failures_per_day
         verdict = Verdict.FAIL if chance < 1 - confidence or too_many else Verdict.INCONCLUSIVE
-        why = f"{k} failures ({_kinds(ours['failures'])}) in {exposure}; by chance alone {chance:.0%}"
+        why = f"{number_of(k, 'failure')} ({_kinds(ours['failures'])}) in {exposure}; by chance alone {chance:.0%}"
         why += f"; surely over {figure(least)} a day, limit {failures_per_day:g} a day" if too_many else ""
     return CheckResult(check="stability.failures", verdict=verdict, value=k, limit=0, unit="failures", why=why)
 
@@ -150,7 +150,7 @@ def _judge_silent_empty(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> C
     if not ours["requests"]:
         return not_measured("stability.silent_empty", "the candidate served no request", unit="answers")
     (k, n), (k_theirs, n_theirs) = ((one["silent_empty"], one["requests"]) for one in (ours, theirs))
-    why = f"{k:,} of {n:,} answers were a 200 without a token (incumbent: {k_theirs:,} of {n_theirs:,})"
+    why = f"{k:,} of {number_of(n, 'answer')} were a 200 without a token (incumbent: {k_theirs:,} of {n_theirs:,})"
     return no_more_than_incumbent("stability.silent_empty", (k, n), (k_theirs, n_theirs), "answers", why)
 
 
@@ -159,7 +159,7 @@ def _judge_retention(segments: Sequence[Mapping[str, Any]], limit: float) -> Che
     check = "stability.throughput_retention"
     rates = [rate for segment in segments for rate in segment["decode_tok_s"] if rate is not None]
     if len(rates) < 9:
-        why = f"{len(rates)} measured answers; 9 are needed"
+        why = f"{number_of(len(rates), 'measured answer')}; 9 are needed"
         return not_measured(check, why, limit=limit, unit="ratio", required=False)
     third = len(rates) // 3
     ratio = statistics.median(rates[-third:]) / statistics.median(rates[:third])

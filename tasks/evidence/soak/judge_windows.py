@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engines.errors import BadInput
-from engines.units import duration
+from engines.units import duration, number_of
 from tasks.evidence.soak.judge import BUCKETS, DAY_S, LEAK, LEAK_UNIT, judge_slope, judge_stability, warm_up_s
 from tasks.verdicts.limits import Limits
 from tasks.verdicts.statistics import (
@@ -87,7 +87,7 @@ def judge_served(windows: Sequence[Mapping[str, Any]]) -> CheckResult:
     if not windows:
         return not_measured(SERVED, "no window yet")
     out = [window["outage"] for window in windows if window["outage"]]
-    why = f"it could not be kept up: {out[-1]}" if out else f"it served in all {len(windows)} windows"
+    why = f"it could not be kept up: {out[-1]}" if out else f"it served in all {number_of(len(windows), 'window')}"
     return CheckResult(check=SERVED, verdict=Verdict.FAIL if out else Verdict.PASS, why=why)
 
 
@@ -107,7 +107,7 @@ def judge_silent_empty(
     passes = k == 0 or upper <= margin
     verdict = decided(fails=not passes and lower > margin, passes=passes)
     theirs = f"incumbent: {k_theirs:,} of {n_theirs:,}"
-    why = f"{k:,} of {n:,} answers were a 200 without a token ({theirs}); under {upper:.2%} more"
+    why = f"{k:,} of {number_of(n, 'answer')} were a 200 without a token ({theirs}); under {upper:.2%} more"
     return CheckResult(check=SILENT_EMPTY, verdict=verdict, value=upper, limit=margin, unit="share", why=why)
 
 
@@ -153,7 +153,7 @@ def _judge_drift(
     verdict = decided(fails=high < least or low > most, passes=least <= low and high <= most)
     why = (
         f"{ratio:.1%} of its beginning after {duration(span_s)} ({confidence:.1%} between {low:.1%} and {high:.1%}), "
-        f"by the medians of {len(known)} windows"
+        f"by the medians of {number_of(len(known), 'window')}"
     )
     return CheckResult(check=check, verdict=verdict, value=ratio, limit=limit, unit="ratio", why=why, required=required)
 
@@ -198,13 +198,13 @@ def _judge_processes(
     if n_points < MEDIANS_FOR_SLOPE:
         why = (
             f"a slope of memory needs {MEDIANS_FOR_SLOPE} medians after the warm-up of each process; {n_points} "
-            f"in {len(processes)} processes of {whose}"
+            f"in {number_of(len(processes), 'process')} of {whose}"
         )
         return not_measured(LEAK, why, limit=limit_bytes_per_day, unit=LEAK_UNIT, required=required)
     # the first hours of a long soak prove no more than a short soak
     slope = slope_within(usable)
     result = judge_slope(slope, soak_s=min(soak_s, span_s), limit_bytes_per_day=limit_bytes_per_day)
-    why = f"{result.why}; within {len(usable)} of {len(processes)} processes of {whose}"
+    why = f"{result.why}; within {len(usable)} of {number_of(len(processes), 'process')} of {whose}"
     return result.model_copy(update={"why": why, "required": required})
 
 

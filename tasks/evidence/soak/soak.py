@@ -15,7 +15,7 @@ from engines.errors import EngineError
 from engines.process.readiness import exit_reason
 from engines.process.serving import Served
 from engines.process.telemetry import MemorySampler
-from engines.units import duration
+from engines.units import duration, number_of
 from tasks.evidence.engine_under_test import EngineUnderTest, ends_within
 from tasks.evidence.soak.prompts import FALLBACK_CONTEXT, Agent
 from tasks.evidence.soak.segment import DYING_S, MEMORY_EVERY_S, STALL_S, ask, count_answer, count_turn, empty_segment
@@ -66,7 +66,7 @@ def soak(
                     index, exposed_s = index + 1, exposed_s + segment["exposure_s"]
                     restarts += segment["restarts"]
                     exposed = f"{duration(exposed_s)} of {duration(soak_s)}"
-                    progress(f"{exposed}, {segment['requests']:,} requests in the last segment")
+                    progress(f"{exposed}, {number_of(segment['requests'], 'request')} in the last segment")
                     if segment["restarts"]:
                         break
         except EngineError as error:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.units import quantity
+from engines.units import number_of, quantity
 from tasks.evidence.parity.asking import Evidence, by_id
 from tasks.evidence.tool_calls.prompts import NEEDED
 from tasks.verdicts.limits import Limits
@@ -129,13 +129,14 @@ def _judge_trigger(ours: Answers, theirs: Answers, again: Answers, share: float,
     if not counts.both + counts.incumbent_only:
         n = counts.candidate_only
         why = f"0 calls by {'both engines' if not n else f'the incumbent, {n} by the candidate'}"
-        why += f" on {counts.asked} prompts with tools: nothing to compare"
+        why += f" on {number_of(counts.asked, 'prompt')} with tools: nothing to compare"
         return not_measured(TRIGGER, f"{why}{_notes(ours, theirs)}", limit=share, unit="F1", required=False)
     low, high = (_f1(end) for end in _interval(counts.both, counts.either, z))
     most = _f1(_interval(counts.either, counts.either, z)[0])
     why = (
-        f"{counts.asked} prompts: both call a tool on {counts.both}, the incumbent alone on {counts.incumbent_only}, "
-        f"the candidate alone on {counts.candidate_only}; F1 {counts.f1:.3f}, 95% bounds {low:.3f} and {high:.3f}"
+        f"{number_of(counts.asked, 'prompt')}: both call a tool on {counts.both}, the incumbent alone on "
+        f"{counts.incumbent_only}, the candidate alone on {counts.candidate_only}; F1 {counts.f1:.3f}, "
+        f"95% bounds {low:.3f} and {high:.3f}"
     )
     why += "" if own is None else f"; the incumbent against itself {own:.3f}"
     return _judged(TRIGGER, "F1", counts.f1, (low, high), limit, most, f"{why}{_notes(ours, theirs)}")
@@ -145,15 +146,17 @@ def _judge_schema(ours: Answers, theirs: Answers, forced: Sequence[Answers], sha
     by_itself = any(one["calls"] for one in (*ours, *theirs))
     arms = (ours, theirs) if by_itself else forced
     (valid, n), (valid_theirs, n_theirs) = map(count_valid, arms)
-    asked = "" if by_itself else f"with tool_choice required, {len(arms[1])} prompts: "
+    asked = "" if by_itself else f"with tool_choice required, {number_of(len(arms[1]), 'prompt')}: "
     if not n or not n_theirs:
-        why = f"{asked}{n} answers with calls by the incumbent, {n_theirs} by the candidate: nothing to compare"
+        why = f"{asked}{number_of(n, 'answer')} with calls by the incumbent, {n_theirs} by the candidate: "
+        why += "nothing to compare"
         return not_measured(SCHEMA, why, limit=share, unit="share", required=False)
     limit = share * valid / n
     low, high = _interval(valid_theirs, n_theirs, z)
     most = _interval(n_theirs, n_theirs, z)[0]
-    why = f"{asked}calls valid under their schemas in {valid_theirs} of the candidate's {n_theirs} answers with calls, "
-    why += f"95% bounds {low:.1%} and {high:.1%}; in {valid} of the incumbent's {n}"
+    why = f"{asked}calls valid under their schemas in {valid_theirs} of the candidate's "
+    why += f"{number_of(n_theirs, 'answer')} with calls, 95% bounds {low:.1%} and {high:.1%}; "
+    why += f"in {valid} of the incumbent's {n}"
     if fault := next(filter(None, (call["fault"] for one in arms[1] for call in one["calls"])), ""):
         why += f"; such as {fault}"
     found = _judged(SCHEMA, "share", valid_theirs / n_theirs, (low, high), limit, most, why)
@@ -180,9 +183,9 @@ def _notes(ours: Answers, theirs: Answers) -> str:
     for arm, answers in (("incumbent", ours), ("candidate", theirs)):
         leaked, unended = sum(one["leaked"] for one in answers), sum(_is_open(one) for one in answers)
         errors = [one["error"] for one in answers if one["error"]]
-        notes += [f"{leaked} calls of the {arm} stayed text"] if leaked else []
-        notes += [f"{unended} answers of the {arm} did not end within their tokens"] if unended else []
-        notes += [f"{len(errors)} prompts failed on the {arm} ({errors[0][:80]})"] if errors else []
+        notes += [f"{number_of(leaked, 'call')} of the {arm} stayed text"] if leaked else []
+        notes += [f"{number_of(unended, 'answer')} of the {arm} did not end within their tokens"] if unended else []
+        notes += [f"{number_of(len(errors), 'prompt')} failed on the {arm} ({errors[0][:80]})"] if errors else []
     return "".join(f"; {note}" for note in notes)
 
 

@@ -259,7 +259,7 @@ def test_a_single_conversation_is_not_compared() -> None:
     alone = [s | {"conversation": "one"} if s["engine"] == "new" else s for s in samples]
     result = check_of(judge_canary(alone, "old", "new", LIMITS), "ttft_p50_ratio")
     assert result.verdict is Verdict.INCONCLUSIVE
-    assert "from 1 conversation(s)" in result.why
+    assert "from 1 conversation on" in result.why
 
 
 def test_answers_in_one_piece_have_no_speed() -> None:

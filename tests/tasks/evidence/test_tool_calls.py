@@ -269,9 +269,9 @@ def test_what_cannot_be_compared_is_left_out_and_said() -> None:
     theirs[5] = answer("p5", "several", leaked=True, text="<tool_call>")
     trigger, schema = judged(batches(ours, theirs))
     assert "58 prompts: both call a tool on 45, the incumbent alone on 1" in trigger.why
-    assert "1 answers of the candidate did not end within their tokens" in trigger.why
-    assert "1 prompts failed on the incumbent (HTTP 500: no)" in trigger.why
-    assert "1 calls of the candidate stayed text" in trigger.why
+    assert "1 answer of the candidate did not end within their tokens" in trigger.why
+    assert "1 prompt failed on the incumbent (HTTP 500: no)" in trigger.why
+    assert "1 call of the candidate stayed text" in trigger.why
     assert "in 44 of the candidate's 44 answers with calls" in schema.why
 
 

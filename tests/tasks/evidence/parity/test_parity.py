@@ -235,7 +235,7 @@ def test_prompts_read_differently_are_left_out_and_said_first() -> None:
     b = answers(answer("p", *words(4)), answer("q", *words(4), prompt_tokens=12))
     comparison = compare_answers(a, b)
     assert comparison["prompt_tokens_differ"] == ["q"]
-    assert one(judge_answers(comparison), "parity.mean_kld").why.startswith("1 prompts read as other tokens")
+    assert one(judge_answers(comparison), "parity.mean_kld").why.startswith("1 prompt read as other tokens")
 
 
 def test_without_ids_tokens_match_by_text_and_all_ends_are_one() -> None:
