@@ -13,6 +13,7 @@ from engines.client.client import STALL_S, capture_stream, client_session, parse
 from engines.client.record import StreamRecord
 from engines.errors import BadInput
 from engines.settings import Endpoint
+from engines.signals import signals_held
 
 try:
     import uvloop
@@ -33,9 +34,15 @@ def measure(
     """One record per body, in order: closed loop, `concurrency` requests at a time. Ctrl-C is KeyboardInterrupt."""
     if concurrency < 1:
         raise BadInput(f"concurrency {concurrency}: at least 1 request at a time is needed")
+
+    def end() -> None:  # uvloop drops what is raised in its callbacks: a KeyboardInterrupt there would go nowhere
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+
+    loop = uvloop.new_event_loop() if uvloop else asyncio.new_event_loop()
     gc.freeze()  # the collector looks at new objects only: a full walk takes 67 ms once Prefect is imported
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
+        with signals_held(end), asyncio.Runner(loop_factory=lambda: loop) as runner:
             return runner.run(_closed_loop(endpoint, bodies, concurrency, stall_s, keep_text))
     except ExceptionGroup as several:  # the first cancelled the others; it is what the caller can act on
         raise several.exceptions[0] from None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from engines.process.device import Device, weights_on
 from engines.process.process import ManagedProcess
 from engines.process.readiness import listener_on, wait_ready
 from engines.settings import Endpoint, Serve
+from engines.signals import signals_held
 
 
 @dataclass
@@ -81,7 +80,7 @@ def serving(
             endpoint, child, load_s, weights_on(child) if serve.settings.gpu_layers and not serve.url else None
         )
     finally:
-        with _signals_held():
+        with signals_held():  # a second Ctrl-C must not leave it behind
             ended = child.stop() is not None
         if not ended:
             name = installation.engine
@@ -108,22 +107,3 @@ def launch(
     return process.start(
         f"{installation.engine} {serve.model_id}", argv, state_dir=state_dir, log_path=log_path, env=env
     )
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the engine is stopped; a second Ctrl-C must not leave it behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda n, _: pending.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for held in dict.fromkeys(pending):
-            signal.raise_signal(held)

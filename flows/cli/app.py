@@ -28,6 +28,7 @@ from engines.redaction import redacted_text
 EXIT_BAD_INPUT, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 5, 130
 _ENDED: list[object] = []  # the exit code, once there is one
 INTERRUPT_S = 20.0
+AGAIN_S = 0.05
 # name and help line of every command, in the order of the help
 COMMANDS = {
     "doctor": "Check Python, packages, engines, models, records and memory, and print how to fix what is missing.",
@@ -185,9 +186,13 @@ def _terminated_like_ctrl_c(interrupted: threading.Event) -> Iterator[None]:
         raise KeyboardInterrupt
 
     def but_interrupts(lost: Any) -> None:
-        # raised where Python calls back (a weak reference that ends), it goes nowhere: the timer takes over
+        # raised where Python calls back (a weak reference that ends), it goes nowhere: it comes again, elsewhere
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(lost)
+            return
+        again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
 
     sys.unraisablehook = but_interrupts
     # started in the background by a script, SIGINT may be ignored; it must not be

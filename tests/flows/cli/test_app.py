@@ -265,3 +265,28 @@ def test_doctor_sees_a_schedule_make_runs(switchyard):
     findings = {f["what"]: f for f in json_of(switchyard("doctor", "--prefect", "--json"))["findings"]}
     assert findings["Prefect's API server"]["state"] == "ok"
     assert findings["Prefect's schedules"]["state"] == "ok", findings["Prefect's schedules"]
+
+
+LOST_IN_A_CALLBACK = """
+import signal, sys, threading
+from flows.cli import app
+
+app.INTERRUPT_S = 600  # the last resort is another way out
+
+class Ends:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+with app._terminated_like_ctrl_c(threading.Event()):
+    try:
+        Ends()
+        signal.pause()
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_an_interrupt_that_python_drops_comes_again():
+    """One that meets the end of an object is ignored by Python: without a second one nothing would end."""
+    done = subprocess.run([sys.executable, "-c", LOST_IN_A_CALLBACK], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 130, done.stderr
