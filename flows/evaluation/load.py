@@ -25,6 +25,7 @@ from engines.fit import Fit, estimate
 from engines.model.header import read_header
 from engines.registry import driver
 from engines.settings import EngineArgs, Settings
+from engines.yard.settings import YardSettings
 from flows.evaluation.beside import free_beside
 from flows.experiment_lock import alone
 from migrations import carried
@@ -112,6 +113,7 @@ def _tried(load: Load, home: Path) -> tuple[str, str, float | None]:
         own=load.own,
         request_defaults={} if load.plan is None else carried.request_defaults(load.plan, load.model, installation),
         home=home,
+        stall_s=(YardSettings() if load.plan is None else load.plan.yard).load_stall_s,
     )
     started = time.monotonic()
     try:

@@ -132,6 +132,7 @@ class Trial:
             name_there=self.plan.name_there(self.model.id, found.engine),
             not_given=carried.not_given(self.plan, self.model.id, found),
             home=self.bench.home,
+            stall_s=self.plan.yard.load_stall_s,
             clock=self.bench.clock,
         )
 

@@ -161,9 +161,10 @@ class EngineBehindYard(EngineUnderTest):
         spec = LaunchSpec.of(self.installation, self.model_id, self.gguf, self.settings, **self._passed_on)
         (folder / "launch_spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
         port = free_port()
+        files = [str(folder / "launch_spec.json"), str(folder)]
         child = process.start(
             f"yard of {self.name} {self.model_id}",
-            [sys.executable, "-m", "engines.yard.single", str(folder / "launch_spec.json"), str(folder), str(port)],
+            [sys.executable, "-m", "engines.yard.single", *files, str(port), "0", str(self.stall_s)],
             state_dir=self.home,
             log_path=folder / "yard.log",
             env={**environment.of_engine(os.environ), **self._its_key(), "SWITCHYARD_HOME": str(folder)},

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,13 @@ def test_a_slow_candidate_fails_for_the_quant_it_was_measured_on(tmp_path: Path,
     assert "parity.mean_kld" in found
     (model,) = judge(run, [trial])["models"]
     assert f"`switchyard requantize {trial.model.gguf} --to F16`" in model["another_quant"]
+
+
+def test_an_engine_may_load_as_long_as_in_the_yard(tmp_path: Path, records: Records) -> None:
+    run = bench(tmp_path, records)
+    plan = run.plan.model_copy(update={"yard": run.plan.yard.model_copy(update={"load_stall_s": 900.0})})
+    trial = Trial(replace(run, plan=plan), plan.models[0])
+    assert {trial.untimed(arm).stall_s for arm in ARMS} == {900.0}
 
 
 def test_more_memory_than_the_limit_allows_settles_it_before_anything_starts(tmp_path: Path, records: Records) -> None:
