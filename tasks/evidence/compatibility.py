@@ -20,6 +20,8 @@ from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured
 Seen = Mapping[str, Any]
 GIVE_UP_AFTER = 3
 OBSERVED_CHARACTERS = 400
+# what no client of a served model meets of the engine itself
+ANSWERED_BY_THE_YARD = ("health_route", "metrics_route", "models_list", "props_route")
 UNTRIED = Observation("errored", f"not tried: the {GIVE_UP_AFTER} behaviours before it got no answer")
 
 
@@ -86,8 +88,8 @@ def judge_compatibility(
     """One check per behaviour, "compatibility.<name>", and the share of the required ones that pass.
 
     Takes two results of measure_compatibility. A behaviour that the incumbent lacks as well is no regression: it
-    passes, with a note. One that applies to neither is listed without holding the gate. Raises BadInput for a
-    required name that is no behaviour.
+    passes, with a note, and so does one that the yard answers itself. One that applies to neither is listed without
+    holding the gate. Raises BadInput for a required name that is no behaviour.
     """
     needed = frozenset(known(required, "required"))
     old, new = incumbent["behaviours"], candidate["behaviours"]
@@ -109,6 +111,8 @@ def judge_behaviour(name: str, old: Seen | None, new: Seen | None, *, required: 
         verdict = Verdict.ERROR
     elif after == "missing":
         why = "not measured on the candidate"
+    elif name in ANSWERED_BY_THE_YARD:
+        verdict, why = Verdict.PASS, f"the yard answers it for its clients; the candidate: {now}"
     elif before == "passed":
         lost = "does not apply there" if after == "not_applicable" else "the candidate fails"
         verdict, why = Verdict.FAIL, f"the incumbent passes, {lost}: {now}"

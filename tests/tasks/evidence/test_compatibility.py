@@ -21,7 +21,7 @@ from engines.settings import Endpoint
 from tasks.evidence.behaviours.base import ENDING, Asker
 from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
 from tasks.evidence.behaviours.caller import ApiReply
-from tasks.evidence.compatibility import judge_compatibility, measure_compatibility
+from tasks.evidence.compatibility import ANSWERED_BY_THE_YARD, judge_compatibility, measure_compatibility
 from tasks.verdicts.verdict import CheckResult, Verdict
 
 HABITS = {
@@ -253,6 +253,20 @@ def test_a_required_behaviour_is_judged_against_the_incumbent(
     """Only what the incumbent has can be lost; what was not measured is not passed."""
     result = judged(before, after)
     assert (result.verdict, result.required) == (verdict, True)
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERED_BY_THE_YARD))
+def test_what_the_yard_answers_for_its_clients_is_not_lost(name: str) -> None:
+    """Behind the yard no client meets the engine's own; an engine that gives no answer at all is another matter."""
+    verdicts = {}
+    for after in ("failed", "errored"):
+        found = judge_compatibility(shown(**{name: "passed"}), shown(**{name: after}), [name])
+        result = next(one for one in found if one.check == f"compatibility.{name}")
+        verdicts[after] = result.verdict
+        assert (
+            after == "errored" or result.why == f"the yard answers it for its clients; the candidate: {name} was failed"
+        )
+    assert verdicts == {"failed": Verdict.PASS, "errored": Verdict.ERROR}
 
 
 def test_what_the_incumbent_lacks_too_is_no_regression_and_says_so() -> None:

@@ -8,6 +8,9 @@ import httpx
 import pytest
 from waiting import until
 
+from engines.settings import Endpoint
+from tasks.evidence.compatibility import ANSWERED_BY_THE_YARD, measure_compatibility
+
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
 
@@ -216,6 +219,15 @@ def test_whose_fault_a_failure_is_and_who_left(start_yard):
     for outcome in ("client_error", "error"):
         assert yard.grown(f'switchyard_requests_total{{engine="old",model="m",outcome="{outcome}"}}') == 1
     assert yard.grown("switchyard_engine_restarts_total{") == yard.grown("switchyard_incidents_total") == 0
+
+
+def test_what_compatibility_takes_for_answered_by_the_yard_is(start_yard):
+    """Whichever engine serves, and of itself."""
+    yard = start_yard().ready()
+    seen = measure_compatibility(Endpoint(base_url=yard.url, model_id="m", engine="yard"), names=ANSWERED_BY_THE_YARD)
+    assert {name: one["outcome"] for name, one in seen["behaviours"].items()} == dict.fromkeys(
+        ANSWERED_BY_THE_YARD, "passed"
+    )
 
 
 def test_props_and_metrics(start_yard):
