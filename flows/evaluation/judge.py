@@ -249,7 +249,7 @@ def _faults(trial: Trial) -> list[CheckResult]:
 
 def _not_possible(trial: Trial, check: str, arm: Arm, more: str = "") -> CheckResult:
     """What needs a process of ours, and cannot be done to one of others: reported, and holds no gate."""
-    why = f"not possible for an attached engine: {trial.engines[arm].name} is run by others{more}"
+    why = f"not possible for an attached engine: others run {trial.engines[arm].name!r}{more}"
     return CheckResult(check=check, verdict=Verdict.INCONCLUSIVE, why=why, required=False)
 
 

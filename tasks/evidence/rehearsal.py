@@ -165,7 +165,7 @@ def measure_rehearsal(
         hidden = {"failed": str(error).splitlines()[0]}
     evidence: dict[str, Any] = {"form": form, "hidden_candidate": hidden}
     if is_attached:
-        refused = {"not_possible": f"not possible for an attached engine: {candidate} is run by others"}
+        refused = {"not_possible": f"not possible for an attached engine: others run {candidate!r}"}
         return {**evidence, "killed_candidate": refused, "fallback": refused}
     say("starting a yard with both engines")
     try:

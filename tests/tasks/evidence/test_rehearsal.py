@@ -107,6 +107,8 @@ def test_a_stage_that_does_not_open_is_evidence() -> None:
     assert evidence["hidden_candidate"] == {"failed": "no yard without mistral.rs"}
     assert evidence["killed_candidate"] == evidence["fallback"] == {"failed": "no yard without None"}
     assert gate(judge_rehearsal(evidence, kill_detect_s=1, recover_s=1)) is Verdict.ERROR
+    attached = measure_rehearsal(closed, candidate="hand", form="auto", is_attached=True)
+    assert attached["fallback"] == {"not_possible": "not possible for an attached engine: others run 'hand'"}
 
 
 def test_a_port_where_nobody_answers_is_said() -> None:
