@@ -37,8 +37,8 @@ DEFAULT_BATCH_TOKENS = 2048
 class Liveness:
     """The evidence on one process; `seen` is what its readiness showed. `wake` asks for a verdict at once.
 
-    `free` is called when it may be given requests again that had to wait, `drifted` with an incident's
-    words when its answers changed.
+    `holds_prompt` says whether a client's prompt may lie in its cache. `free` is called when it may be given requests
+    again that had to wait, `drifted` with an incident's words when its answers changed.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Liveness:
         stats: EngineStats,
         seen: Mapping[str, Any],
         *,
+        holds_prompt: Callable[[], bool],
         drift: Drift,
         drifted: Callable[[str], None],
         wake: Callable[[], None],
@@ -62,7 +63,7 @@ class Liveness:
         self.doubted = False  # too many requests failed: it gets none until a probe has decided
         self._pid, self._spec, self._driver, self._connection = pid, spec, driver, connection
         self._in_flight, self._stats = in_flight, stats
-        self._wake, self._free = wake, free
+        self._wake, self._free, self._holds_prompt = wake, free, holds_prompt
         self.drift, self._drifted = drift, drifted
         self._served_name = spec.served_name(driver)
         self._silence = Silence(pid)
@@ -73,13 +74,12 @@ class Liveness:
         self._missed = 0  # probes in a row
         self._failures: list[str] = []  # of the last requests, since one succeeded
         self._stopped = 0  # looks in a row at which its process was stopped
-        self._cached = False  # a client's prompt may lie in the engine's cache
         self._probe_path = str(seen.get("first_token_path", CHAT))
         token_s = seen.get("first_token_s")
         self._token_s = token_s if isinstance(token_s, float) else 0.0  # at most, when nothing else was to do
 
     def request_taken(self) -> None:
-        self._cached, self._missed = True, 0
+        self._missed = 0
 
     def request_done(self, running: InFlight) -> None:
         self._progressed = time.monotonic()
@@ -186,7 +186,7 @@ class Liveness:
         It would push the client's prompt out of an engine with a single slot, or queue behind a request whose client
         takes nothing.
         """
-        return not self._slots_taken() and (self._driver.probe_is_neutral or not self._cached)
+        return not self._slots_taken() and (self._driver.probe_is_neutral or not self._holds_prompt())
 
     async def _ask_drift(self) -> None:
         if not self.drift.is_possible:

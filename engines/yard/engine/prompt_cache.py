@@ -40,6 +40,7 @@ class PromptCache:
     ) -> None:
         self.used = False  # its present process has had a request of a client, or a restored slot
         self.key = ""  # of its present process; empty where nothing is saved
+        self._is_saved = False  # and nothing came since
         self._spec, self._files, self._store, self._note = spec, files, store, note
         self._turns: dict[str, Turn] = {}  # the last conversations, as many as there are slots
         self._restored: dict[str, Turn] = {}  # those of the stop before, until the next request
@@ -48,7 +49,7 @@ class PromptCache:
 
     def prepare(self, serve: Serve) -> Serve:
         """What to start: with a folder for slots, where it can save them and the plan allows it."""
-        self.used, self.key, self._turns, self._restored = False, "", {}, {}
+        self.used, self._is_saved, self.key, self._turns, self._restored = False, False, "", {}, {}
         if self._keying is not None:
             self._keying.cancel()
         files, store, found = self._files, self._store, self._spec.installation
@@ -71,9 +72,10 @@ class PromptCache:
     async def save(self, connection: EngineConnection, within_s: float = SAVE_S) -> None:
         """Save the slots that no request is using. Never raises: a prompt that is lost is read again."""
         files, store, key, done = self._files, self._store, self.key, dict[int, int]()
-        if files is None or store is None or not self.used or not key or not store.budget_mib() or self._is_of_no_use:
+        has_new = self.used and not self._is_saved
+        if files is None or store is None or not has_new or not key or not store.budget_mib() or self._is_of_no_use:
             return
-        self.used = False  # nothing new from here on
+        self._is_saved = True
         try:
             async with asyncio.timeout(min(max(within_s, 0), SAVE_S)):
                 async with connection.ask("GET", files.path) as answer:
@@ -95,8 +97,8 @@ class PromptCache:
         if n_tokens:
             self._note("yard", f"prompts saved: {number_of(n_tokens, 'token')}")
 
-    async def restore(self, connection: EngineConnection) -> bool:
-        """Restore what was saved for just this engine into a process that has had no request; True where it was.
+    async def restore(self, connection: EngineConnection) -> None:
+        """Restore what was saved for just this engine into a process that has had no request.
 
         Raises RestoreBroke when the engine goes away meanwhile: it is started again without.
         """
@@ -104,12 +106,12 @@ class PromptCache:
             await asyncio.wait([self._keying])
         files, store, key = self._files, self._store, self.key
         if files is None or store is None or not key or self.used or self._is_of_no_use:
-            return False
+            return
         saved = None
         with contextlib.suppress(OSError):
             saved = await in_thread(lambda: store.take(key), name="saved prompts")
         if saved is None:
-            return False
+            return
         try:
             async with asyncio.timeout(RESTORE_S):
                 async with connection.ask("GET", files.path) as answer:
@@ -124,17 +126,16 @@ class PromptCache:
             self._disprove(f"a restore failed: {why}")
             if isinstance(error, Gone):
                 raise RestoreBroke(why) from error
-            return False
+            return
         finally:
             with contextlib.suppress(OSError):
                 await in_thread(lambda: store.forget(key), name="restored prompts")
         self.used, self._taken, self._restored = True, 0, saved.turns
         self._note("yard", f"prompts restored: {number_of(sum(one.tokens for one in saved.slots), 'token')}")
-        return True
 
     def taken(self) -> None:
         """Note that a client's request lies in a slot from now on."""
-        self.used = True
+        self.used, self._is_saved = True, False
         self._taken += 1
 
     def served(self, call: Call, running: InFlight) -> None:

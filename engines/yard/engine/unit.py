@@ -168,8 +168,7 @@ class Unit:
 
     async def restore_prompts(self) -> None:
         """Bring saved prompts into its slots, where no probe takes their place. Raises RestoreBroke."""
-        if await self.prompts.restore(self.connection) and self._liveness is not None:
-            self._liveness.request_taken()
+        await self.prompts.restore(self.connection)
 
     async def idle(self) -> None:
         while self.in_flight:
@@ -369,6 +368,7 @@ class Unit:
             self.in_flight,
             self.stats,
             seen,
+            holds_prompt=lambda: self.prompts.used,
             drift=Drift(self.spec, self._home, self.spec.served_name(self.driver)),
             drifted=partial(self._incident, self),
             wake=self._wake.set,

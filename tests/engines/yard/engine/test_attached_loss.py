@@ -17,7 +17,17 @@ def liveness(url: str) -> Liveness:
     spec: Any = SimpleNamespace(url=url, settings=Settings(), served_name=lambda _: "m")
     parts: Any = (None, YardSettings(), None, set(), None)
     drift: Any = None
-    return Liveness(0, spec, *parts, {}, drift=drift, drifted=print, wake=lambda: None, free=lambda: None)
+    return Liveness(
+        0,
+        spec,
+        *parts,
+        {},
+        holds_prompt=lambda: False,
+        drift=drift,
+        drifted=print,
+        wake=lambda: None,
+        free=lambda: None,
+    )
 
 
 @pytest.mark.parametrize(
