@@ -418,7 +418,9 @@ class Handler(BaseHTTPRequestHandler):
     def complete_text(self, body: Json) -> None:
         """Serve /v1/completions."""
         text = "" if self.bad("completes nothing") else " little fox"
-        used = {"prompt_tokens": len(body["prompt"].split()), "completion_tokens": 2}
+        chat = self.prompt({"messages": [{"role": "user", "content": body["prompt"]}]})
+        read = chat if self.bad("completes as a chat") else body["prompt"]
+        used = {"prompt_tokens": len(read.split()), "completion_tokens": 2}
         self.reply_json(200, {"choices": [{"index": 0, "text": text, "finish_reason": "length"}], "usage": used})
 
     def refuse(self, refusal: Refusal) -> None:

@@ -1,4 +1,7 @@
-"""Prompt tokens: do both engines read a prompt as equally many, and if not, is it the tokenizer or the template?"""
+"""Prompt tokens: do both engines read a prompt as equally many, and if not, is it the tokenizer or the template?
+
+What follows from what: docs/verdicts.md.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,9 @@ def measure_prompt_tokens(
     Counted by `/v1/chat/completions/input_tokens` and `/tokenize` where the engine has them (nothing is generated, and
     the first prompt's count is checked against `usage.prompt_tokens`), else from one-token requests. A prompt that is
     refused is kept with its error. For prompts with tools `tools_shown` says whether the tools changed the count: a
-    template without tool support drops them and answers 200. `raw[].ids` are the ids of `/tokenize`, `template` is the
-    digest of what `/apply-template` renders; None where the engine has none.
+    template without tool support drops them and answers 200. `raw[].ids` are the ids of `/tokenize`, `plain` how many
+    it has for the last message alone, `template` is the digest of what `/apply-template` renders; None where the engine
+    has none.
     """
     started = time.monotonic()
     counted: dict[str, Evidence] = {}
@@ -48,10 +52,11 @@ def measure_prompt_tokens(
         counter = _counter(caller, endpoint, prompts)
         for number, prompt in enumerate(prompts, 1):
             template = _template(caller, endpoint, prompt)
-            counted[prompt.id] = _prompt_tokens(counter, endpoint, prompt) | {"template": template}
+            plain = _plain_tokens(caller, endpoint, prompt)
+            counted[prompt.id] = _prompt_tokens(counter, endpoint, prompt) | {"template": template, "plain": plain}
             if number % 10 == 0 or number == len(prompts):
                 progress(f"{endpoint.engine}: counted the tokens of {number}/{number_of(len(prompts), 'prompt')}")
-        raw = [_raw_tokens(caller, endpoint, text) for text in RAW_TEXTS]
+        raw = _raw_texts(caller, endpoint)
     return origin(endpoint) | {"prompts": counted, "raw": raw, "seconds": time.monotonic() - started}
 
 
@@ -94,12 +99,36 @@ def _template(caller: Caller, endpoint: Endpoint, prompt: Prompt) -> str | None:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16] if isinstance(text, str) else None
 
 
-def _raw_tokens(caller: Caller, endpoint: Endpoint, text: str) -> Evidence:
+def _raw_texts(caller: Caller, endpoint: Endpoint) -> list[Evidence]:
+    """The tokens of each raw text; none where `/v1/completions`, in place of `/tokenize`, renders a template too."""
+    first = _raw_tokens(caller, endpoint, RAW_TEXTS[0])
+    if first["ids"] is None and first["tokens"] is not None:
+        chat = {"messages": [{"role": "user", "content": RAW_TEXTS[0]}], "max_tokens": 1, "temperature": 0}
+        as_chat, _ = _used(caller, "/v1/chat/completions", {"model": endpoint.model_id, **chat})
+        if as_chat == first["tokens"]:
+            why = "/v1/completions counts a text like a chat: it renders the template"
+            return [{"text": text, "tokens": None, "error": why, "ids": None} for text in RAW_TEXTS]
+    return [first, *(_raw_tokens(caller, endpoint, text) for text in RAW_TEXTS[1:])]
+
+
+def _plain_tokens(caller: Caller, endpoint: Endpoint, prompt: Prompt) -> int | None:
+    """The tokens of the last message alone, where `/tokenize` counts them; a generated token would cost too much."""
+    text = prompt.messages[-1].content
+    ids = _token_ids(caller, endpoint, text) if isinstance(text, str) else None
+    return None if ids is None else len(ids)
+
+
+def _token_ids(caller: Caller, endpoint: Endpoint, text: str) -> list[int] | None:
     # llama.cpp reads `content`, vLLM reads `prompt`
     body = {"model": endpoint.model_id, "content": text, "prompt": text, "add_special": True}
     answer, _ = post(caller, "/tokenize", body)
     ids = answer.get("tokens") if answer else None
-    if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
+    return ids if isinstance(ids, list) and all(isinstance(token, int) for token in ids) else None
+
+
+def _raw_tokens(caller: Caller, endpoint: Endpoint, text: str) -> Evidence:
+    ids = _token_ids(caller, endpoint, text)
+    if ids is not None:
         return {"text": text, "tokens": len(ids), "error": None, "ids": ids}
     body = {"model": endpoint.model_id, "prompt": text, "max_tokens": 1, "temperature": 0}
     tokens, error = _used(caller, "/v1/completions", body)
@@ -137,7 +166,7 @@ def judge_prompt_tokens(incumbent: Evidence, candidate: Evidence, limits: Limits
     refused = len(incumbent["prompts"]) - len(ours)
     note = f"; {refused} that the incumbent refuses left out" if refused else ""
     if unequal:
-        why = f"{_cause(incumbent, candidate)}; {_examples(ours, theirs, unequal, len(asked))}{note}"
+        why = f"{_cause(incumbent, candidate, unequal)}; {_examples(ours, theirs, unequal, len(asked))}{note}"
     else:
         dropped = sum(found["tools_shown"] is False for found in ours.values())
         note += f"; {dropped} with tools that the template does not show" if dropped else ""
@@ -175,19 +204,33 @@ def _examples(ours: Evidence, theirs: Evidence, unequal: list[str], asked: int) 
     return "; ".join(parts)
 
 
-def _cause(incumbent: Evidence, candidate: Evidence) -> str:
-    """Tokenizer or template, from the texts that no template touches."""
+NOT_KNOWN = "cause: tokenizer or chat template, not known which"
+
+
+def _cause(incumbent: Evidence, candidate: Evidence, unequal: Sequence[str]) -> str:
+    """Tokenizer or template: from the prompts that differ, as text and without a template, else from the raw texts."""
+    pairs = [(incumbent["prompts"][key], candidate["prompts"][key]) for key in unequal]
+    texts = [(ours.get("template"), theirs.get("template")) for ours, theirs in pairs]
+    if shown := [one == other for one, other in texts if one and other]:
+        same = "cause: tokenizer (both render these prompts to the same text)"
+        return same if all(shown) else "cause: chat template (these prompts are rendered to other texts)"
     both = zip(incumbent["raw"], candidate["raw"], strict=True)
-    counts = [(ours, theirs) for ours, theirs in both if None not in (ours["tokens"], theirs["tokens"])]
-    if not counts:
-        return "cause unknown, tokenizer or template (raw texts were not counted by both engines)"
-    differences = {theirs["tokens"] - ours["tokens"] for ours, theirs in counts}
-    if differences == {0}:
-        return f"cause: chat template ({len(counts)} of {number_of(len(counts), 'raw text')} read alike)"
-    if len(differences) == 1:
-        return f"cause: start token ({differences.pop():+d} on every raw text, whatever its length)"
-    ours, theirs = next((ours, theirs) for ours, theirs in counts if ours["tokens"] != theirs["tokens"])
-    return (
-        f"cause: tokenizer, raw {ours['text']!r} is {ours['tokens']} vs {number_of(theirs['tokens'], 'token')} "
-        "(an explicit tokenizer.json for the candidate may fix it)"
-    )
+    raw = [(ours, theirs) for ours, theirs in both if None not in (ours["tokens"], theirs["tokens"])]
+    more = {theirs["tokens"] - ours["tokens"] for ours, theirs in raw}
+    start = next(iter(more)) if len(more) == 1 else 0
+    plain = [(ours.get("plain"), theirs.get("plain")) for ours, theirs in pairs]
+    known = [(one, other) for one, other in plain if one is not None and other is not None]
+    if other := [(one, two) for one, two in known if two - one != start]:
+        counts = f"{other[0][0]} vs {number_of(other[0][1], 'token')}"
+        return f"cause: tokenizer, without a template {len(other)} of {len(known)} differ as well, one by {counts}"
+    if known and not start:
+        return f"cause: chat template (without it {len(known)} of {len(known)} are read alike)"
+    if len(more) > 1:
+        ours, theirs = next((ours, theirs) for ours, theirs in raw if ours["tokens"] != theirs["tokens"])
+        return (
+            f"cause: tokenizer, raw {ours['text']!r} is {ours['tokens']} vs {number_of(theirs['tokens'], 'token')} "
+            "(an explicit tokenizer.json for the candidate may fix it)"
+        )
+    if start and all(theirs["tokens"] == ours["tokens"] + start for ours, theirs in pairs if theirs["tokens"]):
+        return f"cause: start token ({start:+d} on every raw text, whatever its length)"
+    return f"{NOT_KNOWN} ({number_of(len(raw), 'raw text')} read alike)" if more == {0} else NOT_KNOWN

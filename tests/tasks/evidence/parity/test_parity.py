@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from openai_stub import KEY, MODEL, stub
 
 from engines.settings import Endpoint
 from tasks.evidence.behaviours.battery import BEHAVIOURS
@@ -108,13 +109,50 @@ def test_one_other_count_fails_with_cause_and_example() -> None:
     assert "'France': 6 vs 11 tokens" in result.why
 
 
-@pytest.mark.parametrize(("raw", "cause"), [((6, 4), "chat template"), ((7, 5), "start token"), ((7, 4), "tokenizer")])
-def test_raw_texts_tell_tokenizer_from_template(raw: tuple[int, int], cause: str) -> None:
-    """Equal raw counts leave the template; a constant is a start token; anything else is the tokenizer."""
-    theirs = counts(a=9)
+@pytest.mark.parametrize(
+    ("raw", "prompt", "cause"),
+    [
+        ((6, 4), 9, "cause: tokenizer or chat template, not known which"),
+        ((7, 5), 9, "cause: start token"),
+        ((7, 5), 12, "cause: tokenizer or chat template, not known which"),
+        ((7, 4), 9, "cause: tokenizer, raw"),
+        ((None, None), 9, "cause: tokenizer or chat template, not known which"),
+    ],
+)
+def test_raw_texts_tell_a_tokenizer_and_a_start_token(raw: tuple[int, int], prompt: int, cause: str) -> None:
+    """Texts that are read alike prove no template: a rule for digits may show in none of them."""
+    theirs = counts(a=prompt)
     for found, tokens in zip(theirs["raw"], raw, strict=True):
         found["tokens"] = tokens
-    assert f"cause: {cause}" in judge_prompt_tokens(counts(a=8), theirs)[0].why
+    assert judge_prompt_tokens(counts(a=8), theirs)[0].why.startswith(cause)
+
+
+@pytest.mark.parametrize(
+    ("seen", "cause"),
+    [
+        ({"plain": (4, 4)}, "cause: chat template"),
+        ({"plain": (4, 5)}, "cause: tokenizer, without a template"),
+        ({"plain": (4, 7)}, "cause: tokenizer, without a template"),
+        ({"plain": (4, None)}, "cause: tokenizer or chat template, not known which"),
+        ({"template": ("1", "1")}, "cause: tokenizer (both"),
+        ({"template": ("1", "2")}, "cause: chat template"),
+        ({"template": ("1", None)}, "cause: tokenizer or chat template, not known which"),
+    ],
+)
+def test_the_cause_follows_from_the_prompts_that_differ(seen: dict[str, tuple[Any, Any]], cause: str) -> None:
+    """As text with the template, or as tokens without it; the raw texts are read alike in each of these."""
+    ours, theirs = counts(a=8, b=3), counts(a=9, b=3)
+    for name, pair in seen.items():
+        ours["prompts"]["a"][name], theirs["prompts"]["a"][name] = pair
+    assert judge_prompt_tokens(ours, theirs)[0].why.startswith(cause)
+
+
+def test_a_completions_route_that_renders_the_template_shows_no_tokenizer() -> None:
+    """As Ollama's: a text counts as much there as in a chat, so nothing is counted without the template."""
+    for habits, tokens in (((), 5), (("completes as a chat",), None)):
+        with stub("no tokenize", *habits) as base_url:
+            found = measure_prompt_tokens(Endpoint(base_url=base_url, model_id=MODEL, engine="stub", api_key=KEY), [])
+        assert found["raw"][0]["tokens"] == tokens, habits
 
 
 def test_equal_counts_of_another_template_fail() -> None:
