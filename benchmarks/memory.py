@@ -37,7 +37,7 @@ from engines.model.header import Header, read_header
 from engines.model.memory import GIB, MIB
 from engines.model.requantize import requantize
 from engines.process.serving import Served, free_port, serving
-from engines.process.telemetry import mapped_bytes, process_tree
+from engines.process.telemetry import mapped_bytes, private_bytes, process_tree
 from engines.registry import driver
 from engines.settings import KvType, Serve, Settings
 from migrations.demo import OLD_BUILD, gemma3, smollm2
@@ -253,10 +253,7 @@ def predicted(row: Row, plan: ModelPlan, header: Header) -> Row:
 
 
 class Peak:
-    """The most private memory that the engine registered in `folder` took with its children, while the block runs.
-
-    Pages that a child shares with its parent since it was forked are counted once (`Pss_Anon`).
-    """
+    """The most private memory that the engine registered in `folder` took with its children, while the block runs."""
 
     def __init__(self, folder: Path) -> None:
         self.bytes = 0
@@ -277,15 +274,7 @@ class Peak:
             for register in self._folder.glob("processes/*.json"):
                 with contextlib.suppress(OSError, ValueError):
                     pid = json.loads(register.read_text())["process"]["pid"]
-                    self.bytes = max(self.bytes, sum(map(private, process_tree(pid))))
-
-
-def private(pid: int) -> int:
-    """Bytes of anonymous memory, resident and swapped; 0 of a process that has ended."""
-    with contextlib.suppress(OSError):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "SwapPss:")))
-    return 0
+                    self.bytes = max(self.bytes, private_bytes(process_tree(pid)) or 0)
 
 
 async def fill(served: Served, cell: Cell) -> int:

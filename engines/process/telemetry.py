@@ -4,7 +4,8 @@ A field that could not be read is None, never 0: a dead process, a kernel withou
 is counted per process between snapshots, so that a child that ends takes nothing back.
 
 Memory of an engine is RssAnon + VmSwap (`private_bytes`): what it would need again elsewhere, swapped out or not
-(ollama#18106: RSS looked clean while 9 GiB sat in swap). A memory-mapped model is not in it; `mapped_bytes` has it.
+(ollama#18106: RSS looked clean while 9 GiB sat in swap), pages of forked processes once. A memory-mapped model is not
+in it; `mapped_bytes` has it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -204,8 +206,25 @@ def _start_ticks(pid: int) -> int | None:
 
 
 def private_bytes(pids: Iterable[int]) -> int | None:
-    """RssAnon + swap of these processes together; None where there is none to ask."""
-    return _total(_kib(pid, "status", "RssAnon:", "VmSwap:") for pid in pids)
+    """RssAnon + swap of these processes together; None where there is none to ask.
+
+    Of those that run the same program it is their share (Pss): what a child has had since it was forked counts once.
+    """
+    programs = {pid: _program(pid) for pid in pids}
+    several = {name for name, n in Counter(programs.values()).items() if name and n > 1}
+    return _total(_private(pid, is_shared=name in several) for pid, name in programs.items())
+
+
+def _private(pid: int, *, is_shared: bool) -> int | None:
+    # the share is found by walking the page tables, milliseconds per GB: only where it can differ
+    share = _kib(pid, "smaps_rollup", "Pss_Anon:", "SwapPss:") if is_shared else None
+    return _kib(pid, "status", "RssAnon:", "VmSwap:") if share is None else share
+
+
+def _program(pid: int) -> str | None:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/exe")
+    return None
 
 
 def mapped_bytes(pids: Iterable[int], files: Iterable[Path]) -> int | None:

@@ -68,6 +68,32 @@ def test_memory_is_summed_over_the_tree() -> None:
     assert whole > alone > 32 * MIB
 
 
+def test_what_a_forked_child_shares_counts_once() -> None:
+    """vLLM forks its engine: all that the parent had imported would be counted for each of its processes."""
+    fork_it = f"""if True:
+        import os
+        ballast = bytearray(b"x") * {32 * MIB}
+        until_it_ends, ours = os.pipe()
+        if os.fork():
+            input()
+        else:
+            os.close(ours)
+            own = bytearray(b"y") * {8 * MIB}
+            print("up", flush=True)
+            os.read(until_it_ends, 1)
+    """
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", fork_it], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        tree = process_tree(process.pid)
+        whole = private_bytes(tree)
+        process.kill()
+    assert len(tree) == 2
+    assert whole is not None
+    assert 40 * MIB < whole < 64 * MIB, "32 of both and 8 of the child"
+
+
 def test_a_mapped_file_counts_once_whoever_else_maps_it(tmp_path: Path) -> None:
     """Two processes of a tree that map it hold one set of pages; a name that points to it is the same file."""
     file, alias = tmp_path / "weights.bin", tmp_path / "alias.bin"
