@@ -60,8 +60,8 @@ class Overflow:
                 await unit.ready(self._yard.settings.move_s, first_try=True)
             except EngineError as error:
                 return f"{route.model_id}: the overflow is on, but {error}"
-        waiting = number_of(config.waiting, "request")
-        return f"{route.model_id}: {unit.engine} takes new conversations while more than {waiting} wait"
+        waiting = number_of(config.waiting, "waiting request")
+        return f"{route.model_id}: {unit.engine} takes new conversations beyond {waiting}"
 
     async def run(self) -> None:
         """Keep the second engines up, and end those that are none any more; until cancelled."""
