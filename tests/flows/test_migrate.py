@@ -235,7 +235,7 @@ def test_a_plan_that_asks_waits_where_nobody_answers(box: Box) -> None:
     assert box.serving("good") == OLD
     (question,) = box.asked
     assert (question.phase, question.model, question.verdict) == ("subprocess", "good", Verdict.PASS)
-    assert "- **PASS** parity: 1 of 1 required checks" in question.markdown()
+    assert "- **PASS** parity: 1 of 1 required check" in question.markdown()
 
 
 def test_a_question_alone_is_no_run(box: Box) -> None:

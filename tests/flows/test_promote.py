@@ -109,7 +109,7 @@ def test_fields_that_clients_send_and_the_target_ignores_are_named(switchyard: S
         until(lambda: _asked(yard, {**chat, **more}), "an answer")  # noqa: B023
     done = switchyard("promote", "--yes")
     assert done.returncode == 0, done.stderr
-    told = "clients send fields that the target does not act on: mirostat (2 requests), n_probs (1 requests)"
+    told = "clients send fields that the target does not act on: mirostat (2 requests), n_probs (1 request)"
     assert told in " ".join(done.stderr.split())
     assert "temperature" not in done.stderr + done.stdout
     assert "private" not in done.stderr + done.stdout

@@ -126,7 +126,7 @@ def test_a_path_in_use_that_the_candidate_lacks_is_named_before_the_move(start_y
         http.post("/infill", json={**STREAMS["/infill"], "grammar": "secret text"})
         http.get("/slots")
         http.post("/not/there", json={})
-    with pytest.raises(BadInput, match=r"new has no /infill \(1 requests\), /slots .*accepted_unsupported"):
+    with pytest.raises(BadInput, match=r"new has no /infill \(1 request\), /slots .*accepted_unsupported"):
         yard.orders.order("promote", to="new")
     yard.end()
     yard.again().ready()
