@@ -11,7 +11,7 @@ answer or restarted, it reads from the records what was measured and decided, fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Phases:
     """What carries out each phase: all but retirement take the plan's path, retirement who approves it and why."""
 
     evaluate: Callable[[Plan, str | None, Path], Json]
-    subprocess: Callable[[Plan, Path, Orders], Json]
+    subprocess: Callable[[Plan, Path, Orders, Mapping[str, Json]], Json]
     native: Callable[[Plan, Path, Orders], Json]
     deprecate: Callable[[Plan, str, str], Json]
     found: Callable[[Plan], Sequence[Installation]]  # as `engines_here`: verdicts on other engines do not count
@@ -242,9 +242,12 @@ class WholeMigration:
             who, reason = f"{who}, approved by {given.who}", f"{reason}; {given.why}"
         override = (model.id,) if overridden else ()
         changes = {"models": (model.id,), "override": override, "who": who, "reason": reason}
-        move = self.phases.subprocess if phase == "subprocess" else self.phases.native
+        orders = asked.model_copy(update=changes)
         self.run.put_step(model.id, phase, "intent")
-        outcome = move(self.plan, self.path, asked.model_copy(update=changes))
+        if phase == "subprocess":
+            outcome = self.phases.subprocess(self.plan, self.path, orders, self._next_turns(model.id))
+        else:
+            outcome = self.phases.native(self.plan, self.path, orders)
         passed = outcome["verdict"] == "PASS"
         self.run.put_step(model.id, phase, "done" if passed else "failed", run=outcome["run_id"])
         end = next(found for found in outcome["models"] if found["model"] == model.id)
@@ -301,6 +304,11 @@ class WholeMigration:
         if step is None:
             self.run.put_step(model_id, "next turn", "done", **seen)
         return [judge_next_turn(seen).why] if seen else []
+
+    def _next_turns(self, model_id: str) -> dict[str, Json]:
+        """What was measured for the question, where it could be: it is not measured twice."""
+        step = self.run.step(model_id, "next turn")
+        return {} if step is None or "failed" in step.detail else {model_id: step.detail}
 
     def _decision(self, model_id: str, phase: str) -> Decision | None:
         made = reversed(self.run.decisions(model_id))

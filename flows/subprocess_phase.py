@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,13 @@ def subprocess_phase(plan_path: Path, orders: Orders | None = None) -> dict[str,
     return to_subprocess(load_plan(plan_path), plan_path, orders or Orders())
 
 
-def to_subprocess(plan: Plan, plan_path: Path, orders: Orders) -> dict[str, Any]:
+def to_subprocess(
+    plan: Plan, plan_path: Path, orders: Orders, next_turns: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Put the candidate behind the public port, for every model of the plan or those that `orders` names."""
     folder = home()
     end_orphans(folder)
-    return carried_out(SUBPROCESS, plan, Yards(plan, folder, plan_path), orders)
+    return carried_out(SUBPROCESS, plan, Yards(plan, folder, plan_path), orders, next_turns)
 
 
 def next_turn(plan: Plan, plan_path: Path, model_id: str) -> dict[str, Any]:
@@ -77,11 +80,18 @@ def next_turn(plan: Plan, plan_path: Path, model_id: str) -> dict[str, Any]:
         return {"failed": str(error).splitlines()[0]}
 
 
-def carried_out(phase: MovePhase, plan: Plan, yards: Yards, orders: Orders) -> dict[str, Any]:
+def carried_out(
+    phase: MovePhase,
+    plan: Plan,
+    yards: Yards,
+    orders: Orders,
+    next_turns: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """A migration under the records and a Prefect run: its outcome, published as an artifact."""
     judge = functools.partial(judge_canary, limits=canary_limits(plan))
     with open_records() as records:
-        outcome = migrate(phase, plan, yards, records, judge, orders=orders, say=progress.get().say, do=take)
+        say = progress.get().say
+        outcome = migrate(phase, plan, yards, records, judge, orders=orders, say=say, do=take, next_turns=next_turns)
     if rows := check_rows(outcome["models"]):
         put_table("switchyard-migrate", rows, outcome)
     return outcome

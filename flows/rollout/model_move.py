@@ -62,6 +62,7 @@ class Migration:
     say: Say
     do: Do
     poll_s: float = POLL_S
+    next_turns: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # by model: measured for its approval
     yard_started: dict[str, Any] | None = None  # by this migration
 
     def __post_init__(self) -> None:

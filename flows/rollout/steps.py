@@ -7,7 +7,7 @@ again only where the yard reports that its effect is gone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engines.errors import BadInput, EngineNotFound, SwitchyardError
@@ -42,8 +42,11 @@ def migrate(
     say: Say = lambda _: None,
     do: Do = lambda _model, _step, work: work(),
     poll_s: float = POLL_S,
+    next_turns: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Move the plan's models, or those of `orders`: the outcome as plain JSON.
+
+    `next_turns` has what a move costs a conversation, by model, where that was measured for its approval.
 
     Raises BadInput and EngineError; whatever is raised, the yard serves.
     """
@@ -52,9 +55,8 @@ def migrate(
     with alone(yards.home, "a migration"):
         unfinished = records.unfinished(asked, kind=phase.kind)
         with run_journal(records, phase.kind, asked, unfinished=unfinished, say=say) as run:
-            shared = Migration(
-                phase=phase, plan=plan, orders=orders, yards=yards, run=run, judge=judge, say=say, do=do, poll_s=poll_s
-            )
+            asked_for: Any = {"phase": phase, "plan": plan, "orders": orders, "next_turns": next_turns or {}}
+            shared = Migration(**asked_for, yards=yards, run=run, judge=judge, say=say, do=do, poll_s=poll_s)
             moves = [ModelMove(shared, model) for model in orders.chosen(plan)]
             if unfinished is None and all(move.has_moved() for move in moves):
                 for move in moves:
@@ -226,18 +228,21 @@ def _rehearsed(move: ModelMove) -> dict[str, Any]:
         return {"not_rehearsed": f"{why}; {advice}"}
     attached = bool(yards.model(move.id).specs[move.candidate].url)
 
-    def next_turn(stage: Stage) -> dict[str, Any]:
-        return {"next_turn": measure_next_turn(stage, form=form, say=move.say)}
-
     seen = measure_rehearsal(
         move.stage(),
         candidate=move.candidate,
         form=form,
         is_attached=attached,
-        before_kills=next_turn,
+        before_kills=lambda stage: {"next_turn": _next_turn(move, stage, form)},
         say=move.say,
     )
     return {**seen, "room": why}
+
+
+def _next_turn(move: ModelMove, stage: Stage, form: str) -> dict[str, Any]:
+    """What the move costs a conversation: as it was measured for the approval, else measured now."""
+    known = move.migration.next_turns.get(move.id)
+    return known if known is not None else measure_next_turn(stage, form=form, say=move.say)
 
 
 def promote(move: ModelMove) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from engines.model.digest import model_digest
 from engines.yard.state import ModelState, StateFile
 from flows.experiment_lock import SOAK, Busy, alone
 from flows.migrate import KIND, Phases, migrate_all
+from flows.rollout import steps
 from flows.rollout.approval import Approval, Question
 from flows.rollout.orders import Orders
 from migrations.plan import Plan, content_hash
@@ -37,6 +39,8 @@ class Box:
         self.verdicts = verdicts or {"good": Verdict.PASS, "bad": Verdict.FAIL}
         self.done: list[str] = []
         self.asked: list[Question] = []
+        self.next_turn: dict[str, Any] = {"failed": "it was not answered"}
+        self.next_turns: list[Any] = []  # as the phases were given it
         self.breaks: str | None = None
         self.breaks_behind: str | None = None  # once the model has moved
         self.refuses: set[str] = set()
@@ -76,7 +80,7 @@ class Box:
 
     def _next_turn(self, _: Plan, __: Path, model: str) -> dict[str, Any]:
         self._note(f"next turn of {model}")
-        return {"failed": "it was not answered"}
+        return self.next_turn
 
     def serving(self, model: str) -> str:
         found = self.file.read().models.get(model)
@@ -103,7 +107,8 @@ class Box:
         return {}
 
     def _move(self, to: str) -> Any:
-        def move(_: Plan, __: Path, orders: Orders) -> dict[str, Any]:
+        def move(_: Plan, __: Path, orders: Orders, next_turns: Any = None) -> dict[str, Any]:
+            self.next_turns.append(next_turns)
             (model,) = orders.models
             override = f" over {orders.who}" if orders.override else ""
             self._note(f"{model} to {to}{override}")
@@ -194,6 +199,21 @@ def test_the_question_shows_what_the_move_costs_a_conversation(box: Box) -> None
     assert box.done.count("next turn of good") == 1
     box.run(GO, GO)
     assert [question.costs() for question in box.asked[2:]] == [["it was not answered"], []]
+
+
+def test_what_a_question_showed_is_not_measured_again(box: Box) -> None:
+    """The rehearsal takes it from there; what failed it tries itself."""
+    box.parts["migrate"] = {"approve": "ask"}
+    turn = {"ttft_ms": 9.0, "prompt_tokens": 3, "cached_tokens": 0, "by": OLD}
+    box.next_turn = {"before": turn, "moved": {**turn, "by": NEW}}
+    box.run()
+    box.asked[-1].costs()
+    box.run(GO, GO)
+    assert box.next_turns == [{"good": box.next_turn}, None]
+    shared: Any = SimpleNamespace(next_turns=box.next_turns[0])
+    known: Any = SimpleNamespace(id="good", migration=shared)
+    no_stage: Any = None
+    assert steps._next_turn(known, no_stage, "auto") == box.next_turn
 
 
 @pytest.mark.parametrize("to", [NEW, NATIVE])
