@@ -136,8 +136,9 @@ class CanaryShare:
         judged = self._judged() if answered else []
         if gate(judged) is Verdict.FAIL or answered >= wanted:
             return judged
+        requests = number_of(answered, "request") if answered else "no requests"
         why = (
-            f"{self.move.candidate} answered {number_of(answered, 'request')} within {self.steps.max_minutes:g} "
+            f"{self.move.candidate} answered {requests} within {self.steps.max_minutes:g} "
             f"minutes, {wanted} are needed: use the model meanwhile, raise canary.max_minutes in the plan, or add "
             "--without-canary --who NAME --reason TEXT"
         )
