@@ -188,6 +188,8 @@ class Connection(asyncio.Protocol):
                     transport.abort()  # the client must not take half of it for all
                     return
                 if not await self._rests(request) or not request.keeps or self._server.closing:
+                    if self._no_http:
+                        await self._linger()
                     transport.close()
                     return
                 await self.drain()
@@ -198,8 +200,7 @@ class Connection(asyncio.Protocol):
                 request = Request(transport, self.drain, lambda _: {})
                 request.keeps = False
                 request.respond(error_response(Refusal(400, f"not HTTP: {self._no_http}")))
-                transport.write_eof()
-                await asyncio.sleep(LINGER_S)  # until the client closes: one that still sends would lose the answer
+                await self._linger()
                 transport.close()
         except ClientLeft:
             transport.close()
@@ -218,6 +219,11 @@ class Connection(asyncio.Protocol):
             if not request.begun:
                 request.keeps = False
                 request.respond(error_response(Refusal(500, "an error of the yard's own; its log has more")))
+
+    async def _linger(self) -> None:
+        """Say that no more comes, and wait for the client to close: one that still sends would lose the answer."""
+        self._transport.write_eof()
+        await asyncio.sleep(LINGER_S)
 
     async def drain(self) -> None:
         """Return when the client has taken most of what was written."""

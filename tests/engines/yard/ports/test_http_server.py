@@ -224,6 +224,7 @@ def streams(draw):
 @example([b"GET  / HTTP/1.1\r\n\r\n", END])
 @example([b"get / HTTP/1.1\r\n\r\n", END])
 @example([b"\r\n\r\n" + END])
+@example([b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", b"G", b"E", b"T" + END[3:]])
 def test_the_same_bytes_have_the_same_answers_as_from_aiohttp(pieces):
     async def both():
         async with ours() as (_, address), theirs() as other:
