@@ -54,5 +54,6 @@ async def in_thread(work: Callable[[], T], *, name: str, within_s: float | None 
             loop.call_soon_threadsafe(ended.set)
 
     background = Background(name, work, tell_loop)
-    await asyncio.wait_for(ended.wait(), within_s)
+    async with asyncio.timeout(within_s):
+        await ended.wait()
     return background.result(0)

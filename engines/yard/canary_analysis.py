@@ -47,7 +47,8 @@ class CanaryAnalysis:
         """Judge every canary every `canary_judge_s`, until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._yard.look_at_canaries.wait(), self._yard.settings.canary_judge_s)
+                async with asyncio.timeout(self._yard.settings.canary_judge_s):
+                    await self._yard.look_at_canaries.wait()
             self._yard.look_at_canaries.clear()
             for route in list(self._yard.routes.values()):
                 await self._look(route)

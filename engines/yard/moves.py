@@ -277,7 +277,8 @@ class Moves:
             report(f"holding new requests; {len(old.in_flight)} in flight on {old.engine}")
             within_s = (until - time.monotonic()) / 2
             try:
-                await asyncio.wait_for(old.idle(), within_s)
+                async with asyncio.timeout(within_s):
+                    await old.idle()
             except TimeoutError:
                 raise MoveFailed(
                     f"{route.model_id} stays on {old.engine}: {number_of(len(old.in_flight), 'request')} not done "

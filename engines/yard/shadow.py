@@ -167,7 +167,8 @@ class Shadow:
                     self._arrived.clear()
                     within_s = 1.0 if any(tally.unjudged for tally in self._tallies.values()) else None
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._arrived.wait(), within_s)
+                        async with asyncio.timeout(within_s):
+                            await self._arrived.wait()
                 if self._queue and self._quiet():
                     await self._next()
                 await self._judge()

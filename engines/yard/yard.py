@@ -130,7 +130,8 @@ class Yard:
         units = [unit for route in self.routes.values() for unit in route.units.values()]
         until = time.monotonic() + self.settings.stop_s
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*(unit.idle() for unit in units)), self.settings.stop_s)
+            async with asyncio.timeout(self.settings.stop_s):
+                await asyncio.gather(*(unit.idle() for unit in units))
         await asyncio.gather(*(unit.stop(save_s=until - time.monotonic()) for unit in units))
         await asyncio.to_thread(self.capture.close)
         self.usage.save()

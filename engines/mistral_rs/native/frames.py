@@ -116,7 +116,8 @@ class FrameClient:
 
     async def _opened(self) -> Connection:
         try:
-            return await asyncio.wait_for(asyncio.open_connection(*self._where, limit=LINE_LIMIT), CONNECT_S)
+            async with asyncio.timeout(CONNECT_S):
+                return await asyncio.open_connection(*self._where, limit=LINE_LIMIT)
         except OSError as error:  # TimeoutError is one
             raise Broken(f"no worker on port {self._where[1]}") from error
 

@@ -149,7 +149,8 @@ class Unit:
                     f"{self.engine} was not ready within {within_s:.0f} s: {self.why}", engine=self.engine
                 )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._moved.wait()
 
     async def stop(self, *, save_s: float = SAVE_S) -> None:
         """End it and return when its process is gone; safe twice. Its prompts are saved before, for so long at most."""
@@ -179,7 +180,8 @@ class Unit:
         deadline = time.monotonic() + SETTLE_S  # a broken connection is seen a moment before the end of the process
         while not running.process_ended and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._moved.wait()
         return running.process_ended
 
     # --- requests
@@ -268,7 +270,8 @@ class Unit:
                 self._announce()
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
 
     async def _run_process(self) -> bool:
         """One process, from its start until it is gone or given up; True when another would end in the same way."""
@@ -413,7 +416,8 @@ class Unit:
                 if due and (sampling is None or sampling.done()):
                     sampling = asyncio.create_task(self.stats.sample(child, self.in_flight))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), TICK_S)
+                    async with asyncio.timeout(TICK_S):
+                        await self._wake.wait()
         finally:
             for task in (died, asking, sampling):
                 if task is not None:

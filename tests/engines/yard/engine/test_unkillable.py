@@ -1,12 +1,13 @@
 """Engines that SIGKILL does not end, as a driver or a dead file server leaves them: the yard serves without them."""
 
 import json
-import os
 import signal
 import time
 
+import psutil
 import pytest
 from cgroups import frozen
+from processes import runs
 from waiting import until
 
 QUICK = {"wedged_after_s": 1, "restarts": 1}
@@ -19,6 +20,7 @@ def entries(yard):
 def test_the_fallback_serves_and_the_yard_can_be_stopped(start_yard):
     yard = start_yard(old="--itl-ms 20", parallel=1, settings=QUICK).ready()
     pid, answers = yard.engine("old")["pid"], []
+    process = psutil.Process(pid)
     with frozen(pid):
         waiting = [yard.ask(answers), yard.ask(answers, stream=True)]
         for one in waiting:
@@ -40,7 +42,7 @@ def test_the_fallback_serves_and_the_yard_can_be_stopped(start_yard):
         assert any(entry["process"]["pid"] == pid for entry in entries(yard)), "nor is it by the next yard"
         yard.process.send_signal(signal.SIGTERM)
         assert yard.process.wait(30) == 0
-    until(lambda: not os.path.exists(f"/proc/{pid}"), "the kernel to let it go")
+    until(lambda: not runs(process), "the kernel to let it go")
 
 
 def test_without_another_engine_requests_are_refused_with_the_reason_until_it_is_gone(start_yard):
