@@ -995,7 +995,8 @@ async def test_small_answers_are_not_held_back_for_an_acknowledgement() -> None:
     listener = listen("127.0.0.1", 0)
     async with await asyncio.start_server(connected, sock=listener):
         _, writer = await asyncio.open_connection(*listener.getsockname())
-        assert await asyncio.wait_for(accepted, 10) != 0
+        async with asyncio.timeout(10):
+            assert await accepted != 0
         writer.close()
 
 

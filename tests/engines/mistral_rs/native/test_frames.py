@@ -99,7 +99,8 @@ async def test_who_leaves_leaves_the_engine(worker):
     native, port = worker
     async with asked(port, "/endless") as answer:
         assert await anext(answer.pieces())
-    await asyncio.wait_for(native.left.wait(), 10)
+    async with asyncio.timeout(10):
+        await native.left.wait()
 
 
 async def test_connections_are_kept_and_one_that_broke_costs_nothing(worker):
@@ -152,7 +153,8 @@ async def test_what_is_no_request_is_hung_up_on(worker, sent):
     writer.write(sent)
     with contextlib.suppress(ConnectionError):
         writer.write_eof()
-        assert await asyncio.wait_for(reader.read(), 10) == b""
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
     writer.close()
     assert (await read(port, "/whole"))[0] == 200
 
