@@ -55,8 +55,18 @@ def migrate(
     with alone(yards.home, "a migration"):
         unfinished = records.unfinished(asked, kind=phase.kind)
         with run_journal(records, phase.kind, asked, unfinished=unfinished, say=say) as run:
-            asked_for: Any = {"phase": phase, "plan": plan, "orders": orders, "next_turns": next_turns or {}}
-            shared = Migration(**asked_for, yards=yards, run=run, judge=judge, say=say, do=do, poll_s=poll_s)
+            shared = Migration(
+                phase=phase,
+                plan=plan,
+                orders=orders,
+                yards=yards,
+                run=run,
+                judge=judge,
+                say=say,
+                do=do,
+                poll_s=poll_s,
+                next_turns=next_turns or {},
+            )
             moves = [ModelMove(shared, model) for model in orders.chosen(plan)]
             if unfinished is None and all(move.has_moved() for move in moves):
                 for move in moves:
