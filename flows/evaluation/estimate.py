@@ -10,13 +10,16 @@ from migrations.native import native_plan
 from migrations.plan import CanarySteps, ModelPlan, Plan
 from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
 from tasks.evidence.preflight import preflight
+from tasks.evidence.tool_calls.measure import MAX_TOKENS
 
 # pairs: of the fastest engines in use, and of the slowest; bytes a second at which weights are read for each token
 CPU_BYTES_PER_S, GPU_BYTES_PER_S = (12e9, 3e9), (400e9, 100e9)
 LOAD_BYTES_PER_S, START_S = 1e9, (0.5, 2.0)
 READ_AT_ONCE = 4  # so many tokens of a prompt take as long as one of an answer
 SHORT_PROMPT_TOKENS, BEHAVIOUR_TOKENS = 48, 12
-TOOL_PROMPT_TOKENS, TOOL_TOKENS = 320, 48  # of a prompt with its tools, and of a call or the text in its place
+TOOL_PROMPT_TOKENS = 320  # of a prompt with its tools
+# of a call or the text in its place; a weak model that is held to a grammar does not find the end
+TOOL_TOKENS = (48, MAX_TOKENS)
 FIRST_REQUESTS, FIRST_TOKENS = 9, 12  # of the first look, to each engine
 FAULT_DRILLS, DRILL_S = 4, (1.0, 10.0)
 PAIR_STARTS = 2  # of a yard with both engines
@@ -216,4 +219,4 @@ def _measuring_s(plan: Plan, sized: Sized, pace: Pace, bound: int) -> float:
 def _tool_calls_s(plan: Plan, pace: Pace, bound: int) -> float:
     """Seconds of the tool prompts: each once to the candidate and twice to the incumbent, the second time cached."""
     prompts = plan.measure.tool_prompts / (1 if bound else 3)
-    return prompts * (2 * TOOL_PROMPT_TOKENS / READ_AT_ONCE + 3 * TOOL_TOKENS) * pace.token_s
+    return prompts * (2 * TOOL_PROMPT_TOKENS / READ_AT_ONCE + 3 * TOOL_TOKENS[bound]) * pace.token_s

@@ -94,7 +94,7 @@ def test_what_is_left_of_a_migration_counts_each_phase_once(tmp_path: Path) -> N
 
 
 def test_tool_prompts_take_time_where_the_template_shows_tools(tmp_path: Path) -> None:
-    """And none where it shows none, or where the plan leaves them out."""
+    """Up to three answers of 512 tokens each; none where it shows none, or where the plan leaves them out."""
     shows = write_gguf(tmp_path / "shows.gguf", template="{% if tools %}{{ tools }}{% endif %}{{ messages }}")
     hides = write_gguf(tmp_path / "hides.gguf", template="{{ messages }}")
     one = {"ttft_ms": 500.0, "tpot_ms": 100.0}
@@ -105,4 +105,5 @@ def test_tool_prompts_take_time_where_the_template_shows_tools(tmp_path: Path) -
         return still_takes(plan, model, [{"incumbent": one, "candidate": one}])
 
     assert left(hides, 200) == left(hides, 0) == left(shows, 0)
-    assert left(shows, 200) != left(shows, 0)
+    least, most = (int(found[1]) for found in re.finditer(r"(\d+) h", left(shows, 200)))
+    assert least < 200 * 3 * 512 * 0.1 / 3600 < most
