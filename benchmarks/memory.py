@@ -27,6 +27,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.memory_models import Shape, write_random
 from engines.client.client import client_session, stream_chat
 from engines.driver import Installation
 from engines.errors import SwitchyardError
@@ -47,6 +48,8 @@ from tasks.report.plots import Scale
 
 QUANTS, HELD_OUT_QUANTS = ("Q4_0", "Q4_1", "Q8_0", "F16"), ("Q5_0", "Q5_1", "BF16")
 GEMMA = "gemma3-270m Q4_K_M"
+WIDE = {f"wide-300m {quant}": (Shape(), quant) for quant in ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")}
+WIDE["wide-moe Q4_K"] = (Shape(layers=6, width=768, feed_forward=512, heads=12, kv_heads=4, experts=16), "Q4_K")
 # called, driver, form, binary
 ENGINES: dict[str, tuple[str, Any, Path | None]] = {
     "llama.cpp": ("llama.cpp", "binary", None),
@@ -113,6 +116,11 @@ HELD_OUT = (
     Cell("mistral.rs", "smollm2-135m Q5_0", 384, 1, None, None),
     Cell("mistral.rs", "smollm2-135m Q5_1", 192, 1, None, None),
     Cell("mistral.rs", GEMMA, 384, 1, None, None),
+    # not Q6_K, whose random text llama.cpp cannot read as an answer
+    *(Cell("llama.cpp", model, 2048, 1, "f16", True) for model in WIDE if model != "wide-300m Q6_K"),
+    *(Cell("xllamacpp", model, 1024, 2, "f16", True) for model in WIDE),
+    *(Cell("mistral.rs", model, 512, 1, None, None) for model in WIDE),
+    *(Cell("mistral.rs", model, 2048, 1, None, None) for model in WIDE if model != "wide-moe Q4_K"),
 )
 
 
@@ -198,6 +206,13 @@ def files(folder: Path) -> Iterator[tuple[str, ModelPlan]]:
             requantize(packaged.gguf, path, quant)
         yield f"smollm2-135m {quant}", packaged.model_copy(update={"gguf": path})
     yield GEMMA, gemma3(folder.parent)
+    for name, (shape, quant) in WIDE.items():
+        path = folder / f"{name.replace(' ', '-')}.gguf"
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            write_random(partial, packaged.gguf, shape, quant, output="Q6_K")
+            partial.replace(path)
+        yield name, packaged.model_copy(update={"gguf": path})
 
 
 def chosen(each: int, done: Collection[Cell], only: Collection[str]) -> list[Cell]:
@@ -344,7 +359,7 @@ def cells_of(row: Row) -> list[str]:
 def picture(rows: Sequence[Row]) -> str:
     """An SVG: per engine the interval and the expected figure of each cell, over what was measured."""
     ratio = Scale(0.4, 6.5, log=True, start=PANEL[1] - 30.0, end=26.0)
-    memory = Scale(50.0, 1600.0, log=True, start=44.0, end=PANEL[0] - 14.0)
+    memory = Scale(50.0, 3400.0, log=True, start=44.0, end=PANEL[0] - 14.0)
     panels = []
     for number, engine in enumerate(ENGINES):
         drawn = [el("text", engine, x=44, y=16, class_="name")]
@@ -352,7 +367,7 @@ def picture(rows: Sequence[Row]) -> str:
             y = ratio.at(tick)
             drawn.append(el("line", x1=44, x2=PANEL[0] - 14, y1=y, y2=y, class_="one" if tick == 1 else "grid"))
             drawn.append(el("text", f"{tick:g}×", x=38, y=y + 4, class_="left"))
-        for tick in (50, 100, 200, 400, 800, 1600):
+        for tick in (50, 100, 200, 400, 800, 1600, 3200):
             drawn.append(el("text", f"{tick}", x=memory.at(tick), y=PANEL[1] - 12, class_="below"))
         for row in (row for row in rows if row.cell.engine == engine):
             x, shares = memory.at(row.total / MIB), (row.low, row.expected, row.high)

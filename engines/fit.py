@@ -19,6 +19,7 @@ from engines.registry import driver, is_attached
 from engines.settings import EngineArgs, KvType, Settings
 from engines.units import size
 
+FORMULAS = 2  # another number with other formulas: what was learned of the old ones corrects nothing
 FitVerdict = Literal["fits", "tight", "unknown", "does not fit"]
 WORSE: tuple[FitVerdict, ...] = ("fits", "tight", "unknown", "does not fit")
 SEQUENCES = (1, 4)  # of the table of largest contexts, beside the plan's own number

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from engines.errors import BadInput, EngineExited, EngineNotFound
+from engines.fit import FORMULAS
 from engines.home import home
 from engines.model.header import read_header
 from engines.process.attached import NO_PID
@@ -90,8 +91,8 @@ def _preflight_report(trial: Trial) -> Any:
 
 
 def _build(engine: EngineUnderTest) -> str:
-    """Kind and version, by which the measured memory of an engine corrects its next estimate."""
-    return f"{engine.driver.name} {engine.installation.version}"
+    """Kind, version and formulas, by which the measured memory of an engine corrects its next estimate."""
+    return f"{engine.driver.name} {engine.installation.version}, estimate {FORMULAS}"
 
 
 def prompt_tokens(trial: Trial, arm: Arm) -> None:

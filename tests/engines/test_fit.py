@@ -208,14 +208,6 @@ def test_flags_size_the_pool_of_mistral_rs(nemotron: Header, args: str, expected
     assert next(part.expected for part in fit.parts if part.name == "KV cache") == expected
 
 
-def test_mistral_rs_on_the_cpu_holds_the_embedding_again(tmp_path: Path) -> None:
-    """It dequantizes token_embd to f32 beside its private copy of the weights."""
-    header = read_header(write_gguf(tmp_path / "m.gguf", tensors=TWO))
-    parts = {part.name: part for part in estimate(header, Settings(), "mistral.rs", 128, memory=PLENTY).parts}
-    assert parts["weights"].expected == header.tensor_bytes
-    assert parts["token embedding"].expected == 4 * 256 * 4
-
-
 def test_a_measured_ratio_moves_the_expected_figure(nemotron: Header) -> None:
     """And the range still holds it."""
     plain = estimate(nemotron, Settings(), "llama.cpp", 4096, memory=PLENTY).needs[0]
