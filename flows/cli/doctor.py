@@ -94,7 +94,8 @@ def _engines() -> Iterator[Finding]:
     for name, driver in DRIVERS.items():
         try:
             found = driver.find()
-            yield Finding(name, "ok", f"{found.version}, {found.form}: {found.where}")
+            note = f" ({found.note})" if found.note else ""
+            yield Finding(name, "ok", f"{found.version}, {found.form}: {found.where}{note}")
         except SwitchyardError as error:
             pip = driver.installer.pip  # what nobody has to have is no fault
             yield Finding(name, "broken" if pip else "warning", str(error), f"switchyard install {name}" if pip else "")

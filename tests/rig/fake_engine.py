@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--itl-ms", type=float, default=0.5)
     parser.add_argument("--die-after-s", type=float, default=None)
     parser.add_argument("--exit-code", type=int, default=None, help="say why and leave at once")
+    parser.add_argument("--illegal", action="store_true", help="SIGILL at once, as of a build for another CPU")
     parser.add_argument("--ignore-sigterm", action="store_true")
     parser.add_argument("--needs-two-sigterms", action="store_true")
     parser.add_argument("--chatty", action="store_true", help="writes megabytes to its output")
@@ -272,6 +273,8 @@ def main() -> None:
     if options.exit_code is not None:
         print("error: invalid argument: --mlock", file=sys.stderr)
         sys.exit(options.exit_code)
+    if options.illegal:
+        os.kill(os.getpid(), signal.SIGILL)
     if options.checks_gguf and options.gguf.stat().st_size < options.checks_gguf:
         print("error: tensor 'output' data is not within the file bounds, model is corrupted", file=sys.stderr)
         sys.exit(1)

@@ -46,7 +46,7 @@ threads = 1
 {settings}
 [[models]]
 id = "smollm2"
-gguf = "{installed.smollm2()}"
+gguf = "{installed.smollm2(installed.LLAMA_SERVER)}"
 {model}
 {models}
 [yard]

@@ -35,6 +35,7 @@ MODULES = {
     "engines.native.worker": "engines.mistral_rs.native.worker",
 }
 STORED_NAMES = {present: stored for stored, present in MODULES.items()}
+NOT_KEPT = ("gone", "note")  # of an installation: for messages before a start
 
 
 class LaunchSpec(BaseModel):
@@ -91,12 +92,13 @@ class LaunchSpec(BaseModel):
     def of(cls, found: Installation, model_id: str, gguf: Path, settings: Settings, **passed_on: Any) -> LaunchSpec:
         """The spec of an engine that was found here; `passed_on`: `own`, `request_defaults` and `not_given`."""
         as_found = {**vars(found), "flags": tuple(sorted(found.flags))}
-        del as_found["gone"]  # for messages before a start
+        for name in NOT_KEPT:
+            del as_found[name]
         return cls(**as_found, model_id=model_id, gguf=gguf, settings=settings, **passed_on)
 
     @property
     def installation(self) -> Installation:
-        as_found = {one.name: getattr(self, one.name) for one in fields(Installation) if one.name != "gone"}
+        as_found = {one.name: getattr(self, one.name) for one in fields(Installation) if one.name not in NOT_KEPT}
         return Installation(**{**as_found, "flags": frozenset(self.flags)})
 
     def serve(self, port: int, key: SecretStr | None) -> Serve:

