@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 from types import MappingProxyType
 
+from engines.cpu import cpu_flags
 from engines.errors import BadInput
 from engines.mistral_rs.flags import OWN_ARGS
 from engines.model.free_memory import Device
@@ -32,6 +33,7 @@ WIDENED = frozenset({"F16", "BF16"})
 # columns are multiples of these; not of an output that is Q6_K (seen)
 REPACKED = MappingProxyType({"Q4_K": Fraction(3, 4), "Q6_K": Fraction(5, 4), "Q8_0": Fraction(17, 16)})
 REPACKED_ROWS, REPACKED_COLUMNS = 16, 256
+WITH_VNNI, VNNI = frozenset({"Q8_0"}), frozenset({"avx512_vnni", "avx_vnni"})  # kernels for a CPU with one of these
 REPACKED_ELSEWHERE = frozenset({"Q4_0", "Q5_K", *REPACKED})  # repack.rs, on ARM: as large as they are
 CACHE_TOKENS, CACHE_COPIES = 512, 2  # grown by so many; the sequence has a cache, and the pipeline another
 MASK_BYTES, MASK_MADE_BYTES = 4, 7  # of a token and a token: what stays, and the peak while it is made
@@ -74,6 +76,8 @@ def _weights(header: Header, where: Device) -> Part:
 def _repacked(header: Header) -> Part:
     """What is kept beside the weights, in a layout of the CPU's own; none before 0.9."""
     output = "output.weight" if header.tensor("output.weight") else "token_embd.weight"
+    flags = cpu_flags()
+    here = REPACKED.keys() if not flags or flags & VNNI else REPACKED.keys() - WITH_VNNI
     copied = at_most = 0
     for tensor in header.tensors:
         if len(tensor.shape) != 2 or (tensor.layer is None and tensor.name != output):
@@ -81,7 +85,7 @@ def _repacked(header: Header) -> Part:
         columns, rows = tensor.shape
         fits = rows % REPACKED_ROWS == 0 and columns % REPACKED_COLUMNS == 0
         share = int(REPACKED.get(tensor.type, 0) * columns * rows) if fits else 0
-        copied += 0 if (tensor.name, tensor.type) == (output, "Q6_K") else share
+        copied += share if tensor.type in here and (tensor.name, tensor.type) != (output, "Q6_K") else 0
         at_most += max(share, tensor.n_bytes if tensor.type in REPACKED_ELSEWHERE else 0)
     return Part("repacked weights", "ram", 0, copied, at_most, "a second copy, in a layout of the CPU's own")
 

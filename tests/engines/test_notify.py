@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from processes import runs
 from waiting import until
@@ -104,7 +103,7 @@ def test_a_command_gets_it_on_standard_input_and_nothing_else_of_ours(
 def test_one_that_hangs_is_killed_with_its_children_and_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(notifications, "LIMIT_S", 1.0)
+    monkeypatch.setattr(notifications, "LIMIT_S", 5.0)  # two Pythons start in it on a busy machine
     text = (
         "import os, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -118,9 +117,9 @@ def test_one_that_hangs_is_killed_with_its_children_and_holds_nobody_up(
         notifier.note("incident", "m", "it died " * 1000)
     assert time.monotonic() - began < 5, "a thousand events are noted while the first one hangs"
     until((tmp_path / "out").is_file, "the command to run")
-    both = [psutil.Process(int(pid)) for pid in (tmp_path / "out").read_text().split()]
+    both = [int(pid) for pid in (tmp_path / "out").read_text().split()]
     until(lambda: not any(map(runs, both)), "both to be gone")
-    until(lambda: "did not end within 1 s and was killed" in caplog.text, "a line about it")
+    until(lambda: "did not end within 5 s and was killed" in caplog.text, "a line about it")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,12 @@ def of_home(home, variable=HOME):
 
 
 def runs(process):
-    """True until it has ended. A zombie has: it waits for its parent, which may be an init that never looks."""
+    """True until it, or the one of this number, has ended.
+
+    A zombie has: it waits for its parent, which may be an init that never looks.
+    """
     try:
+        process = psutil.Process(process) if isinstance(process, int) else process
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False

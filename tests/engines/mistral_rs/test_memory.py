@@ -12,6 +12,7 @@ import pytest
 from gguf_files import LLAMA, write_gguf
 
 from engines.fit import estimate
+from engines.mistral_rs import memory
 from engines.model.free_memory import FreeMemory
 from engines.model.gguf import Tensor
 from engines.model.header import Header, read_header
@@ -29,10 +30,16 @@ SMOLLM2 = {
 }
 
 
-def parts(header: Header, memory: FreeMemory = RAM, **settings: Any) -> dict[str, Part]:
+def parts(header: Header, free: FreeMemory = RAM, **settings: Any) -> dict[str, Part]:
     """By name; what takes nothing is empty."""
-    found = estimate(header, Settings(**settings), "mistral.rs", memory=memory).parts
+    found = estimate(header, Settings(**settings), "mistral.rs", memory=free).parts
     return defaultdict(lambda: Part("", "ram", 0, 0, 0, ""), {part.name: part for part in found})
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the measurements."""
+    monkeypatch.setattr(memory, "cpu_flags", lambda: frozenset({"avx2", "fma", "avx512_vnni"}))
 
 
 @pytest.fixture
@@ -68,6 +75,13 @@ def test_quants_with_kernels_of_the_cpu_are_held_twice(header: Header, quant: st
     found = parts(with_tensors(header, dict.fromkeys(tensors, quant), tensors))["repacked weights"]
     assert found.expected / MIB == pytest.approx(more_mib, abs=1.2)
     assert found.low == 0
+
+
+def test_q8_0_is_held_once_where_the_cpu_has_no_vnni(header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    kinds = {"blk.0.attn_q.weight": "Q8_0", "blk.0.attn_output.weight": "Q4_K"}
+    found = parts(with_tensors(header, kinds, dict.fromkeys(kinds, (1024, 1024))))["repacked weights"]
+    assert (found.expected, found.high) == (0.75 * MIB, (0.75 + 17 / 16) * MIB)
 
 
 def test_other_shapes_are_held_once(header: Header) -> None:
