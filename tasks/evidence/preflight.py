@@ -253,10 +253,13 @@ def _judge_fit(fit: Mapping[str, Any], check: str, engine: str, *, required: boo
 
 
 def measured_over_estimated(report: Mapping[str, Any], engine: str, measured: Sequence[int | None]) -> float | None:
-    """Measured over expected RAM of an engine: what corrects its next estimate. None without both."""
+    """Measured over expected RAM of an engine: what corrects its next estimate. None without both.
+
+    At least 1: prompts that leave most of the context empty take less, and full ones will not.
+    """
     entry = next((entry for entry in report["engines"] if entry["engine"] == engine), None)
     needs = [need for need in (entry or {}).get("fit", {}).get("needs", []) if need["device"] == "ram"]
     seen = [value for value in measured if value]
     if not needs or not seen or not needs[0]["expected"]:
         return None
-    return statistics.median(seen) / float(needs[0]["expected"])
+    return max(1.0, statistics.median(seen) / float(needs[0]["expected"]))

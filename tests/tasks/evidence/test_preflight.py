@@ -14,7 +14,7 @@ from engines.model.free_memory import FreeMemory
 from engines.model.memory import GIB
 from engines.registry import DRIVERS
 from engines.settings import Settings
-from tasks.evidence.preflight import judge_memory_estimate, judge_preflight, preflight
+from tasks.evidence.preflight import judge_memory_estimate, judge_preflight, measured_over_estimated, preflight
 from tasks.verdicts.verdict import Verdict, gate
 
 PLENTY = FreeMemory(ram_bytes=512 * GIB)
@@ -150,3 +150,17 @@ def test_an_engine_that_was_not_looked_at_is_inconclusive(tmp_path: Path) -> Non
     entry = report(write_gguf(tmp_path / "m.gguf"), engines={"llama.cpp": "llama.cpp"})
     results = judge_preflight(entry, "llama.cpp", "mistral.rs")
     assert gate(results) is Verdict.INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("measured", "ratio"), [([1.4, 1.6, None], 1.5), ([0.3, 0.4], 1.0), ([None], None), ([], None)]
+)
+def test_short_prompts_do_not_teach_that_full_ones_fit(
+    tmp_path: Path, measured: list[float | None], ratio: float | None
+) -> None:
+    """An engine that took less than expected may not have been asked for all of its context."""
+    entry = report(write_gguf(tmp_path / "m.gguf"))
+    expected = next(one for one in entry["engines"] if one["engine"] == "mistral.rs")["fit"]["needs"][0]["expected"]
+    seen = [None if share is None else int(share * expected) for share in measured]
+    found = measured_over_estimated(entry, "mistral.rs", seen)
+    assert found == (ratio if ratio is None else pytest.approx(ratio, rel=1e-3))
