@@ -23,7 +23,7 @@ from tasks.evidence.soak.judge import LEAK, judge_leak, judge_stability
 from tasks.evidence.tool_calls.judge import KIND as TOOL_CALLS
 from tasks.evidence.tool_calls.judge import batches_of, judge_tool_calls
 from tasks.evidence.unmeasured import LAUNCH, SOAK_LEFT_OUT, ends_the_run, judge_unmeasured, summary
-from tasks.verdicts.verdict import CheckResult, Verdict, not_measured
+from tasks.verdicts.verdict import LEFT_TO_WHOLE, CheckResult, Verdict, not_measured
 
 NOT_MEASURED = "not measured"
 
@@ -68,7 +68,7 @@ def _with_cause(trial: Trial, results: list[CheckResult]) -> list[CheckResult]:
     elif failed := next(filter(_fails, results), None):
         cause = f": {failed.check} failed first, and the gate cannot open any more"
     elif trial.bench.quick:
-        cause = ": a first look (--quick) leaves it to the whole evaluation"
+        cause = f": {LEFT_TO_WHOLE}"
     return [
         one.model_copy(update={"why": one.why + cause}) if cause and one.why == NOT_MEASURED else one for one in results
     ]

@@ -17,7 +17,7 @@ from tasks.records.series import Series
 from tasks.records.store import Records
 from tasks.records.tables import Arm, Evidence, Run
 from tasks.report.plots import ARMS
-from tasks.verdicts.verdict import CheckResult, Verdict, is_near, reasons
+from tasks.verdicts.verdict import LEFT_TO_WHOLE, CheckResult, Verdict, is_near, reasons
 
 WHY_CHARS = 220
 SAYS = {Verdict.FAIL: "failed", Verdict.ERROR: "could not be carried out", Verdict.INCONCLUSIVE: "unproven"}
@@ -182,6 +182,8 @@ class ModelRecord:
         if not self.closed_by:
             return "This model may move. Keep this report as the evidence." if self.checks else "Evaluate it."
         worst = self.closed_by[0]
+        if worst.why.endswith(LEFT_TO_WHOLE):
+            return "Nothing failed in the first look: evaluate it without --quick."
         steps = UNPROVEN if worst.verdict is Verdict.INCONCLUSIVE else NEXT_STEPS
         fallback = "Read below what was not measured, fix it, then evaluate again."
         step = next((words for prefix, words in steps.items() if worst.check.startswith(prefix)), fallback)

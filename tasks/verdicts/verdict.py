@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from engines.redaction import redacted_text
 from engines.units import quantity
 
+LEFT_TO_WHOLE = "a first look (--quick) leaves it to the whole evaluation"  # why a check was not measured
+
 
 class Verdict(StrEnum):
     """Best to worst; a gate opens on PASS alone."""

@@ -28,7 +28,7 @@ from tasks.report.model_record import ModelRecord, decided_by
 from tasks.report.model_section import pooled, side_by_side
 from tasks.report.report import write_report
 from tasks.verdicts.statistics import percentile
-from tasks.verdicts.verdict import CheckResult, Verdict, at_most, not_measured
+from tasks.verdicts.verdict import LEFT_TO_WHOLE, CheckResult, Verdict, at_most, not_measured
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m \ud800"
 EMPTY_ELEMENTS = {"br", "circle", "line", "path", "rect", "meta", "wbr"}
@@ -374,6 +374,8 @@ def test_the_head_says_why_the_gate_is_shut_or_open(records: Records, tmp_path: 
     assert "memory" in closed.next_step
     unproven = read_model(records, run_id, [check for check in checks if check.verdict is not Verdict.FAIL])
     assert "Soak for longer" in unproven.next_step
+    looked = [not_measured("performance.ttft_p50_ratio", f"not measured: {LEFT_TO_WHOLE}")]
+    assert "evaluate it without --quick" in read_model(records, run_id, looked).next_step
     opened = read_model(records, run_id, [check for check in checks if check.verdict is Verdict.PASS])
     assert opened.why == "All 4 required checks passed."
     assert "may move" in opened.next_step
