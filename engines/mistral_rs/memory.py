@@ -20,6 +20,7 @@ from engines.model.memory import (
     Cells,
     MemoryCase,
     Part,
+    cells_bytes,
     compute_bytes,
     exactly,
     gpu_overhead,
@@ -146,9 +147,11 @@ def _kv_cache(case: MemoryCase, where: Device) -> Part:
     bounded = kv_bytes(case.header, case.context, case.settings.sequences, case.ubatch, kv_type)
     why = f"{case.context:,} tokens, {kv_type}; sliding-window layers counted in full"
     if where == "ram":
-        blocks = -(-case.context // CACHE_TOKENS)
-        grown = CACHE_COPIES * blocks * CACHE_TOKENS * kv_bytes_per_token(case.header, kv_type)
-        return Part("KV cache", where, min(bounded, full), grown, grown * 5 // 4, f"{why}, twice")
+        cells = -(-case.context // CACHE_TOKENS) * CACHE_TOKENS
+        sliding = min(cells, (case.header.sliding_window or 0) + CACHE_TOKENS)
+        grown = CACHE_COPIES * cells_bytes(case.header, Cells(cells, sliding), kv_type)
+        why = f"{case.context:,} tokens, {kv_type}, twice"
+        return Part("KV cache", where, min(bounded, full), grown, grown * 5 // 4, why)
     vram = case.free.vram_bytes or 0
     for name, unit in (("--pa-memory-mb", MIB), ("--pa-memory-fraction", vram)):
         if name in given:

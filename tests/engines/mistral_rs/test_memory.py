@@ -145,6 +145,19 @@ def test_a_prompt_takes_its_activations_and_a_square_mask(header: Header, contex
     assert grown == pytest.approx(grown_mib, rel=0.2)
 
 
+def test_layers_that_slide_keep_their_window(tmp_path: Path) -> None:
+    """Gemma 3 270M: 1,185 MiB with 512 tokens of context, 1,346 with 3,072; its window is 512."""
+    keys = {"block_count": 18, "embedding_length": 640, "feed_forward_length": 2048, "context_length": 32768}
+    keys |= {"attention.head_count": 4, "attention.head_count_kv": 1, "attention.key_length": 256}
+    keys |= {"attention.value_length": 256, "attention.sliding_window": 512}
+    gemma = read_header(write_gguf(tmp_path / "m.gguf", keys=keys))
+    assert (gemma.sliding_window, any(gemma.sliding)) == (512, False), "llama has no pattern"
+    gemma = replace(gemma, sliding=tuple((layer + 1) % 6 != 0 for layer in range(18)))
+    sizes = [parts(gemma, context_tokens=n) for n in (512, 3072)]
+    less, more = (sum(one[name].expected for name in ("KV cache", "compute buffers")) for one in sizes)
+    assert (more - less) / MIB == pytest.approx(1346 - 1185, rel=0.15)
+
+
 def test_a_long_context_names_what_its_mask_takes(header: Header) -> None:
     """7 bytes for each pair of tokens, on a CPU."""
     (note,) = (note for note in estimate(header, Settings(), "mistral.rs", 32768, memory=RAM).notes if "mask" in note)
