@@ -97,7 +97,8 @@ def _experts(header: Header, n_tokens: int) -> list[Part]:
     if not stacks:
         return []
     widest = max(stacks, key=lambda tensor: math.prod(tensor.shape))
-    used = int(header.meta.get(f"{header.architecture}.expert_used_count") or 1)  # type: ignore[arg-type]
+    counted = header.meta.get(f"{header.architecture}.expert_used_count")
+    used = counted if isinstance(counted, int) and counted > 0 else 1
     whole, one = (math.prod(widest.shape[:n]) * F32_BYTES for n in (3, 2))
     expected = whole + n_tokens * used * one
     return [Part("experts of a prompt", "ram", 0, expected, expected * 5 // 4 + whole, f"f32, {used} for each token")]

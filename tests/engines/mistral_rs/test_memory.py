@@ -120,6 +120,14 @@ def test_each_token_of_a_prompt_takes_its_experts(
     assert any("for its experts" in note for note in notes) == (grown_mib > 1024)
 
 
+@pytest.mark.parametrize("used", [None, "two", 0, -1, (2, 2), 1.5])
+def test_a_number_of_experts_that_is_none_counts_one(header: Header, used: Any) -> None:
+    shapes = {"blk.0.ffn_up_exps.weight": (512, 512, 8)}
+    sparse = with_tensors(header, dict.fromkeys(shapes, "Q4_K"), shapes)
+    sparse = replace(sparse, meta={**sparse.meta, "llama.expert_used_count": used})
+    assert parts(sparse, context_tokens=100)["experts of a prompt"].expected == (8 + 100) * MIB
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "tokens", "took_mib"),
     [("gpt2", 1000, 36), ("gpt2", 16384, 58), ("gpt2", 49152, 107), ("llama", 65536, 223), ("llama", 262144, 836)],
