@@ -62,11 +62,25 @@ def exit_reason(child: ManagedProcess) -> str:
 
 def listener_on(port: int) -> str | None:
     """`name (pid N)` of whoever listens on a local port, None when that cannot be seen."""
+    with contextlib.suppress(psutil.Error):
+        if holder := _listener(port):
+            return f"{holder.name()} (pid {holder.pid})"
+    return None
+
+
+def _listener(port: int) -> psutil.Process | None:
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+                return psutil.Process(connection.pid)
     return None
+
+
+def _descends(process: psutil.Process, pid: int) -> bool:
+    """By its parents: a list of somebody's descendants misses some while processes come and go."""
+    with contextlib.suppress(psutil.Error):
+        return pid in (process.pid, *(parent.pid for parent in process.parents()))
+    return False
 
 
 class _LoadClock:
@@ -297,6 +311,9 @@ def _healthy(ask: Ask) -> bool:
 def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
     """True when our child listens; raises WrongListener when the port answers and somebody else is seen listening."""
     if child.listens_on(serve.port):
+        return True
+    found = _listener(serve.port)
+    if found is not None and _descends(found, child.pid):
         return True
     holder = listener_on(serve.port)
     if holder is None:

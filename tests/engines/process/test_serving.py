@@ -13,6 +13,7 @@ from processes import runs
 from waiting import until
 
 from engines.errors import EngineExited, EngineStalled, PortTaken, WrongListener
+from engines.process.process import ManagedProcess
 from engines.process.serving import free_port, serving
 from engines.settings import Serve
 
@@ -106,6 +107,13 @@ def test_a_stale_server_on_the_port_is_detected_not_believed(serve, tmp_path):
     finally:
         driver.stale.kill()
         driver.stale.wait()
+
+
+def test_a_descendant_that_a_look_misses_is_no_stale_server(serve, tmp_path, monkeypatch):
+    """On a busy machine the list of an engine's processes was without the one that served."""
+    monkeypatch.setattr(ManagedProcess, "listens_on", lambda _, port: False)
+    with serving_fake(serve, tmp_path) as served:
+        assert served.endpoint.base_url.endswith(str(serve.port))
 
 
 class SnatchedDriver(FakeDriver):
