@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import cast
 
 import httptools
@@ -29,6 +29,11 @@ BACKLOG = 1024
 SINGLE = frozenset(  # headers that mean something else to each who reads them where there are two
     ("content-length", "content-type", "host", "transfer-encoding", "user-agent")
 )
+
+
+def _ends_in_chunks(codings: Sequence[str]) -> bool:
+    """Whether a body in these codings, which are one list, has an end that can be found (RFC 9112, 6.3)."""
+    return not codings or codings[-1].rpartition(",")[2].strip().lower() == "chunked"
 
 
 class Connection(asyncio.Protocol):
@@ -151,6 +156,8 @@ class Connection(asyncio.Protocol):
             self._no_http = "LineTooLong"
         elif version == "1.1" and "Host" not in request.headers:
             self._no_http = "MissingHost"
+        elif not _ends_in_chunks(request.headers.getall("Transfer-Encoding", ())):
+            self._no_http = "InvalidTransferEncoding"  # the parser says so as late as it meets the body
         if self._no_http:
             raise ValueError
         target = self._target.decode("utf-8", "surrogateescape")

@@ -162,6 +162,9 @@ odd_fields = st.sampled_from(
         b"Content-Length: 1, 1\r\n",
         b"Transfer-Encoding: gzip\r\n",
         b"Transfer-Encoding: chunked, gzip\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: Chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: gzip\r\n",
         b"Connection: keep-alive, x\r\n",
         b"X: \xc3\xa4\xff\r\n",
         b"X: a\x00b\r\n",
@@ -225,6 +228,8 @@ def streams(draw):
 @example([b"get / HTTP/1.1\r\n\r\n", END])
 @example([b"\r\n\r\n" + END])
 @example([b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", b"G", b"E", b"T" + END[3:]])
+@example([b"GET /unread HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n" + END])
+@example([b"GET /unread HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, gzip\r\n\r\n" + END])
 def test_the_same_bytes_have_the_same_answers_as_from_aiohttp(pieces):
     async def both():
         async with ours() as (_, address), theirs() as other:
