@@ -62,9 +62,12 @@ def exit_reason(child: ManagedProcess) -> str:
 
 def listener_on(port: int) -> str | None:
     """`name (pid N)` of whoever listens on a local port, None when that cannot be seen."""
+    return _named(_listener(port))
+
+
+def _named(process: psutil.Process | None) -> str | None:
     with contextlib.suppress(psutil.Error):
-        if holder := _listener(port):
-            return f"{holder.name()} (pid {holder.pid})"
+        return process and f"{process.name()} (pid {process.pid})"
     return None
 
 
@@ -315,8 +318,7 @@ def _our_listener(engine: str, serve: Serve, child: ManagedProcess) -> bool:
     found = _listener(serve.port)
     if found is not None and _descends(found, child.pid):
         return True
-    holder = listener_on(serve.port)
-    if holder is None:
+    if (holder := _named(found)) is None:
         return False
     why = f"port {serve.port} is answered by {holder}, not by the {engine} that was started{last_lines(child)}"
     raise WrongListener(why, engine=engine, log_tail=child.log_tail())
