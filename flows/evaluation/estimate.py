@@ -20,7 +20,7 @@ SHORT_PROMPT_TOKENS, BEHAVIOUR_TOKENS = 48, 12
 TOOL_PROMPT_TOKENS = 320  # of a prompt with its tools
 # of a call or the text in its place; a weak model that is held to a grammar does not find the end
 TOOL_TOKENS = (48, MAX_TOKENS)
-FIRST_REQUESTS, FIRST_TOKENS = 9, 12  # of the first look, to each engine
+FIRST_REQUESTS, FIRST_TOKENS = (9, 14), 12  # of the first look, to each engine
 FAULT_DRILLS, DRILL_S = 4, (1.0, 10.0)
 PAIR_STARTS = 2  # of a yard with both engines
 REHEARSAL_STARTS = 1 + PAIR_STARTS + 2  # a yard without the candidate, one with it, and who serves after each kill
@@ -158,7 +158,7 @@ def _evaluation_s(plan: Plan, *, with_soak: bool = True) -> tuple[Span, float]:
         if (sized := _size(plan, model)) is None:
             continue
         paces = [_guess(plan, model, sized.weights_bytes, bound) for bound in (0, 1)]
-        spent_s = (_first_look_s(pace) + _measuring_s(plan, sized, pace, at) for at, pace in enumerate(paces))
+        spent_s = (_first_look_s(pace, at) + _measuring_s(plan, sized, pace, at) for at, pace in enumerate(paces))
         total = total.plus(*spent_s)
         soak_s += _soak_s(plan, sized.side_by_side) * with_soak
     return total.plus(soak_s, soak_s), soak_s
@@ -198,8 +198,8 @@ def _guess(plan: Plan, model: ModelPlan, n_bytes: int, bound: int) -> Pace:
     return Pace(_load_s(n_bytes, bound), n_tokens / READ_AT_ONCE * token_s, token_s)
 
 
-def _first_look_s(pace: Pace) -> float:
-    return 2 * (pace.start_s + FIRST_REQUESTS * (pace.first_s + FIRST_TOKENS * pace.token_s))
+def _first_look_s(pace: Pace, bound: int) -> float:
+    return 2 * (pace.start_s + FIRST_REQUESTS[bound] * (pace.first_s + FIRST_TOKENS * pace.token_s))
 
 
 def _measuring_s(plan: Plan, sized: Sized, pace: Pace, bound: int) -> float:

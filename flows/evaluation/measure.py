@@ -132,7 +132,7 @@ def pairs(trial: Trial) -> None:
 
     if trial.payloads(BOTH, "performance"):
         return
-    measured = partial(measure_pairs, partial(ask, "incumbent"), partial(ask, "candidate"))
+    measured = partial(measure_pairs, partial(ask, "incumbent"), partial(ask, "candidate"), trial.plan.limits)
     engines = [trial.untimed(arm) for arm in ARMS]
     trial.gather(BOTH, "first_look", lambda: measured(in_turns=trial.fits_together), engines=engines)
 

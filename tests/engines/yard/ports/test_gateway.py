@@ -129,11 +129,16 @@ def test_a_client_that_leaves_frees_the_engine_at_once(start_yard):
 def test_a_kept_connection_that_the_engine_closes_loses_nothing(start_yard):
     """The engine hangs up just as its connection is used again: asked once more, and no death of it is told."""
     yard = start_yard(old="--closes-kept").ready()
-    with yard.http() as http:
-        assert [http.post("/v1/chat/completions", json=CHAT).status_code for _ in range(4)] == [200] * 4
     argv = yard.engine("old")["argv"]
-    hung_up = httpx.get(f"http://127.0.0.1:{argv[argv.index('--port') + 1]}/slots").json()[1]
-    assert hung_up == 2, "every second request, or connections are not kept and this test shows nothing"
+    slots = f"http://127.0.0.1:{argv[argv.index('--port') + 1]}/slots"
+    with yard.http() as http:
+
+        def hung_up() -> int:
+            assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+            return httpx.get(slots).json()[1]
+
+        # every second request, where the machine is not so busy that the connection is too old to be used again
+        until(lambda: hung_up() >= 2, "a second hang-up on a kept connection")
     assert yard.engine("old")["restarts"] == 0
     assert "went away" not in yard.said()
 
