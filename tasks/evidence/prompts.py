@@ -9,12 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engines.errors import BadInput
 
 SHIPPED = "prompts.jsonl"
 LINE_FORM = 'each line is one JSON object: {"messages": [{"role": "user", "content": "..."}], "tools": [...]}'
+
+TOOL_FORM = '{"type": "function", "function": {"name": "...", "parameters": {...}}} is the form of a chat request'
 
 
 class Message(BaseModel):
@@ -35,6 +37,17 @@ class Prompt(BaseModel):
     group: str = "transcript"
     messages: list[Message] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _functions_have_names(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """A name beside `type`, as other APIs have it, is not what a chat request offers."""
+        for number, tool in enumerate(tools or (), 1):
+            function = tool.get("function")
+            named = isinstance(function, dict) and isinstance(function.get("name"), str)
+            if not named and ("function" in tool or tool.get("type", "function") == "function"):
+                raise ValueError(f"tool {number} has no name: {TOOL_FORM}")
+        return tools
 
     @property
     def body(self) -> dict[str, Any]:
@@ -78,6 +91,8 @@ def _transcript(path: Path, number: int, line: str) -> Prompt:
     where = f"{path}:{number}"
     try:
         row = json.loads(line)
+    except RecursionError as error:
+        raise BadInput(f"{where}: nested too deeply; {LINE_FORM}") from error
     except ValueError as error:
         raise BadInput(f"{where}: not JSON ({error}); {LINE_FORM}") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
@@ -92,4 +107,4 @@ def _transcript(path: Path, number: int, line: str) -> Prompt:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{where}: {key}: {first['msg']}; {LINE_FORM}") from error
+        raise BadInput(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}; {LINE_FORM}") from error

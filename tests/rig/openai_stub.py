@@ -301,6 +301,7 @@ class Handler(BaseHTTPRequestHandler):
             return []
         name = choice["function"]["name"] if isinstance(choice, dict) else names[0]
         arguments = '{"city": "Par' if self.bad("cuts arguments") else '{"city": "Paris"}'
+        arguments = "[" * 5000 if self.bad("nests arguments") else arguments
         one = {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
         return [one, one | {"id": "call_2"}] if self.bad("calls twice") else [one]
 
@@ -375,6 +376,11 @@ class Handler(BaseHTTPRequestHandler):
             tokens = tokens[:-1]
         opening = {} if self.bad("opens without a role") else {"role": "assistant", "content": ""}
         deltas: list[Json] = [opening, *({"content": token} for token in tokens), *call_deltas(calls)]
+        if self.bad("sends arguments as objects"):
+            deltas = [
+                opening,
+                {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": {"city": "Paris"}}}]},
+            ]
         choices: list[Json] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
         if body.get("logprobs") and not self.bad("streams no logprobs"):
             for choice, token in zip(choices[1:], tokens, strict=False):

@@ -218,7 +218,7 @@ def _past_calls(calls: Any, where: str) -> list[Json]:
             raise bad(where, "each call needs function.name")
         arguments = function.get("arguments", "")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 parsed = json.loads(arguments or "{}")
                 arguments = parsed if isinstance(parsed, dict) else arguments
         read.append({**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}})

@@ -109,9 +109,10 @@ def forced_call(text: str, call_id: str) -> Json | None:
     try:
         parsed = json.loads(text)
         name, arguments = parsed["name"], json.dumps(parsed["arguments"], ensure_ascii=False, separators=(",", ":"))
-    except (ValueError, KeyError, TypeError):  # cut by the token limit: the arguments so far, as OpenAI's API has it
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # cut by the token limit, or nested without an end: the arguments so far, as OpenAI's API has it
         match = _FORCED.match(text)
         if match is None:
             return None
-        name, arguments = json.loads(match[1]), match[2]
+        name, arguments = json.loads(match[1], strict=False), match[2]
     return {"index": 0, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -18,6 +18,8 @@ from tasks.evidence.behaviours.translated import Translated
 Json = dict[str, Any]
 Messages = str | list[Json]
 READ_TIMEOUT_S = 60.0
+# what reading an answer raises that has another shape than every client of the API expects
+UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError)
 
 
 class Refused(Exception):
@@ -135,7 +137,7 @@ class Streamed:
         self.after_done += self.done
         try:
             chunk = json.loads(data.decode("utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             self.undecodable.append(data[:80].decode("utf-8", "replace"))
             return
         if not isinstance(chunk, dict):
@@ -243,6 +245,6 @@ def as_reply(response: httpx.Response) -> ApiReply:
     """`response`, read, with its JSON where it has any."""
     try:
         body = json.loads(response.content)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         body = None
     return ApiReply(response.status_code, response.text, body)

@@ -16,7 +16,7 @@ from referencing.exceptions import Unresolvable
 
 from engines.settings import Endpoint
 from tasks.evidence.behaviours.base import Asker, leaks_call
-from tasks.evidence.behaviours.caller import Caller, Json, Malformed, Refused
+from tasks.evidence.behaviours.caller import UNREADABLE, Caller, Json, Malformed, Refused
 from tasks.evidence.behaviours.tools import joined_calls
 from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, origin
 from tasks.evidence.prompts import Prompt
@@ -70,11 +70,14 @@ def _answer(caller: Caller, prompt: Prompt, required: bool) -> Evidence:
     answer: Evidence = {"id": prompt.id, "group": prompt.group, "prompt": prompt.text[-TEXT_CHARS:], "error": None}
     asked: Json = {**prompt.body, "max_tokens": MAX_TOKENS} | ({"tool_choice": "required"} if required else {})
     messages = asked.pop("messages")
+    nothing: Evidence = {"calls": [], "text": "", "leaked": False, "cut": False}
     try:
         stream = caller.stream(messages, leave_after=TEXT_CHUNKS, **asked).served()
+        calls = [call["function"] for call in joined_calls(stream.tool_pieces)]
     except (httpx.HTTPError, Refused, Malformed) as error:
-        return answer | {"calls": [], "text": "", "leaked": False, "cut": False, "error": str(error) or repr(error)}
-    calls = [call["function"] for call in joined_calls(stream.tool_pieces)]
+        return answer | nothing | {"error": str(error) or repr(error)}
+    except UNREADABLE as error:
+        return answer | nothing | {"error": f"unreadable answer: {type(error).__name__}: {error}"}
     return answer | {
         "calls": [call | {"fault": call_fault(call, prompt.tools or [])} for call in calls],
         "text": stream.text[:TEXT_CHARS],
@@ -90,6 +93,8 @@ def call_fault(call: Json, tools: Sequence[Json]) -> str | None:
         return f"no such tool: {call['name']!r}"[:FAULT_CHARS]
     try:
         arguments = json.loads(call["arguments"], parse_constant=_no_number)
+    except RecursionError:
+        return "arguments are not JSON text: nested too deeply"
     except (TypeError, ValueError) as error:
         return f"arguments are not JSON text: {error}"[:FAULT_CHARS]
     if not isinstance(arguments, dict):

@@ -122,6 +122,13 @@ def test_a_tool_round_trip_keeps_its_calls() -> None:
     assert tool == {"role": "tool", "tool_call_id": "call_1", "content": "rain"}
 
 
+def test_past_arguments_that_nest_without_an_end_are_sent_on_as_they_are() -> None:
+    """A small model writes such ones, and its client sends them back."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "[" * 5000}}
+    (assistant,) = requests.parse_messages({"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    assert assistant["tool_calls"][0]["function"]["arguments"] == "[" * 5000
+
+
 def test_required_tools_become_a_schema_of_one_call_to_any_of_them() -> None:
     """A named function is forced alone, "required" offers all."""
     other = {"type": "function", "function": {"name": "other"}}
@@ -174,6 +181,7 @@ def test_a_token_that_is_part_of_a_code_point_keeps_its_bytes() -> None:
     [
         ('{"name": "weather", "arguments": {"city": "Oslo"}}', '{"city":"Oslo"}'),
         ('{"name": "weather", "arguments": {"city": "Os', '{"city": "Os'),
+        ('{"name": "weather", "arguments": ' + "[" * 5000, "[" * 5000),
     ],
 )
 def test_a_forced_call_has_string_arguments_even_when_cut(text: str, arguments: str) -> None:

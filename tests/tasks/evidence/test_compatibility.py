@@ -129,7 +129,10 @@ def test_every_behaviour_has_a_habit_that_breaks_it() -> None:
     assert set(HABITS) == set(BEHAVIOURS)
 
 
-@pytest.mark.parametrize(("name", "habit"), [*HABITS.items(), ("empty_messages", "200 on no messages")])
+@pytest.mark.parametrize(
+    ("name", "habit"),
+    [*HABITS.items(), ("empty_messages", "200 on no messages"), ("tool_choice_required", "nests arguments")],
+)
 def test_a_bad_habit_is_caught(name: str, habit: str) -> None:
     """A server that answers 200 without doing what was asked fails the behaviour."""
     with stub(habit) as base_url:

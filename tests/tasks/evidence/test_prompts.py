@@ -75,6 +75,12 @@ def test_transcripts_lose_their_last_answer_and_keep_the_rest(tmp_path: Path) ->
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "nothing to answer"),
         ('{"messages": [{"role": "user", "content": 5}]}', "messages.0.content"),
         ('{"messages": [{"role": "user", "content": "x"}], "tools": "f"}', "tools"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {}}]}', "tool 1 has no name"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "name": "f"}]}',
+            "no name: {",
+        ),
+        ('{"messages": ' + "[" * 5000, "nested too deeply"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_place(tmp_path: Path, line: str, complaint: str) -> None:

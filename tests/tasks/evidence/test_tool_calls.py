@@ -327,6 +327,8 @@ def test_a_streamed_call_is_joined_and_checked_and_text_is_left_early() -> None:
     ("habit", "seen"),
     [
         ("cuts arguments", {"fault": "arguments are not JSON text"}),
+        ("nests arguments", {"fault": "arguments are not JSON text: nested too deeply"}),
+        ("sends arguments as objects", {"error": "unreadable answer: TypeError"}),
         ("leaves calls in the text", {"leaked": True}),
         ("refuses tools", {"error": "HTTP 422: refuses tools"}),
     ],
