@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 KEY_VARIABLE = "LLAMA_API_KEY"
@@ -99,17 +100,24 @@ def settings_of(arguments: argparse.Namespace, key: str | None) -> dict[str, Any
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def parameters(arguments: argparse.Namespace, key: str | None) -> Any:
-    import xllamacpp  # optional, and `--help` does without
-
+def parameters(xllamacpp: ModuleType, arguments: argparse.Namespace, key: str | None) -> Any:
+    """`common_params` of this version of xllamacpp, from 0.2.14 on; ValueError where it lacks what was asked."""
     params = xllamacpp.CommonParams()
     for name, value in settings_of(arguments, key).items():
+        if name == "hostnames" and not hasattr(params, name):  # before 2026.10: one
+            name, value = "hostname", value[0]
         owner, _, field = name.rpartition(".")
-        setattr(getattr(params, owner) if owner else params, field, value)
+        try:
+            setattr(getattr(params, owner) if owner else params, field, value)
+        except AttributeError:
+            raise ValueError(f"xllamacpp {xllamacpp.__version__} has no {name}: leave its flag out") from None
     if arguments.flash_attn:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type(FLASH_ATTENTION[arguments.flash_attn])
-    if arguments.load_mode:
-        params.load_mode = xllamacpp.llama_load_mode(LOAD_MODES[arguments.load_mode])
+    mode = arguments.load_mode
+    if mode and (hasattr(params, "load_mode") or mode == "dio"):
+        params.load_mode = xllamacpp.llama_load_mode(LOAD_MODES[mode])
+    elif mode and mode != "auto":  # before 2026.8: two switches
+        params.use_mmap, params.use_mlock = "mmap" in mode, "mlock" in mode
     for side in ("k", "v"):
         kind = getattr(arguments, f"cache_type_{side}")
         if kind:
@@ -137,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_DFL)  # loading does not return to Python: let the kernel end it
     log(f"loading {arguments.model.name} with xllamacpp {xllamacpp.__version__}")
     try:
-        server = xllamacpp.Server(parameters(arguments, key))
+        server = xllamacpp.Server(parameters(xllamacpp, arguments, key))
     except (RuntimeError, OSError, ValueError) as error:
         log(f"error: cannot load {arguments.model}: {error}; see the lines above")
         return 1

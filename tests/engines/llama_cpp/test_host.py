@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import installed
 import pytest
 
-from engines.llama_cpp.host import parser, settings_of
+from engines.llama_cpp.host import parameters, parser, settings_of
 from engines.process.serving import free_port
 
 REPOSITORY = Path(__file__).parents[3]
@@ -44,6 +46,39 @@ def test_flags_become_the_fields_of_common_params() -> None:
     assert settings["cpuparams.n_threads"] == settings["cpuparams_batch.n_threads"] == 3
     assert (settings["sampling.seed"], settings["n_gpu_layers"]) == (0xFFFFFFFF, -2)
     assert (settings["prefill_assistant"], settings["api_keys"]) == (False, ["k"])
+
+
+class Fields:
+    """`common_params` with these fields and no others, as Cython has it."""
+
+    def __init__(self, *names: str) -> None:
+        vars(self).update({"model": SimpleNamespace(), "port": None} | dict.fromkeys(names))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in vars(self):
+            raise AttributeError(f"no attribute {name!r}")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode", "set_to"),
+    [
+        (("hostnames", "load_mode"), "mmap+mlock", {"hostnames": ["127.0.0.1"], "load_mode": 3}),
+        (("hostname", "load_mode"), "none", {"hostname": "127.0.0.1", "load_mode": 0}),
+        (("hostname", "use_mmap", "use_mlock"), "none", {"use_mmap": False, "use_mlock": False}),
+        (("hostname", "use_mmap", "use_mlock"), "mmap+mlock", {"use_mmap": True, "use_mlock": True}),
+        (("hostname", "use_mmap", "use_mlock"), "auto", {"use_mmap": None, "use_mlock": None}),
+    ],
+)
+def test_a_field_is_set_by_the_name_that_the_version_has(
+    fields: tuple[str, ...], mode: str, set_to: dict[str, Any]
+) -> None:
+    """xllamacpp 2026.10, 2026.8 and before; what it lacks is no field of its own."""
+    version: Any = SimpleNamespace(CommonParams=lambda: Fields(*fields), llama_load_mode=int, __version__="1")
+    found = parameters(version, parser().parse_args(["-m", "m.gguf", "--load-mode", mode]), None)
+    assert {name: getattr(found, name) for name in set_to} == set_to
+    with pytest.raises(ValueError, match="xllamacpp 1 has no sse_ping_interval"):
+        parameters(version, parser().parse_args(["-m", "m.gguf", "--sse-ping-interval", "3"]), None)
 
 
 def test_help_lists_the_flags_that_a_driver_looks_for() -> None:
