@@ -103,9 +103,14 @@ def settings_of(arguments: argparse.Namespace, key: str | None) -> dict[str, Any
 def parameters(xllamacpp: ModuleType, arguments: argparse.Namespace, key: str | None) -> Any:
     """`common_params` of this version of xllamacpp, from 0.2.14 on; ValueError where it lacks what was asked."""
     params = xllamacpp.CommonParams()
-    for name, value in settings_of(arguments, key).items():
-        if name == "hostnames" and not hasattr(params, name):  # before 2026.10: one
-            name, value = "hostname", value[0]
+    fields, mode = settings_of(arguments, key), arguments.load_mode
+    if not hasattr(params, "hostnames"):  # before 2026.10: one
+        fields["hostname"] = fields.pop("hostnames")[0]
+    if mode and (mode == "dio" or hasattr(params, "load_mode")):
+        fields["load_mode"] = LOAD_MODES[mode]
+    elif mode and mode != "auto":  # before 2026.8: two switches
+        fields |= {"use_mmap": "mmap" in mode, "use_mlock": "mlock" in mode}
+    for name, value in fields.items():
         owner, _, field = name.rpartition(".")
         try:
             setattr(getattr(params, owner) if owner else params, field, value)
@@ -113,11 +118,6 @@ def parameters(xllamacpp: ModuleType, arguments: argparse.Namespace, key: str | 
             raise ValueError(f"xllamacpp {xllamacpp.__version__} has no {name}: leave its flag out") from None
     if arguments.flash_attn:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type(FLASH_ATTENTION[arguments.flash_attn])
-    mode = arguments.load_mode
-    if mode and (hasattr(params, "load_mode") or mode == "dio"):
-        params.load_mode = xllamacpp.llama_load_mode(LOAD_MODES[mode])
-    elif mode and mode != "auto":  # before 2026.8: two switches
-        params.use_mmap, params.use_mlock = "mmap" in mode, "mlock" in mode
     for side in ("k", "v"):
         kind = getattr(arguments, f"cache_type_{side}")
         if kind:

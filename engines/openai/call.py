@@ -123,7 +123,7 @@ def parse(path: str, raw: bytes, content_type: str = "") -> Call:
         if raw.count(b"[") + raw.count(b"{") > DEEPEST and _is_deeper(body, DEEPEST):
             raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the request body is not valid JSON: {_reason(error)}") from None
+        raise Refusal(400, f"the request body is not valid JSON: {why_no_json(error)}") from None
     if not isinstance(body, dict):
         raise Refusal(400, "the request body must be a JSON object")
     if "model" in body and not isinstance(body["model"], str | None):
@@ -151,7 +151,8 @@ def _number(text: str) -> float:
     return number
 
 
-def _reason(error: Exception) -> str:
+def why_no_json(error: Exception) -> str:
+    """What reading a text as JSON raised, in words for whoever wrote it."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is no UTF-8"
     if isinstance(error, UnicodeEncodeError):

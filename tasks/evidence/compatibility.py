@@ -14,7 +14,7 @@ from engines.settings import Endpoint
 from engines.units import number_of
 from tasks.evidence.behaviours.base import Asker, Behaviour, NotApplicable, Observation
 from tasks.evidence.behaviours.battery import BEHAVIOURS, DEFAULT_REQUIRED
-from tasks.evidence.behaviours.caller import READ_TIMEOUT_S, UNREADABLE, Malformed, Refused
+from tasks.evidence.behaviours.caller import READ_TIMEOUT_S, UNREADABLE, Malformed, Refused, unreadable
 from tasks.verdicts.verdict import CheckResult, Verdict, gate, not_measured
 
 Seen = Mapping[str, Any]
@@ -68,7 +68,7 @@ def tried(behaviour: Behaviour, ask: Asker) -> Observation:
     except httpx.HTTPError as reason:
         return Observation("errored", f"{type(reason).__name__}: {reason}".rstrip(": "))
     except UNREADABLE as reason:
-        return Observation("failed", f"unreadable answer: {type(reason).__name__}: {reason}")
+        return Observation("failed", unreadable(reason))
 
 
 def known(names: Collection[str], where: str) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engines.errors import BadInput
+from engines.openai.call import why_no_json
 
 SHIPPED = "prompts.jsonl"
 LINE_FORM = 'each line is one JSON object: {"messages": [{"role": "user", "content": "..."}], "tools": [...]}'
-
 TOOL_FORM = '{"type": "function", "function": {"name": "...", "parameters": {...}}} is the form of a chat request'
 
 
@@ -91,10 +91,8 @@ def _transcript(path: Path, number: int, line: str) -> Prompt:
     where = f"{path}:{number}"
     try:
         row = json.loads(line)
-    except RecursionError as error:
-        raise BadInput(f"{where}: nested too deeply; {LINE_FORM}") from error
-    except ValueError as error:
-        raise BadInput(f"{where}: not JSON ({error}); {LINE_FORM}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({why_no_json(error)}); {LINE_FORM}") from error
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise BadInput(f'{where}: no list "messages"; {LINE_FORM}')
     messages = row["messages"]

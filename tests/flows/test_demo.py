@@ -9,12 +9,7 @@ import pytest
 from switchyard_command import json_of
 
 from flows.rollout.yard_config import canary_limits
-from migrations.demo import (
-    OLD_BUILD,
-    SMOLLM2_F16,
-    whole_demo_file,
-    whole_demo_plans,
-)
+from migrations.demo import OLD_BUILD, SMOLLM2_F16, whole_demo_file, whole_demo_plans
 from migrations.plan_file import load_plan
 
 pytestmark = [

@@ -163,6 +163,11 @@ class Streamed:
             self.arrivals_s.append(time.monotonic())
 
 
+def unreadable(error: Exception) -> str:
+    """One of UNREADABLE, as what was observed."""
+    return f"unreadable answer: {type(error).__name__}: {error}"
+
+
 def count(usage: object, key: str) -> int:
     """`usage[key]`, in tokens; Malformed when it is missing or no integer."""
     value = usage.get(key) if isinstance(usage, dict) else None

@@ -14,9 +14,10 @@ from jsonschema.validators import Draft202012Validator, validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from engines.openai.call import why_no_json
 from engines.settings import Endpoint
 from tasks.evidence.behaviours.base import Asker, leaks_call
-from tasks.evidence.behaviours.caller import UNREADABLE, Caller, Json, Malformed, Refused
+from tasks.evidence.behaviours.caller import UNREADABLE, Caller, Json, Malformed, Refused, unreadable
 from tasks.evidence.behaviours.tools import joined_calls
 from tasks.evidence.parity.asking import TIMEOUT_S, Evidence, Progress, origin
 from tasks.evidence.prompts import Prompt
@@ -77,7 +78,7 @@ def _answer(caller: Caller, prompt: Prompt, required: bool) -> Evidence:
     except (httpx.HTTPError, Refused, Malformed) as error:
         return answer | nothing | {"error": str(error) or repr(error)}
     except UNREADABLE as error:
-        return answer | nothing | {"error": f"unreadable answer: {type(error).__name__}: {error}"}
+        return answer | nothing | {"error": unreadable(error)}
     return answer | {
         "calls": [call | {"fault": call_fault(call, prompt.tools or [])} for call in calls],
         "text": stream.text[:TEXT_CHARS],
@@ -93,10 +94,8 @@ def call_fault(call: Json, tools: Sequence[Json]) -> str | None:
         return f"no such tool: {call['name']!r}"[:FAULT_CHARS]
     try:
         arguments = json.loads(call["arguments"], parse_constant=_no_number)
-    except RecursionError:
-        return "arguments are not JSON text: nested too deeply"
-    except (TypeError, ValueError) as error:
-        return f"arguments are not JSON text: {error}"[:FAULT_CHARS]
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"arguments are not JSON text: {why_no_json(error)}"[:FAULT_CHARS]
     if not isinstance(arguments, dict):
         return f"arguments are no object: {arguments!r}"[:FAULT_CHARS]
     return schema_fault(arguments, schemas[call["name"]])

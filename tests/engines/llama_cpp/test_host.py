@@ -81,6 +81,13 @@ def test_a_field_is_set_by_the_name_that_the_version_has(
         parameters(version, parser().parse_args(["-m", "m.gguf", "--sse-ping-interval", "3"]), None)
 
 
+def test_a_load_mode_that_the_version_does_not_have_is_named() -> None:
+    """Direct input came with the load modes."""
+    version: Any = SimpleNamespace(CommonParams=lambda: Fields("hostname", "use_mmap", "use_mlock"), __version__="1")
+    with pytest.raises(ValueError, match="xllamacpp 1 has no load_mode"):
+        parameters(version, parser().parse_args(["-m", "m.gguf", "--load-mode", "dio"]), None)
+
+
 def test_help_lists_the_flags_that_a_driver_looks_for() -> None:
     """The driver decides by this text whether to say --load-mode or --mlock."""
     text = parser().format_help()
